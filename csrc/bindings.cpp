@@ -1,0 +1,274 @@
+// The only file that sees torch: checks, threads or stream, and exports. It uses the stable ABI alone, so that one wheel runs
+// on every torch from 2.11 on, with CUDA or without.
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "spat.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Weak: a CPU-only libtorch does not have it, and never calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace {
+
+using namespace spat;
+
+// ---- checks ----------------------------------------------------------------------------------------------------------------
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Double: return DType::f64;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+  }
+}
+
+ScalarType acc_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype (see the op's docstring)");
+}
+
+void check_device(const Tensor& t, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+                  " is on another device than the first argument");
+}
+
+void check_vector(const Tensor& t, int64_t numel, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous(), name, " must be contiguous with ", numel, " elements");
+  check_device(t, like, name);
+}
+
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto s = a.sizes(), t = b.sizes();
+  if (s.size() != t.size()) return false;
+  for (size_t i = 0; i < s.size(); ++i)
+    if (s[i] != t[i]) return false;
+  return true;
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (!same_sizes(a, b)) return false;
+  const auto sizes = a.sizes(), s = a.strides(), t = b.strides();
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] > 1 && s[i] != t[i]) return false;
+  return true;
+}
+
+// Dense with the dimensions in the order batch, spatial..., channels.
+bool is_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dims = sizes.size();
+  if (dims < 3) return false;
+  int64_t expected = 1;
+  for (int64_t j = 0; j < dims; ++j) {
+    const int64_t d = j == 0 ? 1 : j == dims - 1 ? 0 : dims - j;  // 1, dims-1, ..., 2, 0
+    if (sizes[d] > 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+Images images_of(const Tensor& x_adv, const Tensor& x, double lo, double hi) {
+  const DType dtype = dtype_of(x_adv, "x_adv");
+  STD_TORCH_CHECK(x_adv.dim() >= 1, "x_adv must have a batch dimension");
+  STD_TORCH_CHECK(x_adv.is_contiguous() || is_channels_last(x_adv), "x_adv must be contiguous or channels_last");
+  STD_TORCH_CHECK(same_layout(x_adv, x), "x must have the shape and the strides of x_adv");
+  check_dtype(x, x_adv.scalar_type(), "x");
+  check_device(x, x_adv, "x");
+  const int64_t samples = x_adv.size(0);
+  return {x_adv.mutable_data_ptr(), x.const_data_ptr(), samples, samples ? x_adv.numel() / samples : 0, lo, hi, dtype};
+}
+
+PerSample per_sample(const Tensor& t, const Images& images, const Tensor& x_adv, const char* name) {
+  const bool varies = t.numel() != 1;
+  check_dtype(t, acc_type(images.dtype), name);
+  check_vector(t, varies ? images.samples : 1, x_adv, name);
+  return {t.const_data_ptr(), varies};
+}
+
+const int64_t* int64_vector(const Tensor& t, int64_t numel, const Tensor& like, const char* name) {
+  check_dtype(t, ScalarType::Long, name);
+  check_vector(t, numel, like, name);
+  return t.const_data_ptr<int64_t>();
+}
+
+Step step_of(const Tensor& x_adv, const Tensor& x, const Tensor& grad, const Tensor& eps, const Tensor& step_size, double lo,
+             double hi, const std::optional<Tensor>& nan_seen) {
+  const Images images = images_of(x_adv, x, lo, hi);
+  const DType grad_dtype = dtype_of(grad, "grad");
+  STD_TORCH_CHECK((images.dtype == DType::f64) == (grad_dtype == DType::f64), "grad must be float64 exactly when x_adv is");
+  STD_TORCH_CHECK(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv");
+  check_device(grad, x_adv, "grad");
+  uint8_t* seen = nullptr;
+  if (nan_seen) {
+    check_dtype(*nan_seen, ScalarType::Byte, "nan_seen");
+    check_vector(*nan_seen, images.samples, x_adv, "nan_seen");
+    seen = nan_seen->mutable_data_ptr<uint8_t>();
+  }
+  return {images, grad.const_data_ptr(), grad_dtype, per_sample(eps, images, x_adv, "eps"),
+          per_sample(step_size, images, x_adv, "step_size"), seen};
+}
+
+Rows rows_of(const Tensor& logits, const Tensor& dlogits, const std::optional<Tensor>& loss, double scale, int64_t min_classes) {
+  const DType dtype = dtype_of(logits, "logits");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous [B, K]");
+  STD_TORCH_CHECK(logits.size(1) >= min_classes, "logits must have at least ", min_classes, " classes, got ", logits.size(1));
+  STD_TORCH_CHECK(same_sizes(dlogits, logits) && dlogits.is_contiguous(), "dlogits must be contiguous with logits' shape");
+  check_dtype(dlogits, logits.scalar_type(), "dlogits");
+  check_device(dlogits, logits, "dlogits");
+  if (loss) {
+    check_dtype(*loss, acc_type(dtype), "loss");
+    check_vector(*loss, logits.size(0), logits, "loss");
+  }
+  return {logits.const_data_ptr(), dlogits.mutable_data_ptr(), loss ? loss->mutable_data_ptr() : nullptr, logits.size(0),
+          logits.size(1), scale, dtype};
+}
+
+// ---- threads or a stream ---------------------------------------------------------------------------------------------------
+
+// Does `count` items of about `item` elements each. Less than kGrain elements are not worth a second thread.
+constexpr int64_t kGrain = 16384;
+
+template <class Args>
+void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*cpu)(const Args&, int64_t, int64_t),
+         [[maybe_unused]] int (*launch)(const Args&, void*)) {
+  if (count == 0 || item == 0) return;
+  if (!t.is_cuda()) {
+    const int64_t grain = item < kGrain ? kGrain / item : 1;
+    if (count <= grain) return cpu(args, 0, count);
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { cpu(args, begin, end); });
+    return;
+  }
+#ifdef SPAT_CUDA
+  torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  const int error = launch(args, stream);
+  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error));
+#endif
+}
+
+#ifdef SPAT_CUDA
+#define SPAT_LAUNCHER(name) launch_##name
+#else
+#define SPAT_LAUNCHER(name) nullptr
+#endif
+#define SPAT_RUN(name, args, t, count, item) run(args, t, count, item, name##_cpu, SPAT_LAUNCHER(name))
+
+// ---- the ops, in the order of their schemas' arguments -----------------------------------------------------------------------
+
+void linf_random_start_(Tensor x_adv, Tensor x, Tensor eps, Tensor seed, double lo, double hi) {
+  const Images images = images_of(x_adv, x, lo, hi);
+  const LinfRandomStart args{images, per_sample(eps, images, x_adv, "eps"), int64_vector(seed, 2, x_adv, "seed")};
+  SPAT_RUN(linf_random_start, args, x_adv, images.samples * images.sample_numel, 1);
+}
+
+void linf_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, double lo, double hi,
+                std::optional<Tensor> nan_seen) {
+  const Step args = step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen);
+  SPAT_RUN(linf_step, args, x_adv, args.images.samples * args.images.sample_numel, 1);
+}
+
+void l2_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, Tensor seed, double lo, double hi,
+              std::optional<Tensor> nan_seen) {
+  const L2Step args{step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen), int64_vector(seed, 2, x_adv, "seed")};
+  SPAT_RUN(l2_step, args, x_adv, args.step.images.samples, args.step.images.sample_numel);
+}
+
+void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double alpha, bool targeted,
+               double scale) {
+  const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
+  const LsceGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), alpha, targeted};
+  SPAT_RUN(lsce_grad, args, logits, rows.rows, 4 * rows.classes);
+}
+
+void kl_grad(Tensor logits, Tensor probs, Tensor dlogits, std::optional<Tensor> loss, double scale) {
+  const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
+  STD_TORCH_CHECK(same_sizes(probs, logits) && probs.is_contiguous(), "probs must be contiguous with logits' shape");
+  check_dtype(probs, acc_type(rows.dtype), "probs");
+  check_device(probs, logits, "probs");
+  const KlGrad args{rows, probs.const_data_ptr()};
+  SPAT_RUN(kl_grad, args, logits, rows.rows, 4 * rows.classes);
+}
+
+void margin_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double kappa, bool targeted,
+                 double scale) {
+  const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
+  const MarginGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), kappa, targeted};
+  SPAT_RUN(margin_grad, args, logits, rows.rows, rows.classes);
+}
+
+void dlr_grad(Tensor logits, Tensor labels, std::optional<Tensor> targets, Tensor dlogits, std::optional<Tensor> loss,
+              double scale) {
+  const Rows rows = rows_of(logits, dlogits, loss, scale, targets ? 4 : 3);
+  const DlrGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"),
+                     targets ? int64_vector(*targets, rows.rows, logits, "targets") : nullptr};
+  SPAT_RUN(dlr_grad, args, logits, rows.rows, 4 * rows.classes);
+}
+
+void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_success, Tensor x_adv, Tensor loss,
+                std::optional<Tensor> success) {
+  const Images images = images_of(best, x_adv, 0, 0);
+  for (const Tensor* t : {&best_loss, &loss}) {
+    check_dtype(*t, acc_type(images.dtype), "loss and best_loss");
+    check_vector(*t, images.samples, best, "loss and best_loss");
+  }
+  STD_TORCH_CHECK(best_success.has_value() == success.has_value(), "best_success and success go together");
+  if (success)
+    for (const Tensor* t : {&*best_success, &*success}) {
+      check_dtype(*t, ScalarType::Bool, "success and best_success");
+      check_vector(*t, images.samples, best, "success and best_success");
+    }
+  const KeepBest args{best.mutable_data_ptr(),
+                      best_loss.mutable_data_ptr(),
+                      success ? static_cast<uint8_t*>(best_success->mutable_data_ptr()) : nullptr,
+                      x_adv.const_data_ptr(),
+                      loss.const_data_ptr(),
+                      success ? static_cast<const uint8_t*>(success->const_data_ptr()) : nullptr,
+                      images.samples,
+                      images.sample_numel,
+                      images.dtype};
+  SPAT_RUN(keep_best, args, best, images.samples, images.sample_numel);
+}
+
+}  // namespace
+
+#define SPAT_IMPLEMENT(m)                                       \
+  m.impl("linf_random_start_", TORCH_BOX(&linf_random_start_)); \
+  m.impl("linf_step_", TORCH_BOX(&linf_step_));                 \
+  m.impl("l2_step_", TORCH_BOX(&l2_step_));                     \
+  m.impl("lsce_grad", TORCH_BOX(&lsce_grad));                   \
+  m.impl("kl_grad", TORCH_BOX(&kl_grad));                       \
+  m.impl("margin_grad", TORCH_BOX(&margin_grad));               \
+  m.impl("dlr_grad", TORCH_BOX(&dlr_grad));                     \
+  m.impl("keep_best_", TORCH_BOX(&keep_best_));
+
+STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) { SPAT_IMPLEMENT(m) }
+#ifdef SPAT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(spat, CUDA, m) { SPAT_IMPLEMENT(m) }
+#else
+#define SPAT_CUDA ""
+#endif
+
+// _C.CUDA: the toolkit and the architectures that setup.py built for ("13.0 sm_80 sm_90 sm_100 compute_100"), or "".
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "CUDA", SPAT_CUDA) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

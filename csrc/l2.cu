@@ -1,0 +1,87 @@
+// L2 ball: one block a sample. A first pass gathers <g,g>, <g,d> and <d,d> (d = x_adv - x) in fp64, which give both the
+// gradient's norm and the norm after the step; a second pass, from cache, moves and projects.
+#include <algorithm>
+
+#include "vec.cuh"
+
+namespace spat {
+namespace {
+
+constexpr int kL2Threads = 512;
+
+// The sums of all threads, in every thread.
+__device__ L2Sums block_sum(L2Sums s) {
+  __shared__ L2Sums warps[kL2Threads / kWarp];
+  const auto add = [](double a, double b) { return a + b; };
+  s.gg = warp_reduce(s.gg, add), s.gd = warp_reduce(s.gd, add), s.dd = warp_reduce(s.dd, add);
+  __syncthreads();  // an earlier call may still be reading
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = s;
+  __syncthreads();
+  L2Sums total;
+  for (const L2Sums& w : warps) total.gg += w.gg, total.gd += w.gd, total.dd += w.dd;
+  return total;
+}
+
+template <class T, class G, int N>
+__global__ void __launch_bounds__(kL2Threads) l2_step_kernel(const L2Step args) {
+  using A = acc_t<T>;
+  const Step& a = args.step;
+  const int64_t n = a.images.sample_numel, sample = blockIdx.x;
+  T* x_adv = static_cast<T*>(a.images.x_adv) + sample * n;
+  const T* x = static_cast<const T*>(a.images.x) + sample * n;
+  const G* grad = static_cast<const G*>(a.grad) + sample * n;
+  const A lo = A(a.images.lo), hi = A(a.images.hi);
+
+  bool random = false, unusable = false;
+  const auto direction = [&](int64_t i, G g_) -> A {
+    if (random) return A(random_sign(philox(uint64_t(args.seed[0]), uint64_t(args.seed[1]), uint64_t(i) / 4).w[i % 4]));
+    const A g = to_acc(g_);
+    if (finite(g)) return g;
+    unusable = true;
+    return 0;
+  };
+  const auto gather = [&] {
+    L2Sums sums;
+    for (int64_t i = int64_t(threadIdx.x) * N; i < n; i += kL2Threads * N) {
+      const Packet<T, N> p_adv = load<N>(x_adv + i), p_x = load<N>(x + i);
+      const Packet<G, N> p_grad = load<N>(grad + i);
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums.push(direction(i + j, p_grad.v[j]), to_acc(p_adv.v[j]) - to_acc(p_x.v[j]));
+    }
+    return block_sum(sums);
+  };
+
+  L2Sums sums = gather();
+  unusable = __syncthreads_or(unusable);
+  if (unusable && a.nan_seen && threadIdx.x == 0) a.nan_seen[sample] = 1;
+  random = sums.gg == 0 && !unusable;  // the same in every thread
+  if (random) sums = gather();
+
+  const L2Move move(sums, at<A>(a.eps, sample), at<A>(a.step_size, sample));
+  for (int64_t i = int64_t(threadIdx.x) * N; i < n; i += kL2Threads * N) {
+    Packet<T, N> p_adv = load<N>(x_adv + i);
+    const Packet<T, N> p_x = load<N>(x + i);
+    const Packet<G, N> p_grad = load<N>(grad + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      p_adv.v[j] = from_acc<T>(move.apply(to_acc(p_adv.v[j]), to_acc(p_x.v[j]), direction(i + j, p_grad.v[j]), lo, hi));
+    store(x_adv + i, p_adv);
+  }
+}
+
+}  // namespace
+
+int launch_l2_step(const L2Step& args, void* stream) {
+  const Images& im = args.step.images;
+  visit(im.dtype, args.step.grad_dtype, [&](auto t, auto g) {
+    using T = decltype(t);
+    using G = decltype(g);
+    constexpr int N = kPacket<T, G>;
+    const bool whole = im.sample_numel % N == 0 && aligned({im.x_adv, im.x, args.step.grad});
+    const auto kernel = whole ? l2_step_kernel<T, G, N> : l2_step_kernel<T, G, 1>;
+    kernel<<<im.samples, kL2Threads, 0, cudaStream_t(stream)>>>(args);
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace spat

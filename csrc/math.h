@@ -1,0 +1,312 @@
+// The arithmetic that CPU and GPU share, so that the CPU tests exercise the lines that the GPU runs.
+//
+// Everything is compiled without fused multiply-add (-ffp-contract=off, -fmad=false): the kernels are bound by memory, and
+// each expression then rounds as it is written, the same on every backend.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "spat.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define SPAT_HD __host__ __device__ __forceinline__
+#else
+#define SPAT_HD inline __attribute__((always_inline))
+#endif
+#define SPAT_HOST inline __attribute__((always_inline))
+
+namespace spat {
+
+template <class To, class From>
+SPAT_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- storage types: 16-bit floats are their bits; `to_acc` and `from_acc` are the only conversions -------------------------
+
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Acc {
+  using type = float;
+};
+template <>
+struct Acc<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Acc<T>::type;
+
+SPAT_HD float to_acc(float v) { return v; }
+SPAT_HD double to_acc(double v) { return v; }
+SPAT_HD float to_acc(bfloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+SPAT_HD float to_acc(half v) {
+#ifdef __CUDA_ARCH__
+  return __half2float(bit_cast<__half>(v.bits));
+#else
+  const uint32_t magnitude = v.bits & 0x7fff, sign = uint32_t(v.bits & 0x8000) << 16;
+  const uint32_t normal = (magnitude << 13) + (112u << 23);  // the exponent's bias goes from 15 to 127
+  const uint32_t denormal = bit_cast<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;
+  return bit_cast<float>(sign | (magnitude >= 0x7c00 ? special : magnitude >= 0x0400 ? normal : denormal));
+#endif
+}
+
+template <class T>
+SPAT_HD T from_acc(acc_t<T> v) {
+  return v;
+}
+template <>
+SPAT_HD bfloat16 from_acc<bfloat16>(float v) {
+#ifdef __CUDA_ARCH__
+  return {bit_cast<uint16_t>(__float2bfloat16_rn(v))};
+#else
+  const uint32_t u = bit_cast<uint32_t>(v);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+#endif
+}
+template <>
+SPAT_HD half from_acc<half>(float v) {
+#ifdef __CUDA_ARCH__
+  return {bit_cast<uint16_t>(__float2half_rn(v))};
+#else
+  const uint32_t u = bit_cast<uint32_t>(v), magnitude = u & 0x7fffffffu, sign = (u >> 16) & 0x8000u;
+  const uint32_t rebiased = magnitude - (112u << 23);
+  const uint32_t normal = (rebiased + 0x0fffu + ((rebiased >> 13) & 1u)) >> 13;
+  // 0.5f has an ulp of 2^-24, the unit of half's denormals: the addition rounds to it
+  const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  const uint32_t finite = magnitude >= 0x38800000u ? normal : denormal;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return {uint16_t(sign | (magnitude >= 0x477ff000u ? special : finite))};
+#endif
+}
+
+template <class F>
+SPAT_HOST void visit(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f16: return f(half{});
+    case DType::bf16: return f(bfloat16{});
+    case DType::f64: return f(double{});
+  }
+}
+
+// Image and gradient dtype. fp64 goes with fp64 alone (bindings.cpp checks it).
+template <class F>
+SPAT_HOST void visit(DType image, DType grad, F&& f) {
+  if (image == DType::f64) return f(double{}, double{});
+  visit(image, [&](auto t) {
+    visit(grad, [&](auto g) {
+      if constexpr (sizeof(t) < 8 && sizeof(g) < 8) f(t, g);
+    });
+  });
+}
+
+// ---- L-infinity: steps and random numbers --------------------------------------------------------------------------------
+
+template <class A>
+SPAT_HD A at(PerSample values, int64_t sample) {
+  return static_cast<const A*>(values.data)[values.varies ? sample : 0];
+}
+
+template <class A>
+SPAT_HD A clamp(A v, A lo, A hi) {
+  v = lo > v ? lo : v;
+  return hi < v ? hi : v;
+}
+
+template <class A>
+SPAT_HD A sign(A g) {
+  return A(g > 0) - A(g < 0);  // 0 for ±0 and NaN
+}
+
+template <class A>
+SPAT_HD A linf_step(A x_adv, A x, A grad, A eps, A step_size, A lo, A hi) {
+  return clamp(clamp(x_adv + step_size * sign(grad), x - eps, x + eps), lo, hi);
+}
+
+// Philox4x32-10 (Salmon et al., SC 2011): four random words for (key, counter, index).
+struct Words {
+  uint32_t w[4];
+};
+SPAT_HD Words philox(uint64_t key, uint64_t counter, uint64_t index) {
+  uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = uint32_t(counter), c3 = uint32_t(counter >> 32);
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
+    c1 = uint32_t(b);
+    c3 = uint32_t(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The odd multiples of 2^-24 in (-1, 1): symmetric, and exact in fp32.
+SPAT_HD float symmetric_unit(uint32_t word) { return float(int32_t(word >> 8) * 2 + 1 - (1 << 24)) * 0x1p-24f; }
+SPAT_HD float random_sign(uint32_t word) { return word >> 31 ? -1.f : 1.f; }
+
+template <class A>
+SPAT_HD A linf_random_start(A x, float unit, A eps, A lo, A hi) {
+  return clamp(x + eps * A(unit), lo, hi);
+}
+
+// ---- L2 ------------------------------------------------------------------------------------------------------------------
+
+// What one pass over a sample gathers, in fp64: squares of fp32 gradients as small as 1e-40 neither vanish nor overflow.
+struct L2Sums {
+  double gg = 0, gd = 0, dd = 0;  // <g, g>, <g, d>, <d, d> with d = x_adv - x
+  template <class A>
+  SPAT_HD void push(A g, A d) {
+    gg += double(g) * double(g);
+    gd += double(g) * double(d);
+    dd += double(d) * double(d);
+  }
+};
+
+// x_adv' - x = shrink * (d + along * g): the normalised step, then the projection onto the ball.
+struct L2Move {
+  double along, shrink;
+  SPAT_HD L2Move(const L2Sums& s, double eps, double step_size) {
+    along = s.gg > 0 ? step_size / sqrt(s.gg) : 0.;
+    const double square = s.dd + 2 * along * s.gd + along * along * s.gg;
+    const double norm = sqrt(square > 0 ? square : 0.);
+    shrink = norm > eps ? eps / norm : 1.;
+  }
+  template <class A>
+  SPAT_HD A apply(A x_adv, A x, A g, A lo, A hi) const {
+    const double d = double(x_adv - x);
+    return clamp(A(double(x) + shrink * (d + along * double(g))), lo, hi);
+  }
+};
+
+template <class A>
+SPAT_HD bool finite(A v) {
+  return v - v == 0;
+}
+
+// ---- rows of logits ------------------------------------------------------------------------------------------------------
+
+// e^x for x <= 0 (in softmax, x = z - max): at most 1 ulp off, denormal results included, and plain arithmetic, so compilers
+// vectorise it. 1 + r + r^2 q(r) with q fitted on |r| <= ln(2)/2.
+SPAT_HD float exp_nonpositive(float x) {
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float shifted = x * 1.44269504f + magic;
+  const float n = shifted - magic;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  const float q = 0.5f + r * (0.166665763f + r * (0.0416664667f + r * (0.00836317986f + r * 0.00139334088f)));
+  const float scale = bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + (191 << 23));  // 2^(n + 64): normal for every n in use
+  const float e = (1.f + (r + r * r * q)) * scale * 0x1p-64f;
+  return x < -104.f ? 0.f : e;
+}
+SPAT_HD double exp_nonpositive(double x) { return exp(x); }
+
+template <class A>
+SPAT_HD A larger(A a, A b) {
+  return a > b ? a : b;
+}
+template <class A>
+SPAT_HD A lowest();
+template <>
+SPAT_HD float lowest() {
+  return -3.402823466e38f;
+}
+template <>
+SPAT_HD double lowest() {
+  return -1.7976931348623157e308;
+}
+
+// Label-smoothed cross-entropy of one row: y^LS is 1 - alpha on y and alpha/(K-1) on every other class (Eq. 4.1-4.2).
+// `others` sums e^(z - max) over k != y. With it p_y - (1 - alpha) = alpha - others/total: nothing cancels when p_y is near 1.
+template <class A>
+struct LsceRow {
+  A max, others, z_y, total;
+  SPAT_HD LsceRow(A max, A others, A z_y) : max(max), others(others), z_y(z_y), total(others + exp_nonpositive(z_y - max)) {}
+
+  SPAT_HD A grad(A z, bool is_label, A alpha, A off_target, A scale) const {
+    const A g = is_label ? alpha - others / total : exp_nonpositive(z - max) / total - off_target;
+    return scale * g;
+  }
+  // `gaps` = sum over k != y of z_y - z_k, read only where alpha > 0 (a logit of -inf would make 0 * inf of it)
+  SPAT_HD A loss(A gaps, A alpha, A off_target) const {
+    const A ce = z_y == max ? A(log1p(others)) : (max - z_y) + A(log(total));
+    return alpha > 0 ? ce + off_target * gaps : ce;
+  }
+};
+
+template <class A>
+SPAT_HD A kl_term(A q, A log_p) {
+  return q > 0 ? q * (A(log(q)) - log_p) : A(0);  // lim q log q = 0
+}
+
+// The order of logits by value, equal ones by index: argmax, and the sorted logits of DLR.
+template <class A>
+struct Ranked {
+  A z;
+  int64_t k;
+};
+template <class A>
+SPAT_HD bool before(Ranked<A> a, Ranked<A> b) {
+  return a.z > b.z || (a.z == b.z && a.k < b.k);
+}
+
+template <class A>
+struct MarginRow {
+  A loss;  // min(+-(z_other - z_y), kappa)
+  A slope; // of the loss by z_other; 0 where kappa clips
+  SPAT_HD MarginRow(A z_other, A z_y, A kappa, bool targeted) {
+    const A sign = targeted ? A(-1) : A(1), margin = sign * (z_other - z_y);
+    loss = margin > kappa ? kappa : margin;
+    slope = margin > kappa ? A(0) : sign;
+  }
+  SPAT_HD A grad(int64_t k, int64_t other, int64_t label, A scale) const {
+    return k == other ? scale * slope : k == label ? -scale * slope : A(0);
+  }
+};
+
+// Difference of logits ratio (arXiv 2003.01690, Eq. 6; Eq. 7 with a target). `rank` holds the four largest logits.
+// L = (z_up - z_label) / D; D = z_1 - z_3, with a target z_1 - (z_3 + z_4)/2; 1e-12 keeps equal logits from dividing by 0.
+template <class A>
+struct DlrRow {
+  A up_slope, ratio;  // dL by z_up, and -dL by z_1
+  A loss;
+  int64_t label, up, first, third, fourth;  // fourth = -1 in the untargeted form
+  SPAT_HD DlrRow(const Ranked<A> (&rank)[4], Ranked<A> label_, Ranked<A> up_, bool targeted) : label(label_.k), up(up_.k) {
+    first = rank[0].k, third = rank[2].k, fourth = targeted ? rank[3].k : -1;
+    const A d = (targeted ? rank[0].z - (rank[2].z + rank[3].z) / 2 : rank[0].z - rank[2].z) + A(1e-12);
+    loss = (up_.z - label_.z) / d;
+    up_slope = 1 / d;
+    ratio = loss / d;
+  }
+  SPAT_HD A grad(int64_t k, A scale) const {
+    A g = 0;
+    if (k == up) g += up_slope;
+    if (k == label) g -= up_slope;
+    if (k == first) g -= ratio;
+    if (k == third) g += fourth < 0 ? ratio : ratio / 2;
+    if (k == fourth) g += ratio / 2;
+    return scale * g;
+  }
+};
+
+// Restarts: a success outranks a failure, then the larger loss wins; NaN never does.
+template <class A>
+SPAT_HD bool takes_over(A loss, bool success, A best_loss, bool best_success) {
+  return success == best_success ? loss > best_loss : success;
+}
+
+}  // namespace spat

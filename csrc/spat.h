@@ -1,0 +1,109 @@
+// The contract between kernels and bindings: one plain struct of raw pointers per op, a CPU function and a CUDA launcher.
+//
+// No torch and no CUDA header here, so nvcc alone compiles every kernel and bindings.cpp also builds where there is no CUDA.
+// Images are dense with the batch outermost (contiguous or channels_last): sample b owns [b * sample_numel, (b + 1) * sample_numel).
+// Logits, probabilities and logit gradients are contiguous [rows, classes]. Arithmetic is fp32, and fp64 for fp64 tensors.
+// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best) or rows (*_grad), so that the caller
+// splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
+#pragma once
+#include <cstdint>
+
+namespace spat {
+
+enum class DType : int8_t { f32, f16, bf16, f64 };
+
+// One value for the whole batch, or one for each sample; fp32, and fp64 beside fp64 images.
+struct PerSample {
+  const void* data;
+  bool varies;
+};
+
+struct Images {
+  void* x_adv;
+  const void* x;
+  int64_t samples, sample_numel;
+  double lo, hi;
+  DType dtype;
+};
+
+struct LinfRandomStart {
+  Images images;
+  PerSample eps;
+  const int64_t* seed;  // [2]: key and counter of the Philox stream
+};
+
+struct Step {
+  Images images;
+  const void* grad;
+  DType grad_dtype;
+  PerSample eps, step_size;
+  uint8_t* nan_seen;  // [samples] or null: set to 1 where the gradient is not usable, never cleared
+};
+
+struct L2Step {
+  Step step;
+  const int64_t* seed;  // [2]: of the direction that a zero gradient is given
+};
+
+struct Rows {
+  const void* logits;
+  void* dlogits;
+  void* loss;  // [rows] in fp32 (fp64 for fp64 logits), or null
+  int64_t rows, classes;
+  double scale;
+  DType dtype;
+};
+
+struct LsceGrad {
+  Rows rows;
+  const int64_t* labels;
+  double alpha;
+  bool targeted;
+};
+
+struct KlGrad {
+  Rows rows;
+  const void* probs;  // fp32 (fp64 for fp64 logits)
+};
+
+struct MarginGrad {
+  Rows rows;
+  const int64_t* labels;
+  double kappa;
+  bool targeted;
+};
+
+struct DlrGrad {
+  Rows rows;
+  const int64_t* labels;
+  const int64_t* targets;  // null: the untargeted form
+};
+
+struct KeepBest {
+  void* best;
+  void* best_loss;        // [samples], fp32 (fp64 for fp64 images)
+  uint8_t* best_success;  // [samples] of 0 and 1, or null
+  const void* x_adv;
+  const void* loss;
+  const uint8_t* success;  // null exactly when best_success is
+  int64_t samples, sample_numel;
+  DType dtype;
+};
+
+#define SPAT_DECLARE(Args, name)                               \
+  void name##_cpu(const Args& args, int64_t begin, int64_t end); \
+  int launch_##name(const Args& args, void* stream);
+
+SPAT_DECLARE(LinfRandomStart, linf_random_start)
+SPAT_DECLARE(Step, linf_step)
+SPAT_DECLARE(L2Step, l2_step)
+SPAT_DECLARE(LsceGrad, lsce_grad)
+SPAT_DECLARE(KlGrad, kl_grad)
+SPAT_DECLARE(MarginGrad, margin_grad)
+SPAT_DECLARE(DlrGrad, dlr_grad)
+SPAT_DECLARE(KeepBest, keep_best)
+#undef SPAT_DECLARE
+
+const char* cuda_error_name(int error);
+
+}  // namespace spat

@@ -1,0 +1,11 @@
+"""The `spat` ops: one file a family, each with its formula, reference, Triton kernel and function; C++ and CUDA are in csrc/."""
+
+from .dlr import dlr_grad
+from .keep_best import keep_best_
+from .kl import kl_grad
+from .l2 import l2_step_
+from .linf import linf_random_start_, linf_step_
+from .lsce import lsce_grad
+from .margin import margin_grad
+
+__all__ = ["dlr_grad", "keep_best_", "kl_grad", "l2_step_", "linf_random_start_", "linf_step_", "lsce_grad", "margin_grad"]

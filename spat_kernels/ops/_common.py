@@ -1,0 +1,110 @@
+"""What the op files share: dtypes, layouts and argument checks of the references and Triton launchers.
+
+bindings.cpp checks the same for compiled code. Nothing here is reached when a compiled kernel serves the op.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Without fused multiply-add every expression rounds as it is written, the same on every backend.
+EXACT = {"enable_fp_fusion": False}
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an op computes in, and of its losses and per-sample arguments: fp32, and fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tl_acc(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Contiguous or channels_last: each sample is one stretch of memory."""
+    return t.is_contiguous() or (t.ndim >= 3 and t.movedim(1, -1).is_contiguous())
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Equal shapes, and equal strides wherever a dimension has more than one element."""
+    if a.shape != b.shape:
+        return False
+    return a.stride() == b.stride() or all(
+        n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def check_images(x_adv: Tensor, *others: tuple[str, Tensor]) -> None:
+    check(x_adv.dtype in FLOATS, f"x_adv must be float32, float16, bfloat16 or float64, got {x_adv.dtype}")
+    check(x_adv.ndim >= 1 and is_dense(x_adv), "x_adv must be contiguous or channels_last")
+    for name, t in others:
+        check(same_layout(x_adv, t), f"{name} must have the shape and the strides of x_adv")
+        check(t.device == x_adv.device, f"{name} is on another device than x_adv")
+
+
+def check_per_sample(x_adv: Tensor, **values: Tensor) -> None:
+    for name, t in values.items():
+        check(t.dtype == acc_dtype(x_adv.dtype), f"{name} must be {acc_dtype(x_adv.dtype)}")
+        check(t.numel() in (1, x_adv.shape[0]) and t.is_contiguous(), f"{name} must hold 1 or {x_adv.shape[0]} elements")
+
+
+def check_rows(logits: Tensor, dlogits: Tensor, loss: Tensor | None, min_classes: int = 2, **labels: Tensor) -> None:
+    check(logits.dtype in FLOATS, f"logits must be float32, float16, bfloat16 or float64, got {logits.dtype}")
+    check(logits.ndim == 2 and logits.is_contiguous(), "logits must be contiguous [B, K]")
+    check(logits.shape[1] >= min_classes, f"logits must have at least {min_classes} classes, got {logits.shape[1]}")
+    check(dlogits.shape == logits.shape and dlogits.is_contiguous(), "dlogits must be contiguous with logits' shape")
+    check(dlogits.dtype == logits.dtype, "dlogits must have logits' dtype")
+    if loss is not None:
+        check(loss.dtype == acc_dtype(logits.dtype), f"loss must be {acc_dtype(logits.dtype)}")
+        check(loss.shape == logits.shape[:1] and loss.is_contiguous(), "loss must be contiguous [B]")
+    for name, t in labels.items():
+        check(t.dtype == torch.int64 and t.shape == logits.shape[:1] and t.is_contiguous(), f"{name} must be int64 [B]")
+
+
+def broadcast(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, one for the batch or [B], shaped to broadcast against the images `like`."""
+    return value.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def is_class(labels: Tensor, classes: int) -> Tensor:
+    return (labels >= 0) & (labels < classes)
+
+
+def row_grid(logits: Tensor) -> tuple[tuple[int], dict]:
+    """Launch grid and tile of a row kernel: about 1024 logits a program, long rows in chunks of 1024.
+
+    K is a compile-time constant (a model has one), so rows of one chunk compile without a loop.
+    """
+    rows, classes = logits.shape
+    block_k = min(triton.next_power_of_2(classes), 1024)
+    block_b = max(1, min(1024 // block_k, 32))
+    tile = {"K": classes, "BLOCK_B": block_b, "BLOCK_K": block_k, "ACC": tl_acc(logits.dtype)}
+    return (triton.cdiv(rows, block_b),), tile | EXACT
+
+
+@triton.jit
+def load_rows(ptr, i_b, i_k, B, K: tl.constexpr, other, ACC: tl.constexpr):
+    """A [BLOCK_B, BLOCK_K] tile at rows i_b and columns i_k, `other` beyond the edges, and its mask."""
+    m = (i_b < B)[:, None] & (i_k < K)[None, :]
+    return tl.load(ptr + i_b[:, None] * K + i_k[None, :], mask=m, other=other).to(ACC), m
+
+
+@triton.jit
+def safe_labels(labels_ptr, i_b, B, K: tl.constexpr):
+    """Labels at rows i_b, and whether they name a class; those that do not are replaced by 0, so that nothing reads outside."""
+    b_y = tl.load(labels_ptr + i_b, mask=i_b < B, other=0)
+    valid = (b_y >= 0) & (b_y < K)
+    return tl.where(valid, b_y, 0), valid
+
+
+@triton.jit
+def per_sample(ptr, i_sample, m, VARIES: tl.constexpr):
+    """The value of each element's sample, or the one value for all."""
+    return tl.load(ptr + i_sample, mask=m, other=0.0) if VARIES else tl.load(ptr)

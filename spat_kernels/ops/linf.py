@@ -1,0 +1,175 @@
+"""L-infinity ball: random start and signed-gradient step, in place.
+
+    start:  x_adv <- clamp(x + U(-eps, eps), lo, hi)
+    step:   x_adv <- clamp(clamp(x_adv + step_size * sign(grad), x - eps, x + eps), lo, hi)        (Madry et al., Eq. 2.7)
+
+x_adv, x, grad: [B, ...], dense, equal strides. x_adv and x share a dtype of {fp32, bf16, fp16, fp64}; grad has its own (fp64 goes
+with fp64 alone). eps, step_size: [1] or [B] in fp32 (fp64 for fp64 images). Arithmetic is fp32 and rounds once, on the store.
+sign(0) = sign(NaN) = 0; nan_seen, uint8 [B], is set to 1 for samples with a NaN gradient and never cleared.
+A step moves 3 reads + 1 write of the image (16 bytes an element in fp32), a start 1 + 1.
+
+Noise is Philox4x32-10 with key seed[0] and counter (memory offset // 4, seed[1]): a function of the seed alone, the same bits on
+every backend. The same seed gives channels_last images other noise than contiguous ones.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._library import define
+from ._common import EXACT, broadcast, check_images, check_per_sample, per_sample, tl_acc
+
+BLOCK = 1024
+
+# --- reference ---
+
+
+def philox_ref(seed: Tensor, calls: int) -> Tensor:
+    """The first 4 * calls words of the stream of `seed`, as int64 [calls, 4]."""
+    low = 0xFFFFFFFF
+    index = torch.arange(calls, device=seed.device)
+    (k0, k1), (c2, c3) = ([v & low, (v >> 32) & low] for v in seed)
+    c = [index & low, index >> 32, c2.expand_as(index), c3.expand_as(index)]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # wraps in int64, the bits are those of uint64
+        c = [((b >> 32) & low) ^ c[1] ^ k0, b & low, ((a >> 32) & low) ^ c[3] ^ k1, a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack(c, dim=1)
+
+
+def memory_order(t: Tensor) -> Tensor:
+    """A view of the dense images `t` whose row-major order is the order in memory."""
+    return t if t.is_contiguous() else t.movedim(1, -1)
+
+
+def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
+    check_images(x_adv, ("x", x))
+    check_per_sample(x_adv, eps=eps)
+    flat = memory_order(x)
+    words = philox_ref(seed, -(-x.numel() // 4)).flatten()[: x.numel()].view(flat.shape)
+    unit = (((words >> 8) * 2 + 1 - 2**24) * 2.0**-24).to(eps.dtype)
+    memory_order(x_adv).copy_((flat.to(eps.dtype) + broadcast(eps, flat) * unit).clamp(lo, hi))
+
+
+def linf_step_ref(
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
+) -> None:
+    check_images(x_adv, ("x", x), ("grad", grad))
+    check_per_sample(x_adv, eps=eps, step_size=step_size)
+    eps, step_size = broadcast(eps, x), broadcast(step_size, x)
+    moved = x_adv.to(eps.dtype) + step_size * grad.to(eps.dtype).sign().nan_to_num(0)
+    x_adv.copy_(moved.clamp(x - eps, x + eps).clamp(lo, hi))
+    if nan_seen is not None:
+        nan_seen |= grad.isnan().flatten(1).any(1) if x.numel() else False
+
+
+# --- Triton ---
+
+
+@triton.jit
+def linf_random_start_kernel(
+    x_adv_ptr, x_ptr, eps_ptr, seed_ptr, numel, sample_numel, lo: tl.float64, hi: tl.float64, VARIES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    i_call = tl.program_id(0).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    counter = tl.load(seed_ptr + 1)
+    r0, r1, r2, r3 = tl.philox(
+        tl.load(seed_ptr), i_call.to(tl.uint32), (i_call >> 32).to(tl.uint32), counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    )  # fmt: skip
+    b_word = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
+    b_unit = ((b_word >> 8).to(tl.int32) * 2 + 1 - 16777216).to(tl.float32) * 5.9604644775390625e-08
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < numel
+    b_eps = per_sample(eps_ptr, o // sample_numel, m, VARIES)
+    b_start = tl.load(x_ptr + o, mask=m).to(ACC) + b_eps * b_unit.to(ACC)
+    tl.store(x_adv_ptr + o, tl.minimum(tl.maximum(b_start, tl.cast(lo, ACC)), tl.cast(hi, ACC)), mask=m)
+
+
+@triton.jit
+def linf_step_kernel(
+    x_adv_ptr, x_ptr, grad_ptr, eps_ptr, step_ptr, nan_seen_ptr, numel, sample_numel, lo: tl.float64, hi: tl.float64,
+    EPS_VARIES: tl.constexpr, STEP_VARIES: tl.constexpr, COUNT_NAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < numel
+    i_sample = o // sample_numel
+    b_eps, b_step = per_sample(eps_ptr, i_sample, m, EPS_VARIES), per_sample(step_ptr, i_sample, m, STEP_VARIES)
+    b_adv, b_x = tl.load(x_adv_ptr + o, mask=m).to(ACC), tl.load(x_ptr + o, mask=m).to(ACC)
+    b_grad = tl.load(grad_ptr + o, mask=m, other=0.0).to(ACC)
+    if COUNT_NAN:
+        tl.store(nan_seen_ptr + i_sample, tl.full([BLOCK], 1, tl.uint8), mask=m & (b_grad != b_grad))
+    b_sign = (b_grad > 0).to(ACC) - (b_grad < 0).to(ACC)
+    b_moved = tl.minimum(tl.maximum(b_adv + b_step * b_sign, b_x - b_eps), b_x + b_eps)
+    tl.store(x_adv_ptr + o, tl.minimum(tl.maximum(b_moved, tl.cast(lo, ACC)), tl.cast(hi, ACC)), mask=m)
+
+
+# --- launchers ---
+
+
+def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
+    check_images(x_adv, ("x", x))
+    check_per_sample(x_adv, eps=eps)
+    if numel := x_adv.numel():
+        with torch.cuda.device_of(x_adv):
+            linf_random_start_kernel[(triton.cdiv(numel, BLOCK),)](
+                x_adv, x, eps, seed, numel, numel // len(x), lo, hi,
+                VARIES=eps.numel() > 1, BLOCK=BLOCK, ACC=tl_acc(x.dtype), **EXACT,
+            )  # fmt: skip
+
+
+def linf_step_triton(
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
+) -> None:
+    check_images(x_adv, ("x", x), ("grad", grad))
+    check_per_sample(x_adv, eps=eps, step_size=step_size)
+    if numel := x_adv.numel():
+        with torch.cuda.device_of(x_adv):
+            linf_step_kernel[(triton.cdiv(numel, BLOCK),)](
+                x_adv, x, grad, eps, step_size, nan_seen, numel, numel // len(x), lo, hi,
+                EPS_VARIES=eps.numel() > 1, STEP_VARIES=step_size.numel() > 1, COUNT_NAN=nan_seen is not None,
+                BLOCK=BLOCK, ACC=tl_acc(x.dtype), **EXACT,
+            )  # fmt: skip
+
+
+# --- registration ---
+
+_random_start = define(
+    "linf_random_start_(Tensor(a!) x_adv, Tensor x, Tensor eps, Tensor seed, float lo, float hi)",
+    linf_random_start_ref,
+    linf_random_start_triton,
+)
+_step = define(
+    "linf_step_(Tensor(a!) x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, float lo, float hi, "
+    "Tensor(b!)? nan_seen)",
+    linf_step_ref,
+    linf_step_triton,
+)
+
+# --- public ---
+
+
+def linf_random_start_(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float = 0.0, hi: float = 1.0) -> Tensor:
+    """Write a uniform random start in the eps-ball around `x` and the box [lo, hi] into `x_adv`; returns `x_adv`.
+
+    seed: int64 [2], the Philox key and counter. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
+    """
+    _random_start(x_adv, x, eps, seed, lo, hi)
+    return x_adv
+
+
+def linf_step_(
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: Tensor,
+    step_size: Tensor,
+    lo: float = 0.0,
+    hi: float = 1.0,
+    nan_seen: Tensor | None = None,
+) -> Tensor:
+    """Step `x_adv` by `step_size * sign(grad)`, then project onto the eps-ball around `x` and the box; returns `x_adv`.
+
+    Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
+    """
+    _step(x_adv, x, grad, eps, step_size, lo, hi, nan_seen)
+    return x_adv
