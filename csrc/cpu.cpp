@@ -215,9 +215,9 @@ SPAT_HD void kl_grad(const KlGrad& a, int64_t row) {
   }
   if (a.rows.loss) {
     const A log_total = max + A(log(total));
-    A loss = 0;
-    for (int64_t k = 0; k < classes; ++k) loss += kl_term(probs[k], to_acc(logits[k]) - log_total);
-    static_cast<A*>(a.rows.loss)[row] = loss;
+    A terms[kLanes] = {};
+    for (int64_t k = 0; k < classes; ++k) terms[k % kLanes] += kl_term(probs[k], to_acc(logits[k]) - log_total);
+    static_cast<A*>(a.rows.loss)[row] = sum(terms);
   }
 }
 

@@ -1,1 +1,7 @@
+"""The PGD inner loop of adversarial training as fused kernels. Start at `pgd_ls` and `PGD`; `config()` says what runs here."""
+
+from . import losses
 from ._library import config
+from .attacks import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
+
+__all__ = ["PGD", "config", "cw_linf", "fgsm", "losses", "pgd", "pgd_kl", "pgd_ls"]

@@ -41,18 +41,23 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def check_images(x_adv: Tensor, *others: tuple[str, Tensor]) -> None:
+def check_images(x_adv: Tensor, x: Tensor, **per_sample: Tensor) -> None:
+    """x_adv and x alike and dense; each of `per_sample` one value, or one for each sample."""
     check(x_adv.dtype in FLOATS, f"x_adv must be float32, float16, bfloat16 or float64, got {x_adv.dtype}")
     check(x_adv.ndim >= 1 and is_dense(x_adv), "x_adv must be contiguous or channels_last")
-    for name, t in others:
-        check(same_layout(x_adv, t), f"{name} must have the shape and the strides of x_adv")
-        check(t.device == x_adv.device, f"{name} is on another device than x_adv")
-
-
-def check_per_sample(x_adv: Tensor, **values: Tensor) -> None:
-    for name, t in values.items():
+    check(x.dtype == x_adv.dtype, f"x must be {x_adv.dtype} like x_adv, got {x.dtype}")
+    check(same_layout(x_adv, x), "x must have the shape and the strides of x_adv")
+    for name, t in per_sample.items():
         check(t.dtype == acc_dtype(x_adv.dtype), f"{name} must be {acc_dtype(x_adv.dtype)}")
         check(t.numel() in (1, x_adv.shape[0]) and t.is_contiguous(), f"{name} must hold 1 or {x_adv.shape[0]} elements")
+
+
+def check_step(x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, nan_seen: Tensor | None) -> None:
+    check_images(x_adv, x, eps=eps, step_size=step_size)
+    check(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv")
+    check((grad.dtype == torch.float64) == (x.dtype == torch.float64), "grad must be float64 exactly when x_adv is")
+    if nan_seen is not None:
+        check(nan_seen.dtype == torch.uint8 and nan_seen.shape == x.shape[:1], "nan_seen must be uint8 [B]")
 
 
 def check_rows(logits: Tensor, dlogits: Tensor, loss: Tensor | None, min_classes: int = 2, **labels: Tensor) -> None:

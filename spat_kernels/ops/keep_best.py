@@ -32,7 +32,7 @@ def keep_best_ref(
 def check_keep_best(
     best: Tensor, best_loss: Tensor, best_success: Tensor | None, x_adv: Tensor, loss: Tensor, success: Tensor | None
 ) -> None:
-    check_images(best, ("x_adv", x_adv))
+    check_images(best, x_adv)
     check((success is None) == (best_success is None), "best_success and success go together")
     vectors = [("loss", loss), ("best_loss", best_loss), ("success", success), ("best_success", best_success)]
     for name, t in vectors:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, broadcast, check_images, check_per_sample, per_sample, tl_acc
+from ._common import EXACT, broadcast, check_step, per_sample, tl_acc
 from .linf import memory_order, philox_ref
 
 # --- reference ---
@@ -27,8 +27,7 @@ def l2_step_ref(
     x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, seed: Tensor, lo: float, hi: float,
     nan_seen: Tensor | None,
 ) -> None:  # fmt: skip
-    check_images(x_adv, ("x", x), ("grad", grad))
-    check_per_sample(x_adv, eps=eps, step_size=step_size)
+    check_step(x_adv, x, grad, eps, step_size, nan_seen)
     if not x.numel():
         return
     clean, adv, g = (memory_order(t).double().flatten(1) for t in (x, x_adv, grad))
@@ -124,8 +123,7 @@ def l2_step_triton(
     x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, seed: Tensor, lo: float, hi: float,
     nan_seen: Tensor | None,
 ) -> None:  # fmt: skip
-    check_images(x_adv, ("x", x), ("grad", grad))
-    check_per_sample(x_adv, eps=eps, step_size=step_size)
+    check_step(x_adv, x, grad, eps, step_size, nan_seen)
     if x_adv.numel():
         n = x_adv.numel() // len(x_adv)
         with torch.cuda.device_of(x_adv):

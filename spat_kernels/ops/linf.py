@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, broadcast, check_images, check_per_sample, per_sample, tl_acc
+from ._common import EXACT, broadcast, check_images, check_step, per_sample, tl_acc
 
 BLOCK = 1024
 
@@ -44,8 +44,7 @@ def memory_order(t: Tensor) -> Tensor:
 
 
 def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
-    check_images(x_adv, ("x", x))
-    check_per_sample(x_adv, eps=eps)
+    check_images(x_adv, x, eps=eps)
     flat = memory_order(x)
     words = philox_ref(seed, -(-x.numel() // 4)).flatten()[: x.numel()].view(flat.shape)
     unit = (((words >> 8) * 2 + 1 - 2**24) * 2.0**-24).to(eps.dtype)
@@ -55,8 +54,7 @@ def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, l
 def linf_step_ref(
     x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
 ) -> None:
-    check_images(x_adv, ("x", x), ("grad", grad))
-    check_per_sample(x_adv, eps=eps, step_size=step_size)
+    check_step(x_adv, x, grad, eps, step_size, nan_seen)
     eps, step_size = broadcast(eps, x), broadcast(step_size, x)
     moved = x_adv.to(eps.dtype) + step_size * grad.to(eps.dtype).sign().nan_to_num(0)
     x_adv.copy_(moved.clamp(x - eps, x + eps).clamp(lo, hi))
@@ -107,8 +105,7 @@ def linf_step_kernel(
 
 
 def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
-    check_images(x_adv, ("x", x))
-    check_per_sample(x_adv, eps=eps)
+    check_images(x_adv, x, eps=eps)
     if numel := x_adv.numel():
         with torch.cuda.device_of(x_adv):
             linf_random_start_kernel[(triton.cdiv(numel, BLOCK),)](
@@ -120,8 +117,7 @@ def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor
 def linf_step_triton(
     x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
 ) -> None:
-    check_images(x_adv, ("x", x), ("grad", grad))
-    check_per_sample(x_adv, eps=eps, step_size=step_size)
+    check_step(x_adv, x, grad, eps, step_size, nan_seen)
     if numel := x_adv.numel():
         with torch.cuda.device_of(x_adv):
             linf_step_kernel[(triton.cdiv(numel, BLOCK),)](

@@ -1,0 +1,241 @@
+"""The attacks: projected gradient ascent on a loss of the logits (Madry et al., arXiv 1706.06083; thesis, Eq. 2.7).
+
+    x_0     = a random point of the ball around x, or x
+    x_{t+1} = project(x_t + step_size * direction(d loss / d x_t))     direction: the sign (L-infinity) or g / ||g|| (L2)
+
+Only the direction of the input gradient counts, so nothing else is computed: one fused kernel from logits to their gradient, the
+model's backward to its input, one fused kernel for the step and both projections.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .balls import BALLS, box
+from .borrow import BN_MODES, borrowed
+from .input_gradient import InputGradient
+from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss, value_dtype
+from .ops._common import acc_dtype, is_dense
+
+# Keeps the logit gradients of confident samples out of fp16's denormals; only their direction counts.
+FP16_SCALE = 128.0
+
+
+@dataclass(eq=False)
+class PGD:
+    """Projected gradient descent as a reusable object: `attack = PGD(8/255, loss="ce")`, then `attack(model, x, y)`.
+
+    Args:
+        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
+        loss: what is maximised: "ce", "kl", "margin", "dlr", an object of `spat_kernels.losses`, or a callable
+            `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
+        steps: gradient steps, >= 0.
+        step_size: length of a step in the units of x, a number or [B]. None is eps / 4 for L-infinity (thesis, chapter 6) and
+            2.5 * eps / steps for L2 (the same at 10 steps).
+        random_start: begin at a uniform random point of the ball, else at x.
+        norm: "linf" or "l2".
+        targeted: move towards the classes y instead of away from them.
+        restarts: runs from different random starts, of which the best is kept per sample. One forward more each.
+        bounds: (lo, hi) of valid x.
+        bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
+            statistics never change.
+        select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
+            "loss" alone.
+        generator: source of the random starts, on any device; None is torch's default one of x's device.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+    """
+
+    eps: float | Tensor
+    _: KW_ONLY
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "ce"
+    steps: int = 10
+    step_size: float | Tensor | None = None
+    random_start: bool = True
+    norm: str = "linf"
+    targeted: bool = False
+    restarts: int = 1
+    bounds: tuple[float, float] = (0.0, 1.0)
+    bn_mode: str = "eval"
+    select: str = "success"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        self.loss = as_loss(self.loss)
+        checks.check_choice("norm", self.norm, BALLS)
+        checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
+        checks.check_choice("select", self.select, ("success", "loss"))
+        checks.check_count("steps", self.steps, 0)
+        checks.check_count("restarts", self.restarts, 1)
+        checks.check_length("eps", self.eps)
+        checks.check_bounds(self.bounds, self.norm, self.eps)
+        if self.step_size is not None:
+            checks.check_length("step_size", self.step_size)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} with random_start=False repeats one run: set random_start=True")
+
+    def __call__(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> Tensor:
+        """Attack `model` at the images `x`.
+
+        The model (modes, gradients, statistics), x and y are afterwards as they were, also when the model raises. Works in any
+        grad mode and under autocast.
+
+        Args:
+            model: module or callable, x -> logits [B, K].
+            x: images [B, ...] inside `bounds` in fp32, fp16, bf16 or fp64, which is the dtype of the iterates too.
+            y: int64 [B], the true labels, or the targets. None where neither the loss nor the choice of restarts needs any.
+            start: the first iterate, like x, instead of a random one: taken as it is, projected by the first step.
+
+        Returns:
+            Tensor: adversarial images with x's shape, dtype, device and memory format, without a graph: inside the ball (to one
+            rounding of x's dtype) and exactly inside `bounds`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+
+        Warns:
+            RuntimeWarning: the gradient was NaN (L2: or infinite) for some samples. It counts as 0, which looks like robustness
+                and is none.
+        """
+        highest_label = self._check(model, x, y, start)
+        with torch.inference_mode(False), torch.no_grad(), borrowed(model, self.bn_mode):
+            x = x.detach()
+            if not is_dense(x):
+                x = x.contiguous()
+            if x.numel() == 0 or x.is_inference():  # autograd refuses inference tensors
+                x = x.clone()
+            if x.numel() == 0:
+                return x
+            step_size = self._default_step_size() if self.step_size is None else self.step_size
+            ball = BALLS[self.norm](x, self.eps, step_size, box(self.bounds, x.dtype))
+            x_adv = self._best_run(InputGradient(model, highest_label), ball, y, start)
+            unusable = int(ball.nan_seen.sum())
+        if unusable:
+            warnings.warn(
+                f"the input gradient was NaN for {unusable} of {len(x)} samples and counted as 0 there: they may look robust "
+                "without being so. Look at the model's outputs, or attack in higher precision",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return x_adv
+
+    def _check(self, model, x, y, start) -> int:
+        checks.check_images(x)
+        checks.check_device(model, x)
+        checks.check_per_sample("eps", self.eps, x)
+        checks.check_per_sample("step_size", self.step_size, x)
+        if y is not None:
+            checks.check_labels(y, x)
+        elif self.loss.uses_labels or (self.restarts > 1 and self.select == "success"):
+            raise TypeError("y=None, but the loss or the choice of restarts needs labels: give y, int64 [B]")
+        if start is not None:
+            checks.check_start(start, x)
+            if self.restarts > 1:
+                raise ValueError(f"restarts={self.restarts} from one start repeat one run: leave out start, or restarts")
+        elif self.loss.needs_random_start and not self.random_start:
+            raise ValueError("random_start=False, but the gradient of this loss is zero at x itself: set it True, or give a start")
+        return checks.check_values(x, y, start, self.bounds)
+
+    def _default_step_size(self) -> float | Tensor:
+        return self.eps / 4 if self.norm == "linf" else self.eps * (2.5 / max(self.steps, 1))
+
+    def _best_run(self, model: InputGradient, ball, y: Tensor | None, start: Tensor | None) -> Tensor:
+        clean_logits = model.logits(ball.x) if self.loss.needs_clean_logits else None
+        reference = self.loss.reference(y, clean_logits, self.targeted)
+        if self.restarts == 1:
+            return self._run(model, ball, reference, start)
+        best = ball.x.clone()
+        best_value = torch.full((len(best),), -torch.inf, dtype=acc_dtype(best.dtype), device=best.device)
+        best_success = torch.zeros_like(best_value, dtype=torch.bool) if self.select == "success" else None
+        for _ in range(self.restarts):
+            x_adv = self._run(model, ball, reference, None)
+            logits = model.logits(x_adv)
+            value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
+            self._logit_gradient(logits, reference, value)
+            success = (logits.argmax(1) == y) == self.targeted if self.select == "success" else None
+            ops.keep_best_(best, best_value, best_success, x_adv, value.to(best_value.dtype), success)
+        return best
+
+    def _run(self, model: InputGradient, ball, reference, start: Tensor | None) -> Tensor:
+        if start is not None:
+            x_adv = torch.empty_like(ball.x).copy_(start)
+        else:
+            x_adv = ball.random_start(self.generator) if self.random_start else ball.x.clone()
+        for _ in range(self.steps):
+            logits = model.forward(x_adv)
+            ball.step_(x_adv, model.backward(self._logit_gradient(logits, reference)))
+        if self.steps == 0 and start is not None:
+            ball.project_(x_adv)
+        return x_adv
+
+    def _logit_gradient(self, logits: Tensor, reference, value: Tensor | None = None) -> Tensor:
+        dlogits = torch.empty_like(logits)
+        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
+        self.loss.gradient(logits, reference, dlogits, value, targeted=self.targeted, scale=scale)
+        return dlogits
+
+
+def pgd_ls(
+    model,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    alpha: float,
+    *,
+    steps: int = 10,
+    step_size: float | Tensor | None = None,
+    random_start: bool = True,
+    norm: str = "linf",
+    targeted: bool = False,
+    restarts: int = 1,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    bn_mode: str = "eval",
+    select: str = "success",
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
+
+    `alpha` in [0, 1] is the label smoothing (not the step size): the label gets 1 - alpha, every other class alpha / (K - 1). 0 is
+    cross-entropy. Where p_y > 1 - alpha this loss pulls *towards* the true class: it makes training examples that keep their
+    meaning, and is too weak to measure robustness with (use `pgd`, `cw_linf` and AutoAttack).
+
+    The other arguments, the result, errors and warnings are those of `PGD`.
+    """
+    attack = PGD(
+        eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
+        targeted=targeted, restarts=restarts, bounds=bounds, bn_mode=bn_mode, select=select, generator=generator,
+    )  # fmt: skip
+    return attack(model, x, y, start=start)
+
+
+def pgd(model, x: Tensor, y: Tensor | None, eps: float | Tensor, *, loss="ce", start: Tensor | None = None, **settings) -> Tensor:
+    """PGD on `loss`: a name, an object of `losses`, or a callable. Everything else as in `PGD`, which `settings` go to."""
+    return PGD(eps, loss=loss, **settings)(model, x, y, start=start)
+
+
+def pgd_kl(model, x: Tensor, y: Tensor | None, eps: float | Tensor, **settings) -> Tensor:
+    """PGD on KL(p(x) || p(x_adv)), the inner attack of TRADES (arXiv 1901.08573). y may be None. `settings` as in `pgd`."""
+    return pgd(model, x, y, eps, loss=KLDivergence(), **settings)
+
+
+def fgsm(model, x: Tensor, y: Tensor, eps: float | Tensor, *, step_size=None, random_start: bool = False, **settings) -> Tensor:
+    """One step of length eps (or `step_size`), by default from x itself (Goodfellow et al., arXiv 1412.6572).
+
+    `settings` as in `pgd`, except `steps`.
+    """
+    step_size = eps if step_size is None else step_size
+    return pgd(model, x, y, eps, steps=1, step_size=step_size, random_start=random_start, **settings)
+
+
+def cw_linf(model, x: Tensor, y: Tensor, eps: float | Tensor, *, kappa: float = 50.0, steps: int = 30, **settings) -> Tensor:
+    """C&W-infinity: PGD on the margin loss (Madry et al., section 5; the thesis runs it for 30 steps).
+
+    kappa = 0 stops at the first misclassification; 50 goes on as the public code does. `settings` as in `pgd`.
+    """
+    return pgd(model, x, y, eps, loss=Margin(kappa), steps=steps, **settings)

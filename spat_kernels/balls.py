@@ -1,0 +1,85 @@
+"""The sets that an attack stays in: a ball around each clean image, cut by the box of valid values."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops._common import acc_dtype, same_layout
+
+
+class Ball:
+    """Where the iterates of one batch may go, and how they step.
+
+    Args:
+        x: clean images [B, ...], contiguous or channels_last; kept, not copied.
+        eps, step_size: numbers, or tensors of one value or [B].
+        bounds: (lo, hi), as `box` gives them for x's dtype.
+
+    Attributes:
+        nan_seen: uint8 [B], 1 for samples that met a gradient that is NaN (L2: or infinite).
+    """
+
+    def __init__(self, x: Tensor, eps: float | Tensor, step_size: float | Tensor, bounds: tuple[float, float]):
+        self.x, self.bounds = x, bounds
+        self.eps, self.step_size = self._values(eps), self._values(step_size)
+        self.nan_seen = torch.zeros(len(x), dtype=torch.uint8, device=x.device)
+
+    def _values(self, value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, device=self.x.device).detach().to(acc_dtype(self.x.dtype)).reshape(-1).contiguous()
+
+    def _draw(self, generator: torch.Generator | None, method: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Random numbers by the in-place `method`, from `generator` wherever it lives, on x's device."""
+        device = self.x.device if generator is None else generator.device
+        empty = torch.empty(size, dtype=dtype or self.eps.dtype, device=device)
+        return getattr(empty, method)(generator=generator).to(self.x.device)
+
+    def random_start(self, generator: torch.Generator | None) -> Tensor:
+        """A new tensor of uniform random points of the ball, clamped to the box."""
+        raise NotImplementedError
+
+    def step_(self, x_adv: Tensor, grad: Tensor) -> None:
+        """Step `x_adv` up the gradient, in place, and project."""
+        if not same_layout(grad, x_adv):
+            grad = torch.empty_like(x_adv, dtype=grad.dtype).copy_(grad)
+        self._move_(x_adv, grad, self.step_size)
+
+    def project_(self, x_adv: Tensor) -> None:
+        """Project `x_adv`, in place: a step of length 0."""
+        self._move_(x_adv, torch.zeros_like(x_adv), torch.zeros_like(self.eps))
+
+
+class LinfBall(Ball):
+    def random_start(self, generator):
+        seed = self._draw(generator, "random_", 2, dtype=torch.int64)
+        return ops.linf_random_start_(torch.empty_like(self.x), self.x, self.eps, seed, *self.bounds)
+
+    def _move_(self, x_adv, grad, step_size):
+        ops.linf_step_(x_adv, self.x, grad, self.eps, step_size, *self.bounds, self.nan_seen)
+
+
+class L2Ball(Ball):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seed = torch.zeros(2, dtype=torch.int64, device=self.x.device)  # of the directions of zero gradients
+
+    def random_start(self, generator):
+        """Uniform in the ball: one step of length eps * U^(1/n) in a uniformly random direction."""
+        self.seed = self._draw(generator, "random_", 2, dtype=torch.int64)
+        direction = torch.empty_like(self.x, dtype=self.eps.dtype).copy_(self._draw(generator, "normal_", *self.x.shape))
+        dimensions = self.x[0].numel()
+        radius = self.eps * self._draw(generator, "uniform_", len(self.x)) ** (1 / dimensions)
+        x_adv = self.x.clone()
+        self._move_(x_adv, direction, radius)
+        return x_adv
+
+    def _move_(self, x_adv, grad, step_size):
+        ops.l2_step_(x_adv, self.x, grad, self.eps, step_size, self.seed, *self.bounds, self.nan_seen)
+
+
+BALLS = {"linf": LinfBall, "l2": L2Ball}
+
+
+def box(bounds: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """`bounds` rounded to `dtype`, so that a result clamped to them is inside exactly."""
+    lo, hi = torch.tensor(bounds, dtype=torch.float64).to(dtype).tolist()
+    return lo, hi

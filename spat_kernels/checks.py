@@ -1,0 +1,103 @@
+"""Checks of what a caller gives to an attack: each error names the argument, its value and the remedy."""
+
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from .balls import box
+
+
+def kind(value) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_choice(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def check_count(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {kind(value)}")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_length(name: str, value) -> None:
+    """A number or a tensor of numbers, finite and >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"{name} must be a number or a tensor with one value per sample, got {kind(value)}")
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of numbers, got {kind(value)}")
+    values = torch.as_tensor(value)
+    if not bool((values.isfinite() & (values >= 0)).all()):
+        raise ValueError(f"{name}={value} must be finite and >= 0, in the units of x (8/255 for images in [0, 1])")
+
+
+def check_bounds(bounds, norm: str, eps) -> None:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds={bounds} must be two numbers (lo, hi) with lo < hi")
+    width = bounds[1] - bounds[0]
+    if norm == "linf" and bool((torch.as_tensor(eps) > width).any()):
+        raise ValueError(f"eps={eps} exceeds the width of bounds={bounds}: it is in the units of x (8/255 for images in [0, 1])")
+
+
+def check_images(x) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {kind(x)}: convert 8-bit images by x.float() / 255")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}: use x.float()")
+    if x.ndim < 2:
+        raise ValueError(f"x must be a batch [B, ...], got shape {list(x.shape)}: use x.unsqueeze(0) for one sample")
+
+
+def check_labels(y, x: Tensor) -> None:
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError(f"y must be an int64 tensor of class indices, got {kind(y)}: use y.long(), or y.argmax(1) on one-hot labels")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must have shape [{len(x)}] like the batch of x, got {list(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"y is on {y.device} and x on {x.device}: move one of them by .to(device)")
+
+
+def check_per_sample(name: str, value, x: Tensor) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1 and value.shape != x.shape[:1]:
+        raise ValueError(f"{name} has shape {list(value.shape)}: give a number, or one value per sample, [{len(x)}]")
+
+
+def check_start(start, x: Tensor) -> None:
+    if not isinstance(start, Tensor) or start.shape != x.shape or start.device != x.device or not start.is_floating_point():
+        raise ValueError(f"start must be a tensor like x ({kind(x)}), got {kind(start)}")
+
+
+def check_device(model, x: Tensor) -> None:
+    if isinstance(model, nn.Module):
+        devices = {t.device for t in (*model.parameters(), *model.buffers())}
+        if devices and x.device not in devices:
+            where = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"x is on {x.device} and model on {where}: move one of them by .to(device)")
+
+
+def check_values(x: Tensor, y: Tensor | None, start: Tensor | None, bounds: tuple[float, float]) -> int:
+    """Check what is in the tensors; return the largest label (-1 without labels). Waits for the device once."""
+    if x.numel() == 0:
+        return -1
+    tensors = [t for t in (x, y, start) if t is not None]
+    extremes = torch.stack([v.double() for t in tensors for v in t.detach().aminmax()]).tolist()
+    x_min, x_max = extremes[:2]
+    lo, hi = box(bounds, x.dtype)
+    if not (lo <= x_min and x_max <= hi):  # NaN fails too
+        found = "NaN" if x_min != x_min else f"values from {x_min:g} to {x_max:g}"
+        remedy = "divide 8-bit images by 255" if x_max > 2 else "normalise inside the model, or give the bounds"
+        raise ValueError(f"x must lie inside bounds={tuple(bounds)}, found {found}: {remedy}")
+    if start is not None and any(v - v != 0 for v in extremes[-2:]):
+        raise ValueError("start holds NaN or infinite values")
+    if y is None:
+        return -1
+    y_min, y_max = map(int, extremes[2:4])
+    if y_min < 0:
+        raise ValueError(f"y must hold class indices in [0, K), found {y_min}: drop ignored samples before the attack")
+    return y_max

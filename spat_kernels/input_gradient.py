@@ -1,0 +1,72 @@
+"""Logits, then d(logits) -> d(input): the one interface between an attack and the model it attacks, by autograd."""
+
+import torch
+from torch import Tensor
+
+
+class InputGradient:
+    """`forward(x)` gives the logits; `backward(dlogits)` the gradient at that x, by the vector-Jacobian product.
+
+    Only the input is differentiated: no weight gradient is computed, and no `.grad` is written. `highest_label` is the largest
+    class that the labels name, to be checked against the number of classes.
+    """
+
+    def __init__(self, model, highest_label: int = -1):
+        self.model = model
+        self.highest_label = highest_label
+        self._to_leaf = _grad_to_leaf
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of `x`, contiguous [B, K], without a graph."""
+        with torch.no_grad():
+            return self._checked(self.model(x), x).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
+        with torch.enable_grad():
+            self._x = x.detach().requires_grad_()
+            self._logits = self._checked(self.model(self._x), x)
+        return self._logits.detach().contiguous()
+
+    def backward(self, dlogits: Tensor) -> Tensor:
+        """Gradient at the x of the last `forward`, whose graph is freed."""
+        x, logits = self._x, self._logits
+        self._x = self._logits = None
+        if not logits.requires_grad:
+            raise ValueError(
+                "model: its logits do not depend on x by differentiable operations (is there a detach, a no_grad or an "
+                "argmax inside?), so there is no gradient to follow"
+            )
+        try:
+            return self._to_leaf(logits, x, dlogits)
+        except RuntimeError as error:
+            # Re-entrant checkpointing refuses to be told for which inputs to differentiate.
+            if self._to_leaf is _backward_to_leaf or "Checkpointing is not compatible" not in str(error):
+                raise
+        self._to_leaf = _backward_to_leaf
+        self.forward(x)
+        return self.backward(dlogits)
+
+    def _checked(self, logits, x: Tensor) -> Tensor:
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone")
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
+            raise ValueError(
+                f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}"
+            )
+        if logits.device != x.device:
+            raise ValueError(f"model returned logits on {logits.device} for x on {x.device}: put both on one device")
+        if self.highest_label >= logits.shape[1]:
+            raise ValueError(f"y holds class {self.highest_label}, outside [0, {logits.shape[1]}) of the model: check the labels")
+        return logits
+
+
+def _grad_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(logits, x, dlogits, allow_unused=True, materialize_grads=True)
+    return grad
+
+
+def _backward_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor) -> Tensor:
+    torch.autograd.backward(logits, dlogits)  # into x alone: `borrowed` has frozen the parameters
+    return torch.zeros_like(x) if x.grad is None else x.grad

@@ -1,0 +1,165 @@
+"""What an attack maximises: the value of a loss per sample, and its gradient at the logits.
+
+Each loss here is one fused kernel. To bring your own, pass `pgd` a callable `loss(logits, y) -> [B]`; its gradient then comes from
+autograd. To bring a kernel, subclass `Loss`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+class Loss:
+    """Interface. An attack calls `reference` once a batch and `gradient` in every step."""
+
+    needs_clean_logits = False  # True: `reference` is given f(x) at the clean images
+    needs_random_start = False  # True: the gradient vanishes at the clean images
+    uses_labels = True  # False: y may be None
+
+    def reference(self, y: Tensor, clean_logits: Tensor | None, targeted: bool) -> Any:
+        """What the logits are held against in every step: the labels, unless a subclass says otherwise.
+
+        Args:
+            y: int64 [B], the true labels, or the targets where `targeted`.
+            clean_logits: [B, K] if `needs_clean_logits`, else None.
+        """
+        return y
+
+    def gradient(
+        self, logits: Tensor, reference: Any, dlogits: Tensor, value: Tensor | None, *, targeted: bool, scale: float
+    ) -> None:
+        """Write scale * d(sum of values)/d(logits) into `dlogits` [B, K], and the values into `value` [B] unless it is None.
+
+        What is written is to be *maximised*: where `targeted`, the loss towards the targets comes with its sign changed.
+        `value` is fp32, and fp64 for fp64 logits.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LabelSmoothedCE(Loss):
+    """Cross-entropy against 1 - alpha on the label and alpha / (K - 1) on every other class (thesis, Eq. 4.1-4.2).
+
+    `F.cross_entropy(label_smoothing=s)` is the same at s = alpha * K / (K - 1). alpha is in [0, 1]; 0 is cross-entropy.
+    """
+
+    alpha: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} is outside [0, 1]: it is the label smoothing, not the step size (step_size)")
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale)
+
+
+def CrossEntropy() -> LabelSmoothedCE:
+    """-log p_y: label-smoothed cross-entropy at alpha = 0."""
+    return LabelSmoothedCE(0.0)
+
+
+@dataclass(frozen=True)
+class KLDivergence(Loss):
+    """KL(softmax(f(x)) || softmax(f(x_adv))): the inner loss of TRADES (arXiv 1901.08573). The labels are not used.
+
+    Its gradient is zero at x itself, so it needs a random start; it has no targeted form.
+    """
+
+    needs_clean_logits = True
+    needs_random_start = True
+    uses_labels = False
+
+    def reference(self, y, clean_logits, targeted):
+        if targeted:
+            raise ValueError("targeted=True does not go with the KL loss, which knows no labels: use loss='ce'")
+        return clean_logits.to(value_dtype(clean_logits)).softmax(1)
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        ops.kl_grad(logits, reference, dlogits, value, scale=scale)
+
+
+@dataclass(frozen=True)
+class Margin(Loss):
+    """min(max_{k != y} z_k - z_y, kappa), "C&W-infinity"; targeted: min(z_t - max_{k != t} z_k, kappa).
+
+    kappa = 0 stops at the first misclassification, kappa = 50 is CW+ (arXiv 1706.06083, section 5). kappa must be >= 0.
+    """
+
+    kappa: float = 0.0
+
+    def __post_init__(self):
+        if not self.kappa >= 0:
+            raise ValueError(f"kappa={self.kappa} must be >= 0: it is the margin by which to be misclassified")
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        ops.margin_grad(logits, reference, dlogits, value, kappa=self.kappa, targeted=targeted, scale=scale)
+
+
+@dataclass(frozen=True)
+class DLR(Loss):
+    """Difference of logits ratio (AutoAttack, arXiv 2003.01690, Eq. 6; K >= 3). Targeted: Eq. 7 (K >= 4).
+
+    The targeted form moves from a class to the target; the class is the one predicted for the clean image.
+    """
+
+    needs_clean_logits = True
+
+    def reference(self, y, clean_logits, targeted):
+        return (clean_logits.argmax(1), y) if targeted else (y, None)
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        labels, targets = reference
+        classes, needed = logits.shape[1], 4 if targeted else 3
+        if classes < needed:
+            raise ValueError(f"loss 'dlr' needs at least {needed} classes here, the model has {classes}: use loss='margin'")
+        ops.dlr_grad(logits, labels, dlogits, value, targets=targets, scale=scale)
+
+
+@dataclass(frozen=True)
+class Custom(Loss):
+    """A callable `function(logits [B, K], y [B]) -> [B]`, differentiated by autograd; a targeted attack minimises it."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            loss = self.function(leaf, reference)
+            if not isinstance(loss, Tensor) or loss.shape != logits.shape[:1]:
+                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(
+                    f"loss: {self.function} must return one value per sample, [{len(logits)}], got {got}; "
+                    "do not average over the batch (reduction='none')"
+                )
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        sign = -1.0 if targeted else 1.0
+        dlogits.copy_(grad * (sign * scale))
+        if value is not None:
+            value.copy_(sign * loss.detach())
+
+
+NAMED = {"ce": CrossEntropy, "kl": KLDivergence, "margin": Margin, "dlr": DLR}
+
+
+def as_loss(loss: "str | Loss | Callable") -> Loss:
+    """The `Loss` behind a name, an object or a callable."""
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, str) and loss in NAMED:
+        return NAMED[loss]()
+    if callable(loss) and not isinstance(loss, type):
+        return Custom(loss)
+    raise ValueError(
+        f"loss={loss!r}: give one of {', '.join(map(repr, NAMED))}, an object such as losses.LabelSmoothedCE(0.1), "
+        "or a callable (logits, y) -> [B]"
+    )
+
+
+def value_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of per-sample values: fp32, and fp64 for fp64 logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

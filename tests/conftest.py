@@ -1,0 +1,104 @@
+"""Seeds, devices and the implementations under test.
+
+Where there is no GPU, Triton interprets its kernels (TRITON_INTERPRET must be set before the first import of triton).
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+import spat_kernels.ops as _ops  # noqa: F401  declares the ops
+from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
+
+OPS = {
+    "linf_random_start_": linf,
+    "linf_step_": linf,
+    "l2_step_": l2,
+    "lsce_grad": lsce,
+    "kl_grad": kl,
+    "margin_grad": margin,
+    "dlr_grad": dlr,
+    "keep_best_": keep_best,
+}
+
+
+class Implementation:
+    """One way to run the ops: `impl("linf_step_")(x_adv, ...)` writes into its arguments."""
+
+    def __init__(self, name: str):
+        self.kind, self.device = name.split("-")
+        # The interpreter passes scalars as fp32 and truncates to bf16, so those two dtypes are for a GPU to test.
+        self.interpreted = self.kind == "triton" and self.device == "cpu"
+        self.dtypes = [torch.float32, torch.float16] + ([] if self.interpreted else [torch.bfloat16, torch.float64])
+
+    def __call__(self, op: str):
+        if self.kind == "compiled":
+            return getattr(torch.ops.spat, op).default
+        return getattr(OPS[op], f"{op.rstrip('_')}_triton")
+
+    def __repr__(self):
+        return f"{self.kind}-{self.device}"
+
+
+def reference(op: str):
+    return getattr(OPS[op], f"{op.rstrip('_')}_ref")
+
+
+@pytest.fixture(
+    params=[
+        "compiled-cpu",
+        "triton-cpu",
+        pytest.param("compiled-cuda", marks=pytest.mark.gpu),
+        pytest.param("triton-cuda", marks=pytest.mark.gpu),
+    ]
+)
+def impl(request) -> Implementation:
+    implementation = Implementation(request.param)
+    if implementation.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a GPU is here: Triton compiles instead of interpreting")
+    return implementation
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sentinels(shape, dtype, device, offset: int = 0, channels_last: bool = False):
+    """A dense tensor inside a larger buffer of a known value, `offset` elements from 16-byte alignment, and a check of its rim."""
+    numel, rim = int(torch.Size(shape).numel()), 64
+    buffer = torch.full((numel + 2 * rim,), 7.0, dtype=dtype, device=device)
+    flat = buffer[rim + offset : rim + offset + numel]
+    flat.fill_(torch.nan)  # poison: what is not written shows
+    if channels_last:
+        b, c, *rest = shape
+        t = flat.view(b, *rest, c).movedim(-1, 1)
+    else:
+        t = flat.view(shape)
+
+    def intact() -> bool:
+        return bool((buffer[: rim + offset] == 7).all() and (buffer[rim + offset + numel :] == 7).all())
+
+    return t, intact

@@ -1,0 +1,149 @@
+"""L-infinity start and step: bitwise equal to the reference, whatever the size, dtype, layout and alignment."""
+
+import pytest
+import torch
+
+from spat_kernels.ops.linf import philox_ref
+from tests.conftest import acc, reference, sentinels
+
+SHAPES = [(0, 3, 4, 4), (1, 1), (1, 127), (3, 1001), (5, 3, 7, 7), (4, 3, 32, 32)]
+SEED = (0x0123456789ABCDEF, -5)
+
+
+def images(shape, dtype, device, **layout):
+    """x_adv (poisoned, in sentinels) and x, in one layout."""
+    x_adv, intact = sentinels(shape, dtype, device, **layout)
+    x, _ = sentinels(shape, dtype, device, **layout)
+    x.copy_(torch.rand(shape))
+    return x_adv, x, intact
+
+
+def layouts(shape):
+    yield {}
+    yield {"offset": 1}
+    if len(shape) == 4:
+        yield {"channels_last": True}
+        yield {"channels_last": True, "offset": 3}
+
+
+def radii(shape, dtype, device, per_sample):
+    return (torch.rand(shape[0] if per_sample else 1, device=device) * 0.1).to(acc(dtype))
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["one_eps", "eps_per_sample"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_step_is_bitwise_the_reference(impl, shape, per_sample):
+    for dtype in impl.dtypes:
+        for grad_dtype in [torch.float64] if dtype == torch.float64 else set(impl.dtypes) - {torch.float64}:
+            for layout in layouts(shape):
+                x_adv, x, intact = images(shape, dtype, impl.device, **layout)
+                x_adv.copy_(x + 0.03 * torch.randn(shape, device=impl.device))
+                grad = torch.empty_like(x, dtype=grad_dtype).copy_(torch.randn(shape))
+                eps, step = (radii(shape, dtype, impl.device, per_sample) for _ in range(2))
+                expected = x_adv.clone()
+                reference("linf_step_")(expected, x, grad, eps, step, 0.0, 1.0, None)
+                impl("linf_step_")(x_adv, x, grad, eps, step, 0.0, 1.0, None)
+                assert torch.equal(x_adv, expected), (dtype, grad_dtype, layout)
+                assert intact()
+
+
+def test_step_formula_by_hand(impl):
+    """Numbers small enough to check by eye: step, ball, box, and no step at a zero gradient."""
+    x = torch.tensor([[0.5, 0.5, 0.05, 0.95, 0.5]], device=impl.device)
+    x_adv = torch.tensor([[0.5, 0.59, 0.0, 1.0, 0.45]], device=impl.device)
+    grad = torch.tensor([[2.0, 1e-30, -3.0, 4.0, 0.0]], device=impl.device)
+    impl("linf_step_")(
+        x_adv, x, grad, torch.tensor([0.1], device=impl.device), torch.tensor([0.025], device=impl.device), 0.0, 1.0, None
+    )
+    torch.testing.assert_close(x_adv, torch.tensor([[0.525, 0.6, 0.0, 1.0, 0.45]], device=impl.device), atol=1e-7, rtol=0)
+
+
+def test_step_at_extreme_gradients(impl):
+    """Signed zeros and NaN do not move, infinities and denormals do; NaN is reported for its sample alone."""
+    values = [0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-45, 3e38]
+    moves = [0.0, 0.0, 0.0, 1.0, -1.0, 1.0, -1.0, 1.0]
+    grad = torch.tensor([values, [1.0] * 8], device=impl.device)
+    x = torch.full((2, 8), 0.5, device=impl.device)
+    x_adv, nan_seen = x.clone(), torch.zeros(2, dtype=torch.uint8, device=impl.device)
+    eps, step = torch.tensor([0.25], device=impl.device), torch.tensor([0.125], device=impl.device)
+    impl("linf_step_")(x_adv, x, grad, eps, step, 0.0, 1.0, nan_seen)
+    assert x_adv.tolist() == [[0.5 + 0.125 * m for m in moves], [0.625] * 8]
+    assert nan_seen.tolist() == [1, 0]
+    impl("linf_step_")(x_adv, x, torch.ones_like(x), eps, step, 0.0, 1.0, nan_seen)
+    assert nan_seen.tolist() == [1, 0], "a later clean step must not clear it"
+
+
+def test_step_moves_on_half_precision_denormals(impl):
+    for dtype in set(impl.dtypes) & {torch.float16, torch.bfloat16}:
+        tiny = torch.finfo(dtype).smallest_normal / 4
+        x = torch.full((1, 16), 0.5, device=impl.device)
+        grad = torch.tensor([[tiny, -tiny] * 8], dtype=dtype, device=impl.device)
+        x_adv, eps = x.clone(), torch.tensor([0.25], device=impl.device)
+        impl("linf_step_")(x_adv, x, grad, eps, eps, 0.0, 1.0, None)
+        assert x_adv.tolist() == [[0.75, 0.25] * 8]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_start_is_bitwise_the_reference(impl, shape):
+    for dtype in impl.dtypes:
+        for layout in layouts(shape):
+            for per_sample in (False, True):
+                x_adv, x, intact = images(shape, dtype, impl.device, **layout)
+                eps = radii(shape, dtype, impl.device, per_sample)
+                seed = torch.tensor(SEED, device=impl.device)
+                expected = torch.full_like(x, torch.nan)
+                reference("linf_random_start_")(expected, x, eps, seed, 0.0, 1.0)
+                impl("linf_random_start_")(x_adv, x, eps, seed, 0.0, 1.0)
+                assert torch.equal(x_adv, expected), (dtype, layout)
+                assert intact()
+
+
+def test_random_start_is_uniform_in_the_ball(impl):
+    x = torch.full((8, 4096), 0.5, device=impl.device)
+    eps = torch.tensor([0.25], device=impl.device)
+    starts = []
+    for key, counter in [(1, 0), (1, 1), (2, 0)]:
+        x_adv = torch.empty_like(x)
+        impl("linf_random_start_")(x_adv, x, eps, torch.tensor([key, counter], device=impl.device), 0.0, 1.0)
+        starts.append(((x_adv - x) / 0.25).flatten().double().cpu())
+    for u in starts:
+        assert u.abs().max() <= 1
+        # Kolmogorov-Smirnov against U(-1, 1): the statistic exceeds 1.95/sqrt(n) once in a thousand times; the seed is fixed
+        n = len(u)
+        distance = ((u.sort().values + 1) / 2 - torch.arange(1, n + 1) / n).abs().max()
+        assert distance < 1.95 / n**0.5
+    for i, j in [(0, 1), (0, 2), (1, 2)]:  # another key or counter, other noise
+        assert abs(torch.corrcoef(torch.stack([starts[i], starts[j]]))[0, 1]) < 0.02
+
+
+def test_philox_known_answer():
+    """Random123's published vector for a zero counter and key."""
+    words = philox_ref(torch.zeros(2, dtype=torch.int64), 1)[0].tolist()
+    assert [f"{w:08x}" for w in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+@pytest.mark.parametrize("op", ["linf_step_", "l2_step_"])
+@pytest.mark.parametrize("mistake", ["strides", "dtype", "eps_dtype", "eps_size", "sparse_strides", "nan_seen"])
+def test_wrong_arguments_raise(impl, op, mistake):
+    x = torch.rand(4, 3, 8, 8, device=impl.device)
+    arguments = {
+        "x_adv": x.clone(),
+        "x": x,
+        "grad": torch.randn_like(x),
+        "eps": torch.ones(1, device=impl.device),
+        "step_size": torch.ones(1, device=impl.device),
+        "nan_seen": torch.zeros(4, dtype=torch.uint8, device=impl.device),
+    }
+    arguments |= {
+        "strides": {"grad": arguments["grad"].contiguous(memory_format=torch.channels_last)},
+        "dtype": {"x": x.double()},
+        "eps_dtype": {"eps": torch.ones(1, dtype=torch.float16, device=impl.device)},
+        "eps_size": {"eps": torch.ones(3, device=impl.device)},
+        "sparse_strides": {name: torch.rand(4, 3, 8, 16, device=impl.device)[..., ::2] for name in ("x_adv", "x", "grad")},
+        "nan_seen": {"nan_seen": torch.zeros(3, dtype=torch.uint8, device=impl.device)},
+    }[mistake]
+    nan_seen = arguments.pop("nan_seen")
+    if op == "l2_step_":
+        arguments["seed"] = torch.zeros(2, dtype=torch.int64, device=impl.device)
+    with pytest.raises(RuntimeError):
+        impl(op)(*arguments.values(), 0.0, 1.0, nan_seen)

@@ -1,0 +1,243 @@
+"""Gradients at the logits: against formulas written with PyTorch's own losses, differentiated by autograd in fp64.
+
+Tolerance (style of flash-attention): at most twice the error that eager PyTorch makes in the same dtype, with a floor of one
+rounding of the largest result.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import acc, sentinels
+
+CLASSES = [2, 3, 4, 10, 17, 100, 1000, 4099]
+ALPHA, KAPPA, SCALE = 0.3, 1.5, 4.0
+
+
+def lsce(z, y, q):
+    classes = z.shape[1]
+    return F.cross_entropy(z, y, label_smoothing=ALPHA * classes / (classes - 1), reduction="none")
+
+
+def ce(z, y, q):
+    return F.cross_entropy(z, y, reduction="none")
+
+
+def kl(z, y, q):
+    return F.kl_div(z.log_softmax(1), q.to(z.dtype), reduction="none").sum(1)
+
+
+def margin(z, y, q):
+    other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf).amax(1)
+    return (other - z.gather(1, y[:, None])[:, 0]).clamp(max=KAPPA)
+
+
+def margin_targeted(z, y, q):
+    other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf).amax(1)
+    return (z.gather(1, y[:, None])[:, 0] - other).clamp(max=KAPPA)
+
+
+def dlr(z, y, q):
+    s = z.sort(1, descending=True).values
+    other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf).amax(1)
+    return -(z.gather(1, y[:, None])[:, 0] - other) / (s[:, 0] - s[:, 2] + 1e-12)
+
+
+def dlr_targeted(z, y, q):
+    s = z.sort(1, descending=True).values
+    t = (y + 1) % z.shape[1]
+    difference = z.gather(1, y[:, None])[:, 0] - z.gather(1, t[:, None])[:, 0]
+    return -difference / (s[:, 0] - (s[:, 2] + s[:, 3]) / 2 + 1e-12)
+
+
+# name: (eager loss, fewest classes, the op's call with everything but logits, dlogits and loss)
+LOSSES = {
+    "ce": (ce, 2, lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, 0.0, False, SCALE)),
+    "lsce": (lsce, 2, lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, ALPHA, False, SCALE)),
+    "lsce_targeted": (
+        lambda *a: -lsce(*a),
+        2,
+        lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, ALPHA, True, SCALE),
+    ),
+    "kl": (kl, 2, lambda op, z, y, q, d, v: op("kl_grad")(z, q, d, v, SCALE)),
+    "margin": (margin, 2, lambda op, z, y, q, d, v: op("margin_grad")(z, y, d, v, KAPPA, False, SCALE)),
+    "margin_targeted": (margin_targeted, 2, lambda op, z, y, q, d, v: op("margin_grad")(z, y, d, v, KAPPA, True, SCALE)),
+    "dlr": (dlr, 3, lambda op, z, y, q, d, v: op("dlr_grad")(z, y, None, d, v, SCALE)),
+    "dlr_targeted": (
+        dlr_targeted,
+        4,
+        lambda op, z, y, q, d, v: op("dlr_grad")(z, y, (y + 1) % z.shape[1], d, v, SCALE),
+    ),
+}
+
+
+def eager(loss, z, y, q):
+    z = z.detach().requires_grad_()
+    value = loss(z, y, q)
+    (grad,) = torch.autograd.grad(value.sum(), z)
+    return grad.double() * SCALE, value.detach().double()
+
+
+def assert_as_good(ours, rival, exact, floor):
+    error, rivals_error = (ours - exact).abs().max(), (rival - exact).abs().max()
+    assert error <= max(2 * rivals_error, floor), f"error {error:.2e}, eager {rivals_error:.2e}, floor {floor:.2e}"
+
+
+def logits_without_ties(rows, classes, dtype, device):
+    """Random logits whose four largest differ: equal ones have no derivative (test_ties_go_by_index)."""
+    z = 3 * torch.randn(rows, classes)
+    places = torch.rand(rows, classes).argsort(1)[:, :4]
+    return z.scatter(1, places, z.amax() + 1 + torch.arange(places.shape[1]).expand_as(places)).to(device, dtype)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_matches_autograd(impl, name, classes):
+    loss, fewest, call = LOSSES[name]
+    if classes < fewest:
+        pytest.skip(f"{name} needs {fewest} classes")
+    rows = 7
+    for dtype in impl.dtypes:
+        z = logits_without_ties(rows, classes, dtype, impl.device)
+        y = torch.randint(classes, (rows + 1,), device=impl.device)[1:]  # not 16-byte aligned
+        y[0] = z[0].argmax()
+        q = torch.randn(rows, classes, device=impl.device).to(acc(dtype)).softmax(1)
+        for offset in (0, 1):
+            logits, _ = sentinels((rows, classes), dtype, impl.device, offset)
+            logits.copy_(z)
+            dlogits, intact = sentinels((rows, classes), dtype, impl.device, offset)
+            value, value_intact = sentinels((rows,), acc(dtype), impl.device, offset)
+            call(impl, logits, y, q, dlogits, value)
+            assert intact() and value_intact() and torch.equal(logits, z)
+
+            exact, exact_value = eager(loss, z.double(), y, q.double())
+            grad, eager_value = eager(loss, z, y, q)
+            roundings = 16 if dtype == torch.float64 else 1  # in fp64 the rival is the yardstick itself
+            assert_as_good(dlogits.double(), grad, exact, roundings * exact.abs().max() * torch.finfo(dtype).eps)
+            # a loss is a difference of terms as large as the logits: four roundings of those
+            largest = max(z.abs().max(), exact_value.abs().max())
+            assert_as_good(value.double(), eager_value, exact_value, 4 * roundings * largest * torch.finfo(acc(dtype)).eps)
+
+            alone = torch.full_like(dlogits, torch.nan)
+            call(impl, logits, y, q, alone, None)
+            assert torch.equal(alone, dlogits), "the gradient must not depend on whether the value is asked for"
+
+
+def test_empty_batch(impl):
+    for name, (_, _, call) in LOSSES.items():
+        z, y, value = torch.empty(0, 10, device=impl.device), torch.empty(0, dtype=torch.int64, device=impl.device), torch.empty(0)
+        call(impl, z, y, z.clone(), z.clone(), value.to(impl.device)), name
+
+
+def test_confident_samples_do_not_cancel(impl):
+    """p_y - 1 is 0 in fp32 when 1 - p_y = 1e-9; the op keeps its full relative precision, and the loss too."""
+    z = torch.tensor([[20.0, 0.0, -1.0], [0.0, 30.0, 1.0]], device=impl.device)
+    y = torch.tensor([0, 1], device=impl.device)
+    dlogits, value = torch.empty_like(z), torch.empty(2, device=impl.device)
+    impl("lsce_grad")(z, y, dlogits, value, 0.0, False, 1.0)
+    p = z.double().softmax(1)
+    exact = p.clone()
+    exact[0, 0], exact[1, 1] = -(p[0, 1] + p[0, 2]), -(p[1, 0] + p[1, 2])
+    torch.testing.assert_close(dlogits.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(value.double(), -exact.gather(1, y[:, None])[:, 0], rtol=1e-6, atol=0)  # -log(1 - s) = s + s^2/2
+
+
+def test_margin_of_negative_logits(impl):
+    """The other class is the best among the others, not 0: (1 - onehot) * z gets this wrong."""
+    z = torch.tensor([[-5.0, -2.0, -9.0]], device=impl.device)
+    dlogits, value = torch.empty_like(z), torch.empty(1, device=impl.device)
+    impl("margin_grad")(z, torch.tensor([1], device=impl.device), dlogits, value, 50.0, False, 1.0)
+    assert value.item() == -3 and dlogits.tolist() == [[1.0, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("kappa", "value", "slope"), [(0.0, 0.0, 0.0), (2.0, 2.0, 1.0), (1.99, 1.99, 0.0), (50.0, 2.0, 1.0)])
+def test_margin_stops_beyond_kappa(impl, kappa, value, slope):
+    z = torch.tensor([[1.0, 3.0, 0.0]], device=impl.device)
+    dlogits, got = torch.empty_like(z), torch.empty(1, device=impl.device)
+    impl("margin_grad")(z, torch.tensor([0], device=impl.device), dlogits, got, kappa, False, 1.0)
+    assert got.item() == pytest.approx(value) and dlogits.tolist() == [[-slope, slope, 0.0]]
+
+
+def test_ties_go_by_index(impl):
+    z = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]], device=impl.device)
+    y = torch.tensor([3], device=impl.device)
+    dlogits = torch.empty_like(z)
+    impl("margin_grad")(z, y, dlogits, None, 50.0, False, 1.0)
+    assert dlogits.tolist() == [[1.0, 0.0, 0.0, -1.0, 0.0]]
+    value = torch.empty(1, device=impl.device)
+    impl("dlr_grad")(z, y, None, dlogits, value, 1.0)
+    assert value.item() == 0 and dlogits.isfinite().all()
+    assert dlogits[0].sign().tolist() == [1.0, 0.0, 0.0, -1.0, 0.0]
+
+
+def test_labels_outside_the_classes_are_nan_and_harmless(impl):
+    for name, (_, _, call) in LOSSES.items():
+        if name == "kl":
+            continue
+        z = torch.randn(4, 10, device=impl.device)
+        good = torch.tensor([1, 2, 3, 4], device=impl.device)
+        bad = torch.tensor([1, -1, 10, 4], device=impl.device)
+        results = []
+        for y in (good, bad):
+            dlogits, value = torch.empty_like(z), torch.empty(4, device=impl.device)
+            call(impl, z, y, None, dlogits, value)
+            results.append((dlogits, value))
+        (d, v), (d_bad, v_bad) = results
+        if name == "dlr_targeted":  # its targets are (y + 1) % K: valid for y = -1
+            d_bad[1], v_bad[1] = torch.nan, torch.nan
+        assert d_bad[1:3].isnan().all() and v_bad[1:3].isnan().all(), name
+        assert torch.equal(d_bad[[0, 3]], d[[0, 3]]) and torch.equal(v_bad[[0, 3]], v[[0, 3]])
+
+
+def test_masked_logits(impl):
+    """-inf for classes that a model masks out: probability 0, finite gradients, and no NaN in the unsmoothed loss."""
+    z = torch.tensor([[2.0, -torch.inf, 1.0, -torch.inf]], device=impl.device)
+    y, q = torch.tensor([0], device=impl.device), torch.tensor([[0.5, 0.0, 0.5, 0.0]], device=impl.device)
+    for name in ("ce", "kl"):
+        dlogits, value = torch.empty_like(z), torch.empty(1, device=impl.device)
+        LOSSES[name][2](impl, z, y, q, dlogits, value)
+        assert dlogits.isfinite().all() and value.isfinite().all(), name
+        assert dlogits[0, 1] == 0 and dlogits[0, 3] == 0
+
+
+def test_large_logits_do_not_overflow(impl):
+    z = torch.tensor([[1e4, -1e4, 9.99e3], [-3e4, 3e4, 0.0]], device=impl.device)
+    y = torch.tensor([1, 1], device=impl.device)
+    for name in ("ce", "lsce"):
+        dlogits, value = torch.empty_like(z), torch.empty(2, device=impl.device)
+        LOSSES[name][2](impl, z, y, None, dlogits, value)
+        exact, exact_value = eager(LOSSES[name][0], z.double(), y, None)
+        torch.testing.assert_close(dlogits.double(), exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value.double(), exact_value, rtol=1e-5, atol=1e-6)
+
+
+def test_nan_logits_stay_in_their_row(impl):
+    z = torch.randn(3, 10, device=impl.device)
+    z[1, 4] = torch.nan
+    y, q = torch.tensor([0, 1, 2], device=impl.device), torch.full((3, 10), 0.1, device=impl.device)
+    for name in ("ce", "lsce", "kl"):
+        dlogits, value = torch.empty_like(z), torch.empty(3, device=impl.device)
+        LOSSES[name][2](impl, z, y, q, dlogits, value)
+        assert dlogits[1].isnan().all() and value[1].isnan(), name
+        assert dlogits[[0, 2]].isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("lsce_grad", lambda z, y: (z.t(), y, z.clone(), None, 0.0, False, 1.0)),
+        ("lsce_grad", lambda z, y: (z, y.int(), z.clone(), None, 0.0, False, 1.0)),
+        ("lsce_grad", lambda z, y: (z, y[:-1], z.clone(), None, 0.0, False, 1.0)),
+        ("lsce_grad", lambda z, y: (z, y, z.double(), None, 0.0, False, 1.0)),
+        ("lsce_grad", lambda z, y: (z, y, z.clone(), z[:, 0].half(), 0.0, False, 1.0)),
+        ("lsce_grad", lambda z, y: (z[:, :1].contiguous(), y, z[:, :1].contiguous(), None, 0.0, False, 1.0)),
+        ("kl_grad", lambda z, y: (z, z[:, :2].contiguous(), z.clone(), None, 1.0)),
+        ("kl_grad", lambda z, y: (z, z.half(), z.clone(), None, 1.0)),
+        ("dlr_grad", lambda z, y: (z[:, :2].contiguous(), y, None, z[:, :2].contiguous(), None, 1.0)),
+        ("dlr_grad", lambda z, y: (z[:, :3].contiguous(), y, y, z[:, :3].contiguous(), None, 1.0)),
+    ],
+)
+def test_wrong_arguments_raise(impl, op, arguments):
+    z, y = torch.randn(6, 4, device=impl.device), torch.zeros(6, dtype=torch.int64, device=impl.device)
+    with pytest.raises(RuntimeError):
+        impl(op)(*arguments(z, y))
