@@ -1,0 +1,138 @@
+"""What the dispatcher sees: schemas that tell the truth, fakes, torch.compile, and the choice of implementation."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import spat_kernels
+from spat_kernels import ops
+from tests.conftest import OPS
+
+
+def sample_inputs(device="cpu"):
+    """Arguments of every op, with and without the optional ones."""
+    x, x_adv, grad = (torch.rand(4, 3, 8, 8, device=device) for _ in range(3))
+    one, seed = torch.full((1,), 0.1, device=device), torch.tensor([1, 2], device=device)
+    nan_seen = torch.zeros(4, dtype=torch.uint8, device=device)
+    z, dz, q = (torch.rand(4, 10, device=device) for _ in range(3))
+    y, loss = torch.tensor([0, 3, 9, 1], device=device), torch.zeros(4, device=device)
+    success = torch.tensor([True, False, True, False], device=device)
+    yield "linf_random_start_", (x_adv, x, one, seed, 0.0, 1.0)
+    yield "lsce_grad", (z, y, dz, loss, 0.1, False, 1.0)
+    yield "lsce_grad", (z, y, dz, None, 0.1, True, 1.0)
+    yield "kl_grad", (z, q, dz, loss, 1.0)
+    yield "margin_grad", (z, y, dz, loss, 0.0, False, 1.0)
+    yield "dlr_grad", (z, y, None, dz, loss, 1.0)
+    yield "dlr_grad", (z, y, y.flip(0), dz, None, 1.0)
+    for seen in (None, nan_seen):
+        yield "linf_step_", (x_adv, x, grad, one, one, 0.0, 1.0, seen)
+        yield "l2_step_", (x_adv, x, grad, one, one, seed, 0.0, 1.0, seen)
+    yield "keep_best_", (x_adv, loss, success, x, loss + 1, ~success)
+    yield "keep_best_", (x_adv, loss, None, x, loss + 1, None)
+
+
+@pytest.mark.parametrize(("op", "arguments"), sample_inputs(), ids=lambda v: v if isinstance(v, str) else "")
+def test_opcheck(op, arguments):
+    opcheck(getattr(torch.ops.spat, op).default, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_every_op_is_checked():
+    assert {op for op, _ in sample_inputs()} == set(OPS) == set(spat_kernels.config()["ops"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(device, dynamic):
+    def attack_step(x_adv, x, grad, eps, z, y):
+        dlogits = ops.lsce_grad(z, y, torch.empty_like(z), alpha=0.1)
+        return ops.linf_step_(x_adv, x, grad * dlogits.sum().exp(), eps, eps), dlogits
+
+    compiled = torch.compile(attack_step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (4, 6):
+        x, grad = torch.rand(batch, 3, 8, 8, device=device), torch.randn(batch, 3, 8, 8, device=device)
+        z, y = torch.randn(batch, 10, device=device), torch.randint(10, (batch,), device=device)
+        eps = torch.tensor([0.1], device=device)
+        got, want = compiled(x.clone(), x, grad, eps, z, y), attack_step(x.clone(), x, grad, eps, z, y)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_config_tells_what_serves():
+    config = spat_kernels.config()
+    assert config["compiled"] and config["backend"] == "auto"
+    cuda = "CUDA C++" if config["cuda"] else "Triton"
+    assert all(keys == {"CPU": "C++", "CUDA": cuda} for keys in config["ops"].values())
+    for op, keys in config["ops"].items():
+        for key in keys:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spat::{op}", key)
+    json.dumps(config)
+
+
+PROBE = """
+import json, torch, spat_kernels
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+torch.manual_seed(0); [p.data.normal_() for p in model.parameters()]
+x, y = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+x_adv = spat_kernels.pgd_ls(model, x, y, 8/255, 0.2, generator=torch.Generator().manual_seed(1))
+print(json.dumps([spat_kernels.config()["ops"]["linf_step_"], x_adv.tolist()]))
+"""
+
+
+def run(backend: str, **env) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"SPAT_KERNELS_BACKEND": backend} | env
+    return subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_backend_is_forced_and_all_agree():
+    """One attack, four backends: the same adversarial images to the bit (no class is near a tie in this model)."""
+    cuda = "CUDA C++" if spat_kernels.config()["cuda"] else "Triton"
+    expected = {
+        ("auto", ""): {"CPU": "C++", "CUDA": cuda},
+        ("compiled", ""): {"CPU": "C++", "CUDA": cuda},
+        ("reference", ""): {"CPU": "reference", "CUDA": "reference"},
+        ("triton", "1"): {"CPU": "Triton (interpreted)", "CUDA": "Triton"},
+    }
+    images = []
+    for (backend, interpret), served in expected.items():
+        result = run(backend, TRITON_INTERPRET=interpret)
+        assert result.returncode == 0, result.stderr
+        got, x_adv = json.loads(result.stdout)
+        assert got == served
+        images.append(x_adv)
+    assert all(x_adv == images[0] for x_adv in images)
+
+
+def test_unknown_backend_is_refused():
+    result = run("cuda")
+    assert result.returncode != 0 and "choose one of auto, compiled, triton, reference" in result.stderr
+
+
+@pytest.mark.gpu
+def test_second_device_is_guarded():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for op, arguments in sample_inputs("cuda:1"):
+        with torch.cuda.device(0):
+            getattr(torch.ops.spat, op)(*arguments)
+    torch.cuda.synchronize(1)
+
+
+@pytest.mark.gpu
+def test_captures_on_a_side_stream():
+    for op, arguments in sample_inputs("cuda"):
+        eager = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        graph = torch.cuda.CUDAGraph()
+        call = getattr(torch.ops.spat, op)
+        call(*[a.clone() if isinstance(a, torch.Tensor) else a for a in arguments])  # compiles, where Triton serves
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            call(*arguments)
+        graph.replay()
+        call(*eager)
+        torch.cuda.synchronize()
+        for a, b in zip(arguments, eager, strict=True):
+            assert not isinstance(a, torch.Tensor) or torch.equal(a, b), op
