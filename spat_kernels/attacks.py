@@ -107,10 +107,9 @@ class PGD:
             x = x.detach()
             if not is_dense(x):
                 x = x.contiguous()
-            if x.numel() == 0 or x.is_inference():  # autograd refuses inference tensors
-                x = x.clone()
+            x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))  # autograd refuses those
             if x.numel() == 0:
-                return x
+                return x.clone()
             step_size = self._default_step_size() if self.step_size is None else self.step_size
             ball = BALLS[self.norm](x, self.eps, step_size, box(self.bounds, x.dtype))
             x_adv = self._best_run(InputGradient(model, highest_label), ball, y, start)

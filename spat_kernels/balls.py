@@ -25,7 +25,7 @@ class Ball:
         self.nan_seen = torch.zeros(len(x), dtype=torch.uint8, device=x.device)
 
     def _values(self, value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, device=self.x.device).detach().to(acc_dtype(self.x.dtype)).reshape(-1).contiguous()
+        return torch.as_tensor(value, dtype=acc_dtype(self.x.dtype), device=self.x.device).detach().reshape(-1).contiguous()
 
     def _draw(self, generator: torch.Generator | None, method: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Random numbers by the in-place `method`, from `generator` wherever it lives, on x's device."""

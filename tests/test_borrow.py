@@ -1,0 +1,270 @@
+"""The caller's world: whatever happens in an attack, nothing of it changes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import spat_kernels as sk
+from tests.test_attacks import EPS, Recorder, batch, cnn
+
+MODES = ["eval", "train", "keep"]
+
+
+def snapshot(model, x, y):
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "identities": {name: id(b) for name, b in model.named_buffers()},
+        "versions": {name: b._version for name, b in (*model.named_buffers(), *model.named_parameters())},
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "x": (x.clone(), x._version, x.requires_grad, x.grad),
+        "y": (y.clone(), y._version),
+    }
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    flat_a, flat_b = (torch.utils._pytree.tree_leaves(v) for v in (a, b))
+    for u, v in zip(flat_a, flat_b, strict=True):
+        assert torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v
+
+
+def mixed_model():
+    """Some modules in train mode, some not; some parameters frozen, some with gradients already."""
+    model = cnn()
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    model[-1].weight.grad = torch.ones_like(model[-1].weight)
+    return model
+
+
+@pytest.mark.parametrize("bn_mode", MODES)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_nothing_changes(bn_mode, norm):
+    model, (x, y) = mixed_model(), batch()
+    x.requires_grad_()
+    before = snapshot(model, x, y)
+    x_adv = sk.pgd_ls(model, x, y, EPS, 0.1, bn_mode=bn_mode, norm=norm, restarts=2)
+    assert_same(before, snapshot(model, x, y))
+    assert not x_adv.requires_grad and x_adv.grad_fn is None
+
+
+@pytest.mark.parametrize("bn_mode", MODES)
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_nothing_changes_when_the_model_raises(bn_mode, fails_at):
+    class Fails(Recorder):
+        def forward(self, x):
+            if len(self.inputs) == fails_at:
+                raise KeyError("in the middle")
+            return super().forward(x)
+
+    model, (x, y) = Fails(mixed_model()), batch()
+    before = snapshot(model, x, y)
+    with pytest.raises(KeyError, match="in the middle"):
+        sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
+    assert_same(before, snapshot(model, x, y))
+    assert torch.is_grad_enabled()
+
+
+def test_bn_modes_are_what_they_say():
+    class Modes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = cnn(), set()
+
+        def forward(self, x):
+            self.seen.add(tuple(m.training for m in self.net.modules()))
+            return self.net(x)
+
+    x, y = batch()
+    for bn_mode in MODES:
+        model = Modes()
+        model.net[1].eval()
+        kept = tuple(m.training for m in model.net.modules())
+        sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
+        expected = {"eval": (False,) * len(kept), "train": (True,) * len(kept), "keep": kept}[bn_mode]
+        assert model.seen == {expected}
+
+
+def test_train_mode_uses_batch_statistics():
+    torch.manual_seed(0)
+    model, (x, y) = cnn(), batch()
+    model[3].p = 0.0
+    a, b = (sk.pgd(model, x, y, EPS, random_start=False, bn_mode=mode) for mode in ("eval", "train"))
+    assert not torch.equal(a, b)
+
+
+def test_an_outer_graph_survives():
+    """Between a forward and its backward, an attack must not touch what autograd saved."""
+    model, (x, y) = cnn(), batch()
+    for mode in MODES:
+        model.eval()
+        loss = F.cross_entropy(model(x), y)
+        sk.pgd(model, x, y, EPS, bn_mode=mode)
+        loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_weight_gradient_is_computed():
+    """The graph that an attack differentiates has the images as its only leaf."""
+    leaves = set()
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = cnn()
+
+        def forward(self, x):
+            z = self.net(x)
+            stack = [z.grad_fn]
+            while stack:
+                node = stack.pop()
+                if hasattr(node, "variable"):
+                    leaves.add(node.variable.shape)
+                stack += [n for n, _ in node.next_functions if n is not None]
+            return z
+
+    x, y = batch()
+    sk.pgd(Spy(), x, y, EPS)
+    assert leaves == {x.shape}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode(context):
+    model, (x, y) = cnn().eval(), batch()
+    expected = {loss: sk.pgd(model, x, y, EPS, random_start=False, loss=loss) for loss in ("ce", "dlr", "margin")}
+    with context():
+        x, y = x + 0, y + 0  # inference tensors, in inference mode
+        for loss, images in expected.items():
+            got = sk.pgd(model, x, y, EPS, random_start=False, loss=loss)
+            assert torch.equal(got, images)
+        own = sk.pgd(model, x, y, EPS, random_start=False, loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
+        torch.testing.assert_close(own, expected["ce"])
+        assert torch.is_grad_enabled() == (context is torch.enable_grad)
+        assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+    (got * 1).requires_grad_()  # a normal tensor
+
+
+def test_under_autocast():
+    model, (x, y) = cnn().eval(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        x_adv = sk.pgd_ls(model, x, y, EPS, 0.1)
+        assert x_adv.dtype == torch.float32 and (x_adv - x).abs().max() <= EPS + 1e-7
+        loss = F.cross_entropy(model(x_adv), y)  # autocast's cached weights must still lead to the parameters
+    loss.backward()
+    assert before.dtype == torch.bfloat16 and all(p.grad is not None for p in model.parameters())
+
+
+def test_half_precision_models():
+    for dtype in (torch.bfloat16, torch.float16):
+        model, (x, y) = cnn().eval(), batch()
+        x_adv = sk.pgd(model.to(dtype), x.to(dtype), y, EPS)
+        assert x_adv.dtype == dtype and (x_adv - x.to(dtype)).abs().max() > EPS / 2
+
+
+def test_normalising_model():
+    class Normalize(nn.Module):
+        def forward(self, x):
+            return (x - 0.5) / 0.25
+
+    x, y = batch()
+    x_adv = sk.pgd(nn.Sequential(Normalize(), cnn()), x, y, EPS)
+    assert 0 <= x_adv.min() and x_adv.max() <= 1 and (x_adv - x).abs().max() <= EPS + 1e-7
+
+
+def test_plain_callable():
+    model, (x, y) = cnn().eval(), batch()
+    assert torch.equal(sk.pgd(lambda x: model(x), x, y, EPS, random_start=False), sk.pgd(model, x, y, EPS, random_start=False))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_model():
+    model, (x, y) = cnn().eval(), batch()
+    compiled = torch.compile(model, backend="aot_eager")
+    before = snapshot(model, x, y)
+    for bn_mode in MODES:
+        got = sk.pgd(compiled, x, y, EPS, random_start=False, bn_mode=bn_mode)
+        want = sk.pgd(model, x, y, EPS, random_start=False, bn_mode=bn_mode)
+        if bn_mode != "train":  # dropout
+            assert ((got - want).abs() > 1e-6).float().mean() < 0.01
+    assert_same(before, snapshot(model, x, y))
+
+
+def test_data_parallel():
+    model, (x, y) = cnn().eval(), batch()
+    wrapped = nn.DataParallel(model)
+    assert torch.equal(sk.pgd(wrapped, x, y, EPS, random_start=False), sk.pgd(model, x, y, EPS, random_start=False))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_distributed_data_parallel(tmp_path, nested):
+    """Attack and training step in turn: DDP's reducer must not wait for the attack's backward."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        model, (x, y) = cnn(), batch()
+        ddp = nn.parallel.DistributedDataParallel(model)
+        attacked = nn.Sequential(nn.Identity(), ddp) if nested else ddp
+        for bn_mode in MODES:
+            x_adv = sk.pgd(attacked, x, y, EPS, bn_mode=bn_mode)
+            assert all(p.grad is None for p in model.parameters())
+            F.cross_entropy(attacked(x_adv), y).backward()
+            assert all(p.grad is not None for p in model.parameters())
+            model.zero_grad()
+        assert ddp.require_backward_grad_sync and ddp.require_forward_param_sync
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net[2:](checkpoint(self.net[:2], x, use_reentrant=use_reentrant))
+
+    net, (x, y) = cnn().eval(), batch()
+    model = Checkpointed(net)
+    before = snapshot(model, x, y)
+    got = sk.pgd(model, x, y, EPS, random_start=False)
+    assert torch.equal(got, sk.pgd(net, x, y, EPS, random_start=False))
+    assert_same(before, snapshot(model, x, y))
+
+
+def test_default_generator_moves_only_for_random_starts():
+    model, (x, y) = cnn().eval(), batch()
+    state = torch.get_rng_state()
+    sk.cw_linf(model, x, y, EPS, random_start=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    sk.cw_linf(model, x, y, EPS)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+def test_generator_on_the_other_device():
+    model, (x, y) = cnn().eval().cuda(), (t.cuda() for t in batch())
+    a, b = (sk.pgd(model, x, y, EPS, generator=torch.Generator("cpu").manual_seed(1)) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_in_the_loop():
+    model, (x, y) = cnn().eval().cuda(), (t.cuda() for t in batch())
+
+    def syncs(steps):
+        with torch.autograd.profiler.profile(use_device="cuda") as profile:
+            sk.pgd(model, x, y, EPS, steps=steps)
+        return sum(e.count for e in profile.key_averages() if "Synchronize" in e.key or e.key == "aten::_local_scalar_dense")
+
+    assert syncs(2) == syncs(20)
+
+

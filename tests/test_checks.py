@@ -1,0 +1,150 @@
+"""Bad input: an error of the right type that names the argument, its value and the remedy; and it comes before any work."""
+
+import pytest
+import torch
+from torch import nn
+
+import spat_kernels as sk
+from spat_kernels import PGD, losses
+from tests.test_attacks import EPS, batch, cnn
+
+X, Y = batch()
+
+
+class Untouched(nn.Module):
+    def forward(self, x):
+        raise AssertionError("the model must not run")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (X * 255, Y, ValueError, r"x must lie inside bounds=\(0.0, 1.0\).*divide 8-bit images by 255"),
+        (X * 2 - 1, Y, ValueError, "x must lie inside.*normalise inside the model"),
+        (X.where(X > 0.1, torch.nan), Y, ValueError, "x must lie inside.*found NaN"),
+        (X.where(X > 0.1, torch.inf), Y, ValueError, "x must lie inside"),
+        ((X * 255).byte(), Y, TypeError, r"x must be a floating-point tensor, got torch.uint8.*/ 255"),
+        (X.numpy(), Y, TypeError, "x must be a floating-point tensor, got ndarray"),
+        (X.to(torch.complex64), Y, TypeError, "x must be a floating-point"),
+        (X.to(torch.float8_e5m2), Y, TypeError, r"x must be float32.*x.float\(\)"),
+        (X[0, 0, 0], Y, ValueError, r"x must be a batch.*unsqueeze"),
+        (X, Y.int(), TypeError, r"y must be an int64.*y.long\(\)"),
+        (X, Y.float(), TypeError, r"y must be an int64"),
+        (X, Y.tolist(), TypeError, "y must be an int64"),
+        (X, nn.functional.one_hot(Y, 10), ValueError, r"y must have shape \[6\].*got \[6, 10\]"),
+        (X, Y[:-1], ValueError, r"y must have shape \[6\]"),
+        (X, Y - 20, ValueError, r"y must hold class indices in \[0, K\), found -"),
+        (X, None, TypeError, "y=None, but the loss"),
+        (X, Y.to("meta"), ValueError, "y is on meta and x on cpu"),
+    ],
+)
+def test_bad_images_and_labels(x, y, error, message):
+    for attack in (sk.pgd, sk.fgsm, sk.cw_linf, lambda *a: sk.pgd_ls(*a, alpha=0.1)):
+        with pytest.raises(error, match=message):
+            attack(Untouched(), x, y, EPS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"eps": -0.1}, ValueError, "eps=-0.1 must be finite and >= 0"),
+        ({"eps": float("nan")}, ValueError, "eps=nan must be finite"),
+        ({"eps": 8}, ValueError, r"eps=8 exceeds the width.*8/255"),
+        ({"eps": "8/255"}, TypeError, "eps must be a number"),
+        ({"eps": torch.tensor([0.1, -0.1])}, ValueError, "eps=.*must be finite and >= 0"),
+        ({"step_size": -1.0}, ValueError, "step_size=-1.0 must be"),
+        ({"step_size": float("inf")}, ValueError, "step_size=inf must be finite"),
+        ({"steps": -1}, ValueError, "steps=-1 must be at least 0"),
+        ({"steps": 2.5}, TypeError, "steps must be an int, got float 2.5"),
+        ({"restarts": 0}, ValueError, "restarts=0 must be at least 1"),
+        ({"restarts": 2, "random_start": False}, ValueError, "restarts=2 with random_start=False"),
+        ({"norm": "l1"}, ValueError, "norm='l1': choose one of 'linf', 'l2'"),
+        ({"bn_mode": "test"}, ValueError, "bn_mode='test': choose one of"),
+        ({"select": "best"}, ValueError, "select='best': choose one of"),
+        ({"bounds": (1.0, 0.0)}, ValueError, "bounds=.*lo < hi"),
+        ({"bounds": None}, ValueError, "bounds=None must be two numbers"),
+        ({"loss": "cross_entropy"}, ValueError, "loss='cross_entropy': give one of 'ce', 'kl', 'margin', 'dlr'"),
+        ({"loss": nn.CrossEntropyLoss}, ValueError, "loss=.*give one of"),
+    ],
+)
+def test_bad_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        PGD(**{"eps": EPS} | settings)
+
+
+def test_bad_loss_parameters():
+    for alpha in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="alpha=.*outside.*label smoothing, not the step size"):
+            sk.pgd_ls(Untouched(), X, Y, EPS, alpha)
+    with pytest.raises(ValueError, match="kappa=-1.0 must be >= 0"):
+        losses.Margin(-1.0)
+
+
+def test_radius_of_the_wrong_batch():
+    with pytest.raises(ValueError, match=r"eps has shape \[3\].*one value per sample, \[6\]"):
+        sk.pgd(Untouched(), X, Y, torch.full((3,), EPS))
+    with pytest.raises(ValueError, match=r"step_size has shape \[6, 1\]"):
+        sk.pgd(Untouched(), X, Y, EPS, step_size=torch.full((6, 1), EPS))
+
+
+def test_bad_start():
+    for start in (X[:3], X.long(), X.tolist()):
+        with pytest.raises(ValueError, match="start must be a tensor like x"):
+            sk.pgd(Untouched(), X, Y, EPS, start=start)
+    with pytest.raises(ValueError, match="start holds NaN"):
+        sk.pgd(Untouched(), X, Y, EPS, start=X * torch.nan)
+    with pytest.raises(ValueError, match="restarts=2 from one start"):
+        sk.pgd(Untouched(), X, Y, EPS, start=X, restarts=2)
+
+
+def test_kl_needs_a_start_away_from_x():
+    with pytest.raises(ValueError, match="random_start=False, but the gradient of this loss is zero"):
+        sk.pgd_kl(Untouched(), X, None, EPS, random_start=False)
+    sk.pgd_kl(cnn(), X, None, EPS, start=X + 0.001 * torch.randn_like(X))  # the start of TRADES' own code
+    with pytest.raises(TypeError, match="y=None, but the loss or the choice of restarts"):
+        sk.pgd_kl(Untouched(), X, None, EPS, restarts=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (lambda x: x.flatten(), ValueError, r"model must return logits \[B, K\] with B=6.*got shape \(1152,\)"),
+        (lambda x: x.flatten(1)[:, :1], ValueError, "K >= 2"),
+        (lambda x: x.flatten(1)[:3], ValueError, "B=6"),
+        (lambda x: (x.flatten(1), 0), TypeError, "got tuple: wrap it"),
+        (lambda x: x.flatten(1).long(), TypeError, "floating-point tensor of logits.*torch.int64"),
+        (lambda x: x.flatten(1)[:, :4], ValueError, r"y holds class \d, outside \[0, 4\)"),
+        (lambda x: x.flatten(1)[:, :10].detach(), ValueError, "do not depend on x by differentiable operations"),
+    ],
+)
+def test_bad_models(model, error, message):
+    y = Y.clone()
+    y[0] = 9
+    for loss in ("ce", "kl", "margin", "dlr"):
+        with pytest.raises(error, match=message):
+            sk.pgd(model, X, y, EPS, loss=loss)
+
+
+def test_too_few_classes_for_dlr():
+    for classes, targeted, needed in [(2, False, 3), (3, True, 4)]:
+        with pytest.raises(ValueError, match=f"'dlr' needs at least {needed} classes here, the model has {classes}"):
+            sk.pgd(cnn(classes), X, Y % 2, EPS, loss="dlr", targeted=targeted)
+
+
+def test_own_loss_must_be_per_sample():
+    for loss in (nn.functional.cross_entropy, lambda z, y: 0.0, lambda z, y: z):
+        with pytest.raises(ValueError, match="must return one value per sample"):
+            sk.pgd(cnn(), X, Y, EPS, loss=loss)
+
+
+def test_model_on_another_device():
+    with pytest.raises(ValueError, match="x is on cpu and model on meta: move one"):
+        sk.pgd(nn.Linear(3, 3, device="meta"), X, Y, EPS)
+
+
+def test_bounds_are_what_x_is_held_to():
+    x = X * 255
+    x_adv = sk.pgd(cnn(), x, Y, 8.0, bounds=(0, 255))
+    assert (x_adv - x).abs().max() <= 8.001 and x_adv.min() >= 0 and x_adv.max() <= 255
+    free = sk.pgd(cnn(), X - 0.5, Y, EPS, bounds=(-torch.inf, torch.inf))
+    assert free.isfinite().all()

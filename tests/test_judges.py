@@ -1,0 +1,120 @@
+"""Judges nobody here wrote: torchattacks' PGD and FGSM, and PGD on its C&W function, on real images from the same start.
+
+In fp64 at least 99.9 % of the pixels must be equal. In fp32 fewer are, on confident samples: there p_y - 1 cancels in PyTorch's
+cross-entropy, to 0 in the end, while spat::lsce_grad keeps its digits. test_fp32_differences shows that these are ties, and that
+where the two differ ours has the sign of fp64.
+"""
+
+import copy
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import spat_kernels as sk
+
+torchattacks = pytest.importorskip("torchattacks", reason="torchattacks needs torchvision, which needs its own build of torch")
+
+EPS, STEP, STEPS = 0.15, 0.15 / 4, 10
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Digits, and a network trained on them for a moment."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    x = torch.tensor(digits.images).unsqueeze(1) / 16
+    y = torch.tensor(digits.target)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(256, 10)).double()  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    return model, x[:500], y[:500]
+
+
+def assert_same_images(ours, theirs, model, y, minimum=0.999):
+    equal = ((ours - theirs).abs() <= 1e-6).float().mean().item()
+    assert equal >= minimum, f"only {equal:.4%} of the pixels are equal"
+    accuracies = [(model(v).argmax(1) == y).float().mean().item() for v in (ours, theirs)]
+    assert abs(accuracies[0] - accuracies[1]) <= 0.003, accuracies
+
+
+def test_pgd(task):
+    model, x, y = task
+    theirs = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=False)(x, y)
+    ours = sk.pgd_ls(model, x, y, EPS, 0.0, steps=STEPS, step_size=STEP, random_start=False)
+    assert_same_images(ours, theirs, model, y)
+
+
+def test_pgd_from_the_same_random_start(task, monkeypatch):
+    model, x, y = task
+    noise = torch.empty_like(x).uniform_(-EPS, EPS)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, lo, hi: self.copy_(noise))
+    theirs = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=True)(x, y)
+    monkeypatch.undo()
+    ours = sk.pgd(model, x, y, EPS, steps=STEPS, step_size=STEP, start=(x + noise).clamp(0, 1))
+    assert_same_images(ours, theirs, model, y)
+
+
+def test_targeted_pgd(task):
+    model, x, y = task
+    attack = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=False)
+    attack.set_mode_targeted_by_label(quiet=True)
+    target = (y + 1) % 10
+    ours = sk.pgd(model, x, target, EPS, steps=STEPS, step_size=STEP, random_start=False, targeted=True)
+    assert_same_images(ours, attack(x, target), model, y)
+
+
+def test_fgsm(task):
+    model, x, y = task
+    assert_same_images(sk.fgsm(model, x, y, EPS), torchattacks.FGSM(model, eps=EPS)(x, y), model, y)
+
+
+def test_l2(task):
+    model, x, y = task
+    theirs = torchattacks.PGDL2(model, eps=1.0, alpha=0.2, steps=STEPS, random_start=False, eps_for_division=1e-300)(x, y)
+    ours = sk.pgd(model, x, y, 1.0, steps=STEPS, step_size=0.2, norm="l2", random_start=False)
+    assert_same_images(ours, theirs, model, y)
+
+
+def test_fp32_differences(task):
+    model64, x, y = task
+    model = copy.deepcopy(model64).float()
+    exact = sk.fgsm(model64, x, y, EPS)
+    x = x.float()
+    ours, theirs = sk.fgsm(model, x, y, EPS), torchattacks.FGSM(model, eps=EPS)(x, y)
+    differ = (ours - theirs).abs() > 1e-6
+    right = [((v - exact).abs() < 1e-6)[differ].float().mean().item() for v in (ours, theirs)]
+    assert differ.float().mean() < 0.05 and right[0] > 0.9 > right[1]
+    confident = model64(x.double()).softmax(1).gather(1, y[:, None])[:, 0] > 1 - 1e-4
+    assert differ.flatten(1).any(1)[~confident].float().mean() < 0.1, "other samples rarely differ"
+
+
+@pytest.mark.parametrize("kappa", [0.0, 5.0])
+def test_margin(task, kappa):
+    """torchattacks has no C&W-infinity: its CW function f, ascended by its PGD. f takes 0 for the best other logit where all
+    others are negative, so the logits are shifted up, which changes no margin."""
+    model, x, y = task
+    model = nn.Sequential(model, Shift())
+    cw = torchattacks.CW(model, kappa=kappa)
+
+    class CWInf(torchattacks.PGD):
+        def forward(self, images, labels):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(nn, "CrossEntropyLoss", lambda: lambda outputs, y: -cw.f(outputs, y).sum())
+                return super().forward(images, labels)
+
+    theirs = CWInf(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=False)(x, y)
+    ours = sk.cw_linf(model, x, y, EPS, kappa=kappa, steps=STEPS, step_size=STEP, random_start=False)
+    assert_same_images(ours, theirs, model, y)
+
+
+class Shift(nn.Module):
+    def forward(self, z):
+        return z + 100
