@@ -34,8 +34,8 @@ class Build(BuildExtension):
         for source in sorted(Path("csrc").glob("*.cu")) if NVCC else []:
             target = Path(self.build_temp, source.name).with_suffix(".cu.o").absolute()
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = ["-O3", "-std=c++20", "-fmad=false", "-lineinfo", "--expt-relaxed-constexpr", "--threads=0", "-Xcompiler=-fPIC"]
-            subprocess.check_call([NVCC, *flags, *gencode()[0], "-c", str(source), "-o", str(target)])
+            flags = ["-O3", "-std=c++20", "-fmad=false", "-lineinfo", "--expt-relaxed-constexpr", "--threads=0"]
+            subprocess.check_call([NVCC, *flags, "-Xcompiler=-fPIC", *gencode()[0], "-c", str(source), "-o", str(target)])
             ext.extra_objects.append(str(target))
         super().build_extension(ext)
 

@@ -87,8 +87,8 @@ Images images_of(const Tensor& x_adv, const Tensor& x, double lo, double hi) {
   STD_TORCH_CHECK(same_layout(x_adv, x), "x must have the shape and the strides of x_adv");
   check_dtype(x, x_adv.scalar_type(), "x");
   check_device(x, x_adv, "x");
-  const int64_t samples = x_adv.size(0);
-  return {x_adv.mutable_data_ptr(), x.const_data_ptr(), samples, samples ? x_adv.numel() / samples : 0, lo, hi, dtype};
+  const int64_t samples = x_adv.size(0), sample_numel = samples ? x_adv.numel() / samples : 0;
+  return {x_adv.mutable_data_ptr(), x.const_data_ptr(), samples, sample_numel, 1. / double(sample_numel), lo, hi, dtype};
 }
 
 PerSample per_sample(const Tensor& t, const Images& images, const Tensor& x_adv, const char* name) {

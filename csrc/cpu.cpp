@@ -18,9 +18,9 @@ constexpr int kLanes = 16;  // one AVX-512 register of fp32
 
 // f(sample, first, last) for the stretch of elements that each sample has in [begin, end)
 template <class F>
-SPAT_HD void for_each_sample(int64_t sample_numel, int64_t begin, int64_t end, F&& f) {
+SPAT_HD void for_each_sample(const Images& images, int64_t begin, int64_t end, F&& f) {
   while (begin < end) {
-    const int64_t sample = begin / sample_numel, last = std::min(end, (sample + 1) * sample_numel);
+    const int64_t sample = sample_of(images, begin), last = std::min(end, (sample + 1) * images.sample_numel);
     f(sample, begin, last);
     begin = last;
   }
@@ -37,7 +37,7 @@ SPAT_HD void linf_step(const Step& a, int64_t begin, int64_t end) {
   const T* __restrict__ x = static_cast<const T*>(a.images.x);
   const G* __restrict__ grad = static_cast<const G*>(a.grad);
   const A lo = A(a.images.lo), hi = A(a.images.hi);
-  for_each_sample(a.images.sample_numel, begin, end, [&](int64_t sample, int64_t first, int64_t last) {
+  for_each_sample(a.images, begin, end, [&](int64_t sample, int64_t first, int64_t last) {
     const A eps = at<A>(a.eps, sample), step_size = at<A>(a.step_size, sample);
     int32_t nan = 0;
     for (int64_t i = first; i < last; ++i) {
@@ -65,7 +65,7 @@ SPAT_HD void linf_random_start(const LinfRandomStart& a, int64_t begin, int64_t 
     }
     for (int lane = 0; lane < kLanes; ++lane)
       for (int j = 0; j < 4; ++j) unit[4 * lane + j] = symmetric_unit(words[j][lane]);
-    for_each_sample(a.images.sample_numel, std::max(begin, block), std::min(end, block + kBlock),
+    for_each_sample(a.images, std::max(begin, block), std::min(end, block + kBlock),
                     [&](int64_t sample, int64_t first, int64_t last) {
                       const A eps = at<A>(a.eps, sample);
                       for (int64_t i = first; i < last; ++i)

@@ -7,11 +7,9 @@
 namespace spat {
 namespace {
 
-constexpr int kL2Threads = 512;
-
 // The sums of all threads, in every thread.
 __device__ L2Sums block_sum(L2Sums s) {
-  __shared__ L2Sums warps[kL2Threads / kWarp];
+  __shared__ L2Sums warps[kThreads / kWarp];
   const auto add = [](double a, double b) { return a + b; };
   s.gg = warp_reduce(s.gg, add), s.gd = warp_reduce(s.gd, add), s.dd = warp_reduce(s.dd, add);
   __syncthreads();  // an earlier call may still be reading
@@ -23,7 +21,7 @@ __device__ L2Sums block_sum(L2Sums s) {
 }
 
 template <class T, class G, int N>
-__global__ void __launch_bounds__(kL2Threads) l2_step_kernel(const L2Step args) {
+__global__ void __launch_bounds__(kThreads) l2_step_kernel(const L2Step args) {
   using A = acc_t<T>;
   const Step& a = args.step;
   const int64_t n = a.images.sample_numel, sample = blockIdx.x;
@@ -42,7 +40,7 @@ __global__ void __launch_bounds__(kL2Threads) l2_step_kernel(const L2Step args) 
   };
   const auto gather = [&] {
     L2Sums sums;
-    for (int64_t i = int64_t(threadIdx.x) * N; i < n; i += kL2Threads * N) {
+    for (int64_t i = int64_t(threadIdx.x) * N; i < n; i += kThreads * N) {
       const Packet<T, N> p_adv = load<N>(x_adv + i), p_x = load<N>(x + i);
       const Packet<G, N> p_grad = load<N>(grad + i);
 #pragma unroll
@@ -58,7 +56,7 @@ __global__ void __launch_bounds__(kL2Threads) l2_step_kernel(const L2Step args) 
   if (random) sums = gather();
 
   const L2Move move(sums, at<A>(a.eps, sample), at<A>(a.step_size, sample));
-  for (int64_t i = int64_t(threadIdx.x) * N; i < n; i += kL2Threads * N) {
+  for (int64_t i = int64_t(threadIdx.x) * N; i < n; i += kThreads * N) {
     Packet<T, N> p_adv = load<N>(x_adv + i);
     const Packet<T, N> p_x = load<N>(x + i);
     const Packet<G, N> p_grad = load<N>(grad + i);
@@ -79,7 +77,7 @@ int launch_l2_step(const L2Step& args, void* stream) {
     constexpr int N = kPacket<T, G>;
     const bool whole = im.sample_numel % N == 0 && aligned({im.x_adv, im.x, args.step.grad});
     const auto kernel = whole ? l2_step_kernel<T, G, N> : l2_step_kernel<T, G, 1>;
-    kernel<<<im.samples, kL2Threads, 0, cudaStream_t(stream)>>>(args);
+    kernel<<<im.samples, kThreads, 0, cudaStream_t(stream)>>>(args);
   });
   return cudaGetLastError();
 }

@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kThreads) linf_step_kernel(const Step a) {
 
   const auto step = [&](int64_t i, T adv, T clean, G g_) -> T {
     const A g = to_acc(g_);
-    const int64_t sample = varies ? i / a.images.sample_numel : 0;
-    if (g != g && a.nan_seen) a.nan_seen[i / a.images.sample_numel] = 1;  // every writer writes the same
+    const int64_t sample = varies ? sample_of(a.images, i) : 0;
+    if (g != g && a.nan_seen) a.nan_seen[sample_of(a.images, i)] = 1;  // every writer writes the same
     return from_acc<T>(
         linf_step(to_acc(adv), to_acc(clean), g, at<A>(a.eps, sample), at<A>(a.step_size, sample), lo, hi));
   };
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) linf_random_start_kernel(const LinfR
     for (int w = 0; w < 4; ++w) {
       const int64_t k = i + j + w;
       if (!whole && k >= numel) continue;
-      const A eps = at<A>(a.eps, a.eps.varies ? k / a.images.sample_numel : 0);
+      const A eps = at<A>(a.eps, a.eps.varies ? sample_of(a.images, k) : 0);
       const T start = from_acc<T>(
           linf_random_start(to_acc(whole ? p.v[j + w] : x[k]), symmetric_unit(words.w[w]), eps, lo, hi));
       if (whole) p.v[j + w] = start;

@@ -121,6 +121,12 @@ SPAT_HD A at(PerSample values, int64_t sample) {
   return static_cast<const A*>(values.data)[values.varies ? sample : 0];
 }
 
+// i / sample_numel without an integer division, which is a call with a stack on GPUs: the fp64 product is off by one at most.
+SPAT_HD int64_t sample_of(const Images& images, int64_t i) {
+  const int64_t guess = int64_t(double(i) * images.samples_per_element), first = guess * images.sample_numel;
+  return guess - (first > i) + (first + images.sample_numel <= i);
+}
+
 template <class A>
 SPAT_HD A clamp(A v, A lo, A hi) {
   v = lo > v ? lo : v;

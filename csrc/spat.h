@@ -22,6 +22,7 @@ struct Images {
   void* x_adv;
   const void* x;
   int64_t samples, sample_numel;
+  double samples_per_element;  // 1 / sample_numel
   double lo, hi;
   DType dtype;
 };

@@ -137,7 +137,9 @@ class PGD:
             if self.restarts > 1:
                 raise ValueError(f"restarts={self.restarts} from one start repeat one run: leave out start, or restarts")
         elif self.loss.needs_random_start and not self.random_start:
-            raise ValueError("random_start=False, but the gradient of this loss is zero at x itself: set it True, or give a start")
+            raise ValueError(
+                "random_start=False, but the gradient of this loss is zero at x itself: set it True, or give a start"
+            )
         return checks.check_values(x, y, start, self.bounds)
 
     def _default_step_size(self) -> float | Tensor:
@@ -200,8 +202,8 @@ def pgd_ls(
 ) -> Tensor:
     """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
 
-    `alpha` in [0, 1] is the label smoothing (not the step size): the label gets 1 - alpha, every other class alpha / (K - 1). 0 is
-    cross-entropy. Where p_y > 1 - alpha this loss pulls *towards* the true class: it makes training examples that keep their
+    `alpha` in [0, 1] is the label smoothing (not the step size): the label gets 1 - alpha, every other class alpha / (K - 1).
+    0 is cross-entropy. Where p_y > 1 - alpha this loss pulls *towards* the true class: it makes training examples that keep their
     meaning, and is too weak to measure robustness with (use `pgd`, `cw_linf` and AutoAttack).
 
     The other arguments, the result, errors and warnings are those of `PGD`.

@@ -23,7 +23,9 @@ def borrowed(model, bn_mode: str):
     modules = list(model.modules())
     modes = [(m, m.training) for m in modules]
     frozen = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
-    ddp = [(m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in modules if isinstance(m, DistributedDataParallel)]
+    ddp = [
+        (m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in modules if isinstance(m, DistributedDataParallel)
+    ]
     swapped = []
     try:
         if bn_mode != "keep":

@@ -56,7 +56,9 @@ def check_images(x) -> None:
 
 def check_labels(y, x: Tensor) -> None:
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError(f"y must be an int64 tensor of class indices, got {kind(y)}: use y.long(), or y.argmax(1) on one-hot labels")
+        raise TypeError(
+            f"y must be an int64 tensor of class indices, got {kind(y)}: use y.long(), or y.argmax(1) on one-hot labels"
+        )
     if y.shape != x.shape[:1]:
         raise ValueError(f"y must have shape [{len(x)}] like the batch of x, got {list(y.shape)}")
     if y.device != x.device:

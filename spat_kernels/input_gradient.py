@@ -50,11 +50,11 @@ class InputGradient:
     def _checked(self, logits, x: Tensor) -> Tensor:
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone")
-        if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
-            raise ValueError(
-                f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}"
+            raise TypeError(
+                f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone"
             )
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
+            raise ValueError(f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}")
         if logits.device != x.device:
             raise ValueError(f"model returned logits on {logits.device} for x on {x.device}: put both on one device")
         if self.highest_label >= logits.shape[1]:

@@ -1,7 +1,7 @@
 """What an attack maximises: the value of a loss per sample, and its gradient at the logits.
 
-Each loss here is one fused kernel. To bring your own, pass `pgd` a callable `loss(logits, y) -> [B]`; its gradient then comes from
-autograd. To bring a kernel, subclass `Loss`.
+Each loss here is one fused kernel. To bring your own, pass `pgd` a callable `loss(logits, y) -> [B]`; its gradient then comes
+from autograd. To bring a kernel, subclass `Loss`.
 """
 
 from collections.abc import Callable

@@ -87,7 +87,7 @@ def acc(dtype: torch.dtype) -> torch.dtype:
 
 
 def sentinels(shape, dtype, device, offset: int = 0, channels_last: bool = False):
-    """A dense tensor inside a larger buffer of a known value, `offset` elements from 16-byte alignment, and a check of its rim."""
+    """A poisoned dense tensor inside a buffer of a known value, `offset` elements off alignment, and a check of the rim."""
     numel, rim = int(torch.Size(shape).numel()), 64
     buffer = torch.full((numel + 2 * rim,), 7.0, dtype=dtype, device=device)
     flat = buffer[rim + offset : rim + offset + numel]

@@ -64,7 +64,10 @@ def test_equals_the_eager_loop(name):
     common = {"eps": EPS, "start": start}
     alpha = 0.3
     if name == "ls":
-        ours, loss = sk.pgd_ls(model, x, y, alpha=alpha, **common), lambda z: F.cross_entropy(z, y, label_smoothing=alpha * 10 / 9)
+        ours, loss = (
+            sk.pgd_ls(model, x, y, alpha=alpha, **common),
+            lambda z: F.cross_entropy(z, y, label_smoothing=alpha * 10 / 9),
+        )
     elif name == "ce":
         ours, loss = sk.pgd(model, x, y, **common), lambda z: F.cross_entropy(z, y)
     elif name == "kl":
@@ -94,7 +97,8 @@ def test_fgsm_is_one_full_step_from_x():
 @settings(max_examples=15, deadline=None, database=None, derandomize=True)
 @given(
     eps=st.floats(0, 0.5), step_size=st.none() | st.floats(0, 2), steps=st.integers(0, 3), seed=st.integers(0, 99),
-    loss=st.sampled_from(["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.5)]), bounds=st.sampled_from([(0.0, 1.0), (-0.1, 1.3)]),
+    loss=st.sampled_from(["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.5)]),
+    bounds=st.sampled_from([(0.0, 1.0), (-0.1, 1.3)]),
 )  # fmt: skip
 def test_result_is_inside_ball_and_box(norm, dtype, eps, step_size, steps, seed, loss, bounds):
     torch.manual_seed(seed)
@@ -126,7 +130,9 @@ def test_success_rises_and_loss_grows():
 def test_targeted_moves_towards_the_target(loss):
     model, (x, _) = cnn(size=16).eval(), batch(16, size=16)
     target = (model(x).argmax(1) + 3) % 10
-    before, after = (model(v).log_softmax(1).gather(1, target[:, None]) for v in (x, sk.pgd(model, x, target, 0.2, loss=loss, targeted=True)))
+    before, after = (
+        model(v).log_softmax(1).gather(1, target[:, None]) for v in (x, sk.pgd(model, x, target, 0.2, loss=loss, targeted=True))
+    )
     assert (after > before).float().mean() > 0.9
 
 
@@ -219,7 +225,9 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("select", ["success", "loss"])
-@pytest.mark.parametrize("loss", ["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.2), lambda z, y: F.cross_entropy(z, y, reduction="none")])
+@pytest.mark.parametrize(
+    "loss", ["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.2), lambda z, y: F.cross_entropy(z, y, reduction="none")]
+)
 def test_restarts_keep_the_best_of_the_same_runs(loss, select):
     model, (x, y) = cnn().eval(), batch(32)
     generator = torch.Generator().manual_seed(3)

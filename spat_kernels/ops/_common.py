@@ -36,9 +36,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     """Equal shapes, and equal strides wherever a dimension has more than one element."""
     if a.shape != b.shape:
         return False
-    return a.stride() == b.stride() or all(
-        n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return a.stride() == b.stride() or all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def check_images(x_adv: Tensor, x: Tensor, **per_sample: Tensor) -> None:

@@ -50,9 +50,7 @@ def dlr_grad_ref(
         loss.copy_(value[:, 0].where(valid, torch.nan))
 
 
-def check_dlr(
-    logits: Tensor, labels: Tensor, targets: Tensor | None, dlogits: Tensor, loss: Tensor | None
-) -> None:
+def check_dlr(logits: Tensor, labels: Tensor, targets: Tensor | None, dlogits: Tensor, loss: Tensor | None) -> None:
     named = {"labels": labels} if targets is None else {"labels": labels, "targets": targets}
     check_rows(logits, dlogits, loss, min_classes=3 if targets is None else 4, **named)
 
@@ -63,7 +61,8 @@ def check_dlr(
 @triton.jit
 def dlr_grad_kernel(
     logits_ptr, labels_ptr, targets_ptr, dlogits_ptr, loss_ptr, B, scale: tl.float64,
-    TARGETED: tl.constexpr, WITH_LOSS: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    TARGETED: tl.constexpr, WITH_LOSS: tl.constexpr,
+    K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_y, valid = safe_labels(labels_ptr, i_b, B, K)

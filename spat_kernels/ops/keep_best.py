@@ -2,7 +2,7 @@
 
     better = success > best_success, or success == best_success and loss > best_loss         (a NaN loss is never better)
 
-best, x_adv: [B, ...], dense, equal strides, one dtype of {fp32, bf16, fp16, fp64}. loss, best_loss: fp32 [B] (fp64 for fp64 images).
+best, x_adv: [B, ...], dense, equal strides, one dtype of {fp32, bf16, fp16, fp64}. loss, best_loss: fp32 [B] (fp64 for fp64).
 success, best_success: bool [B], or both None to go by loss alone. Moves 2 * itemsize bytes an element of the samples that change.
 """
 

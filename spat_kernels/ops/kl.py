@@ -3,8 +3,8 @@
     L = sum_k q_k (log q_k - log p_k),   p = softmax(z),   0 log 0 = 0
     dL/dz = p - q
 
-logits: [B, K >= 2] contiguous in {fp32, bf16, fp16, fp64}; probs: q, contiguous [B, K] in fp32 (fp64 for fp64 logits), rows summing
-to 1; dlogits: like logits, scale * dL/dz; loss: fp32 [B] (fp64) or None. Arithmetic is fp32 (fp64).
+logits: [B, K >= 2] contiguous in {fp32, bf16, fp16, fp64}; probs: q, contiguous [B, K] in fp32 (fp64 for fp64 logits), rows
+summing to 1; dlogits: like logits, scale * dL/dz; loss: fp32 [B] (fp64) or None. Arithmetic is fp32 (fp64).
 Moves B * K * (2 * itemsize + 4) bytes.
 """
 
@@ -82,9 +82,7 @@ _kl_grad = define(
 # --- public ---
 
 
-def kl_grad(
-    logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None = None, *, scale: float = 1.0
-) -> Tensor:
+def kl_grad(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
     """Write the gradient of KL(probs || softmax(logits)) into `dlogits`, and its values into `loss` if given.
 
     Returns `dlogits`. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.

@@ -89,7 +89,8 @@ def l2_sums(x_adv_ptr, x_ptr, grad_ptr, start, key, counter, random, n: tl.const
 @triton.jit
 def l2_step_kernel(
     x_adv_ptr, x_ptr, grad_ptr, eps_ptr, step_ptr, seed_ptr, nan_seen_ptr, lo: tl.float64, hi: tl.float64,
-    EPS_VARIES: tl.constexpr, STEP_VARIES: tl.constexpr, COUNT_NAN: tl.constexpr, n: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    EPS_VARIES: tl.constexpr, STEP_VARIES: tl.constexpr, COUNT_NAN: tl.constexpr,
+    n: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_sample = tl.program_id(0).to(tl.int64)
     start = i_sample * n

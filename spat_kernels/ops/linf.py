@@ -67,12 +67,14 @@ def linf_step_ref(
 
 @triton.jit
 def linf_random_start_kernel(
-    x_adv_ptr, x_ptr, eps_ptr, seed_ptr, numel, sample_numel, lo: tl.float64, hi: tl.float64, VARIES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+    x_adv_ptr, x_ptr, eps_ptr, seed_ptr, numel, sample_numel, lo: tl.float64, hi: tl.float64,
+    VARIES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     i_call = tl.program_id(0).to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     counter = tl.load(seed_ptr + 1)
     r0, r1, r2, r3 = tl.philox(
-        tl.load(seed_ptr), i_call.to(tl.uint32), (i_call >> 32).to(tl.uint32), counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+        tl.load(seed_ptr),
+        i_call.to(tl.uint32), (i_call >> 32).to(tl.uint32), counter.to(tl.uint32), (counter >> 32).to(tl.uint32),
     )  # fmt: skip
     b_word = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
     b_unit = ((b_word >> 8).to(tl.int32) * 2 + 1 - 16777216).to(tl.float32) * 5.9604644775390625e-08
@@ -135,8 +137,7 @@ _random_start = define(
     linf_random_start_triton,
 )
 _step = define(
-    "linf_step_(Tensor(a!) x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, float lo, float hi, "
-    "Tensor(b!)? nan_seen)",
+    "linf_step_(Tensor(a!) x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, float lo, float hi, Tensor(b!)? nan_seen)",
     linf_step_ref,
     linf_step_triton,
 )

@@ -6,8 +6,8 @@
 alpha = 0 is cross-entropy. PyTorch's `label_smoothing=s` spreads s/K over all classes: it is the same loss at s = alpha*K/(K-1).
 At the label the gradient is computed as alpha - sum_{k != y} p_k, which does not cancel when p_y is close to 1.
 
-logits: [B, K >= 2] contiguous in {fp32, bf16, fp16, fp64}; labels: int64 [B]; dlogits: like logits; loss: fp32 [B] (fp64 for fp64)
-or None. Arithmetic is fp32 (fp64). dlogits is scale * dL/dz of the sum over the batch; `targeted` negates loss and gradient, so
+logits: [B, K >= 2] contiguous in {fp32, bf16, fp16, fp64}; labels: int64 [B]; dlogits: like logits; loss: fp32 [B] (fp64 for
+fp64) or None. Arithmetic is fp32 (fp64). dlogits is scale * dL/dz of the sum over the batch; `targeted` negates loss and gradient, so
 that both always describe what is to be maximised. A label outside [0, K) makes its row NaN.
 Moves 2 * B * K * itemsize bytes: the second read of a row comes from cache.
 """
@@ -61,8 +61,10 @@ def online_softmax(logits_ptr, i_b, b_y, B, K: tl.constexpr, BLOCK_B: tl.constex
 
 @triton.jit
 def lsce_grad_kernel(
-    logits_ptr, labels_ptr, dlogits_ptr, loss_ptr, B, alpha: tl.float64, off_target: tl.float64, scale: tl.float64, sign: tl.float64,
-    WITH_LOSS: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    logits_ptr, labels_ptr, dlogits_ptr, loss_ptr, B,
+    alpha: tl.float64, off_target: tl.float64, scale: tl.float64, sign: tl.float64,
+    WITH_LOSS: tl.constexpr, SMOOTH: tl.constexpr,
+    K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_y, valid = safe_labels(labels_ptr, i_b, B, K)

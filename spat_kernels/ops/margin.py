@@ -42,9 +42,18 @@ def margin_grad_ref(
 
 @triton.jit
 def next_ranked(
-    logits_ptr, i_b, b_prev_z, b_prev_k, b_skip, B, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr
+    logits_ptr,
+    i_b,
+    b_prev_z,
+    b_prev_k,
+    b_skip,
+    B,
+    K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """Value and class of the first logit after (b_prev_z, b_prev_k) by falling value, then rising index; class b_skip is left out."""
+    """Value and class of the first logit after (b_prev_z, b_prev_k) by falling value, then rising index, b_skip left out."""
     b_best_z = tl.full([BLOCK_B], float("-inf"), ACC)
     b_best_k = tl.zeros([BLOCK_B], tl.int64) + K
     for first in range(0, K, BLOCK_K):

@@ -43,6 +43,10 @@ def test_takes_the_better(impl, by_success, sample):
 def test_wrong_arguments_raise(impl):
     x, loss = torch.rand(4, 5, device=impl.device), torch.zeros(4, device=impl.device)
     success = torch.zeros(4, dtype=torch.bool, device=impl.device)
-    for arguments in [(x, loss, success, x, loss, None), (x, loss.half(), None, x, loss, None), (x, loss, None, x[:3], loss, None)]:
+    for arguments in [
+        (x, loss, success, x, loss, None),
+        (x, loss.half(), None, x, loss, None),
+        (x, loss, None, x[:3], loss, None),
+    ]:
         with pytest.raises(RuntimeError):
             impl("keep_best_")(*arguments)

@@ -36,7 +36,7 @@ def test_result_is_in_the_ball_and_moves_by_the_step(impl):
     x = torch.full((6, 3, 8, 8), 0.5, device=impl.device)
     for eps, length in [(0.5, 0.1), (0.5, 10.0), (0.0, 0.1)]:
         x_adv = x.clone()
-        for k in range(1, 4):
+        for _ in range(3):
             before = (x_adv - x).flatten(1).norm(dim=1)
             step(impl, x_adv, x, torch.ones_like(x), eps, length)
             expected = (before + length).clamp(max=eps)

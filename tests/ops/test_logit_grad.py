@@ -125,7 +125,11 @@ def test_matches_autograd(impl, name, classes):
 
 def test_empty_batch(impl):
     for name, (_, _, call) in LOSSES.items():
-        z, y, value = torch.empty(0, 10, device=impl.device), torch.empty(0, dtype=torch.int64, device=impl.device), torch.empty(0)
+        z, y, value = (
+            torch.empty(0, 10, device=impl.device),
+            torch.empty(0, dtype=torch.int64, device=impl.device),
+            torch.empty(0),
+        )
         call(impl, z, y, z.clone(), z.clone(), value.to(impl.device)), name
 
 

@@ -38,7 +38,11 @@ def sample_inputs(device="cpu"):
 
 @pytest.mark.parametrize(("op", "arguments"), sample_inputs(), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(op, arguments):
-    opcheck(getattr(torch.ops.spat, op).default, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    opcheck(
+        getattr(torch.ops.spat, op).default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
 
 
 def test_every_op_is_checked():

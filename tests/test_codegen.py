@@ -1,0 +1,94 @@
+"""The machine code, read where no GPU can run it: every kernel is there for every architecture, keeps to registers, and moves
+packets of 16 bytes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+import spat_kernels
+from tests.conftest import OPS
+
+EXTENSION = next(Path(spat_kernels.__file__).parent.glob("_C.*"), None)
+CUDA = spat_kernels.config()["cuda"]
+KERNELS = sorted(f"{op.rstrip('_')}_kernel" for op in OPS)
+pytestmark = pytest.mark.slow
+needs_cuda_code = pytest.mark.skipif(not CUDA, reason="this installation holds no CUDA code (no nvcc when it was built)")
+
+
+def cuobjdump(*flags: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, *flags, str(EXTENSION)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def architectures() -> list[str]:
+    return [code for code in CUDA.split() if code.startswith("sm_")]
+
+
+@needs_cuda_code
+def test_every_architecture_is_there():
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        assert CUDA.split()[1:] == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    elf = cuobjdump("-lelf")
+    for arch in architectures():
+        for source in ("linf", "l2", "logit_grad", "keep_best"):
+            assert f"{source}.{arch}.cubin" in elf
+    if "compute_" in CUDA:
+        assert "linf.sm_" in cuobjdump("-lptx")
+
+
+@needs_cuda_code
+def test_no_kernel_spills_or_uses_local_memory():
+    usage = re.findall(r"Function (\S+):\s+(REG:.*)", cuobjdump("-res-usage"))
+    assert {k for name, _ in usage for k in KERNELS if k in name} == set(KERNELS)
+    for name, resources in usage:
+        assert "STACK:0 " in resources and "LOCAL:0 " in resources, (name, resources)
+        assert int(re.search(r"REG:(\d+)", resources)[1]) <= 80, (name, "three blocks of 256 threads must fit a multiprocessor")
+
+
+@needs_cuda_code
+@pytest.mark.parametrize("arch", architectures())
+def test_packets_are_16_bytes(arch):
+    """Every variant for aligned tensors loads and stores 16 bytes at once, none goes to local memory, and those whose results
+    are bitwise those of the reference hold no fused multiply-add and no approximation."""
+    body = defaultdict(list)
+    for line in cuobjdump("-sass", "-arch", arch).splitlines():
+        if "Function :" in line:
+            name = line.split()[-1]
+        elif found := re.search(r"\b(LDG|STG|LDL|STL|FFMA|MUFU)\S*", line):
+            body[name].append(found[0])
+    wide = {name for name in body if re.search(r"(Li[2-8]E|Lb1E)EEv", name)}
+    assert {k for name in wide for k in KERNELS if k in name} == set(KERNELS)
+    for name in wide:
+        assert any(op.startswith("LDG.E.128") for op in body[name]), name
+        assert any(op.startswith("STG.E.128") for op in body[name]), name
+    for name, ops in body.items():
+        assert not any(op.startswith(("LDL", "STL")) for op in ops), name
+        if "linf" in name or "keep_best" in name:
+            assert not any(op.startswith(("FFMA", "MUFU")) for op in ops), name
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_kernels_compile(capability):
+    script = Path(__file__).with_name("codegen_triton.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    dtypes = ["float32", "bfloat16", "float16", "float64"] if capability == 90 else ["float32", "bfloat16"]
+    result = subprocess.run([sys.executable, script, str(capability), *dtypes], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {r["kernel"] for r in report} == set(KERNELS) and {r["dtype"] for r in report} == set(dtypes)
+    for r in report:
+        assert not r["local_memory"], r
+        small_rows = (
+            r["K"] is not None and r["K"] * getattr(torch, r["dtype"]).itemsize < 1024
+        )  # one tile, spread over the threads
+        assert small_rows or (r["wide_loads"] and r["wide_stores"]), r
+        # exact arithmetic on images; Triton's exp, log and division have fused steps of their own
+        assert not r["fused_multiply_add"] or r["kernel"] in ("lsce_grad_kernel", "kl_grad_kernel"), r
