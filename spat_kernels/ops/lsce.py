@@ -7,9 +7,9 @@ alpha = 0 is cross-entropy. PyTorch's `label_smoothing=s` spreads s/K over all c
 At the label the gradient is computed as alpha - sum_{k != y} p_k, which does not cancel when p_y is close to 1.
 
 logits: [B, K >= 2] contiguous in {fp32, bf16, fp16, fp64}; labels: int64 [B]; dlogits: like logits; loss: fp32 [B] (fp64 for
-fp64) or None. Arithmetic is fp32 (fp64). dlogits is scale * dL/dz of the sum over the batch; `targeted` negates loss and gradient, so
-that both always describe what is to be maximised. A label outside [0, K) makes its row NaN.
-Moves 2 * B * K * itemsize bytes: the second read of a row comes from cache.
+fp64) or None. Arithmetic is fp32 (fp64). dlogits is scale * dL/dz of the sum over the batch; `targeted` negates loss and
+gradient, so that both always describe what is to be maximised. A label outside [0, K) makes its row NaN. Moves 2 * B * K *
+itemsize bytes: the second read of a row comes from cache.
 """
 
 import torch
