@@ -138,8 +138,9 @@ Rows rows_of(const Tensor& logits, const Tensor& dlogits, const std::optional<Te
 
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
 
-// Does `count` items of about `item` elements each. Less than kGrain elements are not worth a second thread.
-constexpr int64_t kGrain = 16384;
+// Does `count` items, each worth about `item` elements of an L-infinity step. Less than kGrain (about 4 us) is not worth a second
+// thread; exponentials and ranks weigh more than a step.
+constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8;
 
 template <class Args>
 void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*cpu)(const Args&, int64_t, int64_t),
@@ -191,7 +192,7 @@ void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tenso
                double scale) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
   const LsceGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), alpha, targeted};
-  SPAT_RUN(lsce_grad, args, logits, rows.rows, 4 * rows.classes);
+  SPAT_RUN(lsce_grad, args, logits, rows.rows, kExp * rows.classes);
 }
 
 void kl_grad(Tensor logits, Tensor probs, Tensor dlogits, std::optional<Tensor> loss, double scale) {
@@ -200,14 +201,14 @@ void kl_grad(Tensor logits, Tensor probs, Tensor dlogits, std::optional<Tensor> 
   check_dtype(probs, acc_type(rows.dtype), "probs");
   check_device(probs, logits, "probs");
   const KlGrad args{rows, probs.const_data_ptr()};
-  SPAT_RUN(kl_grad, args, logits, rows.rows, 4 * rows.classes);
+  SPAT_RUN(kl_grad, args, logits, rows.rows, kExp * rows.classes);
 }
 
 void margin_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double kappa, bool targeted,
                  double scale) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
   const MarginGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), kappa, targeted};
-  SPAT_RUN(margin_grad, args, logits, rows.rows, rows.classes);
+  SPAT_RUN(margin_grad, args, logits, rows.rows, kRank * rows.classes);
 }
 
 void dlr_grad(Tensor logits, Tensor labels, std::optional<Tensor> targets, Tensor dlogits, std::optional<Tensor> loss,
@@ -215,7 +216,7 @@ void dlr_grad(Tensor logits, Tensor labels, std::optional<Tensor> targets, Tenso
   const Rows rows = rows_of(logits, dlogits, loss, scale, targets ? 4 : 3);
   const DlrGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"),
                      targets ? int64_vector(*targets, rows.rows, logits, "targets") : nullptr};
-  SPAT_RUN(dlr_grad, args, logits, rows.rows, 4 * rows.classes);
+  SPAT_RUN(dlr_grad, args, logits, rows.rows, kRank * rows.classes);
 }
 
 void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_success, Tensor x_adv, Tensor loss,

@@ -1,12 +1,14 @@
-// The ops on the CPU: plain loops over math.h that the compiler vectorises, once for each level of the x86-64 instruction set
-// (the loader picks at run time, so one wheel serves every machine). Threads come from the caller, as [begin, end).
+// The ops on the CPU: math.h over loops that the compiler vectorises, or over explicit vectors where it does not, compiled once
+// for each level of the x86-64 instruction set (the loader picks, so one wheel serves every machine). Threads come from the
+// caller, as [begin, end).
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "math.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// `flatten` pulls the templates below into each clone; without it they would keep the baseline instruction set
-#define SPAT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4"), flatten))
+#define SPAT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define SPAT_CLONES
 #endif
@@ -14,7 +16,66 @@
 namespace spat {
 namespace {
 
-constexpr int kLanes = 16;  // one AVX-512 register of fp32
+constexpr int kLanes = 16;  // one AVX-512 register of fp32; on smaller machines the compiler splits it
+
+// A vector of kLanes A: arithmetic, comparisons and ?: go lane by lane.
+template <class A>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(kLanes * sizeof(A))));
+};
+template <class A>
+using Lanes = typename LanesOf<A>::type;
+
+// All lanes by `op`, in four halvings.
+template <class A, class Op>
+SPAT_HD A reduce(Lanes<A> v, Op op) {
+  v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return v[0];
+}
+template <class A>
+SPAT_HD A sum(Lanes<A> v) {
+  return reduce<A>(v, [](Lanes<A> a, Lanes<A> b) SPAT_INLINE { return a + b; });
+}
+
+SPAT_HD Lanes<float> exp_nonpositive(Lanes<float> x) { return exp_polynomial<Lanes<float>, Lanes<int32_t>>(x); }
+SPAT_HD Lanes<double> exp_nonpositive(Lanes<double> x) {
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = exp(x[lane]);
+  return x;
+}
+
+// Elements [first, first + kLanes) of p, `padding` from n on. By memcpy, since vectors filled lane by lane go through scalars.
+template <class T>
+SPAT_HD Lanes<acc_t<T>> load_lanes(const T* p, int64_t n, int64_t first, acc_t<T> padding) {
+  using A = acc_t<T>;
+  A chunk[kLanes];
+  if (std::is_same_v<T, A> && first + kLanes <= n) {
+    memcpy(chunk, p + first, sizeof(chunk));
+  } else if (first + kLanes <= n) {
+    for (int lane = 0; lane < kLanes; ++lane) chunk[lane] = to_acc(p[first + lane]);
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) chunk[lane] = first + lane < n ? to_acc(p[first + lane]) : padding;
+  }
+  Lanes<A> v;
+  memcpy(&v, chunk, sizeof(v));
+  return v;
+}
+
+template <class T>
+SPAT_HD void store_lanes(T* p, int64_t n, int64_t first, Lanes<acc_t<T>> v) {
+  acc_t<T> chunk[kLanes];
+  memcpy(chunk, &v, sizeof(v));
+  if (std::is_same_v<T, acc_t<T>> && first + kLanes <= n) {
+    memcpy(p + first, chunk, sizeof(chunk));
+  } else if (first + kLanes <= n) {
+    for (int lane = 0; lane < kLanes; ++lane) p[first + lane] = from_acc<T>(chunk[lane]);
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane)  // a variable bound would make it a call of memcpy
+      if (first + lane < n) p[first + lane] = from_acc<T>(chunk[lane]);
+  }
+}
 
 // f(sample, first, last) for the stretch of elements that each sample has in [begin, end)
 template <class F>
@@ -37,7 +98,7 @@ SPAT_HD void linf_step(const Step& a, int64_t begin, int64_t end) {
   const T* __restrict__ x = static_cast<const T*>(a.images.x);
   const G* __restrict__ grad = static_cast<const G*>(a.grad);
   const A lo = A(a.images.lo), hi = A(a.images.hi);
-  for_each_sample(a.images, begin, end, [&](int64_t sample, int64_t first, int64_t last) {
+  for_each_sample(a.images, begin, end, [&](int64_t sample, int64_t first, int64_t last) SPAT_INLINE {
     const A eps = at<A>(a.eps, sample), step_size = at<A>(a.step_size, sample);
     int32_t nan = 0;
     for (int64_t i = first; i < last; ++i) {
@@ -66,7 +127,7 @@ SPAT_HD void linf_random_start(const LinfRandomStart& a, int64_t begin, int64_t 
     for (int lane = 0; lane < kLanes; ++lane)
       for (int j = 0; j < 4; ++j) unit[4 * lane + j] = symmetric_unit(words[j][lane]);
     for_each_sample(a.images, std::max(begin, block), std::min(end, block + kBlock),
-                    [&](int64_t sample, int64_t first, int64_t last) {
+                    [&](int64_t sample, int64_t first, int64_t last) SPAT_INLINE {
                       const A eps = at<A>(a.eps, sample);
                       for (int64_t i = first; i < last; ++i)
                         x_adv[i] = from_acc<T>(spat::linf_random_start(to_acc(x[i]), unit[i - block], eps, lo, hi));
@@ -77,93 +138,89 @@ SPAT_HD void linf_random_start(const LinfRandomStart& a, int64_t begin, int64_t 
 template <class T, class G>
 SPAT_HD void l2_step(const L2Step& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
+  using V = Lanes<A>;
+  using D = Lanes<double>;
   const Step& a = args.step;
   const int64_t n = a.images.sample_numel;
+  const V lo = V{} + A(a.images.lo), hi = V{} + A(a.images.hi);
   for (int64_t sample = begin; sample < end; ++sample) {
-    T* __restrict__ x_adv = static_cast<T*>(a.images.x_adv) + sample * n;
-    const T* __restrict__ x = static_cast<const T*>(a.images.x) + sample * n;
-    const G* __restrict__ grad = static_cast<const G*>(a.grad) + sample * n;
-    const auto direction = [&](int64_t i) {
-      const A g = to_acc(grad[i]);
-      return finite(g) ? g : A(0);
+    T* x_adv = static_cast<T*>(a.images.x_adv) + sample * n;
+    const T* x = static_cast<const T*>(a.images.x) + sample * n;
+    const G* grad = static_cast<const G*>(a.grad) + sample * n;
+    bool random = false;
+    Lanes<A> unusable = {};  // NaN where a gradient was not finite
+    const auto direction = [&](int64_t first) SPAT_INLINE {
+      V g = load_lanes(grad, n, first, acc_t<G>(0));
+      if (random) {
+        for (int64_t i = first; i < std::min(n, first + kLanes); ++i)
+          g[i - first] = random_sign(philox(uint64_t(args.seed[0]), uint64_t(args.seed[1]), uint64_t(i) / 4).w[i % 4]);
+      }
+      const V zero = g - g;  // NaN where g is infinite or NaN
+      unusable += zero;
+      return V(zero == V{} ? g : V{});
     };
-    const auto random_direction = [&](int64_t i) {
-      return A(random_sign(philox(uint64_t(args.seed[0]), uint64_t(args.seed[1]), uint64_t(i) / 4).w[i % 4]));
+    const auto gather = [&]() SPAT_INLINE {
+      L2Sums<D> sums;
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const V d = load_lanes(x_adv, n, i, A(0)) - load_lanes(x, n, i, A(0));
+        sums.push(__builtin_convertvector(direction(i), D), __builtin_convertvector(d, D));
+      }
+      return L2Sums<double>{sum<double>(sums.gg), sum<double>(sums.gd), sum<double>(sums.dd)};
     };
-    const auto sums = [&](const auto& g) {
-      L2Sums lanes[kLanes];
-      for (int64_t i = 0; i < n; i += kLanes)
-        for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, n - i); ++lane)
-          lanes[lane].push(g(i + lane), to_acc(x_adv[i + lane]) - to_acc(x[i + lane]));
-      L2Sums total;
-      for (const L2Sums& s : lanes) total.gg += s.gg, total.gd += s.gd, total.dd += s.dd;
-      return total;
-    };
-    const auto move = [&](const L2Sums& s, const auto& g) {
-      const L2Move m(s, at<A>(a.eps, sample), at<A>(a.step_size, sample));
-      for (int64_t i = 0; i < n; ++i)
-        x_adv[i] = from_acc<T>(m.apply(to_acc(x_adv[i]), to_acc(x[i]), g(i), A(a.images.lo), A(a.images.hi)));
-    };
-    int32_t unusable = 0;
-    for (int64_t i = 0; i < n; ++i) unusable |= !finite(to_acc(grad[i]));
-    if (unusable) flag(a.nan_seen, sample);
-    const L2Sums s = sums(direction);
-    if (s.gg == 0 && !unusable) {
-      move(sums(random_direction), random_direction);
-    } else {
-      move(s, direction);
+
+    L2Sums<double> sums = gather();
+    const bool usable = sum<A>(unusable) == 0;
+    if (!usable) flag(a.nan_seen, sample);
+    random = sums.gg == 0 && usable;
+    if (random) sums = gather();
+
+    const L2Move move(sums, at<A>(a.eps, sample), at<A>(a.step_size, sample));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const V clean = load_lanes(x, n, i, A(0)), d = load_lanes(x_adv, n, i, A(0)) - clean;
+      const D moved = move.apply<D>(__builtin_convertvector(clean, D), __builtin_convertvector(d, D),
+                                    __builtin_convertvector(direction(i), D));
+      store_lanes(x_adv, n, i, clamp<V>(__builtin_convertvector(moved, V), lo, hi));
     }
   }
 }
 
-// A chunk of a row in registers: kLanes logits, -inf (or q = 0) beyond the last class.
-template <class T>
-SPAT_HD void load_chunk(const T* row, int64_t classes, int64_t k0, acc_t<T> (&z)[kLanes], acc_t<T> padding) {
-  if (k0 + kLanes <= classes) {
-    for (int lane = 0; lane < kLanes; ++lane) z[lane] = to_acc(row[k0 + lane]);
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane) z[lane] = k0 + lane < classes ? to_acc(row[k0 + lane]) : padding;
-  }
-}
-
-template <class T>
-SPAT_HD void store_chunk(T* row, int64_t classes, int64_t k0, const acc_t<T> (&g)[kLanes]) {
-  for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, classes - k0); ++lane) row[k0 + lane] = from_acc<T>(g[lane]);
-}
-
-template <class A>
-SPAT_HD A sum(const A (&lanes)[kLanes]) {
-  A total = 0;
-  for (A v : lanes) total += v;
-  return total;
-}
-
 template <class T>
 SPAT_HD acc_t<T> row_max(const T* row, int64_t classes, acc_t<T> start) {
-  using A = acc_t<T>;
-  A z[kLanes], lanes[kLanes];
-  for (A& lane : lanes) lane = start;
+  using V = Lanes<acc_t<T>>;
+  V largest = V{} + start;
   for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
-    load_chunk(row, classes, k0, z, A(-INFINITY));
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = larger(lanes[lane], z[lane]);
+    const V z = load_lanes(row, classes, k0, start);
+    largest = largest > z ? largest : z;
   }
-  A max = lanes[0];
-  for (A lane : lanes) max = larger(max, lane);
-  return max;
+  return reduce<acc_t<T>>(largest, [](V a, V b) SPAT_INLINE { return a > b ? a : b; });
 }
 
-// Sum of e^(z - max) over the classes other than `skip` (-1: over all).
+// e^(z - max) of one row, chunk by chunk. The first 1024 classes are kept from the sum for the gradient, later ones computed again.
 template <class T>
-SPAT_HD acc_t<T> exp_sum(const T* row, int64_t classes, acc_t<T> max, int64_t skip) {
+struct Exponentials {
   using A = acc_t<T>;
-  A z[kLanes], lanes[kLanes] = {};
-  for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
-    load_chunk(row, classes, k0, z, A(-INFINITY));
-    if (skip >= k0 && skip < k0 + kLanes) z[skip - k0] = A(-INFINITY);
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += exp_nonpositive(z[lane] - max);
+  static constexpr int64_t kKept = 1024;
+  const T* row;
+  int64_t classes;
+  A max;
+  Lanes<A> kept[kKept / kLanes];
+
+  SPAT_HD Exponentials(const T* row, int64_t classes, A max) : row(row), classes(classes), max(max) {}
+  SPAT_HD Lanes<A> compute(int64_t k0) const { return exp_nonpositive(load_lanes(row, classes, k0, A(-INFINITY)) - max); }
+  SPAT_HD Lanes<A> at(int64_t k0) const { return k0 < kKept ? kept[k0 / kLanes] : compute(k0); }
+
+  // The sum over the classes other than `skip` (-1: over all). Comes before `at`.
+  SPAT_HD A sum(int64_t skip) {
+    Lanes<A> total = {};
+    for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
+      Lanes<A> e = compute(k0);
+      if (k0 < kKept) kept[k0 / kLanes] = e;
+      if (skip >= k0 && skip < k0 + kLanes) e[skip - k0] = 0;
+      total += e;
+    }
+    return spat::sum<A>(total);
   }
-  return sum(lanes);
-}
+};
 
 template <class T>
 SPAT_HD void fill_nan(const Rows& rows, int64_t row) {
@@ -184,18 +241,15 @@ SPAT_HD void lsce_grad(const LsceGrad& a, int64_t row) {
   const A sign = a.targeted ? A(-1) : A(1), scale = sign * A(a.rows.scale);
   const A alpha = A(a.alpha), off_target = A(a.alpha / double(classes - 1));
   const A z_y = to_acc(logits[label]), max = row_max(logits, classes, larger(z_y, lowest<A>()));
-  const LsceRow<A> stats(max, exp_sum(logits, classes, max, label), z_y);
-  A z[kLanes], g[kLanes], gaps[kLanes] = {};
+  Exponentials<T> e(logits, classes, max);
+  const LsceRow<A> stats(max, e.sum(label), z_y);
+  Lanes<A> gaps = {};
   for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
-    load_chunk(logits, classes, k0, z, z_y);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      gaps[lane] += z_y - z[lane];
-      g[lane] = stats.grad(z[lane], false, alpha, off_target, scale);
-    }
-    if (label >= k0 && label < k0 + kLanes) g[label - k0] = stats.grad(z_y, true, alpha, off_target, scale);
-    store_chunk(dlogits, classes, k0, g);
+    if (a.rows.loss) gaps += z_y - load_lanes(logits, classes, k0, z_y);
+    store_lanes(dlogits, classes, k0, stats.other_grad(e.at(k0), off_target, scale));
   }
-  if (a.rows.loss) static_cast<A*>(a.rows.loss)[row] = sign * stats.loss(sum(gaps), alpha, off_target);
+  dlogits[label] = from_acc<T>(stats.label_grad(alpha, scale));
+  if (a.rows.loss) static_cast<A*>(a.rows.loss)[row] = sign * stats.loss(sum<A>(gaps), alpha, off_target);
 }
 
 template <class T>
@@ -205,35 +259,30 @@ SPAT_HD void kl_grad(const KlGrad& a, int64_t row) {
   const T* logits = static_cast<const T*>(a.rows.logits) + row * classes;
   const A* probs = static_cast<const A*>(a.probs) + row * classes;
   T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
-  const A max = row_max(logits, classes, lowest<A>()), total = exp_sum(logits, classes, max, -1);
-  A z[kLanes], q[kLanes], g[kLanes];
+  Exponentials<T> e(logits, classes, row_max(logits, classes, lowest<A>()));
+  const A total = e.sum(-1);
   for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
-    load_chunk(logits, classes, k0, z, A(-INFINITY));
-    load_chunk(probs, classes, k0, q, A(0));
-    for (int lane = 0; lane < kLanes; ++lane) g[lane] = A(a.rows.scale) * (exp_nonpositive(z[lane] - max) / total - q[lane]);
-    store_chunk(dlogits, classes, k0, g);
+    const Lanes<A> p = e.at(k0) / total;
+    store_lanes(dlogits, classes, k0, A(a.rows.scale) * (p - load_lanes(probs, classes, k0, A(0))));
   }
   if (a.rows.loss) {
-    const A log_total = max + A(log(total));
-    A terms[kLanes] = {};
+    const A log_total = e.max + A(log(total));
+    Lanes<A> terms = {};
     for (int64_t k = 0; k < classes; ++k) terms[k % kLanes] += kl_term(probs[k], to_acc(logits[k]) - log_total);
-    static_cast<A*>(a.rows.loss)[row] = sum(terms);
+    static_cast<A*>(a.rows.loss)[row] = sum<A>(terms);
   }
 }
 
-// The first logit in rank order after `previous` that is not class `skip` (-1: none is skipped).
-template <class T>
-SPAT_HD Ranked<acc_t<T>> next_ranked(const T* row, int64_t classes, Ranked<acc_t<T>> previous, int64_t skip) {
-  Ranked<acc_t<T>> best{-INFINITY, classes};
+// The N first logits in rank order, without class `skip` (-1: none is skipped).
+template <int N, class T>
+SPAT_HD void rank(const T* row, int64_t classes, int64_t skip, Ranked<acc_t<T>> (&best)[N]) {
+  for (Ranked<acc_t<T>>& b : best) b = {-INFINITY, classes};
   for (int64_t k = 0; k < classes; ++k) {
-    const Ranked<acc_t<T>> candidate{to_acc(row[k]), k};
-    if (k != skip && before(previous, candidate) && before(candidate, best)) best = candidate;
+    Ranked<acc_t<T>> candidate{to_acc(row[k]), k};
+    if (k == skip || !before(candidate, best[N - 1])) continue;  // most logits end here
+    for (Ranked<acc_t<T>>& b : best)
+      if (before(candidate, b)) std::swap(candidate, b);
   }
-  return best;
-}
-template <class A>
-SPAT_HD Ranked<A> ahead_of_all() {
-  return {INFINITY, -1};
 }
 
 template <class T>
@@ -243,9 +292,10 @@ SPAT_HD void margin_grad(const MarginGrad& a, int64_t row) {
   if (!is_class(label, a.rows)) return fill_nan<T>(a.rows, row);
   const T* logits = static_cast<const T*>(a.rows.logits) + row * classes;
   T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
-  const Ranked<A> other = next_ranked(logits, classes, ahead_of_all<A>(), label);
-  const MarginRow<A> margin(other.z, to_acc(logits[label]), A(a.kappa), a.targeted);
-  for (int64_t k = 0; k < classes; ++k) dlogits[k] = from_acc<T>(margin.grad(k, other.k, label, A(a.rows.scale)));
+  Ranked<A> other[1];
+  rank(logits, classes, label, other);
+  const MarginRow<A> margin(other[0].z, to_acc(logits[label]), A(a.kappa), a.targeted);
+  for (int64_t k = 0; k < classes; ++k) dlogits[k] = from_acc<T>(margin.grad(k, other[0].k, label, A(a.rows.scale)));
   if (a.rows.loss) static_cast<A*>(a.rows.loss)[row] = margin.loss;
 }
 
@@ -256,10 +306,10 @@ SPAT_HD void dlr_grad(const DlrGrad& a, int64_t row) {
   if (!is_class(label, a.rows) || !is_class(target, a.rows)) return fill_nan<T>(a.rows, row);
   const T* logits = static_cast<const T*>(a.rows.logits) + row * classes;
   T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
-  Ranked<A> rank[4], previous = ahead_of_all<A>();
-  for (Ranked<A>& r : rank) r = previous = next_ranked(logits, classes, previous, -1);
-  const Ranked<A> up = a.targets ? Ranked<A>{to_acc(logits[target]), target} : rank[0].k == label ? rank[1] : rank[0];
-  const DlrRow<A> dlr(rank, {to_acc(logits[label]), label}, up, a.targets != nullptr);
+  Ranked<A> best[4];
+  rank(logits, classes, -1, best);
+  const Ranked<A> up = a.targets ? Ranked<A>{to_acc(logits[target]), target} : best[0].k == label ? best[1] : best[0];
+  const DlrRow<A> dlr(best, {to_acc(logits[label]), label}, up, a.targets != nullptr);
   for (int64_t k = 0; k < classes; ++k) dlogits[k] = from_acc<T>(dlr.grad(k, A(a.rows.scale)));
   if (a.rows.loss) static_cast<A*>(a.rows.loss)[row] = dlr.loss;
 }
@@ -280,37 +330,37 @@ SPAT_HD void keep_best(const KeepBest& a, int64_t sample) {
 }  // namespace
 
 SPAT_CLONES void linf_random_start_cpu(const LinfRandomStart& args, int64_t begin, int64_t end) {
-  visit(args.images.dtype, [&](auto t) { linf_random_start<decltype(t)>(args, begin, end); });
+  visit(args.images.dtype, [&](auto t) SPAT_INLINE { linf_random_start<decltype(t)>(args, begin, end); });
 }
 SPAT_CLONES void linf_step_cpu(const Step& args, int64_t begin, int64_t end) {
-  visit(args.images.dtype, args.grad_dtype, [&](auto t, auto g) { linf_step<decltype(t), decltype(g)>(args, begin, end); });
+  visit(args.images.dtype, args.grad_dtype, [&](auto t, auto g) SPAT_INLINE { linf_step<decltype(t), decltype(g)>(args, begin, end); });
 }
 SPAT_CLONES void l2_step_cpu(const L2Step& args, int64_t begin, int64_t end) {
   visit(args.step.images.dtype, args.step.grad_dtype,
-        [&](auto t, auto g) { l2_step<decltype(t), decltype(g)>(args, begin, end); });
+        [&](auto t, auto g) SPAT_INLINE { l2_step<decltype(t), decltype(g)>(args, begin, end); });
 }
 SPAT_CLONES void lsce_grad_cpu(const LsceGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) {
+  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
     for (int64_t row = begin; row < end; ++row) lsce_grad<decltype(t)>(args, row);
   });
 }
 SPAT_CLONES void kl_grad_cpu(const KlGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) {
+  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
     for (int64_t row = begin; row < end; ++row) kl_grad<decltype(t)>(args, row);
   });
 }
 SPAT_CLONES void margin_grad_cpu(const MarginGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) {
+  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
     for (int64_t row = begin; row < end; ++row) margin_grad<decltype(t)>(args, row);
   });
 }
 SPAT_CLONES void dlr_grad_cpu(const DlrGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) {
+  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
     for (int64_t row = begin; row < end; ++row) dlr_grad<decltype(t)>(args, row);
   });
 }
 void keep_best_cpu(const KeepBest& args, int64_t begin, int64_t end) {
-  visit(args.dtype, [&](auto t) {
+  visit(args.dtype, [&](auto t) SPAT_INLINE {
     for (int64_t sample = begin; sample < end; ++sample) keep_best<decltype(t)>(args, sample);
   });
 }

@@ -8,15 +8,16 @@ namespace spat {
 namespace {
 
 // The sums of all threads, in every thread.
-__device__ L2Sums block_sum(L2Sums s) {
-  __shared__ L2Sums warps[kThreads / kWarp];
+__device__ L2Sums<double> block_sum(L2Sums<double> s) {
+  __shared__ double warps[kThreads / kWarp][3];
   const auto add = [](double a, double b) { return a + b; };
   s.gg = warp_reduce(s.gg, add), s.gd = warp_reduce(s.gd, add), s.dd = warp_reduce(s.dd, add);
   __syncthreads();  // an earlier call may still be reading
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = s;
+  double* mine = warps[threadIdx.x / kWarp];
+  if (threadIdx.x % kWarp == 0) mine[0] = s.gg, mine[1] = s.gd, mine[2] = s.dd;
   __syncthreads();
-  L2Sums total;
-  for (const L2Sums& w : warps) total.gg += w.gg, total.gd += w.gd, total.dd += w.dd;
+  L2Sums<double> total;
+  for (const auto& w : warps) total.gg += w[0], total.gd += w[1], total.dd += w[2];
   return total;
 }
 
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) l2_step_kernel(const L2Step args) {
     return 0;
   };
   const auto gather = [&] {
-    L2Sums sums;
+    L2Sums<double> sums;
     for (int64_t i = int64_t(threadIdx.x) * N; i < n; i += kThreads * N) {
       const Packet<T, N> p_adv = load<N>(x_adv + i), p_x = load<N>(x + i);
       const Packet<G, N> p_grad = load<N>(grad + i);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) l2_step_kernel(const L2Step args) {
     return block_sum(sums);
   };
 
-  L2Sums sums = gather();
+  L2Sums<double> sums = gather();
   unusable = __syncthreads_or(unusable);
   if (unusable && a.nan_seen && threadIdx.x == 0) a.nan_seen[sample] = 1;
   random = sums.gg == 0 && !unusable;  // the same in every thread
@@ -61,8 +62,11 @@ __global__ void __launch_bounds__(kThreads) l2_step_kernel(const L2Step args) {
     const Packet<T, N> p_x = load<N>(x + i);
     const Packet<G, N> p_grad = load<N>(grad + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-      p_adv.v[j] = from_acc<T>(move.apply(to_acc(p_adv.v[j]), to_acc(p_x.v[j]), direction(i + j, p_grad.v[j]), lo, hi));
+    for (int j = 0; j < N; ++j) {
+      const A clean = to_acc(p_x.v[j]), d = to_acc(p_adv.v[j]) - clean;
+      const double moved = move.apply<double>(clean, d, direction(i + j, p_grad.v[j]));
+      p_adv.v[j] = from_acc<T>(clamp(A(moved), lo, hi));
+    }
     store(x_adv + i, p_adv);
   }
 }

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) lsce_grad_kernel(const LsceGrad a) {
   A gaps = 0;
   write_grad<N>(row, [&](int64_t k, A z) {
     gaps += z_y - z;
-    return stats.grad(z, k == label, alpha, off_target, scale);
+    return k == label ? stats.label_grad(alpha, scale) : stats.other_grad(exp_nonpositive(z - stats.max), off_target, scale);
   });
   if (row.loss) {
     gaps = warp_reduce(gaps, [](A x, A y) { return x + y; });

@@ -17,6 +17,8 @@
 #define SPAT_HD inline __attribute__((always_inline))
 #endif
 #define SPAT_HOST inline __attribute__((always_inline))
+// For lambdas: what is not inlined into a clone of a function (cpu.cpp) keeps the baseline instruction set.
+#define SPAT_INLINE __attribute__((always_inline))
 
 namespace spat {
 
@@ -107,8 +109,8 @@ SPAT_HOST void visit(DType dtype, F&& f) {
 template <class F>
 SPAT_HOST void visit(DType image, DType grad, F&& f) {
   if (image == DType::f64) return f(double{}, double{});
-  visit(image, [&](auto t) {
-    visit(grad, [&](auto g) {
+  visit(image, [&](auto t) SPAT_INLINE {
+    visit(grad, [&](auto g) SPAT_INLINE {
       if constexpr (sizeof(t) < 8 && sizeof(g) < 8) f(t, g);
     });
   });
@@ -174,29 +176,24 @@ SPAT_HD A linf_random_start(A x, float unit, A eps, A lo, A hi) {
 // ---- L2 ------------------------------------------------------------------------------------------------------------------
 
 // What one pass over a sample gathers, in fp64: squares of fp32 gradients as small as 1e-40 neither vanish nor overflow.
+template <class D>  // double, or a vector of doubles
 struct L2Sums {
-  double gg = 0, gd = 0, dd = 0;  // <g, g>, <g, d>, <d, d> with d = x_adv - x
-  template <class A>
-  SPAT_HD void push(A g, A d) {
-    gg += double(g) * double(g);
-    gd += double(g) * double(d);
-    dd += double(d) * double(d);
-  }
+  D gg = {}, gd = {}, dd = {};  // <g, g>, <g, d>, <d, d> with d = x_adv - x
+  SPAT_HD void push(D g, D d) { gg += g * g, gd += g * d, dd += d * d; }
 };
 
 // x_adv' - x = shrink * (d + along * g): the normalised step, then the projection onto the ball.
 struct L2Move {
   double along, shrink;
-  SPAT_HD L2Move(const L2Sums& s, double eps, double step_size) {
+  SPAT_HD L2Move(const L2Sums<double>& s, double eps, double step_size) {
     along = s.gg > 0 ? step_size / sqrt(s.gg) : 0.;
     const double square = s.dd + 2 * along * s.gd + along * along * s.gg;
     const double norm = sqrt(square > 0 ? square : 0.);
     shrink = norm > eps ? eps / norm : 1.;
   }
-  template <class A>
-  SPAT_HD A apply(A x_adv, A x, A g, A lo, A hi) const {
-    const double d = double(x_adv - x);
-    return clamp(A(double(x) + shrink * (d + along * double(g))), lo, hi);
+  template <class D>
+  SPAT_HD D apply(D x, D d, D g) const {
+    return x + shrink * (d + along * g);
   }
 };
 
@@ -209,16 +206,18 @@ SPAT_HD bool finite(A v) {
 
 // e^x for x <= 0 (in softmax, x = z - max): at most 1 ulp off, denormal results included, and plain arithmetic, so compilers
 // vectorise it. 1 + r + r^2 q(r) with q fitted on |r| <= ln(2)/2.
-SPAT_HD float exp_nonpositive(float x) {
+template <class F, class I>  // float and int32_t, or vectors of them (cpu.cpp)
+SPAT_HD F exp_polynomial(F x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const float shifted = x * 1.44269504f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  const float q = 0.5f + r * (0.166665763f + r * (0.0416664667f + r * (0.00836317986f + r * 0.00139334088f)));
-  const float scale = bit_cast<float>((bit_cast<int32_t>(shifted) << 23) + (191 << 23));  // 2^(n + 64): normal for every n in use
-  const float e = (1.f + (r + r * r * q)) * scale * 0x1p-64f;
-  return x < -104.f ? 0.f : e;
+  const F shifted = x * 1.44269504f + magic;
+  const F n = shifted - magic;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  const F q = 0.5f + r * (0.166665763f + r * (0.0416664667f + r * (0.00836317986f + r * 0.00139334088f)));
+  const F scale = bit_cast<F>((bit_cast<I>(shifted) << 23) + (191 << 23));  // 2^(n + 64): normal for every n in use
+  const F e = (1.f + (r + r * r * q)) * scale * 0x1p-64f, zero = {};
+  return x < -104.f ? zero : e;
 }
+SPAT_HD float exp_nonpositive(float x) { return exp_polynomial<float, int32_t>(x); }
 SPAT_HD double exp_nonpositive(double x) { return exp(x); }
 
 template <class A>
@@ -243,9 +242,10 @@ struct LsceRow {
   A max, others, z_y, total;
   SPAT_HD LsceRow(A max, A others, A z_y) : max(max), others(others), z_y(z_y), total(others + exp_nonpositive(z_y - max)) {}
 
-  SPAT_HD A grad(A z, bool is_label, A alpha, A off_target, A scale) const {
-    const A g = is_label ? alpha - others / total : exp_nonpositive(z - max) / total - off_target;
-    return scale * g;
+  SPAT_HD A label_grad(A alpha, A scale) const { return scale * (alpha - others / total); }
+  template <class V>  // A, or a vector of A; e = exp_nonpositive(z - max)
+  SPAT_HD V other_grad(V e, A off_target, A scale) const {
+    return scale * (e / total - off_target);
   }
   // `gaps` = sum over k != y of z_y - z_k, read only where alpha > 0 (a logit of -inf would make 0 * inf of it)
   SPAT_HD A loss(A gaps, A alpha, A off_target) const {

@@ -36,7 +36,7 @@ def sample_inputs(device="cpu"):
     yield "keep_best_", (x_adv, loss, None, x, loss + 1, None)
 
 
-@pytest.mark.parametrize(("op", "arguments"), sample_inputs(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("op", "arguments"), list(sample_inputs()), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(op, arguments):
     opcheck(
         getattr(torch.ops.spat, op).default,

@@ -1,0 +1,272 @@
+"""The registry: op, shape, bytes, and the providers that race on it: ours, its rivals, and a yardstick.
+
+A rival computes what ours does, and `verify` compares them before anything is timed. It runs in its own favour: its
+logits already require a gradient, and its scalars are Python numbers. A yardstick does other work: `copy_` between two
+buffers that together hold as many bytes as the case's tensors (so that both sit in the same cache), or `add_` of one
+element.
+
+The `host` cases run on one element or one row, straight through `torch.ops.spat.*.default`. What they time is the
+dispatcher, unboxing and the argument checks: the part of a call's cost that CPU and CUDA tensors share. The device
+guard, the stream lookup and the launch of a CUDA call are NOT in it; without a GPU nothing here measures those.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spat_kernels.ops import dlr_grad, keep_best_, kl_grad, l2_step_, linf_random_start_, linf_step_, lsce_grad, margin_grad
+
+EPS, STEP = 8 / 255, 2 / 255
+IMAGES, SMALL_IMAGES = (128, 3, 32, 32), (4, 3, 32, 32)
+ROWS, SMALL_ROWS = ((512, 10), (128, 1000)), (5, 10)
+COPY_MIB = 256
+
+
+@dataclass(frozen=True)
+class Work:
+    """One case's tensors, closed over by its providers; each `build` makes fresh ones with the same values."""
+
+    ours: Callable[[], Tensor]
+    rivals: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    view: Callable[[Tensor], Tensor] = lambda t: t  # what of a result must agree
+    atol: float = 1e-6
+    reset: Callable[[], object] | None = None  # before each call, outside the clock
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: tuple[int, ...]
+    variant: str
+    build: Callable[[tuple[int, ...]], Work] | None  # None: the yardstick alone
+    small: tuple[int, ...] = ()  # the shape on which the tests compare the providers
+    moved: int = 0  # bytes an element that a perfect cache would move
+    held: int = 0  # bytes an element of the tensors in use
+    yardstick: str = "copy_"
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.shape))} {self.variant}".strip()
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.moved * math.prod(self.shape)
+
+    @property
+    def bytes_held(self) -> int:
+        return self.held * math.prod(self.shape)
+
+    def roles(self) -> dict[str, str]:
+        """Provider name to its role."""
+        named = {self.yardstick: "yardstick"}
+        if self.build:
+            named = {"spat": "ours"} | dict.fromkeys(self.build(self.small).rivals, "rival") | named
+        return named
+
+    def provider(self, name: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
+        """A function to time, and what to call before each call of it."""
+        if name == self.yardstick:
+            return yardstick(name, self.bytes_held), None
+        work = self.build(self.shape)
+        return ({"spat": work.ours} | work.rivals)[name], work.reset
+
+    def verify(self, shape: tuple[int, ...] | None = None) -> None:
+        """Raise AssertionError unless every rival agrees with ours on its own copy of the inputs."""
+        if not self.build:
+            return
+        shape = shape or self.shape
+        expected = self.build(shape)
+        ours = expected.view(expected.ours().clone())
+        for name in expected.rivals:
+            work = self.build(shape)
+            theirs = work.view(work.rivals[name]())
+            label = f"{self.name} against {name}: "
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=work.atol, msg=label.__add__)
+
+
+def yardstick(name: str, held: int) -> Callable[[], object]:
+    n = 1 if name == "add_" else held // 8
+    a, b = torch.ones(n), torch.zeros(n)
+    return (lambda: a.add_(b)) if name == "add_" else (lambda: a.copy_(b))
+
+
+# --- images ---
+
+
+def images(shape, dtype=torch.float32, memory_format=torch.contiguous_format) -> list[Tensor]:
+    """x, an x_adv in its ball, and a gradient."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.rand(shape, generator=generator)
+    x_adv = (x + EPS * (2 * torch.rand(shape, generator=generator) - 1)).clamp(0, 1)
+    grad = torch.randn(shape, generator=generator)
+    return [t.to(dtype).contiguous(memory_format=memory_format) for t in (x, x_adv, grad)]
+
+
+def linf_step(shape, dtype=torch.float32, memory_format=torch.contiguous_format, op=linf_step_) -> Work:
+    x, x_adv, grad = images(shape, dtype, memory_format)
+    eps, step = torch.tensor([EPS]), torch.tensor([STEP])
+
+    def ours():
+        op(x_adv, x, grad, eps, step, 0.0, 1.0, None)
+        return x_adv
+
+    def eager():
+        adv = x_adv + STEP * grad.sign()
+        adv = torch.min(torch.max(adv, x - EPS), x + EPS)
+        return adv.clamp_(0, 1)
+
+    def torchattacks():  # PGD.forward
+        adv = x_adv.detach() + STEP * grad.sign()
+        delta = torch.clamp(adv - x, min=-EPS, max=EPS)
+        return torch.clamp(x + delta, min=0, max=1).detach()
+
+    # eager bf16 rounds after every operation, ours once: a few ulp of values below 1
+    return Work(ours, {"eager": eager, "torchattacks": torchattacks}, atol=2**-7 if dtype == torch.bfloat16 else 1e-6)
+
+
+def linf_random_start(shape) -> Work:
+    x, x_adv, _ = images(shape)
+    eps, seed = torch.tensor([EPS]), torch.tensor([1, 2])
+
+    def eager():
+        return (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp_(0, 1)
+
+    def moments(adv):  # the two draw other numbers from one distribution
+        assert (adv - x).abs().max() <= EPS + 1e-6
+        return torch.stack([(adv - x).mean(), (adv - x).std()])
+
+    return Work(lambda: linf_random_start_(x_adv, x, eps, seed), {"eager": eager}, moments, atol=5e-4)
+
+
+def l2_step(shape) -> Work:
+    x, x_adv, grad = images(shape)
+    eps, step, seed = torch.tensor([0.5]), torch.tensor([0.1]), torch.tensor([1, 2])
+
+    def torchattacks():  # PGDL2.forward
+        norms = torch.norm(grad.view(len(x), -1), p=2, dim=1) + 1e-10
+        adv = x_adv.detach() + 0.1 * (grad / norms.view(-1, 1, 1, 1))
+        delta = adv - x
+        norms = torch.norm(delta.view(len(x), -1), p=2, dim=1)
+        factor = torch.min(0.5 / norms, torch.ones_like(norms))
+        return torch.clamp(x + delta * factor.view(-1, 1, 1, 1), min=0, max=1).detach()
+
+    return Work(lambda: l2_step_(x_adv, x, grad, eps, step, seed), {"torchattacks": torchattacks})
+
+
+def keep_best(shape) -> Work:
+    """Every other sample is better. Goes by loss alone, the form with the fewest eager operations."""
+    best, x_adv, _ = images(shape)
+    loss, best_loss = torch.arange(len(best)) % 2.0, torch.full((len(best),), 0.5)
+
+    def where():
+        better = loss > best_loss
+        new_loss = torch.where(better, loss, best_loss)  # noqa: F841  part of the work
+        return torch.where(better.view(-1, 1, 1, 1), x_adv, best)
+
+    def index():
+        better = (loss > best_loss).nonzero()[:, 0]
+        best_loss[better] = loss[better]
+        best[better] = x_adv[better]
+        return best
+
+    rivals = {"torch.where": where, "index": index}
+    return Work(lambda: keep_best_(best, best_loss, None, x_adv, loss), rivals, reset=lambda: best_loss.fill_(0.5))
+
+
+# --- rows of logits ---
+
+
+def rows(ours_of: Callable, eager_of: Callable) -> Callable[[tuple[int, int]], Work]:
+    """A row op as an attack calls it in every step, without the value, and the loss whose sum autograd differentiates."""
+
+    def build(shape):
+        generator = torch.Generator().manual_seed(7)
+        z = 3 * torch.randn(shape, generator=generator)
+        labels = torch.randint(shape[1], shape[:1], generator=generator)
+        probs = torch.randn(shape, generator=generator).softmax(1)
+        dlogits, leaf = torch.empty_like(z), z.clone().requires_grad_()
+
+        def ours():
+            ours_of(z, labels, probs, dlogits)
+            return dlogits
+
+        def eager():
+            return torch.autograd.grad(eager_of(leaf, labels, probs), leaf)[0]
+
+        return Work(ours, {"eager + autograd": eager}, atol=1e-5)
+
+    return build
+
+
+def lsce(alpha: float):
+    def eager(z, y, q):
+        classes = z.shape[1]
+        return F.cross_entropy(z, y, label_smoothing=alpha * classes / (classes - 1), reduction="sum")
+
+    return rows(lambda z, y, q, g: lsce_grad(z, y, g, alpha=alpha), eager)
+
+
+def lsce_host(shape) -> Work:
+    z, y, g, loss = (
+        torch.randn(shape),
+        torch.zeros(shape[0], dtype=torch.int64),
+        torch.empty(shape),
+        torch.empty(shape[0]),
+    )
+    op = torch.ops.spat.lsce_grad.default
+    return Work(lambda: (op(z, y, g, loss, 0.1, False, 1.0), g)[1])
+
+
+kl = rows(
+    lambda z, y, q, g: kl_grad(z, q, g),
+    lambda z, y, q: F.kl_div(F.log_softmax(z, 1), q, reduction="sum"),
+)
+
+
+def margin_eager(z, y, q):  # Madry et al.'s CW loss
+    one_hot = F.one_hot(y, z.shape[1])
+    return (torch.max(z - 1e4 * one_hot, 1)[0] - z.gather(1, y[:, None])[:, 0]).clamp(max=50).sum()
+
+
+margin = rows(lambda z, y, q, g: margin_grad(z, y, g, kappa=50.0), margin_eager)
+
+
+def dlr_eager(z, y, q):  # AutoAttack's dlr_loss
+    top, index = z.sort(dim=1)
+    is_top = (index[:, -1] == y).float()
+    z_y = z[torch.arange(len(z)), y]
+    return (-(z_y - top[:, -2] * is_top - top[:, -1] * (1.0 - is_top)) / (top[:, -1] - top[:, -3] + 1e-12)).sum()
+
+
+dlr = rows(lambda z, y, q, g: dlr_grad(z, y, g), dlr_eager)
+
+# --- the registry ---
+
+
+def _cases():
+    yield Case("linf_step_", IMAGES, "fp32", linf_step, SMALL_IMAGES, moved=16, held=12)
+    bf16, nhwc = partial(linf_step, dtype=torch.bfloat16), partial(linf_step, memory_format=torch.channels_last)
+    yield Case("linf_step_", IMAGES, "bf16", bf16, SMALL_IMAGES, moved=8, held=6)
+    yield Case("linf_step_", IMAGES, "fp32 channels_last", nhwc, SMALL_IMAGES, moved=16, held=12)
+    yield Case("linf_random_start_", IMAGES, "fp32", linf_random_start, (32, 3, 32, 32), moved=8, held=8)
+    yield Case("l2_step_", IMAGES, "fp32", l2_step, SMALL_IMAGES, moved=16, held=12)
+    # half of the samples change: 8 bytes an element of those
+    yield Case("keep_best_", IMAGES, "fp32", keep_best, SMALL_IMAGES, moved=4, held=4)
+    for shape in ROWS:
+        yield Case("lsce_grad", shape, "alpha=0", lsce(0.0), SMALL_ROWS, moved=8, held=8)
+        yield Case("lsce_grad", shape, "alpha=0.1", lsce(0.1), SMALL_ROWS, moved=8, held=8)
+        yield Case("kl_grad", shape, "", kl, SMALL_ROWS, moved=12, held=12)
+        yield Case("margin_grad", shape, "", margin, SMALL_ROWS, moved=8, held=8)
+        yield Case("dlr_grad", shape, "", dlr, SMALL_ROWS, moved=8, held=8)
+    host = partial(linf_step, op=torch.ops.spat.linf_step_.default)
+    yield Case("linf_step_", (1, 1), "host", host, (1, 1), yardstick="add_")
+    yield Case("lsce_grad", (1, 10), "host", lsce_host, (1, 10), yardstick="add_")
+    yield Case("copy_", (COPY_MIB * 2**18,), "", None, held=8)
+
+
+CASES = list(_cases())

@@ -1,0 +1,58 @@
+"""What each attack does to an image at a large eps, and what the model then sees (thesis, Fig. 5.2)."""
+
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from spat_kernels import pgd, pgd_ls
+
+from .data import Dataset
+
+ROWS = 5
+
+
+def large_eps(eps: float, channels: int) -> float:
+    """4 eps for colour (32/255 from 8/255), twice eps for grey, but below 0.5, where any image can be made flat grey."""
+    return min(4 * eps if channels == 3 else 2 * eps, 0.45)
+
+
+def one_per_class(y: Tensor, count: int) -> list[int]:
+    """Index of the first image of each of the first `count` classes that occur in y [N]."""
+    return [int((y == label).nonzero()[0]) for label in y.unique()[:count]]
+
+
+def write_figure(path: Path, model: nn.Module, data: Dataset, eps: float, seed: int) -> None:
+    """Write a PNG of `ROWS` test images, attacked on `model`, each titled with its predicted class (red: wrong)."""
+    chosen = one_per_class(data.y_test, ROWS)
+    x, y = data.x_test[chosen], data.y_test[chosen]
+    settings = {"steps": 50, "step_size": eps / 10, "generator": torch.Generator().manual_seed(seed)}
+    columns = {
+        "original": x,
+        "PGD-CE": pgd(model, x, y, eps, **settings),
+        "PGD-LS(.2)": pgd_ls(model, x, y, eps, 0.2, **settings),
+        "PGD-LS(.8)": pgd_ls(model, x, y, eps, 0.8, **settings),
+    }
+    figure = Figure(figsize=(2 * len(columns) + 0.6, 2.2 * len(chosen) + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"Attacks at eps = {eps:.3f} and what the Madry model predicts (red: wrong)")
+    axes = figure.subplots(len(chosen), len(columns), squeeze=False)
+    for column, (name, images) in enumerate(columns.items()):
+        with torch.no_grad():
+            predicted = model(images).argmax(1)
+        for row, image in enumerate(images.cpu()):
+            ax = axes[row, column]
+            # A single channel repeats to grey RGB.
+            ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            color = "black" if predicted[row] == y[row] else "red"
+            ax.set_title(data.classes[predicted[row]], color=color, parse_math=False)
+            if row == 0:
+                place = {"xy": (0.5, 1), "xycoords": "axes fraction", "textcoords": "offset points", "ha": "center"}
+                ax.annotate(name, xytext=(0, 26), weight="bold", **place)
+            if column == 0:
+                ax.set_ylabel(f"true: {data.classes[y[row]]}", parse_math=False)
+    figure.savefig(path, dpi=120)
