@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ARRAYS = ("x_train", "y_train", "x_test", "y_test", "classes")
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # and, optionally, classes
 MIN_SIZE = 8  # below, the strides of SmallCNN leave BatchNorm one pixel
 
 
@@ -56,15 +56,16 @@ def digits(limit: int | None = None, seed: int = 0) -> Dataset:
 
 
 def load_npz(path: Path, limit: int | None = None, seed: int = 0) -> Dataset:
-    """The data set in `path`, an .npz file of x_train, y_train, x_test, y_test and classes.
+    """The data set in `path`, an .npz file of x_train, y_train, x_test, y_test and, optionally, classes.
 
-    Images are uint8 [N, H, W] or [N, H, W, 3], labels int64 [N], classes the K names. `limit` as in `digits`.
+    Images are uint8 [N, H, W] or [N, H, W, 3], labels int64 [N], classes the K names (without them K is the largest label + 1
+    and the names are numbers). `limit` as in `digits`.
 
     Raises:
         InputError: the file or an array in it does not fit.
     """
     arrays = _read(path)
-    classes = arrays["classes"]
+    classes = arrays["classes"] if "classes" in arrays else _numbered(arrays)
     if classes.ndim != 1 or len(classes) < 2 or classes.dtype.kind not in "Uiu":
         raise InputError(f"--data {path}: classes is {_kind(classes)}: save two or more class names as an array of strings")
     for split in ("train", "test"):
@@ -92,12 +93,18 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                     f"--data {path}: no array {', '.join(missing)} (it has {', '.join(archive) or 'none'}): "
                     f"save {', '.join(ARRAYS)} with numpy.savez"
                 )
-            return {name: archive[name] for name in ARRAYS}
+            return {name: archive[name] for name in (*ARRAYS, "classes") if name in archive}
     except InputError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"--data {path}: cannot be read as .npz ({reason}): write it with numpy.savez") from error
+
+
+def _numbered(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Names 0 to K - 1, at least two; labels that are no class indices are for `_check_split` to refuse."""
+    labels = [arrays[name] for name in ("y_train", "y_test") if arrays[name].dtype == np.int64]
+    return np.arange(1 + min(max([1, *(int(y.max(initial=1)) for y in labels)]), 10**6))
 
 
 def _check_split(path: Path, split: str, x: np.ndarray, y: np.ndarray, num_classes: int) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from spat_kernels import pgd, pgd_ls
 
-from .data import InputError, digits, load_npz
+from .data import Dataset, InputError, digits, load_npz
 from .evaluate import accuracies, table
 from .figures import large_eps, write_figure
 from .models import SmallCNN
@@ -79,7 +79,8 @@ def demo(
     Without --data on scikit-learn's 8x8 digits, in well under a minute on a CPU core. Runs on a GPU where there is one.
 
     Args:
-        data: an .npz file of x_train, y_train, x_test, y_test and classes: images uint8 [N, H, W] or [N, H, W, 3], labels int64.
+        data: an .npz file of x_train, y_train, x_test, y_test: images uint8 [N, H, W] or [N, H, W, 3], labels int64 [N]; and,
+            optionally, the names of the classes.
         limit: number of training images, and the most test images, drawn at random. Default: all.
         epochs: passes over the training images of each training. Default: 20 for the digits, 15 for a file.
         eps: radius of the L-infinity ball, for images in [0, 1]. Default: 0.2 for the digits, 0.3 grey, 8/255 colour.
@@ -93,9 +94,6 @@ def demo(
     check(limit, epochs, eps, alpha, seed, out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = (digits(limit, seed) if data is None else load_npz(data, limit, seed)).to(device)
-    if data is None:
-        # 8x8 images are too small to gain from a second thread, and threads waiting for a busy core cost ten times the run.
-        torch.set_num_threads(1)
     channels = dataset.image_shape[0]
     default_eps, default_epochs = DIGITS if data is None else GREY if channels == 1 else COLOUR
     eps = default_eps if eps is None else eps
@@ -105,11 +103,24 @@ def demo(
         f"eps {eps:.4g}, alpha {alpha:g}, {epochs} epochs, on {device}"
     )
 
+    threads = torch.get_num_threads()
+    if data is None:
+        # 8x8 images are too small to gain from a second thread, and threads waiting for a busy core cost ten times the run.
+        torch.set_num_threads(1)
+    try:
+        return run(dataset, eps, epochs, alpha, seed, out)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run(dataset: Dataset, eps: float, epochs: int, alpha: float, seed: int, out: Path) -> dict[str, dict[str, float]]:
+    """Train, print the table, write the figure; `demo` with its defaults filled in."""
+    channels = dataset.image_shape[0]
     start = time.perf_counter()
     models, rows = {}, {}
     for name, attack in training_attacks(eps, alpha, seed).items():
         torch.manual_seed(seed)  # the same initial weights for all three
-        models[name] = SmallCNN(dataset.image_shape, len(dataset.classes)).to(device)
+        models[name] = SmallCNN(dataset.image_shape, len(dataset.classes)).to(dataset.x_train.device)
         train(models[name], dataset.x_train, dataset.y_train, attack, epochs=epochs, seed=seed, name=name)
         rows[name] = accuracies(models[name], dataset.x_test, dataset.y_test, eps, seed)
     print(table(rows))

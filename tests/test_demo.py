@@ -214,3 +214,12 @@ def accuracies(out: str) -> dict[str, list[float]]:
     """Rows of the printed table: clean, FGSM, PGD-20, C&W-inf-30."""
     lines = re.findall(r"^(standard|Madry|Madry\+SPAT) +((?:[\d.]+ *){4})$", out, re.MULTILINE)
     return {name: [float(value) for value in values.split()] for name, values in lines}
+
+
+def test_class_names_are_optional(tmp_path):
+    contents = arrays()
+    names = contents.pop("classes")
+    np.savez(tmp_path / "bare.npz", **contents)
+    data = load_npz(tmp_path / "bare.npz")
+    assert data.classes == tuple(map(str, range(max(contents["y_train"].max(), contents["y_test"].max()) + 1)))
+    assert len(data.classes) == len(names)
