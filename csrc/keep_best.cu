@@ -1,7 +1,5 @@
 // Restarts: keep per sample the better of two adversarial images. One block a sample decides once and copies, or leaves;
 // samples that stay cost no traffic.
-#include <algorithm>
-
 #include "vec.cuh"
 
 namespace spat {

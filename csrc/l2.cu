@@ -1,7 +1,5 @@
 // L2 ball: one block a sample. A first pass gathers <g,g>, <g,d> and <d,d> (d = x_adv - x) in fp64, which give both the
 // gradient's norm and the norm after the step; a second pass, from cache, moves and projects.
-#include <algorithm>
-
 #include "vec.cuh"
 
 namespace spat {

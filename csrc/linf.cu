@@ -1,7 +1,5 @@
 // L-infinity ball: random start, and the sign step with both projections. One packet a thread; x, x_adv and the gradient are
 // read once and x_adv is written once, so device memory is the limit (12 + 4 bytes an element in fp32).
-#include <algorithm>
-
 #include "vec.cuh"
 
 namespace spat {

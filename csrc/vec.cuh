@@ -2,6 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "math.h"
 
 namespace spat {
