@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+SOURCES = sorted(map(str, Path("csrc").iterdir()))  # the headers and .cu files too, for the sdist
 TORCH_TARGET = "0x020b000000000000"  # runs on torch 2.11 and later
 PLACES = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
 NVCC = None if os.environ.get("SPAT_CUDA") == "0" else shutil.which("nvcc", path=os.pathsep.join(PLACES))
@@ -20,7 +21,7 @@ NVCC = None if os.environ.get("SPAT_CUDA") == "0" else shutil.which("nvcc", path
 def gencode():
     """nvcc's flags for TORCH_CUDA_ARCH_LIST, and their short names."""
     codes = []
-    for arch in re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"):
+    for arch in re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS):
         number = arch.removesuffix("+PTX").replace(".", "")
         codes += [(number, f"sm_{number}")] + [(number, f"compute_{number}")] * arch.endswith("+PTX")
     return [f"-gencode=arch=compute_{n},code={c}" for n, c in codes], " ".join(c for _, c in codes)
@@ -46,11 +47,12 @@ link_args = ["-Wl,--no-as-needed", "-ltorch"]  # keeps libtorch_cuda, where ther
 if NVCC:
     plan = subprocess.run([NVCC, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     toolkit = Path(re.search(r"_HERE_=(.*)", plan)[1]).parent  # NVCC itself may be a wrapper script
-    release = re.search(r"release ([\d.]+)", subprocess.check_output([NVCC, "--version"], text=True))[1]
-    CUDA = f"{release} {gencode()[1]}"
+    release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([NVCC, "--version"], text=True)).groups()
+    DEFAULT_ARCHS = "8.0;9.0;10.0+PTX" if tuple(map(int, release)) >= (12, 8) else "8.0;9.0+PTX"
+    CUDA = f"{'.'.join(release)} {gencode()[1]}"
     compile_args.append(f'-DSPAT_CUDA="{CUDA}"')
     link_args += [f"-L{toolkit}/lib64", f"-L{toolkit}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
-extension = CppExtension("spat_kernels._C", sorted(map(str, Path("csrc").glob("*.cpp"))), py_limited_api=True,
+extension = CppExtension("spat_kernels._C", [f for f in SOURCES if f.endswith(".cpp")], py_limited_api=True, depends=SOURCES,
                          extra_compile_args=compile_args, extra_link_args=link_args)  # fmt: skip
 setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

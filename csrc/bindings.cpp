@@ -157,7 +157,8 @@ void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   const int error = launch(args, stream);
-  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error));
+  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error), " (built for CUDA " SPAT_CUDA
+                  "; for another GPU set TORCH_CUDA_ARCH_LIST and install again, or set SPAT_KERNELS_BACKEND=triton)");
 #endif
 }
 

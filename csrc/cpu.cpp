@@ -40,7 +40,7 @@ SPAT_HD A sum(Lanes<A> v) {
   return reduce<A>(v, [](Lanes<A> a, Lanes<A> b) SPAT_INLINE { return a + b; });
 }
 
-SPAT_HD Lanes<float> exp_nonpositive(Lanes<float> x) { return exp_polynomial<Lanes<float>, Lanes<int32_t>>(x); }
+SPAT_HD Lanes<float> exp_nonpositive(Lanes<float> x) { return exp_polynomial<Lanes<float>, Lanes<uint32_t>>(x); }
 SPAT_HD Lanes<double> exp_nonpositive(Lanes<double> x) {
   for (int lane = 0; lane < kLanes; ++lane) x[lane] = exp(x[lane]);
   return x;
@@ -273,6 +273,13 @@ SPAT_HD void kl_grad(const KlGrad& a, int64_t row) {
   }
 }
 
+template <class T>
+SPAT_HD bool has_nan(const T* row, int64_t classes) {
+  bool nan = false;
+  for (int64_t k = 0; k < classes; ++k) nan |= to_acc(row[k]) != to_acc(row[k]);
+  return nan;
+}
+
 // The N first logits in rank order, without class `skip` (-1: none is skipped).
 template <int N, class T>
 SPAT_HD void rank(const T* row, int64_t classes, int64_t skip, Ranked<acc_t<T>> (&best)[N]) {
@@ -289,9 +296,9 @@ template <class T>
 SPAT_HD void margin_grad(const MarginGrad& a, int64_t row) {
   using A = acc_t<T>;
   const int64_t classes = a.rows.classes, label = a.labels[row];
-  if (!is_class(label, a.rows)) return fill_nan<T>(a.rows, row);
   const T* logits = static_cast<const T*>(a.rows.logits) + row * classes;
   T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
+  if (!is_class(label, a.rows) || has_nan(logits, classes)) return fill_nan<T>(a.rows, row);
   Ranked<A> other[1];
   rank(logits, classes, label, other);
   const MarginRow<A> margin(other[0].z, to_acc(logits[label]), A(a.kappa), a.targeted);
@@ -303,9 +310,9 @@ template <class T>
 SPAT_HD void dlr_grad(const DlrGrad& a, int64_t row) {
   using A = acc_t<T>;
   const int64_t classes = a.rows.classes, label = a.labels[row], target = a.targets ? a.targets[row] : 0;
-  if (!is_class(label, a.rows) || !is_class(target, a.rows)) return fill_nan<T>(a.rows, row);
   const T* logits = static_cast<const T*>(a.rows.logits) + row * classes;
   T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
+  if (!is_class(label, a.rows) || !is_class(target, a.rows) || has_nan(logits, classes)) return fill_nan<T>(a.rows, row);
   Ranked<A> best[4];
   rank(logits, classes, -1, best);
   const Ranked<A> up = a.targets ? Ranked<A>{to_acc(logits[target]), target} : best[0].k == label ? best[1] : best[0];

@@ -142,6 +142,17 @@ __device__ __forceinline__ Ranked<acc_t<T>> next_ranked(const Row<T>& row, Ranke
   return best;
 }
 
+// Ranks pass over NaN, which must not pass for a result.
+template <int N, class T>
+__device__ __forceinline__ bool has_nan(const Row<T>& row) {
+  bool nan = false;
+  for_each_packet<N>(row, [&](int64_t, const Packet<T, N>& p) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) nan |= to_acc(p.v[j]) != to_acc(p.v[j]);
+  });
+  return __any_sync(kAllLanes, nan);
+}
+
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) margin_grad_kernel(const MarginGrad a) {
   using A = acc_t<T>;
@@ -149,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) margin_grad_kernel(const MarginGrad 
   if (i_row >= a.rows.rows) return;
   const Row<T> row = row_of<T>(a.rows, i_row);
   const int64_t label = a.labels[i_row];
-  if (label < 0 || label >= row.classes) return fill_nan<N>(row);
+  if (label < 0 || label >= row.classes || has_nan<N>(row)) return fill_nan<N>(row);
 
   const Ranked<A> other = next_ranked<N>(row, {INFINITY, -1}, label);
   const MarginRow<A> margin(other.z, to_acc(row.logits[label]), A(a.kappa), a.targeted);
@@ -164,7 +175,8 @@ __global__ void __launch_bounds__(kThreads) dlr_grad_kernel(const DlrGrad a) {
   if (i_row >= a.rows.rows) return;
   const Row<T> row = row_of<T>(a.rows, i_row);
   const int64_t label = a.labels[i_row], target = a.targets ? a.targets[i_row] : 0;
-  if (label < 0 || label >= row.classes || target < 0 || target >= row.classes) return fill_nan<N>(row);
+  if (label < 0 || label >= row.classes || target < 0 || target >= row.classes || has_nan<N>(row))
+    return fill_nan<N>(row);
 
   Ranked<A> rank[4], previous{INFINITY, -1};
 #pragma unroll

@@ -72,6 +72,7 @@ class PGD:
         checks.check_choice("select", self.select, ("success", "loss"))
         checks.check_count("steps", self.steps, 0)
         checks.check_count("restarts", self.restarts, 1)
+        checks.check_generator(self.generator)
         checks.check_length("eps", self.eps)
         checks.check_bounds(self.bounds, self.norm, self.eps)
         if self.step_size is not None:
@@ -82,8 +83,9 @@ class PGD:
     def __call__(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> Tensor:
         """Attack `model` at the images `x`.
 
-        The model (modes, gradients, statistics), x and y are afterwards as they were, also when the model raises. Works in any
-        grad mode and under autocast.
+        The model (modes, gradients, statistics), x and y are afterwards as they were, also when the model raises; a plain
+        callable is called as it is, so modes and statistics of what it closes over are the caller's to mind. Works in any grad
+        mode and under autocast.
 
         Args:
             model: module or callable, x -> logits [B, K].
@@ -125,7 +127,7 @@ class PGD:
 
     def _check(self, model, x, y, start) -> int:
         checks.check_images(x)
-        checks.check_device(model, x)
+        checks.check_model(model, x)
         checks.check_per_sample("eps", self.eps, x)
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:

@@ -1,6 +1,6 @@
 """Borrow a model for an attack and give it back as it was."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,30 +21,23 @@ def borrowed(model, bn_mode: str):
         yield
         return
     modules = list(model.modules())
-    modes = [(m, m.training) for m in modules]
-    frozen = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
-    ddp = [
-        (m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in modules if isinstance(m, DistributedDataParallel)
-    ]
-    swapped = []
-    try:
+    with ExitStack() as give_back:  # runs every callback, also after one that raises
+        for m in modules:
+            give_back.callback(setattr, m, "training", m.training)
+            if isinstance(m, DistributedDataParallel):
+                for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
+                    give_back.callback(setattr, m, flag, getattr(m, flag))
+                    setattr(m, flag, False)
         if bn_mode != "keep":
             model.train(bn_mode == "train")
         if any(m.training for m in modules):  # then a forward may write statistics
-            swapped = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
-            for buffers, name, buffer in swapped:
-                buffers[name] = buffer.clone()
-        for p in frozen:
-            p.requires_grad_(False)
-        for m, *_ in ddp:
-            m.require_backward_grad_sync = m.require_forward_param_sync = False
+            for m in modules:
+                for name, buffer in m._buffers.items():
+                    if buffer is not None:
+                        give_back.callback(m._buffers.__setitem__, name, buffer)
+                        m._buffers[name] = buffer.clone()
+        for p in model.parameters():
+            if p.requires_grad and p.is_leaf:
+                give_back.callback(p.requires_grad_, True)
+                p.requires_grad_(False)
         yield
-    finally:
-        for m, backward_sync, forward_sync in ddp:
-            m.require_backward_grad_sync, m.require_forward_param_sync = backward_sync, forward_sync
-        for p in frozen:
-            p.requires_grad_(True)
-        for buffers, name, buffer in swapped:
-            buffers[name] = buffer
-        for m, training in modes:
-            m.training = training

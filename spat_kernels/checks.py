@@ -11,11 +11,12 @@ from .balls import box
 def kind(value) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
 
 
 def check_choice(name: str, value, choices) -> None:
-    if value not in choices:
+    if value not in tuple(choices):
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 
 
@@ -37,8 +38,14 @@ def check_length(name: str, value) -> None:
         raise ValueError(f"{name}={value} must be finite and >= 0, in the units of x (8/255 for images in [0, 1])")
 
 
+def check_generator(generator) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {kind(generator)}: torch.Generator().manual_seed(0)")
+
+
 def check_bounds(bounds, norm: str, eps) -> None:
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+    numbers = isinstance(bounds, (tuple, list)) and all(isinstance(b, Real) for b in bounds)
+    if not numbers or len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise ValueError(f"bounds={bounds} must be two numbers (lo, hi) with lo < hi")
     width = bounds[1] - bounds[0]
     if norm == "linf" and bool((torch.as_tensor(eps) > width).any()):
@@ -75,9 +82,14 @@ def check_start(start, x: Tensor) -> None:
         raise ValueError(f"start must be a tensor like x ({kind(x)}), got {kind(start)}")
 
 
-def check_device(model, x: Tensor) -> None:
+def check_model(model, x: Tensor) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be a module or a callable x -> logits, got {kind(model)}")
     if isinstance(model, nn.Module):
-        devices = {t.device for t in (*model.parameters(), *model.buffers())}
+        tensors = [*model.parameters(), *model.buffers()]
+        if any(t.is_inference() for t in tensors):
+            raise ValueError("model was made inside torch.inference_mode(), so autograd refuses it: make or load it outside")
+        devices = {t.device for t in tensors}
         if devices and x.device not in devices:
             where = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"x is on {x.device} and model on {where}: move one of them by .to(device)")

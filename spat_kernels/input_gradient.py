@@ -17,15 +17,20 @@ class InputGradient:
         self._to_leaf = _grad_to_leaf
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of `x`, contiguous [B, K], without a graph."""
+        """Logits of `x`, contiguous [B, K], without a graph. On a copy: a model may work in place."""
         with torch.no_grad():
-            return self._checked(self.model(x), x).contiguous()
+            return self._checked(self.model(x.clone()), x).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
         with torch.enable_grad():
             self._x = x.detach().requires_grad_()
-            self._logits = self._checked(self.model(self._x), x)
+            try:
+                self._logits = self._checked(self.model(self._x), x)
+            except RuntimeError as error:
+                if "a leaf Variable that requires grad" not in str(error):
+                    raise
+                raise ValueError("model changes its input in place, and so the images: let it work on x.clone()") from error
         return self._logits.detach().contiguous()
 
     def backward(self, dlogits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from autograd. To bring a kernel, subclass `Loss`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class LabelSmoothedCE(Loss):
     alpha: float = 0.0
 
     def __post_init__(self):
+        if not isinstance(self.alpha, Real):
+            raise TypeError(f"alpha must be a number in [0, 1], got {type(self.alpha).__name__}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]: it is the label smoothing, not the step size (step_size)")
 
@@ -93,6 +96,8 @@ class Margin(Loss):
     kappa: float = 0.0
 
     def __post_init__(self):
+        if not isinstance(self.kappa, Real):
+            raise TypeError(f"kappa must be a number >= 0, got {type(self.kappa).__name__}")
         if not self.kappa >= 0:
             raise ValueError(f"kappa={self.kappa} must be >= 0: it is the margin by which to be misclassified")
 
@@ -104,13 +109,15 @@ class Margin(Loss):
 class DLR(Loss):
     """Difference of logits ratio (AutoAttack, arXiv 2003.01690, Eq. 6; K >= 3). Targeted: Eq. 7 (K >= 4).
 
-    The targeted form moves from a class to the target; the class is the one predicted for the clean image.
+    The targeted form moves from a class to the target; the class is the likeliest other one for the clean image.
     """
 
     needs_clean_logits = True
 
     def reference(self, y, clean_logits, targeted):
-        return (clean_logits.argmax(1), y) if targeted else (y, None)
+        if not targeted:
+            return y, None
+        return clean_logits.scatter(1, y[:, None], -torch.inf).argmax(1), y
 
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
         labels, targets = reference
@@ -136,6 +143,8 @@ class Custom(Loss):
                     f"loss: {self.function} must return one value per sample, [{len(logits)}], got {got}; "
                     "do not average over the batch (reduction='none')"
                 )
+            if not loss.requires_grad:
+                raise ValueError(f"loss: {self.function} does not depend on the logits by differentiable operations")
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         sign = -1.0 if targeted else 1.0
         dlogits.copy_(grad * (sign * scale))

@@ -136,6 +136,15 @@ def test_targeted_moves_towards_the_target(loss):
     assert (after > before).float().mean() > 0.9
 
 
+def test_targeted_dlr_pulls_away_from_the_runner_up_what_is_at_its_target():
+    """Label and target must not be one class there, or the gradient is zero."""
+    model, (x, _) = cnn(size=16).eval(), batch(64, size=16)
+    target, runner_up = model(x).topk(2, dim=1).indices.T
+    gap = lambda z: z.gather(1, target[:, None]) - z.gather(1, runner_up[:, None])  # noqa: E731
+    x_adv = sk.pgd(model, x, target, EPS, loss="dlr", targeted=True, random_start=False)
+    assert (gap(model(x_adv)) > gap(model(x))).float().mean() > 0.95
+
+
 def test_targeted_kl_is_refused():
     with pytest.raises(ValueError, match="targeted=True does not go with the KL loss"):
         sk.pgd_kl(cnn(), *batch(), EPS, targeted=True)

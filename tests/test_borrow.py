@@ -71,6 +71,28 @@ def test_nothing_changes_when_the_model_raises(bn_mode, fails_at):
     assert torch.is_grad_enabled()
 
 
+def test_models_that_work_in_place_do_not_reach_the_images():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.sub_(0.5).flatten(1)
+
+    x, y = batch()
+    before = x.clone()
+    for loss in ("ce", "kl", "dlr"):
+        with pytest.raises(ValueError, match="model changes its input in place.*x.clone()"):
+            sk.pgd(InPlace(), x, y, EPS, loss=loss)
+        assert torch.equal(x, before)
+
+
+def test_models_made_in_inference_mode_are_refused_untouched():
+    with torch.inference_mode():
+        model = cnn()
+    for bn_mode in MODES:
+        with pytest.raises(ValueError, match="model was made inside torch.inference_mode"):
+            sk.pgd(model, *batch(), EPS, bn_mode=bn_mode)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
 def test_bn_modes_are_what_they_say():
     class Modes(nn.Module):
         def __init__(self):

@@ -63,6 +63,9 @@ def test_bad_images_and_labels(x, y, error, message):
         ({"select": "best"}, ValueError, "select='best': choose one of"),
         ({"bounds": (1.0, 0.0)}, ValueError, "bounds=.*lo < hi"),
         ({"bounds": None}, ValueError, "bounds=None must be two numbers"),
+        ({"bounds": ("0", "1")}, ValueError, "bounds=.*must be two numbers"),
+        ({"norm": ["l2"]}, ValueError, "norm=.*choose one of"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int 3"),
         ({"loss": "cross_entropy"}, ValueError, "loss='cross_entropy': give one of 'ce', 'kl', 'margin', 'dlr'"),
         ({"loss": nn.CrossEntropyLoss}, ValueError, "loss=.*give one of"),
     ],
@@ -76,6 +79,12 @@ def test_bad_loss_parameters():
     for alpha in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="alpha=.*outside.*label smoothing, not the step size"):
             sk.pgd_ls(Untouched(), X, Y, EPS, alpha)
+    with pytest.raises(TypeError, match="alpha must be a number"):
+        losses.LabelSmoothedCE("0.1")
+    with pytest.raises(TypeError, match="model must be a module or a callable"):
+        sk.pgd("resnet18", X, Y, EPS)
+    with pytest.raises(ValueError, match="does not depend on the logits"):
+        sk.pgd(cnn(), X, Y, EPS, loss=lambda z, y: torch.zeros(len(z)))
     with pytest.raises(ValueError, match="kappa=-1.0 must be >= 0"):
         losses.Margin(-1.0)
 

@@ -6,8 +6,8 @@
 Equal logits are sorted by index. Invariant to shifts and positive scales of the logits.
 
 logits: [B, K] contiguous in {fp32, bf16, fp16, fp64}, K >= 3, with targets K >= 4; labels, targets: int64 [B] or targets None;
-dlogits: like logits, scale * dL/dz; loss: fp32 [B] (fp64 for fp64) or None. A label or target outside [0, K) makes its row NaN.
-Moves 2 * B * K * itemsize bytes: the four passes that find the ranks read from cache.
+dlogits: like logits, scale * dL/dz; loss: fp32 [B] (fp64 for fp64) or None. A label or target outside [0, K) or a NaN logit
+makes its row NaN. Moves 2 * B * K * itemsize bytes: the four passes that find the ranks read from cache.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._library import define
 from ._common import acc_dtype, check_rows, is_class, row_grid, safe_labels
-from .margin import next_ranked
+from .margin import next_ranked, without_nan
 
 # --- reference ---
 
@@ -28,6 +28,7 @@ def dlr_grad_ref(
     check_dlr(logits, labels, targets, dlogits, loss)
     classes = logits.shape[1]
     valid = is_class(labels, classes) & (is_class(targets, classes) if targets is not None else True)
+    valid = valid & ~logits.isnan().any(1)
     y = labels.where(valid, 0)[:, None]
     z = logits.to(acc_dtype(logits.dtype))
     top_z, top = z.sort(dim=1, descending=True, stable=True)
@@ -66,6 +67,7 @@ def dlr_grad_kernel(
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_y, valid = safe_labels(labels_ptr, i_b, B, K)
+    valid = valid & without_nan(logits_ptr, i_b, B, K, BLOCK_B, BLOCK_K, ACC)
     b_zy = tl.load(logits_ptr + i_b * K + b_y, mask=i_b < B, other=0.0).to(ACC)
     none = tl.full([BLOCK_B], -1, tl.int64)
     ahead = tl.full([BLOCK_B], float("inf"), ACC)

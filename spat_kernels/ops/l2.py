@@ -7,8 +7,9 @@ Arguments as in linf.py. A sample whose gradient is zero everywhere takes a rand
 of `seed`, by the element's place in its sample (so a sample moves alike whatever batch it is in). Elements of the gradient that
 are NaN or infinite count as 0 and set nan_seen.
 
-With d = x_adv - x one pass gives <g,g>, <g,d> and <d,d>, and from them ||v - x||: fp64 sums, so that the squares of the smallest
-fp32 gradients do not vanish. A second pass, out of cache, moves. Device memory sees 3 reads + 1 write of the image.
+With d = x_adv - x one pass gives <g,g>, <g,d> and <d,d>, and from them ||v - x||: fp64 sums, so that the squares of the
+smallest fp32 gradients do not vanish (fp64 gradients should lie within 1e-150 and 1e150). A second pass, out of cache, moves.
+Device memory sees 3 reads + 1 write of the image.
 """
 
 import torch

@@ -6,7 +6,7 @@
 `targeted` gives what a targeted attack maximises, min(z_y - z_j, kappa). kappa = 0 stops at the first misclassification.
 
 logits: [B, K >= 2] contiguous in {fp32, bf16, fp16, fp64}; labels: int64 [B]; dlogits: like logits, scale * dL/dz; loss: fp32 [B]
-(fp64 for fp64) or None. A label outside [0, K) makes its row NaN. Moves 2 * B * K * itemsize bytes.
+(fp64 for fp64) or None. A label outside [0, K) or a NaN logit makes its row NaN. Moves 2 * B * K * itemsize bytes.
 """
 
 import torch
@@ -24,7 +24,7 @@ def margin_grad_ref(
     logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, kappa: float, targeted: bool, scale: float
 ) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
-    valid = is_class(labels, logits.shape[1])
+    valid = is_class(labels, logits.shape[1]) & ~logits.isnan().any(1)
     y = labels.where(valid, 0)[:, None]
     z = logits.to(acc_dtype(logits.dtype))
     z_other, other = z.scatter(1, y, -torch.inf).max(1, keepdim=True)
@@ -69,12 +69,23 @@ def next_ranked(
 
 
 @triton.jit
+def without_nan(logits_ptr, i_b, B, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """Whether a row has no NaN: ranks pass over it, and it must not pass for a result."""
+    b_nan = tl.zeros([BLOCK_B], tl.int32)
+    for first in range(0, K, BLOCK_K):
+        b_z, m = load_rows(logits_ptr, i_b, first + tl.arange(0, BLOCK_K), B, K, 0.0, ACC)
+        b_nan += tl.sum((b_z != b_z).to(tl.int32), 1)
+    return b_nan == 0
+
+
+@triton.jit
 def margin_grad_kernel(
     logits_ptr, labels_ptr, dlogits_ptr, loss_ptr, B, kappa: tl.float64, scale: tl.float64, sign: tl.float64,
     WITH_LOSS: tl.constexpr, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_y, valid = safe_labels(labels_ptr, i_b, B, K)
+    valid = valid & without_nan(logits_ptr, i_b, B, K, BLOCK_B, BLOCK_K, ACC)
     kappa, sign = tl.cast(kappa, ACC), tl.cast(sign, ACC)
     ahead_z, ahead_k = tl.full([BLOCK_B], float("inf"), ACC), tl.full([BLOCK_B], -1, tl.int64)
     b_other_z, b_other_k = next_ranked(logits_ptr, i_b, ahead_z, ahead_k, b_y, B, K, BLOCK_B, BLOCK_K, ACC)
