@@ -107,8 +107,8 @@ class PGD:
         highest_label = self._check(model, x, y, start)
         with torch.inference_mode(False), torch.no_grad(), borrowed(model, self.bn_mode):
             x = x.detach()
-            if not is_dense(x):
-                x = x.contiguous()
+            x = x if is_dense(x) else x.contiguous()
+            y = y if y is None else y.contiguous()
             x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))  # autograd refuses those
             if x.numel() == 0:
                 return x.clone()

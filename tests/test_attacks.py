@@ -295,6 +295,15 @@ def test_any_layout_gives_the_same_images():
             assert {s for _, s, _ in recorder.inputs} == {view.stride()}, "no copies on the way"
 
 
+def test_strided_labels():
+    model, (x, y) = cnn().double().eval(), batch()
+    for loss in ("ce", "margin", "dlr"):
+        expected, got = (
+            sk.pgd(model, x.double(), v, EPS, random_start=False, loss=loss) for v in (y, y.repeat_interleave(2)[::2])
+        )
+        assert torch.equal(got, expected)
+
+
 def test_flat_and_video_inputs():
     for shape in [(4, 7), (4, 3, 5), (4, 2, 3, 4, 5)]:
         model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 3))
