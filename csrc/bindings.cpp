@@ -9,6 +9,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <type_traits>
 
 #include "spat.h"
 
@@ -144,7 +145,7 @@ constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8;
 
 template <class Args>
 void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*cpu)(const Args&, int64_t, int64_t),
-         [[maybe_unused]] int (*launch)(const Args&, void*)) {
+         [[maybe_unused]] std::type_identity_t<int (*)(const Args&, void*)> launch) {
   if (count == 0 || item == 0) return;
   if (!t.is_cuda()) {
     const int64_t grain = item < kGrain ? kGrain / item : 1;
