@@ -12,7 +12,6 @@ if not torch.cuda.is_available():
 
 import pytest
 
-import spat_kernels.ops as _ops  # noqa: F401  declares the ops
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
 
 OPS = {
