@@ -14,15 +14,12 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from .balls import BALLS, box
+from . import checks
+from .balls import BALLS
 from .borrow import BN_MODES, borrowed
-from .input_gradient import InputGradient
-from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss, value_dtype
-from .ops._common import acc_dtype, is_dense
-
-# Keeps the logit gradients of confident samples out of fp16's denormals; only their direction counts.
-FP16_SCALE = 128.0
+from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
+from .ops._common import is_dense
+from .run import Batch, Run
 
 
 @dataclass(eq=False)
@@ -105,7 +102,7 @@ class PGD:
                 and is none.
         """
         highest_label = self._check(model, x, y, start)
-        with torch.inference_mode(False), torch.no_grad(), borrowed(model, self.bn_mode):
+        with torch.inference_mode(False), torch.no_grad():
             x = x.detach()
             x = x if is_dense(x) else x.contiguous()
             y = y if y is None else y.contiguous()
@@ -113,9 +110,10 @@ class PGD:
             if x.numel() == 0:
                 return x.clone()
             step_size = self._default_step_size() if self.step_size is None else self.step_size
-            ball = BALLS[self.norm](x, self.eps, step_size, box(self.bounds, x.dtype))
-            x_adv = self._best_run(InputGradient(model, highest_label), ball, y, start)
-            unusable = int(ball.nan_seen.sum())
+            run = Run(self, Batch(x, y, self.eps, step_size, start))
+            with borrowed(model, self.bn_mode):
+                run.attack(model, self.generator, self.restarts, highest_label)
+            x_adv, unusable = run.result, int(run.nan_seen.sum())
         if unusable:
             warnings.warn(
                 f"the input gradient was NaN for {unusable} of {len(x)} samples and counted as 0 there: they may look robust "
@@ -146,41 +144,6 @@ class PGD:
 
     def _default_step_size(self) -> float | Tensor:
         return self.eps / 4 if self.norm == "linf" else self.eps * (2.5 / max(self.steps, 1))
-
-    def _best_run(self, model: InputGradient, ball, y: Tensor | None, start: Tensor | None) -> Tensor:
-        clean_logits = model.logits(ball.x) if self.loss.needs_clean_logits else None
-        reference = self.loss.reference(y, clean_logits, self.targeted)
-        if self.restarts == 1:
-            return self._run(model, ball, reference, start)
-        best = ball.x.clone()
-        best_value = torch.full((len(best),), -torch.inf, dtype=acc_dtype(best.dtype), device=best.device)
-        best_success = torch.zeros_like(best_value, dtype=torch.bool) if self.select == "success" else None
-        for _ in range(self.restarts):
-            x_adv = self._run(model, ball, reference, None)
-            logits = model.logits(x_adv)
-            value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
-            self._logit_gradient(logits, reference, value)
-            success = (logits.argmax(1) == y) == self.targeted if self.select == "success" else None
-            ops.keep_best_(best, best_value, best_success, x_adv, value.to(best_value.dtype), success)
-        return best
-
-    def _run(self, model: InputGradient, ball, reference, start: Tensor | None) -> Tensor:
-        if start is not None:
-            x_adv = torch.empty_like(ball.x).copy_(start)
-        else:
-            x_adv = ball.random_start(self.generator) if self.random_start else ball.x.clone()
-        for _ in range(self.steps):
-            logits = model.forward(x_adv)
-            ball.step_(x_adv, model.backward(self._logit_gradient(logits, reference)))
-        if self.steps == 0 and start is not None:
-            ball.project_(x_adv)
-        return x_adv
-
-    def _logit_gradient(self, logits: Tensor, reference, value: Tensor | None = None) -> Tensor:
-        dlogits = torch.empty_like(logits)
-        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-        self.loss.gradient(logits, reference, dlogits, value, targeted=self.targeted, scale=scale)
-        return dlogits
 
 
 def pgd_ls(

@@ -25,7 +25,10 @@ class Ball:
         self.nan_seen = torch.zeros(len(x), dtype=torch.uint8, device=x.device)
 
     def _values(self, value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=acc_dtype(self.x.dtype), device=self.x.device).detach().reshape(-1).contiguous()
+        values = torch.empty(
+            value.numel() if isinstance(value, Tensor) else 1, dtype=acc_dtype(self.x.dtype), device=self.x.device
+        )
+        return fill_(values, value)
 
     def _draw(self, generator: torch.Generator | None, method: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Random numbers by the in-place `method`, from `generator` wherever it lives, on x's device."""
@@ -33,8 +36,12 @@ class Ball:
         empty = torch.empty(size, dtype=dtype or self.eps.dtype, device=device)
         return getattr(empty, method)(generator=generator).to(self.x.device)
 
-    def random_start(self, generator: torch.Generator | None) -> Tensor:
-        """A new tensor of uniform random points of the ball, clamped to the box."""
+    def draw(self, generator: torch.Generator | None, samples: int) -> tuple[Tensor, ...]:
+        """The random numbers of `random_start_`: those of a batch of `samples`, first in every tensor."""
+        raise NotImplementedError
+
+    def random_start_(self, x_adv: Tensor, draws: tuple[Tensor, ...]) -> None:
+        """Write uniform random points of the ball, clamped to the box: a function of `draws`."""
         raise NotImplementedError
 
     def step_(self, x_adv: Tensor, grad: Tensor) -> None:
@@ -49,9 +56,11 @@ class Ball:
 
 
 class LinfBall(Ball):
-    def random_start(self, generator):
-        seed = self._draw(generator, "random_", 2, dtype=torch.int64)
-        return ops.linf_random_start_(torch.empty_like(self.x), self.x, self.eps, seed, *self.bounds)
+    def draw(self, generator, samples):
+        return (self._draw(generator, "random_", 2, dtype=torch.int64),)
+
+    def random_start_(self, x_adv, draws):
+        ops.linf_random_start_(x_adv, self.x, self.eps, *draws, *self.bounds)
 
     def _move_(self, x_adv, grad, step_size):
         ops.linf_step_(x_adv, self.x, grad, self.eps, step_size, *self.bounds, self.nan_seen)
@@ -62,18 +71,29 @@ class L2Ball(Ball):
         super().__init__(*args)
         self.seed = torch.zeros(2, dtype=torch.int64, device=self.x.device)  # of the directions of zero gradients
 
-    def random_start(self, generator):
+    def draw(self, generator, samples):
+        seed = self._draw(generator, "random_", 2, dtype=torch.int64)
+        return seed, self._draw(generator, "normal_", samples, *self.x.shape[1:]), self._draw(generator, "uniform_", samples)
+
+    def random_start_(self, x_adv, draws):
         """Uniform in the ball: one step of length eps * U^(1/n) in a uniformly random direction."""
-        self.seed = self._draw(generator, "random_", 2, dtype=torch.int64)
-        direction = torch.empty_like(self.x, dtype=self.eps.dtype).copy_(self._draw(generator, "normal_", *self.x.shape))
+        seed, normal, uniform = draws
+        self.seed.copy_(seed)
+        direction = torch.empty_like(self.x, dtype=self.eps.dtype).copy_(normal)
         dimensions = self.x[0].numel()
-        radius = self.eps * self._draw(generator, "uniform_", len(self.x)) ** (1 / dimensions)
-        x_adv = self.x.clone()
-        self._move_(x_adv, direction, radius)
-        return x_adv
+        x_adv.copy_(self.x)
+        self._move_(x_adv, direction, self.eps * uniform ** (1 / dimensions))
 
     def _move_(self, x_adv, grad, step_size):
         ops.l2_step_(x_adv, self.x, grad, self.eps, step_size, self.seed, *self.bounds, self.nan_seen)
+
+
+def fill_(values: Tensor, value: float | Tensor) -> Tensor:
+    """Write a number, or the first so many values of a tensor, into `values` [N]; a number without waiting for the device."""
+    if isinstance(value, Tensor):
+        values[: value.numel()].copy_(value.detach().reshape(-1))
+        return values
+    return values.fill_(value)
 
 
 BALLS = {"linf": LinfBall, "l2": L2Ball}

@@ -115,3 +115,8 @@ def check_values(x: Tensor, y: Tensor | None, start: Tensor | None, bounds: tupl
     if y_min < 0:
         raise ValueError(f"y must hold class indices in [0, K), found {y_min}: drop ignored samples before the attack")
     return y_max
+
+
+def check_classes(highest_label: int, classes: int) -> None:
+    if highest_label >= classes:
+        raise ValueError(f"y holds class {highest_label}, outside [0, {classes}) of the model: check the labels")

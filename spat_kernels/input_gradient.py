@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+from .checks import check_classes
+
+
+def input_gradient(model, highest_label: int = -1) -> "InputGradient":
+    """The way to differentiate `model`, which is borrowed (frozen, in the mode of the attack)."""
+    return InputGradient(model, highest_label)
+
 
 class InputGradient:
     """`forward(x)` gives the logits; `backward(dlogits)` the gradient at that x, by the vector-Jacobian product.
@@ -11,10 +18,19 @@ class InputGradient:
     class that the labels name, to be checked against the number of classes.
     """
 
+    independent_samples = False  # batch norm in train mode, or any code of the model's, may couple the samples of a batch
+
     def __init__(self, model, highest_label: int = -1):
         self.model = model
         self.highest_label = highest_label
         self._to_leaf = _grad_to_leaf
+
+    def prepare(self) -> None:
+        """Called first in every run: where weights are transformed, transform them anew. Autograd takes them as they are."""
+
+    def release(self) -> None:
+        """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
+        self.model = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], without a graph. On a copy: a model may work in place."""
@@ -62,8 +78,7 @@ class InputGradient:
             raise ValueError(f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}")
         if logits.device != x.device:
             raise ValueError(f"model returned logits on {logits.device} for x on {x.device}: put both on one device")
-        if self.highest_label >= logits.shape[1]:
-            raise ValueError(f"y holds class {self.highest_label}, outside [0, {logits.shape[1]}) of the model: check the labels")
+        check_classes(self.highest_label, logits.shape[1])
         return logits
 
 

@@ -1,0 +1,160 @@
+"""One batch's attack on tensors that stay where they are: run once as it is, or captured and replayed for other batches."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .balls import BALLS, box, fill_
+from .input_gradient import input_gradient
+from .losses import value_dtype
+from .ops._common import acc_dtype
+
+if TYPE_CHECKING:
+    from .attacks import PGD
+
+# Keeps the logit gradients of confident samples out of fp16's denormals; only their direction counts.
+FP16_SCALE = 128.0
+
+
+class Batch(NamedTuple):
+    """What an attack is given for one batch, checked. x is dense [B, ...], y int64 [B] or None, start like x or None; eps and
+    step_size are numbers, or tensors of one value or [B]."""
+
+    x: Tensor
+    y: Tensor | None
+    eps: float | Tensor
+    step_size: float | Tensor
+    start: Tensor | None
+
+
+class Run:
+    """The attack of `settings` on one batch.
+
+    `attack` is all of it. Taken apart for a capture: `load` brings in a batch and `draw` the random numbers; what is left,
+    `run()`, neither waits for the device nor looks at a value, and works on the same tensors each time. It is one run from one
+    start; with restarts the best so far is kept over the runs since the last `load`.
+
+    Args:
+        settings: the attack. Its eps, step_size, generator and number of restarts are not looked at again.
+        batch: adopted without a copy, and never written before the first `load`.
+
+    Attributes:
+        result: adversarial images [B, ...] of the batch loaded last: a view of the tensor that the next run overwrites.
+        nan_seen: uint8 [B], 1 for samples that met an unusable gradient.
+        classes: the number of classes K, or None as long as no forward has told.
+    """
+
+    def __init__(self, settings: "PGD", batch: Batch):
+        self.loss, self.steps, self.targeted = settings.loss, settings.steps, settings.targeted
+        self.ball = BALLS[settings.norm](batch.x, batch.eps, batch.step_size, box(settings.bounds, batch.x.dtype))
+        self.y = batch.y
+        self.x_adv = torch.empty_like(batch.x)
+        self.starts_at = "given" if batch.start is not None else "random" if settings.random_start else "clean"
+        self.best = self.best_value = self.best_success = None
+        if settings.restarts > 1:
+            self.best = torch.empty_like(batch.x)
+            self.best_value = batch.x.new_empty(len(batch.x), dtype=acc_dtype(batch.x.dtype))
+            if settings.select == "success":
+                self.best_success = batch.x.new_empty(len(batch.x), dtype=torch.bool)
+        self.draws = self.model = self.reference = self.classes = None
+        self._begin_batch(batch)
+
+    def load(self, batch: Batch) -> None:
+        """Copy in a batch like the first one, or a shorter one: then what came before fills up the rest."""
+        n = len(batch.x)
+        self.ball.x[:n].copy_(batch.x)
+        if self.y is not None:
+            self.y[:n].copy_(batch.y)
+        fill_(self.ball.eps, batch.eps)
+        fill_(self.ball.step_size, batch.step_size)
+        self._begin_batch(batch)
+
+    def _begin_batch(self, batch: Batch) -> None:
+        self.n = len(batch.x)
+        self.ball.nan_seen.zero_()
+        if batch.start is not None:
+            self.x_adv[: self.n].copy_(batch.start)
+        if self.best is not None:
+            self.best.copy_(self.ball.x)
+            self.best_value.fill_(-torch.inf)
+            if self.best_success is not None:
+                self.best_success.zero_()
+
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Draw what the next run starts from: as many numbers as the batch has samples, also where it fills only a part."""
+        if self.starts_at != "random":
+            return
+        draws = self.ball.draw(generator, self.n)
+        if self.draws is None:
+            self.draws = draws
+        else:
+            for ours, drawn in zip(self.draws, draws, strict=True):
+                ours[: len(drawn)].copy_(drawn)
+
+    def attack(self, model, generator: torch.Generator | None, restarts: int, highest_label: int) -> None:
+        """Attack `model`, borrowed, from `restarts` starts."""
+        self.model = input_gradient(model, highest_label)
+        for i in range(restarts):
+            self.draw(generator)
+            if i == 0:
+                self.begin()
+            self.attempt()
+
+    def __call__(self) -> None:
+        """One run, from the clean logits on."""
+        self.begin()
+        self.attempt()
+
+    def begin(self) -> None:
+        """What all runs on a batch share: the model's weights made ready, and what the logits are held against."""
+        self.model.prepare()
+        clean_logits = self.model.logits(self.ball.x) if self.loss.needs_clean_logits else None
+        self.reference = self.loss.reference(self.y, clean_logits, self.targeted)
+
+    def attempt(self) -> None:
+        """One run from one start."""
+        x_adv, ball = self.x_adv, self.ball
+        if self.starts_at == "random":
+            ball.random_start_(x_adv, self.draws)
+        elif self.starts_at == "clean":
+            x_adv.copy_(ball.x)
+        for _ in range(self.steps):
+            logits = self.model.forward(x_adv)
+            ball.step_(x_adv, self.model.backward(self._logit_gradient(logits)))
+        if self.steps == 0 and self.starts_at == "given":
+            ball.project_(x_adv)
+        if self.best is not None:
+            self._keep_best()
+
+    def release(self) -> None:
+        """Forget the model and the loss, which a capture must not keep alive, but nothing that its kernels read or write."""
+        self.model.release()
+        self.loss = None
+
+    @property
+    def result(self) -> Tensor:
+        return self._of_batch(self.x_adv if self.best is None else self.best)
+
+    @property
+    def nan_seen(self) -> Tensor:
+        return self._of_batch(self.ball.nan_seen)
+
+    def _of_batch(self, t: Tensor) -> Tensor:
+        return t if len(t) == self.n else t[: self.n]
+
+    def _keep_best(self) -> None:
+        logits = self.model.logits(self.x_adv)
+        value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
+        self._logit_gradient(logits, value)
+        success = None if self.best_success is None else (logits.argmax(1) == self.y) == self.targeted
+        value = value.to(self.best_value.dtype)
+        ops.keep_best_(self.best, self.best_value, self.best_success, self.x_adv, value, success)
+
+    def _logit_gradient(self, logits: Tensor, value: Tensor | None = None) -> Tensor:
+        self.classes = logits.shape[1]
+        dlogits = torch.empty_like(logits)
+        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
+        self.loss.gradient(logits, self.reference, dlogits, value, targeted=self.targeted, scale=scale)
+        return dlogits
