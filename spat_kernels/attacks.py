@@ -17,6 +17,7 @@ from torch import Tensor
 from . import checks
 from .balls import BALLS
 from .borrow import BN_MODES, borrowed
+from .engine import check_path, check_precision
 from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
 from .ops._common import is_dense
 from .run import Batch, Run
@@ -38,6 +39,10 @@ class PGD:
         targeted: move towards the classes y instead of away from them.
         restarts: runs from different random starts, of which the best is kept per sample. One forward more each.
         bounds: (lo, hi) of valid x.
+        precision: what the model runs in: "fp32", "tf32", "bf16", "fp16" or "half" (fp16 on GPUs, bf16 on CPUs); None is the
+            caller's autocast, or the model's own dtype. Images, steps and projections stay in x's dtype.
+        input_gradient: "plan" is the fused path through convolutional networks (see `explain`), "autograd" goes through any
+            model, "auto" takes the plan where the model allows it.
         bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
             statistics never change.
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
@@ -58,6 +63,8 @@ class PGD:
     targeted: bool = False
     restarts: int = 1
     bounds: tuple[float, float] = (0.0, 1.0)
+    precision: str | None = None
+    input_gradient: str = "auto"
     bn_mode: str = "eval"
     select: str = "success"
     generator: torch.Generator | None = None
@@ -65,6 +72,7 @@ class PGD:
     def __post_init__(self):
         self.loss = as_loss(self.loss)
         checks.check_choice("norm", self.norm, BALLS)
+        check_path(self.precision, self.input_gradient)
         checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
         checks.check_choice("select", self.select, ("success", "loss"))
         checks.check_count("steps", self.steps, 0)
@@ -126,6 +134,7 @@ class PGD:
     def _check(self, model, x, y, start) -> int:
         checks.check_images(x)
         checks.check_model(model, x)
+        check_precision(self.precision, x)
         checks.check_per_sample("eps", self.eps, x)
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:
@@ -160,6 +169,8 @@ def pgd_ls(
     targeted: bool = False,
     restarts: int = 1,
     bounds: tuple[float, float] = (0.0, 1.0),
+    precision: str | None = None,
+    input_gradient: str = "auto",
     bn_mode: str = "eval",
     select: str = "success",
     generator: torch.Generator | None = None,
@@ -175,7 +186,8 @@ def pgd_ls(
     """
     attack = PGD(
         eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
-        targeted=targeted, restarts=restarts, bounds=bounds, bn_mode=bn_mode, select=select, generator=generator,
+        targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
+        select=select, generator=generator,
     )  # fmt: skip
     return attack(model, x, y, start=start)
 

@@ -4,11 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_classes
-
-
-def input_gradient(model, highest_label: int = -1) -> "InputGradient":
-    """The way to differentiate `model`, which is borrowed (frozen, in the mode of the attack)."""
-    return InputGradient(model, highest_label)
+from .precision import arithmetic
 
 
 class InputGradient:
@@ -20,10 +16,14 @@ class InputGradient:
 
     independent_samples = False  # batch norm in train mode, or any code of the model's, may couple the samples of a batch
 
-    def __init__(self, model, highest_label: int = -1):
-        self.model = model
+    def __init__(self, model, precision: str | None = None, highest_label: int = -1):
+        self.model, self.precision = model, precision
         self.highest_label = highest_label
         self._to_leaf = _grad_to_leaf
+
+    def arithmetic(self, device_type: str):
+        """The context that `prepare`, `logits`, `forward` and `backward` are called in."""
+        return arithmetic(self.precision, device_type)
 
     def prepare(self) -> None:
         """Called first in every run: where weights are transformed, transform them anew. Autograd takes them as they are."""
@@ -35,14 +35,14 @@ class InputGradient:
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], without a graph. On a copy: a model may work in place."""
         with torch.no_grad():
-            return self._checked(self.model(x.clone()), x).contiguous()
+            return check_logits(self.model(x.clone()), x, self.highest_label).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
         with torch.enable_grad():
             self._x = x.detach().requires_grad_()
             try:
-                self._logits = self._checked(self.model(self._x), x)
+                self._logits = check_logits(self.model(self._x), x, self.highest_label)
             except RuntimeError as error:
                 if "a leaf Variable that requires grad" not in str(error):
                     raise
@@ -68,18 +68,19 @@ class InputGradient:
         self.forward(x)
         return self.backward(dlogits)
 
-    def _checked(self, logits, x: Tensor) -> Tensor:
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(
-                f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone"
-            )
-        if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
-            raise ValueError(f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}")
-        if logits.device != x.device:
-            raise ValueError(f"model returned logits on {logits.device} for x on {x.device}: put both on one device")
-        check_classes(self.highest_label, logits.shape[1])
-        return logits
+def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:
+    """`logits` if they are what a classifier of K >= 2 classes returns for `x`; TypeError or ValueError if not."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(
+            f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone"
+        )
+    if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
+        raise ValueError(f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}")
+    if logits.device != x.device:
+        raise ValueError(f"model returned logits on {logits.device} for x on {x.device}: put both on one device")
+    check_classes(highest_label, logits.shape[1])
+    return logits
 
 
 def _grad_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor) -> Tensor:

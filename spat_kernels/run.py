@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .balls import BALLS, box, fill_
-from .input_gradient import input_gradient
+from .engine import input_gradient
 from .losses import value_dtype
 from .ops._common import acc_dtype
 
@@ -48,6 +48,7 @@ class Run:
 
     def __init__(self, settings: "PGD", batch: Batch):
         self.loss, self.steps, self.targeted = settings.loss, settings.steps, settings.targeted
+        self.how, self.precision = settings.input_gradient, settings.precision
         self.ball = BALLS[settings.norm](batch.x, batch.eps, batch.step_size, box(settings.bounds, batch.x.dtype))
         self.y = batch.y
         self.x_adv = torch.empty_like(batch.x)
@@ -95,7 +96,7 @@ class Run:
 
     def attack(self, model, generator: torch.Generator | None, restarts: int, highest_label: int) -> None:
         """Attack `model`, borrowed, from `restarts` starts."""
-        self.model = input_gradient(model, highest_label)
+        self.model = input_gradient(model, self.ball.x, self.how, self.precision, highest_label)
         for i in range(restarts):
             self.draw(generator)
             if i == 0:
@@ -109,9 +110,10 @@ class Run:
 
     def begin(self) -> None:
         """What all runs on a batch share: the model's weights made ready, and what the logits are held against."""
-        self.model.prepare()
-        clean_logits = self.model.logits(self.ball.x) if self.loss.needs_clean_logits else None
-        self.reference = self.loss.reference(self.y, clean_logits, self.targeted)
+        with self.model.arithmetic(self.x_adv.device.type):
+            self.model.prepare()
+            clean_logits = self.model.logits(self.ball.x) if self.loss.needs_clean_logits else None
+            self.reference = self.loss.reference(self.y, clean_logits, self.targeted)
 
     def attempt(self) -> None:
         """One run from one start."""
@@ -120,13 +122,14 @@ class Run:
             ball.random_start_(x_adv, self.draws)
         elif self.starts_at == "clean":
             x_adv.copy_(ball.x)
-        for _ in range(self.steps):
-            logits = self.model.forward(x_adv)
-            ball.step_(x_adv, self.model.backward(self._logit_gradient(logits)))
-        if self.steps == 0 and self.starts_at == "given":
-            ball.project_(x_adv)
-        if self.best is not None:
-            self._keep_best()
+        with self.model.arithmetic(x_adv.device.type):
+            for _ in range(self.steps):
+                logits = self.model.forward(x_adv)
+                ball.step_(x_adv, self.model.backward(self._logit_gradient(logits)))
+            if self.steps == 0 and self.starts_at == "given":
+                ball.project_(x_adv)
+            if self.best is not None:
+                self._keep_best()
 
     def release(self) -> None:
         """Forget the model and the loss, which a capture must not keep alive, but nothing that its kernels read or write."""

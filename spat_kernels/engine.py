@@ -1,0 +1,175 @@
+"""Which way an attack takes through a model: the input-gradient plan where the model allows it, else autograd."""
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .borrow import BN_MODES, borrowed
+from .input_gradient import InputGradient
+from .plan import Plan, PlannedGradient
+from .precision import HALVES, PRECISIONS, arithmetic, half_dtype
+from .structure import Structure
+from .trace import CannotPlan, trace
+
+INPUT_GRADIENTS = ("auto", "plan", "autograd")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found.
+
+    Attributes:
+        path: "plan" or "autograd".
+        reason: why not the plan, "" where it is taken.
+        dtype: what the convolutions run in: a torch dtype, or None where autograd leaves it to the model.
+        plan: counts of what the plan consists of; {} without one.
+    """
+
+    path: str
+    reason: str
+    dtype: torch.dtype | None
+    plan: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.path == "autograd":
+            return f"autograd, because {self.reason}"
+        return f"plan in {self.dtype}: " + ", ".join(f"{count} {what}" for what, count in self.plan.items())
+
+
+def explain(
+    model, x: Tensor, *, precision: str | None = None, input_gradient: str = "auto", bn_mode: str = "eval"
+) -> Explanation:
+    """Which path an attack with these settings takes on `model` at images like `x` [B, ...], and why.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+    """
+    check_path(precision, input_gradient)
+    checks.check_choice("bn_mode", bn_mode, BN_MODES)
+    checks.check_images(x)
+    checks.check_model(model, x)
+    if len(x) == 0:
+        raise ValueError("x holds no image: give at least one like those to attack")
+    with torch.inference_mode(False), torch.no_grad(), borrowed(model, bn_mode):
+        x = x.detach().clone() if x.is_inference() else x.detach()
+        try:
+            if input_gradient == "autograd":
+                raise CannotPlan("input_gradient='autograd' asks for it")
+            plan, dtype = _plan_and_dtype(model, x, precision)
+        except CannotPlan as reason:
+            return Explanation("autograd", str(reason), half_dtype(precision, x.device.type))
+    return Explanation("plan", "", dtype, plan.summary())
+
+
+def check_path(precision: str | None, input_gradient: str) -> None:
+    checks.check_choice("precision", precision, (None, *PRECISIONS))
+    checks.check_choice("input_gradient", input_gradient, INPUT_GRADIENTS)
+
+
+def check_precision(precision: str | None, x: Tensor) -> None:
+    """That `precision` goes with the images."""
+    if precision is not None and x.dtype != torch.float32:
+        raise ValueError(f"precision={precision!r} is for float32 images, got {x.dtype}: use x.float(), or precision=None")
+    if precision == "tf32" and x.device.type != "cuda":
+        raise ValueError(f"precision='tf32' is for CUDA tensors, x is on {x.device}: use precision='fp32'")
+
+
+def input_gradient(
+    model, x: Tensor, how: str = "auto", precision: str | None = None, highest_label: int = -1
+) -> InputGradient | PlannedGradient:
+    """The way to differentiate `model`, which is borrowed (frozen, in the mode of the attack), at images like `x`.
+
+    Raises:
+        ValueError: `how` is "plan" and the model does not take it.
+    """
+    if how != "autograd":
+        try:
+            plan, dtype = _plan_and_dtype(model, x, precision)
+            return PlannedGradient(plan, _inner(model), x.dtype, dtype, precision, highest_label)
+        except CannotPlan as reason:
+            if how == "plan":
+                raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'") from reason
+    return InputGradient(model, precision, highest_label)
+
+
+# ---- plans, made once for a model and an image size -------------------------------------------------------------------------
+
+_plans: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _plan_and_dtype(model, x: Tensor, precision: str | None) -> tuple[Plan, torch.dtype]:
+    if not isinstance(model, nn.Module):
+        raise CannotPlan("it is a plain callable and no torch.nn.Module")
+    inner = _inner(model)
+    dtype = _weights_dtype(inner, x)
+    half = half_dtype(precision, x.device.type)
+    if half and dtype == torch.float32:
+        dtype = half
+    plan = _plan(inner, x)
+    if dtype in HALVES and plan.no_half:
+        raise CannotPlan(f"in half precision {plan.no_half}")
+    return plan, dtype
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside of DDP, DataParallel and torch.compile, whose work an attack does not need."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _weights_dtype(model: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype of the model's weights, if they are all alike and fit the images."""
+    kinds = {(p.dtype, p.device) for p in model.parameters()}
+    if kinds != {(x.dtype, x.device)}:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none at all"
+        raise CannotPlan(f"its parameters are {found} for images in {x.dtype} on {x.device}")
+    return x.dtype
+
+
+def _plan(model: nn.Module, x: Tensor) -> Plan:
+    key = tuple(x.shape[1:]), x.dtype
+    with _lock:
+        structure, made = _plans.setdefault(model, {}).get(key, (None, None))
+        if structure is None or not structure.matches(model):
+            structure, made = Structure.of(model), _make_plan(model, x)
+            _plans[model][key] = structure, made
+    if isinstance(made, str):
+        raise CannotPlan(made)
+    return made
+
+
+def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
+    """A plan that gives what autograd gives on two of the images, or why there is none."""
+    try:
+        with arithmetic("fp32" if x.dtype == torch.float32 else None, x.device.type, autocast=False):
+            plan = Plan(trace(model, x))
+            _compare(plan, model, x[torch.arange(2, device=x.device) % len(x)])
+        return plan
+    except CannotPlan as reason:
+        return str(reason)
+
+
+def _compare(plan: Plan, model: nn.Module, x: Tensor) -> None:
+    """That a trace tells the whole of a model cannot be proved: code may depend on what symbols do not show."""
+    ours, theirs = PlannedGradient(plan, model, x.dtype, x.dtype), InputGradient(model)
+    ours.prepare()
+    logits, expected = ours.forward(x), theirs.forward(x).to(ours.logits_dtype)
+    tolerance = 0.1 if x.dtype in HALVES else 0.01  # of the norm: a ReLU at its kink may go either way
+    dlogits = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype, device=x.device).view_as(expected)
+    pairs = {"logits": (logits, expected)}
+    if x.dtype not in HALVES:
+        pairs["input gradients"] = (ours.backward(dlogits), theirs.backward(dlogits))
+    for what, (a, b) in pairs.items():
+        a, b = a.nan_to_num(), b.nan_to_num()
+        if (a - b).norm() > tolerance * b.norm():
+            raise CannotPlan(f"the {what} of the traced model are not those of the model itself")

@@ -1,0 +1,597 @@
+"""The input-gradient plan: a network that keeps one bit per ReLU, and whose backward goes to its input only.
+
+With BatchNorm frozen, d logits / dx needs the convolutions' weights and the signs at the ReLUs, and nothing else. So a traced
+model (trace.py) becomes a list of steps, in channels_last:
+
+    Conv       by cuDNN or oneDNN. A BatchNorm that alone reads its output is folded into its weights.
+    Pointwise  everything between convolutions in one pass (ops.scale_shift_relu): residual add, scale and shift, ReLU, mask out;
+               backward: mask, scale, and the gradients of the residual branches.
+    Mean, Linear, Reshape, and Local (other functions, differentiated by autograd one by one)
+
+A pre-activation BatchNorm on a residual stream is not folded forward into the next convolution: zero padding would see its shift.
+The plan holds no tensor of the model. `prepare` folds the weights as they are now, in a few launches, so that a training loop may
+change them between attacks.
+
+In half precision (fp16, bf16) the image is not rounded: the first convolution reads it as two halves (ops.split_image). From the
+pooled features on, values are fp32, and there the gradient of each sample is scaled to a largest element of 1: samples are
+independent, only directions count, and neither the factors 1/B and 1 - p_y nor small weights can push it out of fp16's range.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .input_gradient import check_logits
+from .ops._common import acc_dtype
+from .precision import HALVES, arithmetic
+from .trace import Node, Norm, Ref, Term
+
+CHANNELS_LAST = torch.channels_last
+
+
+@dataclass
+class Step:
+    """One step: reads the values `inputs`, writes the value `out`. `frees` are the values that nobody reads after it."""
+
+    inputs: tuple[int, ...]
+    out: int
+    name: str
+    shape: tuple[int, ...]  # of one sample of `out`
+    frees: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Conv(Step):
+    weight: Ref = None
+    bias: Ref | None = None
+    conv: dict = None
+    before: tuple = ()  # affine maps of the image, done while it is read
+    after: tuple = ()  # affine maps folded into weight and bias
+    shift_moves: bool = False  # the folded bias is added by the Pointwise that reads `out`
+
+
+@dataclass
+class Pointwise(Step):
+    affine: tuple = ()
+    relu: bool = False
+    total: int | None = None  # the value inputs[0] (+ inputs[1]), where somebody else reads it
+    shifts: tuple[int, ...] = ()  # steps whose bias moved here
+    in_place: bool = False  # inputs[0] is a convolution's output that nobody else reads
+
+
+@dataclass
+class Linear(Step):
+    weight: Ref = None
+    bias: Ref | None = None
+
+
+@dataclass
+class Mean(Step):
+    pass
+
+
+@dataclass
+class Reshape(Step):
+    pass
+
+
+@dataclass
+class Local(Step):
+    function: object = None
+
+
+class Plan:
+    """The recipe for one architecture and image size, as `trace` read it.
+
+    Attributes:
+        steps: in the order of the forward.
+        last: index of the value that holds the logits.
+        exact: values that stay fp32 in half precision: what is read off the image before the first convolution, and the head.
+        no_half: why half precision is not possible, or None.
+    """
+
+    def __init__(self, nodes: list[Node]):
+        self.nodes = nodes
+        self.last = len(nodes) - 1
+        self.users: list[list[int]] = [[] for _ in nodes]
+        for i, node in enumerate(nodes):
+            for j in node.inputs:
+                self.users[j].append(i)
+        self.exact, self.no_half = self._find_exact()
+        self.steps: list[Step] = []
+        self._made: dict[int, Conv] = {}  # value -> the convolution that makes it
+        done: set[int] = {0}
+        for i in range(len(nodes)):
+            if i not in done:
+                done |= self._add_step(i)
+        self._move_shifts()
+        self._note_frees()
+
+    # -- building -------------------------------------------------------------------------------------------------------------
+
+    def _find_exact(self) -> tuple[set[int], str | None]:
+        before_conv = set()  # values from which a convolution is reached
+        for i in range(self.last, -1, -1):
+            if self.nodes[i].kind == "conv" or i in before_conv:
+                before_conv.update(self.nodes[i].inputs)
+        exact, crossings, reason = {0}, 0, None
+        for i, node in enumerate(self.nodes[1:], 1):
+            inside = [j in exact for j in node.inputs]
+            if node.kind == "conv":
+                if all(inside) and node.conv["groups"] > 1:
+                    reason = f"{node.name} is grouped and reads the image, which would be rounded"
+                continue
+            heads = (node.kind == "mean" and i not in before_conv) or (node.kind == "linear" and i == self.last)
+            if heads or all(inside):
+                exact.add(i)
+                crossings += not all(inside)
+            elif any(inside):
+                reason = f"{node.name} joins values of full and of half precision"
+        if crossings + (self.last not in exact) > 1:
+            reason = "several branches are pooled on their own, so no one place can scale the gradient"
+        return exact, reason
+
+    def _add_step(self, i: int) -> set[int]:
+        """Append the step that begins with node i; returns the nodes that it does."""
+        node = self.nodes[i]
+        common = {"name": node.name, "shape": node.shape}
+        if node.kind == "conv":
+            after, out = self._affine_chain(i)
+            step = Conv(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias, conv=node.conv, after=after)
+            previous = self.steps[-1] if self.steps else None
+            if isinstance(previous, Pointwise) and self._normalises_image(previous, i):
+                self.steps.pop()
+                step.before, step.inputs = previous.affine, previous.inputs
+            self.steps.append(step)
+            self._made[out] = step
+            return {i, *self._chain(i, out)}
+        if node.kind in ("add", "affine", "relu"):
+            return self._add_pointwise(i)
+        kinds = {"linear": Linear, "mean": Mean, "reshape": Reshape, "local": Local}
+        fields = {"linear": ("weight", "bias"), "local": ("function",)}.get(node.kind, ())
+        self.steps.append(kinds[node.kind](node.inputs, i, **common, **{f: getattr(node, f) for f in fields}))
+        return {i}
+
+    def _normalises_image(self, previous: Pointwise, conv: int) -> bool:
+        return (
+            previous.inputs == (0,)
+            and previous.out in self.nodes[conv].inputs
+            and not previous.relu
+            and len(self.users[previous.out]) == 1
+            and self.nodes[conv].conv["groups"] == 1
+        )
+
+    def _affine_chain(self, i: int) -> tuple[tuple[Norm | Term, ...], int]:
+        """The affine maps that follow node i with no other reader between, and the node that they end in."""
+        maps = []
+        while len(self.users[i]) == 1 and self.nodes[self.users[i][0]].kind == "affine":
+            (i,) = self.users[i]
+            maps.append(self.nodes[i].norm)
+        return tuple(maps), i
+
+    def _chain(self, first: int, last: int) -> list[int]:
+        nodes = []
+        while first != last:
+            (first,) = self.users[first]
+            nodes.append(first)
+        return nodes
+
+    def _add_pointwise(self, i: int) -> set[int]:
+        """Fuse [add] [affine ...] [relu] as far as they follow one another."""
+        node = self.nodes[i]
+        done, out, affine, relu, total = {i}, i, (), False, None
+        if node.kind == "add":
+            follower = next((u for u in self.users[i] if self.nodes[u].kind in ("affine", "relu")), None)
+            if follower is not None:
+                total = i if len(self.users[i]) > 1 else None
+                out = follower
+                done.add(follower)
+        if self.nodes[out].kind == "affine":
+            maps, end = self._affine_chain(out)
+            affine = (self.nodes[out].norm, *maps)
+            done.update(self._chain(out, end))
+            out = end
+            if len(self.users[out]) == 1 and self.nodes[self.users[out][0]].kind == "relu":
+                (out,) = self.users[out]
+                done.add(out)
+        relu = self.nodes[out].kind == "relu"
+        step = Pointwise(node.inputs, out, node.name, node.shape, affine=affine, relu=relu, total=total)
+        step.in_place = node.inputs[0] in self._made and self.users[node.inputs[0]] == [i]
+        self.steps.append(step)
+        return done
+
+    def _move_shifts(self) -> None:
+        """A convolution's folded bias moves into the ReLU pass behind it, where it costs nothing."""
+        for step in self.steps:
+            if isinstance(step, Pointwise) and step.relu and not step.affine and step.total is None:
+                for value in set(step.inputs):
+                    made = self._made.get(value)
+                    if made and len(self.users[value]) == 1 and (made.after or made.bias):
+                        made.shift_moves = True
+                        step.shifts += (self.steps.index(made),)
+
+    def _note_frees(self) -> None:
+        last_use = {}
+        for i, step in enumerate(self.steps):
+            for j in step.inputs:
+                last_use[j] = i
+        for j, i in last_use.items():
+            if j != self.last:
+                self.steps[i].frees.append(j)
+
+    # -- describing -----------------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, int]:
+        """Counts of what the plan consists of."""
+        of = {kind: [s for s in self.steps if isinstance(s, kind)] for kind in (Conv, Pointwise, Linear, Local)}
+        return {
+            "convolutions": len(of[Conv]),
+            "folded into convolutions": sum(bool(s.after) for s in of[Conv]),
+            "fused pointwise passes": len(of[Pointwise]),
+            "linear layers": len(of[Linear]),
+            "left to autograd": len(of[Local]),
+            "mask bytes per image": sum(prod(s.shape[1:]) * -(-s.shape[0] // 8) for s in of[Pointwise] if s.relu),
+        }
+
+
+class PlannedGradient:
+    """A `Plan` bound to a model's weights: the interface of `InputGradient`, for one attack in one thread.
+
+    Args:
+        plan: made for this model and image size.
+        model: where the weights are read, at every `prepare`.
+        image: dtype of the images.
+        dtype: of the convolutions.
+        precision: as the caller asked for it, for the TF32 switches.
+        highest_label: the largest class that the labels name, to be checked against the number of classes.
+    """
+
+    independent_samples = True
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        image: torch.dtype,
+        dtype: torch.dtype,
+        precision: str | None = None,
+        highest_label: int = -1,
+    ):
+        self.plan, self.image_dtype, self.dtype = plan, image, dtype
+        self.precision, self.highest_label = precision, highest_label
+        self.logits_dtype = acc_dtype(dtype)
+        self.device = next(model.parameters()).device
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._saved: list = [None] * len(plan.steps)
+        self._constants: dict = {}  # made at the first `prepare`: a captured one cannot copy from the host
+
+    def arithmetic(self, device_type: str):
+        """The context that `prepare`, `logits`, `forward` and `backward` are called in."""
+        return arithmetic(self.precision, device_type, autocast=False)
+
+    def release(self) -> None:
+        """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
+        self._modules = None
+
+    # -- weights --------------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Fold and cast the weights as they are now."""
+        norms = [m for s in self.plan.steps for m in (*getattr(s, "affine", ()), *getattr(s, "after", ())) if isinstance(m, Norm)]
+        self._norms = self._fold_norms(norms)
+        self._bound = [None] * len(self.plan.steps)
+        for i, step in enumerate(self.plan.steps):
+            if isinstance(step, Conv):
+                self._bound[i] = self._bind_conv(step)
+            elif isinstance(step, Linear):
+                dtype = acc_dtype(self.dtype) if step.out in self.plan.exact else self.dtype
+                self._bound[i] = [None if r is None else self._of(r).to(dtype) for r in (step.weight, step.bias)]
+        for i, step in enumerate(self.plan.steps):
+            if isinstance(step, Pointwise):
+                scale, shift = self._scale_shift(step.affine, self._channels(step))
+                for j in step.shifts:
+                    moved = self._bound[j][1]
+                    shift = moved if shift is None else shift + moved
+                self._bound[i] = scale, shift
+
+    def _of(self, ref: Ref | None) -> Tensor | None:
+        tensor = None if ref is None else ref.of(self._modules)
+        return None if tensor is None else tensor.detach()
+
+    def _channels(self, step: Step) -> int:
+        return self.plan.nodes[step.inputs[0]].shape[0]
+
+    def _fold_norms(self, norms: list[Norm]) -> dict[Norm, tuple[Tensor, Tensor]]:
+        """scale = weight / sqrt(var + eps) and shift = bias - mean * scale of every BatchNorm, all at once."""
+        if not norms:
+            return {}
+        acc = acc_dtype(self.dtype)
+        means = [self._of(n.mean) for n in norms]
+        sizes = [len(m) for m in means]
+        device = means[0].device
+
+        def joined(refs, absent):
+            parts = [torch.full_like(m, absent) if r is None else self._of(r) for r, m in zip(refs, means, strict=True)]
+            return torch.cat(parts).to(acc)
+
+        if "eps" not in self._constants:
+            eps = torch.tensor([n.eps for n in norms], dtype=acc).repeat_interleave(torch.tensor(sizes))
+            self._constants["eps"] = eps.to(device)
+        scale = (joined([n.var for n in norms], 1.0) + self._constants["eps"]).rsqrt_() * joined([n.weight for n in norms], 1.0)
+        shift = joined([n.bias for n in norms], 0.0) - torch.cat(means).to(acc) * scale
+        return dict(zip(norms, zip(scale.split(sizes), shift.split(sizes), strict=True), strict=True))
+
+    def _scale_shift(self, maps: tuple[Norm | Term, ...], channels: int) -> tuple[Tensor | None, Tensor | None]:
+        """The maps one after the other as one scale and one shift [C]; None for 1 and 0."""
+        scale = shift = None
+        for m in maps:
+            s, t = self._norms[m] if isinstance(m, Norm) else self._term(m, channels)
+            if scale is None and shift is None:
+                scale, shift = s, t
+                continue
+            if shift is not None and s is not None:
+                shift = shift * s
+            shift = t if shift is None else shift if t is None else shift + t
+            scale = s if scale is None else scale if s is None else scale * s
+        return scale, shift
+
+    def _term(self, term: Term, channels: int) -> tuple[Tensor | None, Tensor | None]:
+        acc, device = acc_dtype(self.dtype), self.device
+        if isinstance(term.constant, Ref):
+            c = self._of(term.constant).to(device, acc).reshape(-1).expand(channels).contiguous()
+        else:
+            c = self._constants.get(term)
+            if c is None:
+                c = torch.tensor(term.constant, dtype=torch.float64).to(acc).reshape(-1).expand(channels).contiguous().to(device)
+                self._constants[term] = c
+        if term.kind in ("mul", "div"):
+            return (c if term.kind == "mul" else 1 / c), None
+        if term.kind == "rsub":
+            return torch.full_like(c, -1.0), c
+        return None, (c if term.kind == "add" else -c)
+
+    def _bind_conv(self, step: Conv):
+        weight, bias = self._of(step.weight), self._of(step.bias)
+        scale, shift = self._scale_shift(step.after, len(weight))
+        if bias is not None:
+            bias = bias.to(acc_dtype(self.dtype))
+            bias = bias if scale is None else bias * scale
+            shift = bias if shift is None else bias + shift
+        if scale is None:
+            bound = weight.to(self.dtype, memory_format=CHANNELS_LAST)
+        else:
+            bound = torch.empty_like(weight, dtype=self.dtype, memory_format=CHANNELS_LAST)
+            torch.mul(weight, scale.view(-1, 1, 1, 1), out=bound)
+        if self._splits(step):
+            bound = _twice(bound)
+        inside = None if shift is None or step.shift_moves else shift.to(self.dtype)
+        return bound, shift, inside, *self._scale_shift(step.before, weight.shape[1])
+
+    def _splits(self, step: Conv) -> bool:
+        """Does this convolution read fp32 values in half precision?"""
+        return self.dtype in HALVES and self.image_dtype == torch.float32 and step.inputs[0] in self.plan.exact
+
+    # -- forward and backward -------------------------------------------------------------------------------------------------
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of `x`, contiguous [B, K]; nothing is kept."""
+        return self._forward(x, keep=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of `x`, contiguous [B, K]; what `backward` needs is kept."""
+        return self._forward(x, keep=True)
+
+    def _forward(self, x: Tensor, keep: bool) -> Tensor:
+        values: list[Tensor | None] = [None] * len(self.plan.nodes)
+        values[0] = x
+        for i, step in enumerate(self.plan.steps):
+            result, saved = FORWARD[type(step)](self, step, self._bound[i], values, keep)
+            values[step.out] = result
+            if keep:
+                self._saved[i] = saved
+            for j in step.frees:
+                values[j] = None
+        logits = values[self.plan.last]
+        logits = logits.to(self.logits_dtype).contiguous()
+        return check_logits(logits, x, self.highest_label)
+
+    def backward(self, dlogits: Tensor) -> Tensor:
+        """Gradient at the x of the last `forward`, up to a positive factor for each sample; what was kept is dropped."""
+        grads: list[list[tuple[Tensor, bool]]] = [[] for _ in self.plan.nodes]
+        grads[self.plan.last] = [(dlogits if self.plan.last in self.plan.exact else self.into_network(dlogits), False)]
+        for i in reversed(range(len(self.plan.steps))):
+            step, saved = self.plan.steps[i], self._saved[i]
+            self._saved[i] = None
+            BACKWARD[type(step)](self, step, self._bound[i], saved, grads)
+        return take(grads, 0)[0]
+
+    def kept_bytes(self) -> int:
+        """Bytes that the last `forward` keeps for `backward`."""
+        return sum(t.numel() * t.element_size() for s in self._saved for t in _tensors(s))
+
+    def enters(self, step: Step) -> bool:
+        """Does the gradient leave the fp32 head behind this step?"""
+        return step.out in self.plan.exact and step.inputs[0] not in self.plan.exact
+
+    def into_network(self, grad: Tensor) -> Tensor:
+        """A gradient [B, ...] that leaves the fp32 head: in half precision each sample is scaled to a largest element of 1."""
+        if self.dtype not in HALVES:
+            return grad
+        largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
+        return (grad / largest.view(-1, *[1] * (grad.ndim - 1))).to(self.dtype)
+
+
+# ---- the steps --------------------------------------------------------------------------------------------------------------
+
+
+def _twice(weight: Tensor) -> Tensor:
+    """Weights [O, C, h, w] for an image in two halves: the same for both, [O, P, h, w], zeros up to a multiple P of 8."""
+    out, channels, *kernel = weight.shape
+    wide = weight.new_zeros(out, -(-2 * channels // 8) * 8, *kernel).contiguous(memory_format=CHANNELS_LAST)
+    wide[:, :channels] = weight
+    wide[:, channels : 2 * channels] = weight
+    return wide
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` with its channels innermost in memory."""
+    return t.contiguous(memory_format=CHANNELS_LAST) if t.ndim == 4 else t.contiguous()
+
+
+def take(grads: list[list[tuple[Tensor, bool]]], value: int) -> tuple[Tensor | None, bool]:
+    """The gradient of `value`, summed over its readers, and whether its memory may be written to. It is dropped from `grads`."""
+    contributions, grads[value] = grads[value], []
+    return _sum(contributions)
+
+
+def _sum(contributions: list[tuple[Tensor, bool]]) -> tuple[Tensor | None, bool]:
+    if len(contributions) < 2:
+        return contributions[0] if contributions else (None, False)
+    total = contributions[0][0] + contributions[1][0]
+    for grad, _ in contributions[2:]:
+        total += grad
+    return total, True
+
+
+def _tensors(saved) -> list[Tensor]:
+    if isinstance(saved, Tensor):
+        return [saved]
+    return [t for s in saved for t in _tensors(s)] if isinstance(saved, (tuple, list)) else []
+
+
+def _conv_forward(run, step: Conv, bound, values, keep):
+    weight, _, bias, scale, shift = bound
+    x = _rows(values[step.inputs[0]])
+    if run._splits(step):
+        wide = x.new_empty(len(x), weight.shape[1], *x.shape[2:], dtype=run.dtype).contiguous(memory_format=CHANNELS_LAST)
+        x = ops.split_image(x, scale, shift, wide)
+    elif scale is not None or shift is not None:
+        x = ops.scale_shift_relu(x, scale=scale, shift=shift, out=torch.empty_like(x))
+    x = x.to(run.dtype)
+    c = step.conv
+    y = torch.conv2d(x, weight, bias, c["stride"], c["padding"], c["dilation"], c["groups"])
+    return _rows(y), x.shape
+
+
+def _conv_backward(run, step: Conv, bound, shape, grads):
+    weight, _, _, scale, _ = bound
+    split = run._splits(step)
+    grad, _ = take(grads, step.out)
+    c = step.conv
+    unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=CHANNELS_LAST)
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        grad, unread, weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"], [True, False, False]
+    )
+    if split:
+        dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
+    if scale is not None:
+        dx = dx * scale.view(-1, 1, 1).to(dx.dtype)
+    grads[step.inputs[0]].append((dx, not split))
+
+
+def _pointwise_forward(run, step: Pointwise, bound, values, keep):
+    scale, shift = bound
+    a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
+    a, b = _rows(a), b if b is None else _rows(b)
+    mask = None
+    if keep and step.relu:
+        rows = a.numel() // a.shape[1]
+        mask = torch.empty(rows, -(-a.shape[1] // 8), dtype=torch.uint8, device=a.device)
+    total = None
+    if step.total is not None:
+        total = a if step.in_place else torch.empty_like(a)
+        values[step.total] = total
+    out = a if step.in_place and total is None else torch.empty_like(a)
+    ops.scale_shift_relu(a, b, scale=scale, shift=shift, total=total, out=out, mask=mask, relu=step.relu)
+    return out, mask
+
+
+def _pointwise_backward(run, step: Pointwise, bound, mask, grads):
+    scale, _ = bound
+    outs, grads[step.out] = grads[step.out], []
+    if len(outs) > 2:
+        outs = [_sum(outs[1:]), outs[0]]
+    stream = step.total if len(step.inputs) > 1 else step.inputs[0]  # the value before scale and shift
+    residual, residual_fresh = take(grads, stream) if stream is not None else (None, False)
+    outs = [(_rows(g), fresh) for g, fresh in outs]
+    if mask is None and scale is None and residual is None and len(outs) == 1:
+        dx = outs[0]  # a bare addition
+    else:
+        residual = residual if residual is None else _rows(residual)
+        (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
+        reusable = [g for g, fresh in (*outs, (residual, residual_fresh)) if fresh]
+        target = reusable[0] if reusable else torch.empty_like(grad)
+        dx = ops.scale_shift_relu_grad(grad, grad2, mask=mask, scale=scale, residual=residual, dx=target), True
+    if len(step.inputs) == 1:
+        grads[stream] = [dx]
+    else:
+        for j in step.inputs:
+            grads[j].append((dx[0], False))
+
+
+def _linear_forward(run, step: Linear, bound, values, keep):
+    weight, bias = bound
+    x = values[step.inputs[0]]
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias), None
+
+
+def _linear_backward(run, step: Linear, bound, saved, grads):
+    grad, _ = take(grads, step.out)
+    dx = grad @ bound[0]
+    grads[step.inputs[0]].append((run.into_network(dx) if run.enters(step) else dx, True))
+
+
+def _mean_forward(run, step: Mean, bound, values, keep):
+    x = values[step.inputs[0]]
+    dtype = acc_dtype(x.dtype) if step.out in run.plan.exact else x.dtype
+    return x.mean((2, 3), dtype=dtype).view(len(x), *step.shape), x.shape
+
+
+def _mean_backward(run, step: Mean, bound, shape, grads):
+    grad, _ = take(grads, step.out)
+    grad = grad.reshape(shape[0], shape[1], 1, 1)
+    if run.dtype not in HALVES or not run.enters(step):
+        grad = grad / (shape[2] * shape[3])
+    else:
+        grad = run.into_network(grad)  # the factor 1 / (H W) is one of those that do not count
+    grads[step.inputs[0]].append((grad.expand(shape).contiguous(memory_format=CHANNELS_LAST), True))
+
+
+def _reshape_forward(run, step: Reshape, bound, values, keep):
+    x = values[step.inputs[0]]
+    return x.reshape(len(x), *step.shape), x.shape
+
+
+def _reshape_backward(run, step: Reshape, bound, shape, grads):
+    grad, _ = take(grads, step.out)
+    grads[step.inputs[0]].append((grad.reshape(shape), False))
+
+
+def _local_forward(run, step: Local, bound, values, keep):
+    inputs = [values[j] for j in step.inputs]
+    if not keep:
+        return step.function(*inputs), None
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = step.function(*leaves)
+    return y.detach(), (leaves, y)
+
+
+def _local_backward(run, step: Local, bound, saved, grads):
+    leaves, y = saved
+    grad, _ = take(grads, step.out)
+    for j, dx in zip(step.inputs, torch.autograd.grad(y, leaves, grad), strict=True):
+        grads[j].append((dx, False))
+
+
+FORWARD = {
+    Conv: _conv_forward, Pointwise: _pointwise_forward, Linear: _linear_forward, Mean: _mean_forward,
+    Reshape: _reshape_forward, Local: _local_forward,
+}  # fmt: skip
+BACKWARD = {
+    Conv: _conv_backward, Pointwise: _pointwise_backward, Linear: _linear_backward, Mean: _mean_backward,
+    Reshape: _reshape_backward, Local: _local_backward,
+}  # fmt: skip

@@ -1,0 +1,47 @@
+"""The arithmetic that a model runs in during an attack. Image, step and projection stay fp32 whatever it is."""
+
+from contextlib import contextmanager
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "half")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def half_dtype(precision: str | None, device_type: str) -> torch.dtype | None:
+    """The half precision that `precision` asks for, or the caller's autocast where it is None; None for a full one.
+
+    "half" is fp16 on GPUs (three more bits than bf16, and gradients are scaled) and bf16 on CPUs, which have units for it.
+    """
+    if precision is None:
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "half": torch.bfloat16 if device_type == "cpu" else torch.float16}
+    return named.get(precision)
+
+
+@contextmanager
+def arithmetic(precision: str | None, device_type: str, *, autocast: bool = True):
+    """Within: `precision` by autocast and the TF32 switches. `autocast=False` turns autocast off: the model casts by itself."""
+    half = half_dtype(precision, device_type)
+    if precision is None and autocast:
+        yield
+        return
+    # Without the weight cache: what was cast before a CUDA graph's capture must not be read inside.
+    with torch.autocast(device_type, half, enabled=autocast and half is not None, cache_enabled=False), _tf32(precision):
+        yield
+
+
+@contextmanager
+def _tf32(precision: str | None):
+    if precision not in ("fp32", "tf32"):
+        yield
+        return
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [s.fp32_precision for s in switches]
+    try:
+        for s in switches:
+            s.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for s, value in zip(switches, before, strict=True):
+            s.fp32_precision = value

@@ -1,0 +1,4 @@
+class Structure:
+    @classmethod
+    def of(cls, model): return cls()
+    def matches(self, model): return True
