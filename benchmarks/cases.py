@@ -219,7 +219,7 @@ def lsce_host(shape) -> Work:
         torch.empty(shape[0]),
     )
     op = torch.ops.spat.lsce_grad.default
-    return Work(lambda: (op(z, y, g, loss, 0.1, False, 1.0), g)[1])
+    return Work(lambda: (op(z, y, g, loss, 0.1, False, 1.0, False), g)[1])
 
 
 kl = rows(

@@ -67,11 +67,12 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Dense with the dimensions in the order batch, spatial..., channels.
+// Dense with the dimensions in the order batch, spatial..., channels. Contiguous [N, C] is, too.
 bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t dims = sizes.size();
-  if (dims < 3) return false;
+  if (dims < 2) return false;
+  if (t.numel() == 0) return true;
   int64_t expected = 1;
   for (int64_t j = 0; j < dims; ++j) {
     const int64_t d = j == 0 ? 1 : j == dims - 1 ? 0 : dims - j;  // 1, dims-1, ..., 2, 0
@@ -137,6 +138,44 @@ Rows rows_of(const Tensor& logits, const Tensor& dlogits, const std::optional<Te
           logits.size(1), scale, dtype};
 }
 
+void check_channels_last(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_channels_last(t), name, " must be [N, C, ...] with channels innermost in memory (channels_last)");
+}
+
+Channels channels_of(const Tensor& t, const char* name) {
+  const DType dtype = dtype_of(t, name);
+  check_channels_last(t, name);
+  const int64_t channels = t.size(1), rows = channels ? t.numel() / channels : 0, octets = (channels + 7) / 8;
+  return {rows, channels, octets, 1. / double(octets), dtype};
+}
+
+// The data of a tensor like `like`, or null.
+void* channels_like(const std::optional<Tensor>& t, const Tensor& like, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(same_sizes(*t, like), name, " must have the shape of the first argument");
+  check_channels_last(*t, name);
+  check_dtype(*t, like.scalar_type(), name);
+  check_device(*t, like, name);
+  return t->mutable_data_ptr();
+}
+
+const void* per_channel(const std::optional<Tensor>& t, int64_t channels, ScalarType dtype, const Tensor& like, const char* name) {
+  if (!t) return nullptr;
+  check_dtype(*t, dtype, name);
+  STD_TORCH_CHECK(t->dim() == 1, name, " must be [", channels, "]");
+  check_vector(*t, channels, like, name);
+  return t->const_data_ptr();
+}
+
+uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Tensor& like) {
+  if (!t) return nullptr;
+  check_dtype(*t, ScalarType::Byte, "mask");
+  const bool fits = t->dim() == 2 && t->numel() == shape.rows * shape.octets && t->size(1) == shape.octets && t->is_contiguous();
+  STD_TORCH_CHECK(fits, "mask must be contiguous [", shape.rows, ", ", shape.octets, "]");
+  check_device(*t, like, "mask");
+  return t->mutable_data_ptr<uint8_t>();
+}
+
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
 
 // Does `count` items, each worth about `item` elements of an L-infinity step. Less than kGrain (about 4 us) is not worth a second
@@ -191,9 +230,10 @@ void l2_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size,
 }
 
 void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double alpha, bool targeted,
-               double scale) {
+               double scale, bool normalize) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
-  const LsceGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), alpha, targeted};
+  STD_TORCH_CHECK(!normalize || alpha == 0, "normalize goes with alpha = 0");
+  const LsceGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), alpha, targeted, normalize};
   SPAT_RUN(lsce_grad, args, logits, rows.rows, kExp * rows.classes);
 }
 
@@ -246,6 +286,55 @@ void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_succes
   SPAT_RUN(keep_best, args, best, images.samples, images.sample_numel);
 }
 
+void scale_shift_relu(Tensor a, std::optional<Tensor> b, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                      std::optional<Tensor> total, Tensor out, std::optional<Tensor> mask, bool relu) {
+  const Channels shape = channels_of(a, "a");
+  const ScalarType acc = acc_type(shape.dtype);
+  STD_TORCH_CHECK(relu || !mask, "mask goes with relu");
+  const ScaleShiftRelu args{shape,
+                            a.const_data_ptr(),
+                            channels_like(b, a, "b"),
+                            per_channel(scale, shape.channels, acc, a, "scale"),
+                            per_channel(shift, shape.channels, acc, a, "shift"),
+                            channels_like(total, a, "total"),
+                            channels_like(out, a, "out"),
+                            mask_of(mask, shape, a),
+                            relu};
+  SPAT_RUN(scale_shift_relu, args, a, shape.rows, shape.channels);
+}
+
+void scale_shift_relu_grad(Tensor grad, std::optional<Tensor> grad2, std::optional<Tensor> mask, std::optional<Tensor> scale,
+                           std::optional<Tensor> residual, Tensor dx) {
+  const Channels shape = channels_of(grad, "grad");
+  const ScaleShiftReluGrad args{shape,
+                                grad.const_data_ptr(),
+                                channels_like(grad2, grad, "grad2"),
+                                mask_of(mask, shape, grad),
+                                per_channel(scale, shape.channels, acc_type(shape.dtype), grad, "scale"),
+                                channels_like(residual, grad, "residual"),
+                                channels_like(dx, grad, "dx")};
+  SPAT_RUN(scale_shift_relu_grad, args, grad, shape.rows, shape.channels);
+}
+
+void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, Tensor out) {
+  check_dtype(x, ScalarType::Float, "x");
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, C, H, W]");
+  check_channels_last(x, "x");
+  const int64_t channels = x.size(1);
+  const Channels shape = channels_of(out, "out");
+  STD_TORCH_CHECK(shape.dtype == DType::f16 || shape.dtype == DType::bf16, "out must be float16 or bfloat16");
+  STD_TORCH_CHECK(out.dim() == 4 && out.size(1) >= 2 * channels && out.size(0) == x.size(0) && out.size(2) == x.size(2) &&
+                      out.size(3) == x.size(3),
+                  "out must be [", x.size(0), ", at least ", 2 * channels, ", ", x.size(2), ", ", x.size(3), "]");
+  check_device(out, x, "out");
+  const auto vector = [&](const std::optional<Tensor>& t, const char* name) {
+    return static_cast<const float*>(per_channel(t, channels, ScalarType::Float, x, name));
+  };
+  const SplitImage args{shape, x.const_data_ptr<float>(), channels, vector(scale, "scale"), vector(shift, "shift"),
+                        out.mutable_data_ptr()};
+  SPAT_RUN(split_image, args, x, shape.rows, shape.channels);
+}
+
 }  // namespace
 
 #define SPAT_IMPLEMENT(m)                                       \
@@ -256,7 +345,10 @@ void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_succes
   m.impl("kl_grad", TORCH_BOX(&kl_grad));                       \
   m.impl("margin_grad", TORCH_BOX(&margin_grad));               \
   m.impl("dlr_grad", TORCH_BOX(&dlr_grad));                     \
-  m.impl("keep_best_", TORCH_BOX(&keep_best_));
+  m.impl("keep_best_", TORCH_BOX(&keep_best_));                 \
+  m.impl("scale_shift_relu", TORCH_BOX(&scale_shift_relu));     \
+  m.impl("scale_shift_relu_grad", TORCH_BOX(&scale_shift_relu_grad)); \
+  m.impl("split_image", TORCH_BOX(&split_image));
 
 STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) { SPAT_IMPLEMENT(m) }
 #ifdef SPAT_CUDA

@@ -184,12 +184,21 @@ SPAT_HD void l2_step(const L2Step& args, int64_t begin, int64_t end) {
   }
 }
 
+// Lane k - k0 of a vector that begins at class k0, made `value`, where it has class k (-1: never).
+template <class V, class A>
+SPAT_HD void replace(V& v, int64_t k0, int64_t k, A value) {
+  if (k >= k0 && k < k0 + kLanes) v[k - k0] = value;
+}
+
+// The largest logit of the classes other than `skip` (-1: of all).
 template <class T>
-SPAT_HD acc_t<T> row_max(const T* row, int64_t classes, acc_t<T> start) {
+SPAT_HD acc_t<T> row_max(const T* row, int64_t classes, int64_t skip) {
   using V = Lanes<acc_t<T>>;
+  const acc_t<T> start = lowest<acc_t<T>>();
   V largest = V{} + start;
   for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
-    const V z = load_lanes(row, classes, k0, start);
+    V z = load_lanes(row, classes, k0, start);
+    replace(z, k0, skip, start);
     largest = largest > z ? largest : z;
   }
   return reduce<acc_t<T>>(largest, [](V a, V b) SPAT_INLINE { return a > b ? a : b; });
@@ -215,7 +224,7 @@ struct Exponentials {
     for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
       Lanes<A> e = compute(k0);
       if (k0 < kKept) kept[k0 / kLanes] = e;
-      if (skip >= k0 && skip < k0 + kLanes) e[skip - k0] = 0;
+      replace(e, k0, skip, A(0));  // where it may be anything: z_y - max can be positive
       total += e;
     }
     return spat::sum<A>(total);
@@ -240,9 +249,9 @@ SPAT_HD void lsce_grad(const LsceGrad& a, int64_t row) {
   T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
   const A sign = a.targeted ? A(-1) : A(1), scale = sign * A(a.rows.scale);
   const A alpha = A(a.alpha), off_target = A(a.alpha / double(classes - 1));
-  const A z_y = to_acc(logits[label]), max = row_max(logits, classes, larger(z_y, lowest<A>()));
-  Exponentials<T> e(logits, classes, max);
-  const LsceRow<A> stats(max, e.sum(label), z_y);
+  const A z_y = to_acc(logits[label]);
+  Exponentials<T> e(logits, classes, row_max(logits, classes, label));
+  const LsceRow<A> stats(e.max, e.sum(label), z_y, a.normalize);
   Lanes<A> gaps = {};
   for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
     if (a.rows.loss) gaps += z_y - load_lanes(logits, classes, k0, z_y);
@@ -259,7 +268,7 @@ SPAT_HD void kl_grad(const KlGrad& a, int64_t row) {
   const T* logits = static_cast<const T*>(a.rows.logits) + row * classes;
   const A* probs = static_cast<const A*>(a.probs) + row * classes;
   T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
-  Exponentials<T> e(logits, classes, row_max(logits, classes, lowest<A>()));
+  Exponentials<T> e(logits, classes, row_max(logits, classes, -1));
   const A total = e.sum(-1);
   for (int64_t k0 = 0; k0 < classes; k0 += kLanes) {
     const Lanes<A> p = e.at(k0) / total;
@@ -334,6 +343,110 @@ SPAT_HD void keep_best(const KeepBest& a, int64_t sample) {
          sizeof(T) * a.sample_numel);
 }
 
+// ---- between convolutions ----
+
+// A mask in registers is a vector of all ones or zeros a lane, in memory one bit a channel: lane l is bit l % 8 of byte l / 8.
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <class M>
+SPAT_HD uint16_t pack_bits(M lanes) {
+  const Bytes bits = __builtin_convertvector(lanes, Bytes) & Bytes{1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  uint64_t octets[2];
+  memcpy(octets, &bits, sizeof(octets));
+  for (uint64_t& octet : octets) octet = (octet * 0x0101010101010101u) >> 56;  // the sum of eight bytes without a bit in common
+  return uint16_t(octets[0] | octets[1] << 8);
+}
+
+template <class A>
+SPAT_HD auto unpack_bits(uint16_t bits) {
+  using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  const Lanes<I> powers = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return ((Lanes<I>{} + I(bits)) & powers) != Lanes<I>{};
+}
+
+// Null stays null.
+template <class T, class V>
+SPAT_HD T* row_at(V* p, int64_t row, int64_t row_numel) {
+  return p ? static_cast<T*>(p) + row * row_numel : nullptr;
+}
+
+template <class T>
+SPAT_HD void scale_shift_relu(const ScaleShiftRelu& s, int64_t row) {
+  using A = acc_t<T>;
+  using V = Lanes<A>;
+  const int64_t n = s.shape.channels;
+  const T *a = row_at<const T>(s.a, row, n), *b = row_at<const T>(s.b, row, n);
+  T *total = row_at<T>(s.total, row, n), *out = row_at<T>(s.out, row, n);
+  uint8_t* mask = row_at<uint8_t>(s.mask, row, s.shape.octets);
+  const A *scale = static_cast<const A*>(s.scale), *shift = static_cast<const A*>(s.shift);
+  for (int64_t c = 0; c < n; c += kLanes) {
+    V v = load_lanes(a, n, c, A(0));
+    if (b) v += load_lanes(b, n, c, A(0));
+    if (total) store_lanes(total, n, c, v);
+    if (scale) v *= load_lanes(scale, n, c, A(0));
+    if (shift) v += load_lanes(shift, n, c, A(0));
+    if (s.relu) {
+      const auto off = stopped(v);
+      if (mask) {
+        const uint16_t bits = pack_bits(~off);  // 0 beyond the last channel, where v is 0
+        if (c + 8 < n) memcpy(mask + c / 8, &bits, 2);
+        else mask[c / 8] = uint8_t(bits);
+      }
+      v = off ? V{} : v;
+    }
+    store_lanes(out, n, c, v);
+  }
+}
+
+template <class T>
+SPAT_HD void scale_shift_relu_grad(const ScaleShiftReluGrad& s, int64_t row) {
+  using A = acc_t<T>;
+  using V = Lanes<A>;
+  const int64_t n = s.shape.channels;
+  const T *grad = row_at<const T>(s.grad, row, n), *grad2 = row_at<const T>(s.grad2, row, n);
+  const T* residual = row_at<const T>(s.residual, row, n);
+  const uint8_t* mask = row_at<const uint8_t>(s.mask, row, s.shape.octets);
+  const A* scale = static_cast<const A*>(s.scale);
+  T* dx = row_at<T>(s.dx, row, n);
+  for (int64_t c = 0; c < n; c += kLanes) {
+    V g = load_lanes(grad, n, c, A(0)), rest = {};
+    if (grad2) g += load_lanes(grad2, n, c, A(0));
+    if (scale) g *= load_lanes(scale, n, c, A(0));
+    if (residual) rest = load_lanes(residual, n, c, A(0)), g += rest;
+    if (mask) {
+      uint16_t bits = mask[c / 8];
+      if (c + 8 < n) memcpy(&bits, mask + c / 8, 2);
+      g = unpack_bits<A>(bits) ? g : rest;
+    }
+    store_lanes(dx, n, c, g);
+  }
+}
+
+// Rows [begin, end), kLanes of them at once, channel by channel.
+template <class T>
+SPAT_HD void split_image(const SplitImage& s, int64_t begin, int64_t end) {
+  const int64_t n = s.x_channels, width = s.shape.channels;
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int rows = int(std::min<int64_t>(kLanes, end - first));
+    const float* x = s.x + first * n;
+    T* out = static_cast<T*>(s.out) + first * width;
+    for (int64_t c = 0; c < n; ++c) {
+      float v[kLanes] = {};
+      T hi[kLanes], lo[kLanes];
+      for (int row = 0; row < rows; ++row) v[row] = x[row * n + c];
+      if (s.scale) for (float& lane : v) lane *= s.scale[c];
+      if (s.shift) for (float& lane : v) lane += s.shift[c];
+      for (int row = 0; row < kLanes; ++row) {
+        hi[row] = from_acc<T>(v[row]);
+        lo[row] = from_acc<T>(left_over(v[row], to_acc(hi[row])));
+      }
+      for (int row = 0; row < rows; ++row) out[row * width + c] = hi[row], out[row * width + n + c] = lo[row];
+    }
+    for (int row = 0; row < rows; ++row)
+      for (int64_t c = 2 * n; c < width; ++c) out[row * width + c] = T{};
+  }
+}
+
 }  // namespace
 
 SPAT_CLONES void linf_random_start_cpu(const LinfRandomStart& args, int64_t begin, int64_t end) {
@@ -365,6 +478,20 @@ SPAT_CLONES void dlr_grad_cpu(const DlrGrad& args, int64_t begin, int64_t end) {
   visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
     for (int64_t row = begin; row < end; ++row) dlr_grad<decltype(t)>(args, row);
   });
+}
+SPAT_CLONES void scale_shift_relu_cpu(const ScaleShiftRelu& args, int64_t begin, int64_t end) {
+  visit(args.shape.dtype, [&](auto t) SPAT_INLINE {
+    for (int64_t row = begin; row < end; ++row) scale_shift_relu<decltype(t)>(args, row);
+  });
+}
+SPAT_CLONES void scale_shift_relu_grad_cpu(const ScaleShiftReluGrad& args, int64_t begin, int64_t end) {
+  visit(args.shape.dtype, [&](auto t) SPAT_INLINE {
+    for (int64_t row = begin; row < end; ++row) scale_shift_relu_grad<decltype(t)>(args, row);
+  });
+}
+SPAT_CLONES void split_image_cpu(const SplitImage& args, int64_t begin, int64_t end) {
+  if (args.shape.dtype == DType::bf16) return split_image<bfloat16>(args, begin, end);
+  split_image<half>(args, begin, end);
 }
 void keep_best_cpu(const KeepBest& args, int64_t begin, int64_t end) {
   visit(args.dtype, [&](auto t) SPAT_INLINE {

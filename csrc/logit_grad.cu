@@ -60,9 +60,9 @@ struct OnlineSum {
 
 // One pass for the maximum and the sum: when the maximum grows, the sum so far shrinks. Class `skip` counts for neither.
 template <int N, class T>
-__device__ __forceinline__ OnlineSum<acc_t<T>> online_softmax(const Row<T>& row, acc_t<T> start, int64_t skip) {
+__device__ __forceinline__ OnlineSum<acc_t<T>> online_softmax(const Row<T>& row, int64_t skip) {
   using A = acc_t<T>;
-  OnlineSum<A> s{start, 0};
+  OnlineSum<A> s{lowest<A>(), 0};
   for_each_packet<N>(row, [&](int64_t k, const Packet<T, N>& p) {
     A z[N], max = s.max;
 #pragma unroll
@@ -91,12 +91,12 @@ __global__ void __launch_bounds__(kThreads) lsce_grad_kernel(const LsceGrad a) {
   const A sign = a.targeted ? A(-1) : A(1), scale = sign * A(a.rows.scale);
   const A alpha = A(a.alpha), off_target = A(a.alpha / double(row.classes - 1));
   const A z_y = to_acc(row.logits[label]);
-  const OnlineSum<A> s = online_softmax<N>(row, larger(z_y, lowest<A>()), label);
-  const LsceRow<A> stats(s.max, s.sum, z_y);
+  const OnlineSum<A> s = online_softmax<N>(row, label);
+  const LsceRow<A> stats(s.max, s.sum, z_y, a.normalize);
   A gaps = 0;
   write_grad<N>(row, [&](int64_t k, A z) {
     gaps += z_y - z;
-    return k == label ? stats.label_grad(alpha, scale) : stats.other_grad(exp_nonpositive(z - stats.max), off_target, scale);
+    return k == label ? stats.label_grad(alpha, scale) : stats.other_grad(exp_nonpositive(z - stats.top), off_target, scale);
   });
   if (row.loss) {
     gaps = warp_reduce(gaps, [](A x, A y) { return x + y; });
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) kl_grad_kernel(const KlGrad a) {
   if (i_row >= a.rows.rows) return;
   const Row<T> row = row_of<T>(a.rows, i_row);
   const A* probs = static_cast<const A*>(a.probs) + i_row * row.classes;
-  const OnlineSum<A> s = online_softmax<N>(row, lowest<A>(), -1);
+  const OnlineSum<A> s = online_softmax<N>(row, -1);
   const A log_total = s.max + A(log(s.sum)), scale = A(a.rows.scale);
   A loss = 0;
   write_grad<N>(row, [&](int64_t k, A z) {

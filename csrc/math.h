@@ -123,11 +123,12 @@ SPAT_HD A at(PerSample values, int64_t sample) {
   return static_cast<const A*>(values.data)[values.varies ? sample : 0];
 }
 
-// i / sample_numel without an integer division, which is a call with a stack on GPUs: the fp64 product is off by one at most.
-SPAT_HD int64_t sample_of(const Images& images, int64_t i) {
-  const int64_t guess = int64_t(double(i) * images.samples_per_element), first = guess * images.sample_numel;
-  return guess - (first > i) + (first + images.sample_numel <= i);
+// i / n without an integer division, which is a call with a stack on GPUs: the fp64 product is off by one at most.
+SPAT_HD int64_t quotient(int64_t i, int64_t n, double inverse) {
+  const int64_t guess = int64_t(double(i) * inverse), first = guess * n;
+  return guess - (first > i) + (first + n <= i);
 }
+SPAT_HD int64_t sample_of(const Images& images, int64_t i) { return quotient(i, images.sample_numel, images.samples_per_element); }
 
 template <class A>
 SPAT_HD A clamp(A v, A lo, A hi) {
@@ -236,16 +237,24 @@ SPAT_HD double lowest() {
 }
 
 // Label-smoothed cross-entropy of one row: y^LS is 1 - alpha on y and alpha/(K-1) on every other class (Eq. 4.1-4.2).
-// `others` sums e^(z - max) over k != y. With it p_y - (1 - alpha) = alpha - others/total: nothing cancels when p_y is near 1.
+// `top` is the largest logit of the classes k != y and `sum` sums their e = e^(z - top), so z_y cannot make them vanish.
+// p_k = e * factor / divisor, and p_y - (1 - alpha) = alpha - sum * factor / divisor: nothing cancels when p_y is near 1.
+// `normalize` (alpha = 0) divides by 1 - p_y: the softmax over k != y, and -1 at y; 0 where those logits are all -inf.
 template <class A>
 struct LsceRow {
-  A max, others, z_y, total;
-  SPAT_HD LsceRow(A max, A others, A z_y) : max(max), others(others), z_y(z_y), total(others + exp_nonpositive(z_y - max)) {}
+  A top, sum, z_y, max, others, total, factor, divisor;
+  SPAT_HD LsceRow(A top, A sum, A z_y, bool normalize) : top(top), sum(sum), z_y(z_y), max(larger(z_y, top)) {
+    factor = exp_nonpositive(top - max);
+    others = sum * factor;
+    total = others + exp_nonpositive(z_y - max);
+    divisor = total;
+    if (normalize) factor = 1, divisor = (sum == 0 ? A(1) : sum) + (total - total);  // NaN where z_y is NaN or inf
+  }
 
-  SPAT_HD A label_grad(A alpha, A scale) const { return scale * (alpha - others / total); }
-  template <class V>  // A, or a vector of A; e = exp_nonpositive(z - max)
+  SPAT_HD A label_grad(A alpha, A scale) const { return scale * (alpha - sum * factor / divisor); }
+  template <class V>  // A, or a vector of A; e = exp_nonpositive(z - top)
   SPAT_HD V other_grad(V e, A off_target, A scale) const {
-    return scale * (e / total - off_target);
+    return scale * (e * factor / divisor - off_target);
   }
   // `gaps` = sum over k != y of z_y - z_k, read only where alpha > 0 (a logit of -inf would make 0 * inf of it)
   SPAT_HD A loss(A gaps, A alpha, A off_target) const {
@@ -253,6 +262,19 @@ struct LsceRow {
     return alpha > 0 ? ce + off_target * gaps : ce;
   }
 };
+
+// ---- between convolutions --------------------------------------------------------------------------------------------------
+
+// What a ReLU stops: ±0 and less, so not NaN, as torch.relu. For A, or a vector of A.
+template <class V>
+SPAT_HD auto stopped(V v) {
+  return v <= V{};
+}
+
+// What rounding v to `hi` left; 0 where `hi` is not finite.
+SPAT_HD float left_over(float v, float hi) { return hi - hi == 0 ? v - hi : 0.f; }
+
+// ---- rows of logits: the other losses ----------------------------------------------------------------------------------------
 
 template <class A>
 SPAT_HD A kl_term(A q, A log_p) {

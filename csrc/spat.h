@@ -3,7 +3,7 @@
 // No torch and no CUDA header here, so nvcc alone compiles every kernel and bindings.cpp also builds where there is no CUDA.
 // Images are dense with the batch outermost (contiguous or channels_last): sample b owns [b * sample_numel, (b + 1) * sample_numel).
 // Logits, probabilities and logit gradients are contiguous [rows, classes]. Arithmetic is fp32, and fp64 for fp64 tensors.
-// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best) or rows (*_grad), so that the caller
+// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best) or rows (the others), so that the caller
 // splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
 #pragma once
 #include <cstdint>
@@ -59,7 +59,7 @@ struct LsceGrad {
   Rows rows;
   const int64_t* labels;
   double alpha;
-  bool targeted;
+  bool targeted, normalize;
 };
 
 struct KlGrad {
@@ -91,6 +91,39 @@ struct KeepBest {
   DType dtype;
 };
 
+// Images with channels innermost, as rows of `channels`; a mask holds `octets` bytes a row, one bit a channel.
+struct Channels {
+  int64_t rows, channels, octets;
+  double rows_per_octet;  // 1 / octets
+  DType dtype;
+};
+
+struct ScaleShiftRelu {
+  Channels shape;
+  const void *a, *b;          // b, scale, shift, total and mask may be null
+  const void *scale, *shift;  // [channels], fp32 (fp64 for fp64 images)
+  void *total, *out;
+  uint8_t* mask;
+  bool relu;
+};
+
+struct ScaleShiftReluGrad {
+  Channels shape;
+  const void *grad, *grad2;  // grad2, mask, scale and residual may be null
+  const uint8_t* mask;
+  const void* scale;
+  const void* residual;
+  void* dx;
+};
+
+struct SplitImage {
+  Channels shape;  // of `out`, whose dtype is f16 or bf16
+  const float* x;
+  int64_t x_channels;
+  const float *scale, *shift;  // [x_channels], or null
+  void* out;
+};
+
 #define SPAT_DECLARE(Args, name)                               \
   void name##_cpu(const Args& args, int64_t begin, int64_t end); \
   int launch_##name(const Args& args, void* stream);
@@ -103,6 +136,9 @@ SPAT_DECLARE(KlGrad, kl_grad)
 SPAT_DECLARE(MarginGrad, margin_grad)
 SPAT_DECLARE(DlrGrad, dlr_grad)
 SPAT_DECLARE(KeepBest, keep_best)
+SPAT_DECLARE(ScaleShiftRelu, scale_shift_relu)
+SPAT_DECLARE(ScaleShiftReluGrad, scale_shift_relu_grad)
+SPAT_DECLARE(SplitImage, split_image)
 #undef SPAT_DECLARE
 
 const char* cuda_error_name(int error);

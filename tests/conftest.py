@@ -4,6 +4,7 @@ Where there is no GPU, Triton interprets its kernels (TRITON_INTERPRET must be s
 """
 
 import os
+from importlib import import_module
 
 import torch
 
@@ -14,6 +15,9 @@ import pytest
 
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
 
+# The functions of these names hide their modules.
+scale_shift_relu, split_image = (import_module(f"spat_kernels.ops.{name}") for name in ("scale_shift_relu", "split_image"))
+
 OPS = {
     "linf_random_start_": linf,
     "linf_step_": linf,
@@ -23,6 +27,9 @@ OPS = {
     "margin_grad": margin,
     "dlr_grad": dlr,
     "keep_best_": keep_best,
+    "scale_shift_relu": scale_shift_relu,
+    "scale_shift_relu_grad": scale_shift_relu,
+    "split_image": split_image,
 }
 
 

@@ -7,5 +7,19 @@ from .l2 import l2_step_
 from .linf import linf_random_start_, linf_step_
 from .lsce import lsce_grad
 from .margin import margin_grad
+from .scale_shift_relu import scale_shift_relu, scale_shift_relu_grad
+from .split_image import split_image
 
-__all__ = ["dlr_grad", "keep_best_", "kl_grad", "l2_step_", "linf_random_start_", "linf_step_", "lsce_grad", "margin_grad"]
+__all__ = [
+    "dlr_grad",
+    "keep_best_",
+    "kl_grad",
+    "l2_step_",
+    "linf_random_start_",
+    "linf_step_",
+    "lsce_grad",
+    "margin_grad",
+    "scale_shift_relu",
+    "scale_shift_relu_grad",
+    "split_image",
+]

@@ -71,6 +71,39 @@ def check_rows(logits: Tensor, dlogits: Tensor, loss: Tensor | None, min_classes
         check(t.dtype == torch.int64 and t.shape == logits.shape[:1] and t.is_contiguous(), f"{name} must be int64 [B]")
 
 
+def as_rows(t: Tensor) -> Tensor:
+    """Images with channels innermost as [rows, channels], a view."""
+    return t.movedim(1, -1).flatten(0, -2)
+
+
+def check_layout(**images: Tensor | None) -> None:
+    """Channels innermost in memory: channels_last, or contiguous [N, C]."""
+    for name, t in images.items():
+        innermost = t is None or (t.ndim >= 2 and t.movedim(1, -1).is_contiguous())
+        check(innermost, f"{name} must be [N, C, ...] with channels innermost in memory (channels_last)")
+
+
+def check_channels(**images: Tensor | None) -> None:
+    """Alike and with channels innermost. The first is the model of the others, which may be absent."""
+    check_layout(**images)
+    (first, like), *others = images.items()
+    check(like.dtype in FLOATS, f"{first} must be float32, float16, bfloat16 or float64, got {like.dtype}")
+    for name, t in others:
+        if t is not None:
+            check(t.dtype == like.dtype, f"{name} must be {like.dtype} like {first}, got {t.dtype}")
+            check(t.shape == like.shape, f"{name} must have the shape of {first}")
+            check(t.device == like.device, f"{name} is on another device than the first argument")
+
+
+def check_per_channel(image: Tensor, **vectors: Tensor | None) -> None:
+    dtype, channels = acc_dtype(image.dtype), image.shape[1]
+    for name, t in vectors.items():
+        if t is not None:
+            check(t.dtype == dtype, f"{name} must be {dtype}, got {t.dtype}")
+            check(t.shape == (channels,) and t.is_contiguous(), f"{name} must be contiguous [{channels}]")
+            check(t.device == image.device, f"{name} is on another device than the first argument")
+
+
 def broadcast(value: Tensor, like: Tensor) -> Tensor:
     """`value`, one for the batch or [B], shaped to broadcast against the images `like`."""
     return value.reshape(-1, *[1] * (like.ndim - 1))

@@ -6,6 +6,14 @@
 alpha = 0 is cross-entropy. PyTorch's `label_smoothing=s` spreads s/K over all classes: it is the same loss at s = alpha*K/(K-1).
 At the label the gradient is computed as alpha - sum_{k != y} p_k, which does not cancel when p_y is close to 1.
 
+`normalize`, for alpha = 0, divides each row by its factor 1 - p_y > 0, which leaves sign(dL/dx) alone where nothing underflows:
+
+    dL/dz_k / (1 - p_y) = softmax over the classes other than y, of z_k;   -1 at y
+
+It is of the same size however confident the sample is (dL/dz itself is 0 in fp32 from z_y - z_k = 104 on), as a half-precision
+backward pass needs it. Exponentials are relative to the largest *other* logit throughout, so z_y cannot make them vanish. A row
+whose other logits are all -inf has no direction: its gradient is 0. The loss does not change.
+
 logits: [B, K >= 2] contiguous in {fp32, bf16, fp16, fp64}; labels: int64 [B]; dlogits: like logits; loss: fp32 [B] (fp64 for
 fp64) or None. Arithmetic is fp32 (fp64). dlogits is scale * dL/dz of the sum over the batch; `targeted` negates loss and
 gradient, so that both always describe what is to be maximised. A label outside [0, K) makes its row NaN. Moves 2 * B * K *
@@ -18,22 +26,34 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check_rows, is_class, load_rows, row_grid, safe_labels
+from ._common import acc_dtype, check, check_rows, is_class, load_rows, row_grid, safe_labels
 
 # --- reference ---
 
 
-def lsce_grad_ref(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, targeted: bool, scale: float
-) -> None:
+def check_lsce(logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, normalize: bool) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
+    check(not normalize or alpha == 0, "normalize goes with alpha = 0")
+
+
+def lsce_grad_ref(
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, targeted: bool, scale: float,
+    normalize: bool,
+) -> None:  # fmt: skip
+    check_lsce(logits, labels, dlogits, loss, alpha, normalize)
     classes = logits.shape[1]
     log_p = logits.to(acc_dtype(logits.dtype)).log_softmax(1)
     valid = is_class(labels, classes)
     y = labels.where(valid, 0)[:, None]
     target = torch.full_like(log_p, alpha / (classes - 1)).scatter_(1, y, 1 - alpha)
     sign = -1.0 if targeted else 1.0
-    dlogits.copy_(((log_p.exp() - target) * (sign * scale)).where(valid[:, None], torch.nan))
+    grad = log_p.exp() - target
+    if normalize:
+        others = logits.to(log_p.dtype).scatter(1, y, -torch.inf)
+        directed = (others != -torch.inf).any(1, keepdim=True)
+        grad = others.softmax(1).scatter(1, y, -1).where(directed, 0)
+        grad += 0 * logits.gather(1, y).clamp(min=0)  # NaN where z_y is NaN or +inf
+    dlogits.copy_((grad * (sign * scale)).where(valid[:, None], torch.nan))
     if loss is not None:
         ce = -log_p.gather(1, y)[:, 0]
         gaps = (log_p.gather(1, y) - log_p).sum(1)
@@ -46,15 +66,15 @@ def lsce_grad_ref(
 
 @triton.jit
 def online_softmax(logits_ptr, i_b, b_y, B, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """Row maxima, and row sums of e^(z - max) over the classes other than b_y, in one pass."""
+    """Row maxima and row sums of e^(z - max), both over the classes other than b_y, in one pass."""
     b_max = tl.full([BLOCK_B], -3.4028234663852886e38, ACC)
     b_sum = tl.zeros([BLOCK_B], ACC)
     for first in range(0, K, BLOCK_K):
         i_k = first + tl.arange(0, BLOCK_K)
         b_z, m = load_rows(logits_ptr, i_b, i_k, B, K, float("-inf"), ACC)
+        b_z = tl.where(i_k[None, :] == b_y[:, None], float("-inf"), b_z)
         b_new = tl.maximum(b_max, tl.max(b_z, 1))
-        b_e = tl.where(i_k[None, :] == b_y[:, None], 0.0, tl.exp(b_z - b_new[:, None]))
-        b_sum = b_sum * tl.exp(b_max - b_new) + tl.sum(b_e, 1)
+        b_sum = b_sum * tl.exp(b_max - b_new) + tl.sum(tl.exp(b_z - b_new[:, None]), 1)
         b_max = b_new
     return b_max, b_sum
 
@@ -63,7 +83,7 @@ def online_softmax(logits_ptr, i_b, b_y, B, K: tl.constexpr, BLOCK_B: tl.constex
 def lsce_grad_kernel(
     logits_ptr, labels_ptr, dlogits_ptr, loss_ptr, B,
     alpha: tl.float64, off_target: tl.float64, scale: tl.float64, sign: tl.float64,
-    WITH_LOSS: tl.constexpr, SMOOTH: tl.constexpr,
+    WITH_LOSS: tl.constexpr, SMOOTH: tl.constexpr, NORMALIZE: tl.constexpr,
     K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -71,14 +91,22 @@ def lsce_grad_kernel(
     alpha, off_target = tl.cast(alpha, ACC), tl.cast(off_target, ACC)
     scale = tl.cast(scale, ACC) * tl.cast(sign, ACC)
     b_zy = tl.load(logits_ptr + i_b * K + b_y, mask=i_b < B, other=0.0).to(ACC)
-    b_max, b_others = online_softmax(logits_ptr, i_b, b_y, B, K, BLOCK_B, BLOCK_K, ACC)
+    b_top, b_sum = online_softmax(logits_ptr, i_b, b_y, B, K, BLOCK_B, BLOCK_K, ACC)
+    # p_k = e^(z_k - top) * factor / divisor; math.h has the same
+    b_max = tl.maximum(b_top, b_zy)
+    b_factor = tl.exp(b_top - b_max)
+    b_others = b_sum * b_factor
     b_total = b_others + tl.exp(b_zy - b_max)
-    b_label_grad = tl.where(valid, alpha - b_others / b_total, float("nan"))
+    b_divisor = b_total
+    if NORMALIZE:
+        b_factor = tl.full([BLOCK_B], 1.0, ACC)
+        b_divisor = tl.where(b_sum == 0, 1.0, b_sum) + (b_total - b_total)
+    b_label_grad = tl.where(valid, alpha - b_sum * b_factor / b_divisor, float("nan"))
     b_gaps = tl.zeros([BLOCK_B], ACC)
     for first in range(0, K, BLOCK_K):
         i_k = first + tl.arange(0, BLOCK_K)
         b_z, m = load_rows(logits_ptr, i_b, i_k, B, K, 0.0, ACC)
-        b_g = tl.exp(b_z - b_max[:, None]) / b_total[:, None] - off_target
+        b_g = tl.exp(b_z - b_top[:, None]) * b_factor[:, None] / b_divisor[:, None] - off_target
         b_g = tl.where(i_k[None, :] == b_y[:, None], b_label_grad[:, None], tl.where(valid[:, None], b_g, float("nan")))
         tl.store(dlogits_ptr + i_b[:, None] * K + i_k[None, :], scale * b_g, mask=m)
         b_gaps += tl.sum(tl.where(m, b_zy[:, None] - b_z, 0.0), 1)
@@ -95,22 +123,24 @@ def lsce_grad_kernel(
 
 
 def lsce_grad_triton(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, targeted: bool, scale: float
-) -> None:
-    check_rows(logits, dlogits, loss, labels=labels)
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, targeted: bool, scale: float,
+    normalize: bool,
+) -> None:  # fmt: skip
+    check_lsce(logits, labels, dlogits, loss, alpha, normalize)
     if logits.numel():
         grid, tile = row_grid(logits)
         with torch.cuda.device_of(logits):
             lsce_grad_kernel[grid](
                 logits, labels, dlogits, loss, len(logits), alpha, alpha / (logits.shape[1] - 1), scale,
-                -1.0 if targeted else 1.0, WITH_LOSS=loss is not None, SMOOTH=alpha > 0, **tile,
+                -1.0 if targeted else 1.0, WITH_LOSS=loss is not None, SMOOTH=alpha > 0, NORMALIZE=normalize, **tile,
             )  # fmt: skip
 
 
 # --- registration ---
 
 _lsce_grad = define(
-    "lsce_grad(Tensor logits, Tensor labels, Tensor(a!) dlogits, Tensor(b!)? loss, float alpha, bool targeted, float scale)",
+    "lsce_grad(Tensor logits, Tensor labels, Tensor(a!) dlogits, Tensor(b!)? loss, float alpha, bool targeted, float scale, "
+    "bool normalize)",
     lsce_grad_ref,
     lsce_grad_triton,
 )
@@ -127,10 +157,11 @@ def lsce_grad(
     alpha: float = 0.0,
     targeted: bool = False,
     scale: float = 1.0,
+    normalize: bool = False,
 ) -> Tensor:
     """Write the gradient of label-smoothed cross-entropy into `dlogits`, and its values into `loss` if given.
 
-    Returns `dlogits`. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
+    normalize: divide each row of the gradient by 1 - p_y, for alpha = 0. Returns `dlogits`. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
     """
-    _lsce_grad(logits, labels, dlogits, loss, alpha, targeted, scale)
+    _lsce_grad(logits, labels, dlogits, loss, alpha, targeted, scale, normalize)
     return dlogits

@@ -52,12 +52,12 @@ def dlr_targeted(z, y, q):
 
 # name: (eager loss, fewest classes, the op's call with everything but logits, dlogits and loss)
 LOSSES = {
-    "ce": (ce, 2, lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, 0.0, False, SCALE)),
-    "lsce": (lsce, 2, lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, ALPHA, False, SCALE)),
+    "ce": (ce, 2, lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, 0.0, False, SCALE, False)),
+    "lsce": (lsce, 2, lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, ALPHA, False, SCALE, False)),
     "lsce_targeted": (
         lambda *a: -lsce(*a),
         2,
-        lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, ALPHA, True, SCALE),
+        lambda op, z, y, q, d, v: op("lsce_grad")(z, y, d, v, ALPHA, True, SCALE, False),
     ),
     "kl": (kl, 2, lambda op, z, y, q, d, v: op("kl_grad")(z, q, d, v, SCALE)),
     "margin": (margin, 2, lambda op, z, y, q, d, v: op("margin_grad")(z, y, d, v, KAPPA, False, SCALE)),
@@ -134,7 +134,7 @@ def test_confident_samples_do_not_cancel(impl):
     z = torch.tensor([[20.0, 0.0, -1.0], [0.0, 30.0, 1.0]], device=impl.device)
     y = torch.tensor([0, 1], device=impl.device)
     dlogits, value = torch.empty_like(z), torch.empty(2, device=impl.device)
-    impl("lsce_grad")(z, y, dlogits, value, 0.0, False, 1.0)
+    impl("lsce_grad")(z, y, dlogits, value, 0.0, False, 1.0, False)
     p = z.double().softmax(1)
     exact = p.clone()
     exact[0, 0], exact[1, 1] = -(p[0, 1] + p[0, 2]), -(p[1, 0] + p[1, 2])
@@ -225,12 +225,12 @@ def test_nan_logits_stay_in_their_row(impl):
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
-        ("lsce_grad", lambda z, y: (z.t(), y, z.clone(), None, 0.0, False, 1.0)),
-        ("lsce_grad", lambda z, y: (z, y.int(), z.clone(), None, 0.0, False, 1.0)),
-        ("lsce_grad", lambda z, y: (z, y[:-1], z.clone(), None, 0.0, False, 1.0)),
-        ("lsce_grad", lambda z, y: (z, y, z.double(), None, 0.0, False, 1.0)),
-        ("lsce_grad", lambda z, y: (z, y, z.clone(), z[:, 0].half(), 0.0, False, 1.0)),
-        ("lsce_grad", lambda z, y: (z[:, :1].contiguous(), y, z[:, :1].contiguous(), None, 0.0, False, 1.0)),
+        ("lsce_grad", lambda z, y: (z.t(), y, z.clone(), None, 0.0, False, 1.0, False)),
+        ("lsce_grad", lambda z, y: (z, y.int(), z.clone(), None, 0.0, False, 1.0, False)),
+        ("lsce_grad", lambda z, y: (z, y[:-1], z.clone(), None, 0.0, False, 1.0, False)),
+        ("lsce_grad", lambda z, y: (z, y, z.double(), None, 0.0, False, 1.0, False)),
+        ("lsce_grad", lambda z, y: (z, y, z.clone(), z[:, 0].half(), 0.0, False, 1.0, False)),
+        ("lsce_grad", lambda z, y: (z[:, :1].contiguous(), y, z[:, :1].contiguous(), None, 0.0, False, 1.0, False)),
         ("kl_grad", lambda z, y: (z, z[:, :2].contiguous(), z.clone(), None, 1.0)),
         ("kl_grad", lambda z, y: (z, z.half(), z.clone(), None, 1.0)),
         ("dlr_grad", lambda z, y: (z[:, :2].contiguous(), y, None, z[:, :2].contiguous(), None, 1.0)),

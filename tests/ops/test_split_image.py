@@ -1,0 +1,91 @@
+"""The image in two parts: bitwise equal to the reference, zeros around them, and together far closer than one rounding."""
+
+import itertools
+
+import pytest
+import torch
+
+from spat_kernels import ops
+from tests.conftest import reference
+from tests.ops.test_scale_shift_relu import bits_of, image, values
+
+SHAPES = [(0, 4, 4), (1, 1, 1), (3, 5, 7), (4, 32, 32)]
+WIDTHS = [(3, 8), (1, 2), (3, 6), (3, 7), (4, 8), (1, 16), (3, 16), (10, 24), (8, 20)]  # C and P
+
+
+def outputs(impl):
+    return [dtype for dtype in (torch.float16, torch.bfloat16) if dtype in impl.dtypes]
+
+
+@pytest.mark.parametrize(("channels", "width"), WIDTHS)
+def test_is_bitwise_the_reference(impl, channels, width):
+    for dtype, shape, offset, given in itertools.product(outputs(impl), SHAPES, (0, 1), itertools.product((0, 1), repeat=2)):
+        x, _ = image(shape, channels, torch.float32, impl.device, offset)
+        values(x)
+        out, intact = image(shape, width, dtype, impl.device, offset)
+        scale, shift = (torch.randn(channels, device=impl.device) if there else None for there in given)
+        expected = out.clone(memory_format=torch.preserve_format)
+        reference("split_image")(x, scale, shift, expected)
+        impl("split_image")(x, scale, shift, out)
+        assert torch.equal(bits_of(out), bits_of(expected)), (dtype, shape, offset, given)
+        assert intact() and (out[:, 2 * channels :] == 0).all()
+
+
+def test_the_parts_add_up(impl):
+    x = torch.rand(2, 3, 9, 9, device=impl.device).contiguous(memory_format=torch.channels_last)
+    for dtype in outputs(impl):
+        out = torch.empty(2, 8, 9, 9, dtype=dtype, device=impl.device, memory_format=torch.channels_last)
+        impl("split_image")(x, None, None, out)
+        parts = out.double()
+        error = (parts[:, :3] + parts[:, 3:6] - x).abs().max()
+        assert error <= (2**-17 if dtype == torch.bfloat16 else 2**-22)
+        assert torch.equal(out[:, :3], x.to(dtype))
+
+
+def test_what_is_not_finite_stays_visible(impl):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e5, -1e5, 65519.0], device=impl.device).view(1, 6, 1, 1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty(1, 12, 1, 1, dtype=torch.float16, device=impl.device, memory_format=torch.channels_last)
+    impl("split_image")(x, None, None, out)
+    hi, lo = out.flatten()[:6], out.flatten()[6:]
+    assert hi[0].isnan() and hi[1:].tolist() == [torch.inf, -torch.inf, torch.inf, -torch.inf, 65504.0]
+    assert lo.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 15.0]
+
+
+def test_a_split_convolution_does_not_round_the_image(device):
+    """The purpose: hi + lo through repeated weights is the convolution of the unrounded image, up to the weights' rounding."""
+    x = torch.rand(4, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(5, 3, 3, 3, device=device).bfloat16().float()
+    out = torch.empty(4, 8, 8, 8, dtype=torch.bfloat16, device=device).contiguous(memory_format=torch.channels_last)
+    ops.split_image(x, out)
+    wide = torch.cat([weight, weight, torch.zeros(5, 2, 3, 3, device=device)], 1)
+    exact = torch.conv2d(x.double(), weight.double())
+    split = torch.conv2d(out.double(), wide.double())
+    rounded = torch.conv2d(x.bfloat16().double(), weight.double())
+    assert (split - exact).abs().max() < (rounded - exact).abs().max() / 100
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("x", lambda x, v, out: (x.half(), v, v, out)),
+        ("x", lambda x, v, out: (x.contiguous(), v, v, out)),
+        ("x", lambda x, v, out: (x[0], v, v, out)),
+        ("scale", lambda x, v, out: (x, v[:2], v, out)),
+        ("scale", lambda x, v, out: (x, v.double(), v, out)),
+        ("shift", lambda x, v, out: (x, v, v.repeat(2)[::2], out)),
+        ("out", lambda x, v, out: (x, v, v, out.float())),
+        ("out", lambda x, v, out: (x, v, v, out.contiguous())),
+        ("out", lambda x, v, out: (x, v, v, out[:3])),
+        ("out", lambda x, v, out: (x, v, v, out[:, :5].clone(memory_format=torch.channels_last))),
+        ("out", lambda x, v, out: (x, v, v, out[:, :, :, :4].clone(memory_format=torch.channels_last))),
+        ("out", lambda x, v, out: (x, v, v, out[..., 0].clone().movedim(-1, 1).contiguous().movedim(1, -1))),
+    ],
+)
+def test_wrong_arguments_raise(impl, name, arguments):
+    x = torch.rand(4, 3, 5, 6, device=impl.device).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(4, 8, 5, 6, dtype=torch.float16, device=impl.device).contiguous(memory_format=torch.channels_last)
+    v = torch.ones(3, device=impl.device)
+    impl("split_image")(x, v, v, out)
+    with pytest.raises(RuntimeError, match=rf"\b{name}\b"):
+        impl("split_image")(*arguments(x, v, out))
