@@ -1,0 +1,163 @@
+"""What the benchmarks share: the clock, turns, precisions, the machine's two ceilings, and what a result says about it."""
+
+import datetime
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import spat_kernels
+
+ROOT = Path(__file__).parent.parent
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+ROUNDS = 3, 100  # least and most of a race
+
+# --- the machine ---
+
+
+def describe(device: str) -> dict:
+    """Where a result comes from: device, CPU and its matrix units, versions, threads, commit, date and command."""
+    cuda = device.startswith("cuda")
+    info = Path("/proc/cpuinfo").read_text()
+    flags = set(re.search(r"^flags\s*: (.*)$", info, re.M)[1].split())
+    model = re.search(r"^model name\s*: (.*)$", info, re.M)[1]
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else model,
+        "cpu": {"model": model, "cores": os.cpu_count(), "flags": [flag for flag in CPU_FLAGS if flag in flags]},
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "spat_kernels": spat_kernels.config(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+    }
+
+
+def commit() -> str | None:
+    """The commit, with "+" where the tree has changes; SPAT_COMMIT names it where a copy has no .git."""
+    if named := os.environ.get("SPAT_COMMIT"):
+        return named
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(changed)
+
+
+# --- precisions ---
+
+
+@contextmanager
+def numerics(precision: str):
+    """TF32 in convolutions and matrix products where `precision` is "tf32", else not. (cuDNN's default is TF32.)"""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# --- the clock ---
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], object], device: str, calls: int = 1) -> float:
+    """Seconds a call: on the GPU between two events around `calls` of them, on the CPU by the wall clock."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize(device)
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def race(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time `calls` against each other, in turns, so that whatever else the machine does hits all alike.
+
+    Every round calls each once, in an order drawn anew. Ends after `seconds` times the number of calls, but not before
+    ROUNDS[0] rounds and not after ROUNDS[1]. Warm up before.
+
+    Returns:
+        Name to seconds of each call, and name to the error of those that raised, which are timed no further.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    errors: dict[str, str] = {}
+    order, draw, start = list(calls), random.Random(0), time.perf_counter()
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and time.perf_counter() - start > seconds * len(calls):
+            break
+        draw.shuffle(order)
+        for name in [name for name in order if name not in errors]:
+            try:
+                times[name].append(timed(calls[name], device))
+            except Exception as error:
+                errors[name] = one_line(error)
+    return {name: t for name, t in times.items() if name not in errors}, errors
+
+
+def seconds_per_call(call: Callable[[], object], device: str, seconds: float = 0.2, rounds: int = 5) -> float:
+    """Median over `rounds` rounds that together take about `seconds`, after two warm-up calls."""
+    call()
+    calls = max(1, int(seconds / rounds / max(timed(call, device), 1e-7)))
+    return statistics.median(timed(call, device, calls) for _ in range(rounds))
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+# --- ceilings ---
+
+
+def ceilings(device: str, precisions: list[str], *, small: bool = False, seconds: float = 1.0) -> dict:
+    """The two ceilings of the roofline, on random data (zeros run faster).
+
+    Returns:
+        dict: `copy_gbps`, bytes read and written by `copy_` between buffers far beyond every cache; `tflops`, per precision the
+        larger of `matmul` (a square product) and `conv` (3x3, channels_last), two operations a multiply-add, both given too.
+    """
+    cuda = device.startswith("cuda")
+    mib, n, batch, channels = (4, 256, 2, 64) if small else (4096, 8192, 256, 640) if cuda else (256, 2048, 32, 320)
+    buffers = torch.randn(2, mib * 2**18, device=device)
+    copy = seconds_per_call(lambda: buffers[0].copy_(buffers[1]), device, seconds)
+    result = {"copy_gbps": 1e-9 * buffers.nbytes / copy, "copy_mib": mib}
+    result |= {"tflops": {}, "matmul": {}, "conv": {}, "matmul_n": n, "conv_shape": [batch, channels, 16, 16]}
+    for precision in precisions:
+        a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
+        x = torch.randn(batch, channels, 16, 16, device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
+        w = torch.randn(channels, channels, 3, 3, device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
+        with numerics(precision), torch.no_grad():
+            matmul = seconds_per_call(lambda: a @ b, device, seconds)  # noqa: B023  called before the next round
+            conv = seconds_per_call(lambda: F.conv2d(x, w, padding=1), device, seconds)  # noqa: B023
+        result["matmul"][precision] = 2e-12 * n**3 / matmul
+        result["conv"][precision] = 2e-12 * x.numel() * w[0].numel() / conv
+        result["tflops"][precision] = max(result["matmul"][precision], result["conv"][precision])
+    return result
