@@ -141,7 +141,10 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
     with _lock:
         structure, made = _plans.setdefault(model, {}).get(key, (None, None))
         if structure is None or not structure.matches(model):
-            structure, made = Structure.of(model), _make_plan(model, x)
+            try:
+                structure, made = Structure.of(model, addresses=False), _make_plan(model, x)
+            except TypeError as error:
+                raise CannotPlan(str(error)) from error
             _plans[model][key] = structure, made
     if isinstance(made, str):
         raise CannotPlan(made)

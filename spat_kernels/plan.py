@@ -467,9 +467,9 @@ def _conv_forward(run, step: Conv, bound, values, keep):
     x = _rows(values[step.inputs[0]])
     if run._splits(step):
         wide = x.new_empty(len(x), weight.shape[1], *x.shape[2:], dtype=run.dtype).contiguous(memory_format=CHANNELS_LAST)
-        x = ops.split_image(x, scale, shift, wide)
+        x = ops.split_image(x, wide, scale=scale, shift=shift)
     elif scale is not None or shift is not None:
-        x = ops.scale_shift_relu(x, scale=scale, shift=shift, out=torch.empty_like(x))
+        x = ops.scale_shift_relu(x, torch.empty_like(x), scale=scale, shift=shift, relu=False)
     x = x.to(run.dtype)
     c = step.conv
     y = torch.conv2d(x, weight, bias, c["stride"], c["padding"], c["dilation"], c["groups"])
@@ -505,7 +505,7 @@ def _pointwise_forward(run, step: Pointwise, bound, values, keep):
         total = a if step.in_place else torch.empty_like(a)
         values[step.total] = total
     out = a if step.in_place and total is None else torch.empty_like(a)
-    ops.scale_shift_relu(a, b, scale=scale, shift=shift, total=total, out=out, mask=mask, relu=step.relu)
+    ops.scale_shift_relu(a, out, b=b, scale=scale, shift=shift, total=total, mask=mask, relu=step.relu)
     return out, mask
 
 
@@ -524,7 +524,7 @@ def _pointwise_backward(run, step: Pointwise, bound, mask, grads):
         (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
         reusable = [g for g, fresh in (*outs, (residual, residual_fresh)) if fresh]
         target = reusable[0] if reusable else torch.empty_like(grad)
-        dx = ops.scale_shift_relu_grad(grad, grad2, mask=mask, scale=scale, residual=residual, dx=target), True
+        dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=scale, residual=residual), True
     if len(step.inputs) == 1:
         grads[stream] = [dx]
     else:

@@ -152,7 +152,7 @@ def test_no_weight_gradient_is_computed():
             return z
 
     x, y = batch()
-    sk.pgd(Spy(), x, y, EPS)
+    sk.pgd(Spy(), x, y, EPS, input_gradient="autograd")
     assert leaves == {x.shape}
 
 
