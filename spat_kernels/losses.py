@@ -36,6 +36,7 @@ class Loss:
     ) -> None:
         """Write scale * d(sum of values)/d(logits) into `dlogits` [B, K], and the values into `value` [B] unless it is None.
 
+        A positive factor of a sample's own may be left out of its gradient: only the direction counts.
         What is written is to be *maximised*: where `targeted`, the loss towards the targets comes with its sign changed.
         `value` is fp32, and fp64 for fp64 logits.
         """
@@ -58,7 +59,9 @@ class LabelSmoothedCE(Loss):
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]: it is the label smoothing, not the step size (step_size)")
 
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
-        ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale)
+        # Without the factor 1 - p_y of cross-entropy, gradients of confident samples do not underflow.
+        normalize = self.alpha == 0
+        ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale, normalize=normalize)
 
 
 def CrossEntropy() -> LabelSmoothedCE:

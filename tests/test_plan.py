@@ -1,0 +1,454 @@
+"""The input-gradient plan against autograd: equal in fp64 on every kind of network, honest about what it does not take."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import spat_kernels as sk
+from spat_kernels import engine, trace
+from spat_kernels.input_gradient import InputGradient
+from spat_kernels.plan import PlannedGradient
+from spat_train.models import SmallCNN, create
+
+EPS = 8 / 255
+
+
+def randomized(model: nn.Module, dtype=torch.float64) -> nn.Module:
+    """`model` in eval mode with statistics and affine parameters of BatchNorm at random, negative weights too."""
+    for m in model.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.running_mean.normal_(0, 0.3)
+            m.running_var.uniform_(0.5, 2)
+            if m.affine:
+                nn.init.normal_(m.weight)
+                nn.init.normal_(m.bias, 0, 0.3)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def images(n=2, size=32, dtype=torch.float64):
+    return torch.rand(n, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def planned(model, x, precision=None) -> PlannedGradient:
+    with torch.no_grad():
+        gradient = engine.input_gradient(model, x, "plan", precision)
+        gradient.prepare()
+    return gradient
+
+
+def logits_and_gradient(gradient, x, dlogits=None):
+    with torch.no_grad(), gradient.arithmetic("cpu"):
+        logits = gradient.forward(x)
+        if dlogits is None:
+            dlogits = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+        return logits, gradient.backward(dlogits)
+
+
+class Normalized(nn.Module):
+    """Statistics as a buffer and as a plain tensor, one deviation negative."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+        self.std = torch.tensor([0.2, -0.3, 0.25], dtype=torch.float64).view(3, 1, 1)
+
+    def forward(self, x):
+        return self.model((x - self.mean) / self.std)
+
+
+class Functional(nn.Module):
+    """Functions where others use modules; tensor methods, scalars on either side, a grouped and a dilated convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 12, 3, padding="same")
+        self.conv3 = nn.Conv2d(12, 12, 3)
+        self.conv2 = nn.Conv2d(12, 12, 3, stride=2, padding=2, dilation=2, groups=3)
+        self.bn = nn.BatchNorm2d(12)
+        self.fc1, self.bn1, self.fc2 = nn.Linear(12 * 16, 20), nn.BatchNorm1d(20), nn.Linear(20, 7)
+
+    def forward(self, x):
+        x = 1 - 2 * x.contiguous() + 0.5
+        x = torch.relu(self.conv1(x))
+        x = x + F.conv2d(x, self.conv3.weight, padding=1) * 1.5
+        x = F.batch_norm(self.conv2(x), self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+        x = F.dropout(F.relu(x), 0.3, training=self.training)
+        x = F.max_pool2d(x, 2) * torch.sigmoid(F.avg_pool2d(x, 2))
+        x = F.adaptive_avg_pool2d(x, 4).view(x.size(0), -1)
+        return self.fc2(F.relu_(self.bn1(self.fc1(x))).div(2))
+
+
+class PreAddAffine(nn.Module):
+    """Sums that several read, a value added to itself, two norms on one sum, cat, mean with and without dims kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(8 if i else 3, 8, 3, padding=1) for i in range(4))
+        self.bn = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        a = self.conv[0](x)
+        b = self.conv[1](self.bn[0](a).relu()) + a
+        c = torch.relu(self.bn[1](b)) + F.silu(self.bn[2](b))
+        d = self.conv[3](F.relu(self.conv[2](c) + b)) + b
+        e = torch.cat([torch.relu(d), self.bn[3](d + d), b.clone()], 1)
+        return self.fc(e.mean([2, 3], keepdim=True).flatten(1))
+
+
+def smooth(activation):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 7, stride=2, padding=3), nn.BatchNorm2d(8), activation, nn.MaxPool2d(3, 2, 1),
+        nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Sequential(activation, nn.Dropout2d(0.2))), nn.AvgPool2d(6), nn.Flatten(),
+        nn.Linear(8, 6),
+    )  # fmt: skip
+
+
+MODELS = {
+    "WRN (TRADES/MART)": (lambda: create("wrn-16-2"), 32),
+    "PreActResNet-18": (lambda: create("preactresnet-18"), 32),
+    "ResNet-18 (CIFAR)": (lambda: create("resnet-18"), 32),
+    "ResNet-50 (CIFAR)": (lambda: create("resnet-50"), 32),
+    "ResNet-18 (torchvision)": (lambda: torchvision.models.resnet18(), 64),
+    "ResNet-50 (torchvision)": (lambda: torchvision.models.resnet50(), 64),
+    "WRN-50-2 (torchvision)": (lambda: torchvision.models.wide_resnet50_2(), 64),
+    "VGG-11-BN": (lambda: torchvision.models.vgg11_bn(num_classes=10), 32),
+    "VGG-11": (lambda: torchvision.models.vgg11(num_classes=10), 32),
+    "DenseNet-121": (lambda: torchvision.models.densenet121(), 32),
+    "MobileNetV3": (lambda: torchvision.models.mobilenet_v3_small(), 64),
+    "SmallCNN": (lambda: SmallCNN((3, 32, 32), 10), 32),
+    "normalised": (lambda: Normalized(create("wrn-10-1")), 32),
+    "normalised by torchvision": (
+        lambda: nn.Sequential(torchvision.transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.25]), create("wrn-10-1")),
+        32,
+    ),
+    "functional": (Functional, 16),
+    "sums": (PreAddAffine, 8),
+    "SiLU": (lambda: smooth(nn.SiLU(inplace=True)), 32),
+    "GELU": (lambda: smooth(nn.GELU()), 32),
+    "Softplus": (lambda: smooth(nn.Softplus(beta=5)), 32),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_autograd_in_fp64_and_fp32(name):
+    make, size = MODELS[name]
+    torch.manual_seed(0)
+    model, x = randomized(make()), images(size=size)
+    expected = logits_and_gradient(InputGradient(model), x)
+    for ours, theirs in zip(logits_and_gradient(planned(model, x), x), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+    model, x = model.float().to(memory_format=torch.channels_last), x.float().to(memory_format=torch.channels_last)
+    model.__dict__.update({k: v.float() for k, v in vars(model).items() if isinstance(v, torch.Tensor)})
+    ours, eager = logits_and_gradient(planned(model, x), x), logits_and_gradient(InputGradient(model), x)
+    for a, b, exact in zip(ours, eager, expected, strict=True):
+        error, own_error = ((v - exact).norm() / exact.norm() for v in (a, b))
+        flipped = error > 1e-4  # by a ReLU so close to 0 that fp32 does not know its sign; autograd has as many of them
+        assert error <= 2 * own_error or (flipped and error < 0.03)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 32, 32)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batches_of_any_size_and_layout(shape, memory_format):
+    model = randomized(create("wrn-10-1"))
+    x = torch.rand(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    for ours, theirs in zip(logits_and_gradient(planned(model, x), x), logits_and_gradient(InputGradient(model), x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, check_stride=False)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "margin", "dlr"])
+def test_attack_through_the_plan_is_the_attack_through_autograd(norm, loss):
+    torch.manual_seed(0)
+    model, x, y = randomized(create("wrn-10-1")), images(4), torch.tensor([0, 1, 2, 3])
+    results = []
+    for how in ("autograd", "plan"):
+        torch.manual_seed(5)
+        results.append(sk.pgd(model, x, y, EPS, loss=loss, norm=norm, steps=5, input_gradient=how))
+    assert ((results[0] - results[1]).abs() < 1e-8).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_attack_in_half_precision_is_as_strong_as_the_plain_loop(precision):
+    """Whole attacks are compared by loss; the loop in fp32 is written out here, the batch is odd and unaligned."""
+    torch.manual_seed(0)
+    model, x, y = randomized(create("wrn-10-2"), torch.float32), images(11, dtype=torch.float32), torch.arange(11) % 10
+    x_adv = x.clone()
+    for _ in range(10):
+        leaf = x_adv.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)
+        x_adv = (x_adv + EPS / 4 * grad.sign()).clamp(x - EPS, x + EPS).clamp(0, 1)
+    ours = sk.pgd(model, x, y, EPS, random_start=False, precision=precision, input_gradient="plan")
+    clean, plain, half = (F.cross_entropy(model(v), y) for v in (x, x_adv, ours))
+    assert half - clean > 0.98 * (plain - clean)
+    assert ((ours - x).abs() <= EPS * (1 + 1e-6)).all() and ours.dtype == torch.float32
+
+
+def test_keeps_a_bit_for_each_relu():
+    """WRN-34-10: at most 1/8 of what autograd keeps (without its weights) may stay for the backward. It is 1/32 and less."""
+    model, x = create("wrn-34-10").eval().requires_grad_(False), images(1, dtype=torch.float32)
+    gradient = planned(model, x)
+    with torch.no_grad():
+        gradient.forward(x)
+    storages = {}
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logits = model(x.requires_grad_())
+    autograd = sum(size for address, size in storages.items() if address not in weights)
+    assert logits.requires_grad and 350_000 < gradient.kept_bytes() < autograd / 32
+
+
+# ---- half precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_image_is_not_rounded(precision):
+    """A convolution of differences sees what rounding the image to half precision would remove."""
+    conv = nn.Conv2d(3, 8, (1, 2), bias=False)
+    conv.weight.data[:, :, :, 0], conv.weight.data[:, :, :, 1] = 1, -1
+    model = nn.Sequential(conv, nn.Flatten(), nn.Linear(8, 8, bias=False)).eval()
+    model[2].weight.data.copy_(torch.eye(8))
+    x = torch.full((4, 3, 1, 2), 0.7)
+    x[:, :, :, 1] += torch.tensor([1e-5, 1e-4, 5e-4, 1e-3]).view(4, 1, 1)
+    expected = model.double()(x.double())
+    logits, _ = logits_and_gradient(planned(model.float(), x, precision), x)
+    rounding = 2**-17 * 6 if precision == "bf16" else 2**-22 * 6  # of six terms below 1, in two halves
+    torch.testing.assert_close(logits.double(), expected, rtol=0.02, atol=rounding)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1.0, 1e6])
+def test_gradients_of_any_size_survive_half_precision(factor):
+    torch.manual_seed(0)
+    model, x = randomized(create("wrn-10-2"), torch.float32), images(3, dtype=torch.float32)
+    dlogits = torch.randn(3, 10) * factor * torch.tensor([1.0, 1e-3, 1e3])[:, None]
+    _, exact = logits_and_gradient(planned(model, x), x, dlogits)
+    _, half = logits_and_gradient(planned(model, x, "fp16"), x, dlogits)
+    exact, half_ = (F.normalize(g.double().flatten(1), eps=0) for g in (exact, half))
+    assert (exact * half_).sum(1).min() > 0.99
+    assert (half == 0).float().mean() < 0.001
+
+
+def test_a_zero_gradient_stays_zero_and_nan_stays_nan():
+    model, x = randomized(create("wrn-10-1"), torch.float32), images(2, dtype=torch.float32)
+    dlogits = torch.zeros(2, 10)
+    dlogits[1, 0] = torch.nan
+    _, grad = logits_and_gradient(planned(model, x, "bf16"), x, dlogits)
+    assert (grad[0] == 0).all() and grad[1].isnan().any()
+
+
+def test_autocast_of_the_caller_is_the_precision():
+    model, x = randomized(create("wrn-10-1"), torch.float32), images(2, dtype=torch.float32)
+    assert sk.explain(model, x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sk.explain(model, x).dtype == torch.bfloat16
+        assert sk.explain(model, x, precision="fp32").dtype == torch.float32
+    assert sk.explain(model.bfloat16(), x.bfloat16()).dtype == torch.bfloat16
+
+
+# ---- what does not take the plan -----------------------------------------------------------------------------------------------
+
+
+class Lambda(nn.Module):
+    def __init__(self, function, *children):
+        super().__init__()
+        self.function = function
+        self.child = nn.Sequential(*children)
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def read_later(m, x):
+    a = m.child(x)
+    return m.fc((F.relu(a, inplace=True) + a).mean((2, 3)))
+
+
+def writes_attribute(m, x):
+    m.seen = x
+    return m.fc(x.mean((2, 3)))
+
+
+REFUSED = {
+    "statistics of the batch": (lambda: create("wrn-10-1"), {"bn_mode": "train"}),
+    "random numbers": (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10)), {"bn_mode": "train"}),
+    "no rule for": (lambda: Lambda(lambda m, x: m.fc(x.cumsum(3).mean((2, 3)))), {}),
+    "LayerNorm": (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(3072), nn.Linear(3072, 10)), {}),
+    "Proxy|symbolically|control flow": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3))) if x.sum() > 0 else m.fc(x[:, :, 0, 0])), {}),
+    "relu works in place on a value that add reads later": (lambda: Lambda(read_later, nn.Conv2d(3, 3, 3)), {}),
+    "changes the images in place": (lambda: Lambda(lambda m, x: m.fc(x.mul_(2).mean((2, 3)))), {}),
+    "its forward changes seen": (lambda: Lambda(writes_attribute), {}),
+    "not those of the model itself": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) / x.shape[0])), {}),
+    "samples may mix": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)).view(1, -1, 3).mean(1).repeat(x.shape[0], 1))), {}),
+    "no parameter or buffer": (lambda: Lambda(lambda m, x: F.linear(x.mean((2, 3)), m.fc.weight.abs())), {}),
+    "dtype": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3))).float()), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refuses_with_the_reason_and_autograd_does_it(reason):
+    make, settings = REFUSED[reason]
+    torch.manual_seed(0)
+    model, x, y = make().double(), images(3), torch.tensor([0, 1, 2])
+    state = {k: v for m in model.modules() for k, v in vars(m).items()}
+    explanation = sk.explain(model, x, **settings)
+    assert explanation.path == "autograd" and explanation.plan == {}
+    assert any(part in explanation.reason for part in reason.split("|")), explanation.reason
+    assert {k: v for m in model.modules() for k, v in vars(m).items()}.keys() == state.keys()
+    with pytest.raises(ValueError, match="input_gradient='plan', but"):
+        sk.pgd(model, x, y, EPS, steps=1, input_gradient="plan", **settings)
+
+
+def test_vit_takes_autograd():
+    model = torchvision.models.VisionTransformer(16, 8, 1, 2, 32, 64, num_classes=10).eval()
+    explanation = sk.explain(model, images(2, 16, torch.float32))
+    assert explanation.path == "autograd" and explanation.reason and str(explanation).startswith("autograd, because")
+    x, y = images(2, 16, torch.float32), torch.tensor([0, 1])
+    assert sk.pgd(model, x, y, EPS, steps=1).shape == x.shape
+
+
+def test_hooks_are_seen_and_never_skipped():
+    model, x, calls = randomized(create("wrn-10-1")), images(), []
+    assert sk.explain(model, x).path == "plan"
+    handle = model.fc.register_forward_hook(lambda *_: calls.append(1))
+    assert "hooks" in sk.explain(model, x).reason
+    sk.pgd(model, x, torch.tensor([0, 1]), EPS, steps=3)
+    assert len(calls) >= 3
+    handle.remove()
+    assert sk.explain(model, x).path == "plan"
+
+
+def test_says_what_goes_with_what():
+    model, x = randomized(create("wrn-10-1")), images()
+    assert "plain callable" in sk.explain(lambda v: model(v), x).reason
+    assert "float64" in sk.explain(model, x.float()).reason
+    assert "asks for it" in sk.explain(model, x, input_gradient="autograd").reason
+    for kwargs, message in [
+        ({"precision": "int8"}, "precision='int8'"),
+        ({"precision": "bf16"}, "float32 images"),
+        ({"input_gradient": "magic"}, "input_gradient='magic'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sk.pgd(model, x, torch.tensor([0, 1]), EPS, **kwargs)
+    with pytest.raises(ValueError, match="CUDA tensors"):
+        sk.pgd(model.float(), x.float(), torch.tensor([0, 1]), EPS, precision="tf32")
+
+
+def test_explanation_reads_well():
+    explanation = sk.explain(create("wrn-34-10"), images(dtype=torch.float32))
+    assert explanation.path == "plan" and explanation.reason == ""
+    assert explanation.plan["convolutions"] == 34 and explanation.plan["fused pointwise passes"] == 31
+    assert explanation.plan["mask bytes per image"] < 400_000
+    assert "34 convolutions" in str(explanation)
+
+
+# ---- plans and the life of a model ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts the traces that are made."""
+    made = []
+
+    def counted(model, x):
+        made.append(model)
+        return trace.trace(model, x)
+
+    monkeypatch.setattr(engine, "trace", counted)
+    yield made
+    made.clear()
+
+
+def test_training_needs_no_new_trace(traces):
+    torch.manual_seed(0)
+    model, x, y = create("wrn-10-1"), images(4, dtype=torch.float32), torch.arange(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        x_adv = sk.pgd(model, x, y, EPS, steps=2, input_gradient="plan")
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x_adv), y).backward()
+        optimizer.step()
+    assert len(traces) == 1
+    model.eval()
+    ours, theirs = logits_and_gradient(planned(model, x), x), logits_and_gradient(InputGradient(model), x)
+    assert (ours[0] - theirs[0]).norm() < 1e-4 * theirs[0].norm() and len(traces) == 1
+
+
+def test_a_changed_model_is_traced_again(traces):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.scale = create("wrn-10-1"), 1.0
+
+        def forward(self, x):
+            return self.net(x) * self.scale
+
+    model, x = Scaled().double().eval(), images()
+
+    def check():
+        ours, theirs = logits_and_gradient(planned(model, x), x), logits_and_gradient(InputGradient(model), x)
+        assert (ours[1] - theirs[1]).norm() < 1e-10 * theirs[1].norm()
+
+    check()
+    model.scale = -3.0
+    check()
+    model.net.fc = nn.Linear(64, 5).double()
+    check()
+    model.net.relu = nn.SiLU()
+    check()
+    assert len(traces) == 4
+    check()
+    assert len(traces) == 4
+
+
+def test_the_cache_keeps_no_model_alive():
+    model, x = create("wrn-10-1"), images(dtype=torch.float32)
+    sk.pgd(model, x, torch.tensor([0, 1]), EPS, steps=1, input_gradient="plan")
+    alive = [weakref.ref(model), weakref.ref(model.fc.weight), weakref.ref(model.conv1)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [ref() for ref in alive] == [None] * 3  # at once: no cycle waits for the collector
+    finally:
+        gc.enable()
+
+
+def test_threads_share_models_and_plans():
+    torch.manual_seed(0)
+    models = [randomized(create("wrn-10-1"), torch.float32) for _ in range(2)]
+    x, y = images(2, dtype=torch.float32), torch.tensor([0, 1])
+    expected = [sk.pgd(m, x, y, EPS, steps=3, random_start=False, input_gradient="autograd") for m in models]
+    wrong = []
+
+    def attack(i):
+        for _ in range(4):
+            x_adv = sk.pgd(models[i % 2], x, y, EPS, steps=3, random_start=False)
+            if ((x_adv - expected[i % 2]).abs() > 1e-6).float().mean() > 0.01:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=attack, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_wrapped_models_are_looked_into():
+    model, x = randomized(create("wrn-10-1")), images()
+    assert sk.explain(nn.DataParallel(model), x).path == "plan"
+    assert sk.explain(torch.compile(model), x).path == "plan"
