@@ -16,6 +16,7 @@ from .structure import Structure
 from .trace import CannotPlan, trace
 
 INPUT_GRADIENTS = ("auto", "plan", "autograd")
+IMAGE_SIZES = 16  # for which plans of a model are kept
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,10 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
                 structure, made = Structure.of(model, addresses=False), _make_plan(model, x)
             except TypeError as error:
                 raise CannotPlan(str(error)) from error
-            _plans[model][key] = structure, made
+            plans = _plans[model]
+            plans[key] = structure, made
+            if len(plans) > IMAGE_SIZES:
+                del plans[next(iter(plans))]
     if isinstance(made, str):
         raise CannotPlan(made)
     return made
@@ -160,6 +164,10 @@ def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
         return plan
     except CannotPlan as reason:
         return str(reason)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what autograd can do is not to fail here; `explain` tells, and input_gradient="plan" raises
+        return f"the plan fails on it ({type(error).__name__}: {error})"
 
 
 def _compare(plan: Plan, model: nn.Module, x: Tensor) -> None:

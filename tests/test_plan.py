@@ -81,7 +81,7 @@ class Functional(nn.Module):
         x = F.batch_norm(self.conv2(x), self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
         x = F.dropout(F.relu(x), 0.3, training=self.training)
         x = F.max_pool2d(x, 2) * torch.sigmoid(F.avg_pool2d(x, 2))
-        x = F.adaptive_avg_pool2d(x, 4).view(x.size(0), -1)
+        x = F.adaptive_avg_pool2d(x, 4).reshape(x.size(0), -1)
         return self.fc2(F.relu_(self.bn1(self.fc1(x))).div(2))
 
 
@@ -111,6 +111,13 @@ def smooth(activation):
     )  # fmt: skip
 
 
+def small_vgg(make):
+    """VGG with an eighth of its dense layers, which hold nearly all of its weights."""
+    model = make(init_weights=False)
+    model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10))
+    return model
+
+
 MODELS = {
     "WRN (TRADES/MART)": (lambda: create("wrn-16-2"), 32),
     "PreActResNet-18": (lambda: create("preactresnet-18"), 32),
@@ -119,9 +126,9 @@ MODELS = {
     "ResNet-18 (torchvision)": (lambda: torchvision.models.resnet18(), 64),
     "ResNet-50 (torchvision)": (lambda: torchvision.models.resnet50(), 64),
     "WRN-50-2 (torchvision)": (lambda: torchvision.models.wide_resnet50_2(), 64),
-    "VGG-11-BN": (lambda: torchvision.models.vgg11_bn(num_classes=10), 32),
-    "VGG-11": (lambda: torchvision.models.vgg11(num_classes=10), 32),
-    "DenseNet-121": (lambda: torchvision.models.densenet121(), 32),
+    "VGG-11-BN": (lambda: small_vgg(torchvision.models.vgg11_bn), 32),
+    "VGG-11": (lambda: small_vgg(torchvision.models.vgg11), 32),
+    "DenseNet": (lambda: torchvision.models.DenseNet(8, (2, 3), 16), 32),
     "MobileNetV3": (lambda: torchvision.models.mobilenet_v3_small(), 64),
     "SmallCNN": (lambda: SmallCNN((3, 32, 32), 10), 32),
     "normalised": (lambda: Normalized(create("wrn-10-1")), 32),

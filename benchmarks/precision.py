@@ -1,0 +1,134 @@
+"""What half precision costs an attack: PGD-20 accuracy and the share of zero gradients under every precision and path.
+
+    python -m benchmarks.precision --data cifar10.npz --out precision.json
+
+Trains WRN-10-2 on `train_images` of the data twice, as usual and against PGD-10 (eps 8/255, attacked in bf16), then attacks both on
+`test_images`: eps 8/255, 20 steps of eps/10, the same random starts for all. A gradient that is exactly 0 moves nothing, which
+looks like robustness: its share is counted over pixels, and over samples without any other, at the random start.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from benchmarks import measure
+from spat_kernels import pgd
+from spat_kernels.borrow import borrowed
+from spat_kernels.engine import input_gradient
+from spat_kernels.losses import CrossEntropy
+from spat_train.data import Dataset, load_npz
+from spat_train.models import create
+
+EPS, BATCH = 8 / 255, 250
+WAYS = [("autograd", "fp32"), ("plan", "fp32"), ("plan", "bf16"), ("plan", "fp16"), ("autograd", "bf16"), ("autograd", "fp16")]
+
+
+@dataclass
+class Arguments:
+    """What half precision costs an attack.
+
+    Args:
+        data: .npz with x_train, y_train, x_test, y_test.
+        out: JSON file to write.
+        model: name of a model.
+        train_images, test_images: how many.
+        epochs: passes over the training images.
+        device: cpu or cuda.
+        weights: file of the trained weights: read if it is there, else written.
+    """
+
+    data: Path
+    out: Path
+    model: str = "wrn-10-2"
+    train_images: int = 10_000
+    test_images: int = 10_000
+    epochs: int = 8
+    device: str = "cpu"
+    weights: Path | None = None
+
+
+def main(args: Arguments) -> None:
+    data = load_npz(args.data, max(args.train_images, args.test_images)).to(args.device)
+    models = {name: create(args.model, len(data.classes)).to(args.device) for name in ("standard", "robust")}
+    if args.weights and args.weights.exists():
+        for name, state in torch.load(args.weights, weights_only=True).items():
+            models[name].load_state_dict(state)
+    else:
+        torch.manual_seed(0)
+        for name, model in models.items():
+            train(model, data, args, adversarial=name == "robust")
+        if args.weights:
+            torch.save({name: model.state_dict() for name, model in models.items()}, args.weights)
+    x, y = data.x_test[: args.test_images], data.y_test[: args.test_images]
+    result = measure.describe(args.device) | {"model": args.model, "images": len(x), "epochs": args.epochs, "rows": []}
+    for name, model in models.items():
+        for path, precision in WAYS:
+            row = {"model": name, "path": path, "precision": precision} | evaluate(model.eval(), x, y, path, precision)
+            print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            result["rows"].append(row)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def train(model: nn.Module, data: Dataset, args: Arguments, adversarial: bool) -> None:
+    x, y = data.x_train[: args.train_images], data.y_train[: args.train_images]
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=args.epochs * -(-len(x) // 128))
+    for epoch in range(args.epochs):
+        for index in torch.randperm(len(x)).split(128):
+            images, labels = x[index], y[index]
+            images = torch.where((torch.rand(len(index), 1, 1, 1) < 0.5).to(x.device), images.flip(3), images)
+            if adversarial:
+                images = pgd(model, images, labels, EPS, precision="bf16")
+            loss = F.cross_entropy(model.train()(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        print(f"{'robust' if adversarial else 'standard'} epoch {epoch}: loss {loss.item():.3f}", flush=True)
+
+
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, path: str, precision: str) -> dict[str, float]:
+    """Accuracy under PGD-20 in percent, the loss there, and the shares of zero gradients."""
+    correct, loss, zero_pixels, zero_samples, started = 0, 0.0, 0, 0, time.perf_counter()
+    torch.manual_seed(1)
+    for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        settings = {"precision": precision, "input_gradient": path}
+        x_adv = pgd(model, images, labels, EPS, steps=20, step_size=EPS / 10, **settings)
+        with torch.no_grad():
+            logits = model(x_adv)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        zero = first_gradient(model, pgd(model, images, labels, EPS, steps=0), labels, path, precision) == 0
+        zero_pixels += int(zero.sum())
+        zero_samples += int(zero.flatten(1).all(1).sum())
+    return {
+        "accuracy": 100 * correct / len(x),
+        "loss": loss / len(x),
+        "zero pixels": 100 * zero_pixels / x.numel(),
+        "zero samples": 100 * zero_samples / len(x),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def first_gradient(model: nn.Module, x: Tensor, y: Tensor, path: str, precision: str) -> Tensor:
+    """The input gradient of cross-entropy as the attack takes it."""
+    with torch.no_grad(), borrowed(model, "eval"):
+        gradient = input_gradient(model, x, path, precision)
+        with gradient.arithmetic(x.device.type):
+            gradient.prepare()
+            logits = gradient.forward(x)
+            scale = 128.0 if logits.dtype == torch.float16 else 1.0
+            dlogits = torch.empty_like(logits)
+            CrossEntropy().gradient(logits, y, dlogits, None, targeted=False, scale=scale)
+            return gradient.backward(dlogits)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
