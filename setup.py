@@ -42,7 +42,7 @@ class Build(BuildExtension):
 
 
 target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000"]
-compile_args = ["-O3", "-std=c++20", "-ffp-contract=off", "-Wno-psabi", *target]
+compile_args = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi", *target]
 link_args = ["-Wl,--no-as-needed", "-ltorch"]  # keeps libtorch_cuda, where there is one, within reach of the weak symbol
 if NVCC:
     plan = subprocess.run([NVCC, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
