@@ -3,5 +3,6 @@
 from . import losses
 from ._library import config
 from .attacks import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
+from .graph import graphs
 
-__all__ = ["PGD", "config", "cw_linf", "fgsm", "losses", "pgd", "pgd_kl", "pgd_ls"]
+__all__ = ["PGD", "config", "cw_linf", "fgsm", "graphs", "losses", "pgd", "pgd_kl", "pgd_ls"]

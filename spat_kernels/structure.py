@@ -1,0 +1,207 @@
+"""Whether a model is still what it was when it was traced or captured, told in a fraction of a millisecond.
+
+A trace or a capture keeps what Python code did once. So all that this code can have looked at is compared: the tree of modules,
+their classes, hooks, modes and attributes, and the shapes, layouts and (for a capture, whose kernels know nothing else) addresses
+of their tensors. What is *in* parameters and buffers is free to change: an optimiser's update in place leaves a model the same.
+
+Nothing is kept alive: modules, tensors and other objects are held weakly and compared by identity; plain values (numbers,
+strings, dtypes, tuples of these) by value; lists, dicts and sets by content. What other objects hold inside, globals and closures
+are out of sight.
+"""
+
+import weakref
+from collections import deque
+from itertools import chain
+from numbers import Number
+from operator import attrgetter, is_, itemgetter
+
+import torch
+from torch import Tensor, nn
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+OWN = ("training", "_modules", "_parameters", "_buffers", *HOOKS)
+UNREAD = {*OWN, *(name for name in vars(nn.Module()) if name.startswith("_"))}  # nn.Module's own bookkeeping
+PLAIN = {bool, int, float, complex, str, bytes, type(None), slice, range, torch.dtype, torch.device, torch.memory_format}
+
+
+class Structure:
+    """The structure of a model at one time: `Structure.of(model)`, later `matches(model)`.
+
+    Attributes:
+        hooked: the name of a module with hooks that would run in a forward or backward, or None.
+        devices: where its tensors are, attributes included.
+    """
+
+    @classmethod
+    def of(cls, model: nn.Module, *, training: bool = True, addresses: bool = True) -> "Structure":
+        """Take the structure of `model`.
+
+        Args:
+            training: whether the modes of the modules belong to it; False where they are set before the model is used.
+            addresses: whether the addresses of parameters, buffers and other tensors do; False holds parameters and buffers to
+                be the same objects instead, wherever their data is.
+
+        Raises:
+            TypeError: the model cannot be looked into (TorchScript, tensors without storage).
+        """
+        self = cls()
+        self._training, self._addresses, self.devices = training, addresses, set()
+        self._names, modules, queue, known = [], [], deque([(type(model).__name__, model)]), set()
+        self._read_plain, self._plain, self._others = [], [], []
+        while queue:  # an attribute may lead to modules that are not registered; they count as well
+            name, module = queue.popleft()
+            if id(module) not in known:
+                known.add(id(module))
+                modules.append(module)
+                self._names.append(name)
+                self._add(name, module, queue)
+        self._modules = list(map(weakref.ref, modules))
+        self._picture = self._take(modules)
+        self.devices |= {t.device for m in modules for d in (m._parameters, m._buffers) for t in d.values() if t is not None}
+        self._tensor_names = [
+            f"{name}.{n}"
+            for tensors in ("_parameters", "_buffers")
+            for name, module in zip(self._names, modules, strict=True)
+            for n, t in getattr(module, tensors).items()
+            if t is not None
+        ]
+        hooked = (name for name, m in zip(self._names, modules, strict=True) if any(getattr(m, hooks) for hooks in HOOKS))
+        self.hooked = "every module" if _global_hooks() else next(hooked, None)
+        return self
+
+    def _add(self, name: str, module: nn.Module, queue: deque) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name} is a TorchScript module, whose state cannot be compared")
+        queue.extend((f"{name}.{n}", child) for n, child in module._modules.items() if child is not None)
+        own = {n: value for n, value in vars(module).items() if n not in UNREAD}
+        plain = [n for n, value in own.items() if _is_plain(value)]
+        # Of two names or more, itemgetter makes a tuple.
+        self._read_plain.append(itemgetter("_is_full_backward_hook", "_is_full_backward_hook", *plain))
+        self._plain.append(self._read_plain[-1](vars(module)))
+        for n, value in own.items():
+            if n not in plain:
+                flat = tuple(value) if type(value) is list and all(map(_is_plain, value)) else None
+                frozen = _freeze(value, self._signature, queue, f"{name}.{n}")
+                self._others.append((len(self._names) - 1, n, flat, frozen))
+
+    def matches(self, model: nn.Module) -> bool:
+        return self.difference(model) is None
+
+    def difference(self, model: nn.Module) -> str | None:
+        """What is no longer as it was, in words, or None."""
+        modules = [ref() for ref in self._modules]
+        if modules[0] is not model:
+            return "it is another model"
+        if None in modules:
+            return f"{self._names[modules.index(None)]} is gone"
+        try:
+            picture = self._take(modules)
+            plain = [read(vars(module)) for read, module in zip(self._read_plain, modules, strict=True)]
+            others = [vars(modules[i])[name] for i, name, *_ in self._others]
+        except KeyError as error:
+            return f"attribute {error} was removed"
+        for what, before in self._picture.items():
+            if picture[what] != before:
+                return f"{self._whose(what, picture[what], before)}: its {what} changed"
+        for name, values, before in zip(self._names, plain, self._plain, strict=True):
+            # The very same objects nearly always; and what is one, is not asked whether it equals (it may be a tensor by now).
+            if not all(map(is_, values, before)) and freeze(values) != freeze(before):
+                return f"{name}: an attribute changed"
+        for value, (i, name, flat, before) in zip(others, self._others, strict=True):
+            same = flat is not None and type(value) is list and len(value) == len(flat) and all(map(is_, value, flat))
+            if not same and _freeze(value, self._signature) != before:
+                return f"{self._names[i]}: attribute '{name}' changed"
+        return "every module: its hooks changed" if _global_hooks() and self.hooked != "every module" else None
+
+    def _take(self, modules: list[nn.Module]) -> dict[str, list]:
+        """What every module has, aspect by aspect, over all modules. Ids are those of living objects."""
+        attributes = list(map(vars, modules))
+        modes, children, parameters, buffers, *hooks = zip(*map(itemgetter(*OWN), attributes), strict=True)
+        slots = [t for d in chain(parameters, buffers) if d for t in d.values()]
+        tensors = [t for t in slots if t is not None]
+        classes = list(map(type, modules))
+        return {
+            "class": list(map(id, classes)),
+            "class's forward": [_Same(kind.forward) for kind in dict.fromkeys(classes)],
+            "mode (train, eval)": list(modes) if self._training else [],
+            "number of attributes": list(map(len, attributes)),
+            "children": list(map(tuple, children)),
+            "child modules": [id(child) for d in children if d for child in d.values()],
+            "hooks": list(map(tuple, chain(*hooks))) if any(map(any, hooks)) else [],  # by ids, which are never used again
+            "parameters": list(map(tuple, parameters)),
+            "buffers": list(map(tuple, buffers)),
+            "parameters or buffers that are None": [i for i, t in enumerate(slots) if t is None],
+            "address" if self._addresses else "parameters or buffers": self._which(tensors),
+            "shape or dtype": list(map(attrgetter("shape", "dtype", "device"), tensors)),
+            "strides": list(map(Tensor.stride, tensors)),
+        }
+
+    def _which(self, tensors: list[Tensor]) -> list:
+        try:
+            return list(map(Tensor.data_ptr if self._addresses else _Same, tensors))
+        except RuntimeError as error:
+            raise TypeError(f"a tensor of the model has no address: {error}") from error
+
+    def _signature(self, t: Tensor):
+        """Of a tensor that is an attribute: which one it is, and where its data is."""
+        self.devices.add(t.device)
+        return _Same(t), self._which([t]), t.dtype, t.shape, t.stride()
+
+    def _whose(self, what: str, now: list, before: list) -> str:
+        """The name of the first module, or its parameter or buffer, where the lists differ."""
+        names = {len(self._names): self._names, len(self._tensor_names): self._tensor_names}.get(len(before), [])
+        differing = (name for name, a, b in zip(names, now, before, strict=False) if a != b)
+        return next(differing, self._names[0])
+
+
+class _Same:
+    """An object, held weakly, to compare by identity. What knows no weak references goes by its id, so its type as well."""
+
+    __slots__ = ("_id", "_ref")
+
+    def __init__(self, value):
+        self._id = id(value), type(value)
+        try:
+            self._ref = weakref.ref(value)
+        except TypeError:
+            self._ref = None
+
+    def __eq__(self, other):
+        if type(other) is not _Same or self._id != other._id:
+            return False
+        return self._ref is None or (self._ref() is not None and self._ref() is other._ref())
+
+    def __hash__(self):
+        return hash(self._id)
+
+
+def freeze(value):
+    """A picture of `value` that can be compared and hashed and keeps nothing alive but plain values."""
+    return _freeze(value, lambda t: (t.data_ptr(), t.dtype, t.shape, t.stride()))
+
+
+def _freeze(value, signature, queue: deque | None = None, name: str = ""):
+    """As `freeze`; modules on the way are put into `queue`, to be looked at by themselves."""
+    if type(value) in PLAIN or isinstance(value, (Number, str, bytes)):
+        return type(value), str(value) if type(value) is slice else value
+    if isinstance(value, (list, tuple, deque)):
+        return type(value), tuple(_freeze(v, signature, queue, name) for v in value)
+    if isinstance(value, dict):
+        items = tuple((_freeze(k, signature, queue, name), _freeze(v, signature, queue, name)) for k, v in value.items())
+        return type(value), items
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_freeze(v, signature, queue, name) for v in value)
+    if isinstance(value, Tensor):
+        return _Same(value), signature(value)
+    if isinstance(value, nn.Module) and queue is not None:
+        queue.append((name, value))
+    return _Same(value)
+
+
+def _is_plain(value) -> bool:
+    """Whether `value` never changes and holds on to nothing, so that the same object means the same value."""
+    return type(value) in PLAIN or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+def _global_hooks() -> bool:
+    return bool(nn.modules.module._has_any_global_hook())
