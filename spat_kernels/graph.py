@@ -166,6 +166,7 @@ class Graphs:
             with entry.lock:
                 if entry.graph is None:
                     entry.remember(model, settings)
+            self._evict()
         return result
 
     def _is_wanted(self, settings, model, x: Tensor) -> bool:
