@@ -17,6 +17,7 @@ types; whether they are the same objects does not matter to kernels that read wh
 for copies are copied in the graph. What cannot be seen this way is kept out: see `Graphs.attack`.
 """
 
+import atexit
 import gc
 import threading
 import warnings
@@ -34,6 +35,7 @@ from .losses import DLR, Custom, KLDivergence, LabelSmoothedCE, Loss, Margin
 from .run import Batch, Run, drawing
 from .structure import Structure, freeze
 
+OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR)  # losses: frozen, and of each sample by itself
 # Attacks that were seen but not captured cost nothing but a key and some weak references.
 REMEMBERED = 128
 
@@ -68,18 +70,22 @@ class CudaGraph:
         # replays on several streams would share its (seed, offset) on the device.
         generator = torch.cuda.default_generators[self.stream.device_index]
         state, random = generator.graphsafe_get_state(), generator.clone_state()
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        graph, pool, failures = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), []
         torch._C._cuda_clearCublasWorkspaces()  # it is to take its workspace from `pool`, where nobody else can free it
         generator.graphsafe_set_state(random)
         try:
             with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                function()
-        except BaseException:
-            # cudaStreamEndCapture has failed, or else this is refused: then torch has not told its allocator of the end.
+                try:
+                    function()
+                except Exception as error:
+                    failures.append(error)
+                    raise
+        except BaseException as error:
+            # If it is cudaStreamEndCapture that failed, torch has not told its allocator of the end; else this is refused.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
                 torch._C._cuda_releasePool(self.stream.device_index, pool)
-            raise
+            raise (failures or [error])[0] from None  # the cause, not that the capture could not end well
         finally:
             generator.graphsafe_set_state(state)
             torch._C._cuda_clearCublasWorkspaces()
@@ -188,7 +194,7 @@ class Graphs:
     def _find(self, model: nn.Module, key: tuple, samples: int) -> "tuple[_Model, _Entry]":
         with self._lock:
             known = self._models.get(id(model))
-            if known is None:
+            if known is None or known.ref() is not model:
                 models, i = self._models, id(model)
                 known = self._models[i] = _Model(weakref.ref(model, lambda _: models.pop(i, None)))
             entry = known.entries.get((key, samples))
@@ -216,7 +222,7 @@ class Graphs:
             entry.refused = _obstacle(model, entry.structure, batch.x)
         if entry.refused is not None:
             return _attack(settings, model, batch, highest_label)
-        graph, x_adv = self._graph(batch.x.device), torch.empty_like(batch.x)
+        graph, x_adv, loss = self._graph(batch.x.device), torch.empty_like(batch.x), _loss_key(settings.loss)
         with graph.here():
             run = Run(settings, batch.copy())
             with borrowed(model, settings.bn_mode):
@@ -227,6 +233,9 @@ class Graphs:
                 entry.remember(model, settings)
                 if settled:  # before this attack there was another: it is not what a model makes on its first use
                     entry.refused = f"the model changes as it runs ({change})"
+                return x_adv, unusable
+            if _loss_key(settings.loss) != loss:
+                entry.refused = "the loss changes its attributes as it runs"
                 return x_adv, unusable
 
             def everything():
@@ -241,7 +250,8 @@ class Graphs:
                     entry.refused = f"{type(error).__name__}: {text}"
                     return x_adv, unusable
         run.release()
-        entry.graph, entry.run, entry.independent = graph, run, run.model.independent_samples
+        entry.graph, entry.run = graph, run
+        entry.independent = run.model.independent_samples and type(settings.loss) in OURS
         return x_adv, unusable
 
 
@@ -359,7 +369,7 @@ def _key(settings, batch: Batch) -> tuple:
 
 def _loss_key(loss: Loss):
     """Losses of ours by value; others by identity, without keeping them alive, and by the values of their attributes."""
-    if type(loss) in (LabelSmoothedCE, KLDivergence, Margin, DLR):
+    if type(loss) in OURS:
         return loss
     if type(loss) is not Custom:
         return freeze(loss), freeze(getattr(loss, "__dict__", {}))
@@ -369,3 +379,4 @@ def _loss_key(loss: Loss):
 
 
 graphs = Graphs()
+atexit.register(graphs.free)  # while CUDA is still there

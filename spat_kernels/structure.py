@@ -100,6 +100,8 @@ class Structure:
             others = [vars(modules[i])[name] for i, name, *_ in self._others]
         except KeyError as error:
             return f"attribute {error} was removed"
+        except TypeError as error:
+            return str(error)
         owners = self._names[:1], self._names, self._tensor_names
         for names, now, before in zip(owners, picture, self._picture, strict=True):
             for what in before:

@@ -5,6 +5,7 @@ import gc
 import threading
 import warnings
 import weakref
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spat_kernels as sk
 from spat_kernels import PGD, attacks, input_gradient, losses
-from spat_kernels.graph import Graphs
+from spat_kernels.graph import CudaGraph, Graphs
 from tests.fake_graph import FakeGraph
 from tests.test_attacks import EPS, Recorder, batch, cnn
 from tests.test_borrow import assert_same, snapshot
@@ -357,6 +358,19 @@ def test_own_loss_objects_go_by_their_attributes(graphs):
     assert torch.equal(images[0], images[1]) and torch.equal(images[2], images[3]) and not torch.equal(images[0], images[2])
 
 
+def test_losses_that_change_as_they_run_are_not_captured(graphs):
+    class Remembers(Weighted):
+        def reference(self, y, clean_logits, targeted):
+            self.calls = getattr(self, "calls", 0) + 1
+            return y
+
+    model, (x, y), loss = cnn(), batch(), Remembers(1.0)
+    with pytest.warns(RuntimeWarning, match="the loss changes its attributes as it runs") as caught:
+        for _ in range(3):
+            sk.pgd(model, x, y, EPS, loss=loss, graph=True)
+    assert len(caught) == 1 and loss.calls == 3 and len(graphs) == 0
+
+
 def test_every_setting_tells_captures_apart(graphs):
     graphs.capacity = 100
     model, (x, y) = cnn(), batch(4)
@@ -440,6 +454,11 @@ def test_short_batches_are_padded_where_samples_are_independent(graphs, monkeypa
         for got, expected in pairs(model, attack, n=3, dtype=torch.float64, seeds=(1,)):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
         assert len(graphs) == captures + (not independent), "8, and 3, which is less than half"
+    monkeypatch.setattr(input_gradient.InputGradient, "independent_samples", True)
+    graphs.free()
+    for n in (8, 5):
+        sk.pgd(model, *(t.double() if t.is_floating_point() else t for t in batch(n)), EPS, loss=square, graph=True)
+    assert len(graphs) == 2, "a loss of the caller's may couple samples"
 
 
 def test_padded_radii_and_layouts(graphs, monkeypatch):
@@ -693,6 +712,107 @@ def test_threads(graphs):
     for thread in threads:
         thread.join()
     assert not failures and len(graphs) == 2
+
+
+# --- the real class, with CUDA's part of it played ---
+
+
+class PlayedGenerator:
+    """torch.Generator on CUDA: a handle on a state, which a capture registers and a failed one leaves in capture mode."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def graphsafe_get_state(self):
+        return PlayedGenerator(self.state)
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+    def clone_state(self):
+        return PlayedGenerator(dict(self.state))
+
+    def get_state(self):
+        return dict(self.state)
+
+    def set_state(self, state):
+        self.state.update(state)
+
+    def get_offset(self):
+        return self.state["offset"]
+
+    def set_offset(self, offset):
+        self.state["offset"] = offset
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """torch.cuda as far as CudaGraph uses it: what it calls, in order, and the default generator."""
+    calls, default = [], PlayedGenerator({"seed": 7, "offset": 4, "capturing": False})
+
+    class Stream:
+        device_index = device = 0
+
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            calls.append("its stream waits" if other is caller else "the caller waits")
+
+    class Graph:
+        def replay(self):
+            self.state["offset"] += self.drawn
+
+    @contextmanager
+    def capturing(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local" and pool == "pool"
+        graph.state, before = default.state, default.state["offset"]
+        graph.state["capturing"] = True
+        try:
+            yield
+        except BaseException:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        graph.state["capturing"], graph.drawn, graph.state["offset"] = False, graph.state["offset"] - before, before
+
+    caller = Stream()
+    for name, value in {
+        "Stream": Stream, "CUDAGraph": Graph, "graph": capturing, "graph_pool_handle": lambda: "pool",
+        "default_generators": (default,), "current_stream": lambda device: caller, "stream": lambda stream: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: calls.append((name, *args)))
+    return calls, default
+
+
+def test_captures_draw_like_the_attack_itself(played):
+    calls, default = played
+    graph, state = CudaGraph(torch.device("cpu")), default.state
+    with graph.here():
+        graph.capture(lambda: default.set_offset(default.get_offset() + 8))
+        assert default.state is state and state == {"seed": 7, "offset": 4, "capturing": False}, "nothing drawn by a capture"
+        graph.replay()
+        assert default.state is state and default.get_offset() == 12
+        default.state.update(seed=9, offset=0)  # torch.manual_seed
+        graph.replay()
+    assert graph._random.state == default.state == {"seed": 9, "offset": 8, "capturing": False}
+    clear = ("_cuda_clearCublasWorkspaces",)
+    assert calls == ["its stream waits", clear, clear, "the caller waits"]
+
+
+def test_failed_captures_raise_the_cause_and_clean_up(played):
+    calls, default = played
+    graph, state = CudaGraph(torch.device("cpu")), default.state
+
+    def fails():
+        default.set_offset(16)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"), graph.here():
+        graph.capture(fails)
+    assert default.state is state and state == {"seed": 7, "offset": 4, "capturing": False}
+    assert ("_cuda_endAllocateToPool", 0, "pool") in calls and ("_cuda_releasePool", 0, "pool") in calls
+    assert calls[-1] == "the caller waits"
 
 
 # --- on a GPU ---

@@ -242,6 +242,13 @@ def test_what_cannot_be_seen_is_refused():
         Structure.of(sparse)
 
 
+def test_tensors_that_lose_their_address():
+    net = Net()
+    structure = Structure.of(net)
+    net.bn.running_mean = torch.eye(4).to_sparse()
+    assert "has no address" in structure.difference(net)
+
+
 def test_devices():
     net = Net()
     assert Structure.of(net).devices == {torch.device("cpu")}
