@@ -16,11 +16,12 @@ from torch import Tensor
 
 from . import checks
 from .balls import BALLS
-from .borrow import BN_MODES, borrowed
+from .borrow import BN_MODES
 from .engine import check_path, check_precision
+from .graph import graphs
 from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
 from .ops._common import is_dense
-from .run import Batch, Run
+from .run import Batch
 
 
 @dataclass(eq=False)
@@ -48,6 +49,12 @@ class PGD:
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
             "loss" alone.
         generator: source of the random starts, on any device; None is torch's default one of x's device.
+        graph: whether a CUDA graph replays the whole attack, which frees small batches from the time that launches take. "auto"
+            captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
+            first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
+            in a replay; changes of its modules, attributes, modes, hooks and of where its tensors are are noticed, and values
+            of parameters and buffers are read anew. What cannot be captured runs without, and a RuntimeWarning says why.
+            `spat_kernels.graphs` frees the memory of captures (`.free(model)`) and bounds their number (`.capacity`, 8).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -68,6 +75,7 @@ class PGD:
     bn_mode: str = "eval"
     select: str = "success"
     generator: torch.Generator | None = None
+    graph: bool | str = "auto"
 
     def __post_init__(self):
         self.loss = as_loss(self.loss)
@@ -75,6 +83,7 @@ class PGD:
         check_path(self.precision, self.input_gradient)
         checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
         checks.check_choice("select", self.select, ("success", "loss"))
+        checks.check_choice("graph", self.graph, ("auto", True, False))
         checks.check_count("steps", self.steps, 0)
         checks.check_count("restarts", self.restarts, 1)
         checks.check_generator(self.generator)
@@ -118,11 +127,8 @@ class PGD:
             if x.numel() == 0:
                 return x.clone()
             step_size = self._default_step_size() if self.step_size is None else self.step_size
-            run = Run(self, Batch(x, y, self.eps, step_size, start))
-            with borrowed(model, self.bn_mode):
-                run.attack(model, self.generator, self.restarts, highest_label)
-            x_adv, unusable = run.result, int(run.nan_seen.sum())
-        if unusable:
+            x_adv, unusable = graphs.attack(self, model, Batch(x, y, self.eps, step_size, start), highest_label)
+        if unusable := int(unusable):
             warnings.warn(
                 f"the input gradient was NaN for {unusable} of {len(x)} samples and counted as 0 there: they may look robust "
                 "without being so. Look at the model's outputs, or attack in higher precision",
@@ -174,6 +180,7 @@ def pgd_ls(
     bn_mode: str = "eval",
     select: str = "success",
     generator: torch.Generator | None = None,
+    graph: bool | str = "auto",
     start: Tensor | None = None,
 ) -> Tensor:
     """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
@@ -187,7 +194,7 @@ def pgd_ls(
     attack = PGD(
         eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
         targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
-        select=select, generator=generator,
+        select=select, generator=generator, graph=graph,
     )  # fmt: skip
     return attack(model, x, y, start=start)
 

@@ -1,5 +1,6 @@
 """One batch's attack on tensors that stay where they are: run once as it is, or captured and replayed for other batches."""
 
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Keeps the logit gradients of confident samples out of fp16's denormals; only their direction counts.
 FP16_SCALE = 128.0
+# Held while random numbers are drawn, and during a capture: torch forbids other threads to draw from a generator meanwhile.
+drawing = threading.RLock()
 
 
 class Batch(NamedTuple):
@@ -27,6 +30,10 @@ class Batch(NamedTuple):
     eps: float | Tensor
     step_size: float | Tensor
     start: Tensor | None
+
+    def copy(self) -> "Batch":
+        """With images and labels of its own; a run copies the rest by itself."""
+        return self._replace(x=self.x.clone(), y=None if self.y is None else self.y.clone())
 
 
 class Run:
@@ -87,7 +94,8 @@ class Run:
         """Draw what the next run starts from: as many numbers as the batch has samples, also where it fills only a part."""
         if self.starts_at != "random":
             return
-        draws = self.ball.draw(generator, self.n)
+        with drawing:
+            draws = self.ball.draw(generator, self.n)
         if self.draws is None:
             self.draws = draws
         else:
@@ -132,9 +140,12 @@ class Run:
                 self._keep_best()
 
     def release(self) -> None:
-        """Forget the model and the loss, which a capture must not keep alive, but nothing that its kernels read or write."""
+        """Forget the model and the loss, which a capture must not keep alive, but nothing that its kernels read or write.
+
+        What was allocated during the capture may go: that memory is the graph's.
+        """
         self.model.release()
-        self.loss = None
+        self.loss = self.reference = None
 
     @property
     def result(self) -> Tensor:

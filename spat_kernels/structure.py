@@ -4,9 +4,9 @@ A trace or a capture keeps what Python code did once. So all that this code can 
 their classes, hooks, modes and attributes, and the shapes, layouts and (for a capture, whose kernels know nothing else) addresses
 of their tensors. What is *in* parameters and buffers is free to change: an optimiser's update in place leaves a model the same.
 
-Nothing is kept alive: modules, tensors and other objects are held weakly and compared by identity; plain values (numbers, strings,
-dtypes, tuples of these) by value; lists, dicts and sets by content. What other objects hold inside, globals and closures is out
-of sight.
+Nothing is kept alive: modules, tensors and other objects are held weakly and compared by identity; plain values (numbers,
+strings, dtypes, tuples of these) by value; lists, dicts and sets by content. What other objects hold inside, globals and closures
+are out of sight.
 """
 
 import weakref
@@ -29,6 +29,7 @@ class Structure:
 
     Attributes:
         hooked: the name of a module with hooks that would run in a forward or backward, or None.
+        devices: where its tensors are, attributes included.
     """
 
     @classmethod
@@ -44,7 +45,7 @@ class Structure:
             TypeError: the model cannot be looked into (TorchScript, tensors without storage).
         """
         self = cls()
-        self._training, self._addresses = training, addresses
+        self._training, self._addresses, self.devices = training, addresses, set()
         self._names, modules, queue, known = [], [], deque([(type(model).__name__, model)]), set()
         self._read_plain, self._plain, self._others = [], [], []
         while queue:  # an attribute may lead to modules that are not registered; they count as well
@@ -56,6 +57,7 @@ class Structure:
                 self._add(name, module, queue)
         self._modules = list(map(weakref.ref, modules))
         self._picture = self._take(modules)
+        self.devices |= {t.device for m in modules for d in (m._parameters, m._buffers) for t in d.values() if t is not None}
         self._tensor_names = [
             f"{name}.{n}"
             for tensors in ("_parameters", "_buffers")
@@ -98,9 +100,14 @@ class Structure:
             others = [vars(modules[i])[name] for i, name, *_ in self._others]
         except KeyError as error:
             return f"attribute {error} was removed"
-        for what, before in self._picture.items():
-            if picture[what] != before:
-                return f"{self._whose(what, picture[what], before)}: its {what} changed"
+        except TypeError as error:
+            return str(error)
+        owners = self._names[:1], self._names, self._tensor_names
+        for names, now, before in zip(owners, picture, self._picture, strict=True):
+            for what in before:
+                if now[what] != before[what]:
+                    changed = (name for name, a, b in zip(names, now[what], before[what], strict=False) if a != b)
+                    return f"{next(changed, self._names[0])}: its {what} changed"
         for name, values, before in zip(self._names, plain, self._plain, strict=True):
             # The very same objects nearly always; and what is one, is not asked whether it equals (it may be a tensor by now).
             if not all(map(is_, values, before)) and freeze(values) != freeze(before):
@@ -111,28 +118,33 @@ class Structure:
                 return f"{self._names[i]}: attribute '{name}' changed"
         return "every module: its hooks changed" if _global_hooks() and self.hooked != "every module" else None
 
-    def _take(self, modules: list[nn.Module]) -> dict[str, list]:
-        """What every module has, aspect by aspect, over all modules. Ids are those of living objects."""
+    def _take(self, modules: list[nn.Module]) -> tuple[dict[str, list], ...]:
+        """Aspects that each module has, those of each tensor, and those of all together. Ids are of objects that are alive."""
         attributes = list(map(vars, modules))
         modes, children, parameters, buffers, *hooks = zip(*map(itemgetter(*OWN), attributes), strict=True)
         slots = [t for d in chain(parameters, buffers) if d for t in d.values()]
         tensors = [t for t in slots if t is not None]
         classes = list(map(type, modules))
-        return {
+        of_modules = {
             "class": list(map(id, classes)),
-            "class's forward": [id(kind.forward) for kind in dict.fromkeys(classes)],
             "mode (train, eval)": list(modes) if self._training else [],
             "number of attributes": list(map(len, attributes)),
             "children": list(map(tuple, children)),
-            "child modules": [id(child) for d in children if d for child in d.values()],
-            "hooks": list(map(tuple, chain(*hooks))) if any(map(any, hooks)) else [],  # by ids, which are never used again
             "parameters": list(map(tuple, parameters)),
             "buffers": list(map(tuple, buffers)),
-            "parameters or buffers that are None": [i for i, t in enumerate(slots) if t is None],
-            "address" if self._addresses else "parameters or buffers": self._which(tensors),
-            "shape or dtype": list(map(attrgetter("shape", "dtype", "device"), tensors)),
+        }
+        of_tensors = {
+            "address" if self._addresses else "identity": self._which(tensors),
+            "shape, dtype or device": list(map(attrgetter("shape", "dtype", "device"), tensors)),
             "strides": list(map(Tensor.stride, tensors)),
         }
+        of_model = {
+            "forwards of classes": [_Same(kind.forward) for kind in dict.fromkeys(classes)],
+            "modules": [id(child) for d in children if d for child in d.values()],
+            "hooks": list(map(tuple, chain(*hooks))) if any(map(any, hooks)) else [],  # by ids, which are never used again
+            "parameters or buffers that are None": [i for i, t in enumerate(slots) if t is None],
+        }
+        return of_model, of_modules, of_tensors
 
     def _which(self, tensors: list[Tensor]) -> list:
         try:
@@ -142,13 +154,8 @@ class Structure:
 
     def _signature(self, t: Tensor):
         """Of a tensor that is an attribute: which one it is, and where its data is."""
+        self.devices.add(t.device)
         return _Same(t), self._which([t]), t.dtype, t.shape, t.stride()
-
-    def _whose(self, what: str, now: list, before: list) -> str:
-        """The name of the first module, or its parameter or buffer, where the lists differ."""
-        names = {len(self._names): self._names, len(self._tensor_names): self._tensor_names}.get(len(before), [])
-        differing = (name for name, a, b in zip(names, now, before, strict=False) if a != b)
-        return next(differing, self._names[0])
 
 
 class _Same:
