@@ -24,7 +24,7 @@ import warnings
 import weakref
 from contextlib import contextmanager, suppress
 from itertools import count
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ class CudaGraph:
                 torch._C._cuda_releasePool(self.stream.device_index, pool)
             raise (failures or [error])[0] from None  # the cause, not that the capture could not end well
         finally:
+            failures.clear()  # an exception knows this frame, and so the model
             generator.graphsafe_set_state(state)
             torch._C._cuda_clearCublasWorkspaces()
         self._graph, self._random = graph, random
@@ -146,7 +147,7 @@ class Graphs:
 
         With graph="auto" only what can be checked is captured: an nn.Module, and losses other than plain callables (either may
         read what is out of sight), outside of dispatch modes (which would not see a replay). With graph=True the caller vouches
-        for a callable loss; it is told apart by identity.
+        for the globals that a callable loss reads.
 
         Raises:
             ValueError: graph=True, but x is not on a CUDA device, or the model is a plain callable.
@@ -368,14 +369,22 @@ def _key(settings, batch: Batch) -> tuple:
 
 
 def _loss_key(loss: Loss):
-    """Losses of ours by value; others by identity, without keeping them alive, and by the values of their attributes."""
+    """Losses of ours by value; others by their class and attributes, and callables as below. Nothing is kept alive."""
     if type(loss) in OURS:
         return loss
-    if type(loss) is not Custom:
-        return freeze(loss), freeze(getattr(loss, "__dict__", {}))
-    if isinstance(loss.function, MethodType):  # a new object each time that it is looked up
-        return freeze(loss.function.__self__), freeze(loss.function.__func__)
-    return freeze(loss.function)
+    if type(loss) is Custom:
+        return _function_key(loss.function)
+    return freeze(type(loss)), freeze(vars(loss) if hasattr(loss, "__dict__") else loss)
+
+
+def _function_key(function):
+    """A function by its code and what it closes over, since it may be made anew for each attack; other callables by identity."""
+    if isinstance(function, MethodType):
+        return freeze(function.__self__), _function_key(function.__func__)
+    if not isinstance(function, FunctionType):
+        return freeze(function)
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # an empty one raises
+    return freeze((function.__code__, function.__defaults__, function.__kwdefaults__, cells))
 
 
 graphs = Graphs()

@@ -96,7 +96,7 @@ class Structure:
             return f"{self._names[modules.index(None)]} is gone"
         try:
             picture = self._take(modules)
-            plain = [read(vars(module)) for read, module in zip(self._read_plain, modules, strict=True)]
+            plain = [read(attributes) for read, attributes in zip(self._read_plain, map(vars, modules), strict=True)]
             others = [vars(modules[i])[name] for i, name, *_ in self._others]
         except KeyError as error:
             return f"attribute {error} was removed"
@@ -108,10 +108,12 @@ class Structure:
                 if now[what] != before[what]:
                     changed = (name for name, a, b in zip(names, now[what], before[what], strict=False) if a != b)
                     return f"{next(changed, self._names[0])}: its {what} changed"
-        for name, values, before in zip(self._names, plain, self._plain, strict=True):
-            # The very same objects nearly always; and what is one, is not asked whether it equals (it may be a tensor by now).
-            if not all(map(is_, values, before)) and freeze(values) != freeze(before):
-                return f"{name}: an attribute changed"
+        # The very same objects nearly always; and no two are asked whether they are equal before their types are (one may be a
+        # tensor by now).
+        if not all(map(is_, chain.from_iterable(plain), chain.from_iterable(self._plain))):
+            for name, values, before in zip(self._names, plain, self._plain, strict=True):
+                if freeze(values) != freeze(before):
+                    return f"{name}: an attribute changed"
         for value, (i, name, flat, before) in zip(others, self._others, strict=True):
             same = flat is not None and type(value) is list and len(value) == len(flat) and all(map(is_, value, flat))
             if not same and _freeze(value, self._signature) != before:

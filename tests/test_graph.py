@@ -103,6 +103,16 @@ def test_radius_and_step_per_sample_and_start(graphs, norm):
     assert len(graphs) == 4
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode(graphs, context):
+    model, (x, y) = cnn(), batch()
+    for mode in (context, torch.enable_grad, context):
+        with mode():
+            got, expected = (PGD(EPS, random_start=False, graph=graph)(model, x + 0, y + 0) for graph in (True, False))
+        assert torch.equal(got, expected) and not got.is_inference()
+    assert len(graphs) == 1
+
+
 def test_layouts_are_kept(graphs):
     model, (x, y) = cnn(), batch(4)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -330,14 +340,23 @@ class Method:
         return square(z, y)
 
 
-def test_callable_losses_go_by_identity(graphs):
+def test_callable_losses_go_by_code_and_closure(graphs):
     model, (x, y), method = cnn(), batch(), Method()
+
+    def weighted(weight, anchor=None):
+        return lambda z, y, power=1: weight * square(z, y) ** power + (0 if anchor is None else anchor.sum())
+
     for _ in range(3):
         sk.pgd(model, x, y, EPS, loss=method.loss, graph=True)
     assert len(graphs) == 1
     sk.pgd(model, x, y, EPS, loss=Method().loss, graph=True)
-    sk.pgd(model, x, y, EPS, loss=lambda z, y: square(z, y), graph=True)
-    assert len(graphs) == 3
+    assert len(graphs) == 2
+    images = [sk.pgd(model, x, y, EPS, loss=weighted(w), graph=True, random_start=False) for w in (1.0, 1.0, -1.0, 1.0)]
+    assert len(graphs) == 4
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[3]) and not torch.equal(images[0], images[2])
+    for _ in range(2):
+        sk.pgd(model, x, y, EPS, loss=weighted(1.0, torch.ones(1)), graph=True)
+    assert len(graphs) == 6, "tensors by identity"
 
 
 class Weighted(losses.Loss):
@@ -348,10 +367,12 @@ class Weighted(losses.Loss):
         dlogits.copy_(self.weight * logits)
 
 
-def test_own_loss_objects_go_by_their_attributes(graphs):
+@pytest.mark.parametrize("same_object", [True, False])
+def test_own_loss_objects_go_by_their_attributes(graphs, same_object):
     model, (x, y), loss = cnn(), batch(), Weighted(1.0)
     images = []
     for weight in (1.0, 1.0, -1.0, -1.0):
+        loss = loss if same_object else Weighted(weight)
         loss.weight = weight
         images.append(sk.pgd(model, x, y, EPS, loss=loss, random_start=False, graph=True))
     assert len(graphs) == 2
@@ -513,6 +534,19 @@ def test_what_cannot_be_captured_runs_without(graphs, graph):
     assert "operation not permitted when stream is capturing" in str(warning.message)
     assert warning.filename == attacks.__file__, "pgd, as with other warnings"
     assert len(graphs) == 0 and not torch.is_inference_mode_enabled() and gc.isenabled()
+
+
+def test_failed_captures_keep_nothing_alive(graphs):
+    model, (x, y) = Waits(), batch()
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+        sk.pgd(model, x, y, EPS, graph=True)
+    part = weakref.ref(model.net[0])
+    gc.disable()
+    try:
+        del model
+        assert part() is None
+    finally:
+        gc.enable()
 
 
 def test_refused_captures_are_not_tried_again(graphs, monkeypatch):
