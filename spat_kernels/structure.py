@@ -38,8 +38,8 @@ class Structure:
 
         Args:
             training: whether the modes of the modules belong to it; False where they are set before the model is used.
-            addresses: whether the addresses of parameters, buffers and other tensors do; False holds parameters and buffers to
-                be the same objects instead, wherever their data is.
+            addresses: whether the addresses of parameters, buffers and other tensors do; without, parameters and buffers may be
+                replaced by others of the same kind.
 
         Raises:
             TypeError: the model cannot be looked into (TorchScript, tensors without storage).
@@ -136,7 +136,7 @@ class Structure:
             "buffers": list(map(tuple, buffers)),
         }
         of_tensors = {
-            "address" if self._addresses else "identity": self._which(tensors),
+            "address": self._addresses_of(tensors),
             "shape, dtype or device": list(map(attrgetter("shape", "dtype", "device"), tensors)),
             "strides": list(map(Tensor.stride, tensors)),
         }
@@ -148,16 +148,16 @@ class Structure:
         }
         return of_model, of_modules, of_tensors
 
-    def _which(self, tensors: list[Tensor]) -> list:
+    def _addresses_of(self, tensors: list[Tensor]) -> list[int]:
         try:
-            return list(map(Tensor.data_ptr if self._addresses else _Same, tensors))
+            return list(map(Tensor.data_ptr, tensors)) if self._addresses else []
         except RuntimeError as error:
             raise TypeError(f"a tensor of the model has no address: {error}") from error
 
     def _signature(self, t: Tensor):
         """Of a tensor that is an attribute: which one it is, and where its data is."""
         self.devices.add(t.device)
-        return _Same(t), self._which([t]), t.dtype, t.shape, t.stride()
+        return _Same(t), self._addresses_of([t]), t.dtype, t.shape, t.stride()
 
 
 class _Same:

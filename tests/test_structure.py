@@ -152,17 +152,19 @@ def test_another_model(name, addresses):
 @pytest.mark.parametrize("of_attribute", [False, True])
 def test_moved_data_counts_where_addresses_do(of_attribute):
     net = Net()
-    by_address, by_object = Structure.of(net), Structure.of(net, addresses=False)
+    by_address, without = Structure.of(net), Structure.of(net, addresses=False)
     tensor = net.mean if of_attribute else net.conv.weight
     tensor.data = torch.rand_like(tensor)
-    assert not by_address.matches(net) and by_object.matches(net)
+    assert not by_address.matches(net) and without.matches(net)
 
 
 def test_an_address_is_all_that_a_capture_knows_of_a_parameter():
     net = Net()
-    by_address, by_object = Structure.of(net), Structure.of(net, addresses=False)
+    by_address, without = Structure.of(net), Structure.of(net, addresses=False)
     net.conv.weight = nn.Parameter(net.conv.weight.data)
-    assert by_address.matches(net) and not by_object.matches(net)
+    assert by_address.matches(net) and without.matches(net)
+    net.conv.weight = nn.Parameter(torch.rand_like(net.conv.weight))
+    assert not by_address.matches(net) and without.matches(net)
 
 
 def test_modes_can_be_left_out():
