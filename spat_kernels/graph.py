@@ -19,6 +19,7 @@ for copies are copied in the graph. What cannot be seen this way is kept out: se
 
 import atexit
 import gc
+import random
 import threading
 import warnings
 import weakref
@@ -26,6 +27,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from types import CellType, FunctionType, MethodType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,10 +71,10 @@ class CudaGraph:
         # The generator lends the graph a state of its own: a capture that fails leaves that in capture mode for good, and
         # replays on several streams would share its (seed, offset) on the device.
         generator = torch.cuda.default_generators[self.stream.device_index]
-        state, random = generator.graphsafe_get_state(), generator.clone_state()
+        state, lent = generator.graphsafe_get_state(), generator.clone_state()
         graph, pool, failures = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), []
         torch._C._cuda_clearCublasWorkspaces()  # it is to take its workspace from `pool`, where nobody else can free it
-        generator.graphsafe_set_state(random)
+        generator.graphsafe_set_state(lent)
         try:
             with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 try:
@@ -90,7 +92,7 @@ class CudaGraph:
             failures.clear()  # an exception knows this frame, and so the model
             generator.graphsafe_set_state(state)
             torch._C._cuda_clearCublasWorkspaces()
-        self._graph, self._random = graph, random
+        self._graph, self._random = graph, lent
 
     def replay(self) -> None:
         generator = torch.cuda.default_generators[self.stream.device_index]
@@ -244,12 +246,16 @@ class Graphs:
                     run()
 
             with _quiet_capture():
+                random_states = _host_random_states()
                 try:
                     graph.capture(everything)
                 except Exception as error:
                     text = str(error).strip().split("\n")[0]
                     entry.refused = f"{type(error).__name__}: {text}"
-                    return x_adv, unusable
+                if _restore(random_states) and entry.refused is None:
+                    entry.refused = "random numbers were drawn on the host meanwhile, which a replay would not draw anew"
+            if entry.refused is not None:
+                return x_adv, unusable
         run.release()
         entry.graph, entry.run = graph, run
         entry.independent = run.model.independent_samples and type(settings.loss) in OURS
@@ -351,6 +357,21 @@ def _quiet_capture():
             torch.set_autocast_cache_enabled(caching)
             if collecting:
                 gc.enable()
+
+
+def _host_random_states() -> tuple:
+    return random.getstate(), torch.get_rng_state(), np.random.get_state()  # noqa: NPY002, models may use that one
+
+
+def _restore(states: tuple) -> bool:
+    """Restore the random states of the host; return whether they had changed."""
+    (python, torchs, (_, *numpys)), (python_now, torchs_now, (_, *numpys_now)) = states, _host_random_states()
+    if python == python_now and torch.equal(torchs, torchs_now) and all(map(np.array_equal, numpys, numpys_now)):
+        return False
+    random.setstate(python)
+    torch.set_rng_state(torchs)
+    np.random.set_state(states[2])  # noqa: NPY002
+    return True
 
 
 def _key(settings, batch: Batch) -> tuple:

@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import random
 import threading
 import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -582,6 +584,26 @@ def test_tensors_elsewhere_are_not_captured(graphs):
     model.forward = lambda x: model.net(x)
     with pytest.warns(RuntimeWarning, match="it has tensors on meta and x is on cpu"):
         sk.pgd(model, x, y, EPS, graph=True)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_choices_by_random_numbers_of_the_host_are_not_captured(graphs, draw):
+    class SkipsLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = cnn()
+
+        def forward(self, x):
+            return self.net(x) if draw() < 0.5 else -self.net(x)
+
+    model, (x, y), images = SkipsLayers(), batch(), []
+    for graph in (True, False):
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        attack = PGD(EPS, random_start=False, graph=graph)
+        with pytest.warns(RuntimeWarning, match="drawn on the host") if graph else nullcontext():
+            images.append([attack(model, x, y) for _ in range(3)])
+    assert all(map(torch.equal, *images)) and not torch.equal(*images[0][:2])
 
 
 def test_models_that_change_as_they_run_are_not_captured(graphs):
