@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, host_random
 from .borrow import BN_MODES, borrowed
 from .input_gradient import InputGradient
 from .plan import Plan, PlannedGradient
@@ -158,9 +158,12 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
 def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
     """A plan that gives what autograd gives on two of the images, or why there is none. No random number is lost."""
     exact = arithmetic("fp32" if x.dtype == torch.float32 else None, x.device.type, autocast=False)
+    random_states = host_random.states()
     try:
         with exact, torch.random.fork_rng([x.device] if x.is_cuda else []):
             plan = Plan(trace(model, x))
+            if host_random.restore(random_states):
+                return "its forward draws random numbers on the host, which the plan would not draw anew"
             _compare(plan, model, x[torch.arange(2, device=x.device) % len(x)])
         return plan
     except CannotPlan as reason:
@@ -169,6 +172,8 @@ def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
         raise
     except Exception as error:  # what autograd can do is not to fail here; `explain` tells, and input_gradient="plan" raises
         return f"the plan fails on it ({type(error).__name__}: {error})"
+    finally:
+        host_random.restore(random_states)
 
 
 def _compare(plan: Plan, model: nn.Module, x: Tensor) -> None:

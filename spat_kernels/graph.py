@@ -19,7 +19,6 @@ for copies are copied in the graph. What cannot be seen this way is kept out: se
 
 import atexit
 import gc
-import random
 import threading
 import warnings
 import weakref
@@ -27,11 +26,10 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from types import CellType, FunctionType, MethodType
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, host_random
 from .borrow import borrowed
 from .losses import DLR, Custom, KLDivergence, LabelSmoothedCE, Loss, Margin
 from .run import Batch, Run, drawing
@@ -246,13 +244,13 @@ class Graphs:
                     run()
 
             with _quiet_capture():
-                random_states = _host_random_states()
+                random_states = host_random.states()
                 try:
                     graph.capture(everything)
                 except Exception as error:
                     text = str(error).strip().split("\n")[0]
                     entry.refused = f"{type(error).__name__}: {text}"
-                if _restore(random_states) and entry.refused is None:
+                if host_random.restore(random_states) and entry.refused is None:
                     entry.refused = "random numbers were drawn on the host meanwhile, which a replay would not draw anew"
             if entry.refused is not None:
                 return x_adv, unusable
@@ -357,21 +355,6 @@ def _quiet_capture():
             torch.set_autocast_cache_enabled(caching)
             if collecting:
                 gc.enable()
-
-
-def _host_random_states() -> tuple:
-    return random.getstate(), torch.get_rng_state(), np.random.get_state()  # noqa: NPY002, models may use that one
-
-
-def _restore(states: tuple) -> bool:
-    """Restore the random states of the host; return whether they had changed."""
-    (python, torchs, (_, *numpys)), (python_now, torchs_now, (_, *numpys_now)) = states, _host_random_states()
-    if python == python_now and torch.equal(torchs, torchs_now) and all(map(np.array_equal, numpys, numpys_now)):
-        return False
-    random.setstate(python)
-    torch.set_rng_state(torchs)
-    np.random.set_state(states[2])  # noqa: NPY002
-    return True
 
 
 def _key(settings, batch: Batch) -> tuple:

@@ -83,16 +83,20 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise CannotPlan("global module hooks are registered, which the plan would not call")
     before = _attributes(model)
+    tracer, reader, reason = _Tracer(), None, None
     try:
-        reader = _Reader(model, _Tracer().trace(model))
+        reader = _Reader(model, tracer.trace(model))
     except Exception as error:  # whatever a model's own code raises when it is run on symbols
-        raise CannotPlan(f"torch.fx cannot trace it: {_first_line(error)}") from error
-    finally:
-        changed = _restore(before)
-    if changed:
-        raise CannotPlan(f"its forward changes {changed[0]}, which the plan would not do")
-    probe = x[torch.arange(PROBES, device=x.device) % len(x)]
-    return reader.read(probe)
+        reason = f"torch.fx cannot trace it: {_first_line(error)}"
+    if changed := _restore(before):
+        reason = f"its forward changes {changed[0]}, which the plan would not do"
+    try:
+        if reason:
+            raise CannotPlan(reason)
+        return reader.read(x[torch.arange(PROBES, device=x.device) % len(x)])
+    finally:  # fx's objects are full of cycles: they are not to keep the model alive until the next garbage collection
+        for holder in (tracer, *([reader.module, reader] if reader else [])):
+            vars(holder).clear()
 
 
 def _attributes(model: nn.Module) -> list[tuple[str, dict, dict, dict[str, list]]]:
@@ -173,12 +177,15 @@ class _Reader(torch.fx.Interpreter):
     def read(self, probe: Tensor) -> list[Node]:
         self.probe = probe
         with torch.no_grad():
+            reason = None
             try:
                 self.run(probe.clone())
             except CannotPlan as error:
-                raise CannotPlan(str(error).splitlines()[0]) from None  # without fx's account of where
+                reason = str(error).splitlines()[0]  # without fx's account of where
             except Exception as error:
-                raise CannotPlan(f"{_first_line(error)} on a batch of {len(probe)}") from error
+                reason = f"{_first_line(error)} on a batch of {len(probe)}"
+        if reason:
+            raise CannotPlan(reason)  # outside of `except`: a context would keep frames, and so the model, alive
         return self.nodes
 
     def run_node(self, n: torch.fx.Node) -> Any:

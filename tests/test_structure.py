@@ -145,6 +145,8 @@ def test_another_model(name, addresses):
     net = Net()
     structure = Structure.of(net, addresses=addresses)
     DIFFERENT[name](net)
+    if not addresses and name in ("parameter", "buffer", "hidden_module"):
+        return  # another tensor of the same kind is no difference then: see test_moved_data_counts_where_addresses_do
     assert structure.difference(net) and not structure.matches(net)
     assert Structure.of(net, addresses=addresses).matches(net)
 
