@@ -377,11 +377,13 @@ def _status(key: str) -> int:
 
 
 def add_resident_growth(records: list[dict], model: str, size: int, steps: int) -> None:
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for record in records:
-            if record["status"] == "timed":
-                cell = model, size, record["batch"], record["provider"], record["precision"], steps, torch.get_num_threads()
-                record["peak_mib"] = pool.apply(resident_growth, cell)
+    pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+    for record in records:
+        if record["status"] == "timed":
+            cell = model, size, record["batch"], record["provider"], record["precision"], steps, torch.get_num_threads()
+            record["peak_mib"] = pool.apply(resident_growth, cell)
+    pool.close()
+    pool.join()
 
 
 # --- the matrix ---

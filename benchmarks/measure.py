@@ -143,6 +143,7 @@ def ceilings(device: str, precisions: list[str], *, small: bool = False, seconds
         dict: `copy_gbps`, bytes read and written by `copy_` between buffers far beyond every cache; `tflops`, per precision the
         larger of `matmul` (a square product) and `conv` (3x3, channels_last), two operations a multiply-add, both given too.
     """
+    torch.backends.cudnn.benchmark = True  # a ceiling is the best engine's
     cuda = device.startswith("cuda")
     mib, n, batch, channels = (4, 256, 2, 64) if small else (4096, 8192, 256, 640) if cuda else (256, 2048, 32, 320)
     buffers = torch.randn(2, mib * 2**18, device=device)

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from benchmarks.report import fastest, races
 
-OURS, RIVALS = ["#D55E00", "#E69F00", "#CC79A7"], ["#0072B2", "#009E73", "#56B4E9", "#000000", "#999999", "#7F3C8D"]
+OURS, RIVALS = ["#D55E00", "#E69F00", "#CC79A7"], ["#0072B2", "#009E73", "#56B4E9", "#000000", "#7F3C8D", "#8C564B"]
 PRECISIONS = {"fp32": "#0072B2", "tf32": "#009E73", "bf16": "#D55E00", "fp16": "#CC79A7"}
 MARKERS = "osD^vP*X"
 
@@ -89,10 +89,12 @@ def roofline(results: dict, path: Path) -> None:
         for k, (m, b) in zip(MARKERS, batches.items(), strict=False)
     ]
     named += [
-        Line2D([], [], color="black", linestyle="", marker="o", label="spat_kernels"),
-        Line2D([], [], color="black", linestyle="", marker="o", markerfacecolor="none", label="fastest rival, same precision"),
+        Line2D([], [], color="black", linestyle="", marker="8", label="filled: spat_kernels"),
+        Line2D(
+            [], [], color="black", linestyle="", marker="8", markerfacecolor="none", label="hollow: fastest rival, same precision"
+        ),
     ]
-    ax.legend(handles=named, fontsize=9, loc="lower right")
+    figure.legend(handles=named, fontsize=9, loc="outside lower center", ncols=3)
     ax.set_title(f"PGD-{steps} on {results['machine']['device']}, copy {ceilings['copy_gbps']:.0f} GB/s", fontsize=11)
     figure.savefig(path, dpi=130)
 
@@ -125,6 +127,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     data = json.loads(args.json.read_text())
+    data = data.get("results", data)
     args.out.mkdir(parents=True, exist_ok=True)
     throughput(data, args.out / "throughput.png")
     roofline(data, args.out / "roofline.png")

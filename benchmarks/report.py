@@ -151,6 +151,7 @@ def write(page: Path, name: str, text: str) -> None:
 def main(files: list[Path], page: Path | None) -> None:
     for path in files or sorted(p for kind in ("kernels", "attack") for p in RESULTS.glob(f"*/{kind}.json")):
         results = json.loads(path.read_text())
+        results = results.get("results", results)  # a stage of the GPU suite, or the results themselves
         kind = "attack" if "cells" in results else "kernels"
         if page:
             write(page, marker(path), {"kernels": kernels, "attack": attack}[kind](results))

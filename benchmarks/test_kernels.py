@@ -11,7 +11,7 @@ its turn comes again, where that takes no more than COPIES of them. A case's res
 
 import math
 import time
-from functools import cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -59,6 +59,7 @@ def clock() -> float:
     return time.perf_counter()
 
 
+@lru_cache(8)  # the passes over one case come one after another
 def graphed(case: Case, provider: str, sets: int):
     """A CUDA graph of the provider's calls, in turns on `sets` working sets of its own, and how many calls it holds."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
