@@ -136,7 +136,7 @@ def one_line(error: BaseException) -> str:
 # --- ceilings ---
 
 
-def ceilings(device: str, precisions: list[str], *, small: bool = False, seconds: float = 1.0) -> dict:
+def ceilings(device: str, precisions: list[str], *, small: bool = False) -> dict:
     """The two ceilings of the roofline, on random data (zeros run faster).
 
     Returns:
@@ -144,7 +144,7 @@ def ceilings(device: str, precisions: list[str], *, small: bool = False, seconds
         larger of `matmul` (a square product) and `conv` (3x3, channels_last), two operations a multiply-add, both given too.
     """
     torch.backends.cudnn.benchmark = True  # a ceiling is the best engine's
-    cuda = device.startswith("cuda")
+    cuda, seconds = device.startswith("cuda"), 0.02 if small else 1.0
     mib, n, batch, channels = (4, 256, 2, 64) if small else (4096, 8192, 256, 640) if cuda else (256, 2048, 32, 320)
     buffers = torch.randn(2, mib * 2**18, device=device)
     copy = seconds_per_call(lambda: buffers[0].copy_(buffers[1]), device, seconds)

@@ -148,8 +148,12 @@ def write(page: Path, name: str, text: str) -> None:
     page.write_text(new)
 
 
+def committed() -> list[Path]:
+    return sorted(path for kind in ("kernels", "attack") for path in RESULTS.glob(f"*/{kind}.json"))
+
+
 def main(files: list[Path], page: Path | None) -> None:
-    for path in files or sorted(p for kind in ("kernels", "attack") for p in RESULTS.glob(f"*/{kind}.json")):
+    for path in files or committed():
         results = json.loads(path.read_text())
         results = results.get("results", results)  # a stage of the GPU suite, or the results themselves
         kind = "attack" if "cells" in results else "kernels"
