@@ -1,5 +1,11 @@
-"""Benchmarks of the ops against what people write without them.
+"""Benchmarks of the ops and attacks against what people write without them. Every one checks before it times.
 
-python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu/kernels.json    check and time cases.py
-python -m benchmarks.report [json] [--write README.md]                              the table
+python -m pytest benchmarks [--device cuda] --benchmark-json=benchmarks/results/cpu/kernels.json    the kernels of cases.py
+python -m benchmarks.attack --models wrn-16-4 --batches 64 --out benchmarks/results/cpu/attack.json    whole attacks
+python -m benchmarks.workmodel --device cpu    operations, bytes and ceilings: how fast an attack could be
+python -m benchmarks.gpu_suite --out DIR --minutes 25    all of it, and more, on a GPU (--rehearse: tiny, on the CPU)
+python -m benchmarks.report [json ...] [--write README.md]    the tables
+python -m benchmarks.plots JSON --out DIR    throughput.png and roofline.png
+
+`pip install '.[bench,rivals]'` brings the rivals; those that are missing are left out, and recorded.
 """

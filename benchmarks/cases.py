@@ -7,7 +7,9 @@ element.
 
 The `host` cases run on one element or one row, straight through `torch.ops.spat.*.default`. What they time is the
 dispatcher, unboxing and the argument checks: the part of a call's cost that CPU and CUDA tensors share. The device
-guard, the stream lookup and the launch of a CUDA call are NOT in it; without a GPU nothing here measures those.
+guard, the stream lookup and the launch are in it on the GPU alone.
+
+Tensors are on `DEVICE` ("cpu", or "cuda" by `pytest benchmarks --device cuda`).
 """
 
 import math
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from spat_kernels.ops import dlr_grad, keep_best_, kl_grad, l2_step_, linf_random_start_, linf_step_, lsce_grad, margin_grad
 
+DEVICE = "cpu"
 EPS, STEP = 8 / 255, 2 / 255
 IMAGES, SMALL_IMAGES = (128, 3, 32, 32), (4, 3, 32, 32)
 ROWS, SMALL_ROWS = ((512, 10), (128, 1000)), (5, 10)
@@ -36,6 +39,7 @@ class Work:
     view: Callable[[Tensor], Tensor] = lambda t: t  # what of a result must agree
     atol: float = 1e-6
     reset: Callable[[], object] | None = None  # before each call, outside the clock
+    synchronise: tuple[str, ...] = ()  # rivals that wait for the GPU, so that no CUDA graph can hold them
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,22 @@ class Case:
     def bytes_held(self) -> int:
         return self.held * math.prod(self.shape)
 
+    def work(self, shape: tuple[int, ...]) -> Work:
+        with torch.device(DEVICE):
+            return self.build(shape)
+
     def roles(self) -> dict[str, str]:
         """Provider name to its role."""
         named = {self.yardstick: "yardstick"}
         if self.build:
-            named = {"spat": "ours"} | dict.fromkeys(self.build(self.small).rivals, "rival") | named
+            named = {"spat": "ours"} | dict.fromkeys(self.work(self.small).rivals, "rival") | named
         return named
 
     def provider(self, name: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
         """A function to time, and what to call before each call of it."""
         if name == self.yardstick:
             return yardstick(name, self.bytes_held), None
-        work = self.build(self.shape)
+        work = self.work(self.shape)
         return ({"spat": work.ours} | work.rivals)[name], work.reset
 
     def verify(self, shape: tuple[int, ...] | None = None) -> None:
@@ -80,10 +88,10 @@ class Case:
         if not self.build:
             return
         shape = shape or self.shape
-        expected = self.build(shape)
+        expected = self.work(shape)
         ours = expected.view(expected.ours().clone())
         for name in expected.rivals:
-            work = self.build(shape)
+            work = self.work(shape)
             theirs = work.view(work.rivals[name]())
             label = f"{self.name} against {name}: "
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=work.atol, msg=label.__add__)
@@ -91,7 +99,7 @@ class Case:
 
 def yardstick(name: str, held: int) -> Callable[[], object]:
     n = 1 if name == "add_" else held // 8
-    a, b = torch.ones(n), torch.zeros(n)
+    a, b = torch.ones(n, device=DEVICE), torch.zeros(n, device=DEVICE)
     return (lambda: a.add_(b)) if name == "add_" else (lambda: a.copy_(b))
 
 
@@ -100,7 +108,7 @@ def yardstick(name: str, held: int) -> Callable[[], object]:
 
 def images(shape, dtype=torch.float32, memory_format=torch.contiguous_format) -> list[Tensor]:
     """x, an x_adv in its ball, and a gradient."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     x = torch.rand(shape, generator=generator)
     x_adv = (x + EPS * (2 * torch.rand(shape, generator=generator) - 1)).clamp(0, 1)
     grad = torch.randn(shape, generator=generator)
@@ -175,7 +183,9 @@ def keep_best(shape) -> Work:
         return best
 
     rivals = {"torch.where": where, "index": index}
-    return Work(lambda: keep_best_(best, best_loss, None, x_adv, loss), rivals, reset=lambda: best_loss.fill_(0.5))
+    return Work(
+        lambda: keep_best_(best, best_loss, None, x_adv, loss), rivals, reset=lambda: best_loss.fill_(0.5), synchronise=("index",)
+    )
 
 
 # --- rows of logits ---
@@ -185,7 +195,7 @@ def rows(ours_of: Callable, eager_of: Callable) -> Callable[[tuple[int, int]], W
     """A row op as an attack calls it in every step, without the value, and the loss whose sum autograd differentiates."""
 
     def build(shape):
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator(DEVICE).manual_seed(7)
         z = 3 * torch.randn(shape, generator=generator)
         labels = torch.randint(shape[1], shape[:1], generator=generator)
         probs = torch.randn(shape, generator=generator).softmax(1)
@@ -239,7 +249,7 @@ margin = rows(lambda z, y, q, g: margin_grad(z, y, g, kappa=50.0), margin_eager)
 def dlr_eager(z, y, q):  # AutoAttack's dlr_loss
     top, index = z.sort(dim=1)
     is_top = (index[:, -1] == y).float()
-    z_y = z[torch.arange(len(z)), y]
+    z_y = z[torch.arange(len(z), device=z.device), y]
     return (-(z_y - top[:, -2] * is_top - top[:, -1] * (1.0 - is_top)) / (top[:, -1] - top[:, -3] + 1e-12)).sum()
 
 

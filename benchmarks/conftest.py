@@ -1,4 +1,4 @@
-"""Threads, and what the JSON says about the machine: enough to read the numbers by, nothing that names it."""
+"""Device, threads, and what the JSON says about the machine: enough to read the numbers by, nothing that names it."""
 
 import os
 import platform
@@ -6,8 +6,17 @@ import platform
 import torch
 
 import spat_kernels
+from benchmarks import cases
 
 torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the cases run")
+
+
+def pytest_configure(config):
+    cases.DEVICE = config.getoption("--device")
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -15,6 +24,8 @@ def pytest_benchmark_update_machine_info(machine_info):
     machine_info.clear()
     machine_info["cpu"] = {"model": cpu.get("brand_raw", platform.processor()), "cores": os.cpu_count()}
     machine_info["capability"] = torch.backends.cpu.get_cpu_capability()
+    if cases.DEVICE == "cuda":
+        machine_info["gpu"] = torch.cuda.get_device_name()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["python"] = platform.python_version()
     machine_info["torch"] = torch.__version__

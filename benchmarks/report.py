@@ -1,8 +1,15 @@
-"""The results as a Markdown table, from the JSON alone: `python -m benchmarks.report [json] [--write README.md]`.
+"""The results as Markdown tables, from the JSON alone: `python -m benchmarks.report [json ...] [--write README.md]`.
 
-A time is the median of a pass's rounds, in the provider's best pass. GB/s counts the bytes that ours must move; `of
+Without files, all of benchmarks/results/<device>/{kernels,attack}.json. Printed in full, or written, in short, between the
+markers `<!-- benchmarks:<device> -->` (kernels) and `<!-- benchmarks:<device>:attack -->` of a page.
+
+Kernels: a time is the median of a pass's rounds, in the provider's best pass. GB/s counts the bytes that ours must move; `of
 copy` divides that by what `copy_` of a working set of the same size moves in the same run (in the same cache, so it can
 be far above the speed of memory).
+
+Attacks: times are medians over turns, of what agreed with the judge. `of limit` is the time that the convolutions alone would
+take at the measured matrix ceiling of the precision, over the time taken; `of roofline` the same of the roofline
+(benchmarks/workmodel.py).
 """
 
 import argparse
@@ -10,24 +17,35 @@ import json
 import re
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "kernels.json"
-BEGIN, END = "<!-- benchmarks:cpu -->", "<!-- /benchmarks:cpu -->"
+RESULTS = Path(__file__).parent / "results"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def header(left: list[str], right: list[str]) -> list[str]:
+    """Two lines: columns aligned left, then columns aligned right."""
+    return [row(*left, *right), f"|{'---|' * len(left)}{'---:|' * len(right)}"]
+
+
+# --- kernels ---
 
 
 def times(results: dict) -> dict[str, dict[str, dict]]:
     """Case to provider to its extra_info and `us`."""
     table: dict[str, dict[str, dict]] = {}
     for run in results["benchmarks"]:
-        info, us = run["extra_info"], run["stats"]["median"] * 1e6
+        info, us = run["extra_info"], run["stats"]["median"] * 1e6 / run["extra_info"].get("calls", 1)
         entry = table.setdefault(run["group"], {}).setdefault(info["provider"], info | {"us": us})
         entry["us"] = min(entry["us"], us)
     return table
 
 
-def render(results: dict) -> str:
+def kernels(results: dict) -> str:
     machine = results["machine_info"]
     lines = ["| case | ours, µs | against | µs | ratio | GB/s | of copy |", "|---|---:|---|---:|---:|---:|---:|"]
-    notes = [f"{machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}."]
+    notes = [f"{machine.get('gpu') or machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}."]
     for case, providers in times(results).items():
         (yardstick,) = (p for p in providers.values() if p["role"] == "yardstick")
         speed = yardstick["bytes_held"] / yardstick["us"] / 1e3
@@ -41,21 +59,113 @@ def render(results: dict) -> str:
         for name, other in providers.items():
             if other["role"] == "rival" or (other is yardstick and not moved):
                 cells = f"{ours['us']:.1f}", name, f"{other['us']:.1f}", f"{other['us'] / ours['us']:.1f}x"
-                lines.append(f"| {' | '.join([case, *cells, *last])} |")
+                lines.append(row(case, *cells, *last))
     return "\n".join(lines) + "\n\n" + " ".join(notes)
 
 
-def write(path: Path, text: str) -> None:
-    page, found = re.subn(f"(?s){BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{text}\n{END}", path.read_text())
+# --- attacks ---
+
+
+def races(results: dict) -> dict[tuple[str, int], list[dict]]:
+    """(model, batch) to its records."""
+    found: dict[tuple[str, int], list[dict]] = {}
+    for record in results["cells"]:
+        found.setdefault((record["model"], record["batch"]), []).append(record)
+    return found
+
+
+def fastest(records: list[dict], ours: bool, precision: str | None = None) -> dict | None:
+    timed = [r for r in records if r["status"] == "timed" and r["ours"] == ours and precision in (None, r["precision"])]
+    return min(timed, key=lambda r: r["median"], default=None)
+
+
+def speed(record: dict, steps: int) -> list[str]:
+    seconds = record["median"]
+    shares = [f"{steps * record['limit'][kind] / seconds:.0%}" for kind in ("conv", "roofline")]
+    return [f"{record['batch'] / seconds:.0f}", f"{1e3 * seconds / steps:.2f}", *shares]
+
+
+def attack_table(results: dict) -> str:
+    """Every record; for a rival, how many times faster the fastest of ours is, in its precision and in any."""
+    steps = results["settings"]["steps"]
+    columns = ["batch", "images/s", "ms a step", "of limit", "of roofline", "peak MiB", "ours, same precision", "ours, any"]
+    lines = header(["model", "precision", "provider"], columns)
+    for (model, batch), records in races(results).items():
+        for record in records:
+            head = [model, record["precision"], record["provider"], str(batch)]
+            if record["status"] != "timed":
+                lines.append(row(*head, f"{record['status']}: {record['note']}"))
+                continue
+            memory = f"{record['peak_mib']:.0f}" if "peak_mib" in record else ""
+            ratios = ["", ""]
+            if not record["ours"]:
+                best = fastest(records, True, record["precision"]), fastest(records, True)
+                ratios = [f"{record['median'] / b['median']:.2f}x" if b else "" for b in best]
+            lines.append(row(*head, *speed(record, steps), memory, *ratios))
+    return "\n".join(lines)
+
+
+def attack(results: dict) -> str:
+    """A row for each model and batch: the fastest of ours, and how many times faster it is than what it replaces."""
+    steps, machine, ceilings = results["settings"]["steps"], results["machine"], results["ceilings"]
+    columns = [
+        "batch",
+        "images/s",
+        "ms a step",
+        "of limit",
+        "of roofline",
+        "fastest rival in that precision",
+        "torchattacks, fp32",
+    ]
+    lines = header(["model", "spat_kernels"], columns)
+    for (model, batch), records in races(results).items():
+        ours = fastest(records, True)
+        if not ours:
+            continue
+        rival = fastest(records, False, ours["precision"])
+        shipped = fastest([r for r in records if r["provider"] == "torchattacks"], False)
+        against = [f"{rival['median'] / ours['median']:.2f}x ({rival['provider']})" if rival else ""]
+        against.append(f"{shipped['median'] / ours['median']:.2f}x" if shipped else "")
+        lines.append(row(model, f"{ours['provider']}, {ours['precision']}", str(batch), *speed(ours, steps), *against))
+    rates = ", ".join(f"{precision} {rate:.3g}" for precision, rate in ceilings["tflops"].items())
+    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date'][:10]}"
+    return "\n".join(lines) + f"\n\nPGD-{steps}. {where}. Ceilings: copy {ceilings['copy_gbps']:.0f} GB/s; TFLOP/s {rates}."
+
+
+# --- pages ---
+
+
+def marker(path: Path) -> str:
+    """results/h200/attack.json -> benchmarks:h200:attack; kernels go without a suffix."""
+    return f"benchmarks:{path.parent.name}" + ("" if path.stem == "kernels" else f":{path.stem}")
+
+
+def write(page: Path, name: str, text: str) -> None:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    new, found = re.subn(f"(?s){begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page.read_text())
     if not found:
-        raise SystemExit(f"{path} has no {BEGIN} ... {END}")
-    path.write_text(page)
+        raise SystemExit(f"{page} has no {begin} ... {end}")
+    page.write_text(new)
+
+
+def committed() -> list[Path]:
+    return sorted(path for kind in ("kernels", "attack") for path in RESULTS.glob(f"*/{kind}.json"))
+
+
+def main(files: list[Path], page: Path | None) -> None:
+    for path in files or committed():
+        results = json.loads(path.read_text())
+        results = results.get("results", results)  # a stage of the GPU suite, or the results themselves
+        kind = "attack" if "cells" in results else "kernels"
+        if page:
+            write(page, marker(path), {"kernels": kernels, "attack": attack}[kind](results))
+        else:
+            print({"kernels": kernels, "attack": attack_table}[kind](results))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", nargs="?", type=Path, default=RESULTS)
-    parser.add_argument("--write", type=Path, help="put the table between the benchmark markers of this file")
+    parser.add_argument("json", nargs="*", type=Path, help="default: all committed results")
+    parser.add_argument("--write", type=Path, help="put the tables between the benchmark markers of this page")
     args = parser.parse_args()
-    text = render(json.loads(args.json.read_text()))
-    write(args.write, text) if args.write else print(text)
+    main(args.json, args.write)

@@ -15,13 +15,14 @@ Two limits follow: `conv`, the operations alone at the measured matrix ceiling, 
 `roofline`, the sum over kernels of max(operations / ceiling, bytes / copy bandwidth), for a plan whose kernels are all ideal but
 follow one another. (A kernel that fuses a convolution with what follows it can beat the second, not the first.)
 
-`python -m benchmarks.workmodel` prints the counts of some models; with --device, the ceilings.
+`python -m benchmarks.workmodel` prints the counts of some models; with --device, measures the ceilings and prints the limits.
 """
 
 import copy
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import tyro
@@ -213,24 +214,36 @@ class Work:
 def main(
     models: list[str] = ["wrn-34-10", "wrn-28-10", "preactresnet-18", "resnet-18", "resnet-50"],  # noqa: B006  tyro reads it
     size: int = 32,
+    batch: int = 256,
     device: str | None = None,
     precisions: list[str] = ["fp32", "bf16"],  # noqa: B006
+    small: bool = False,
+    out: Path | None = None,
 ) -> None:
-    """Print the work of one attack step per image, and the ceilings of `device` if one is given.
+    """Print the work of one attack step on each model and, if a device is given, its ceilings and the limits that follow.
 
     Args:
         models: names of `spat_train.models.create`.
         size: height and width of the images.
+        batch: images, by which the weights' share of the bytes goes.
         device: "cpu" or "cuda".
-        precisions: of the ceilings.
+        precisions: of ceilings and limits.
+        small: measure the ceilings on small matrices, for rehearsals.
+        out: write all that as JSON here.
     """
-    print(f"{'per image':<18}{'GFLOP forward':>15}{'MB in bf16':>12}{'FLOP/byte':>11}")
+    ceilings = measure.ceilings(device, precisions, small=small) if device else None
+    results = {"machine": measure.describe(device or "cpu"), "batch": batch, "ceilings": ceilings, "models": {}}
     for name in models:
-        work = Work(layers(create(name), (3, size, size)), 256, "bf16")
-        megabytes = work.bytes / work.batch / 1e6
-        print(f"{name:<18}{work.flops / work.batch / 2e9:>15.2f}{megabytes:>12.1f}{work.flops / work.bytes:>11.0f}")
-    if device:
-        print(json.dumps(measure.ceilings(device, precisions), indent=1))
+        found = layers(create(name), (3, size, size))
+        work = {precision: Work(found, batch, precision) for precision in precisions}
+        results["models"][name] = {
+            "gflop_forward_per_image": 1e-9 * sum(layer.forward.flops for layer in found),
+            "mb_per_image": {precision: 1e-6 * w.bytes / batch for precision, w in work.items()},
+            "step_limits_s": {precision: w.limits(ceilings) for precision, w in work.items()} if device else None,
+        }
+    print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
+    if out:
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""What to know of a GPU before tuning anything: `python -m benchmarks.questions --out FILE.json`.
+
+- TFLOP/s of every distinct convolution of the models, forward and gradient at the input, with cuDNN choosing among its 10 first
+  engines and among all (`benchmark_limit` 10 and 0, each in a process of its own: a choice is kept for good);
+- the stride-1 gradient as a convolution with the rotated, transposed weights, against cuDNN's own;
+- `cudnn_convolution_add_relu` (half precision, bias in the same dtype) against the plain convolution;
+- the gap between the nodes of a CUDA graph, and a node's time;
+- the host's cost of an eager op, of ours through the C++ binding, and of ours launched by Triton.
+
+Times are the best of some rounds between events. On the CPU (a rehearsal) what needs a GPU is left out, with the reason.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from benchmarks import measure, workmodel
+from benchmarks.measure import DTYPES, seconds_per_call
+from spat_kernels.ops import linf
+from spat_train.models import create
+
+
+@dataclass
+class Options:
+    """Answer the first questions on this device."""
+
+    models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18", "resnet-50", "resnet-18@96"])
+    """Whose convolutions: names of spat_train.models, with "@SIZE" for images that are not 32x32."""
+    batch: int = 256
+    precision: str = "bf16"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds: float = 0.05
+    """To measure each number for."""
+    out: Path | None = None
+    """Write the answers here, after every question."""
+
+
+# --- convolutions ---
+
+
+def shapes(models: list[str]) -> list[workmodel.Conv]:
+    found: dict[workmodel.Conv, None] = {}
+    for model in models:
+        name, _, size = model.partition("@")
+        side = int(size or 32)
+        found |= dict.fromkeys(layer.conv for layer in workmodel.layers(create(name), (3, side, side)) if layer.conv)
+    return list(found)
+
+
+def convolution(conv: workmodel.Conv, options: Options) -> dict:
+    """TFLOP/s of the ways to compute `conv` and its gradient at the input, channels_last; an error's text where one fails."""
+    dtype, device = DTYPES[options.precision], options.device
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+    x = random(options.batch, conv.ins, conv.size, conv.size)
+    w = random(conv.outs, conv.ins // conv.groups, conv.kernel, conv.kernel)
+    stride, padding, ones = [conv.stride] * 2, [conv.padding] * 2, [1, 1]
+    out = F.conv2d(x, w, None, stride, padding, 1, conv.groups)
+    bias, rotated = torch.randn(conv.outs, device=device, dtype=dtype), w.flip(2, 3).transpose(0, 1).contiguous()
+    rotated = rotated.to(memory_format=torch.channels_last)
+
+    def dgrad():
+        return torch.ops.aten.convolution_backward(
+            out, x, w, None, stride, padding, ones, False, [0, 0], conv.groups, [True, False, False]
+        )[0]
+
+    ways: dict[str, Callable[[], object]] = {
+        "forward": lambda: F.conv2d(x, w, None, stride, padding, 1, conv.groups),
+        "dgrad": dgrad,
+    }
+    if conv.stride == 1 and conv.groups == 1:
+        ways["dgrad as rotated forward"] = lambda: F.conv2d(out, rotated, None, 1, conv.kernel - 1 - conv.padding)
+        error = (ways["dgrad as rotated forward"]() - dgrad()).float().norm() / dgrad().float().norm()
+        assert error < 0.01, f"{conv}: the rotated form differs by {error:.3f}"  # twice bf16's rounding of the result
+    if device.startswith("cuda"):
+        ways["forward + bias, relu"] = lambda: torch.cudnn_convolution_relu(x, w, bias, stride, padding, ones, conv.groups)
+        ways["forward + add, bias, relu"] = lambda: torch.cudnn_convolution_add_relu(
+            x, w, out, 1.0, bias, stride, padding, ones, conv.groups
+        )
+    flops = 2 * out.numel() * w[0].numel()
+    rates = {}
+    for name, way in ways.items():
+        try:
+            rates[name] = 1e-12 * flops / seconds_per_call(way, device, options.seconds)
+        except RuntimeError as error:  # cuDNN has no engine for some
+            rates[name] = measure.one_line(error)
+    return dataclasses.asdict(conv) | {"tflops": rates}
+
+
+def convolutions(options: Options, limit: int) -> list[dict]:
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, limit
+    with measure.numerics(options.precision), torch.no_grad():
+        return [convolution(conv, options) for conv in shapes(options.models)]
+
+
+# --- launches ---
+
+
+def graph_nodes(options: Options) -> dict:
+    """Microseconds a node of CUDA graphs of 1,000 dependent additions, by the size of the tensor."""
+    result = {}
+    for numel in (1, 2**20, 2**24):
+        x, graph = torch.zeros(numel, device=options.device), torch.cuda.CUDAGraph()
+        x.add_(1)
+        with torch.cuda.graph(graph):
+            for _ in range(1000):
+                x.add_(1)
+        node = seconds_per_call(graph.replay, options.device, options.seconds) / 1000
+        alone = seconds_per_call(lambda: x.add_(1), options.device, options.seconds)  # noqa: B023  called at once
+        result[f"{numel} elements"] = {"node_us": 1e6 * node, "eager_us": 1e6 * alone}
+    return result
+
+
+def host_cost(options: Options) -> dict:
+    """Microseconds of the host a call, on one element: the queue never fills, the GPU is not waited for."""
+    device = options.device
+    x, x_adv, grad = (torch.rand(1, 1, device=device) for _ in range(3))
+    eps, step = (torch.full((1,), v, device=device) for v in (0.03, 0.01))
+    arguments = x_adv, x, grad, eps, step, 0.0, 1.0, None
+    ways = {"add_": lambda: x.add_(1), "linf_step_, dispatched": lambda: torch.ops.spat.linf_step_.default(*arguments)}
+    if device.startswith("cuda"):
+        ways["linf_step_, Triton"] = lambda: linf.linf_step_triton(*arguments)
+
+    def cost(call) -> float:
+        call()
+        measure.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(500):
+            call()
+        taken = time.perf_counter() - start
+        measure.synchronize(device)
+        return 1e6 * taken / 500
+
+    return {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
+
+
+def main(options: Options) -> None:
+    cuda = options.device.startswith("cuda")
+    results = {"machine": measure.describe(options.device), "batch": options.batch, "precision": options.precision}
+
+    def answer(name: str, question: Callable[[], object]) -> None:
+        try:
+            results[name] = question()
+        except Exception as error:  # one question's failure must not take the others' answers along
+            results[name] = {"failed": measure.one_line(error)}
+        if options.out:
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    def in_a_process(limit: int) -> list[dict]:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(convolutions, (options, limit))
+
+    answer("host_us", lambda: host_cost(options))
+    answer("graph_nodes", lambda: graph_nodes(options) if cuda else {"skipped": "no GPU"})
+    answer("convolutions, limit 10", lambda: in_a_process(10))
+    answer("convolutions, limit 0", lambda: in_a_process(0) if cuda else {"skipped": "no cuDNN on the CPU"})
+    print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
