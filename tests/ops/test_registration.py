@@ -62,16 +62,17 @@ def test_every_op_is_checked():
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_ops_between_convolutions_compile_in_one_graph(device, dynamic):
-    def there_and_back(x, scale, mask):
-        t = ops.split_image(x, torch.empty_like(x, dtype=torch.float16).repeat(1, 2, 1, 1)).float()
+    def there_and_back(x, wide, scale, mask):
+        t = ops.split_image(x, wide).float()
         out = ops.scale_shift_relu(t, torch.empty_like(t), scale=scale, mask=mask)
         return out, ops.scale_shift_relu_grad(out, torch.empty_like(out), mask=mask, scale=scale)
 
     compiled = torch.compile(there_and_back, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (4, 6):
         x = torch.randn(batch, 4, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+        wide = torch.empty(batch, 8, 8, 8, dtype=torch.float16, device=device).contiguous(memory_format=torch.channels_last)
         scale, mask = torch.randn(8, device=device), torch.zeros(batch * 64, 1, dtype=torch.uint8, device=device)
-        got, want = compiled(x, scale, mask.clone()), there_and_back(x, scale, mask)
+        got, want = compiled(x, wide, scale, mask), there_and_back(x, wide, scale, mask)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
