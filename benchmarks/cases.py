@@ -21,12 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spat_kernels.ops import dlr_grad, keep_best_, kl_grad, l2_step_, linf_random_start_, linf_step_, lsce_grad, margin_grad
+from spat_kernels.ops import (
+    dlr_grad,
+    keep_best_,
+    kl_grad,
+    l2_step_,
+    linf_random_start_,
+    linf_step_,
+    lsce_grad,
+    margin_grad,
+    scale_shift_relu,
+    scale_shift_relu_grad,
+    split_image,
+)
 
 DEVICE = "cpu"
 EPS, STEP = 8 / 255, 2 / 255
 IMAGES, SMALL_IMAGES = (128, 3, 32, 32), (4, 3, 32, 32)
 ROWS, SMALL_ROWS = ((512, 10), (128, 1000)), (5, 10)
+ACTIVATIONS, SMALL_ACTIVATIONS = (64, 64, 32, 32), (4, 16, 8, 8)
 COPY_MIB = 256
 
 
@@ -49,8 +62,8 @@ class Case:
     variant: str
     build: Callable[[tuple[int, ...]], Work] | None  # None: the yardstick alone
     small: tuple[int, ...] = ()  # the shape on which the tests compare the providers
-    moved: int = 0  # bytes an element that a perfect cache would move
-    held: int = 0  # bytes an element of the tensors in use
+    moved: float = 0  # bytes an element that a perfect cache would move
+    held: float = 0  # bytes an element of the tensors in use
     yardstick: str = "copy_"
 
     @property
@@ -59,11 +72,11 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        return self.moved * math.prod(self.shape)
+        return round(self.moved * math.prod(self.shape))
 
     @property
     def bytes_held(self) -> int:
-        return self.held * math.prod(self.shape)
+        return round(self.held * math.prod(self.shape))
 
     def work(self, shape: tuple[int, ...]) -> Work:
         with torch.device(DEVICE):
@@ -188,6 +201,63 @@ def keep_best(shape) -> Work:
     )
 
 
+# --- between convolutions ---
+
+
+def activations(shape, dtype) -> list[Tensor]:
+    """Two images, a scale and a shift a channel (shaped for eager in the images' dtype, and as ours wants them), and bits."""
+    generator = torch.Generator().manual_seed(7)
+    a, b = (torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    scale, shift = (torch.rand(shape[1], generator=generator).to(dtype) for _ in range(2))
+    mask = torch.zeros(a.numel() // shape[1], -(-shape[1] // 8), dtype=torch.uint8)
+    wide = [t[:, None, None] for t in (scale, shift)]
+    return [a, b, scale.float(), shift.float(), *wide, mask]
+
+
+def rounding(dtype) -> float:
+    """Eager bf16 rounds after every operation, ours once: two ulp of values below 8."""
+    return 2**-4 if dtype == torch.bfloat16 else 1e-6
+
+
+def forward(shape, dtype=torch.float32) -> Work:
+    """BatchNorm and ReLU, and what each keeps for the way back: ours the bits, eager its result."""
+    a, _, scale, shift, wide_scale, wide_shift, mask = activations(shape, dtype)
+    out, mean, var = torch.empty_like(a), torch.zeros(shape[1]), torch.ones(shape[1])
+
+    def eager():
+        return a.mul(wide_scale).add_(wide_shift).relu_()
+
+    def batch_norm():
+        return F.batch_norm(a, mean, var, scale, shift, eps=1e-12).relu_()
+
+    ours = partial(scale_shift_relu, a, out, scale=scale, shift=shift, mask=mask)
+    return Work(ours, {"eager": eager, "batch_norm + relu": batch_norm}, atol=rounding(dtype))
+
+
+def backward(shape, dtype=torch.float32) -> Work:
+    grad, a, scale, _, wide_scale, _, mask = activations(shape, dtype)
+    activation, dx = torch.empty_like(a), torch.empty_like(grad)
+    scale_shift_relu(a, activation, mask=mask)
+
+    def eager():
+        return torch.ops.aten.threshold_backward(grad, activation, 0).mul_(wide_scale)
+
+    ours = partial(scale_shift_relu_grad, grad, dx, mask=mask, scale=scale)
+    return Work(ours, {"eager": eager}, atol=rounding(dtype))
+
+
+def split(shape) -> Work:
+    x, *_ = images(shape, memory_format=torch.channels_last)
+    out = x.new_empty(len(x), 8, *shape[2:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    zeros = torch.zeros_like(out[:, :2])
+
+    def eager():
+        hi = x.bfloat16()
+        return torch.cat([hi, (x - hi).bfloat16(), zeros], 1)
+
+    return Work(lambda: split_image(x, out), {"eager": eager})
+
+
 # --- rows of logits ---
 
 
@@ -219,6 +289,19 @@ def lsce(alpha: float):
         return F.cross_entropy(z, y, label_smoothing=alpha * classes / (classes - 1), reduction="sum")
 
     return rows(lambda z, y, q, g: lsce_grad(z, y, g, alpha=alpha), eager)
+
+
+def lsce_normalized(shape) -> Work:
+    """Both go from the logits alone: no graph, so eager has no autograd to pay for."""
+    generator = torch.Generator().manual_seed(7)
+    z, labels = 3 * torch.randn(shape, generator=generator), torch.randint(shape[1], shape[:1], generator=generator)
+    dlogits = torch.empty_like(z)
+
+    def eager():
+        y = labels[:, None]
+        return z.scatter(1, y, -torch.inf).softmax(1).scatter_(1, y, -1.0)
+
+    return Work(lambda: lsce_grad(z, labels, dlogits, normalize=True), {"eager": eager})
 
 
 def lsce_host(shape) -> Work:
@@ -267,9 +350,16 @@ def _cases():
     yield Case("l2_step_", IMAGES, "fp32", l2_step, SMALL_IMAGES, moved=16, held=12)
     # half of the samples change: 8 bytes an element of those
     yield Case("keep_best_", IMAGES, "fp32", keep_best, SMALL_IMAGES, moved=4, held=4)
+    # and 1/8 byte of bits
+    fp32, bf16 = {"moved": 8 + 1 / 8, "held": 8 + 1 / 8}, {"moved": 4 + 1 / 8, "held": 4 + 1 / 8}
+    for op, build in (("scale_shift_relu", forward), ("scale_shift_relu_grad", backward)):
+        yield Case(op, ACTIVATIONS, "fp32", build, SMALL_ACTIVATIONS, **fp32)
+        yield Case(op, ACTIVATIONS, "bf16", partial(build, dtype=torch.bfloat16), SMALL_ACTIVATIONS, **bf16)
+    yield Case("split_image", IMAGES, "bf16", split, SMALL_IMAGES, moved=4 + 16 / 3, held=4 + 16 / 3)
     for shape in ROWS:
         yield Case("lsce_grad", shape, "alpha=0", lsce(0.0), SMALL_ROWS, moved=8, held=8)
         yield Case("lsce_grad", shape, "alpha=0.1", lsce(0.1), SMALL_ROWS, moved=8, held=8)
+        yield Case("lsce_grad", shape, "normalize", lsce_normalized, SMALL_ROWS, moved=8, held=8)
         yield Case("kl_grad", shape, "", kl, SMALL_ROWS, moved=12, held=12)
         yield Case("margin_grad", shape, "", margin, SMALL_ROWS, moved=8, held=8)
         yield Case("dlr_grad", shape, "", dlr, SMALL_ROWS, moved=8, held=8)

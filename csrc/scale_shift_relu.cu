@@ -35,13 +35,16 @@ __device__ __forceinline__ void read(const void* p, int64_t first, int size, F f
 template <bool PACKETS, class T>
 __device__ __forceinline__ void write(void* p, int64_t first, int size, const acc_t<T> (&v)[kOctet]) {
   T* to = static_cast<T*>(p) + first;
-  Packet<T, kOctet> packet;
+  if constexpr (PACKETS) {
+    Packet<T, kOctet> packet;
 #pragma unroll
-  for (int j = 0; j < kOctet; ++j) {
-    packet.v[j] = from_acc<T>(v[j]);
-    if (!PACKETS && j < size) to[j] = packet.v[j];
+    for (int j = 0; j < kOctet; ++j) packet.v[j] = from_acc<T>(v[j]);
+    store(to, packet);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j)
+      if (j < size) to[j] = from_acc<T>(v[j]);
   }
-  if constexpr (PACKETS) store(to, packet);
 }
 
 template <class T, bool PACKETS>

@@ -24,7 +24,14 @@ __device__ __forceinline__ Packet<T, N> load(const T* p) {
 }
 template <class T, int N>
 __device__ __forceinline__ void store(T* p, const Packet<T, N>& packet) {
-  *reinterpret_cast<Packet<T, N>*>(p) = packet;
+  if constexpr (sizeof(T) == 2 && N == 8) {  // nvcc 13.0 stores a packet that was not loaded as one in four pieces
+    const auto word = [&](int i) { return packet.v[i].bits | uint32_t(packet.v[i + 1].bits) << 16; };
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word(0)), "r"(word(2)),
+                 "r"(word(4)), "r"(word(6))
+                 : "memory");
+  } else {
+    *reinterpret_cast<Packet<T, N>*>(p) = packet;
+  }
 }
 
 // Elements a packet: 16 bytes of the smaller type, so that no access is narrower.

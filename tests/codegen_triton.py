@@ -5,6 +5,7 @@ Run as a script (conftest.py has Triton interpret, which replaces the kernels); 
 
 import json
 import sys
+from importlib import import_module
 
 import torch
 import triton
@@ -13,6 +14,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
+
+# The functions of these names hide their modules.
+scale_shift_relu, split_image = (import_module(f"spat_kernels.ops.{name}") for name in ("scale_shift_relu", "split_image"))
 
 TYPES = {
     torch.float32: "*fp32",
@@ -79,10 +83,24 @@ def launches(dtype: torch.dtype):
     yield linf.linf_step_kernel, lambda: linf.linf_step_triton(x_adv, x, grad, eps, step, 0.0, 1.0, None)
     yield l2.l2_step_kernel, lambda: l2.l2_step_triton(x_adv, x, grad, eps, step, seed, 0.0, 1.0, nan_seen)
     yield keep_best.keep_best_kernel, lambda: keep_best.keep_best_triton(x, eps, success, x_adv, eps, success)
+    a, mask, scale = torch.zeros(64, 16, dtype=dtype), torch.zeros(64, 2).byte(), torch.zeros(16, dtype=acc)
+    yield (
+        scale_shift_relu.scale_shift_relu_kernel,
+        lambda: scale_shift_relu.scale_shift_relu_triton(a, a, scale, scale, a, a, mask, True),
+    )
+    yield (
+        scale_shift_relu.scale_shift_relu_grad_kernel,
+        lambda: scale_shift_relu.scale_shift_relu_grad_triton(a, a, mask, scale, a, a),
+    )
+    if dtype in (torch.float16, torch.bfloat16):
+        image, wide = torch.zeros(4, 8, 8, 3), torch.zeros(4, 8, 8, 8, dtype=dtype)
+        x, out = image.movedim(-1, 1), wide.movedim(-1, 1)
+        yield split_image.split_image_kernel, lambda: split_image.split_image_triton(x, scale[:3], scale[:3], out)
     y, loss = torch.zeros(64).long(), torch.zeros(64, dtype=acc)
     for classes in (16, 1000, 4096):
         z, q = torch.zeros(64, classes, dtype=dtype), torch.zeros(64, classes, dtype=acc)
-        yield lsce.lsce_grad_kernel, lambda z=z: lsce.lsce_grad_triton(z, y, z, loss, 0.1, False, 1.0)
+        yield lsce.lsce_grad_kernel, lambda z=z: lsce.lsce_grad_triton(z, y, z, loss, 0.1, False, 1.0, False)
+        yield lsce.lsce_grad_kernel, lambda z=z: lsce.lsce_grad_triton(z, y, z, loss, 0.0, False, 1.0, True)
         yield kl.kl_grad_kernel, lambda z=z, q=q: kl.kl_grad_triton(z, q, z, loss, 1.0)
         yield margin.margin_grad_kernel, lambda z=z: margin.margin_grad_triton(z, y, z, loss, 0.0, False, 1.0)
         yield dlr.dlr_grad_kernel, lambda z=z: dlr.dlr_grad_triton(z, y, None, z, loss, 1.0)

@@ -161,7 +161,8 @@ def lsce_grad(
 ) -> Tensor:
     """Write the gradient of label-smoothed cross-entropy into `dlogits`, and its values into `loss` if given.
 
-    normalize: divide each row of the gradient by 1 - p_y, for alpha = 0. Returns `dlogits`. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
+    normalize: divide each row of the gradient by 1 - p_y; for alpha = 0 alone. Returns `dlogits`. Shapes and dtypes: see the
+    module. Raises RuntimeError where they do not fit.
     """
     _lsce_grad(logits, labels, dlogits, loss, alpha, targeted, scale, normalize)
     return dlogits

@@ -3,17 +3,17 @@
     forward:   t = a + b,   v = scale_c t + shift_c,   out = relu(v);   total = t;   mask = the bits !(v <= 0)
     backward:  dx = mask * (grad + grad2) * scale_c + residual
 
-A residual addition, BatchNorm in evaluation mode as one scale and shift a channel, ReLU, and what the way back needs of them: one
-bit an activation instead of the activation. What is absent drops out of its formula (so -0 stays -0), and without `relu` out = v.
-NaN passes the ReLU, as through torch.relu, and its bit is 1. A masked-out element of dx is exactly `residual`, or 0, whatever grad
-is there: 0 * inf does not arise.
+A residual addition, BatchNorm in evaluation mode as one scale and shift a channel, ReLU, and what the way back needs of them:
+one bit an activation instead of the activation. What is absent drops out of its formula (-0 stays -0); without `relu`, out = v.
+NaN passes the ReLU, as through torch.relu, and its bit is 1. A masked-out element of dx is exactly `residual`, or 0, whatever
+grad is there: 0 * inf does not arise.
 
-Images: one shape [N, C, ...] and one dtype of {fp32, bf16, fp16, fp64}, channels innermost in memory (channels_last, or contiguous
-[N, C]). They are rows = N * spatial rows of C channels. scale, shift: contiguous [C] in fp32 (fp64 for fp64 images). mask: uint8
-[rows, ceil(C / 8)], bit c % 8 of byte c // 8 for channel c, unused bits 0. Arithmetic is fp32 (fp64) and rounds once, on the store:
-v continues from the unrounded t. Results may be the same memory as inputs (`out` as `a` or `b`, `dx` as any input).
+Images: one shape [N, C, ...] and one dtype of {fp32, bf16, fp16, fp64}, channels innermost in memory (channels_last, or
+contiguous [N, C]). They are rows = N * spatial rows of C channels. scale, shift: contiguous [C] in fp32 (fp64 for fp64 images).
+mask: uint8 [rows, ceil(C / 8)], bit c % 8 of byte c // 8 for channel c, unused bits 0. Arithmetic is fp32 (fp64) and rounds once,
+on the store: v continues from the unrounded t. Results may be the same memory as inputs (`out` as `a` or `b`, `dx` as any input).
 
-Each image given moves itemsize bytes an element once, the mask 1/8 byte: 8.125 bytes an element for scale, shift and ReLU in fp32.
+Each image given moves itemsize bytes an element, once, and the mask 1/8 byte: 8.125 bytes in fp32 for scale, shift and ReLU.
 """
 
 import torch

@@ -2,12 +2,12 @@
 
     v = scale_c x + shift_c;   out[c] = hi = round(v);   out[C + c] = lo = round(v - hi);   the channels from 2 C on are 0
 
-A first convolution in half precision rounds its image to 8 (bf16) or 11 (fp16) bits, by more than an attack's step. Its input is
-padded to 8 channels for the tensor cores anyway, so with its weights repeated for the channels from C to 2 C it reads hi + lo, which
-is v up to 2^-17 |v| in bf16 (8e-6) and 2^-22 |v| in fp16, above its denormals.
+A first convolution in half precision rounds its image to 8 (bf16) or 11 (fp16) bits, as coarsely as an attack steps (2^-9 of a
+pixel near 1 is 0.5/255). Its input is padded to 8 channels for the tensor cores anyway, so with its weights repeated for the
+channels from C to 2 C it reads hi + lo, which is v up to 2^-17 |v| in bf16 (8e-6) and 2^-22 |v| in fp16, above its denormals.
 
-x: fp32 [B, C, H, W]; out: bf16 or fp16 [B, P >= 2 C, H, W]; both with channels innermost in memory. scale, shift: fp32 [C]; what is
-absent drops out. Where hi is not finite (v is not, or overflows fp16) it says so, and lo is 0, so that hi + lo stays what hi is.
+x: fp32 [B, C, H, W]; out: bf16 or fp16 [B, P >= 2 C, H, W]; both with channels innermost in memory. scale, shift: fp32 [C];
+what is absent drops out. Where hi is not finite (v is not, or overflows fp16) it says so, and lo is 0: hi + lo stays what hi is.
 Moves 4 C + 2 P bytes a pixel.
 """
 

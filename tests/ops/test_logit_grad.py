@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import acc, sentinels
+from tests.conftest import acc, reference, sentinels
 
 CLASSES = [2, 3, 4, 10, 17, 100, 1000, 4099]
 ALPHA, KAPPA, SCALE = 0.3, 1.5, 4.0
@@ -140,6 +140,89 @@ def test_confident_samples_do_not_cancel(impl):
     exact[0, 0], exact[1, 1] = -(p[0, 1] + p[0, 2]), -(p[1, 0] + p[1, 2])
     torch.testing.assert_close(dlogits.double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(value.double(), -exact.gather(1, y[:, None])[:, 0], rtol=1e-6, atol=0)  # -log(1 - s) = s + s^2/2
+
+
+def normalized(z, y):
+    """softmax over the other classes, and -1 at y."""
+    others = z.double().scatter(1, y[:, None], -torch.inf)
+    return others.softmax(1).scatter(1, y[:, None], -1.0)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_normalized_gradient(impl, classes):
+    """It is dL/dz / (1 - p_y) where that can be computed, has the same loss to the bit, and one layout's rim."""
+    for dtype in impl.dtypes:
+        z = (3 * torch.randn(9, classes)).to(impl.device, dtype)
+        y = torch.randint(classes, (9,), device=impl.device)
+        y[0], y[1] = z[0].argmax(), z[1].argmin()
+        for targeted, offset in ((False, 0), (True, 1)):
+            scale = -SCALE if targeted else SCALE
+            logits, _ = sentinels(z.shape, dtype, impl.device, offset)
+            logits.copy_(z)
+            dlogits, intact = sentinels(z.shape, dtype, impl.device, offset)
+            plain, value, plain_value = (
+                torch.full_like(t, torch.nan) for t in (z, z[:, 0].to(acc(dtype)), z[:, 0].to(acc(dtype)))
+            )
+            impl("lsce_grad")(logits, y, dlogits, value, 0.0, targeted, SCALE, True)
+            impl("lsce_grad")(logits, y, plain, plain_value, 0.0, targeted, SCALE, False)
+            assert intact() and torch.equal(value, plain_value)
+            assert (dlogits.gather(1, y[:, None]) == -scale).all(), "exactly"
+            exact = scale * normalized(z, y)
+            accuracy = {torch.float64: 1e-13, torch.float32: 4e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(dlogits.double(), exact, rtol=accuracy, atol=torch.finfo(dtype).smallest_normal)
+            doubt = (1 - z.double().softmax(1).gather(1, y[:, None])).clamp(min=1e-3)
+            torch.testing.assert_close(
+                (dlogits.double() * doubt)[doubt[:, 0] > 1e-3],
+                plain.double()[doubt[:, 0] > 1e-3],
+                rtol=4 * max(accuracy, 1e-9),
+                atol=SCALE * torch.finfo(dtype).eps,
+            )
+
+
+def test_normalized_gradient_of_certain_samples(impl):
+    """z_y - z_k = 1e4, where every p_k underflows in fp64 too; and the other way round; and with classes masked out."""
+    inf = torch.inf
+    for dtype in set(impl.dtypes) & {torch.float32, torch.float64}:
+        rows = [
+            [1e4, 0.0, 1.0, -1.0],
+            [1e4, -1e4, -1e4, -1e4 - 1],
+            [-1e4, 0.0, 1.0, -1.0],
+            [0.0, 1e4, -1e4, 1e4],
+            [5.0, -inf, 2.0, -inf],
+        ]
+        z = torch.tensor(rows + [[-inf, 0.0, 1.0, 2.0]], dtype=dtype, device=impl.device)
+        y = torch.zeros(len(z), dtype=torch.int64, device=impl.device)
+        dlogits = torch.full_like(z, torch.nan)
+        impl("lsce_grad")(z, y, dlogits, None, 0.0, False, 1.0, True)
+        torch.testing.assert_close(dlogits.double(), normalized(z, y), rtol=1e-6, atol=0)
+        assert (dlogits[:, 0] == -1).all() and dlogits[4].tolist() == [-1.0, 0.0, 1.0, 0.0]
+
+
+def test_normalized_gradient_without_a_direction(impl):
+    """All other logits -inf: 0. NaN or +inf among the logits: NaN, in that row alone."""
+    inf, nan = torch.inf, torch.nan
+    rows = [
+        [1.0, -inf, -inf],
+        [-inf, -inf, -inf],
+        [nan, 0.0, 1.0],
+        [0.0, nan, 1.0],
+        [inf, 0.0, 1.0],
+        [0.0, inf, 1.0],
+        [0.0, 1.0, 2.0],
+    ]
+    z = torch.tensor(rows, device=impl.device)
+    y, value = torch.zeros(len(z), dtype=torch.int64, device=impl.device), torch.empty(len(z), device=impl.device)
+    for op in (impl("lsce_grad"), reference("lsce_grad")):
+        dlogits = torch.full_like(z, 7.0)
+        op(z, y, dlogits, value, 0.0, False, 1.0, True)
+        assert (dlogits[:2] == 0).all() and value[0] == 0
+        assert dlogits[2:6].isnan().any(1).all() and dlogits[6].isfinite().all()
+
+
+def test_normalize_is_for_cross_entropy_alone(impl):
+    z, y = torch.randn(2, 4, device=impl.device), torch.zeros(2, dtype=torch.int64, device=impl.device)
+    with pytest.raises(RuntimeError, match="normalize goes with alpha = 0"):
+        impl("lsce_grad")(z, y, z.clone(), None, 0.1, False, 1.0, True)
 
 
 def test_margin_of_negative_logits(impl):

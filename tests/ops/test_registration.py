@@ -32,6 +32,16 @@ def sample_inputs(device="cpu"):
     for seen in (None, nan_seen):
         yield "linf_step_", (x_adv, x, grad, one, one, 0.0, 1.0, seen)
         yield "l2_step_", (x_adv, x, grad, one, one, seed, 0.0, 1.0, seen)
+    a, out, total = (torch.randn(4, 16, 8, 8, device=device).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    v, mask = torch.rand(16, device=device), torch.zeros(4 * 64, 2, dtype=torch.uint8, device=device)
+    yield "scale_shift_relu", (a, a + 1, v, v - 1, total, out, mask, True)
+    yield "scale_shift_relu", (a, None, None, None, None, out, None, False)
+    yield "scale_shift_relu_grad", (a, a + 1, mask, v, total, out)
+    yield "scale_shift_relu_grad", (a, None, None, None, None, out)
+    x, wide = x.contiguous(memory_format=torch.channels_last), out[:, :8].to(torch.float16, memory_format=torch.channels_last)
+    yield "split_image", (x, v[:3], v[:3], wide)
+    yield "split_image", (x, None, None, wide)
+    x = x.contiguous()
     yield "keep_best_", (x_adv, loss, success, x, loss + 1, ~success)
     yield "keep_best_", (x_adv, loss, None, x, loss + 1, None)
 
@@ -47,6 +57,23 @@ def test_opcheck(op, arguments):
 
 def test_every_op_is_checked():
     assert {op for op, _ in sample_inputs()} == set(OPS) == set(spat_kernels.config()["ops"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_ops_between_convolutions_compile_in_one_graph(device, dynamic):
+    def there_and_back(x, wide, scale, mask):
+        t = ops.split_image(x, wide).float()
+        out = ops.scale_shift_relu(t, torch.empty_like(t), scale=scale, mask=mask)
+        return out, ops.scale_shift_relu_grad(out, torch.empty_like(out), mask=mask, scale=scale)
+
+    compiled = torch.compile(there_and_back, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (4, 6):
+        x = torch.randn(batch, 4, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+        wide = torch.empty(batch, 8, 8, 8, dtype=torch.float16, device=device).contiguous(memory_format=torch.channels_last)
+        scale, mask = torch.randn(8, device=device), torch.zeros(batch * 64, 1, dtype=torch.uint8, device=device)
+        got, want = compiled(x, wide, scale, mask), there_and_back(x, wide, scale, mask)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 @pytest.mark.slow
