@@ -2,7 +2,7 @@
 
     python -m benchmarks.precision --data cifar10.npz --out precision.json
 
-Trains WRN-10-2 on `train_images` of the data twice, as usual and against PGD-10 (eps 8/255, attacked in bf16), then attacks both on
+Trains WRN-10-2 on `train_images` of the data twice, as usual and against PGD-10 (eps 8/255, in bf16), then attacks both on
 `test_images`: eps 8/255, 20 steps of eps/10, the same random starts for all. A gradient that is exactly 0 moves nothing, which
 looks like robustness: its share is counted over pixels, and over samples without any other, at the random start.
 """

@@ -68,13 +68,12 @@ class InputGradient:
         self.forward(x)
         return self.backward(dlogits)
 
+
 def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:
     """`logits` if they are what a classifier of K >= 2 classes returns for `x`; TypeError or ValueError if not."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(
-            f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone"
-        )
+        raise TypeError(f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone")
     if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
         raise ValueError(f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}")
     if logits.device != x.device:

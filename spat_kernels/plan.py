@@ -553,10 +553,9 @@ def _mean_forward(run, step: Mean, bound, values, keep):
 def _mean_backward(run, step: Mean, bound, shape, grads):
     grad, _ = take(grads, step.out)
     grad = grad.reshape(shape[0], shape[1], 1, 1)
-    if run.dtype not in HALVES or not run.enters(step):
-        grad = grad / (shape[2] * shape[3])
-    else:
-        grad = run.into_network(grad)  # the factor 1 / (H W) is one of those that do not count
+    # The factor 1 / (H W) is one of those that do not count where each sample is scaled anyway.
+    scaled = run.dtype in HALVES and run.enters(step)
+    grad = run.into_network(grad) if scaled else grad / (shape[2] * shape[3])
     grads[step.inputs[0]].append((grad.expand(shape).contiguous(memory_format=CHANNELS_LAST), True))
 
 

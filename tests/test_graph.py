@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spat_kernels as sk
-from spat_kernels import PGD, attacks, input_gradient, losses
+from spat_kernels import PGD, attacks, losses
 from spat_kernels.graph import CudaGraph, Graphs
 from tests.fake_graph import FakeGraph
 from tests.test_attacks import EPS, Recorder, batch, cnn

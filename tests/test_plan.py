@@ -292,9 +292,10 @@ def writes_attribute(m, x):
 REFUSED = {
     "statistics of the batch": (lambda: create("wrn-10-1"), {"bn_mode": "train"}),
     "random numbers": (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10)), {"bn_mode": "train"}),
+    "random numbers on the host": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) * (1 + torch.rand(()).item()))), {}),
     "no rule for": (lambda: Lambda(lambda m, x: m.fc(x.cumsum(3).mean((2, 3)))), {}),
     "LayerNorm": (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(3072), nn.Linear(3072, 10)), {}),
-    "Proxy|symbolically|control flow": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3))) if x.sum() > 0 else m.fc(x[:, :, 0, 0])), {}),
+    "control flow|symbolically": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) * (2 if x.sum() > 0 else 1))), {}),
     "relu works in place on a value that add reads later": (lambda: Lambda(read_later, nn.Conv2d(3, 3, 3)), {}),
     "changes the images in place": (lambda: Lambda(lambda m, x: m.fc(x.mul_(2).mean((2, 3)))), {}),
     "its forward changes seen": (lambda: Lambda(writes_attribute), {}),
