@@ -360,15 +360,24 @@ class PlannedGradient:
             bias = bias.to(acc_dtype(self.dtype))
             bias = bias if scale is None else bias * scale
             shift = bias if shift is None else bias + shift
+        memory_format = self.layout(step)
         if scale is None:
-            bound = weight.to(self.dtype, memory_format=CHANNELS_LAST)
+            bound = weight.to(self.dtype, memory_format=memory_format)
         else:
-            bound = torch.empty_like(weight, dtype=self.dtype, memory_format=CHANNELS_LAST)
+            bound = torch.empty_like(weight, dtype=self.dtype, memory_format=memory_format)
             torch.mul(weight, scale.view(-1, 1, 1, 1), out=bound)
         if self._splits(step):
             bound = _twice(bound)
         inside = None if shift is None or step.shift_moves else shift.to(self.dtype)
         return bound, shift, inside, *self._scale_shift(step.before, weight.shape[1])
+
+    def layout(self, step: Conv) -> torch.memory_format:
+        """channels_last, but for fp32 on CPUs with few pixels: there oneDNN reads all weights anew for every image.
+
+        512 channels at 4x4, batch 64: 18.4 ms in channels_last, 10.8 ms with both conversions; at 8x8, 256: 10.3 and 13.1.
+        """
+        few = self.device.type == "cpu" and self.dtype not in HALVES and prod(step.shape[1:]) <= 16
+        return torch.contiguous_format if few else CHANNELS_LAST
 
     def _splits(self, step: Conv) -> bool:
         """Does this convolution read fp32 values in half precision?"""
@@ -470,7 +479,7 @@ def _conv_forward(run, step: Conv, bound, values, keep):
         x = ops.split_image(x, wide, scale=scale, shift=shift)
     elif scale is not None or shift is not None:
         x = ops.scale_shift_relu(x, torch.empty_like(x), scale=scale, shift=shift, relu=False)
-    x = x.to(run.dtype)
+    x = x.to(run.dtype, memory_format=run.layout(step))
     c = step.conv
     y = torch.conv2d(x, weight, bias, c["stride"], c["padding"], c["dilation"], c["groups"])
     return _rows(y), x.shape
@@ -479,9 +488,10 @@ def _conv_forward(run, step: Conv, bound, values, keep):
 def _conv_backward(run, step: Conv, bound, shape, grads):
     weight, _, _, scale, _ = bound
     split = run._splits(step)
-    grad, _ = take(grads, step.out)
+    layout = run.layout(step)
+    grad = take(grads, step.out)[0].contiguous(memory_format=layout)
     c = step.conv
-    unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=CHANNELS_LAST)
+    unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
     dx, _, _ = torch.ops.aten.convolution_backward(
         grad, unread, weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"], [True, False, False]
     )
