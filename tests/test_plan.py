@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import spat_kernels as sk
@@ -111,9 +110,14 @@ def smooth(activation):
     )  # fmt: skip
 
 
-def small_vgg(make):
-    """VGG with an eighth of its dense layers, which hold nearly all of its weights."""
-    model = make(init_weights=False)
+def torchvision():
+    """The module, where there is one for this torch."""
+    return pytest.importorskip("torchvision", reason="needs torchvision", exc_type=Exception)
+
+
+def small_vgg(name):
+    """VGG with small dense layers, which hold nearly all of its weights."""
+    model = getattr(torchvision().models, name)(init_weights=False)
     model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10))
     return model
 
@@ -121,19 +125,19 @@ def small_vgg(make):
 MODELS = {
     "WRN (TRADES/MART)": (lambda: create("wrn-16-2"), 32),
     "PreActResNet-18": (lambda: create("preactresnet-18"), 32),
-    "ResNet-18 (CIFAR)": (lambda: create("resnet-18"), 32),
-    "ResNet-50 (CIFAR)": (lambda: create("resnet-50"), 32),
-    "ResNet-18 (torchvision)": (lambda: torchvision.models.resnet18(), 64),
-    "ResNet-50 (torchvision)": (lambda: torchvision.models.resnet50(), 64),
-    "WRN-50-2 (torchvision)": (lambda: torchvision.models.wide_resnet50_2(), 64),
-    "VGG-11-BN": (lambda: small_vgg(torchvision.models.vgg11_bn), 32),
-    "VGG-11": (lambda: small_vgg(torchvision.models.vgg11), 32),
-    "DenseNet": (lambda: torchvision.models.DenseNet(8, (2, 3), 16), 32),
-    "MobileNetV3": (lambda: torchvision.models.mobilenet_v3_small(), 64),
+    "ResNet-18 (CIFAR)": (lambda: torchvision() and create("resnet-18"), 32),
+    "ResNet-50 (CIFAR)": (lambda: torchvision() and create("resnet-50"), 32),
+    "ResNet-18 (torchvision)": (lambda: torchvision().models.resnet18(), 64),
+    "ResNet-50 (torchvision)": (lambda: torchvision().models.resnet50(), 64),
+    "WRN-50-2 (torchvision)": (lambda: torchvision().models.wide_resnet50_2(), 64),
+    "VGG-11-BN": (lambda: small_vgg("vgg11_bn"), 32),
+    "VGG-11": (lambda: small_vgg("vgg11"), 32),
+    "DenseNet": (lambda: torchvision().models.DenseNet(8, (2, 3), 16), 32),
+    "MobileNetV3": (lambda: torchvision().models.mobilenet_v3_small(), 64),
     "SmallCNN": (lambda: SmallCNN((3, 32, 32), 10), 32),
     "normalised": (lambda: Normalized(create("wrn-10-1")), 32),
     "normalised by torchvision": (
-        lambda: nn.Sequential(torchvision.transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.25]), create("wrn-10-1")),
+        lambda: nn.Sequential(torchvision().transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.25]), create("wrn-10-1")),
         32,
     ),
     "functional": (Functional, 16),
@@ -321,7 +325,7 @@ def test_refuses_with_the_reason_and_autograd_does_it(reason):
 
 
 def test_vit_takes_autograd():
-    model = torchvision.models.VisionTransformer(16, 8, 1, 2, 32, 64, num_classes=10).eval()
+    model = torchvision().models.VisionTransformer(16, 8, 1, 2, 32, 64, num_classes=10).eval()
     explanation = sk.explain(model, images(2, 16, torch.float32))
     assert explanation.path == "autograd" and explanation.reason and str(explanation).startswith("autograd, because")
     x, y = images(2, 16, torch.float32), torch.tensor([0, 1])
