@@ -343,10 +343,10 @@ class PlannedGradient:
         if isinstance(term.constant, Ref):
             c = self._of(term.constant).to(device, acc).reshape(-1).expand(channels).contiguous()
         else:
-            c = self._constants.get(term)
+            c = self._constants.get((term, channels))
             if c is None:
                 c = torch.tensor(term.constant, dtype=torch.float64).to(acc).reshape(-1).expand(channels).contiguous().to(device)
-                self._constants[term] = c
+                self._constants[term, channels] = c
         if term.kind in ("mul", "div"):
             return (c if term.kind == "mul" else 1 / c), None
         if term.kind == "rsub":
@@ -439,7 +439,8 @@ class PlannedGradient:
 def _twice(weight: Tensor) -> Tensor:
     """Weights [O, C, h, w] for an image in two halves: the same for both, [O, P, h, w], zeros up to a multiple P of 8."""
     out, channels, *kernel = weight.shape
-    wide = weight.new_zeros(out, -(-2 * channels // 8) * 8, *kernel).contiguous(memory_format=CHANNELS_LAST)
+    shape = out, -(-2 * channels // 8) * 8, *kernel
+    wide = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=CHANNELS_LAST).zero_()
     wide[:, :channels] = weight
     wide[:, channels : 2 * channels] = weight
     return wide
@@ -475,7 +476,8 @@ def _conv_forward(run, step: Conv, bound, values, keep):
     weight, _, bias, scale, shift = bound
     x = _rows(values[step.inputs[0]])
     if run._splits(step):
-        wide = x.new_empty(len(x), weight.shape[1], *x.shape[2:], dtype=run.dtype).contiguous(memory_format=CHANNELS_LAST)
+        shape = len(x), weight.shape[1], *x.shape[2:]
+        wide = torch.empty(shape, dtype=run.dtype, device=x.device, memory_format=CHANNELS_LAST)
         x = ops.split_image(x, wide, scale=scale, shift=shift)
     elif scale is not None or shift is not None:
         x = ops.scale_shift_relu(x, torch.empty_like(x), scale=scale, shift=shift, relu=False)
