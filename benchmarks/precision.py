@@ -5,7 +5,7 @@
 Trains WRN-10-2 on `train_images` of the data twice, as usual and against PGD-10 (eps 8/255, in bf16), then attacks both on
 test images: eps 8/255, 20 steps of eps/10, the same random starts for all. A gradient that is exactly 0 moves nothing, which
 looks like robustness: its share is counted over pixels, and over samples without any other, at the random start. The standard
-model is the one, confident and far from robust, on which gradients underflow: a tenth of the images tells, and shows autocast too.
+model is the one, confident and far from robust, on which gradients underflow: a tenth of the images tells, also of autocast.
 """
 
 import json

@@ -42,10 +42,10 @@ def planned(model, x, precision=None) -> PlannedGradient:
 
 
 def logits_and_gradient(gradient, x, dlogits=None):
-    with torch.no_grad(), gradient.arithmetic("cpu"):
+    with torch.no_grad(), gradient.arithmetic(x.device.type):
         logits = gradient.forward(x)
         if dlogits is None:
-            dlogits = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+            dlogits = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=x.device).view_as(logits)
         return logits, gradient.backward(dlogits)
 
 
@@ -471,3 +471,53 @@ def test_wrapped_models_are_looked_into():
     model, x = randomized(create("wrn-10-1")), images()
     assert sk.explain(nn.DataParallel(model), x).path == "plan"
     assert sk.explain(torch.compile(model), x).path == "plan"
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_autograd_on_the_gpu(name):
+    make, size = MODELS[name]
+    torch.manual_seed(0)
+    model, x = randomized(make()).cuda(), images(size=size).cuda()
+    model.__dict__.update({k: v.cuda() for k, v in vars(model).items() if isinstance(v, torch.Tensor)})
+    expected = logits_and_gradient(InputGradient(model), x)
+    for ours, theirs in zip(logits_and_gradient(planned(model, x), x), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["wrn-16-4", "preactresnet-18", "resnet-18"])
+def test_graphs_of_the_plan_are_as_strong_as_the_plain_loop(name, precision):
+    torch.manual_seed(0)
+    model = randomized(create(name), torch.float32).cuda()
+    x, y = images(64, dtype=torch.float32).cuda(), (torch.arange(64) % 10).cuda()
+    rises = []
+    for settings in (
+        {"precision": "fp32", "input_gradient": "autograd", "graph": False},
+        {"precision": precision, "input_gradient": "plan", "graph": False},
+        {"precision": precision, "input_gradient": "plan", "graph": True},
+        {"precision": precision, "input_gradient": "plan", "graph": True},  # a replay
+    ):
+        torch.manual_seed(3)
+        x_adv = sk.pgd(model, x, y, EPS, **settings)
+        rises.append(F.cross_entropy(model(x_adv), y) - F.cross_entropy(model(x), y))
+    assert len(sk.graphs) >= 1
+    assert all(rise > 0.98 * rises[0] for rise in rises[1:])
+
+
+@pytest.mark.gpu
+def test_the_plan_needs_less_memory_than_autograd():
+    model = create("wrn-28-10").cuda().eval()
+    x, y = images(64, dtype=torch.float32).cuda(), torch.zeros(64, dtype=torch.int64, device="cuda")
+    peaks = {}
+    for how in ("autograd", "plan"):
+        sk.pgd(model, x, y, EPS, steps=2, input_gradient=how, graph=False)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        sk.pgd(model, x, y, EPS, steps=2, input_gradient=how, graph=False)
+        peaks[how] = torch.cuda.max_memory_allocated() - before
+    assert peaks["plan"] < peaks["autograd"] / 3
