@@ -1,7 +1,7 @@
 """The results as Markdown tables, from the JSON alone: `python -m benchmarks.report [json ...] [--write README.md]`.
 
-Without files, all of benchmarks/results/<device>/{kernels,attack}.json. Printed in full, or written, in short, between the
-markers `<!-- benchmarks:<device> -->` (kernels) and `<!-- benchmarks:<device>:attack -->` of a page.
+Without files, all of benchmarks/results/<device>/*.json. Printed in full, or written, in short, wherever the page has markers:
+`<!-- benchmarks:<device> -->` for kernels.json, `<!-- benchmarks:<device>:NAME -->` for other files.
 
 Kernels: a time is the median of a pass's rounds, in the provider's best pass. GB/s counts the bytes that ours must move; `of
 copy` divides that by what `copy_` of a working set of the same size moves in the same run (in the same cache, so it can
@@ -132,6 +132,19 @@ def attack(results: dict) -> str:
     return "\n".join(lines) + f"\n\nPGD-{steps}. {where}. Ceilings: copy {ceilings['copy_gbps']:.0f} GB/s; TFLOP/s {rates}."
 
 
+# --- precision ---
+
+
+def precision(results: dict) -> str:
+    lines = header(
+        ["model", "path", "precision"], ["images", "PGD-20 accuracy, %", "loss there", "zero pixels, %", "zero samples, %"]
+    )
+    for r in results["rows"]:
+        values = f"{r['accuracy']:.2f}", f"{r['loss']:.4f}", f"{r['zero pixels']:.4f}", f"{r['zero samples']:.2f}"
+        lines.append(row(r["model"], r["path"], r["precision"], str(r["images"]), *values))
+    return "\n".join(lines) + f"\n\n{results['model']}, {results['device']}, torch {results['torch']}, {results['date'][:10]}."
+
+
 # --- pages ---
 
 
@@ -140,27 +153,29 @@ def marker(path: Path) -> str:
     return f"benchmarks:{path.parent.name}" + ("" if path.stem == "kernels" else f":{path.stem}")
 
 
-def write(page: Path, name: str, text: str) -> None:
+def write(page: Path, name: str, text: str) -> bool:
+    """Put `text` between the markers `name` of `page`; whether it has any."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     new, found = re.subn(f"(?s){begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page.read_text())
-    if not found:
-        raise SystemExit(f"{page} has no {begin} ... {end}")
     page.write_text(new)
-
-
-def committed() -> list[Path]:
-    return sorted(path for kind in ("kernels", "attack") for path in RESULTS.glob(f"*/{kind}.json"))
+    return bool(found)
 
 
 def main(files: list[Path], page: Path | None) -> None:
-    for path in files or committed():
+    written = False
+    for path in files or sorted(RESULTS.glob("*/*.json")):
         results = json.loads(path.read_text())
         results = results.get("results", results)  # a stage of the GPU suite, or the results themselves
-        kind = "attack" if "cells" in results else "kernels"
+        kind = "attack" if "cells" in results else "precision" if "rows" in results else "kernels"
         if page:
-            write(page, marker(path), {"kernels": kernels, "attack": attack}[kind](results))
+            text = {"kernels": kernels, "attack": attack, "precision": precision}[kind](results)
+            written |= write(page, marker(path), text)
         else:
-            print({"kernels": kernels, "attack": attack_table}[kind](results))
+            print({"kernels": kernels, "attack": attack_table, "precision": precision}[kind](results))
+    if page and not written:
+        raise SystemExit(
+            f"{page} has no markers like <!-- benchmarks:cpu:attack --> ... <!-- /benchmarks:cpu:attack --> for these"
+        )
 
 
 if __name__ == "__main__":

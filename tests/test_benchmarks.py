@@ -42,17 +42,23 @@ def test_report_renders_the_committed_results():
 def test_report_writes_between_markers(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- name -->\nold\n<!-- /name -->\nafter\n")
-    report.write(page, "name", "new")
+    assert report.write(page, "name", "new") and not report.write(page, "other", "new")
     assert page.read_text() == "before\n<!-- name -->\nnew\n<!-- /name -->\nafter\n"
     page.write_text("no markers")
-    with pytest.raises(SystemExit, match="has no"):
-        report.write(page, "name", "new")
+    with pytest.raises(SystemExit, match="has no markers"):
+        report.main([], page)
 
 
-def test_committed_results_have_their_place_in_the_readme():
-    page = (report.RESULTS.parent.parent / "README.md").read_text()
-    for path in report.committed():
-        assert f"<!-- {report.marker(path)} -->" in page
+def test_committed_results_are_on_a_page_as_they_are(tmp_path):
+    root = report.RESULTS.parent.parent
+    pages = {path: path.read_text() for path in (root / "README.md", root / "benchmarks" / "NOTES.md")}
+    for results in report.RESULTS.glob("*/*.json"):
+        assert any(f"<!-- {report.marker(results)} -->" in text for text in pages.values())
+    for path, text in pages.items():
+        copy = tmp_path / path.name
+        copy.write_text(text)
+        report.main([], copy)
+        assert copy.read_text() == text, f"python -m benchmarks.report --write {path.name}"
 
 
 # --- attacks ---
