@@ -137,23 +137,27 @@ class Plan:
     def _add_step(self, i: int) -> set[int]:
         """Append the step that begins with node i; returns the nodes that it does."""
         node = self.nodes[i]
-        common = {"name": node.name, "shape": node.shape}
         if node.kind == "conv":
-            after, out = self._affine_chain(i)
-            step = Conv(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias, conv=node.conv, after=after)
-            previous = self.steps[-1] if self.steps else None
-            if isinstance(previous, Pointwise) and self._normalises_image(previous, i):
-                self.steps.pop()
-                step.before, step.inputs = previous.affine, previous.inputs
-            self.steps.append(step)
-            self._made[out] = step
-            return {i, *self._chain(i, out)}
+            return self._add_conv(i)
         if node.kind in ("add", "affine", "relu"):
             return self._add_pointwise(i)
         kinds = {"linear": Linear, "mean": Mean, "reshape": Reshape, "local": Local}
         fields = {"linear": ("weight", "bias"), "local": ("function",)}.get(node.kind, ())
-        self.steps.append(kinds[node.kind](node.inputs, i, **common, **{f: getattr(node, f) for f in fields}))
+        self.steps.append(kinds[node.kind](node.inputs, i, node.name, node.shape, **{f: getattr(node, f) for f in fields}))
         return {i}
+
+    def _add_conv(self, i: int) -> set[int]:
+        node, affines = self.nodes[i], self._affines_after(i)
+        out = affines[-1] if affines else i
+        step = Conv(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias, conv=node.conv)
+        step.after = tuple(self.nodes[k].norm for k in affines)
+        previous = self.steps[-1] if self.steps else None
+        if isinstance(previous, Pointwise) and self._normalises_image(previous, i):
+            self.steps.pop()
+            step.before, step.inputs = previous.affine, previous.inputs
+        self.steps.append(step)
+        self._made[out] = step
+        return {i, *affines}
 
     def _normalises_image(self, previous: Pointwise, conv: int) -> bool:
         return (
@@ -164,44 +168,31 @@ class Plan:
             and self.nodes[conv].conv["groups"] == 1
         )
 
-    def _affine_chain(self, i: int) -> tuple[tuple[Norm | Term, ...], int]:
-        """The affine maps that follow node i with no other reader between, and the node that they end in."""
-        maps = []
+    def _affines_after(self, i: int) -> list[int]:
+        """The affine nodes that follow node i, with no other reader between."""
+        found = []
         while len(self.users[i]) == 1 and self.nodes[self.users[i][0]].kind == "affine":
             (i,) = self.users[i]
-            maps.append(self.nodes[i].norm)
-        return tuple(maps), i
-
-    def _chain(self, first: int, last: int) -> list[int]:
-        nodes = []
-        while first != last:
-            (first,) = self.users[first]
-            nodes.append(first)
-        return nodes
+            found.append(i)
+        return found
 
     def _add_pointwise(self, i: int) -> set[int]:
         """Fuse [add] [affine ...] [relu] as far as they follow one another."""
-        node = self.nodes[i]
-        done, out, affine, relu, total = {i}, i, (), False, None
+        node, fused, total = self.nodes[i], [i], None
         if node.kind == "add":
-            follower = next((u for u in self.users[i] if self.nodes[u].kind in ("affine", "relu")), None)
-            if follower is not None:
-                total = i if len(self.users[i]) > 1 else None
-                out = follower
-                done.add(follower)
-        if self.nodes[out].kind == "affine":
-            maps, end = self._affine_chain(out)
-            affine = (self.nodes[out].norm, *maps)
-            done.update(self._chain(out, end))
-            out = end
-            if len(self.users[out]) == 1 and self.nodes[self.users[out][0]].kind == "relu":
-                (out,) = self.users[out]
-                done.add(out)
-        relu = self.nodes[out].kind == "relu"
-        step = Pointwise(node.inputs, out, node.name, node.shape, affine=affine, relu=relu, total=total)
+            followers = [u for u in self.users[i] if self.nodes[u].kind in ("affine", "relu")]
+            fused += followers[:1]
+            total = i if followers and len(self.users[i]) > 1 else None
+        if self.nodes[fused[-1]].kind == "affine":
+            fused += self._affines_after(fused[-1])
+            if [self.nodes[u].kind for u in self.users[fused[-1]]] == ["relu"]:
+                fused += self.users[fused[-1]]
+        step = Pointwise(node.inputs, fused[-1], node.name, node.shape, total=total)
+        step.affine = tuple(self.nodes[k].norm for k in fused if self.nodes[k].kind == "affine")
+        step.relu = self.nodes[fused[-1]].kind == "relu"
         step.in_place = node.inputs[0] in self._made and self.users[node.inputs[0]] == [i]
         self.steps.append(step)
-        return done
+        return set(fused)
 
     def _move_shifts(self) -> None:
         """A convolution's folded bias moves into the ReLU pass behind it, where it costs nothing."""
