@@ -43,7 +43,8 @@ class PGD:
         precision: what the model runs in: "fp32", "tf32", "bf16", "fp16" or "half" (fp16 on GPUs, bf16 on CPUs); None is the
             caller's autocast, or the model's own dtype. Images, steps and projections stay in x's dtype.
         input_gradient: "plan" is the fused path through convolutional networks (see `explain`), "autograd" goes through any
-            model, "auto" takes the plan where the model allows it.
+            model, "auto" takes the plan where the model allows it. Code of the model does not run in a plan: changes of modules,
+            attributes, modes and hooks are noticed; of globals, closures and the insides of other objects they are not.
         bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
             statistics never change.
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or

@@ -1,11 +1,15 @@
 """Borrow a model for an attack and give it back as it was."""
 
+import threading
+import weakref
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 BN_MODES = ("eval", "train", "keep")
+_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -15,13 +19,15 @@ def borrowed(model, bn_mode: str):
     Parameters are frozen so that compiled models (which differentiate every parameter that asks for it) and re-entrant
     checkpoints compute no weight gradient. Buffers are swapped, not saved and copied back: the originals are never written, so
     autograd graphs that hold them stay valid. Afterwards all is as before, also when the body raises. A model that is a plain
-    callable is used as it is.
+    callable is used as it is. Threads borrow a model one after another; models that share modules are theirs to keep apart.
     """
     if not isinstance(model, nn.Module):
         yield
         return
+    with _lock:
+        lock = _locks.setdefault(model, threading.RLock())
     modules = list(model.modules())
-    with ExitStack() as give_back:  # runs every callback, also after one that raises
+    with lock, ExitStack() as give_back:  # runs every callback, also after one that raises
         for m in modules:
             give_back.callback(setattr, m, "training", m.training)
             if isinstance(m, DistributedDataParallel):

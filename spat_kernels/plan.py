@@ -90,6 +90,7 @@ class Plan:
         steps: in the order of the forward.
         last: index of the value that holds the logits.
         exact: values that stay fp32 in half precision: what is read off the image before the first convolution, and the head.
+        all_exact: nothing would run in half precision: there is no convolution.
         no_half: why half precision is not possible, or None.
     """
 
@@ -101,6 +102,8 @@ class Plan:
             for j in node.inputs:
                 self.users[j].append(i)
         self.exact, self.no_half = self._find_exact()
+        self.all_exact = len(self.exact) == len(nodes)
+        self.half_errors: dict[torch.dtype, str | None] = {}  # what trying a half precision showed
         self.steps: list[Step] = []
         self._made: dict[int, Conv] = {}  # value -> the convolution that makes it
         done: set[int] = {0}
@@ -117,19 +120,22 @@ class Plan:
         for i in range(self.last, -1, -1):
             if self.nodes[i].kind == "conv" or i in before_conv:
                 before_conv.update(self.nodes[i].inputs)
-        exact, crossings, reason = {0}, 0, None
+        front, head, crossings, reason = {0}, set(), 0, None
         for i, node in enumerate(self.nodes[1:], 1):
-            inside = [j in exact for j in node.inputs]
+            parts = {"front" if j in front else "head" if j in head else "middle" for j in node.inputs}
             if node.kind == "conv":
-                if all(inside) and node.conv["groups"] > 1:
+                if parts == {"front"} and node.conv["groups"] > 1:
                     reason = f"{node.name} is grouped and reads the image, which would be rounded"
                 continue
-            heads = (node.kind == "mean" and i not in before_conv) or (node.kind == "linear" and i == self.last)
-            if heads or all(inside):
-                exact.add(i)
-                crossings += not all(inside)
-            elif any(inside):
-                reason = f"{node.name} joins values of full and of half precision"
+            pools = (node.kind == "mean" and i not in before_conv) or (node.kind == "linear" and i == self.last)
+            if len(parts) > 1:
+                reason = f"{node.name} joins values from before, inside and behind the half-precision part"
+            elif parts == {"front"}:
+                front.add(i)
+            elif parts == {"head"} or pools:
+                head.add(i)
+                crossings += parts == {"middle"}
+        exact = front | head
         if crossings + (self.last not in exact) > 1:
             reason = "several branches are pooled on their own, so no one place can scale the gradient"
         return exact, reason
@@ -271,8 +277,8 @@ class PlannedGradient:
 
     def prepare(self) -> None:
         """Fold and cast the weights as they are now."""
-        norms = [m for s in self.plan.steps for m in (*getattr(s, "affine", ()), *getattr(s, "after", ())) if isinstance(m, Norm)]
-        self._norms = self._fold_norms(norms)
+        maps = [m for s in self.plan.steps for kind in ("before", "after", "affine") for m in getattr(s, kind, ())]
+        self._norms = self._fold_norms([m for m in maps if isinstance(m, Norm)])
         self._bound = [None] * len(self.plan.steps)
         for i, step in enumerate(self.plan.steps):
             if isinstance(step, Conv):
@@ -285,7 +291,7 @@ class PlannedGradient:
                 scale, shift = self._scale_shift(step.affine, self._channels(step))
                 for j in step.shifts:
                     moved = self._bound[j][1]
-                    shift = moved if shift is None else shift + moved
+                    shift = moved if shift is None else shift if moved is None else shift + moved
                 self._bound[i] = scale, shift
 
     def _of(self, ref: Ref | None) -> Tensor | None:
@@ -492,6 +498,8 @@ def _conv_backward(run, step: Conv, bound, shape, grads):
         dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
     if scale is not None:
         dx = dx * scale.view(-1, 1, 1).to(dx.dtype)
+    if step.inputs[0] != 0 and step.inputs[0] in run.plan.exact:
+        dx = dx.to(run.image_dtype)  # other gradients meet it there
     grads[step.inputs[0]].append((dx, not split))
 
 

@@ -1,5 +1,6 @@
 """The arithmetic that a model runs in during an attack. Image, step and projection stay fp32 whatever it is."""
 
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -27,21 +28,38 @@ def arithmetic(precision: str | None, device_type: str, *, autocast: bool = True
         yield
         return
     # Without the weight cache: what was cast before a CUDA graph's capture must not be read inside.
-    with torch.autocast(device_type, half, enabled=autocast and half is not None, cache_enabled=False), _tf32(precision):
+    with (
+        torch.autocast(device_type, half, enabled=autocast and half is not None, cache_enabled=False),
+        _tf32(precision, device_type),
+    ):
         yield
+
+
+_lock = threading.Lock()
+_saved: list[tuple] = []  # (switch, value before) of each switch that is changed now
+_inside = 0  # contexts that are open, in all threads: the switches are the process's
 
 
 @contextmanager
-def _tf32(precision: str | None):
-    if precision not in ("fp32", "tf32"):
+def _tf32(precision: str | None, device_type: str):
+    global _inside
+    if precision not in ("fp32", "tf32") or device_type != "cuda":
         yield
         return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [s.fp32_precision for s in switches]
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    with _lock:
+        _inside += 1
+        for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            before = switch.fp32_precision
+            if before != wanted:
+                inherited = before in (torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision)
+                _saved.append((switch, "none" if inherited else before))
+                switch.fp32_precision = wanted
     try:
-        for s in switches:
-            s.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
-        for s, value in zip(switches, before, strict=True):
-            s.fp32_precision = value
+        with _lock:
+            _inside -= 1
+            while not _inside and _saved:
+                switch, before = _saved.pop()
+                switch.fp32_precision = before

@@ -145,6 +145,7 @@ class Structure:
             "modules": [id(child) for d in children if d for child in d.values()],
             "hooks": list(map(tuple, chain(*hooks))) if any(map(any, hooks)) else [],  # by ids, which are never used again
             "parameters or buffers that are None": [i for i, t in enumerate(slots) if t is None],
+            "shared tensors": _first_of_each(tensors),
         }
         return of_model, of_modules, of_tensors
 
@@ -202,6 +203,12 @@ def _freeze(value, signature, queue: deque | None = None, name: str = ""):
     if isinstance(value, nn.Module) and queue is not None:
         queue.append((name, value))
     return _Same(value)
+
+
+def _first_of_each(tensors: list[Tensor]) -> list[int]:
+    """For each tensor, where in the list it comes first."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(t), i) for i, t in enumerate(tensors)]
 
 
 def _is_plain(value) -> bool:

@@ -8,6 +8,7 @@ model alive, and stays right when the weights change.
 """
 
 import copy
+import inspect
 import operator
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 PROBES = 5  # samples that a model is traced with; no usual size, so that a batch is told from other dimensions
 
@@ -77,53 +79,97 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     Raises:
         CannotPlan: with the reason.
     """
-    for path, m in model.named_modules():
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            raise CannotPlan(f"{path or 'the model'} has hooks, which the plan would not call")
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+    check_hooks(model)
+    if nn.modules.module._has_any_global_hook():
         raise CannotPlan("global module hooks are registered, which the plan would not call")
-    before = _attributes(model)
+    before = _State(model)
     tracer, reader, reason = _Tracer(), None, None
     try:
-        reader = _Reader(model, tracer.trace(model))
+        with torch.enable_grad(), _NoLooking():  # a no_grad inside is then seen
+            reader = _Reader(model, tracer.trace(model, concrete_args=_defaults(model)))
+    except CannotPlan as error:
+        reason = str(error)
     except Exception as error:  # whatever a model's own code raises when it is run on symbols
         reason = f"torch.fx cannot trace it: {_first_line(error)}"
-    if changed := _restore(before):
-        reason = f"its forward changes {changed[0]}, which the plan would not do"
+    if changed := before.restore():
+        reason = f"its forward changes {changed}, which the plan would not do"
     try:
         if reason:
             raise CannotPlan(reason)
-        return reader.read(x[torch.arange(PROBES, device=x.device) % len(x)])
+        with _NoLooking():
+            return reader.read(x[torch.arange(PROBES, device=x.device) % len(x)])
     finally:  # fx's objects are full of cycles: they are not to keep the model alive until the next garbage collection
         for holder in (tracer, *([reader.module, reader] if reader else [])):
             vars(holder).clear()
 
 
-def _attributes(model: nn.Module) -> list[tuple[str, dict, dict, dict[str, list]]]:
-    """Of every module: its path, attributes, a copy of them, and copies of those that are lists."""
-    return [
-        (path, vars(m), dict(vars(m)), {name: list(v) for name, v in vars(m).items() if isinstance(v, list)})
-        for path, m in model.named_modules()
-    ]
+def check_hooks(model: nn.Module) -> None:
+    for path, m in model.named_modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            raise CannotPlan(f"{path or 'the model'} has hooks, which the plan would not call")
 
 
-def _restore(before) -> list[str]:
-    """Undo what running the model on symbols did to its attributes; returns the names of those."""
-    changed = []
-    for path, attributes, copy_, lists in before:
-        for name in set(attributes) | set(copy_):
-            if name not in copy_:
-                del attributes[name]
-                if name.startswith("_tensor_constant"):  # left by fx itself, for a tensor that the model makes
-                    continue
-            elif attributes.get(name) is not copy_[name]:
-                attributes[name] = copy_[name]
-            elif name in lists and (len(lists[name]) != len(copy_[name]) or any(map(operator.is_not, lists[name], copy_[name]))):
-                copy_[name][:] = lists[name]
-            else:
-                continue
-            changed.append(f"{path}.{name}".lstrip("."))
-    return changed
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """The plain defaults of forward's arguments after the images: an attack gives no others."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if type(p.default) in (bool, int, float, str, type(None))}
+
+
+class _NoLooking(TorchFunctionMode):
+    """Within: Python code that looks at a tensor's values fails, since a plan would keep what it saw for good."""
+
+    LOOKS = {
+        getattr(Tensor, name)
+        for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__")
+    }
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.LOOKS:
+            raise CannotPlan(f"its forward looks at the values of a tensor ({function.__name__}), which may change")
+        return function(*args, **(kwargs or {}))
+
+
+class _State:
+    """What running a model's code may change: attributes, the lists and dicts among them, and values of buffers."""
+
+    def __init__(self, model: nn.Module):
+        self._attributes = [(path, vars(m), dict(vars(m))) for path, m in model.named_modules()]
+        self._containers = [
+            (f"{path}.{name}".lstrip("."), v, copy.copy(v))
+            for path, _, attributes in self._attributes
+            for name, v in attributes.items()
+            if type(v) in (list, dict, set)
+        ]
+        self._buffers = [(name, b, b._version, b.clone()) for name, b in model.named_buffers()]
+
+    def restore(self) -> str | None:
+        """Undo all changes; returns the name of one."""
+        changed = None
+        for path, now, before in self._attributes:
+            for name in set(now) | set(before):
+                if name.startswith("_tensor_constant") and name not in before:
+                    del now[name]  # left by fx itself, for a tensor that the model makes
+                elif now.get(name, self) is not before.get(name, self):
+                    changed = f"{path}.{name}".lstrip(".")
+            if changed:
+                now.clear()
+                now.update(before)
+        for name, now, before in self._containers:
+            if len(now) != len(before) or any(map(operator.is_not, _items(now), _items(before))):
+                changed = name
+                now.clear()
+                now.extend(before) if isinstance(now, list) else now.update(before)
+        for name, now, version, before in self._buffers:
+            if now._version != version:
+                changed = name
+                now.copy_(before)
+        return changed
+
+
+def _items(container) -> list:
+    if isinstance(container, dict):
+        return [*container, *container.values()]
+    return container if isinstance(container, list) else sorted(container, key=id)
 
 
 def _first_line(error: BaseException) -> str:
@@ -142,6 +188,16 @@ class _Tracer(torch.fx.Tracer):
             return True
         return super().is_leaf_module(m, path) and not isinstance(m, nn.Sequential)
 
+    def proxy(self, node):
+        return _Proxy(node, self)
+
+    def create_proxy(self, *args, **kwargs):
+        if not torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise CannotPlan(
+                "a part of its forward runs without gradients, with its own backward or under an autocast of its own"
+            )
+        return super().create_proxy(*args, **kwargs)
+
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
@@ -151,6 +207,25 @@ class _Tracer(torch.fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _Proxy(torch.fx.Proxy):
+    """torch.fx takes a += b for a = a + b."""
+
+    def _in_place(self, function, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other):
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other):
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other):
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other):
+        return self._in_place(operator.itruediv, other)
 
 
 def _is_normalize(m: nn.Module) -> bool:
@@ -193,6 +268,8 @@ class _Reader(torch.fx.Interpreter):
             raise CannotPlan(f"{n.name} changes a tensor of the model")
         result = super().run_node(n)
         if n.op == "placeholder":
+            if self.nodes and n.args:
+                return result  # a default
             if self.nodes:
                 raise CannotPlan(f"forward takes a second input, {n.target}")
             self._add(n, "input", ())
@@ -203,10 +280,13 @@ class _Reader(torch.fx.Interpreter):
             if not isinstance(answer, torch.fx.Node) or answer not in self.index:
                 raise CannotPlan("it does not return one tensor that depends on the images")
             self.nodes = self._needed_for(self.index[answer])
-        elif any(a in self.index for a in n.all_input_nodes) and isinstance(result, Tensor):
-            self._check_batch(n, result)
-            self._check_in_place(n)
-            self._read(n)
+        elif any(a in self.index for a in n.all_input_nodes):
+            if isinstance(result, Tensor):
+                self._check_batch(n, result)
+                self._check_in_place(n)
+                self._read(n)
+            elif n.target not in ASKING:
+                raise CannotPlan(f"{n.name} gives no tensor, but {type(result).__name__}")
         return result
 
     def _needed_for(self, last: int) -> list[Node]:
@@ -260,6 +340,8 @@ class _Reader(torch.fx.Interpreter):
                 raise CannotPlan(f"no rule for {type(m).__module__}.{type(m).__qualname__} ({n.target})")
             if len(n.args) != 1 or n.kwargs:
                 raise CannotPlan(f"{n.target} is called with more than one argument")
+            if "forward" in vars(m):
+                raise CannotPlan(f"{n.target} has a forward of its own")
             return rule(self, n, n.args[0], m)
         rule = FUNCTIONS.get(n.target)
         if rule is None:
@@ -308,7 +390,8 @@ def _aliases(n, root) -> bool:
     return name in ALIASING or _in_place(n, root)
 
 
-ALIASING = {"flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "detach", "unflatten"}
+ALIASING = {"flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose"}
+ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
 
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
