@@ -96,8 +96,7 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     try:
         if reason:
             raise CannotPlan(reason)
-        with _NoLooking():
-            return reader.read(x[torch.arange(PROBES, device=x.device) % len(x)])
+        return reader.read(x[torch.arange(PROBES, device=x.device) % len(x)])
     finally:  # fx's objects are full of cycles: they are not to keep the model alive until the next garbage collection
         for holder in (tracer, *([reader.module, reader] if reader else [])):
             vars(holder).clear()
@@ -118,13 +117,11 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 class _NoLooking(TorchFunctionMode):
     """Within: Python code that looks at a tensor's values fails, since a plan would keep what it saw for good."""
 
-    LOOKS = {
-        getattr(Tensor, name)
-        for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__")
-    }
+    names = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__")
+    functions = {getattr(Tensor, name) for name in names}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.LOOKS:
+        if function in self.functions:
             raise CannotPlan(f"its forward looks at the values of a tensor ({function.__name__}), which may change")
         return function(*args, **(kwargs or {}))
 
@@ -266,6 +263,8 @@ class _Reader(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> Any:
         if _in_place(n, self.module) and not (n.args and self.is_value(n.args[0])):
             raise CannotPlan(f"{n.name} changes a tensor of the model")
+        if n.op == "call_method" and n.target in _NoLooking.names:
+            raise CannotPlan(f"its forward looks at the values of a tensor ({n.target}), which may change")
         result = super().run_node(n)
         if n.op == "placeholder":
             if self.nodes and n.args:

@@ -414,6 +414,7 @@ REFUSED = {
     "without gradients": (lambda: Lambda(without_gradient), {}),
     "with its own backward": (lambda: Lambda(lambda m, x: m.fc(Reversed.apply(x.mean((2, 3))))), {}),
     "looks at the values of a tensor (__float__)": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) * float(m.count))), {}),
+    "looks at the values of a tensor (item)": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) * m.fc.bias[0].item())), {}),
     "gives no tensor": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) / torch.aminmax(x).max)), {}),
     "iadd works in place on a value that add reads later": (lambda: Lambda(added_to, nn.Conv2d(3, 3, 3)), {}),
     "has a forward of its own": (own_forward, {}),
