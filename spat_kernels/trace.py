@@ -261,7 +261,8 @@ class _Reader(torch.fx.Interpreter):
         return self.nodes
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        if _in_place(n, self.module) and not (n.args and self.is_value(n.args[0])):
+        target = n.args[0] if n.args else None
+        if _in_place(n, self.module) and not self.is_value(target) and isinstance(self.env.get(target), Tensor):
             raise CannotPlan(f"{n.name} changes a tensor of the model")
         if n.op == "call_method" and n.target in _NoLooking.names:
             raise CannotPlan(f"its forward looks at the values of a tensor ({n.target}), which may change")
@@ -391,8 +392,6 @@ def _aliases(n, root) -> bool:
 
 ALIASING = {"flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose"}
 ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
-
-
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
