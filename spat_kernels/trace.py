@@ -90,7 +90,7 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     except CannotPlan as error:
         reason = str(error)
     except Exception as error:  # whatever a model's own code raises when it is run on symbols
-        reason = f"torch.fx cannot trace it: {_first_line(error)}"
+        reason = f"torch.fx cannot trace it: {first_line(error)}"
     if changed := before.restore():
         reason = f"its forward changes {changed}, which the plan would not do"
     try:
@@ -169,7 +169,7 @@ def _items(container) -> list:
     return container if isinstance(container, list) else sorted(container, key=id)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
@@ -255,7 +255,7 @@ class _Reader(torch.fx.Interpreter):
             except CannotPlan as error:
                 reason = str(error).splitlines()[0]  # without fx's account of where
             except Exception as error:
-                reason = f"{_first_line(error)} on a batch of {len(probe)}"
+                reason = f"{first_line(error)} on a batch of {len(probe)}"
         if reason:
             raise CannotPlan(reason)  # outside of `except`: a context would keep frames, and so the model, alive
         return self.nodes
