@@ -7,5 +7,5 @@ python -m benchmarks.gpu_suite --out DIR --minutes 25    all of it, and more, on
 python -m benchmarks.report [json ...] [--write README.md]    the tables
 python -m benchmarks.plots JSON --out DIR    throughput.png and roofline.png
 
-`pip install '.[bench,rivals]'` brings the rivals; those that are missing are left out, and recorded.
+`pip install -e '.[bench,rivals]'` brings the rivals; those that are missing are left out, and recorded.
 """

@@ -5,8 +5,8 @@ left, so that what one does not use goes to those after it. A stage that fails, 
 its output, and the rest still run; what it had written by then is kept. DIR/<stage>.json holds its status, commands, output and
 results; DIR/suite.json, rewritten after every stage, the summary.
 
-Needs the package installed (or built in place), pytest and pytest-benchmark; rivals that are not installed are left out, and
-recorded. `--rehearse` runs the same stages on tiny sizes on the CPU; those that need a GPU are recorded as skipped.
+Needs the package installed by `pip install -e .` (or built in place), tyro, pytest and pytest-benchmark; rivals that are not
+installed are left out, and recorded. `--rehearse` runs the same stages on tiny sizes on the CPU; those that need a GPU are recorded as skipped.
 `--stages` picks some, for a lease too short for all.
 """
 

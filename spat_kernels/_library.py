@@ -9,6 +9,7 @@ when TRITON_INTERPRET=1) or `reference`. The default is `auto`.
 
 import importlib.util
 import os
+import warnings
 
 import torch
 import triton
@@ -27,8 +28,10 @@ def _load_compiled():
     if BACKEND in ("triton", "reference"):
         return None
     if importlib.util.find_spec("spat_kernels._C") is None:
+        what = f"{os.path.dirname(__file__)} holds no compiled extension (_C): in a checkout, run `pip install -e .`"
         if BACKEND == "compiled":
-            raise ImportError("SPAT_KERNELS_BACKEND=compiled, but spat_kernels/_C is not built: run `pip install .`")
+            raise ImportError(f"SPAT_KERNELS_BACKEND=compiled, but {what}")
+        warnings.warn(f"{what}. Until then the slow references run", RuntimeWarning, stacklevel=2)
         return None
     from . import _C
 

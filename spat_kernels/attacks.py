@@ -84,7 +84,8 @@ class PGD:
         check_path(self.precision, self.input_gradient)
         checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
         checks.check_choice("select", self.select, ("success", "loss"))
-        checks.check_choice("graph", self.graph, ("auto", True, False))
+        if not isinstance(self.graph, bool):
+            checks.check_choice("graph", self.graph, ("auto",))
         checks.check_count("steps", self.steps, 0)
         checks.check_count("restarts", self.restarts, 1)
         checks.check_generator(self.generator)

@@ -67,7 +67,10 @@ def check_labels(y, x: Tensor) -> None:
             f"y must be an int64 tensor of class indices, got {kind(y)}: use y.long(), or y.argmax(1) on one-hot labels"
         )
     if y.shape != x.shape[:1]:
-        raise ValueError(f"y must have shape [{len(x)}] like the batch of x, got {list(y.shape)}")
+        raise ValueError(
+            f"y must have shape [{len(x)}] like the batch of x, got {list(y.shape)}: "
+            "give class indices (y.argmax(1) of one-hot labels), and a batch of images (x[None] of one)"
+        )
     if y.device != x.device:
         raise ValueError(f"y is on {y.device} and x on {x.device}: move one of them by .to(device)")
 

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import spat_kernels
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
 
 # The functions of these names hide their modules.
@@ -31,6 +32,12 @@ OPS = {
     "scale_shift_relu_grad": scale_shift_relu,
     "split_image": split_image,
 }
+
+
+def pytest_configure(config):
+    """In a checkout, its own spat_kernels comes before an installed one: without the extension, references test themselves."""
+    if spat_kernels._library.BACKEND == "auto" and not spat_kernels.config()["compiled"]:
+        raise pytest.UsageError(f"{spat_kernels.__path__[0]} is not compiled: run pip install -e '.[test]' in the checkout")
 
 
 class Implementation:
