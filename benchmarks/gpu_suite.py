@@ -6,8 +6,8 @@ its output, and the rest still run; what it had written by then is kept. DIR/<st
 results; DIR/suite.json, rewritten after every stage, the summary.
 
 Needs the package installed by `pip install -e .` (or built in place), tyro, pytest and pytest-benchmark; rivals that are not
-installed are left out, and recorded. `--rehearse` runs the same stages on tiny sizes on the CPU; those that need a GPU are recorded as skipped.
-`--stages` picks some, for a lease too short for all.
+installed are left out, and recorded. `--rehearse` runs the same stages on tiny sizes on the CPU; those that need a GPU are
+recorded as skipped. `--stages` picks some, for a lease too short for all.
 """
 
 import contextlib
