@@ -27,7 +27,7 @@ ROUNDS = 3, 100  # least and most of a race
 
 def describe(device: str) -> dict:
     """Where a result comes from: device, CPU and its matrix units, versions, threads, commit, date and command."""
-    if not spat_kernels.config()["compiled"]:
+    if spat_kernels._library.compiled is None:
         raise SystemExit(f"{spat_kernels.__path__[0]} is not compiled: run pip install -e '.[bench]' in the checkout")
     cuda = device.startswith("cuda")
     info = Path("/proc/cpuinfo").read_text()

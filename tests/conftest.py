@@ -36,7 +36,7 @@ OPS = {
 
 def pytest_configure(config):
     """In a checkout, its own spat_kernels comes before an installed one: without the extension, references test themselves."""
-    if spat_kernels._library.BACKEND == "auto" and not spat_kernels.config()["compiled"]:
+    if spat_kernels._library.BACKEND == "auto" and spat_kernels._library.compiled is None:
         raise pytest.UsageError(f"{spat_kernels.__path__[0]} is not compiled: run pip install -e '.[test]' in the checkout")
 
 
