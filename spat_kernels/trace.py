@@ -573,13 +573,13 @@ def _local(function):
         values: list[torch.fx.Node] = []
 
         def slot(a):
-            if not r.is_value(a):
-                return _Constant(r.plain(a))
-            values.append(a)
-            return _Slot(len(values) - 1)
+            if r.is_value(a):
+                values.append(a)
+                return _Slot(len(values) - 1)
+            if isinstance(constant := r.plain(a), Tensor):
+                raise CannotPlan(f"{n.name} combines values with a tensor that is neither one number nor one for each channel")
+            return _Constant(constant)
 
-        if any(isinstance(r.plain(v), Tensor) for v in _tensor_leaves(r, args, kwargs)):
-            raise CannotPlan(f"{n.name} combines values with a tensor that is neither one number nor one for each channel")
         template = torch.fx.node.map_arg((args, kwargs), slot)
 
         def call(*tensors):
@@ -611,12 +611,6 @@ def _fill(template, tensors):
     if isinstance(template, dict):
         return {k: _fill(v, tensors) for k, v in template.items()}
     return template
-
-
-def _tensor_leaves(r, args, kwargs):
-    found = []
-    torch.fx.node.map_arg((args, kwargs), lambda a: found.append(a) if not r.is_value(a) else None)
-    return found
 
 
 def _pool_f(module, names):
