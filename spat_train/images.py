@@ -1,0 +1,151 @@
+"""Labelled images as uint8, [N, H, W, C], wherever they lie, and what is asked of any of them."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full; of more, so many images:
+SAMPLED = 4096
+
+
+class InputError(ValueError):
+    """What the user gave does not fit. The message is one line: argument, value, remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images in memory, mapped from a file, or on a device.
+
+    Args:
+        pixels: uint8 [N, H, W, C], contiguous.
+        labels: int64 [N], on the CPU.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.pixels.shape[1:]
+        return channels, height, width
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """The images `rows` as uint8 [B, H, W, C] on the CPU."""
+        return self.pixels.index_select(0, rows.to(self.pixels.device)).cpu()
+
+    def subset(self, rows: Tensor) -> "Images":
+        return Images(self.pixels.index_select(0, rows.to(self.pixels.device)), self.labels[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """Pictures in files, decoded when asked for: the short side resized to `size`, the square in the middle, RGB.
+
+    Args:
+        root: the folder that `files` are relative to.
+        files: N names.
+        labels: int64 [N].
+        size: H and W.
+    """
+
+    root: Path
+    files: list[str]
+    labels: Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.size, self.size
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """The images `rows` as uint8 [B, H, W, 3] on the CPU."""
+        from PIL import Image
+        from torchvision.transforms import functional as pictures
+
+        batch = torch.empty((len(rows), self.size, self.size, 3), dtype=torch.uint8)
+        for pixels, row in zip(batch, rows.tolist(), strict=True):
+            try:
+                with Image.open(self.root / self.files[row]) as file:
+                    picture = pictures.center_crop(pictures.resize(file.convert("RGB"), self.size), self.size)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, for broken files
+                raise InputError(f"--data: {self.root / self.files[row]} cannot be decoded: repair or remove it") from error
+            pixels.copy_(torch.from_numpy(np.array(picture)))
+        return batch
+
+    def subset(self, rows: Tensor) -> "Folder":
+        return Folder(self.root, [self.files[row] for row in rows.tolist()], self.labels[rows], self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What to train on and what to test on; labels are indices into `classes`."""
+
+    name: str
+    train: Images | Folder
+    test: Images | Folder
+    classes: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.train.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def limited(self, limit: int | None, seed: int) -> "Dataset":
+        """At most `limit` random images of each split, chosen by `seed`."""
+        return Dataset(self.name, _limited(self.train, limit, seed), _limited(self.test, limit, seed), self.classes)
+
+
+def _limited(images: Images | Folder, limit: int | None, seed: int) -> Images | Folder:
+    if limit is None or limit >= len(images):
+        return images
+    # Drawn, not the first: files sorted by class exist.
+    return images.subset(torch.from_numpy(np.random.default_rng(seed).permutation(len(images))[:limit]))
+
+
+def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and `count` rows held out, drawn by `seed` from each class in its proportion; both sorted."""
+    if not 0 <= count < len(labels):
+        raise InputError(f"--hold-out {count}: give 0 to {len(labels) - 1} of the {len(labels)} training images")
+    sizes = labels.bincount()
+    share, rest = sizes * count // len(labels), sizes * count % len(labels)
+    share[rest.argsort(descending=True, stable=True)[: count - int(share.sum())]] += 1
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label, number in enumerate(share.tolist()):
+        rows = (labels == label).nonzero()[:, 0]
+        held[rows[torch.randperm(len(rows), generator=generator)[:number]]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def fingerprint(images: Images | Folder) -> str:
+    """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names and sizes."""
+    digest = hashlib.sha256(repr((len(images), images.image_shape)).encode())
+    digest.update(images.labels.numpy())
+    if isinstance(images, Folder):
+        for name in images.files:
+            digest.update(f"{name}\0{(images.root / name).stat().st_size}\0".encode())
+    else:
+        count = len(images) if images.pixels.nbytes <= HASHED else min(SAMPLED, len(images))
+        rows = torch.arange(count) * (len(images) - 1) // max(count - 1, 1)
+        for part in rows.split(SAMPLED):
+            digest.update(images.batch(part).numpy())
+    return digest.hexdigest()[:16]
+
+
+def floats(images: Images | Folder, rows: Tensor, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """The images `rows` as they are: fp32 [B, C, H, W] in [0, 1], channels last in memory, and labels int64 [B], on `device`."""
+    x = images.batch(rows).to(device).permute(0, 3, 1, 2).float()
+    return x.div_(255), images.labels[rows].to(device)

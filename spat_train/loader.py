@@ -1,0 +1,192 @@
+"""Which images make up each batch, and the batches themselves: cropped, flipped, on the device.
+
+Every random choice is a function of (seed, epoch, step, image) and of nothing else. A run that stops can therefore go on at any
+step, all ranks agree on a batch without talking, and an image is cropped alike wherever it lies: on the device, where a batch is
+one gather per source, or in host memory or files, from where worker processes bring it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from spat_kernels.ops import crop_flip
+
+from .images import Folder, Images, InputError
+
+Parts = tuple[Tensor, Tensor]  # rows of the training set, rows of the extra images
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The rows of every batch, a function of (seed, epoch).
+
+    Args:
+        rows: int64, rows of the training set in use.
+        batch_size: images in a batch, over all ranks.
+        seed: 0 to 2**63 - 1.
+        extra: number of extra images.
+        extra_fraction: share of each batch that is drawn from them.
+    """
+
+    rows: Tensor
+    batch_size: int
+    seed: int
+    extra: int = 0
+    extra_fraction: float = 0.0
+
+    def __post_init__(self):
+        if len(self.rows) == 0 or self.batch_size < 1 or not 0 <= self.extra_fraction <= 1:
+            raise ValueError("an order needs rows, a batch size of at least 1 and an extra fraction in [0, 1]")
+        if self.extra_fraction and not self.extra:
+            raise ValueError("an extra fraction needs extra images")
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch: what the training set alone would fill, as RST counts (196 of 256 for 50,000 images)."""
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def epoch(self, number: int) -> list[Parts]:
+        """Rows of the training set and rows of the extra images, for each step.
+
+        Alone, the training set is a permutation cut into batches, the last one ragged. With extra images every batch is full:
+        `batch_size * (1 - extra_fraction)` rows of a permutation, and extra rows drawn with replacement: they may be 50 million.
+        """
+        seed = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        if not self.extra_fraction:
+            order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+            return [(rows, order.new_empty(0)) for rows in order.split(self.batch_size)]
+        labelled = round(self.batch_size * (1 - self.extra_fraction))
+        # A share close to 1 takes more rows than there are: the last batch goes on in a second permutation.
+        rounds = math.ceil(self.steps * labelled / len(self.rows))
+        order = [self.rows[torch.randperm(len(self.rows), generator=generator)] for _ in range(rounds)]
+        order = torch.cat([self.rows[:0], *order])[: self.steps * labelled].view(self.steps, labelled)
+        extra = torch.randint(self.extra, (self.steps, self.batch_size - labelled), generator=generator)
+        return list(zip(order, extra, strict=True))
+
+
+class Loader:
+    """Batches of `order`: x fp32 [B, C, H, W] in [0, 1], channels last in memory, y int64 [B], on `device`.
+
+    Args:
+        train: the training set.
+        order: its rows, and those of `extra`, batch by batch.
+        device: where batches go.
+        extra: further images, mixed in as `order` says.
+        pad: zeros on each side, from which a random crop of the old size is cut.
+        flip: mirror half of the images.
+        rank, world: of each batch this is part `rank` of `world`; it may be empty where the last batch is small.
+        workers: processes that read ahead what is not on the device; 0 reads in this one.
+        resident: keep the images on the device (True), or read each batch from where they are (False). Default: on the device,
+            unless they are pictures in files or take more than half of the GPU's free memory.
+    """
+
+    def __init__(
+        self,
+        train: Images | Folder,
+        order: Order,
+        *,
+        device: str | torch.device = "cpu",
+        extra: Images | None = None,
+        pad: int = 0,
+        flip: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 2,
+        resident: bool | None = None,
+    ):
+        if order.extra != (0 if extra is None else len(extra)):
+            raise ValueError(f"the order counts {order.extra} extra images, {0 if extra is None else len(extra)} are given")
+        if extra is not None and extra.image_shape != train.image_shape:
+            raise ValueError(f"extra images are {extra.image_shape}, those of the training set {train.image_shape}")
+        self.order, self.device, self.pad, self.flip = order, torch.device(device), pad, flip
+        self.rank, self.world, self.workers = rank, world, workers
+        self.sources = [train] if extra is None else [train, extra]
+        self.first_ids = [0, len(train)]  # extra images are counted on from the training set
+        self.resident = [_placed(source, self.device, resident) for source in self.sources]
+
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from `first_step` on. Worker processes end with the iterator."""
+        parts = self._parts(number)[first_step:]
+        reader = _Reader(self.sources, self.resident, parts)
+        if all(pixels is not None for pixels in self.resident):
+            arrivals = repeat([None, None])
+        else:
+            arrivals = DataLoader(
+                reader,
+                batch_size=None,
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # of the seeds that workers get and do not use: the global one stays as it is
+                multiprocessing_context="fork" if self.workers else None,  # others would copy mapped images
+            )
+        return self._batches(parts, number * self.order.steps + first_step, arrivals)
+
+    def batch(self, number: int, step: int) -> tuple[Tensor, Tensor]:
+        """The batch at `step` of an epoch, by itself."""
+        parts = [self._parts(number)[step]]
+        reader = _Reader(self.sources, self.resident, parts)
+        return next(self._batches(parts, number * self.order.steps + step, [reader[0]]))
+
+    def _parts(self, number: int) -> list[Parts]:
+        """This rank's rows for each step: its share of either source, so that every rank sees the same mix."""
+        return [tuple(rows.tensor_split(self.world)[self.rank] for rows in step) for step in self.order.epoch(number)]
+
+    def _batches(self, parts: list[Parts], first: int, arrivals: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+        # Rows, ids and labels of all batches go over in one copy.
+        table = [
+            torch.stack([rows, rows + first_id, source.labels[rows]])
+            for step in parts
+            for source, first_id, rows in zip(self.sources, self.first_ids, step, strict=False)
+        ]
+        table = torch.cat([torch.empty(3, 0, dtype=torch.int64), *table], 1).to(self.device)
+        seeds = torch.tensor([[self.order.seed, first + i] for i in range(len(parts))]).to(self.device)
+        end = 0
+        for step, seed, arrived in zip(parts, seeds, arrivals, strict=False):
+            if isinstance(arrived, InputError):
+                raise arrived
+            start, count = end, sum(map(len, step))
+            x = torch.empty((count, *self.sources[0].image_shape), device=self.device, memory_format=torch.channels_last)
+            for pixels, read, part in zip(self.resident, arrived, step, strict=False):
+                begin, end = end, end + len(part)
+                rows, ids, _ = table[:, begin:end]
+                if pixels is None:
+                    pixels, rows = read.to(self.device, non_blocking=True), torch.arange(len(part), device=self.device)
+                if len(part):
+                    crop_flip(pixels, rows, ids, seed, x[begin - start : end - start], pad=self.pad, flip=self.flip)
+            yield x, table[2, start:end]
+
+
+class _Reader(TorchDataset):
+    """Batch i as worker processes read it: uint8 [B, H, W, C] of each source, None of those on the device."""
+
+    def __init__(self, sources: list[Images | Folder], resident: list[Tensor | None], parts: list[Parts]):
+        self.sources = [source if pixels is None else None for source, pixels in zip(sources, resident, strict=True)]
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> list[Tensor | None] | InputError:
+        try:
+            return [source and source.batch(rows) for source, rows in zip(self.sources, self.parts[i], strict=False)]
+        except InputError as error:  # returned, as the DataLoader would wrap it into a page of traceback
+            return error
+
+
+def _placed(source: Images | Folder, device: torch.device, resident: bool | None) -> Tensor | None:
+    """The pixels on the device, None where they are to be read batch by batch."""
+    if isinstance(source, Folder):
+        if resident:
+            raise ValueError("pictures in files cannot be resident")
+        return None
+    if resident is None and device.type == "cuda" and source.pixels.device.type != "cuda":
+        resident = source.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+    return None if resident is False else source.pixels.to(device)
