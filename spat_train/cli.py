@@ -1,22 +1,88 @@
 """The `spat-train` command."""
 
 import sys
+from difflib import get_close_matches
+from pathlib import Path
 
 import tyro
 
-from .data import InputError
+from .config import Config
 from .demo import demo
+from .figures import write_curves
+from .files import SaveError
+from .images import InputError
+from .presets import PRESETS
+from .signals import Stopped
+from .train import TrainingError
+from .train import train as run
 
-COMMANDS = {"demo": demo}
+
+def train(arguments: list[str]) -> None:
+    """Parse a Config, with a preset's values as the defaults where --preset names one, and train."""
+    chosen = _value_of("--preset", arguments)
+    if chosen and chosen not in PRESETS:
+        near = get_close_matches(chosen, PRESETS, n=3, cutoff=0.4)
+        raise InputError(
+            f"--preset {chosen}: there is none: {'did you mean ' + ', '.join(near) + '? ' if near else ''}see spat-train presets"
+        )
+    description = "Train a robust model: attack, update, validate, save; with --resume go on after any interruption."
+    config = tyro.cli(
+        Config, args=arguments, default=PRESETS.get(chosen, Config()), prog="spat-train train", description=description
+    )
+    result = run(config)
+    if result.folder and result.test:
+        print(f"{result.folder}: " + ", ".join(f"{name} {value:.2f} %" for name, value in result.test.items()))
+
+
+def _value_of(option: str, arguments: list[str]) -> str:
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(option + "="):
+            return argument.removeprefix(option + "=")
+    return ""
+
+
+def presets() -> None:
+    """List the presets: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, and Madry's networks."""
+    for name, config in PRESETS.items():
+        spat = f" alpha {config.alpha:g}" if config.alpha else ""
+        print(f"{name:26} {config.method}{spat}, {config.model} on {config.data}, eps {config.eps:g}/255, {config.epochs} epochs")
+
+
+def plot(runs: tuple[Path, ...], /, out: Path = Path("curves.png")) -> None:
+    """Draw the loss, the learning rate and the held-out accuracies of runs against epochs.
+
+    Args:
+        runs: folders that `spat-train train` wrote.
+        out: where the picture goes, a .png or .pdf file.
+    """
+    write_curves(out, runs)
+    print(f"{out} written")
+
+
+COMMANDS = {"presets": presets, "plot": plot, "demo": demo}
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 an argument or the data does not fit."""
+    """Exit codes: 0 done; 1 the run cannot go on; 2 an option, the data or a checkpoint does not fit; 128 + n: signal n."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="spat-train")
+        if sys.argv[1:2] == ["train"]:
+            train(sys.argv[2:])
+        else:
+            # "train" stands here for the list of commands; its options depend on the preset.
+            tyro.extras.subcommand_cli_from_dict({"train": Config} | COMMANDS, prog="spat-train")
     except InputError as error:
-        print(f"spat-train: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error: {error}", 2)
+    except (TrainingError, SaveError) as error:
+        _leave(f"error: {error}", 1)
+    except Stopped as stopped:
+        _leave(str(stopped), stopped.exit_code)
+
+
+def _leave(message: str, code: int) -> None:
+    print(f"spat-train: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

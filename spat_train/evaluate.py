@@ -1,39 +1,84 @@
-"""Test accuracy, clean and under attack."""
+"""Accuracy, clean and under attack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spat_kernels import cw_linf, fgsm, pgd
 
+from .distributed import World
+from .images import Folder, Images, floats
+
 BATCH = 512
+Attack = Callable[..., Tensor]  # (model, x [B, C, H, W], y [B], eps, generator=, precision=, ...) -> x_adv
 
 
-def attacks(eps: float, seed: int) -> dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]]:
-    """The columns of the table: (model, x [B, C, H, W], y [B]) -> x_adv. Random starts come from `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "clean": lambda model, x, y: x,
-        "FGSM": lambda model, x, y: fgsm(model, x, y, eps),
-        "PGD-20": lambda model, x, y: pgd(model, x, y, eps, steps=20, step_size=eps / 10, generator=generator),
-        "C&W-inf-30": lambda model, x, y: cw_linf(model, x, y, eps, steps=30, step_size=eps / 10, generator=generator),
-    }
+def _pgd(steps: int, part: float) -> Attack:
+    """PGD of `steps` steps of eps / part."""
+    return lambda model, x, y, eps, **how: pgd(model, x, y, eps, steps=steps, step_size=eps / part, **how)
 
 
-def accuracies(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> dict[str, float]:
-    """Accuracy in percent on x [N, C, H, W], y [N] per attack, the model in eval mode."""
+# The columns of the thesis's tables 6.1 and 6.2; FGSM starts at the image.
+TEST: dict[str, Attack] = {
+    "clean": lambda model, x, y, eps, **how: x,
+    "FGSM": fgsm,
+    "PGD-20": _pgd(20, 10),
+    "C&W-inf-30": lambda model, x, y, eps, **how: cw_linf(model, x, y, eps, steps=30, step_size=eps / 10, **how),
+}
+
+
+def validation(steps: int) -> dict[str, Attack]:
+    return {"clean": TEST["clean"], "pgd": _pgd(steps, 4)}
+
+
+def accuracies(
+    model: nn.Module,
+    images: Images | Folder,
+    attacks: dict[str, Attack],
+    eps: float,
+    *,
+    rows: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = BATCH,
+    world: World | None = None,
+    between: Callable[[], object] = lambda: None,
+    **how,
+) -> dict[str, float]:
+    """Accuracy in percent under each attack, the model in eval mode and given back in the mode it came in.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] -> logits [B, K].
+        eps: radius for images in [0, 1].
+        rows: int64 [N], which images; None is all.
+        seed: of the random starts, which depend on it and on a batch's place alone.
+        world: processes that share the batches; each gets the same result.
+        between: called after every batch (to stop by an exception).
+        how: `precision`, `input_gradient`, `graph` of the attacks.
+    """
+    rows = torch.arange(len(images)) if rows is None else rows
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    correct = dict.fromkeys(attacks, 0)
+    training = model.training
     model.eval()
-    result = {}
-    for name, attack in tqdm(attacks(eps, seed).items(), desc="evaluate", leave=False):
-        correct = 0
-        for x_batch, y_batch in zip(x.split(BATCH), y.split(BATCH), strict=True):
-            x_adv = attack(model, x_batch, y_batch)
-            with torch.no_grad():
-                correct += int((model(x_adv).argmax(1) == y_batch).sum())
-        result[name] = 100 * correct / len(x)
-    return result
+    try:
+        for number, chunk in _share(rows.split(batch_size), rank, size):
+            x, y = floats(images, chunk, device)
+            for name, attack in attacks.items():
+                generator = torch.Generator().manual_seed(seed + number)
+                x_adv = attack(model, x, y, eps, generator=generator, **how)
+                with torch.no_grad():
+                    correct[name] += int((model(x_adv).argmax(1) == y).sum())
+                between()
+    finally:
+        model.train(training)
+    counts = world.add(*correct.values()) if world else list(correct.values())
+    return {name: 100 * count / len(rows) for name, count in zip(attacks, counts, strict=True)}
+
+
+def _share(batches: Iterable[Tensor], rank: int, size: int) -> list[tuple[int, Tensor]]:
+    return list(enumerate(batches))[rank::size]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -1,5 +1,6 @@
-"""What each attack does to an image at a large eps, and what the model then sees (thesis, Fig. 5.2)."""
+"""Pictures: what attacks do to images at a large eps (thesis, Fig. 5.2), and the curves of runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from spat_kernels import pgd, pgd_ls
 
-from .data import Dataset
+from . import logs
+from .images import Dataset, InputError, floats
 
 ROWS = 5
 
@@ -26,8 +28,8 @@ def one_per_class(y: Tensor, count: int) -> list[int]:
 
 def write_figure(path: Path, model: nn.Module, data: Dataset, eps: float, seed: int) -> None:
     """Write a PNG of `ROWS` test images, attacked on `model`, each titled with its predicted class (red: wrong)."""
-    chosen = one_per_class(data.y_test, ROWS)
-    x, y = data.x_test[chosen], data.y_test[chosen]
+    chosen = one_per_class(data.test.labels, ROWS)
+    x, y = floats(data.test, torch.tensor(chosen), next(model.parameters()).device)
     settings = {"steps": 50, "step_size": eps / 10, "generator": torch.Generator().manual_seed(seed)}
     columns = {
         "original": x,
@@ -56,3 +58,44 @@ def write_figure(path: Path, model: nn.Module, data: Dataset, eps: float, seed: 
             if column == 0:
                 ax.set_ylabel(f"true: {data.classes[y[row]]}", parse_math=False)
     figure.savefig(path, dpi=120)
+
+
+PANELS = {  # title: kind of event in the log, its value, unit
+    "training loss": ("train", "loss", ""),
+    "learning rate": ("train", "lr", ""),
+    "held-out accuracy, clean": ("validation", "clean", "%"),
+    "held-out accuracy, PGD": ("validation", "pgd", "%"),
+}
+
+
+def write_curves(path: Path, runs: Sequence[Path]) -> None:
+    """Draw the curves of one or more runs, folders with a log.jsonl, against epochs; PNG or PDF by the name.
+
+    Raises:
+        InputError: a folder is no run, or `path` has another ending.
+    """
+    if path.suffix.lower() not in (".png", ".pdf"):
+        raise InputError(f"--out {path}: give a name that ends in .png or .pdf")
+    for run in runs:
+        if not (run / "log.jsonl").is_file():
+            raise InputError(f"{run}: no log.jsonl there: give the folder of a run")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, (title, (kind, value, unit)) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        for run, style in zip(runs, _styles(), strict=False):
+            start = logs.read(run, "start")
+            steps = start[0]["steps_per_epoch"] if start else 1
+            events = logs.read(run, kind)
+            ax.plot([e["step"] / steps for e in events], [e[value] for e in events], label=run.name, **style)
+        ax.set_title(title)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(unit)
+        ax.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _styles():
+    """Okabe and Ito's colours, told apart by colour-blind readers, then again with other lines."""
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    return ({"color": colour, "linestyle": line} for line in ("-", "--", ":") for colour in colours)

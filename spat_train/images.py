@@ -118,7 +118,7 @@ def _limited(images: Images | Folder, limit: int | None, seed: int) -> Images | 
 def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to train on and `count` rows held out, drawn by `seed` from each class in its proportion; both sorted."""
     if not 0 <= count < len(labels):
-        raise InputError(f"--hold-out {count}: give 0 to {len(labels) - 1} of the {len(labels)} training images")
+        raise InputError(f"--holdout {count}: give 0 to {len(labels) - 1} of the {len(labels)} training images")
     sizes = labels.bincount()
     share, rest = sizes * count // len(labels), sizes * count % len(labels)
     share[rest.argsort(descending=True, stable=True)[: count - int(share.sum())]] += 1

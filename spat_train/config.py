@@ -1,0 +1,242 @@
+"""Every option of a training run, in one place: the command line, its help texts and the saved config are this dataclass."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .images import InputError
+
+Method = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]
+# What may differ when a run goes on: where things are and how they are shown, but nothing that changes the weights.
+FREE_ON_RESUME = ("out", "resume", "root", "download", "workers", "checkpoint_minutes", "log_every", "tensorboard", "test")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Lengths in the image (eps, step size) are in 1/255 of the pixel range: 8 means 8/255."""
+
+    preset: str = ""
+    """Start from these settings, such as table6.1/mart+spat; other options override them. `spat-train presets` lists all."""
+
+    # ---- what is minimised
+    method: Method = "madry"
+    """standard: clean images. madry: CE(x'). trades: CE(x) + beta KL(p(x) || p(x')). mart: BCE(x') + beta KL (1 - p_y(x)).
+    rst: TRADES on labelled and pseudo-labelled images (--extra). fgsm: the mean of CE(x) and CE(x'), x' by one step of eps."""
+    alpha: float = 0.0
+    """Label smoothing of the training examples, in [0, 1]: above 0 they come from PGD-LS (SPAT)."""
+    beta: float | None = None
+    """Weight of the KL term. Default: 6 for trades and rst, 5 for mart."""
+    label_smoothing: float = 0.0
+    """Of the outer cross-entropy, spread over all classes as in PyTorch. Not the alpha of SPAT."""
+    awp: float = 0.0
+    """Adversarial weight perturbation (Wu et al., 2020): its relative size, such as 0.005; 0 is off."""
+    awp_warmup: int = 0
+    """Epochs before --awp begins."""
+
+    # ---- the attack inside the training
+    inner: Literal["lsce", "ce", "kl"] | None = None
+    """What the attack maximises. Default: lsce where alpha > 0, else kl for trades and rst, ce for the others."""
+    eps: float = 8.0
+    """Radius of the L-infinity ball, in 1/255."""
+    step_size: float | None = None
+    """Length of a step, in 1/255. Default: eps / 4; for fgsm eps."""
+    steps: int | None = None
+    """Gradient steps. Default: 10; for fgsm 1."""
+    start: Literal["uniform", "normal", "clean"] | None = None
+    """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x. Default: uniform; fgsm: clean."""
+    bn_mode: Literal["eval", "train"] = "eval"
+    """Mode of the model during the attack."""
+
+    # ---- model and data
+    model: str = "wrn-34-10"
+    """wrn-DEPTH-WIDTH, preactresnet-18, resnet-18, resnet-50, mnist-cnn, small-cnn, timm:NAME, or package.module:factory."""
+    activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
+    """What replaces every ReLU of the model."""
+    data: str = "cifar10"
+    """cifar10, cifar100, stl10, mnist, digits, an .npz of x_train, y_train, x_test, y_test, or a folder with train/ and test/."""
+    root: Path = Path("data")
+    """Where torchvision's data sets are, or go."""
+    download: bool = False
+    """Fetch torchvision's data sets."""
+    image_size: int | None = None
+    """Side of the images of a folder: short side resized, centre cropped."""
+    limit: int | None = None
+    """Use at most so many training and test images, drawn at random."""
+    holdout: int | None = None
+    """Training images that are held out to validate on. Default: a tenth of them, at most 1000; 0: no validation."""
+    pad: int | None = None
+    """Random crops after padding by so many pixels. Default: an eighth of the side (4 for 32) for colour images, 0 for grey."""
+    flip: bool | None = None
+    """Random horizontal flips. Default: for colour images."""
+    extra: Path | None = None
+    """More images with (pseudo-)labels: RST's pickle, or an .npz of image and label; memory-mapped."""
+    extra_fraction: float = 0.5
+    """Share of the extra images in each batch. An epoch has as many batches as without them."""
+    stream: bool = False
+    """Read images through workers though they fit on the GPU."""
+    workers: int = 2
+    """Processes that read images which do not fit on the GPU, or decode a folder's."""
+
+    # ---- optimiser
+    epochs: int = 100
+    batch_size: int = 128
+    """Images in an update, over all processes."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 0.1
+    scale_lr: bool = False
+    """Multiply lr by batch_size / 128."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_norm: bool = True
+    """Decay biases and batch norm too; --no-decay-norm: convolutions and linear weights alone."""
+    schedule: Literal["constant", "piecewise", "cosine", "one-cycle"] = "piecewise"
+    milestones: tuple[int, ...] = (75, 90)
+    """Epochs after which piecewise multiplies lr by gamma."""
+    gamma: float = 0.1
+    warmup: float = 0.0
+    """Epochs of linear warm-up; one-cycle has its own."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.9995, which is then what is validated; 0 is off."""
+
+    # ---- arithmetic
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Of the update, and of the attack unless --attack-precision differs. Losses are fp32 always."""
+    attack_precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    input_gradient: Literal["auto", "plan", "autograd"] = "auto"
+    """How the attack differentiates the model (`spat_kernels.explain`)."""
+    graph: Literal["auto", "never"] = "auto"
+    """Whether CUDA graphs replay the attack."""
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile for the update."""
+    sync_bn: bool = False
+    """Batch statistics over all GPUs."""
+    device: str | None = None
+    """Default: cuda where there is one, else cpu."""
+
+    # ---- running
+    seed: int = 0
+    val_every: int = 1
+    """Epochs between validations: clean and PGD accuracy on held-out training images."""
+    val_steps: int = 10
+    """Steps of that PGD, on cross-entropy with eps and steps of eps / 4."""
+    patience: int | None = None
+    """Stop after so many validations without a better PGD accuracy."""
+    test: bool = True
+    """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
+    out: Path | None = None
+    """Folder of the run: config.json, log.jsonl, last.pt, best.pt, result.json. Default: runs/ and a name of the settings."""
+    resume: bool = False
+    """Go on with the run in --out where there is one; the same command again."""
+    checkpoint_minutes: float = 10.0
+    """Save so often within an epoch too; every epoch is saved."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    tensorboard: bool = True
+    """Write TensorBoard files too, where it is installed."""
+
+    # ---- what None stands for
+
+    @property
+    def inner_loss(self) -> str:
+        if self.inner:
+            return self.inner
+        return "lsce" if self.alpha > 0 else "kl" if self.method in ("trades", "rst") else "ce"
+
+    @property
+    def attack_settings(self) -> tuple[float, float, int, str]:
+        """eps and step size for images in [0, 1], steps, start."""
+        single = self.method == "fgsm"
+        step_size = self.step_size if self.step_size is not None else self.eps if single else self.eps / 4
+        steps = self.steps if self.steps is not None else 1 if single else 10
+        return self.eps / 255, step_size / 255, steps, self.start or ("clean" if single else "uniform")
+
+    @property
+    def kl_weight(self) -> float:
+        return self.beta if self.beta is not None else 5.0 if self.method == "mart" else 6.0
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * self.batch_size / 128 if self.scale_lr else self.lr
+
+    @property
+    def folder(self) -> Path:
+        if self.out is not None:
+            return self.out
+        if self.preset:
+            return Path("runs") / self.preset.replace("/", "-")
+        spat = f"+spat{self.alpha:g}" if self.alpha else ""
+        name = f"{Path(self.data).stem}-{self.model}-{self.method}{spat}-seed{self.seed}"
+        return Path("runs") / "".join(c if c.isalnum() or c in "-+._" else "-" for c in name)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, default=str)
+
+    def differences(self, saved: dict) -> list[str]:
+        """How a saved config differs in what changes the weights: one "name: saved -> now" each."""
+        now = json.loads(self.to_json())
+        names = [name for name in {**now, **saved} if name not in FREE_ON_RESUME]
+        return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
+
+
+def check(c: Config) -> None:
+    """Raise InputError for an option that does not fit, or not with the others. One line: option, value, remedy."""
+
+    def need(condition: bool, option: str, remedy: str) -> None:
+        if not condition:
+            value = getattr(c, option)
+            raise InputError(f"--{option.replace('_', '-')} {value}: {remedy}")
+
+    for option in ("epochs", "batch_size", "val_every", "val_steps", "log_every"):
+        need(getattr(c, option) >= 1, option, "give at least 1")
+    for option in ("steps", "limit", "patience", "image_size"):
+        need(getattr(c, option) is None or getattr(c, option) >= 1, option, "give at least 1, or leave it out")
+    for option in ("holdout", "pad"):
+        need(getattr(c, option) is None or getattr(c, option) >= 0, option, "give at least 0, or leave it out")
+    for option in ("workers", "awp_warmup"):
+        need(getattr(c, option) >= 0, option, "give at least 0")
+    for option in ("alpha", "extra_fraction", "label_smoothing", "momentum", "ema"):
+        need(0 <= getattr(c, option) <= 1, option, "give a number in [0, 1]")
+    for option in ("lr", "gamma", "checkpoint_minutes"):
+        need(0 < getattr(c, option) < math.inf, option, "give a number above 0")
+    for option in ("weight_decay", "warmup", "awp"):
+        need(0 <= getattr(c, option) < math.inf, option, "give a number of at least 0")
+    need(c.beta is None or 0 <= c.beta < math.inf, "beta", "give a number of at least 0")
+    need(0 <= c.seed < 2**31, "seed", "give an integer from 0 to 2**31 - 1")
+
+    for option in ("eps", "step_size"):
+        value = getattr(c, option)
+        remedy = "it is in units of 1/255, from 0.5 to 255 (8 means 8/255, and 76.5 is 0.3)"
+        need(value is None or 0.5 <= value <= 255 or (value == 0 and option == "eps"), option, remedy)
+    inner = c.inner_loss
+    need(inner == "lsce" or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha")
+    need(c.method != "standard" or c.alpha == 0, "alpha", "standard training attacks nothing: choose another --method")
+    start = c.attack_settings[3]
+    need(inner != "kl" or start != "clean", "start", "the gradient of kl is 0 at x itself: choose uniform or normal")
+    needs_extra = c.method == "rst" or c.preset.startswith("table6.3/")
+    need(c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz")
+    need(c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5")
+    need(not c.nesterov or c.momentum > 0, "momentum", "--nesterov needs a momentum above 0")
+    need(c.schedule != "one-cycle" or c.warmup == 0, "warmup", "one-cycle warms up by itself: leave it out")
+    need(c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs")
+    need(list(c.milestones) == sorted(set(c.milestones)), "milestones", "give rising epochs, such as 75 90")
+    need(c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout")
+    need(c.ema < 1, "ema", "give a decay below 1, such as 0.9995")
+
+    if c.device is not None:
+        try:
+            torch.device(c.device)
+        except RuntimeError as error:
+            raise InputError(f"--device {c.device}: give cpu, cuda or cuda:N") from error
+        here = torch.cuda.is_available()
+        need(not c.device.startswith("cuda") or here, "device", "torch finds no CUDA device: use cpu")
+    cuda = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
+    for option in ("precision", "attack_precision"):
+        need(cuda or getattr(c, option) != "tf32", option, "TF32 is for GPUs: use fp32 or bf16")
+    need(cuda or not c.sync_bn, "sync_bn", "PyTorch has it for GPUs alone: leave it out")

@@ -1,0 +1,44 @@
+"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+
+import io
+import os
+from pathlib import Path
+
+import torch
+
+
+class SaveError(RuntimeError):
+    """Something could not be written. What was there before still is."""
+
+
+def write(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Replace `path` by `content` in one step; what was there before goes to `keep`, if given.
+
+    Raises:
+        SaveError: the disk is full, or the folder not writable; `path` is as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else the rename may be lost with the power
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = f"; {path} is as it was" if path.exists() else ""
+        raise SaveError(f"cannot write {path} ({error.strerror}){kept}: make room, or choose another --out") from error
+
+
+def write_torch(path: Path, value: object, keep: Path | None = None) -> None:
+    """`write` of torch.save(value). By way of memory, so that what fails is an OSError of the file and nothing else."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    write(path, content.getbuffer(), keep)

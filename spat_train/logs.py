@@ -1,0 +1,86 @@
+"""What a run tells: a progress bar, one JSON line for each event in log.jsonl, and TensorBoard where it is installed."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Log:
+    """Of the main process; `folder` None keeps nothing.
+
+    A resumed run first drops the lines that were written after its checkpoint, so that the log reads as if nothing had happened.
+    """
+
+    def __init__(self, folder: Path | None, *, total: int, done: int, position: int, tensorboard: bool, name: str):
+        self.bar = tqdm(total=total, initial=done, desc=name, unit="img", unit_scale=True, mininterval=0.5, smoothing=0.1)
+        self.start, self.images = time.perf_counter(), 0
+        self.file = self.board = None
+        if folder is None:
+            return
+        path = folder / "log.jsonl"
+        self.file = open(path, "ab")  # noqa: SIM115  (until close)
+        if path.stat().st_size > position:
+            self.file.truncate(position)
+        if tensorboard:
+            self.board = _board(folder)
+
+    def advance(self, images: int) -> None:
+        self.images += images
+        self.bar.update(images)
+
+    def show(self, **values) -> None:
+        """Beside the bar."""
+        self.bar.set_postfix({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}, refresh=False)
+
+    def rate(self) -> float:
+        """Images a second since the last call."""
+        now = time.perf_counter()
+        rate = self.images / max(now - self.start, 1e-9)
+        self.start, self.images = now, 0
+        return round(rate, 1)
+
+    def write(self, kind: str, **values) -> None:
+        if self.file:
+            self.file.write((json.dumps({"kind": kind, **values}) + "\n").encode())
+            self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name not in ("epoch", "step"):
+                    self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+
+    def position(self) -> int:
+        """Bytes of log.jsonl that are on the disk."""
+        if not self.file:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self.bar.close()
+        for sink in (self.file, self.board):
+            if sink:
+                sink.close()
+
+
+def _board(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder / "tensorboard")
+
+
+def read(folder: Path, kind: str) -> list[dict]:
+    """The events of one kind in a run's log, in order; half a line at the end (a killed run's) is left out."""
+    events = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if event["kind"] == kind:
+            events.append(event)
+    return events

@@ -1,0 +1,72 @@
+"""Optimiser, learning rate and weight perturbation, as functions of the config."""
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .config import Config
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD or Adam; without `decay_norm`, parameters of one dimension (biases, batch norm) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if not config.decay_norm:
+        groups[0]["params"] = [p for p in parameters if p.ndim > 1]
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    fused = all(p.is_cuda for p in parameters)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=fused)
+    return torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+
+
+def learning_rate(config: Config, epoch: int, part: float) -> float:
+    """In epoch `epoch`, of which `part` in (0, 1] is done when the update is. A function of time alone: nothing to save."""
+    t = epoch + part
+    if config.schedule == "piecewise":
+        factor = config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    elif config.schedule == "cosine":
+        factor = _cosine(1, 0, t / config.epochs)
+    elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
+        peak = 0.3 * config.epochs
+        factor = _cosine(1 / 25, 1, t / peak) if t < peak else _cosine(1, 1 / 25e4, (t - peak) / (config.epochs - peak))
+    else:
+        factor = 1.0
+    return config.peak_lr * factor * (min(1.0, t / config.warmup) if config.warmup else 1.0)
+
+
+def _cosine(first: float, last: float, part: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * part)) / 2
+
+
+@contextmanager
+def perturbed_weights(model: nn.Module, size: float):
+    """Within: every weight of more than one dimension moved up its gradient (AWP, Wu et al., arXiv 2004.05884).
+
+    w + size ||w|| g / ||g||, with g read from `.grad`. Afterwards the weights are as before, bit for bit.
+    """
+    weights = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
+    before = [p.detach().clone() for p in weights]
+    with torch.no_grad():
+        for p in weights:
+            p.add_(p.grad * (size * p.norm() / (p.grad.norm() + 1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, saved in zip(weights, before, strict=True):
+                p.copy_(saved)
+
+
+@contextmanager
+def kept_buffers(model: nn.Module):
+    """Within, forwards may change buffers (the statistics of batch norm); afterwards they are as before."""
+    before = [b.detach().clone() for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, saved in zip(model.buffers(), before, strict=True):
+                b.copy_(saved)

@@ -1,0 +1,495 @@
+"""A training run: attack, update, validate, save, for each epoch; and go on exactly there after any interruption.
+
+What a step does is a function of the config, the weights and (seed, epoch, step): the images of a batch, their crops, the random
+starts and the learning rate are derived anew, not saved. A checkpoint therefore holds the weights, the optimiser, the averages,
+the random generators (which only a model's own randomness reads, such as dropout) and where the run is.
+"""
+
+import hashlib
+import json
+import platform
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import files
+from .config import Config, check
+from .data import load
+from .distributed import World, world
+from .evaluate import TEST, accuracies, validation
+from .extra import load_extra
+from .images import Dataset, InputError, fingerprint, hold_out
+from .loader import Loader, Order
+from .logs import Log
+from .models import create
+from .objectives import Objective, attack_precision, training_attack
+from .optim import kept_buffers, learning_rate, make_optimizer, perturbed_weights
+from .signals import Stopped, StopWish
+
+FORMAT = "spat_train 1"
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on. The message says what was saved, and what to change."""
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    epoch: int = 0  # epochs that are trained and validated
+    step: int = 0  # updates done in the current one
+    best: dict | None = None  # a validation's record
+    stale: int = 0  # validations since the best
+    sums: dict[str, float] = field(default_factory=dict)  # of the loss and its terms, since the last line of the log,
+    count: int = 0  # over so many steps
+    log_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """The model has the best weights where there was a validation, else the last ones. `test` is in percent."""
+
+    model: nn.Module
+    best: dict | None
+    test: dict[str, float] | None
+    folder: Path | None
+
+
+def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) -> Result:
+    """Run, or go on with, the training that `config` describes.
+
+    Args:
+        dataset: instead of loading `config.data`.
+        save: write the run's folder; without, everything stays in memory.
+
+    Raises:
+        InputError: an option, the data or a checkpoint does not fit.
+        TrainingError: the loss is not finite. SaveError: the disk is full. Stopped: by SIGTERM or Ctrl-C, after saving.
+    """
+    check(config)
+    with StopWish().heard() as wish, world(config.device) as processes:
+        run = Run(config, dataset, processes, wish, save)
+        try:
+            return run.all()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+                raise
+            raise InputError(
+                f"--batch-size {config.batch_size}: out of memory on {processes.device}: lower it, or use --precision bf16, "
+                f"--graph never, --stream, or more GPUs (torchrun); {run.kept()}"
+            ) from error
+        finally:
+            run.close()
+
+
+class Run:
+    def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: StopWish, save: bool):
+        self.config, self.world, self.wish = config, processes, wish
+        self.folder = config.folder if save else None
+        self.log = None
+        saved = self.find_saved() if save else None
+
+        with processes.main_first():
+            self.dataset = dataset or load(
+                config.data, root=config.root, download=config.download, image_size=config.image_size, limit=config.limit,
+                seed=config.seed,
+            )  # fmt: skip
+            shape, classes = self.dataset.image_shape, self.dataset.num_classes
+            self.extra = load_extra(config.extra, image_shape=shape, num_classes=classes) if config.extra else None
+        self.make_loader()
+        self.make_model()
+        self.progress = Progress()
+        self.pending = self.best_weights = None
+        self.fingerprints = [fingerprint(images) for images in (self.dataset.train, self.extra) if images is not None]
+        if saved is not None:
+            self.restore(saved)
+        self.saved_at = time.monotonic()
+
+    # ---- what a run consists of
+
+    def make_loader(self) -> None:
+        config, train = self.config, self.dataset.train
+        colour, side = train.image_shape[0] == 3, train.image_shape[1]
+        count = min(len(train) // 10, 1000) if config.holdout is None else config.holdout
+        if count >= len(train):
+            raise InputError(f"--holdout {count}: there are {len(train)} training images: hold out fewer")
+        rows, self.held_out = hold_out(train.labels, count, config.seed)
+        order = Order(
+            rows,
+            config.batch_size,
+            config.seed,
+            len(self.extra) if self.extra else 0,
+            config.extra_fraction if self.extra else 0.0,
+        )
+        if order.batch_size < self.world.size:
+            raise InputError(
+                f"--batch-size {config.batch_size}: it is over all {self.world.size} processes: give at least so many"
+            )
+        self.loader = Loader(
+            train, order, device=self.world.device, extra=self.extra, workers=config.workers,
+            pad=config.pad if config.pad is not None else side // 8 if colour else 0,
+            flip=colour if config.flip is None else config.flip,
+            rank=self.world.rank, world=self.world.size, resident=False if config.stream else None,
+        )  # fmt: skip
+
+    def make_model(self) -> None:
+        config, device = self.config, self.world.device
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        np.random.seed(config.seed)  # noqa: NPY002  (for models that use the global one)
+        try:
+            model = create(config.model, self.dataset.num_classes, self.dataset.image_shape, activation=config.activation)
+        except ValueError as error:
+            raise InputError(f"--model {config.model}: {error}") from error
+        self.model = model.to(device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if config.sync_bn and self.world.size > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.ema = None
+        if config.ema:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.objective = self.world.wrap(Objective(self.model, config))
+        if config.compile:
+            self.objective = torch.compile(self.objective)
+        self.attack = training_attack(config)
+        self.generator = torch.Generator(device)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            tf32 = config.precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is validated and tested."""
+        return self.ema.module if self.ema else self.model
+
+    # ---- the loop
+
+    def all(self) -> Result:
+        config, progress = self.config, self.progress
+        if self.folder and self.world.main:
+            files.write(self.folder / "config.json", config.to_json().encode())
+        if self.world.main:
+            images = len(self.loader.order.rows)
+            done = round((progress.epoch + progress.step / self.loader.order.steps) * images)
+            self.log = Log(
+                self.folder, total=config.epochs * images, done=done, position=progress.log_bytes,
+                tensorboard=config.tensorboard, name=config.preset or config.method,
+            )  # fmt: skip
+            self.log.write(
+                "start",
+                epoch=progress.epoch + 1,
+                step=self.global_step,
+                steps_per_epoch=self.loader.order.steps,
+                **self.environment(),
+            )
+        while progress.epoch < config.epochs and not self.exhausted:
+            self.epoch()
+        if self.best_weights is not None:
+            self.evaluated.load_state_dict(self.best_weights)
+        test = self.test() if config.test else None
+        return Result(self.evaluated, progress.best, test, self.folder)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
+
+    @property
+    def global_step(self) -> int:
+        return self.progress.epoch * self.loader.order.steps + self.progress.step
+
+    def epoch(self) -> None:
+        config, progress, order = self.config, self.progress, self.loader.order
+        self.model.train()
+        sizes = [len(rows) + len(extra) for rows, extra in order.epoch(progress.epoch)]
+        for x, y in self.loader.epoch(progress.epoch, progress.step):
+            size = sizes[progress.step]
+            if size >= self.world.size:  # a smaller rest would leave a process without an image
+                self.step(x, y, size)
+            progress.step += 1
+            if self.log:
+                self.log.advance(round(len(order.rows) / order.steps))
+            self.between_steps()
+        self.settle()
+        self.write_losses()
+        if len(self.held_out) and ((progress.epoch + 1) % config.val_every == 0 or progress.epoch + 1 == config.epochs):
+            self.validate()
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        self.save()
+
+    def step(self, x: Tensor, y: Tensor, size: int) -> None:
+        """Attack and update on this process's part of a batch of `size` images."""
+        self.generator.manual_seed(self.random_seed())
+        x_adv = self.attack(self.model, x, y, self.generator)
+        lr = learning_rate(self.config, self.progress.epoch, (self.progress.step + 1) / self.loader.order.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Gradients are averaged over processes, whose parts may differ in size.
+        loss, terms = self.update(x, x_adv, y, len(x) * self.world.size / size)
+        self.settle()  # the loss of the step before: the device is busy with this one meanwhile
+        self.pending = {"loss": loss.detach(), **terms}, (x, x_adv, y), self.progress.epoch, self.progress.step
+
+    def update(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        config, objective = self.config, self.objective
+
+        def differentiate() -> tuple[Tensor, dict[str, Tensor]]:
+            with self.forward_precision():
+                loss, terms = objective(x, x_adv, y)
+            self.scaler.scale(loss * weight).backward()
+            return loss, terms
+
+        if config.awp and self.progress.epoch >= config.awp_warmup:
+            with kept_buffers(self.model):
+                differentiate()
+            with perturbed_weights(self.model, config.awp):
+                self.optimizer.zero_grad()
+                loss, terms = differentiate()
+        else:
+            loss, terms = differentiate()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.world.average_buffers(self.statistics)
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        return loss, terms
+
+    def forward_precision(self):
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
+        return torch.autocast(self.world.device.type, half, enabled=half is not None)
+
+    def random_seed(self) -> int:
+        """Of this process in this step. Hashed, because torch's CPU generator takes the low 32 bits."""
+        key = f"{self.config.seed}/{self.global_step}/{self.world.rank}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+    # ---- between steps
+
+    def settle(self) -> None:
+        """Read the loss of the last step, and stop where it is not finite."""
+        if self.pending is None:
+            return
+        values, batch, epoch, step = self.pending
+        self.pending = None
+        numbers = torch.stack(list(values.values())).tolist()
+        if not all(np.isfinite(numbers)):
+            self.stop_at(dict(zip(values, numbers, strict=True)), batch, epoch, step)
+        sums = self.progress.sums
+        for name, number in zip(values, numbers, strict=True):
+            sums[name] = sums.get(name, 0.0) + number
+        self.progress.count += 1
+        if self.log:
+            lr = self.optimizer.param_groups[0]["lr"]
+            best = {"best_pgd": self.progress.best["pgd"]} if self.progress.best else {}
+            self.log.show(**dict(zip(values, numbers, strict=True)), lr=lr, **best)
+
+    def stop_at(self, values: dict[str, float], batch: tuple[Tensor, Tensor, Tensor], epoch: int, step: int) -> None:
+        where = ""
+        if self.folder:
+            path = self.folder / f"nonfinite-rank{self.world.rank}.pt"
+            x, x_adv, y = (t.cpu() for t in batch)
+            files.write_torch(path, {"x": x, "x_adv": x_adv, "y": y, "epoch": epoch, "step": step, "loss": values})
+            where = f" its batch is in {path};"
+        raise TrainingError(
+            f"the loss of epoch {epoch + 1}, step {step + 1} is not finite ({values});{where} {self.kept()}: lower --lr, "
+            "or use --precision bf16 or fp32"
+        )
+
+    def between_steps(self) -> None:
+        """Log; save where it is time; stop where a signal asks for it."""
+        if self.progress.count >= self.config.log_every:
+            self.write_losses()
+        due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+        signal, due = self.world.agree(self.wish.number, due and self.world.main)
+        if signal:
+            self.stop(int(signal))
+        elif due:
+            self.save()
+
+    def stop(self, signal: int) -> None:
+        self.save()
+        raise Stopped(
+            signal, f"stopped by signal {signal} in epoch {self.progress.epoch + 1}; {self.kept()}, to go on with by --resume"
+        )
+
+    def write_losses(self) -> None:
+        progress = self.progress
+        if self.log and progress.count:
+            means = {name: total / progress.count for name, total in progress.sums.items()}
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.log.write(
+                "train", epoch=progress.epoch + 1, step=self.global_step, lr=lr, **means, images_per_second=self.log.rate()
+            )
+        progress.sums, progress.count = {}, 0
+
+    def validate(self) -> None:
+        progress = self.progress
+
+        def between() -> None:
+            if self.wish.number and self.world.size == 1:
+                self.stop(self.wish.number)
+
+        percent = self.accuracies(self.dataset.train, validation(self.config.val_steps), self.held_out, between)
+        record = {"epoch": progress.epoch + 1, **percent}
+        if progress.best is None or (record["pgd"], record["clean"]) > (progress.best["pgd"], progress.best["clean"]):
+            progress.best, progress.stale = record, 0
+            self.best_weights = {name: t.detach().cpu().clone() for name, t in self.evaluated.state_dict().items()}
+            if self.folder and self.world.main:
+                best = {"format": FORMAT, "config": self.saved_config(), "model": self.best_weights, "ema": None, "best": record}
+                files.write_torch(self.folder / "best.pt", best)
+        else:
+            progress.stale += 1
+        if self.log:
+            self.log.write("validation", step=self.global_step, **record)
+
+    def test(self) -> dict[str, float]:
+        percent = self.accuracies(self.dataset.test, TEST)
+        if self.log:
+            self.log.write("test", step=self.global_step, **percent)
+            if self.folder:
+                result = {"test": percent, "best": self.progress.best, "config": self.saved_config(), **self.environment()}
+                files.write(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        return percent
+
+    def accuracies(self, images, attacks, rows=None, between=lambda: None) -> dict[str, float]:
+        config = self.config
+        return accuracies(
+            self.evaluated, images, attacks, config.attack_settings[0], rows=rows, seed=config.seed, world=self.world,
+            between=between, precision=attack_precision(config), input_gradient=config.input_gradient,
+            graph=config.graph if config.graph == "auto" else False,
+        )  # fmt: skip
+
+    # ---- checkpoints
+
+    def save(self) -> None:
+        self.saved_at = time.monotonic()
+        if not self.folder:
+            return
+        self.settle()
+        generators = self.world.gather(random_state())
+        if not self.world.main:
+            return
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise TrainingError(f"weights are not finite; {self.kept()}: lower --lr, or use --precision bf16 or fp32")
+        self.progress.log_bytes = self.log.position()
+        state = {
+            "format": FORMAT,
+            "config": self.saved_config(),
+            "data": self.fingerprints,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "averaged": int(self.ema.n_averaged) if self.ema else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": generators,
+            "progress": asdict(self.progress),
+        }
+        files.write_torch(self.folder / "last.pt", state, keep=self.folder / "previous.pt")
+
+    def saved_config(self) -> dict:
+        return json.loads(self.config.to_json())
+
+    def kept(self) -> str:
+        last = [path for path in self.checkpoints() if path.exists()]
+        return f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+
+    def checkpoints(self) -> list[Path]:
+        return [self.folder / name for name in ("last.pt", "previous.pt")] if self.folder else []
+
+    def find_saved(self) -> dict | None:
+        """The checkpoint to go on from, or None; the run's folder is there afterwards."""
+        folder, there = self.folder, [path for path in self.checkpoints() if path.exists()]
+        if there and not self.config.resume:
+            raise InputError(f"--out {folder}: it holds a run: add --resume to go on with it, or choose another --out")
+        if not there:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--out {folder}: cannot be made ({error.strerror}): choose another folder") from error
+            return None
+        state = self.read(there[0])
+        if changed := self.config.differences(state["config"]):
+            raise InputError(
+                f"--resume: {there[0]} was made with other options ({'; '.join(changed)}): give the same, or choose another --out"
+            )
+        return state
+
+    def read(self, path: Path) -> dict:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises almost anything on a damaged file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            previous = self.folder / "previous.pt"
+            remedy = (
+                f"remove it, and --resume goes on from {previous}" if path != previous and previous.exists() else "start anew"
+            )
+            raise InputError(f"--resume: {path} is damaged ({reason[:120]}): {remedy}") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise InputError(f"--resume: {path} is no checkpoint of this version ({FORMAT}): start anew in another --out")
+        return state
+
+    def restore(self, saved: dict) -> None:
+        if saved["data"] != self.fingerprints:
+            raise InputError(
+                f"--resume: the images or labels of --data {self.config.data} (or --extra) differ from those that {self.folder} "
+                "was trained on: restore them, or choose another --out"
+            )
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(saved["ema"])
+            self.ema.n_averaged.fill_(saved["averaged"])
+        self.progress = Progress(**saved["progress"])
+        if self.progress.best:
+            self.best_weights = self.read(self.folder / "best.pt")["model"]
+        # With another number of processes than before, the run goes on, but not bit by bit.
+        set_random_state(saved["random"][self.world.rank % len(saved["random"])])
+
+    def environment(self) -> dict:
+        device = self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+        return {
+            "spat_kernels": version("spat_kernels"),
+            "torch": torch.__version__,
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "processes": self.world.size,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+
+def random_state() -> dict:
+    """Of every generator that a model may draw from, as what torch.load(weights_only=True) reads."""
+    kind, words, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])

@@ -1,0 +1,187 @@
+"""Two processes on the CPU: the gradients and metrics of one, resumed bit by bit, and no hang when one of them dies."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+
+from spat_train import logs
+from spat_train.data import load
+from spat_train.distributed import world
+from spat_train.evaluate import TEST, accuracies
+from spat_train.train import Run, train
+from tests.test_train import assert_same, assert_same_run, interrupt, network, one_thread, settings, weights  # noqa: F401
+
+TIMEOUT = 120
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+
+def frozen(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), FrozenBatchNorm(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, num_classes))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def in_two(function, *arguments) -> list[int]:
+    """Run function(*arguments) in two processes that see each other, as torchrun would start them. Returns their exit codes."""
+    port, context = free_port(), multiprocessing.get_context("fork")
+
+    def process(rank: int) -> None:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
+        }  # fmt: skip
+        function(*arguments)
+
+    children = [context.Process(target=process, args=(rank,)) for rank in range(2)]
+    for child in children:
+        child.start()
+    end = time.monotonic() + TIMEOUT
+    for child in children:
+        child.join(max(0, end - time.monotonic()))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "fgsm"}, {"method": "trades", "inner": "ce", "start": "clean"}, {"method": "mart", "start": "clean", "ema": 0.9}],
+)
+def test_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, options):
+    """Without momentum a step is the gradient; the last batch, of 7, is shared 4 to 3."""
+    config = settings(tmp_path / "one", model="tests.test_distributed:frozen", momentum=0.0, epochs=1, **options)
+    train(config)
+    assert in_two(train, replace(config, out=tmp_path / "two")) == [0, 0]
+    one, two = (weights(tmp_path / name)["model"] for name in ("one", "two"))
+    start = Run(replace(config, out=tmp_path / "start"), None, *alone()).model.state_dict()
+    for name in one:
+        moved = (one[name] - start[name]).float().norm()
+        assert (one[name] - two[name]).float().norm() <= 1e-5 * moved, name
+    assert sum(float((one[name] - start[name]).float().norm()) for name in one) > 0.01
+    assert logs.read(tmp_path / "two", "validation")[0]["clean"] == logs.read(tmp_path / "one", "validation")[0]["clean"]
+
+
+def alone():
+    from spat_train.distributed import World
+    from spat_train.signals import StopWish
+
+    return World(0, 1, torch.device("cpu")), StopWish(), True
+
+
+def evaluate_shared(path) -> None:
+    data = load("digits", limit=150)
+    torch.manual_seed(0)
+    with world("cpu") as processes:
+        percent = accuracies(network(10), data.test, TEST, 0.1, batch_size=32, seed=3, world=processes)
+    torch.save(percent, path / f"rank{processes.rank}.pt")
+
+
+def test_metrics_are_exactly_those_of_one_process(tmp_path):
+    assert in_two(evaluate_shared, tmp_path) == [0, 0]
+    data = load("digits", limit=150)
+    torch.manual_seed(0)
+    alone = accuracies(network(10), data.test, TEST, 0.1, batch_size=32, seed=3)
+    assert [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)] == [alone, alone]
+    assert 0 < alone["clean"] < 100
+
+
+def stop_after(config, steps) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        # One process is asked to stop; both must save at the same step.
+        if os.environ["RANK"] == "1":
+            interrupt(patched, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            train(config)
+        except BaseException as error:  # noqa: BLE001
+            sys.exit(getattr(error, "exit_code", 1))
+
+
+def test_stopped_and_resumed_bit_by_bit(tmp_path):
+    config = settings(tmp_path / "expected", method="mart", alpha=0.3, ema=0.9, epochs=2)
+    assert in_two(train, config) == [0, 0]
+    stopped = replace(config, out=tmp_path / "stopped", resume=True)
+    assert in_two(stop_after, stopped, 3) == [143, 143]
+    assert weights(tmp_path / "stopped")["progress"]["step"] == 3
+    assert in_two(train, stopped) == [0, 0]
+    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+    assert len(weights(tmp_path / "expected")["random"]) == 2
+
+
+def statistics_of_both(path) -> None:
+    with world("cpu") as processes:
+        buffers = [torch.full((3,), float(processes.rank)), torch.full((2, 2), 10.0 * processes.rank)]
+        processes.average_buffers(buffers)
+        assert processes.agree(processes.rank, -processes.rank) == [1, 0] and processes.gather(processes.rank) == [0, 1]
+    torch.save(buffers, path / f"rank{processes.rank}.pt")
+
+
+def test_statistics_are_averaged(tmp_path):
+    assert in_two(statistics_of_both, tmp_path) == [0, 0]
+    for rank in range(2):
+        assert_same(torch.load(tmp_path / f"rank{rank}.pt"), [torch.full((3,), 0.5), torch.full((2, 2), 5.0)])
+
+
+def test_batch_norm_is_the_same_in_both_processes(tmp_path):
+    """Each saw half of the batches, the attack and the validation of each read these statistics."""
+    assert in_two(train_and_keep, settings(tmp_path / "run", epochs=1, method="madry"), tmp_path) == [0, 0]
+    states = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert_same(*states)
+    assert states[0]["1.running_mean"].any()
+
+
+def train_and_keep(config, path) -> None:
+    torch.save(train(config).model.state_dict(), path / f"rank{os.environ['RANK']}.pt")
+
+
+@pytest.mark.slow
+def test_one_process_dying_ends_the_job(tmp_path):
+    """By torchrun, as users start it: the second process is killed in the middle; the first one must not wait for ever."""
+    script = tmp_path / "dying.py"
+    script.write_text(
+        "import os, signal, sys, torch\n"
+        "from spat_train import cli\n"
+        "from spat_train.train import Run\n"
+        "torch.set_num_threads(1)\n"
+        "step = Run.step\n"
+        "def dying(self, *batch):\n"
+        "    step(self, *batch)\n"
+        "    if self.global_step == 6 and self.world.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Run.step = dying\n"
+        "cli.main()\n"
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), str(script),
+        "train", "--data", "digits", "--model", "small-cnn", "--eps", "51", "--limit", "150", "--batch-size", "32", "--epochs", "3",
+        "--device", "cpu", "--no-tensorboard", "--no-test", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    assert weights(tmp_path / "run")["progress"]["epoch"] == 1  # what was saved before is whole
+    command = [part for part in command if part != str(script)]
+    command[command.index("train") : command.index("train")] = ["-m", "spat_train.cli"]
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert again.returncode == 0, again.stderr
+    assert weights(tmp_path / "run")["progress"]["epoch"] == 3

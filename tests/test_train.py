@@ -1,0 +1,505 @@
+"""The trainer: that it trains as written, goes on bit by bit after any interruption, and says clearly what stops it."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+
+from spat_train import files, logs
+from spat_train import train as module
+from spat_train.config import Config
+from spat_train.data import load
+from spat_train.files import SaveError
+from spat_train.images import Dataset, InputError
+from spat_train.optim import learning_rate, make_optimizer, perturbed_weights
+from spat_train.signals import Stopped
+from spat_train.train import Run, TrainingError, train
+
+
+def network(num_classes: int) -> nn.Module:
+    """With batch norm and dropout: statistics and the global random generator must survive an interruption too."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(72, num_classes)
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(folder=None, **options) -> Config:
+    """4 epochs of 5 steps on 135 digits (the last batch has 7), in well under a second."""
+    chosen = {
+        "data": "digits", "model": "tests.test_train:network", "eps": 25.5, "steps": 2, "epochs": 4, "batch_size": 32, "limit": 150,
+        "holdout": 15, "lr": 0.05, "schedule": "cosine", "tensorboard": False, "test": False, "val_steps": 2, "device": "cpu",
+        "log_every": 3, "pad": 1, "flip": True, "out": folder,
+    }  # fmt: skip
+    return Config(**chosen | options)
+
+
+EVERYTHING = {"method": "mart", "alpha": 0.3, "ema": 0.9, "awp": 0.01, "nesterov": True, "start": "uniform"}
+
+
+def weights(folder, name="last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same(a, b, where="") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (v, w) in enumerate(zip(a, b, strict=True)):
+            assert_same(v, w, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(folder, expected) -> None:
+    """Equal in every tensor of the checkpoint: weights, optimiser, averages, generators; and in the log, but for times."""
+    ours, theirs = weights(folder), weights(expected)
+    for state in (ours, theirs):
+        state["config"].pop("out"), state["config"].pop("resume"), state["config"].pop("checkpoint_minutes")
+        state["progress"].pop("log_bytes")
+    assert_same(ours, theirs)
+    assert_same(weights(folder, "best.pt")["model"], weights(expected, "best.pt")["model"])
+    for kind in ("train", "validation"):
+        lines = [
+            [{k: v for k, v in e.items() if k != "images_per_second"} for e in logs.read(f, kind)] for f in (folder, expected)
+        ]
+        assert lines[0] == lines[1]
+
+
+# ---- it trains as written
+
+
+def test_standard_training_is_a_plain_loop():
+    config = settings(method="standard", model="small-cnn", weight_decay=1e-3, epochs=2, holdout=0)
+    model = train(config, save=False).model
+    torch.manual_seed(0)
+    from spat_train.models import create
+
+    plain = create("small-cnn", 10, (1, 8, 8)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    run = Run(config, None, module.World(0, 1, torch.device("cpu")), module.StopWish(), False)
+    for epoch in range(2):
+        for step, (x, y) in enumerate(run.loader.epoch(epoch)):
+            optimizer.param_groups[0]["lr"] = learning_rate(config, epoch, (step + 1) / 5)
+            optimizer.zero_grad()
+            F.cross_entropy(plain(x), y).backward()
+            optimizer.step()
+    assert_same(model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("method", ["madry", "trades", "mart", "fgsm"])
+def test_every_method_learns(method):
+    config = settings(
+        method=method,
+        model="small-cnn",
+        limit=None,
+        holdout=0,
+        epochs=4,
+        pad=0,
+        flip=False,
+        lr=0.1,
+        schedule="one-cycle",
+        test=True,
+    )
+    test = train(config, save=False).test
+    assert test["clean"] > 80 and test["PGD-20"] > 40
+    assert list(test) == ["clean", "FGSM", "PGD-20", "C&W-inf-30"]
+
+
+def test_rst_learns_from_extra_images(tmp_path):
+    import numpy as np
+
+    data = load("digits")
+    np.savez(tmp_path / "extra.npz", image=data.train.pixels.numpy(), label=data.train.labels.numpy())
+    config = settings(
+        method="rst", extra=tmp_path / "extra.npz", limit=64, holdout=0, epochs=60, batch_size=64, pad=0, flip=False, test=True
+    )
+    with_extra = train(replace(config, model="small-cnn"), save=False).test
+    without = train(replace(config, model="small-cnn", method="trades", extra=None), save=False).test
+    assert with_extra["clean"] > without["clean"] + 3
+
+
+def test_awp_moves_weights_up_the_gradient_and_back():
+    model = nn.Linear(3, 2)
+    model(torch.randn(4, 3)).square().sum().backward()
+    before, grad = model.weight.detach().clone(), model.weight.grad.clone()
+    bias = model.bias.detach().clone()
+    with perturbed_weights(model, 0.5):
+        expected = before + 0.5 * before.norm() * grad / grad.norm()
+        torch.testing.assert_close(model.weight.detach(), expected)
+        assert torch.equal(model.bias, bias)
+    assert torch.equal(model.weight, before)
+
+
+def test_awp_updates_with_the_gradient_at_the_moved_weights():
+    """One step of plain SGD; the statistics of batch norm move once, as without AWP."""
+    config = settings(
+        method="standard", model="small-cnn", awp=0.1, momentum=0.0, weight_decay=0.0, epochs=1, batch_size=200, holdout=0
+    )
+    run = Run(config, None, module.World(0, 1, torch.device("cpu")), module.StopWish(), False)
+    import copy
+
+    theirs = copy.deepcopy(run.model)
+    ((x, y),) = run.loader.epoch(0)
+    run.step(x, y, len(x))
+    probe = copy.deepcopy(theirs)
+    F.cross_entropy(probe(x), y).backward()
+    moved = copy.deepcopy(theirs)
+    with torch.no_grad():
+        for p, q in zip(moved.parameters(), probe.parameters(), strict=True):
+            if p.ndim > 1:
+                p += 0.1 * q.norm() * q.grad / q.grad.norm()
+    F.cross_entropy(moved(x), y).backward()
+    lr = learning_rate(config, 0, 1.0)
+    for p, start, q in zip(run.model.parameters(), theirs.parameters(), moved.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), start.detach() - lr * q.grad)
+    for b, c in zip(run.model.buffers(), moved.buffers(), strict=True):
+        torch.testing.assert_close(b, c)
+
+
+def test_ema_is_the_average_of_the_weights_and_is_what_is_kept(tmp_path):
+    config = settings(tmp_path / "run", ema=0.5, epochs=1)
+    run = Run(config, None, module.World(0, 1, torch.device("cpu")), module.StopWish(), False)
+    average = None
+    for x, y in run.loader.epoch(0):
+        run.step(x, y, len(x))
+        now = [p.detach().clone() for p in run.model.parameters()]
+        average = now if average is None else [0.5 * a + 0.5 * p for a, p in zip(average, now, strict=True)]
+        run.progress.step += 1
+    for a, p in zip(average, run.evaluated.parameters(), strict=True):
+        torch.testing.assert_close(a, p)
+
+
+def test_weight_decay_can_spare_batch_norm():
+    model = network(10)
+    spared = make_optimizer(model, settings(decay_norm=False, weight_decay=0.1)).param_groups
+    assert [g["weight_decay"] for g in spared] == [0.1, 0.0]
+    assert [sorted(p.ndim for p in g["params"]) for g in spared] == [[2, 4], [1, 1, 1, 1]]
+    assert len(make_optimizer(model, settings()).param_groups) == 1
+
+
+def test_schedules():
+    def rates(**options):
+        config = Config(lr=1.0, epochs=100, **options)
+        return [learning_rate(config, epoch, 1.0) for epoch in range(100)]
+
+    piecewise = rates(schedule="piecewise", milestones=(75, 90))
+    assert piecewise[74] == 1 and piecewise[75] == pytest.approx(0.1) and piecewise[90] == pytest.approx(0.01)
+    cosine = rates(schedule="cosine")
+    assert cosine[49] == pytest.approx(0.5) and cosine[99] == pytest.approx(0) and sorted(cosine, reverse=True) == cosine
+    cycle = rates(schedule="one-cycle")
+    assert cycle[29] == pytest.approx(1) and cycle[0] < 0.06 and cycle[99] == pytest.approx(1 / 25e4)
+    warm = rates(schedule="constant", warmup=10.0)
+    assert warm[4] == pytest.approx(0.5) and warm[9:] == [1.0] * 91
+    assert Config(lr=0.1, batch_size=512, scale_lr=True).peak_lr == pytest.approx(0.4)
+
+
+def test_ragged_last_batch_of_one_image():
+    assert train(settings(method="madry", limit=33, holdout=0, epochs=2), save=False).best is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(precision):
+    # The attack in fp32: on CPUs without units for fp16 it takes ten times as long, and tests of its own see to it.
+    config = settings(
+        method="madry", model="small-cnn", precision=precision, attack_precision="fp32", limit=640, holdout=0, epochs=6, lr=0.1,
+        schedule="one-cycle", pad=0, flip=False, test=True,
+    )  # fmt: skip
+    result = train(config, save=False)
+    assert result.test["clean"] > 70
+    assert all(p.dtype == torch.float32 for p in result.model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_update_is_the_eager_one():
+    config = settings(method="trades", model="small-cnn", epochs=1, holdout=0)
+    eager, compiled = (train(replace(config, compile=c), save=False).model for c in (False, True))
+    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+# ---- validation
+
+
+class Untouchable:
+    """A test set that must not be looked at."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the test set was asked for {name}")
+
+
+def test_nothing_is_selected_by_the_test_set(tmp_path):
+    data = load("digits", limit=150)
+    train(settings(tmp_path / "run", epochs=2), Dataset("digits", data.train, Untouchable(), data.classes))
+
+
+def test_held_out_images_are_not_trained_on():
+    run = Run(settings(), None, module.World(0, 1, torch.device("cpu")), module.StopWish(), False)
+    held = set(run.held_out.tolist())
+    used = {int(row) for rows, _ in run.loader.order.epoch(0) for row in rows}
+    assert len(held) == 15 and len(used) == 135 and not held & used
+
+
+def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch):
+    scores = iter([30.0, 50.0, 50.0, 40.0, 99.0])
+    monkeypatch.setattr(module, "accuracies", lambda *args, **kwargs: {"clean": 80.0, "pgd": next(scores)})
+    result = train(settings(tmp_path / "run", epochs=9, patience=2))
+    assert result.best == {"epoch": 2, "clean": 80.0, "pgd": 50.0}
+    assert [event["pgd"] for event in logs.read(tmp_path / "run", "validation")] == [30, 50, 50, 40]
+    assert_same(dict(result.model.state_dict()), weights(tmp_path / "run", "best.pt")["model"])
+    assert weights(tmp_path / "run")["progress"]["epoch"] == 4
+
+
+def test_validation_repeats_and_leaves_training_alone():
+    run = Run(settings(), None, module.World(0, 1, torch.device("cpu")), module.StopWish(), False)
+    run.model.train()
+    before = {name: t.clone() for name, t in run.model.state_dict().items()}
+    state = torch.get_rng_state()
+    run.validate()
+    first = run.progress.best
+    run.progress.best = None
+    run.validate()
+    assert run.progress.best == first and run.model.training and torch.equal(torch.get_rng_state(), state)
+    assert_same(before, dict(run.model.state_dict()))
+
+
+# ---- interruptions
+
+
+def in_child(config: Config, seconds: float | None) -> int | None:
+    """Train in a forked process, killed by SIGKILL after so many seconds. Returns its exit code."""
+    child = multiprocessing.get_context("fork").Process(target=train, args=(config,))
+    child.start()
+    child.join(seconds)
+    if child.exitcode is None:
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    return child.exitcode
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, {"method": "trades", "optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle"}])
+def test_killed_at_any_moment_the_run_ends_bit_by_bit_alike(tmp_path, options):
+    expected = settings(tmp_path / "expected", **options)
+    start = time.perf_counter()
+    assert in_child(expected, None) == 0
+    whole = time.perf_counter() - start
+    killed = replace(expected, out=tmp_path / "killed", resume=True, checkpoint_minutes=1e-9)  # after every step
+    chance, kills, code = random.Random(1), 0, None
+    while code != 0:
+        # Mostly short lives; ever longer, so that the run ends even on a busy machine.
+        code = in_child(killed, chance.uniform(0.1, 0.8) * whole * (1 + kills / 10))
+        kills += code != 0
+        assert code in (0, -signal.SIGKILL)
+    assert kills >= 2
+    assert_same_run(tmp_path / "killed", tmp_path / "expected")
+
+
+def interrupt(monkeypatch, after: int, how) -> None:
+    """Call `how` after so many steps."""
+    step, count = Run.step, iter(range(10**6))
+
+    def counted(self, *batch):
+        step(self, *batch)
+        if next(count) + 1 == after:
+            how()
+
+    monkeypatch.setattr(Run, "step", counted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("after", [1, 5, 8])
+def test_signals_save_first(tmp_path, monkeypatch, number, after):
+    expected = settings(tmp_path / "expected", **EVERYTHING)
+    train(expected)
+    stopped = replace(expected, out=tmp_path / "stopped", resume=True)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        interrupt(patched, after, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Stopped, match="last.pt, to go on with by --resume") as stop:
+            train(stopped)
+    assert stop.value.exit_code == 128 + number and signal.getsignal(number) is before
+    progress = weights(tmp_path / "stopped")["progress"]
+    assert 5 * progress["epoch"] + progress["step"] == after
+    train(stopped)
+    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+
+
+def test_a_signal_during_validation(tmp_path, monkeypatch):
+    train(settings(tmp_path / "expected"))
+    stopped = settings(tmp_path / "stopped", resume=True)
+    with monkeypatch.context() as patched:
+        original = module.accuracies
+
+        def interrupted(*args, between, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, between=between, **kwargs)
+
+        patched.setattr(module, "accuracies", interrupted)
+        with pytest.raises(Stopped):
+            train(stopped)
+    assert weights(tmp_path / "stopped")["progress"]["step"] == 5
+    train(stopped)
+    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+
+
+def test_a_finished_run_resumes_to_its_result(tmp_path):
+    config = settings(tmp_path / "run", test=True, epochs=2)
+    first = train(config)
+    again = train(replace(config, resume=True))
+    assert again.test == first.test and again.best == first.best
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test"] == first.test
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    config = settings(tmp_path / "run", epochs=1)
+    train(config)
+    with pytest.raises(InputError, match="holds a run: add --resume"):
+        train(config)
+
+
+def test_changed_options_are_refused(tmp_path):
+    train(settings(tmp_path / "run", epochs=1))
+    with pytest.raises(InputError, match=r"alpha: 0.0 -> 0.5.*give the same"):
+        train(settings(tmp_path / "run", epochs=1, alpha=0.5, resume=True))
+    train(settings(tmp_path / "run", epochs=1, resume=True, log_every=7))  # which changes no weight
+
+
+def test_changed_data_is_refused(tmp_path):
+    config, data = settings(tmp_path / "run", epochs=1), load("digits", limit=150)
+    train(config, data)
+    data.train.pixels[3, 2, 2, 0] ^= 1
+    with pytest.raises(InputError, match="images or labels of --data digits"):
+        train(replace(config, resume=True), data)
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_truncated_checkpoint(tmp_path, size):
+    train(settings(tmp_path / "expected"))
+    config = settings(tmp_path / "run", resume=True)
+    train(replace(config))
+    last = tmp_path / "run" / "last.pt"
+    os.truncate(last, size if size >= 0 else last.stat().st_size - 50)
+    with pytest.raises(InputError, match="last.pt is damaged .*previous.pt"):
+        train(config)
+    last.unlink()
+    train(config)
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_full_disk(tmp_path, monkeypatch, call):
+    """The disk is full at one of the writes of the second epoch: an error, what was good stays, and the run goes on from there."""
+    train(settings(tmp_path / "expected", epochs=3))
+    config, fsync, count = settings(tmp_path / "run", epochs=3, resume=True), os.fsync, iter(range(1, 1000))
+
+    def full(descriptor):
+        if next(count) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises((SaveError, OSError), match="No space left"):
+            train(config)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    train(config)
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
+
+
+def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "file"
+    files.write(path, b"old")
+    files.write(path, b"newer", keep=tmp_path / "kept")
+    assert (path.read_bytes(), (tmp_path / "kept").read_bytes()) == (b"newer", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaveError, match="cannot write .*file.*No space left.*is as it was"):
+        files.write(path, b"newest", keep=tmp_path / "kept")
+    assert (path.read_bytes(), (tmp_path / "kept").read_bytes()) == (b"newer", b"old")
+    assert sorted(os.listdir(tmp_path)) == ["file", "kept"]
+    with pytest.raises(SaveError, match="cannot write"):
+        files.write(tmp_path / "nowhere" / "file", b"new")
+
+
+def test_non_finite_loss_stops_with_its_batch(tmp_path, monkeypatch):
+    config = settings(tmp_path / "run")
+    update, count = Run.update, iter(range(100))
+
+    def broken(self, *batch):
+        loss, terms = update(self, *batch)
+        return (loss * torch.nan, terms) if next(count) == 6 else (loss, terms)
+
+    monkeypatch.setattr(Run, "update", broken)
+    with pytest.raises(TrainingError, match=r"epoch 2, step 2 is not finite.*nonfinite-rank0.pt.*last.pt.*lower --lr"):
+        train(config)
+    batch = torch.load(tmp_path / "run" / "nonfinite-rank0.pt", weights_only=True)
+    assert batch["x"].shape == batch["x_adv"].shape == (32, 1, 8, 8) and (batch["epoch"], batch["step"]) == (1, 1)
+    assert weights(tmp_path / "run")["progress"]["epoch"] == 1
+    assert all(t.isfinite().all() for t in weights(tmp_path / "run")["model"].values())
+
+
+def test_diverging_weights_are_never_saved(tmp_path):
+    with pytest.raises(TrainingError, match="not finite.*no checkpoint was written yet"):
+        train(settings(tmp_path / "run", lr=1e30, schedule="constant"))
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
+    def exhausted(self, *batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Run, "update", exhausted)
+    with pytest.raises(InputError, match="--batch-size 32: out of memory.*--precision bf16"):
+        train(settings(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "no-such-model"}, "--model no-such-model"),
+        ({"holdout": 150}, "--holdout 150: there are 150 training images"),
+        ({"eps": 0.031}, "--eps 0.031: it is in units of 1/255"),
+        ({"inner": "kl", "alpha": 0.5}, "--inner kl: alpha = 0.5 needs lsce"),
+        ({"method": "rst"}, "--extra None: this needs pseudo-labelled images"),
+        ({"method": "standard", "alpha": 0.5}, "--alpha 0.5: standard training attacks nothing"),
+        ({"method": "trades", "start": "clean"}, "--start clean: the gradient of kl is 0"),
+        ({"precision": "tf32"}, "--precision tf32: TF32 is for GPUs"),
+        ({"device": "cuda:9"}, "--device cuda:9"),
+        ({"device": "teapot"}, "--device teapot: give cpu"),
+        ({"milestones": (90, 75)}, "--milestones"),
+        ({"patience": 3, "holdout": 0}, "--patience 3: it needs held-out images"),
+        ({"epochs": 0}, "--epochs 0: give at least 1"),
+        ({"alpha": float("nan")}, "--alpha nan: give a number in"),
+        ({"lr": 0.0}, "--lr 0.0: give a number above 0"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        train(settings(tmp_path / "run", **options))
