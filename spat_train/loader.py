@@ -176,7 +176,8 @@ class _Reader(TorchDataset):
 
     def __getitem__(self, i: int) -> list[Tensor | None] | InputError:
         try:
-            return [source and source.batch(rows) for source, rows in zip(self.sources, self.parts[i], strict=False)]
+            parts = zip(self.sources, self.parts[i], strict=False)
+            return [None if source is None else source.batch(rows) for source, rows in parts]
         except InputError as error:  # returned, as the DataLoader would wrap it into a page of traceback
             return error
 

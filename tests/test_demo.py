@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,29 +14,11 @@ pytest.importorskip("matplotlib")
 
 from spat_train import cli
 from spat_train import demo as demo_module
-from spat_train.data import InputError, digits, load_npz
 from spat_train.figures import large_eps
 from spat_train.models import SmallCNN
+from tests.test_data import arrays, saved
 
 PNG = b"\x89PNG"
-
-
-def arrays(shape=(12, 12), train=40, test=20, classes=("a", "b", "c")) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        "x_train": rng.integers(0, 256, (train, *shape), dtype=np.uint8),
-        "y_train": rng.integers(0, len(classes), train),
-        "x_test": rng.integers(0, 256, (test, *shape), dtype=np.uint8),
-        "y_test": rng.integers(0, len(classes), test),
-        "classes": np.array(classes),
-    }
-
-
-def saved(tmp_path, **changes):
-    """An .npz of small random images with some arrays changed, or left out where None."""
-    path = tmp_path / "data.npz"
-    np.savez(path, **{name: array for name, array in (arrays() | changes).items() if array is not None})
-    return path
 
 
 def refusal(monkeypatch, capsys, *arguments) -> str:
@@ -53,55 +34,12 @@ def refusal(monkeypatch, capsys, *arguments) -> str:
     return err
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"y_test": None}, "no array y_test"),
-        ({"x_train": np.zeros((40, 12, 12), np.float32)}, r"x_train is float32 \[40, 12, 12\]: save images as uint8"),
-        ({"x_train": np.zeros((40, 144), np.uint8)}, r"x_train is uint8 \[40, 144\]: save \[N, H, W\]"),
-        ({"x_test": np.zeros((20, 3, 12, 12), np.uint8)}, r"x_test is uint8 \[20, 3, 12, 12\]: save \[N, H, W\]"),
-        ({"x_train": np.zeros((40, 4, 4), np.uint8)}, "at least 8"),
-        ({"x_test": np.zeros((20, 16, 16), np.uint8)}, r"x_test has images \(16, 16\), x_train \(12, 12\)"),
-        ({"x_train": np.zeros((0, 12, 12), np.uint8), "y_train": np.zeros(0, np.int64)}, "x_train .* is empty"),
-        ({"x_test": np.zeros((0, 12, 12), np.uint8), "y_test": np.zeros(0, np.int64)}, "x_test .* is empty"),
-        ({"y_train": np.zeros(40, np.int32)}, r"y_train is int32 \[40\]: save labels as int64"),
-        ({"y_train": np.zeros((40, 3), np.int64)}, r"y_train is int64 \[40, 3\]"),
-        ({"y_train": np.zeros(39, np.int64)}, "39 labels for 40 images"),
-        ({"y_test": np.full(20, 3)}, "y_test contains 3: save labels from 0 to 2"),
-        ({"y_test": np.full(20, -1)}, "y_test contains -1"),
-        ({"classes": np.array(["a"])}, "two or more class names"),
-        ({"classes": np.array(["a", None, "c"])}, "cannot be read"),
-    ],
-)
-def test_bad_arrays(tmp_path, monkeypatch, capsys, changes, message):
-    path = saved(tmp_path, **changes)
-    error = refusal(monkeypatch, capsys, "--data", path, "--out", tmp_path / "figure.png")
-    assert error.startswith(f"spat-train: error: --data {path}: ")
-    assert re.search(message, error)
-
-
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut short"])
 def test_unreadable_file(tmp_path, monkeypatch, capsys, content):
     path = tmp_path / "data.npz"
     path.write_bytes(content)
     error = refusal(monkeypatch, capsys, "--data", path, "--out", tmp_path / "figure.png")
     assert "cannot be read as .npz" in error
-
-
-def test_damaged_file(tmp_path):
-    path = saved(tmp_path)
-    content = bytearray(path.read_bytes())
-    content[2000:2100] = bytes(100)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"cannot be read as \.npz"):
-        load_npz(path)
-
-
-def test_single_array_file(tmp_path):
-    path = tmp_path / "data.npy"
-    np.save(path, np.zeros(3))
-    with pytest.raises(InputError, match="single array"):
-        load_npz(path)
 
 
 @pytest.mark.parametrize(
@@ -125,35 +63,6 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "folder.png").mkdir()
     assert refusal(monkeypatch, capsys, *arguments).startswith(f"spat-train: error: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]  # the check of --out leaves nothing behind
-
-
-def test_digits_split_is_fixed_and_scaled():
-    data = digits()
-    assert data.x_train.shape == (1347, 1, 8, 8)
-    assert data.x_test.shape == (450, 1, 8, 8)
-    assert (data.x_train.min(), data.x_train.max()) == (0, 1)
-    assert data.x_train.dtype == torch.float32
-    assert torch.equal(data.x_test, digits(seed=1).x_test)
-    assert data.y_test.bincount().min() >= 43  # stratified
-
-
-def test_limit_draws_matching_images_and_labels(tmp_path):
-    source = arrays()
-    data = load_npz(saved(tmp_path), limit=15, seed=3)
-    assert (len(data.x_train), len(data.x_test)) == (15, 15)
-    for image, label in zip(data.x_train, data.y_train, strict=True):
-        (index,) = np.flatnonzero((source["x_train"] == (image[0] * 255).round().numpy()).all((1, 2)))
-        assert source["y_train"][index] == label
-    assert torch.equal(data.x_train, load_npz(saved(tmp_path), limit=15, seed=3).x_train)
-    assert len(load_npz(saved(tmp_path), limit=1000).x_train) == 40
-
-
-def test_colour_images_become_channels_first(tmp_path):
-    source = arrays(shape=(10, 9, 3))
-    data = load_npz(saved(tmp_path, **source))
-    assert data.image_shape == (3, 10, 9)
-    assert data.x_train[4, 2, 7, 5] == pytest.approx(source["x_train"][4, 7, 5, 2] / 255)
-    assert data.classes == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 9, 13)])
@@ -214,12 +123,3 @@ def accuracies(out: str) -> dict[str, list[float]]:
     """Rows of the printed table: clean, FGSM, PGD-20, C&W-inf-30."""
     lines = re.findall(r"^(standard|Madry|Madry\+SPAT) +((?:[\d.]+ *){4})$", out, re.MULTILINE)
     return {name: [float(value) for value in values.split()] for name, values in lines}
-
-
-def test_class_names_are_optional(tmp_path):
-    contents = arrays()
-    names = contents.pop("classes")
-    np.savez(tmp_path / "bare.npz", **contents)
-    data = load_npz(tmp_path / "bare.npz")
-    assert data.classes == tuple(map(str, range(max(contents["y_train"].max(), contents["y_test"].max()) + 1)))
-    assert len(data.classes) == len(names)
