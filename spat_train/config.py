@@ -48,7 +48,7 @@ class Config:
     steps: int | None = None
     """Gradient steps. Default: 10; for fgsm 1."""
     start: Literal["uniform", "normal", "clean"] | None = None
-    """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x. Default: uniform; fgsm: clean."""
+    """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x. Default: uniform, fgsm: clean."""
     bn_mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack."""
 

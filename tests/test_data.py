@@ -359,7 +359,7 @@ def test_hold_out_counts(count):
 
 @pytest.mark.parametrize("count", [-1, 10])
 def test_hold_out_refuses(count):
-    with pytest.raises(InputError, match=f"--hold-out {count}: give 0 to 9"):
+    with pytest.raises(InputError, match=f"--holdout {count}: give 0 to 9"):
         hold_out(torch.arange(10), count, seed=0)
 
 

@@ -172,8 +172,8 @@ def test_one_process_dying_ends_the_job(tmp_path):
     )
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), str(script),
-        "train", "--data", "digits", "--model", "small-cnn", "--eps", "51", "--limit", "150", "--batch-size", "32", "--epochs", "3",
-        "--device", "cpu", "--no-tensorboard", "--no-test", "--out", str(tmp_path / "run"),
+        "train", "--data", "digits", "--model", "small-cnn", "--eps", "51", "--limit", "150", "--batch-size", "32",
+        "--epochs", "3", "--device", "cpu", "--no-tensorboard", "--no-test", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}

@@ -47,8 +47,8 @@ def one_thread():
 def settings(folder=None, **options) -> Config:
     """4 epochs of 5 steps on 135 digits (the last batch has 7), in well under a second."""
     chosen = {
-        "data": "digits", "model": "tests.test_train:network", "eps": 25.5, "steps": 2, "epochs": 4, "batch_size": 32, "limit": 150,
-        "holdout": 15, "lr": 0.05, "schedule": "cosine", "tensorboard": False, "test": False, "val_steps": 2, "device": "cpu",
+        "data": "digits", "model": "tests.test_train:network", "eps": 25.5, "steps": 2, "epochs": 4, "batch_size": 32,
+        "limit": 150, "holdout": 15, "lr": 0.05, "schedule": "cosine", "tensorboard": False, "test": False, "val_steps": 2, "device": "cpu",
         "log_every": 3, "pad": 1, "flip": True, "out": folder,
     }  # fmt: skip
     return Config(**chosen | options)
@@ -413,7 +413,7 @@ def test_truncated_checkpoint(tmp_path, size):
 
 @pytest.mark.parametrize("call", range(1, 9))
 def test_full_disk(tmp_path, monkeypatch, call):
-    """The disk is full at one of the writes of the second epoch: an error, what was good stays, and the run goes on from there."""
+    """The disk is full at one of the first writes: an error, what was good stays, and the run goes on from there."""
     train(settings(tmp_path / "expected", epochs=3))
     config, fsync, count = settings(tmp_path / "run", epochs=3, resume=True), os.fsync, iter(range(1, 1000))
 

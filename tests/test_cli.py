@@ -1,0 +1,158 @@
+"""The command: presets are the thesis's settings, options override them, errors are one line, runs end in files and curves."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+
+from spat_train import cli, logs
+from spat_train.config import Config
+from spat_train.presets import PRESETS
+
+SMALL = [
+    "--data", "digits", "--model", "small-cnn", "--eps", "51", "--epochs", "2", "--limit", "120", "--batch-size", "32", "--lr", "0.05",
+    "--device", "cpu", "--no-tensorboard", "--val-steps", "2", "--preset", "table6.1/mart+spat",
+]  # fmt: skip
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
+    cli.main()
+
+
+def error(monkeypatch, capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        run(monkeypatch, *arguments)
+    out, err = capsys.readouterr()
+    assert exit_info.value.code == 2 and out == "" and err.count("\n") == 1
+    return err
+
+
+def test_presets_are_the_settings_of_the_sources():
+    """Written out from the thesis and the methods' code, not from the presets."""
+    tables = {
+        "table6.1/madry": ("madry", 0.0), "table6.1/trades": ("trades", 0.0), "table6.1/mart": ("mart", 0.0),
+        "table6.1/trades+spat": ("trades", 0.1), "table6.1/mart+spat": ("mart", 0.3),
+        "table6.2/madry": ("madry", 0.0), "table6.2/trades": ("trades", 0.0), "table6.2/mart": ("mart", 0.0),
+        "table6.2/trades+spat": ("trades", 0.1), "table6.2/mart+spat": ("mart", 0.2),
+        "table6.3/rst": ("rst", 0.0), "table6.3/mart": ("mart", 0.0),
+        "table6.3/rst+spat": ("rst", 0.1), "table6.3/mart+spat": ("mart", 0.1),
+        "table6.4/trades": ("trades", 0.0), "table6.4/mart": ("mart", 0.0),
+        "table6.4/trades+spat": ("trades", 0.1), "table6.4/mart+spat": ("mart", 0.2),
+    }  # fmt: skip
+    assert {name: (c.method, c.alpha) for name, c in PRESETS.items() if name.startswith("table")} == tables
+    for name, c in PRESETS.items():
+        assert c.preset == name
+        eps, step_size, steps, start = c.attack_settings
+        if name.startswith(("table6.1", "table6.2", "table6.4", "figure")):
+            assert c.lr == 0.1 and c.momentum == 0.9 and c.optimizer == "sgd" and start == "uniform" and steps == 10
+            assert step_size == pytest.approx(eps / 4) and c.kl_weight == (5 if c.method == "mart" else 6)
+        if name.startswith("table6.1"):
+            assert (c.model, c.data, c.weight_decay, c.batch_size, eps) == ("wrn-34-10", "cifar10", 7e-4, 128, 8 / 255)
+            assert c.milestones == (75, 90) and c.epochs == 90
+        if name.startswith("table6.2"):
+            assert (c.model, c.data, c.weight_decay) == ("wrn-34-10", "cifar100", 7e-4 if c.method == "mart" else 2e-4)
+        if name.startswith("table6.3"):
+            assert (c.model, c.batch_size, c.epochs, c.schedule) == ("wrn-28-10", 256, 200, "cosine")
+            assert c.nesterov and c.weight_decay == 5e-4 and (eps, step_size) == (pytest.approx(0.031), pytest.approx(0.007))
+        if name.startswith("table6.4"):
+            assert (c.model, c.data, c.batch_size, c.epochs) == ("resnet-18", "stl10", 32, 200)
+        if name.startswith("madry-mnist"):
+            assert (c.optimizer, c.lr, eps, step_size, steps) == ("adam", 1e-4, 0.3, pytest.approx(0.01), 40)
+    figures = {name: c for name, c in PRESETS.items() if name.startswith("figure")}
+    grid = {(c.data, c.eps, c.alpha) for c in figures.values() if c.model == "resnet-50" and c.method == "madry"}
+    assert len(figures) == 36
+    assert grid == {(d, e, a) for d in ("cifar10", "cifar100") for e in (4, 8, 16) for a in (0, 0.2, 0.4, 0.6, 0.8, 1)}
+
+
+def test_a_preset_is_the_default_of_every_option(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "run", lambda config: seen.append(config) or type("Done", (), {"folder": None, "test": None}))
+    run(monkeypatch, "train", "--preset=table6.1/mart+spat", "--epochs", "7", "--flip", "False")
+    assert seen[0] == Config(**vars(PRESETS["table6.1/mart+spat"]) | {"epochs": 7, "flip": False})
+    run(monkeypatch, "train", "--method", "trades")
+    assert seen[1] == Config(method="trades")
+
+
+def test_train_writes_a_run(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "run"
+    run(monkeypatch, "train", *SMALL, "--out", folder)
+    out = capsys.readouterr().out
+    names = {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "result.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["method"] == "mart" and saved["alpha"] == 0.3 and saved["eps"] == 51 and saved["weight_decay"] == 7e-4
+    test = json.loads((folder / "result.json").read_text())["test"]
+    assert out == f"{folder}: " + ", ".join(f"{name} {value:.2f} %" for name, value in test.items()) + "\n"
+    train, validation = logs.read(folder, "train"), logs.read(folder, "validation")
+    assert all({"loss", "bce", "kl", "lr", "images_per_second"} <= event.keys() for event in train)
+    assert [event["epoch"] for event in validation] == [1, 2] and validation[0]["step"] == 4
+
+    run(monkeypatch, "plot", folder, folder, "--out", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    run(monkeypatch, "plot", folder, "--out", tmp_path / "curves.pdf")
+    assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
+
+    err = error(monkeypatch, capsys, "train", *SMALL, "--out", folder)
+    assert f"--out {folder}: it holds a run: add --resume" in err
+
+
+def test_the_best_checkpoint_loads_into_its_model(monkeypatch, tmp_path):
+    from spat_train.checkpoints import load_checkpoint
+    from spat_train.models import create
+
+    run(monkeypatch, "train", *SMALL, "--out", tmp_path / "run", "--ema", "0.9", "--no-test")
+    for name in ("best.pt", "last.pt"):
+        model = create("small-cnn", 10, (1, 8, 8))
+        load_checkpoint(model, tmp_path / "run" / name)
+        state = torch.load(tmp_path / "run" / name, weights_only=True)
+        expected = state["ema"] or state["model"]
+        assert all(torch.equal(t, expected[key]) for key, t in model.state_dict().items())
+
+
+def test_tensorboard_where_it_is_installed(monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard")
+    arguments = [a for a in SMALL if a != "--no-tensorboard"]
+    run(monkeypatch, "train", *arguments, "--no-test", "--out", tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "table6.1/mrt"], "--preset table6.1/mrt: there is none: did you mean table6.1/mart"),
+        (["--preset", "table6.3/rst"], "--extra None: this needs pseudo-labelled images"),
+        (["--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
+        (["--data", "digits", "--model", "wrn-33-10"], "--model wrn-33-10: .*6n"),
+        (["--eps", "0.031"], "--eps 0.031: it is in units of 1/255"),
+        (["--data", "cifar10", "--root", "empty"], "--download"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    if "cifar10" in arguments:
+        pytest.importorskip("torchvision", exc_type=Exception)
+    monkeypatch.chdir(tmp_path)
+    err = error(monkeypatch, capsys, "train", *arguments)
+    assert err.startswith("spat-train: error: ") and re.search(message, err)
+
+
+def test_plot_refuses(monkeypatch, capsys, tmp_path):
+    assert "no log.jsonl there" in error(monkeypatch, capsys, "plot", tmp_path)
+    assert "ends in .png or .pdf" in error(monkeypatch, capsys, "plot", tmp_path, "--out", "curves.gif")
+
+
+def test_help_says_the_units(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "train", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "in 1/255" in text and "table6.1/mart+spat" in text
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("train", "presets", "plot", "demo"))
