@@ -1,11 +1,47 @@
-"""The networks: the demo's, and those that papers train on CIFAR-sized images, in the layout of the public checkpoints."""
+"""The networks: those of the papers in the layout of their public checkpoints, timm's, and anybody's own, all by name.
 
+A network takes images [B, C, H, W] in [0, 1] to logits [B, K]. Where it wants them normalised it does so itself (`Normalize`): an
+attack's eps then always means pixels.
+"""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import os
 import re
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, to stand before a network: `nn.Sequential(OrderedDict(normalize=..., model=network))`.
+
+    Both are in the state dict, since weights are right for one normalisation only.
+
+    Args:
+        mean, std: one number for each channel, std positive.
+
+    Raises:
+        ValueError: they are not.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise ValueError(f"mean={mean}, std={std}: give each channel one number in both, positive in std")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> [B, C, H, W]."""
+        return (x - self.mean) / self.std
 
 
 class SmallCNN(nn.Module):
@@ -37,6 +73,45 @@ class SmallCNN(nn.Module):
         return self.classifier(self.features(2 * x - 1).flatten(1))
 
 
+class MnistCNN(nn.Module):
+    """Madry et al.'s network for MNIST (arXiv 1706.06083): two 5x5 convolutions, each max-pooled, and two dense layers.
+
+    Initialised as in their code, from N(0, 0.1) cut off at two deviations, biases at 0.1. 3,274,634 parameters for MNIST.
+
+    Args:
+        image_shape: (C, H, W) of one image, H and W divisible by 4.
+        num_classes: K.
+
+    Raises:
+        ValueError: H or W is not divisible by 4.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):
+        super().__init__()
+        channels, height, width = image_shape
+        if height % 4 or width % 4:
+            raise ValueError(f"image_shape={image_shape}: mnist-cnn halves images twice: pad them to sides divisible by 4")
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.fc1 = nn.Linear(64 * (height // 4) * (width // 4), 1024)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(1024, num_classes)
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(m.weight, std=0.1, a=-0.2, b=0.2)
+                nn.init.constant_(m.bias, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, K]."""
+        return self.fc2(self.relu(self.fc1(self.features(x).flatten(1))))
+
+
 class WideBlock(nn.Module):
     """BN-ReLU-conv twice, added to the input; where the channels change, to a 1x1 convolution of the activated input."""
 
@@ -62,21 +137,23 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-widen_factor (Zagoruyko and Komodakis, arXiv 1605.07146) for 32x32 images, as TRADES and MART train it.
+    """WRN-depth-widen_factor (Zagoruyko and Komodakis, arXiv 1605.07146), as TRADES and MART train it on 32x32 images.
 
     Parameters have the names of the TRADES and MART checkpoints, without those of `sub_block1`, which no forward of theirs uses.
+    Other sizes of images are pooled globally as well, where that code always pools 8x8.
 
     Args:
         depth: 6n + 4 layers, n blocks in each of three groups.
         widen_factor: k; the groups have 16k, 32k and 64k channels.
         num_classes: K.
         dropout: probability between the two convolutions of a block.
+        channels: C of the images.
 
     Raises:
         ValueError: depth is not 6n + 4 with n >= 1.
     """
 
-    def __init__(self, depth: int, widen_factor: int, num_classes: int = 10, dropout: float = 0.0):
+    def __init__(self, depth: int, widen_factor: int, num_classes: int = 10, dropout: float = 0.0, channels: int = 3):
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
         if blocks < 1 or rest:
@@ -89,7 +166,7 @@ class WideResNet(nn.Module):
             rest = [WideBlock(outs, outs, 1, dropout) for _ in range(blocks - 1)]
             return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
 
-        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.block1, self.block2, self.block3 = group(1), group(2), group(3)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.relu = nn.ReLU(inplace=True)
@@ -100,10 +177,10 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, 32, 32] -> logits [B, K]."""
+        """Images [B, C, H, W] -> logits [B, K]."""
         out = self.block3(self.block2(self.block1(self.conv1(x))))
         out = self.relu(self.bn1(out))
-        return self.fc(F.avg_pool2d(out, 8).flatten(1))
+        return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
 class PreActBlock(nn.Module):
@@ -112,76 +189,239 @@ class PreActBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
+        self.relu1 = nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut = None
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
+        out = self.relu1(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        out = self.conv2(self.relu2(self.bn2(self.conv1(out))))
         return out + shortcut
 
 
 class PreActResNet18(nn.Module):
-    """Pre-activation ResNet-18 (He et al., arXiv 1603.05027) for 32x32 images, with the BatchNorm that ends the last group."""
+    """Pre-activation ResNet-18 (He et al., arXiv 1603.05027) for small images, with the BatchNorm that ends the last group.
 
-    def __init__(self, num_classes: int = 10):
+    The layout of "Fast is better than free" and "Overfitting in adversarially robust deep learning".
+
+    Args:
+        num_classes: K.
+        channels: C of the images.
+    """
+
+    def __init__(self, num_classes: int = 10, channels: int = 3):
         super().__init__()
 
         def group(ins: int, outs: int, stride: int) -> nn.Module:
             return nn.Sequential(PreActBlock(ins, outs, stride), PreActBlock(outs, outs, 1))
 
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         self.layer1, self.layer2 = group(64, 64, 1), group(64, 128, 2)
         self.layer3, self.layer4 = group(128, 256, 2), group(256, 512, 2)
         self.bn = nn.BatchNorm2d(512)
+        self.relu = nn.ReLU()
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, 32, 32] -> logits [B, K]."""
+        """Images [B, C, H, W] -> logits [B, K]."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear(F.avg_pool2d(F.relu(self.bn(out)), 4).flatten(1))
+        return self.linear(F.adaptive_avg_pool2d(self.relu(self.bn(out)), 1).flatten(1))
 
 
-def resnet18(num_classes: int = 10) -> nn.Module:
-    """ResNet-18 (He et al., arXiv 1512.03385) for small images [B, 3, H, W]: torchvision's, with a 3x3 stem and no max-pool."""
-    return _small_images("resnet18", num_classes)
+def resnet(depth: int, num_classes: int = 10, channels: int = 3, stem: str = "cifar") -> nn.Module:
+    """torchvision's ResNet (He et al., arXiv 1512.03385) of 18 or 50 layers with a stem that fits the images.
 
+    stem     | first convolution | max-pool | ResNet-18 at 96x96 | as in
+    cifar    | 3x3               |          | 10.0 GFLOP         | public code for CIFAR
+    stl10    | 3x3               | 3x3 / 2  |  2.5 GFLOP         | W-MSE (arXiv 2007.06346) on STL-10 and Tiny ImageNet
+    imagenet | 7x7 / 2           | 3x3 / 2  |  0.7 GFLOP         | ImageNet
 
-def resnet50(num_classes: int = 10) -> nn.Module:
-    """ResNet-50 for small images, as `resnet18`."""
-    return _small_images("resnet50", num_classes)
-
-
-def _small_images(name: str, num_classes: int) -> nn.Module:
-    import torchvision  # here, since the other networks do without
-
-    model = getattr(torchvision.models, name)(num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    Images [B, C, H, W] -> logits [B, K]. The state dicts of "cifar" and "stl10" are alike, the functions are not.
+    """
+    torchvision = _package("torchvision", f"resnet-{depth}")
+    model = getattr(torchvision.models, f"resnet{depth}")(num_classes=num_classes)
+    kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+    model.conv1 = nn.Conv2d(channels, 64, kernel, stride=stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    if stem == "cifar":
+        model.maxpool = nn.Identity()
     return model
 
 
-NAMED: dict[str, Callable[[int], nn.Module]] = {
-    "preactresnet-18": PreActResNet18,
-    "resnet-18": resnet18,
-    "resnet-50": resnet50,
+# ---- by name ----------------------------------------------------------------------------------------------------------------
+
+NAMES = ("wrn-34-10", "wrn-28-10", "preactresnet-18", "resnet-18", "resnet-50", "mnist-cnn", "small-cnn")
+STEMS = ("cifar", "stl10", "imagenet")
+IMAGENET_SIDE = 128  # from here on the stem halves the image twice
+
+# Smooth activations: arXiv 2006.14536 (softplus with beta 10, near ReLU) and arXiv 2010.00467.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": partial(nn.Softplus, beta=10),
 }
 
 
-def create(name: str, num_classes: int = 10) -> nn.Module:
-    """The network called `name`: "wrn-DEPTH-WIDTH", such as "wrn-34-10", "preactresnet-18", "resnet-18" or "resnet-50".
+def create(
+    name: str, num_classes: int = 10, image_shape: tuple[int, int, int] = (3, 32, 32), *, activation: str = "relu"
+) -> nn.Module:
+    """The network called `name`, newly initialised: images [B, *image_shape] in [0, 1] -> logits [B, num_classes].
+
+    Args:
+        name: one of
+            "wrn-DEPTH-WIDTH", such as "wrn-34-10";
+            "preactresnet-18";
+            "resnet-18", "resnet-50": with the CIFAR stem for images below 128x128 (STL-10's 96x96 included), with the ImageNet
+                stem from there on; "/cifar", "/stl10" or "/imagenet" after the name picks one (see `resnet`);
+            "mnist-cnn": Madry's; "small-cnn": the demo's;
+            "package.module:factory": factory(num_classes=K) of an importable module, one in the current directory included;
+            "timm:NAME": a model of timm, not pretrained, with the normalisation of its own configuration before it.
+        num_classes: K, at least 2.
+        image_shape: (C, H, W) of one image.
+        activation: what takes the place of every `nn.ReLU` module: "relu", "silu", "gelu" or "softplus" (with beta 10).
 
     Raises:
-        ValueError: there is no such network; the message lists the names.
+        ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes}: give at least 2")
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape={image_shape}: give (channels, height, width)")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: give {_alternatives(ACTIVATIONS)}")
+    model = _create(name, num_classes, tuple(image_shape))
+    if activation != "relu":
+        _replace_relus(model, name, activation)
+    return model
+
+
+def _create(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    channels, height, width = image_shape
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"), num_classes, image_shape)
+    if ":" in name:
+        return _own(name, num_classes)
     if wide := re.fullmatch(r"wrn-(\d+)-([1-9]\d*)", name):
-        return WideResNet(int(wide[1]), int(wide[2]), num_classes)
-    if name not in NAMED:
-        raise ValueError(f"no model is called {name!r}: give wrn-DEPTH-WIDTH (such as wrn-34-10), {' or '.join(sorted(NAMED))}")
-    return NAMED[name](num_classes)
+        return WideResNet(int(wide[1]), int(wide[2]), num_classes, channels=channels)
+    if residual := re.fullmatch(rf"resnet-(18|50)(?:/({'|'.join(STEMS)}))?", name):
+        stem = residual[2] or ("imagenet" if min(height, width) >= IMAGENET_SIDE else "cifar")
+        return resnet(int(residual[1]), num_classes, channels, stem)
+    if name == "preactresnet-18":
+        return PreActResNet18(num_classes, channels)
+    if name == "mnist-cnn":
+        return MnistCNN(image_shape, num_classes)
+    if name == "small-cnn":
+        return SmallCNN(image_shape, num_classes)
+    raise ValueError(
+        f"name={name!r}: there is no such model{_nearest(name, NAMES)}: give wrn-DEPTH-WIDTH (such as wrn-34-10), "
+        "preactresnet-18, resnet-18 or resnet-50 (also with /cifar, /stl10 or /imagenet), mnist-cnn, small-cnn, timm:NAME "
+        "or package.module:factory"
+    )
+
+
+def _timm(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    timm = _package("timm", f"timm:{name}")
+    if not timm.is_model(name):
+        nearest = _nearest(name, timm.list_models())
+        raise ValueError(f"name='timm:{name}': timm {timm.__version__} has no such model{nearest}: see timm.list_models()")
+    channels, *size = image_shape
+    try:
+        # Models with position embeddings and the like have to be told the size of the images.
+        told = {"img_size": tuple(size)} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+        model = timm.create_model(name, num_classes=num_classes, in_chans=channels, **told)
+    except Exception as error:
+        raise ValueError(
+            f"name='timm:{name}': timm cannot make it for num_classes={num_classes}, image_shape={image_shape} "
+            f"({_first_line(error)}): give another model"
+        ) from error
+    mean, std = (list(model.default_cfg[key]) for key in ("mean", "std"))
+    if len(mean) != channels:  # grey images and the like: the average channel
+        mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
+
+
+def _own(name: str, num_classes: int) -> nn.Module:
+    """What factory(num_classes=K) of "package.module:factory" returns; errors inside the factory are its own."""
+    module_name, _, attribute = name.partition(":")
+    with _working_directory_importable():
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # whatever a module's own code raises
+            raise ValueError(
+                f"name={name!r}: {module_name!r} cannot be imported ({_first_line(error)}): "
+                "give package.module:factory, installed or in the current directory"
+            ) from error
+        if not callable(factory := getattr(module, attribute, None)):
+            public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+            raise ValueError(
+                f"name={name!r}: {module_name} has no function or class {attribute!r}{_nearest(attribute, public)}: "
+                "give package.module:factory"
+            )
+        try:
+            inspect.signature(factory).bind(num_classes=num_classes)
+        except TypeError as error:
+            raise ValueError(
+                f"name={name!r}: {attribute} cannot be called as {attribute}(num_classes={num_classes}) ({error}): "
+                "give it the parameter num_classes, and the others defaults"
+            ) from error
+        except ValueError:  # no signature to look at
+            pass
+        model = factory(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"name={name!r}: {attribute} returns {type(model).__name__}: return a torch.nn.Module")
+    return model
+
+
+@contextlib.contextmanager
+def _working_directory_importable():
+    """As under `python -m`, for as long as this lasts."""
+    directory = os.getcwd()
+    sys.path.insert(0, directory)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the module may have removed it
+            sys.path.remove(directory)
+
+
+def _package(package: str, name: str):
+    """An optional package that model `name` needs."""
+    try:
+        return importlib.import_module(package)
+    except Exception as error:  # builds for another torch fail in many ways
+        raise ValueError(
+            f"name={name!r}: it needs {package}, which cannot be imported ({_first_line(error)}): pip install {package}"
+        ) from error
+
+
+def _replace_relus(model: nn.Module, name: str, activation: str) -> None:
+    # Not named_children(), which leaves out the second of two names for one module.
+    places = [(m, at) for m in model.modules() for at, child in m._modules.items() if isinstance(child, nn.ReLU)]
+    if not places:
+        raise ValueError(
+            f"activation={activation!r}: {name} has no nn.ReLU module to replace: give 'relu', which keeps it as it is"
+        )
+    for m, at in places:
+        setattr(m, at, ACTIVATIONS[activation]())
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3)
+    return f" (did you mean {_alternatives(near)}?)" if near else ""
+
+
+def _alternatives(names) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
