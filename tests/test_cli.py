@@ -99,6 +99,7 @@ def test_train_writes_a_run(monkeypatch, capsys, tmp_path):
     run(monkeypatch, "plot", folder, "--out", tmp_path / "curves.pdf")
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
 
+    capsys.readouterr()
     err = error(monkeypatch, capsys, "train", *SMALL, "--out", folder)
     assert f"--out {folder}: it holds a run: add --resume" in err
 
