@@ -2,8 +2,8 @@
 
     python -m benchmarks.precision --data cifar10.npz --out precision.json
 
-Trains WRN-10-2 on `train_images` of the data twice, as usual and against PGD-10 (eps 8/255, in bf16), then attacks both on
-test images: eps 8/255, 20 steps of eps/10, the same random starts for all. A gradient that is exactly 0 moves nothing, which
+Trains WRN-10-2 on `train_images` of the data twice, as usual and against PGD-10 (eps 8/255, in bf16), then attacks both on test
+images: eps 8/255, 20 steps of eps/10, the same random starts for all. A gradient that is exactly 0 moves nothing, which
 looks like robustness: its share is counted over pixels, and over samples without any other, at the random start. The standard
 model is the one, confident and far from robust, on which gradients underflow: a tenth of the images tells, also of autocast.
 """
@@ -23,8 +23,11 @@ from spat_kernels import pgd
 from spat_kernels.borrow import borrowed
 from spat_kernels.engine import input_gradient
 from spat_kernels.losses import CrossEntropy
-from spat_train.data import Dataset, load_npz
+from spat_train.config import Config
+from spat_train.data import load_npz
+from spat_train.images import Dataset, floats
 from spat_train.models import create
+from spat_train.train import train
 
 EPS, BATCH = 8 / 255, 250
 WAYS = [("autograd", "fp32"), ("plan", "fp32"), ("plan", "bf16"), ("plan", "fp16")]
@@ -56,21 +59,19 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    data = load_npz(args.data, max(args.train_images, args.test_images)).to(args.device)
-    models = {name: create(args.model, len(data.classes)).to(args.device) for name in ("standard", "robust")}
+    data = load_npz(args.data)
+    models = {name: create(args.model, data.num_classes).to(args.device) for name in ("standard", "robust")}
     if args.weights and args.weights.exists():
         for name, state in torch.load(args.weights, weights_only=True).items():
             models[name].load_state_dict(state)
     else:
-        torch.manual_seed(0)
-        for name, model in models.items():
-            train(model, data, args, adversarial=name == "robust")
+        models = {name: trained(args, data, name) for name in models}
         if args.weights:
             torch.save({name: model.state_dict() for name, model in models.items()}, args.weights)
     result = measure.describe(args.device) | {"model": args.model, "epochs": args.epochs, "rows": []}
     for name, model in models.items():
         images = args.test_images // (10 if name == "standard" else 1)
-        x, y = data.x_test[:images], data.y_test[:images]
+        x, y = floats(data.test, torch.arange(min(images, len(data.test))), args.device)
         for path, precision in WAYS + AUTOCAST * (name == "standard"):
             row = {"model": name, "images": len(x), "path": path, "precision": precision} | evaluate(
                 model.eval(), x, y, path, precision
@@ -81,22 +82,12 @@ def main(args: Arguments) -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def train(model: nn.Module, data: Dataset, args: Arguments, adversarial: bool) -> None:
-    x, y = data.x_train[: args.train_images], data.y_train[: args.train_images]
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=args.epochs * -(-len(x) // 128))
-    for epoch in range(args.epochs):
-        for index in torch.randperm(len(x)).split(128):
-            images, labels = x[index], y[index]
-            images = torch.where((torch.rand(len(index), 1, 1, 1) < 0.5).to(x.device), images.flip(3), images)
-            if adversarial:
-                images = pgd(model, images, labels, EPS, precision="bf16")
-            loss = F.cross_entropy(model.train()(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        print(f"{'robust' if adversarial else 'standard'} epoch {epoch}: loss {loss.item():.3f}", flush=True)
+def trained(args: Arguments, data: Dataset, name: str) -> nn.Module:
+    config = Config(
+        method="madry" if name == "robust" else "standard", model=args.model, epochs=args.epochs, lr=0.2, schedule="one-cycle",
+        nesterov=True, holdout=0, attack_precision="bf16", device=args.device, test=False,
+    )  # fmt: skip
+    return train(config, data.limited(args.train_images, seed=0), save=False).model
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, path: str, precision: str) -> dict[str, float]:
