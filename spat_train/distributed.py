@@ -78,6 +78,8 @@ def world(device: str | None):
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if size > 1 and name.startswith("cuda:"):
+        raise InputError(f"--device {name}: {size} processes cannot share it: leave it out, each takes a GPU of its own")
     if name == "cuda" and size > 1:
         if local >= torch.cuda.device_count():
             raise InputError(f"torchrun started process {local} here, but there are {torch.cuda.device_count()} GPUs: one each")

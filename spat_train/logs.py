@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, *, total: int, done: int, position: int, tensorboard: bool, name: str):
-        self.bar = tqdm(total=total, initial=done, desc=name, unit="img", unit_scale=True, mininterval=0.5, smoothing=0.1)
+        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
+        self.bar = tqdm(total=total, initial=done, desc=name, unit="img", unit_scale=True, mininterval=often, smoothing=0.1)
         self.start, self.images = time.perf_counter(), 0
         self.file = self.board = None
         if folder is None:

@@ -51,7 +51,8 @@ def perturbed_weights(model: nn.Module, size: float):
     before = [p.detach().clone() for p in weights]
     with torch.no_grad():
         for p in weights:
-            p.add_(p.grad * (size * p.norm() / (p.grad.norm() + 1e-12)))
+            grad = p.grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
+            p.add_(grad * (size * p.norm() / (grad.norm() + 1e-12)))
     try:
         yield
     finally:

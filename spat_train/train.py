@@ -10,6 +10,7 @@ import json
 import platform
 import random
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +65,7 @@ class Result:
 
 
 def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) -> Result:
-    """Run, or go on with, the training that `config` describes.
+    """Run, or go on with, the training that `config` describes. Seeds torch's, NumPy's and Python's generators.
 
     Args:
         dataset: instead of loading `config.data`.
@@ -75,7 +76,7 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
         TrainingError: the loss is not finite. SaveError: the disk is full. Stopped: by SIGTERM or Ctrl-C, after saving.
     """
     check(config)
-    with StopWish().heard() as wish, world(config.device) as processes:
+    with StopWish().heard() as wish, world(config.device) as processes, gpu_arithmetic(config.precision):
         run = Run(config, dataset, processes, wish, save)
         try:
             return run.all()
@@ -165,10 +166,6 @@ class Run:
             self.objective = torch.compile(self.objective)
         self.attack = training_attack(config)
         self.generator = torch.Generator(device)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            tf32 = config.precision == "tf32"
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
     @property
     def evaluated(self) -> nn.Module:
@@ -182,19 +179,14 @@ class Run:
         if self.folder and self.world.main:
             files.write(self.folder / "config.json", config.to_json().encode())
         if self.world.main:
-            images = len(self.loader.order.rows)
-            done = round((progress.epoch + progress.step / self.loader.order.steps) * images)
+            sizes = self.batch_sizes()  # the same in every epoch
+            done = progress.epoch * sum(sizes) + sum(sizes[: progress.step])
             self.log = Log(
-                self.folder, total=config.epochs * images, done=done, position=progress.log_bytes,
+                self.folder, total=config.epochs * sum(sizes), done=done, position=progress.log_bytes,
                 tensorboard=config.tensorboard, name=config.preset or config.method,
             )  # fmt: skip
-            self.log.write(
-                "start",
-                epoch=progress.epoch + 1,
-                step=self.global_step,
-                steps_per_epoch=self.loader.order.steps,
-                **self.environment(),
-            )
+            where = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(sizes)}
+            self.log.write("start", **where, **self.environment())
         while progress.epoch < config.epochs and not self.exhausted:
             self.epoch()
         if self.best_weights is not None:
@@ -211,16 +203,16 @@ class Run:
         return self.progress.epoch * self.loader.order.steps + self.progress.step
 
     def epoch(self) -> None:
-        config, progress, order = self.config, self.progress, self.loader.order
+        config, progress = self.config, self.progress
         self.model.train()
-        sizes = [len(rows) + len(extra) for rows, extra in order.epoch(progress.epoch)]
+        sizes = self.batch_sizes()
         for x, y in self.loader.epoch(progress.epoch, progress.step):
             size = sizes[progress.step]
             if size >= self.world.size:  # a smaller rest would leave a process without an image
                 self.step(x, y, size)
             progress.step += 1
             if self.log:
-                self.log.advance(round(len(order.rows) / order.steps))
+                self.log.advance(size)
             self.between_steps()
         self.settle()
         self.write_losses()
@@ -228,6 +220,10 @@ class Run:
             self.validate()
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.save()
+
+    def batch_sizes(self) -> list[int]:
+        """Images in each batch of an epoch, over all processes."""
+        return [len(rows) + len(extra) for rows, extra in self.loader.order.epoch(0)]
 
     def step(self, x: Tensor, y: Tensor, size: int) -> None:
         """Attack and update on this process's part of a batch of `size` images."""
@@ -353,6 +349,7 @@ class Run:
             progress.stale += 1
         if self.log:
             self.log.write("validation", step=self.global_step, **record)
+            self.log.rate()  # the validation's time is not the training's
 
     def test(self) -> dict[str, float]:
         percent = self.accuracies(self.dataset.test, TEST)
@@ -432,9 +429,8 @@ class Run:
         except Exception as error:  # torch.load raises almost anything on a damaged file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             previous = self.folder / "previous.pt"
-            remedy = (
-                f"remove it, and --resume goes on from {previous}" if path != previous and previous.exists() else "start anew"
-            )
+            goes_on = path.name == "last.pt" and previous.exists()
+            remedy = f"remove it, and --resume goes on from {previous}" if goes_on else "start anew in another --out"
             raise InputError(f"--resume: {path} is damaged ({reason[:120]}): {remedy}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise InputError(f"--resume: {path} is no checkpoint of this version ({FORMAT}): start anew in another --out")
@@ -473,6 +469,25 @@ class Run:
     def close(self) -> None:
         if self.log:
             self.log.close()
+
+
+@contextmanager
+def gpu_arithmetic(precision: str):
+    """Within: TF32 in the update only where asked for, and the fastest of cuDNN's engines; set back afterwards."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    cudnn, switches = torch.backends.cudnn, (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = cudnn.benchmark, [switch.fp32_precision for switch in switches]
+    cudnn.benchmark = True
+    for switch in switches:
+        switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before[0]
+        for switch, value in zip(switches, before[1], strict=True):
+            switch.fp32_precision = value
 
 
 def random_state() -> dict:

@@ -48,8 +48,8 @@ def settings(folder=None, **options) -> Config:
     """4 epochs of 5 steps on 135 digits (the last batch has 7), in well under a second."""
     chosen = {
         "data": "digits", "model": "tests.test_train:network", "eps": 25.5, "steps": 2, "epochs": 4, "batch_size": 32,
-        "limit": 150, "holdout": 15, "lr": 0.05, "schedule": "cosine", "tensorboard": False, "test": False, "val_steps": 2, "device": "cpu",
-        "log_every": 3, "pad": 1, "flip": True, "out": folder,
+        "limit": 150, "holdout": 15, "lr": 0.05, "schedule": "cosine", "tensorboard": False, "test": False, "val_steps": 2,
+        "device": "cpu", "log_every": 3, "pad": 1, "flip": True, "out": folder,
     }  # fmt: skip
     return Config(**chosen | options)
 
