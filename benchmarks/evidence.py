@@ -27,7 +27,7 @@ _MNIST = replace(  # as the preset, at a scale of 2,000 images: fewer, so larger
     epochs=30, schedule="one-cycle", val_every=3,
 )  # fmt: skip
 _CIFAR = Config(
-    method="mart", model="wrn-10-2", limit=5000, holdout=500, epochs=10, batch_size=128, lr=0.2, schedule="one-cycle",
+    method="mart", model="wrn-10-2", limit=5000, holdout=500, epochs=6, batch_size=64, lr=0.1, schedule="one-cycle",
     nesterov=True, val_every=2,
 )  # fmt: skip
 EXPERIMENTS = {
