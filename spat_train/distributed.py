@@ -16,6 +16,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
     control: "dist.ProcessGroup | None" = None  # gloo: what processes agree on does not wait for their GPUs
 
     @property
@@ -45,12 +46,14 @@ class World:
         return values
 
     @contextmanager
-    def main_first(self):
-        """The main process runs the body before the others do: for downloads and caches."""
-        if self.size > 1 and not self.main:
+    def in_turn(self):
+        """The main process runs the body first, then the first process of every other machine, then all others: for downloads and
+        caches, on a shared disk or on one each."""
+        turn = 0 if self.main else 1 if self.local_rank == 0 else 2
+        for _ in range(turn if self.size > 1 else 0):
             dist.barrier(group=self.control)
         yield
-        if self.size > 1 and self.main:
+        for _ in range(2 - turn if self.size > 1 else 0):
             dist.barrier(group=self.control)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -91,6 +94,6 @@ def world(device: str | None):
         yield World(0, 1, where)
         return
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    yield World(rank, size, where, dist.new_group(backend="gloo"))
+    yield World(rank, size, where, local, dist.new_group(backend="gloo"))
     # Not after an error: it would wait for the other processes, which torchrun ends once this one has left.
     dist.destroy_process_group()

@@ -98,7 +98,7 @@ class Run:
         self.log = None
         saved = self.find_saved() if save else None
 
-        with processes.main_first():
+        with processes.in_turn():
             self.dataset = dataset or load(
                 config.data, root=config.root, download=config.download, image_size=config.image_size, limit=config.limit,
                 seed=config.seed,
