@@ -26,7 +26,7 @@ def learning_rate(config: Config, epoch: int, part: float) -> float:
     """In epoch `epoch`, of which `part` in (0, 1] is done when the update is. A function of time alone: nothing to save."""
     t = epoch + part
     if config.schedule == "piecewise":
-        factor = config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        factor = config.gamma ** sum(epoch + 1 >= milestone for milestone in config.milestones)
     elif config.schedule == "cosine":
         factor = _cosine(1, 0, t / config.epochs)
     elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
