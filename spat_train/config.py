@@ -234,12 +234,8 @@ def check(c: Config) -> None:
     need(0 <= c.seed < 2**31, "seed", "give an integer from 0 to 2**31 - 1")
 
     for option, least in (("eps", 0.5), ("eval_eps", 0.5), ("step_size", 0.05)):
-        value = getattr(c, option)
-        need(
-            value is None or least <= value <= 255,
-            option,
-            f"it is in 1/255, from {least} to 255 (8 means 8/255, and 76.5 is 0.3)",
-        )
+        fits = getattr(c, option) is None or least <= getattr(c, option) <= 255
+        need(fits, option, f"it is in 1/255, from {least} to 255 (8 means 8/255, and 76.5 is 0.3)")
     inner = c.inner_loss
     need(inner == "lsce" or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha")
     need(c.method != "standard" or c.alpha == 0, "alpha", "standard training attacks nothing: choose another --method")
