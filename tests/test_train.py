@@ -124,6 +124,7 @@ def test_standard_training_is_a_plain_loop():
     assert_same(model.state_dict(), plain.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["madry", "trades", "mart", "fgsm"])
 def test_every_method_learns(method):
     config = settings(
@@ -143,6 +144,7 @@ def test_every_method_learns(method):
     assert list(test) == ["clean", "FGSM", "PGD-20", "C&W-inf-30"]
 
 
+@pytest.mark.slow
 def test_rst_learns_from_extra_images(tmp_path):
     import numpy as np
 
@@ -236,6 +238,7 @@ def test_ragged_last_batch_of_one_image():
     assert train(settings(method="madry", limit=33, holdout=0, epochs=2), save=False).best is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(precision):
     # The attack in fp32: on CPUs without units for fp16 it takes ten times as long, and tests of its own see to it.
