@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from benchmarks import measure
 from spat_train import logs
 from spat_train.config import Config
+from spat_train.data import load_npz
+from spat_train.evaluate import TEST, accuracies
 from spat_train.figures import write_curves
 from spat_train.presets import PRESETS
 from spat_train.train import train
@@ -47,21 +50,26 @@ class Arguments:
     """JSON file to write; the curves go beside it."""
     runs: Path = Path("runs")
     """Where the folders of the runs go."""
+    test_images: int = 1000
+    """The first so many."""
     epochs: int | None = None
     """Fewer, for a rehearsal."""
 
 
 def main(args: Arguments) -> None:
-    folders, trainings = [], []
+    folders, trainings, data = [], [], load_npz(args.data)
     for name, config in EXPERIMENTS[args.experiment].items():
         folder = args.runs / f"{args.experiment}-{name}"
-        config = replace(config, data=str(args.data), out=folder, resume=True, epochs=args.epochs or config.epochs)
+        epochs = args.epochs or config.epochs
+        config = replace(config, data=str(args.data), out=folder, resume=True, epochs=epochs, test=False)
         result = train(config)
+        rows = torch.arange(min(args.test_images, len(data.test)))
+        test = accuracies(result.model, data.test, TEST, config.eps / 255, rows=rows)
         events = logs.read(folder, "validation")
-        trainings.append({"name": name, "test": result.test, "best": result.best, "validations": events, "config": vars(config)})
+        trainings.append({"name": name, "test": test, "best": result.best, "validations": events, "config": vars(config)})
         folders.append(folder)
-        print(name, result.test, flush=True)
-    found = measure.describe("cpu") | {"experiment": args.experiment, "trainings": trainings}
+        print(name, test, flush=True)
+    found = measure.describe("cpu") | {"experiment": args.experiment, "test_images": args.test_images, "trainings": trainings}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
     write_curves(args.out.with_suffix(".png"), folders)
