@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spat_kernels.ops import (
+    crop_flip,
     dlr_grad,
     keep_best_,
     kl_grad,
@@ -34,6 +35,7 @@ from spat_kernels.ops import (
     scale_shift_relu_grad,
     split_image,
 )
+from spat_kernels.ops.crop_flip import crops_ref
 
 DEVICE = "cpu"
 EPS, STEP = 8 / 255, 2 / 255
@@ -258,6 +260,38 @@ def split(shape) -> Work:
     return Work(lambda: split_image(x, out), {"eager": eager})
 
 
+# --- training images ---
+
+
+def crops(shape, dtype=torch.float32, memory_format=torch.contiguous_format) -> Work:
+    """A batch as training takes it: other images, each cropped and mirrored in its own way. The rivals are given the draws."""
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    batch, channels, height, width = shape
+    pad, seed = 4, torch.tensor([1, 2])
+    pool = torch.randint(256, (batch, height, width, channels), dtype=torch.uint8, generator=generator)
+    rows = torch.randperm(batch, generator=generator)
+    out = torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    dy, dx, flipped = crops_ref(rows, seed, pad, True)
+    draws = list(zip(rows.tolist(), dy.tolist(), dx.tolist(), flipped.tolist(), strict=True))
+
+    def index():
+        y = torch.arange(height) + dy[:, None]
+        x = torch.where(flipped[:, None], torch.arange(width - 1, -1, -1), torch.arange(width)) + dx[:, None]
+        padded = F.pad(pool[rows], (0, 0, pad, pad, pad, pad))
+        pixels = padded[torch.arange(batch)[:, None, None], y[:, :, None], x[:, None, :]]
+        return pixels.movedim(-1, 1).to(dtype, memory_format=memory_format).div_(255)
+
+    def one_by_one():  # torchvision's RandomCrop and RandomHorizontalFlip, then a collate
+        crops = []
+        for row, top, left, mirrored in draws:
+            image = F.pad(pool[row], (0, 0, pad, pad, pad, pad))[top : top + height, left : left + width]
+            crops.append(image.flip(1) if mirrored else image)
+        return torch.stack(crops).movedim(-1, 1).to(dtype, memory_format=memory_format).div_(255)
+
+    ours = partial(crop_flip, pool, rows, rows, seed, out, pad=pad, flip=True)
+    return Work(ours, {"index": index, "one by one": one_by_one})
+
+
 # --- rows of logits ---
 
 
@@ -356,6 +390,9 @@ def _cases():
         yield Case(op, ACTIVATIONS, "fp32", build, SMALL_ACTIVATIONS, **fp32)
         yield Case(op, ACTIVATIONS, "bf16", partial(build, dtype=torch.bfloat16), SMALL_ACTIVATIONS, **bf16)
     yield Case("split_image", IMAGES, "bf16", split, SMALL_IMAGES, moved=4 + 16 / 3, held=4 + 16 / 3)
+    yield Case("crop_flip", IMAGES, "fp32", crops, SMALL_IMAGES, moved=1 + 4, held=1 + 4)
+    bf16_nhwc = partial(crops, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    yield Case("crop_flip", IMAGES, "bf16 channels_last", bf16_nhwc, SMALL_IMAGES, moved=1 + 2, held=1 + 2)
     for shape in ROWS:
         yield Case("lsce_grad", shape, "alpha=0", lsce(0.0), SMALL_ROWS, moved=8, held=8)
         yield Case("lsce_grad", shape, "alpha=0.1", lsce(0.1), SMALL_ROWS, moved=8, held=8)

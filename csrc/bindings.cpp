@@ -179,8 +179,8 @@ uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Te
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
 
 // Does `count` items, each worth about `item` elements of an L-infinity step. Less than kGrain (about 4 us) is not worth a second
-// thread; exponentials and ranks weigh more than a step.
-constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8;
+// thread; exponentials, ranks and crops weigh more than a step.
+constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4;
 
 template <class Args>
 void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*cpu)(const Args&, int64_t, int64_t),
@@ -335,6 +335,40 @@ void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> sh
   SPAT_RUN(split_image, args, x, shape.rows, shape.channels);
 }
 
+void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, int64_t pad, bool flip) {
+  constexpr int64_t kLimit = int64_t(1) << 30;
+  check_dtype(images, ScalarType::Byte, "images");
+  STD_TORCH_CHECK(images.dim() == 4 && images.is_contiguous(), "images must be contiguous [N, H, W, C]");
+  const int64_t count = images.size(0), height = images.size(1), width = images.size(2), channels = images.size(3);
+  STD_TORCH_CHECK(count > 0, "images must hold at least one");
+  const int64_t sample_numel = images.numel() / count;
+  STD_TORCH_CHECK(sample_numel < kLimit, "images must hold fewer than 2^30 values each");
+  const DType dtype = dtype_of(out, "out");
+  STD_TORCH_CHECK(out.dim() == 4 && out.size(1) == channels && out.size(2) == height && out.size(3) == width, "out must be [B, ",
+                  channels, ", ", height, ", ", width, "]");
+  const bool channels_last = is_channels_last(out);
+  STD_TORCH_CHECK(channels_last || out.is_contiguous(), "out must be contiguous or channels_last");
+  check_device(out, images, "out");
+  STD_TORCH_CHECK(pad >= 0 && pad < kLimit, "pad must be at least 0 and less than 2^30, got ", pad);
+  const int64_t samples = out.size(0);
+  const CropFlip args{images.const_data_ptr<uint8_t>(),
+                      int64_vector(rows, samples, images, "rows"),
+                      int64_vector(ids, samples, images, "ids"),
+                      int64_vector(seed, 2, images, "seed"),
+                      out.mutable_data_ptr(),
+                      count,
+                      samples,
+                      sample_numel,
+                      int32_t(height),
+                      int32_t(width),
+                      int32_t(channels),
+                      int32_t(channels_last ? channels : 1),
+                      int32_t(pad),
+                      flip,
+                      dtype};
+  SPAT_RUN(crop_flip, args, images, samples, kCrop * sample_numel);
+}
+
 }  // namespace
 
 #define SPAT_IMPLEMENT(m)                                       \
@@ -348,7 +382,8 @@ void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> sh
   m.impl("keep_best_", TORCH_BOX(&keep_best_));                 \
   m.impl("scale_shift_relu", TORCH_BOX(&scale_shift_relu));     \
   m.impl("scale_shift_relu_grad", TORCH_BOX(&scale_shift_relu_grad)); \
-  m.impl("split_image", TORCH_BOX(&split_image));
+  m.impl("split_image", TORCH_BOX(&split_image));               \
+  m.impl("crop_flip", TORCH_BOX(&crop_flip));
 
 STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) { SPAT_IMPLEMENT(m) }
 #ifdef SPAT_CUDA

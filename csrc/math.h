@@ -274,6 +274,32 @@ SPAT_HD auto stopped(V v) {
 // What rounding v to `hi` left; 0 where `hi` is not finite.
 SPAT_HD float left_over(float v, float hi) { return hi - hi == 0 ? v - hi : 0.f; }
 
+// ---- training images -------------------------------------------------------------------------------------------------------
+
+// u / 255, rounded once, without a division: 1 / 255 is 2^-8 + 2^-16 + ..., and u times its first digits is exact.
+template <class A>
+SPAT_HD A over_255(uint8_t u);
+template <>
+SPAT_HD float over_255(uint8_t u) {
+  return float(u) * 0x1.0101p-8f + float(u) * 0x1.010102p-32f;
+}
+template <>
+SPAT_HD double over_255(uint8_t u) {
+  return double(u) * 0x1.0101010101p-8 + double(u) * 0x1.010101010101p-56;
+}
+
+// Pixel (h, w) of the crop is (h + y, w + x) of the image, which is 0 outside; `flip` then mirrors the crop.
+struct Crop {
+  int32_t y, x;
+  bool flip;
+};
+SPAT_HD Crop crop_of(const CropFlip& s, int64_t sample) {
+  if (s.pad == 0 && !s.flip) return {0, 0, false};
+  const Words r = philox(uint64_t(s.seed[0]), uint64_t(s.seed[1]), uint64_t(s.ids[sample]));
+  const uint64_t places = 2 * uint64_t(s.pad) + 1;
+  return {int32_t(r.w[0] * places >> 32) - s.pad, int32_t(r.w[1] * places >> 32) - s.pad, s.flip && r.w[2] >> 31};
+}
+
 // ---- rows of logits: the other losses ----------------------------------------------------------------------------------------
 
 template <class A>

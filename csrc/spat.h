@@ -3,8 +3,8 @@
 // No torch and no CUDA header here, so nvcc alone compiles every kernel and bindings.cpp also builds where there is no CUDA.
 // Images are dense with the batch outermost (contiguous or channels_last): sample b owns [b * sample_numel, (b + 1) * sample_numel).
 // Logits, probabilities and logit gradients are contiguous [rows, classes]. Arithmetic is fp32, and fp64 for fp64 tensors.
-// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best) or rows (the others), so that the caller
-// splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
+// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best, crop_flip) or rows (the others), so that
+// the caller splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
 #pragma once
 #include <cstdint>
 
@@ -124,6 +124,20 @@ struct SplitImage {
   void* out;
 };
 
+// Images are [count, height, width, channels], `out` is [samples, channels / inner, height, width, inner] in memory. A sample holds
+// fewer than 2^30 values and pad is less than 2^30, so that coordinates and offsets within one fit 32 bits.
+struct CropFlip {
+  const uint8_t* images;
+  const int64_t *rows, *ids;  // [samples]
+  const int64_t* seed;        // [2]: key and counter of the Philox stream
+  void* out;
+  int64_t count, samples, sample_numel;
+  int32_t height, width, channels, inner;  // inner: 1 (contiguous) or all the channels (channels_last)
+  int32_t pad;
+  bool flip;
+  DType dtype;
+};
+
 #define SPAT_DECLARE(Args, name)                               \
   void name##_cpu(const Args& args, int64_t begin, int64_t end); \
   int launch_##name(const Args& args, void* stream);
@@ -139,6 +153,7 @@ SPAT_DECLARE(KeepBest, keep_best)
 SPAT_DECLARE(ScaleShiftRelu, scale_shift_relu)
 SPAT_DECLARE(ScaleShiftReluGrad, scale_shift_relu_grad)
 SPAT_DECLARE(SplitImage, split_image)
+SPAT_DECLARE(CropFlip, crop_flip)
 #undef SPAT_DECLARE
 
 const char* cuda_error_name(int error);

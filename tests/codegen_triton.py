@@ -16,7 +16,9 @@ from triton.runtime.jit import JITFunction
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
 
 # The functions of these names hide their modules.
-scale_shift_relu, split_image = (import_module(f"spat_kernels.ops.{name}") for name in ("scale_shift_relu", "split_image"))
+crop_flip, scale_shift_relu, split_image = (
+    import_module(f"spat_kernels.ops.{name}") for name in ("crop_flip", "scale_shift_relu", "split_image")
+)
 
 TYPES = {
     torch.float32: "*fp32",
@@ -96,6 +98,13 @@ def launches(dtype: torch.dtype):
         image, wide = torch.zeros(4, 8, 8, 3), torch.zeros(4, 8, 8, 8, dtype=dtype)
         x, out = image.movedim(-1, 1), wide.movedim(-1, 1)
         yield split_image.split_image_kernel, lambda: split_image.split_image_triton(x, scale[:3], scale[:3], out)
+    pixels, rows = torch.zeros(8, 32, 32, 3).byte(), torch.zeros(64).long()
+    for out in (x_adv, x_adv.contiguous(memory_format=torch.channels_last)):
+        for pad, flip in ((0, False), (4, True)):
+            yield (
+                crop_flip.crop_flip_kernel,
+                lambda out=out, pad=pad, flip=flip: crop_flip.crop_flip_triton(pixels, rows, rows, seed, out, pad, flip),
+            )
     y, loss = torch.zeros(64).long(), torch.zeros(64, dtype=acc)
     for classes in (16, 1000, 4096):
         z, q = torch.zeros(64, classes, dtype=dtype), torch.zeros(64, classes, dtype=acc)

@@ -17,7 +17,9 @@ import spat_kernels
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
 
 # The functions of these names hide their modules.
-scale_shift_relu, split_image = (import_module(f"spat_kernels.ops.{name}") for name in ("scale_shift_relu", "split_image"))
+crop_flip, scale_shift_relu, split_image = (
+    import_module(f"spat_kernels.ops.{name}") for name in ("crop_flip", "scale_shift_relu", "split_image")
+)
 
 OPS = {
     "linf_random_start_": linf,
@@ -31,6 +33,7 @@ OPS = {
     "scale_shift_relu": scale_shift_relu,
     "scale_shift_relu_grad": scale_shift_relu,
     "split_image": split_image,
+    "crop_flip": crop_flip,
 }
 
 

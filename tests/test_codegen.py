@@ -38,7 +38,7 @@ def test_every_architecture_is_there():
         assert CUDA.split()[1:] == ["sm_80", "sm_90", "sm_100", "compute_100"]
     elf = cuobjdump("-lelf")
     for arch in architectures():
-        for source in ("linf", "l2", "logit_grad", "keep_best", "scale_shift_relu", "split_image"):
+        for source in ("linf", "l2", "logit_grad", "keep_best", "scale_shift_relu", "split_image", "crop_flip"):
             assert f"{source}.{arch}.cubin" in elf
     if "compute_" in CUDA:
         assert "linf.sm_" in cuobjdump("-lptx")
@@ -67,12 +67,12 @@ def test_packets_are_16_bytes(arch):
     wide = {name for name in body if re.search(r"(Li[2-8]E|Lb1E)EEv", name)}
     assert {k for name in wide for k in KERNELS if k in name} == set(KERNELS)
     for name in wide:
-        # a pixel of three colours has 12 bytes
-        assert "split_image" in name or any(op.startswith("LDG.E.128") for op in body[name]), name
+        # a pixel of three colours has 12 bytes, a crop begins anywhere
+        assert "split_image" in name or "crop_flip" in name or any(op.startswith("LDG.E.128") for op in body[name]), name
         assert any(op.startswith("STG.E.128") for op in body[name]), name
     for name, ops in body.items():
         assert not any(op.startswith(("LDL", "STL")) for op in ops), name
-        if any(exact in name for exact in ("linf", "keep_best", "scale_shift_relu", "split_image")):
+        if any(exact in name for exact in ("linf", "keep_best", "scale_shift_relu", "split_image", "crop_flip")):
             assert not any(op.startswith(("FFMA", "MUFU")) for op in ops), name
 
 
@@ -90,7 +90,7 @@ def test_triton_kernels_compile(capability):
         small_rows = (
             r["K"] is not None and r["K"] * getattr(torch, r["dtype"]).itemsize < 1024
         )  # one tile, spread over the threads
-        pixels = r["kernel"] == "split_image_kernel"  # of 12 bytes
+        pixels = r["kernel"] in ("split_image_kernel", "crop_flip_kernel")  # of 12 bytes, and single ones
         assert small_rows or ((r["wide_loads"] or pixels) and r["wide_stores"]), r
         # exact arithmetic on images; Triton's exp, log and division have fused steps of their own
         assert not r["fused_multiply_add"] or r["kernel"] in ("lsce_grad_kernel", "kl_grad_kernel"), r

@@ -1,5 +1,6 @@
 """The `spat` ops: one file a family, each with its formula, reference, Triton kernel and function; C++ and CUDA are in csrc/."""
 
+from .crop_flip import crop_flip
 from .dlr import dlr_grad
 from .keep_best import keep_best_
 from .kl import kl_grad
@@ -11,6 +12,7 @@ from .scale_shift_relu import scale_shift_relu, scale_shift_relu_grad
 from .split_image import split_image
 
 __all__ = [
+    "crop_flip",
     "dlr_grad",
     "keep_best_",
     "kl_grad",

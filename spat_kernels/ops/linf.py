@@ -25,17 +25,21 @@ BLOCK = 1024
 # --- reference ---
 
 
-def philox_ref(seed: Tensor, calls: int) -> Tensor:
-    """The first 4 * calls words of the stream of `seed`, as int64 [calls, 4]."""
+def philox_at(seed: Tensor, index: Tensor) -> Tensor:
+    """The four words that each of `index`, int64 [n], has in the stream of `seed`, as int64 [n, 4]."""
     low = 0xFFFFFFFF
-    index = torch.arange(calls, device=seed.device)
     (k0, k1), (c2, c3) = ([v & low, (v >> 32) & low] for v in seed)
-    c = [index & low, index >> 32, c2.expand_as(index), c3.expand_as(index)]
+    c = [index & low, (index >> 32) & low, c2.expand_as(index), c3.expand_as(index)]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # wraps in int64, the bits are those of uint64
         c = [((b >> 32) & low) ^ c[1] ^ k0, b & low, ((a >> 32) & low) ^ c[3] ^ k1, a & low]
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return torch.stack(c, dim=1)
+
+
+def philox_ref(seed: Tensor, calls: int) -> Tensor:
+    """The first 4 * calls words of the stream of `seed`, as int64 [calls, 4]."""
+    return philox_at(seed, torch.arange(calls, device=seed.device))
 
 
 def memory_order(t: Tensor) -> Tensor:

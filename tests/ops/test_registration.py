@@ -41,6 +41,9 @@ def sample_inputs(device="cpu"):
     x, wide = x.contiguous(memory_format=torch.channels_last), out[:, :8].to(torch.float16, memory_format=torch.channels_last)
     yield "split_image", (x, v[:3], v[:3], wide)
     yield "split_image", (x, None, None, wide)
+    images, rows = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8, device=device), torch.tensor([5, 0, 5, 2], device=device)
+    yield "crop_flip", (images, rows, y, seed, torch.empty_like(x), 2, True)
+    yield "crop_flip", (images, rows, y, seed, x_adv.half(), 0, False)
     x = x.contiguous()
     yield "keep_best_", (x_adv, loss, success, x, loss + 1, ~success)
     yield "keep_best_", (x_adv, loss, None, x, loss + 1, None)
@@ -90,6 +93,20 @@ def test_compiles_in_one_graph(device, dynamic):
         eps = torch.tensor([0.1], device=device)
         got, want = compiled(x.clone(), x, grad, eps, z, y), attack_step(x.clone(), x, grad, eps, z, y)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_crops_compile_in_one_graph(device, dynamic):
+    def batch_of(images, rows, seed):
+        out = images.new_empty(len(rows), 3, 8, 8, dtype=torch.float32)
+        return ops.crop_flip(images, rows, rows + 1, seed, out, pad=2, flip=True) * 2
+
+    compiled = torch.compile(batch_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    images = torch.randint(256, (10, 8, 8, 3), dtype=torch.uint8, device=device)
+    for batch in (4, 6):
+        rows, seed = torch.randperm(10, device=device)[:batch], torch.tensor([3, batch], device=device)
+        assert torch.equal(compiled(images, rows, seed), batch_of(images, rows, seed))
 
 
 def test_config_tells_what_serves():
