@@ -24,11 +24,11 @@ from spat_train.train import train
 
 _MNIST = replace(  # as the preset, at a scale of 2,000 images: fewer, so larger steps
     PRESETS["madry-mnist/madry"], preset="", limit=2000, holdout=200, steps=10, step_size=None, lr=1e-3, batch_size=50,
-    epochs=40, schedule="one-cycle", val_every=4,
+    epochs=30, schedule="one-cycle", val_every=3,
 )  # fmt: skip
 _CIFAR = Config(
-    method="mart", model="wrn-10-2", limit=5000, holdout=500, epochs=15, batch_size=128, lr=0.2, schedule="one-cycle",
-    nesterov=True, val_every=3,
+    method="mart", model="wrn-10-2", limit=5000, holdout=500, epochs=6, batch_size=64, lr=0.1, schedule="one-cycle",
+    nesterov=True, val_every=2,
 )  # fmt: skip
 EXPERIMENTS = {
     "mnist": {"Madry": _MNIST, "Madry+SPAT(.2)": replace(_MNIST, alpha=0.2)},

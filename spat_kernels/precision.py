@@ -30,7 +30,7 @@ def arithmetic(precision: str | None, device_type: str, *, autocast: bool = True
     # Without the weight cache: what was cast before a CUDA graph's capture must not be read inside.
     with (
         torch.autocast(device_type, half, enabled=autocast and half is not None, cache_enabled=False),
-        _tf32(precision, device_type),
+        tf32_switches(precision, device_type),
     ):
         yield
 
@@ -41,7 +41,8 @@ _inside = 0  # contexts that are open, in all threads: the switches are the proc
 
 
 @contextmanager
-def _tf32(precision: str | None, device_type: str):
+def tf32_switches(precision: str | None, device_type: str):
+    """Within, on CUDA: TF32 everywhere for "tf32", nowhere for "fp32"; other precisions leave the switches alone."""
     global _inside
     if precision not in ("fp32", "tf32") or device_type != "cuda":
         yield

@@ -1,5 +1,6 @@
 """The `spat-train` command."""
 
+import os
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,7 +31,7 @@ def train(arguments: list[str]) -> None:
         Config, args=arguments, default=PRESETS.get(chosen, Config()), prog="spat-train train", description=description
     )
     result = run(config)
-    if result.folder and result.test:
+    if result.folder and result.test and os.environ.get("RANK", "0") == "0":
         print(f"{result.folder}: " + ", ".join(f"{name} {value:.2f} %" for name, value in result.test.items()))
 
 

@@ -13,7 +13,11 @@ from .images import InputError
 
 Method = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]
 # What may differ when a run goes on: where things are and how they are shown, but nothing that changes the weights.
-FREE_ON_RESUME = ("out", "resume", "root", "download", "workers", "checkpoint_minutes", "log_every", "tensorboard", "test")
+# (At most by rounding: where a batch is read or a graph replayed.)
+FREE_ON_RESUME = (
+    "out", "resume", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
+    "checkpoint_minutes", "log_every", "tensorboard", "test",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,15 @@ class Config:
     scale_lr: bool = False
     """Multiply lr by batch_size / 128."""
     momentum: float = 0.9
+    """Of SGD; beta1 of Adam."""
     nesterov: bool = False
     weight_decay: float = 5e-4
+    """As an L2 term, in Adam too."""
     decay_norm: bool = True
     """Decay biases and batch norm too; --no-decay-norm: convolutions and linear weights alone."""
     schedule: Literal["constant", "piecewise", "cosine", "one-cycle"] = "piecewise"
     milestones: tuple[int, ...] = (75, 90)
-    """Epochs after which piecewise multiplies lr by gamma."""
+    """Epochs, counted from 1, from which on piecewise multiplies lr by gamma."""
     gamma: float = 0.1
     warmup: float = 0.0
     """Epochs of linear warm-up; one-cycle has its own."""
@@ -106,8 +112,9 @@ class Config:
 
     # ---- arithmetic
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Of the update, and of the attack unless --attack-precision differs. Losses are fp32 always."""
+    """Of the update, and of attacks unless --attack-precision differs. Losses are fp32 always."""
     attack_precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    """Of all attacks, those of validation and test too, where predictions are fp32. Default: --precision."""
     input_gradient: Literal["auto", "plan", "autograd"] = "auto"
     """How the attack differentiates the model (`spat_kernels.explain`)."""
     graph: Literal["auto", "never"] = "auto"
@@ -125,7 +132,11 @@ class Config:
     val_every: int = 1
     """Epochs between validations: clean and PGD accuracy on held-out training images."""
     val_steps: int = 10
-    """Steps of that PGD, on cross-entropy with eps and steps of eps / 4."""
+    """Steps of that PGD, on cross-entropy with --eval-eps and steps of a quarter of it."""
+    eval_eps: float | None = None
+    """Radius in validation and test, in 1/255. Default: eps."""
+    eval_batch_size: int | None = None
+    """Images attacked at once in validation and test. Default: 4 batches, at most 256."""
     patience: int | None = None
     """Stop after so many validations without a better PGD accuracy."""
     test: bool = True
@@ -158,6 +169,14 @@ class Config:
         return self.eps / 255, step_size / 255, steps, self.start or ("clean" if single else "uniform")
 
     @property
+    def evaluation_eps(self) -> float:
+        return self.eps if self.eval_eps is None else self.eval_eps
+
+    @property
+    def evaluation_batch(self) -> int:
+        return self.eval_batch_size or min(4 * self.batch_size, 256)
+
+    @property
     def kl_weight(self) -> float:
         return self.beta if self.beta is not None else 5.0 if self.method == "mart" else 6.0
 
@@ -170,7 +189,7 @@ class Config:
         if self.out is not None:
             return self.out
         if self.preset:
-            return Path("runs") / self.preset.replace("/", "-")
+            return Path("runs") / f"{self.preset.replace('/', '-')}-seed{self.seed}"
         spat = f"+spat{self.alpha:g}" if self.alpha else ""
         name = f"{Path(self.data).stem}-{self.model}-{self.method}{spat}-seed{self.seed}"
         return Path("runs") / "".join(c if c.isalnum() or c in "-+._" else "-" for c in name)
@@ -178,9 +197,13 @@ class Config:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)
 
+    def to_dict(self) -> dict:
+        """As JSON has it: paths are strings, tuples lists."""
+        return json.loads(self.to_json())
+
     def differences(self, saved: dict) -> list[str]:
         """How a saved config differs in what changes the weights: one "name: saved -> now" each."""
-        now = json.loads(self.to_json())
+        now = self.to_dict()
         names = [name for name in {**now, **saved} if name not in FREE_ON_RESUME]
         return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
 
@@ -195,7 +218,7 @@ def check(c: Config) -> None:
 
     for option in ("epochs", "batch_size", "val_every", "val_steps", "log_every"):
         need(getattr(c, option) >= 1, option, "give at least 1")
-    for option in ("steps", "limit", "patience", "image_size"):
+    for option in ("steps", "limit", "patience", "image_size", "eval_batch_size"):
         need(getattr(c, option) is None or getattr(c, option) >= 1, option, "give at least 1, or leave it out")
     for option in ("holdout", "pad"):
         need(getattr(c, option) is None or getattr(c, option) >= 0, option, "give at least 0, or leave it out")
@@ -210,10 +233,9 @@ def check(c: Config) -> None:
     need(c.beta is None or 0 <= c.beta < math.inf, "beta", "give a number of at least 0")
     need(0 <= c.seed < 2**31, "seed", "give an integer from 0 to 2**31 - 1")
 
-    for option in ("eps", "step_size"):
-        value = getattr(c, option)
-        remedy = "it is in units of 1/255, from 0.5 to 255 (8 means 8/255, and 76.5 is 0.3)"
-        need(value is None or 0.5 <= value <= 255 or (value == 0 and option == "eps"), option, remedy)
+    for option, least in (("eps", 0.5), ("eval_eps", 0.5), ("step_size", 0.05)):
+        fits = getattr(c, option) is None or least <= getattr(c, option) <= 255
+        need(fits, option, f"it is in 1/255, from {least} to 255 (8 means 8/255, and 76.5 is 0.3)")
     inner = c.inner_loss
     need(inner == "lsce" or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha")
     need(c.method != "standard" or c.alpha == 0, "alpha", "standard training attacks nothing: choose another --method")
@@ -222,7 +244,12 @@ def check(c: Config) -> None:
     needs_extra = c.method == "rst" or c.preset.startswith("table6.3/")
     need(c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz")
     need(c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5")
-    need(not c.nesterov or c.momentum > 0, "momentum", "--nesterov needs a momentum above 0")
+    labelled = round(c.batch_size * (1 - c.extra_fraction))
+    need(c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none")
+    need(c.beta is None or c.method in ("trades", "rst", "mart"), "beta", f"{c.method} has no KL term: leave it out")
+    need(c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp")
+    need(c.momentum < 1, "momentum", "give a number below 1")
+    need(not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0")
     need(c.schedule != "one-cycle" or c.warmup == 0, "warmup", "one-cycle warms up by itself: leave it out")
     need(c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs")
     need(list(c.milestones) == sorted(set(c.milestones)), "milestones", "give rising epochs, such as 75 90")
@@ -231,11 +258,10 @@ def check(c: Config) -> None:
 
     if c.device is not None:
         try:
-            torch.device(c.device)
+            here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(torch.device(c.device).type, 0)
         except RuntimeError as error:
             raise InputError(f"--device {c.device}: give cpu, cuda or cuda:N") from error
-        here = torch.cuda.is_available()
-        need(not c.device.startswith("cuda") or here, "device", "torch finds no CUDA device: use cpu")
+        need((torch.device(c.device).index or 0) < here, "device", "torch has no such device here: use cpu, cuda or cuda:N")
     cuda = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
     for option in ("precision", "attack_precision"):
         need(cuda or getattr(c, option) != "tf32", option, "TF32 is for GPUs: use fp32 or bf16")

@@ -1,8 +1,10 @@
 """The processes of a run: one, or those that torchrun starts (one a GPU; gloo on CPUs)."""
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 
 from .images import InputError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
     control: "dist.ProcessGroup | None" = None  # gloo: what processes agree on does not wait for their GPUs
 
     @property
@@ -44,14 +49,21 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    @contextmanager
-    def main_first(self):
-        """The main process runs the body before the others do: for downloads and caches."""
-        if self.size > 1 and not self.main:
-            dist.barrier(group=self.control)
-        yield
-        if self.size > 1 and self.main:
-            dist.barrier(group=self.control)
+    def in_turn(self, load: Callable[[], T]) -> T:
+        """What `load` returns: called by the main process first, then by the first process of every other machine, then by all
+        others, since it may download or write a cache, on a shared disk or on one each. An InputError of one is raised in all."""
+        mine = 0 if self.main else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
+            error = None
+            if turn == mine:
+                try:
+                    value = load()
+                except InputError as wrong:
+                    error = str(wrong)
+            for message in self.gather(error):
+                if message:
+                    raise InputError(message)
+        return value
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """With gradients averaged over the processes. Buffers are `average_buffers`' to keep equal."""
@@ -78,17 +90,21 @@ def world(device: str | None):
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE={size} is set, but no MASTER_ADDR: start several processes by torchrun")
+    if size > 1 and name.startswith("cuda:"):
+        raise InputError(f"--device {name}: {size} processes cannot share it: leave it out, each takes a GPU of its own")
     if name == "cuda" and size > 1:
         if local >= torch.cuda.device_count():
             raise InputError(f"torchrun started process {local} here, but there are {torch.cuda.device_count()} GPUs: one each")
         name = f"cuda:{local}"
-    where = torch.device(name)
+    where = torch.device("cuda:0" if name == "cuda" else name)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size == 1:
         yield World(0, 1, where)
         return
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    yield World(rank, size, where, dist.new_group(backend="gloo"))
+    yield World(rank, size, where, local, dist.new_group(backend="gloo"))
     # Not after an error: it would wait for the other processes, which torchrun ends once this one has left.
     dist.destroy_process_group()

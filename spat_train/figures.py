@@ -92,7 +92,10 @@ def write_curves(path: Path, runs: Sequence[Path]) -> None:
         ax.set_ylabel(unit)
         ax.grid(alpha=0.3)
     figure.axes[0].legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror}): give a file in a writable folder") from error
 
 
 def _styles():

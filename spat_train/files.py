@@ -18,6 +18,7 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
         SaveError: the disk is full, or the folder not writable; `path` is as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
+    kept = f"; {path} is as it was" if path.exists() else ""
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -26,6 +27,7 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
+        kept = ""
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # else the rename may be lost with the power
@@ -33,7 +35,6 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
             os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        kept = f"; {path} is as it was" if path.exists() else ""
         raise SaveError(f"cannot write {path} ({error.strerror}){kept}: make room, or choose another --out") from error
 
 

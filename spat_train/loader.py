@@ -6,6 +6,7 @@ one gather per source, or in host memory or files, from where worker processes b
 """
 
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -124,6 +125,7 @@ class Loader:
                 batch_size=None,
                 num_workers=self.workers,
                 pin_memory=self.device.type == "cuda",
+                worker_init_fn=_deaf if self.workers else None,
                 generator=torch.Generator(),  # of the seeds that workers get and do not use: the global one stays as it is
                 multiprocessing_context="fork" if self.workers else None,  # others would copy mapped images
             )
@@ -137,7 +139,12 @@ class Loader:
 
     def _parts(self, number: int) -> list[Parts]:
         """This rank's rows for each step: its share of either source, so that every rank sees the same mix."""
-        return [tuple(rows.tensor_split(self.world)[self.rank] for rows in step) for step in self.order.epoch(number)]
+        # The first ranks take the rest of one source, the last ones that of the other: no part is empty before it must be.
+        rank, last = self.rank, self.world - 1 - self.rank
+        return [
+            (rows.tensor_split(self.world)[rank], extra.tensor_split(self.world)[last])
+            for rows, extra in self.order.epoch(number)
+        ]
 
     def _batches(self, parts: list[Parts], first: int, arrivals: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
         # Rows, ids and labels of all batches go over in one copy.
@@ -162,6 +169,12 @@ class Loader:
                 if len(part):
                     crop_flip(pixels, rows, ids, seed, x[begin - start : end - start], pad=self.pad, flip=self.flip)
             yield x, table[2, start:end]
+
+
+def _deaf(worker: int) -> None:
+    """Signals that go to a whole group are the trainer's to hear: it ends its workers when it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Reader(TorchDataset):

@@ -2,10 +2,14 @@
 
 import json
 import os
+import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
+
+from .files import SaveError
 
 
 class Log:
@@ -14,18 +18,20 @@ class Log:
     A resumed run first drops the lines that were written after its checkpoint, so that the log reads as if nothing had happened.
     """
 
-    def __init__(self, folder: Path | None, *, total: int, done: int, position: int, tensorboard: bool, name: str):
-        self.bar = tqdm(total=total, initial=done, desc=name, unit="img", unit_scale=True, mininterval=0.5, smoothing=0.1)
+    def __init__(self, folder: Path | None, *, total: int, done: int, position: int, step: int, tensorboard: bool, name: str):
+        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
+        self.bar = tqdm(total=total, initial=done, desc=name, unit="img", unit_scale=True, mininterval=often, smoothing=0.1)
         self.start, self.images = time.perf_counter(), 0
         self.file = self.board = None
         if folder is None:
             return
-        path = folder / "log.jsonl"
-        self.file = open(path, "ab")  # noqa: SIM115  (until close)
-        if path.stat().st_size > position:
-            self.file.truncate(position)
-        if tensorboard:
-            self.board = _board(folder)
+        self.path = folder / "log.jsonl"
+        with self.saving():
+            self.file = open(self.path, "ab")  # noqa: SIM115  (until close)
+            if self.path.stat().st_size > position:
+                self.file.truncate(position)
+            if tensorboard:
+                self.board = _board(folder, step)
 
     def advance(self, images: int) -> None:
         self.images += images
@@ -43,34 +49,44 @@ class Log:
         return round(rate, 1)
 
     def write(self, kind: str, **values) -> None:
-        if self.file:
-            self.file.write((json.dumps({"kind": kind, **values}) + "\n").encode())
-            self.file.flush()
-        if self.board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name not in ("epoch", "step"):
-                    self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+        with self.saving():
+            if self.file:
+                self.file.write((json.dumps({"kind": kind, **values}) + "\n").encode())
+                self.file.flush()
+            if self.board:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and name not in ("epoch", "step"):
+                        self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
 
     def position(self) -> int:
         """Bytes of log.jsonl that are on the disk."""
         if not self.file:
             return 0
-        os.fsync(self.file.fileno())
-        return self.file.seek(0, os.SEEK_END)
+        with self.saving():
+            os.fsync(self.file.fileno())
+            return self.file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         self.bar.close()
         for sink in (self.file, self.board):
             if sink:
-                sink.close()
+                with suppress(OSError):  # of what a full disk did not take, which was said
+                    sink.close()
+
+    @contextmanager
+    def saving(self):
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, or choose another --out") from error
 
 
-def _board(folder: Path):
+def _board(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder / "tensorboard")
+    return SummaryWriter(folder / "tensorboard", purge_step=step)
 
 
 def read(folder: Path, kind: str) -> list[dict]:

@@ -112,7 +112,7 @@ def training_attack(config: Config) -> Callable[[nn.Module, Tensor, Tensor, torc
         attack.generator = generator
         noise = None
         if start == "normal":
-            noise = x + 0.001 * torch.randn(x.shape, generator=generator).to(x.device)
+            noise = x + 0.001 * torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
         return attack(model, x, y, start=noise)
 
     return perturb

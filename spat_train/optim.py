@@ -26,7 +26,7 @@ def learning_rate(config: Config, epoch: int, part: float) -> float:
     """In epoch `epoch`, of which `part` in (0, 1] is done when the update is. A function of time alone: nothing to save."""
     t = epoch + part
     if config.schedule == "piecewise":
-        factor = config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        factor = config.gamma ** sum(epoch + 1 >= milestone for milestone in config.milestones)
     elif config.schedule == "cosine":
         factor = _cosine(1, 0, t / config.epochs)
     elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
@@ -51,7 +51,8 @@ def perturbed_weights(model: nn.Module, size: float):
     before = [p.detach().clone() for p in weights]
     with torch.no_grad():
         for p in weights:
-            p.add_(p.grad * (size * p.norm() / (p.grad.norm() + 1e-12)))
+            grad = p.grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
+            p.add_(grad * (size * p.norm() / (grad.norm() + 1e-12)))
     try:
         yield
     finally:

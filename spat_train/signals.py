@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C as a wish that is looked at between two steps."""
 
+import os
 import signal
 import threading
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ class StopWish:
 
     @contextmanager
     def heard(self):
-        """Within, the first SIGTERM or SIGINT is remembered in `number`; a second one acts as ever."""
+        """Within, SIGTERM and SIGINT are remembered in `number`; a second Ctrl-C acts as ever.
+
+        A second SIGTERM does not: torchrun and batch systems send it to a process twice, on its own and by its parent.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python delivers signals to the main thread alone
             return
@@ -26,8 +30,8 @@ class StopWish:
 
         def hear(number, frame):
             self.number = number
-            for n, handler in before.items():
-                signal.signal(n, handler)
+            os.write(2, b"\nspat-train: stopping after this step, to save\n")
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
         for number in before:
             signal.signal(number, hear)

@@ -9,7 +9,9 @@ import hashlib
 import json
 import platform
 import random
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,21 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import files
+from spat_kernels.precision import tf32_switches
+
 from .config import Config, check
 from .data import load
 from .distributed import World, world
-from .evaluate import TEST, accuracies, validation
+from .evaluate import TEST, Attack, accuracies, validation
 from .extra import load_extra
-from .images import Dataset, InputError, fingerprint, hold_out
+from .files import write_torch
+from .images import Dataset, Folder, Images, InputError, fingerprint, hold_out
 from .loader import Loader, Order
 from .logs import Log
 from .models import create
 from .objectives import Objective, attack_precision, training_attack
 from .optim import kept_buffers, learning_rate, make_optimizer, perturbed_weights
+from .run_folder import RunFolder, random_state, set_random_state
 from .signals import Stopped, StopWish
-
-FORMAT = "spat_train 1"
 
 
 class TrainingError(RuntimeError):
@@ -64,7 +67,7 @@ class Result:
 
 
 def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) -> Result:
-    """Run, or go on with, the training that `config` describes.
+    """Run, or go on with, the training that `config` describes. Seeds torch's, NumPy's and Python's generators.
 
     Args:
         dataset: instead of loading `config.data`.
@@ -75,45 +78,42 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
         TrainingError: the loss is not finite. SaveError: the disk is full. Stopped: by SIGTERM or Ctrl-C, after saving.
     """
     check(config)
-    with StopWish().heard() as wish, world(config.device) as processes:
-        run = Run(config, dataset, processes, wish, save)
+    folder = RunFolder(config.folder if save else None)
+    with StopWish().heard() as wish, world(config.device) as processes, gpu_arithmetic(config.precision):
         try:
-            return run.all()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            return Run(config, dataset, processes, wish, folder).all()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"--batch-size {config.batch_size}: out of memory on {processes.device}: lower it, or use --precision bf16, "
-                f"--graph never, --stream, or more GPUs (torchrun); {run.kept()}"
+                f"--batch-size {config.batch_size}: out of memory on {processes.device}: lower it, or use --precision bf16 or "
+                "more GPUs (torchrun); where that is enough, and on --resume too: --graph never, --stream, or a lower "
+                f"--eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
             ) from error
-        finally:
-            run.close()
 
 
 class Run:
-    def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: StopWish, save: bool):
-        self.config, self.world, self.wish = config, processes, wish
-        self.folder = config.folder if save else None
-        self.log = None
-        saved = self.find_saved() if save else None
-
-        with processes.main_first():
-            self.dataset = dataset or load(
-                config.data, root=config.root, download=config.download, image_size=config.image_size, limit=config.limit,
-                seed=config.seed,
-            )  # fmt: skip
-            shape, classes = self.dataset.image_shape, self.dataset.num_classes
-            self.extra = load_extra(config.extra, image_shape=shape, num_classes=classes) if config.extra else None
+    def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: StopWish, folder: RunFolder):
+        self.config, self.world, self.wish, self.folder = config, processes, wish, folder
+        saved = self.find_saved()
+        self.dataset, self.extra = (dataset, None) if dataset else processes.in_turn(self.load)
         self.make_loader()
         self.make_model()
         self.progress = Progress()
-        self.pending = self.best_weights = None
+        self.log = self.pending = self.best_weights = None
         self.fingerprints = [fingerprint(images) for images in (self.dataset.train, self.extra) if images is not None]
         if saved is not None:
             self.restore(saved)
         self.saved_at = time.monotonic()
 
     # ---- what a run consists of
+
+    def load(self) -> tuple[Dataset, Images | None]:
+        c = self.config
+        data = load(c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed)
+        if c.extra is None:
+            return data, None
+        return data, load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes)
 
     def make_loader(self) -> None:
         config, train = self.config, self.dataset.train
@@ -145,14 +145,17 @@ class Run:
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         np.random.seed(config.seed)  # noqa: NPY002  (for models that use the global one)
+        shape, classes = self.dataset.image_shape, self.dataset.num_classes
         try:
-            model = create(config.model, self.dataset.num_classes, self.dataset.image_shape, activation=config.activation)
+            self.model = create(config.model, classes, shape, activation=config.activation).to(device)
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
-        self.model = model.to(device)
+        self.try_model(shape, classes)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        if config.sync_bn and self.world.size > 1:
+        if config.sync_bn:
+            if self.world.size == 1:
+                raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.statistics = [b for b in self.model.buffers() if b.is_floating_point()]
         self.optimizer = make_optimizer(self.model, config)
@@ -160,15 +163,33 @@ class Run:
         self.ema = None
         if config.ema:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.ema.n_averaged = self.ema.n_averaged.cpu()  # looked at in every step, which would wait for a GPU
         self.objective = self.world.wrap(Objective(self.model, config))
         if config.compile:
             self.objective = torch.compile(self.objective)
         self.attack = training_attack(config)
         self.generator = torch.Generator(device)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            tf32 = config.precision == "tf32"
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+    def try_model(self, shape: tuple[int, int, int], classes: int) -> None:
+        """Two images through the model, so that one that does not fit them says so before any work."""
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise InputError(f"--model {self.config.model}: it has no parameter to train")
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                logits = self.model(torch.zeros(2, *shape, device=self.world.device))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"--model {self.config.model}: it does not take images {list(shape)} of {self.config.data}: {reason}"
+            ) from error
+        self.model.train()
+        if tuple(logits.shape) != (2, classes):
+            raise InputError(
+                f"--model {self.config.model}: two images give {list(logits.shape)}: it must return logits [2, {classes}]"
+            )
 
     @property
     def evaluated(self) -> nn.Module:
@@ -179,28 +200,26 @@ class Run:
 
     def all(self) -> Result:
         config, progress = self.config, self.progress
-        if self.folder and self.world.main:
-            files.write(self.folder / "config.json", config.to_json().encode())
         if self.world.main:
-            images = len(self.loader.order.rows)
-            done = round((progress.epoch + progress.step / self.loader.order.steps) * images)
+            self.folder.write("config.json", config.to_json())
+            sizes = self.batch_sizes()  # the same in every epoch
+            done = progress.epoch * sum(sizes) + sum(sizes[: progress.step])
             self.log = Log(
-                self.folder, total=config.epochs * images, done=done, position=progress.log_bytes,
-                tensorboard=config.tensorboard, name=config.preset or config.method,
+                self.folder.path, total=config.epochs * sum(sizes), done=done, position=progress.log_bytes,
+                step=self.global_step, tensorboard=config.tensorboard, name=config.preset or config.method,
             )  # fmt: skip
-            self.log.write(
-                "start",
-                epoch=progress.epoch + 1,
-                step=self.global_step,
-                steps_per_epoch=self.loader.order.steps,
-                **self.environment(),
-            )
-        while progress.epoch < config.epochs and not self.exhausted:
-            self.epoch()
-        if self.best_weights is not None:
-            self.evaluated.load_state_dict(self.best_weights)
-        test = self.test() if config.test else None
-        return Result(self.evaluated, progress.best, test, self.folder)
+            where = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(sizes)}
+            self.log.write("start", **where, **self.environment())
+        try:
+            while progress.epoch < config.epochs and not self.exhausted:
+                self.epoch()
+            if self.best_weights is not None:
+                self.evaluated.load_state_dict(self.best_weights)
+            test = self.test() if config.test else None
+        finally:
+            if self.log:
+                self.log.close()
+        return Result(self.evaluated, progress.best, test, self.folder.path)
 
     @property
     def exhausted(self) -> bool:
@@ -211,16 +230,17 @@ class Run:
         return self.progress.epoch * self.loader.order.steps + self.progress.step
 
     def epoch(self) -> None:
-        config, progress, order = self.config, self.progress, self.loader.order
+        config, progress = self.config, self.progress
         self.model.train()
-        sizes = [len(rows) + len(extra) for rows, extra in order.epoch(progress.epoch)]
+        sizes = self.batch_sizes()
         for x, y in self.loader.epoch(progress.epoch, progress.step):
             size = sizes[progress.step]
-            if size >= self.world.size:  # a smaller rest would leave a process without an image
+            # A smaller rest would leave a process without an image, or batch norm with one.
+            if size >= min(2 * self.world.size, config.batch_size):
                 self.step(x, y, size)
             progress.step += 1
             if self.log:
-                self.log.advance(round(len(order.rows) / order.steps))
+                self.log.advance(size)
             self.between_steps()
         self.settle()
         self.write_losses()
@@ -228,6 +248,10 @@ class Run:
             self.validate()
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.save()
+
+    def batch_sizes(self) -> list[int]:
+        """Images in each batch of an epoch, over all processes."""
+        return [len(rows) + len(extra) for rows, extra in self.loader.order.epoch(0)]
 
     def step(self, x: Tensor, y: Tensor, size: int) -> None:
         """Attack and update on this process's part of a batch of `size` images."""
@@ -297,14 +321,14 @@ class Run:
 
     def stop_at(self, values: dict[str, float], batch: tuple[Tensor, Tensor, Tensor], epoch: int, step: int) -> None:
         where = ""
-        if self.folder:
-            path = self.folder / f"nonfinite-rank{self.world.rank}.pt"
+        if self.folder.path:
+            path = self.folder.path / f"nonfinite-rank{self.world.rank}.pt"
             x, x_adv, y = (t.cpu() for t in batch)
-            files.write_torch(path, {"x": x, "x_adv": x_adv, "y": y, "epoch": epoch, "step": step, "loss": values})
+            write_torch(path, {"x": x, "x_adv": x_adv, "y": y, "epoch": epoch, "step": step, "loss": values})
             where = f" its batch is in {path};"
         raise TrainingError(
-            f"the loss of epoch {epoch + 1}, step {step + 1} is not finite ({values});{where} {self.kept()}: lower --lr, "
-            "or use --precision bf16 or fp32"
+            f"the loss of epoch {epoch + 1}, step {step + 1} is not finite ({values});{where} {self.folder.kept()}: "
+            "train anew with a lower --lr, or --precision bf16 or fp32"
         )
 
     def between_steps(self) -> None:
@@ -321,7 +345,8 @@ class Run:
     def stop(self, signal: int) -> None:
         self.save()
         raise Stopped(
-            signal, f"stopped by signal {signal} in epoch {self.progress.epoch + 1}; {self.kept()}, to go on with by --resume"
+            signal,
+            f"stopped by signal {signal} in epoch {self.progress.epoch + 1}; {self.folder.kept()}, to go on with by --resume",
         )
 
     def write_losses(self) -> None:
@@ -336,57 +361,56 @@ class Run:
 
     def validate(self) -> None:
         progress = self.progress
-
-        def between() -> None:
-            if self.wish.number and self.world.size == 1:
-                self.stop(self.wish.number)
-
-        percent = self.accuracies(self.dataset.train, validation(self.config.val_steps), self.held_out, between)
+        percent = self.accuracies(self.dataset.train, validation(self.config.val_steps), self.held_out)
         record = {"epoch": progress.epoch + 1, **percent}
         if progress.best is None or (record["pgd"], record["clean"]) > (progress.best["pgd"], progress.best["clean"]):
             progress.best, progress.stale = record, 0
             self.best_weights = {name: t.detach().cpu().clone() for name, t in self.evaluated.state_dict().items()}
-            if self.folder and self.world.main:
-                best = {"format": FORMAT, "config": self.saved_config(), "model": self.best_weights, "ema": None, "best": record}
-                files.write_torch(self.folder / "best.pt", best)
         else:
             progress.stale += 1
         if self.log:
             self.log.write("validation", step=self.global_step, **record)
+            self.log.rate()  # the validation's time is not the training's
 
     def test(self) -> dict[str, float]:
         percent = self.accuracies(self.dataset.test, TEST)
         if self.log:
             self.log.write("test", step=self.global_step, **percent)
-            if self.folder:
-                result = {"test": percent, "best": self.progress.best, "config": self.saved_config(), **self.environment()}
-                files.write(self.folder / "result.json", json.dumps(result, indent=1).encode())
+            result = {"test": percent, "best": self.progress.best, "config": self.config.to_dict(), **self.environment()}
+            self.folder.write("result.json", json.dumps(result, indent=1))
         return percent
 
-    def accuracies(self, images, attacks, rows=None, between=lambda: None) -> dict[str, float]:
+    def accuracies(self, images: Images | Folder, attacks: dict[str, Attack], rows: Tensor | None = None) -> dict[str, float]:
         config = self.config
+        # Without graphs, which would hold memory beside the training's for a handful of replays.
         return accuracies(
-            self.evaluated, images, attacks, config.attack_settings[0], rows=rows, seed=config.seed, world=self.world,
-            between=between, precision=attack_precision(config), input_gradient=config.input_gradient,
-            graph=config.graph if config.graph == "auto" else False,
+            self.evaluated, images, attacks, config.evaluation_eps / 255, rows=rows, seed=config.seed, world=self.world,
+            batch_size=config.evaluation_batch, between=self.between_batches, precision=attack_precision(config),
+            input_gradient=config.input_gradient, graph=False,
         )  # fmt: skip
+
+    def between_batches(self) -> None:
+        """Of an evaluation, where several processes may be at different batches, and only one alone can stop."""
+        if self.wish.number and self.world.size == 1:
+            self.stop(self.wish.number)
 
     # ---- checkpoints
 
     def save(self) -> None:
         self.saved_at = time.monotonic()
-        if not self.folder:
+        if not self.folder.path:
             return
         self.settle()
         generators = self.world.gather(random_state())
         if not self.world.main:
             return
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise TrainingError(f"weights are not finite; {self.kept()}: lower --lr, or use --precision bf16 or fp32")
+            raise TrainingError(
+                f"weights are not finite; {self.folder.kept()}: train anew with a lower --lr, or --precision bf16 or fp32"
+            )
         self.progress.log_bytes = self.log.position()
         state = {
-            "format": FORMAT,
-            "config": self.saved_config(),
+            "config": self.config.to_dict(),
             "data": self.fingerprints,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -395,68 +419,47 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "random": generators,
             "progress": asdict(self.progress),
+            "best": self.best_weights,
         }
-        files.write_torch(self.folder / "last.pt", state, keep=self.folder / "previous.pt")
-
-    def saved_config(self) -> dict:
-        return json.loads(self.config.to_json())
-
-    def kept(self) -> str:
-        last = [path for path in self.checkpoints() if path.exists()]
-        return f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
-
-    def checkpoints(self) -> list[Path]:
-        return [self.folder / name for name in ("last.pt", "previous.pt")] if self.folder else []
+        self.folder.save(state)
 
     def find_saved(self) -> dict | None:
-        """The checkpoint to go on from, or None; the run's folder is there afterwards."""
-        folder, there = self.folder, [path for path in self.checkpoints() if path.exists()]
-        if there and not self.config.resume:
-            raise InputError(f"--out {folder}: it holds a run: add --resume to go on with it, or choose another --out")
-        if not there:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--out {folder}: cannot be made ({error.strerror}): choose another folder") from error
-            return None
-        state = self.read(there[0])
-        if changed := self.config.differences(state["config"]):
+        saved = self.folder.open(self.config.resume)
+        seen = self.world.gather(saved and saved["id"])
+        if len(set(seen)) > 1:
             raise InputError(
-                f"--resume: {there[0]} was made with other options ({'; '.join(changed)}): give the same, or choose another --out"
+                f"--out {self.folder.path}: processes find different checkpoints there: give a folder that all machines share"
             )
-        return state
-
-    def read(self, path: Path) -> dict:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises almost anything on a damaged file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            previous = self.folder / "previous.pt"
-            remedy = (
-                f"remove it, and --resume goes on from {previous}" if path != previous and previous.exists() else "start anew"
+        if saved and (changed := self.config.differences(saved["config"])):
+            raise InputError(
+                f"--resume: {self.folder.path} was made with other options ({'; '.join(changed)}): "
+                "give the same, or choose another --out"
             )
-            raise InputError(f"--resume: {path} is damaged ({reason[:120]}): {remedy}") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise InputError(f"--resume: {path} is no checkpoint of this version ({FORMAT}): start anew in another --out")
-        return state
+        return saved
 
     def restore(self, saved: dict) -> None:
         if saved["data"] != self.fingerprints:
             raise InputError(
-                f"--resume: the images or labels of --data {self.config.data} (or --extra) differ from those that {self.folder} "
-                "was trained on: restore them, or choose another --out"
+                f"--resume: the images or labels of --data {self.config.data} (or --extra) differ from those that "
+                f"{self.folder.path} was trained on: restore them, or choose another --out"
             )
-        self.model.load_state_dict(saved["model"])
+        try:
+            self.model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            raise InputError(
+                f"--model {self.config.model}: its weights differ from those in {self.folder.path}: restore its code, or choose "
+                "another --out"
+            ) from error
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"])
             self.ema.n_averaged.fill_(saved["averaged"])
-        self.progress = Progress(**saved["progress"])
-        if self.progress.best:
-            self.best_weights = self.read(self.folder / "best.pt")["model"]
-        # With another number of processes than before, the run goes on, but not bit by bit.
-        set_random_state(saved["random"][self.world.rank % len(saved["random"])])
+        self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
+        before = len(saved["random"])
+        if before != self.world.size and self.world.main:
+            print(f"spat-train: saved by {before} processes, now {self.world.size}: equal but for rounding", file=sys.stderr)
+        set_random_state(saved["random"][self.world.rank % before])
 
     def environment(self) -> dict:
         device = self.world.device
@@ -470,26 +473,18 @@ class Run:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
-    def close(self) -> None:
-        if self.log:
-            self.log.close()
+
+@contextmanager
+def gpu_arithmetic(precision: str):
+    """Within: TF32 only where `precision` asks for it, and the fastest of cuDNN's engines; set back afterwards."""
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with tf32_switches(precision, "cuda" if torch.cuda.is_available() else "cpu"):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
 
 
-def random_state() -> dict:
-    """Of every generator that a model may draw from, as what torch.load(weights_only=True) reads."""
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, words, *rest = state["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -16,8 +16,8 @@ from spat_train.config import Config
 from spat_train.presets import PRESETS
 
 SMALL = [
-    "--data", "digits", "--model", "small-cnn", "--eps", "51", "--epochs", "2", "--limit", "120", "--batch-size", "32", "--lr", "0.05",
-    "--device", "cpu", "--no-tensorboard", "--val-steps", "2", "--preset", "table6.1/mart+spat",
+    "--data", "digits", "--model", "small-cnn", "--eps", "51", "--epochs", "2", "--limit", "120", "--batch-size", "32",
+    "--lr", "0.05", "--device", "cpu", "--no-tensorboard", "--val-steps", "2", "--preset", "table6.1/mart+spat",
 ]  # fmt: skip
 
 
@@ -63,6 +63,8 @@ def test_presets_are_the_settings_of_the_sources():
             assert c.nesterov and c.weight_decay == 5e-4 and (eps, step_size) == (pytest.approx(0.031), pytest.approx(0.007))
         if name.startswith("table6.4"):
             assert (c.model, c.data, c.batch_size, c.epochs) == ("resnet-18", "stl10", 32, 200)
+        if name.startswith("figure"):
+            assert c.evaluation_eps == 8 and c.milestones == (75, 90)
         if name.startswith("madry-mnist"):
             assert (c.optimizer, c.lr, eps, step_size, steps) == ("adam", 1e-4, 0.3, pytest.approx(0.01), 40)
     figures = {name: c for name, c in PRESETS.items() if name.startswith("figure")}
@@ -131,7 +133,7 @@ def test_tensorboard_where_it_is_installed(monkeypatch, tmp_path):
         (["--preset", "table6.3/rst"], "--extra None: this needs pseudo-labelled images"),
         (["--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
         (["--data", "digits", "--model", "wrn-33-10"], "--model wrn-33-10: .*6n"),
-        (["--eps", "0.031"], "--eps 0.031: it is in units of 1/255"),
+        (["--eps", "0.031"], "--eps 0.031: it is in 1/255"),
         (["--data", "cifar10", "--root", "empty"], "--download"),
     ],
 )
@@ -146,6 +148,8 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
 def test_plot_refuses(monkeypatch, capsys, tmp_path):
     assert "no log.jsonl there" in error(monkeypatch, capsys, "plot", tmp_path)
     assert "ends in .png or .pdf" in error(monkeypatch, capsys, "plot", tmp_path, "--out", "curves.gif")
+    (tmp_path / "log.jsonl").touch()
+    assert "cannot be written" in error(monkeypatch, capsys, "plot", tmp_path, "--out", tmp_path / "nowhere" / "curves.png")
 
 
 def test_help_says_the_units(monkeypatch, capsys):

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from spat_train import logs
 from spat_train.data import load
 from spat_train.distributed import world
 from spat_train.evaluate import TEST, accuracies
+from spat_train.images import InputError
 from spat_train.train import Run, train
 from tests.test_train import assert_same, assert_same_run, interrupt, network, one_thread, settings, weights  # noqa: F401
 
@@ -84,9 +86,10 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, option
 
 def alone():
     from spat_train.distributed import World
+    from spat_train.run_folder import RunFolder
     from spat_train.signals import StopWish
 
-    return World(0, 1, torch.device("cpu")), StopWish(), True
+    return World(0, 1, torch.device("cpu")), StopWish(), RunFolder(None)
 
 
 def evaluate_shared(path) -> None:
@@ -126,6 +129,50 @@ def test_stopped_and_resumed_bit_by_bit(tmp_path):
     assert in_two(train, stopped) == [0, 0]
     assert_same_run(tmp_path / "stopped", tmp_path / "expected")
     assert len(weights(tmp_path / "expected")["random"]) == 2
+
+
+def refused(config, path) -> None:
+    try:
+        train(replace(config, out=config.out / os.environ["RANK"]))
+    except InputError as error:
+        (path / f"rank{os.environ['RANK']}").write_text(str(error))
+
+
+def test_processes_must_see_the_same_checkpoint(tmp_path):
+    """With a disk of its own each, the main process has checkpoints and the others have none."""
+    config = settings(tmp_path, resume=True, epochs=1)
+    assert in_two(refused, config, tmp_path) == [0, 0]
+    assert in_two(refused, config, tmp_path) == [0, 0]
+    for rank in range(2):
+        assert "processes find different checkpoints there" in (tmp_path / f"rank{rank}").read_text()
+
+
+def test_an_input_error_is_every_process_s(tmp_path):
+    assert in_two(refused, settings(tmp_path, data="nowhere.npz"), tmp_path) == [0, 0]
+    for rank in range(2):
+        assert "--data nowhere.npz: there is no such file" in (tmp_path / f"rank{rank}").read_text()
+
+
+def test_every_process_has_an_image_where_labelled_and_extra_ones_are_few(tmp_path):
+    np.savez(tmp_path / "extra.npz", image=np.zeros((20, 8, 8), np.uint8), label=np.zeros(20, np.int64))
+    config = settings(tmp_path / "run", method="rst", extra=tmp_path / "extra.npz", batch_size=2, limit=20, holdout=0, epochs=1)
+    assert in_two(train, config) == [0, 0]
+
+
+@pytest.mark.parametrize(("device", "size", "place"), [(None, 1, "cuda:0"), ("cuda:1", 1, "cuda:1"), (None, 2, "cuda:1")])
+def test_each_process_has_its_gpu(monkeypatch, device, size, place):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(torch._utils._get_device_index(device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: seen.append(backend))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, value in {"WORLD_SIZE": size, "RANK": size - 1, "LOCAL_RANK": size - 1, "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, str(value))
+    with world(device) as processes:
+        assert str(processes.device) == place
+    assert seen == [torch.device(place).index] + ["nccl"] * (size > 1)
 
 
 def statistics_of_both(path) -> None:

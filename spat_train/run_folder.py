@@ -1,0 +1,96 @@
+"""The folder of a run: last.pt, all that going on takes; previous.pt, the one before; best.pt, weights to use; small files."""
+
+import io
+import random
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import files
+from .images import InputError
+
+FORMAT = "spat_train 1"
+MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
+
+
+class RunFolder:
+    """`path` None keeps nothing."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+
+    def open(self, resume: bool) -> dict | None:
+        """The checkpoint to go on from, or None; the folder is there afterwards.
+
+        Raises:
+            InputError: it holds a run and `resume` does not ask for it, or a checkpoint cannot be read.
+        """
+        if self.path is None:
+            return None
+        there = [name for name in MADE_BY_A_RUN if (self.path / name).exists()]
+        if there and not resume:
+            raise InputError(f"--out {self.path}: it holds a run: add --resume to go on with it, or choose another --out")
+        if there and there[0] not in MADE_BY_A_RUN[:2]:
+            raise InputError(f"--out {self.path}: it holds {there[0]} but no last.pt to go on from: choose another --out")
+        if there:
+            return self._read(self.path / there[0])
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.path}: cannot be made ({error.strerror}): choose another folder") from error
+        return None
+
+    def _read(self, path: Path) -> dict:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"--resume: {path} cannot be read ({error.strerror}): try again when it can") from error
+        try:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises almost anything on a damaged file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            previous = self.path / "previous.pt"
+            goes_on = path != previous and previous.exists()
+            remedy = f"remove it, and --resume goes on from {previous}" if goes_on else "start anew in another --out"
+            raise InputError(f"--resume: {path} is damaged ({reason[:120]}): {remedy}") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise InputError(f"--resume: {path} is no checkpoint of this version ({FORMAT}): start anew in another --out")
+        return state
+
+    def save(self, state: dict) -> None:
+        """Write last.pt, and best.pt as a part of it: whatever happens between the two, going on writes it anew."""
+        state = {"format": FORMAT, "id": uuid.uuid4().hex} | state
+        files.write_torch(self.path / "last.pt", state, keep=self.path / "previous.pt")
+        if state["best"] is not None:
+            best = {"format": FORMAT, "config": state["config"], "model": state["best"], "ema": None}
+            files.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
+
+    def write(self, name: str, content: str) -> None:
+        if self.path:
+            files.write(self.path / name, content.encode())
+
+    def kept(self) -> str:
+        last = [self.path / name for name in MADE_BY_A_RUN[:2] if (self.path / name).exists()] if self.path else []
+        return f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
+
+
+def random_state() -> dict:
+    """Of every generator that a model may draw from, as what torch.load(weights_only=True) reads."""
+    kind, words, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])
