@@ -103,9 +103,14 @@ def providers(device: str, steps: int = 10) -> list[Provider]:
     return found
 
 
-def ascend(x: Tensor, steps: int, gradient: Callable[[Tensor], Tensor]) -> Tensor:
-    """The loop of TRADES' and MART's code: steps of the gradient's sign, clamped to the ball and the box, from a random start."""
-    x_adv = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+def uniform(x: Tensor) -> Tensor:
+    """A random start in the ball and the box."""
+    return (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+
+
+def ascend(x: Tensor, start: Tensor, steps: int, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+    """The loop of TRADES' and MART's code: steps of the gradient's sign, clamped to the ball and the box."""
+    x_adv = start
     for _ in range(steps):
         x_adv = x_adv.detach() + STEP * gradient(x_adv.detach().requires_grad_()).sign()
         x_adv = torch.min(torch.max(x_adv, x - EPS), x + EPS).clamp(0, 1)
@@ -117,7 +122,7 @@ def plain_loop(model: nn.Module, steps: int) -> Attack:
         def gradient(x_adv):
             return torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)[0]
 
-        return ascend(x, steps, gradient)
+        return ascend(x, uniform(x), steps, gradient)
 
     return attack
 

@@ -34,7 +34,8 @@ KERNEL_TESTS = [*PYTEST, "tests/ops", "-m", "gpu and not slow", "-k", "compiled"
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands, run one after another; RESULT in an argument is a file whose JSON becomes the stage's `results`."""
+    """Commands, run one after another. RESULT in an argument is a file whose JSON becomes the stage's `results`, a list of them
+    where there are several commands; LIMIT the command's share of the stage's minutes, less a little."""
 
     name: str
     share: float  # of the suite's minutes, against those of the other stages
@@ -50,6 +51,9 @@ def stages(rehearse: bool) -> list[Stage]:
     attack = [*python, "-m", "benchmarks.attack", "--device", device, "--out", "RESULT"]
     questions = [*python, "-m", "benchmarks.questions", "--device", device, "--out", "RESULT"]
     workmodel = [*python, "-m", "benchmarks.workmodel", "--device", device, "--out", "RESULT", "--precisions"]
+    training = [*python, "-m", "benchmarks.training", "--device", device, "--out", "RESULT"]
+    overhead = [*python, "-m", "benchmarks.overhead", "--device", device, "--out", "RESULT"]
+    data = [*python, "-m", "benchmarks.data", "--device", device, "--out", "RESULT"]
     kernels = [*python, *PYTEST, "benchmarks", "--device", device, "--benchmark-json", "RESULT"]
     if rehearse:
         workmodel += ["fp32", "bf16", "--small", "--models", "wrn-10-1"]
@@ -57,6 +61,10 @@ def stages(rehearse: bool) -> list[Stage]:
         questions += ["--models", "wrn-10-1", "--batch", "2", "--seconds", "0.001", "--precision", "fp32"]
         tiny = ["--steps", "2", "--seconds", "0", "--small-ceilings", "--precisions", "fp32", "--models", "wrn-10-1"]
         matrix = memory = [*attack, *tiny, "--batches", "4", "--no-memory", "--providers", "spat eager", "loop", "torchattacks"]
+        small = ["--model", "wrn-10-1", "--batch", "16", "--steps", "2", "--methods", "trades"]
+        training += [*small, "--seconds", "0", "--precisions", "fp32", "--providers", "spat_train", "authors"]
+        overhead += [*small, "--images", "400", "--updates", "2", "--warm-up", "1"]
+        data += ["--images", "200", "--seconds", "0"]
     else:
         workmodel += ["fp32", "tf32", "bf16", "fp16"]
         networks = ["wrn-34-10", "resnet-18", "resnet-50", "wrn-28-10", "resnet-18@96"]
@@ -65,6 +73,9 @@ def stages(rehearse: bool) -> list[Stage]:
         matrix = [*attack, "--models", *networks, "--batches", *batches, *precisions, "--seconds", "1", "--minutes", "LIMIT"]
         large = ["--models", "wrn-34-10", "resnet-50", "--batches", "2048", "--seconds", "0"]
         memory = [*attack, *large, *precisions, "--minutes", "LIMIT"]
+        table61 = ["--model", "wrn-34-10", "--batch", "128", "--minutes", "LIMIT"]
+        training += [*table61, *precisions, "--seconds", "3"]
+        overhead += [*table61, "--precisions", "bf16", "--updates", "100", "--warm-up", "10"]
     sanitizer = find("compute-sanitizer") or "compute-sanitizer"
     # Every allocation of its own, so that a write past a tensor's end does not land in its neighbour.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -73,11 +84,11 @@ def stages(rehearse: bool) -> list[Stage]:
         return [sanitizer, "--tool", tool, "--error-exitcode", "86", *python, *KERNEL_TESTS]
 
     return [
-        Stage("ceilings", 1, [workmodel]),
         Stage("tests", 4, [[*python, *PYTEST, "tests", "-m", "gpu"]], needs_gpu=True),
         Stage("sanitizer", 4, [sanitize("memcheck"), sanitize("racecheck")], separate, needs_gpu=True, needs="compute-sanitizer"),
         Stage("kernels", 3, [kernels]),
-        Stage("questions", 3, [questions]),
+        Stage("training", 8, [overhead, training, data]),
+        Stage("questions", 4, [workmodel, questions]),
         Stage("attack", 10, [matrix]),
         Stage("memory", 2, [memory]),
     ]
@@ -102,18 +113,20 @@ def run(stage: Stage, out: Path, seconds: float) -> dict:
         record |= {"status": "skipped", "reason": f"{seconds:.0f} s, its share of the minutes left, are too few"}
     else:
         with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder, "result.json")
-            # Attacks stop themselves a little before they would be stopped, to lose nothing.
-            words = {"RESULT": str(result), "LIMIT": f"{0.8 * seconds / 60:.2f}"}
+            results = []
             for index, command in enumerate(stage.commands):
-                command = [words.get(word, word) for word in command]
-                left = seconds - (time.monotonic() - start)
-                done = execute(command, stage.environment, left / (len(stage.commands) - index))
+                result = Path(folder, f"{index}.json")
+                limit = (seconds - (time.monotonic() - start)) / (len(stage.commands) - index)
+                # Races stop themselves a little before they would be stopped, to lose nothing.
+                words = {"RESULT": str(result), "LIMIT": f"{0.8 * limit / 60:.2f}"}
+                done = execute([words.get(word, word) for word in command], stage.environment, limit)
                 record["commands"].append(done)
                 if done["status"] != "ok":
                     record["status"] = done["status"]
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # killed before, or while, it wrote
-                record["results"] = json.loads(result.read_text())
+                with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # killed before, or while, it wrote
+                    results.append(json.loads(result.read_text()))
+            if results:
+                record["results"] = results if len(stage.commands) > 1 else results[0]
     record["seconds"] = round(time.monotonic() - start, 1)
     (out / f"{stage.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     return record

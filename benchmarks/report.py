@@ -145,6 +145,86 @@ def precision(results: dict) -> str:
     return "\n".join(lines) + f"\n\n{results['model']}, {results['device']}, torch {results['torch']}, {results['date'][:10]}."
 
 
+# --- training ---
+
+
+def where(machine: dict) -> str:
+    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in machine["cpu"]["flags"]]
+    missing = [flag for flag in ("avx512_bf16", "amx_bf16") if flag not in flags]
+    cpu = "" if machine["cuda"] else f" ({', '.join(flags + [f'no {flag}' for flag in missing])})"
+    return f"{machine['device']}{cpu}, {machine['threads']} threads, torch {machine['torch']}, {machine['date'][:10]}"
+
+
+def updates(results: dict) -> str:
+    return f"{results['settings']['model']}, batch {results['settings']['batch']}, PGD-{results['settings']['steps']}"
+
+
+def by_method(records: list[dict]) -> dict[str, list[dict]]:
+    return {method: [r for r in records if r["method"] == method] for method in dict.fromkeys(r["method"] for r in records)}
+
+
+def published(records: list[dict]) -> dict | None:
+    return fastest([r for r in records if r["provider"] == "authors"], False, "fp32")
+
+
+def training_table(results: dict) -> str:
+    """Every record, and how many times faster than the authors' loop in fp32 it is."""
+    lines = header(["method", "precision", "provider"], ["s an update", "images/s", "authors', fp32"])
+    for method, records in by_method(results["steps"]).items():
+        base = published(records)
+        for r in records:
+            head = [method, r["precision"], r["provider"]]
+            if r["status"] != "timed":
+                lines.append(row(*head, f"{r['status']}: {r['note']}"))
+                continue
+            ratio = f"{base['median'] / r['median']:.2f}x" if base else ""
+            lines.append(row(*head, f"{r['median']:.3f}", f"{results['settings']['batch'] / r['median']:.1f}", ratio))
+    return "\n".join(lines) + f"\n\n{updates(results)}. {where(results['machine'])}."
+
+
+def training(results: dict) -> str:
+    """A row for each method and precision: the trainer's step, and how many times faster it is than what it replaces."""
+    lines = header(
+        ["method", "spat_train"], ["s an update", "images/s", "fastest rival in that precision", "authors' loop, fp32"]
+    )
+    for method, records in by_method(results["steps"]).items():
+        base = published(records)
+        for precision in dict.fromkeys(r["precision"] for r in records):
+            ours = fastest([r for r in records if r["provider"] == "spat_train"], True, precision)
+            if not ours:
+                continue
+            rival, seconds = fastest(records, False, precision), ours["median"]
+            against = [f"{rival['median'] / seconds:.2f}x ({rival['provider']})" if rival else ""]
+            against.append(f"{base['median'] / seconds:.2f}x" if base else "")
+            lines.append(row(method, precision, f"{seconds:.3f}", f"{results['settings']['batch'] / seconds:.1f}", *against))
+    return "\n".join(lines) + f"\n\n{updates(results)}. {where(results['machine'])}."
+
+
+def overhead(results: dict) -> str:
+    """Shares of a step. `around` is all but the model's work and the optimiser; it has what comes once an epoch in it."""
+    columns = ["s a step", "attack", "forward, backward", "optimiser", "around", "of that batches", "once an epoch", "loss alone"]
+    lines = header(["method", "precision"], [*columns, "epoch, s"])
+    for r in results["loops"]:
+        step, parts = r["epoch_seconds"] / r["steps_per_epoch"], r["parts"]
+        work = [parts[name] for name in ("attack", "forward, backward", "optimizer")]
+        seconds = [*work, step - sum(work), parts["loader"], step - r["step_seconds"], r["head_seconds"]]
+        shares = [f"{100 * part / step:.2g} %" for part in seconds]
+        lines.append(row(r["method"], r["precision"], f"{step:.3f}", *shares, f"{r['epoch_seconds']:.0f}"))
+    images = f"{results['settings']['images']:,} images"
+    return "\n".join(lines) + f"\n\n{updates(results)}, {images}. {where(results['machine'])}."
+
+
+def data(results: dict) -> str:
+    base = next(p for p in results["paths"] if p["provider"] == "spat_train")
+    lines = header(["data path"], ["images/s", "spat_train is faster by"])
+    for path in results["paths"]:
+        ratio = "" if path is base else f"{base['images_per_second'] / path['images_per_second']:.1f}x"
+        lines.append(row(path["provider"], f"{path['images_per_second']:,.0f}", ratio))
+    s = results["settings"]
+    images = f"{s['images']:,} {'CIFAR-10' if s['real'] else 'random'} images, batch {s['batch']}, pad {s['pad']}, flips"
+    return "\n".join(lines) + f"\n\n{images}. {where(results['machine'])}."
+
+
 # --- pages ---
 
 
@@ -161,17 +241,34 @@ def write(page: Path, name: str, text: str) -> bool:
     return bool(found)
 
 
+# A key of the results to their tables: on a page, and in full.
+KINDS = {
+    "cells": (attack, attack_table),
+    "rows": (precision, precision),
+    "steps": (training, training_table),
+    "loops": (overhead, overhead),
+    "paths": (data, data),
+    "benchmarks": (kernels, kernels),
+}
+
+
+def tables(results: dict | list, full: bool) -> str:
+    """Of one result, or of a list of them, as a stage of the GPU suite has it."""
+    if isinstance(results, list):
+        return "\n\n".join(tables(part, full) for part in results if part)
+    return next(KINDS[key][full](results) for key in KINDS if key in results)
+
+
 def main(files: list[Path], page: Path | None) -> None:
     written = False
     for path in files or sorted(RESULTS.glob("*/*.json")):
         results = json.loads(path.read_text())
-        results = results.get("results", results)  # a stage of the GPU suite, or the results themselves
-        kind = "attack" if "cells" in results else "precision" if "rows" in results else "kernels"
+        if isinstance(results, dict):
+            results = results.get("results", results)  # a stage of the GPU suite, or the results themselves
         if page:
-            text = {"kernels": kernels, "attack": attack, "precision": precision}[kind](results)
-            written |= write(page, marker(path), text)
+            written |= write(page, marker(path), tables(results, full=False))
         else:
-            print({"kernels": kernels, "attack": attack_table, "precision": precision}[kind](results))
+            print(tables(results, full=True))
     if page and not written:
         raise SystemExit(
             f"{page} has no markers like <!-- benchmarks:cpu:attack --> ... <!-- /benchmarks:cpu:attack --> for these"

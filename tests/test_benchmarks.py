@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attack, gpu_suite, measure, plots, report, workmodel
+from benchmarks import attack, data, gpu_suite, measure, overhead, plots, report, training, workmodel
 from benchmarks.attack import Judge, Provider, calibrated, photographs, plain_loop
 from benchmarks.cases import CASES, Case, Work
+from benchmarks.training import Authors
+from spat_train.images import Images
 from spat_train.models import create
 
 
@@ -162,6 +164,129 @@ def test_resident_growth_counts_what_a_call_holds():
     assert 9 * 4 < growth < 200
 
 
+# --- training ---
+
+
+@pytest.mark.parametrize("method", training.METHODS)
+def test_the_trainers_step_is_the_authors(method):
+    training.verify(method, "cpu", count=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("outer_loss", lambda outer: lambda *args: 1.001 * outer(*args)),
+        ("inner_loss", lambda inner: lambda *args: -inner(*args)),
+        ("ascend", lambda ascend: lambda x, start, steps, gradient: ascend(x, start, steps - 1, gradient)),
+    ],
+)
+def test_a_wrong_training_loop_is_caught(monkeypatch, name, wrong):
+    monkeypatch.setattr(training, name, wrong(getattr(training, name)))
+    with pytest.raises(AssertionError, match="mart differs"):
+        training.verify("mart", "cpu", count=8)
+
+
+class Impatient(Authors):
+    """Trains on clean images."""
+
+    def examples(self, x, y, start):
+        return x
+
+
+@pytest.fixture(scope="module")
+def updates() -> dict:
+    options = training.Options("wrn-10-1", 32, ["trades"], ["fp32", "bf16"], ["spat_train", "authors", "autocast"], "cpu", 2, 0.0)
+    (results,) = options.run()
+    return json.loads(json.dumps(results))
+
+
+def test_training_race(updates):
+    status = {(r["provider"], r["precision"]): (r["status"], r["note"]) for r in updates["steps"]}
+    expected = {("spat_train", "fp32"), ("spat_train", "bf16"), ("authors", "fp32"), ("autocast", "bf16")}
+    assert status.keys() == expected and {s for s, _ in status.values()} == {"timed"}, status
+    assert updates["settings"] == {"model": "wrn-10-1", "batch": 32, "steps": 2}
+    table = report.training_table(updates)
+    assert table.count("| trades |") == 4 and ("no amx_bf16" in table) == ("amx_bf16" not in updates["machine"]["cpu"]["flags"])
+
+
+def test_what_trains_otherwise_is_not_timed(monkeypatch):
+    def missing(model, method):
+        raise RuntimeError("no such engine")
+
+    wrong = [("lazy", lambda model, method: Impatient(model, method, 4)), ("missing", missing)]
+    monkeypatch.setattr(training, "providers", lambda options: [training.Provider(name, "fp32", build) for name, build in wrong])
+    monkeypatch.setattr(training, "verify", lambda *args: None)
+    lazy, broken = training.Options("wrn-10-1", 32, device="cpu", steps=4, seconds=0.0).race("madry")
+    assert (lazy["status"], broken["status"]) == ("disagrees", "failed") and "no such engine" in broken["note"]
+
+
+def test_training_tables(updates):
+    times = {("spat_train", "fp32"): 4.0, ("spat_train", "bf16"): 1.0, ("authors", "fp32"): 6.0, ("autocast", "bf16"): 1.5}
+    steps = [r | {"median": times[r["provider"], r["precision"]]} for r in updates["steps"]]
+    page, full = report.training(updates | {"steps": steps}), report.training_table(updates | {"steps": steps})
+    assert "| trades | fp32 | 4.000 | 8.0 | 1.50x (authors) | 1.50x |" in page
+    assert "| trades | bf16 | 1.000 | 32.0 | 1.50x (autocast) | 6.00x |" in page and "wrn-10-1, batch 32, PGD-2" in page
+    assert "| trades | bf16 | autocast | 1.500 | 21.3 | 4.00x |" in full
+
+
+def random_images(count: int) -> Images:
+    return Images(torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.arange(count) % 10)
+
+
+def test_overhead_accounts_for_all_of_a_step(tmp_path):
+    config = training.settings("wrn-10-1", 8, "mart", "fp32", "cpu", 1, log_every=2)
+    found = overhead.run_for(config, random_images(64), tmp_path, warm_up=1, updates=4)
+    parts = found["parts"]
+    assert parts.keys() == {"attack", "forward, backward", "optimizer", "loader", "settle", "between", "rest"}
+    assert sum(parts.values()) == pytest.approx(found["step_seconds"]) and min(parts.values()) > 0
+    assert found["steps_per_epoch"] == 8 and (tmp_path / "last.pt").exists()
+    assert found["epoch_seconds"] > 8 * found["step_seconds"] + found["epoch_parts"]["save"]
+    assert 0 < found["head_seconds"] < found["step_seconds"]
+    with pytest.raises(ValueError, match="no 2001 steps"):
+        overhead.run_for(
+            training.settings("wrn-10-1", 8, "mart", "fp32", "cpu", 1, epochs=1), random_images(8), tmp_path / "b", 1, 1999
+        )
+
+
+def test_overhead_table():
+    parts = {
+        "attack": 0.8,
+        "forward, backward": 0.15,
+        "optimizer": 0.01,
+        "loader": 0.01,
+        "settle": 0.005,
+        "between": 0.005,
+        "rest": 0.01,
+    }
+    loop = {"method": "mart", "precision": "fp32", "step_seconds": 0.99, "parts": parts, "head_seconds": 0.002}
+    settings = {"model": "m", "batch": 64, "steps": 10, "images": 640}
+    results = {
+        "machine": measure.describe("cpu"),
+        "settings": settings,
+        "loops": [loop | {"epoch_seconds": 10, "steps_per_epoch": 10}],
+    }
+    row = "| mart | fp32 | 1.000 | 80 % | 15 % | 1 % | 4 % | 1 % | 1 % | 0.2 % | 10 |"
+    assert row in report.overhead(results) and "m, batch 64, PGD-10, 640 images" in report.overhead(results)
+
+
+def test_data_paths(tmp_path, capsys):
+    pytest.importorskip("torchvision", reason="needs torchvision", exc_type=Exception)
+    out = tmp_path / "data.json"
+    data.main(data.Options(images=200, batch=64, workers=1, device="cpu", seconds=0.0, out=out))
+    results = json.loads(out.read_text())
+    assert [path["provider"] for path in results["paths"]][::2] == ["spat_train", "torchvision, 1 workers"]
+    assert "200 random images, batch 64, pad 4" in capsys.readouterr().out
+
+
+def test_wrong_crops_are_caught():
+    images = Images(random_images(64).pixels, torch.arange(64))
+    x = images.pixels.movedim(3, 1) / 255
+    with pytest.raises(AssertionError, match="hardly differ"):
+        data.verify(lambda: iter([(x, images.labels)]), images)
+    with pytest.raises(AssertionError, match="no crops"):
+        data.verify(lambda: iter([(x.roll(3, 2), images.labels)]), images)
+
+
 # --- the work model ---
 
 
@@ -222,6 +347,9 @@ def test_suite_records_failures_and_timeouts(tmp_path):
     failing = [[*python, "print('why'); raise SystemExit(3)"], [*python, "print('the next still runs')"]]
     failed = gpu_suite.run(gpu_suite.Stage("failed", 1, failing), tmp_path, 30)
     assert failed["status"] == "failed" and [c["exit"] for c in failed["commands"]] == [3, 0]
+    script = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
+    two = gpu_suite.run(gpu_suite.Stage("two", 1, [[*python, script, "RESULT", text] for text in ("1", "[2]")]), tmp_path, 30)
+    assert (two["status"], two["results"]) == ("ok", [1, [2]])
     assert "why" in failed["commands"][0]["tail"] and "so far" in slow["commands"][0]["tail"]
     absent = gpu_suite.run(gpu_suite.Stage("absent", 1, [], needs="no-such-program"), tmp_path, 30)
     assert absent["status"] == "skipped" and "no-such-program" in absent["reason"]
@@ -232,8 +360,9 @@ def test_suite_rehearsal(tmp_path):
     suite = [sys.executable, "-m", "benchmarks.gpu_suite", "--rehearse", "--minutes", "20", "--out", str(tmp_path)]
     subprocess.run(suite, check=True, cwd=measure.ROOT)
     stages = {stage["stage"]: stage for stage in json.loads((tmp_path / "suite.json").read_text())["stages"]}
-    for name in ("ceilings", "kernels", "questions", "attack", "memory"):
-        assert stages[name]["status"] == "ok" and json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    for name, count in (("kernels", 0), ("training", 3), ("questions", 2), ("attack", 0), ("memory", 0)):
+        results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+        assert stages[name]["status"] == "ok" and (len(results) == count if count else isinstance(results, dict))
     if not torch.cuda.is_available():
         assert stages["tests"] | {"seconds": 0} == {"stage": "tests", "status": "skipped", "reason": "no GPU", "seconds": 0}
     assert len(list(tmp_path.iterdir())) <= 8  # as many as come back from a lent machine

@@ -1,0 +1,143 @@
+"""The data path alone: `python -m benchmarks.data --npz cifar10.npz --out benchmarks/results/cpu/data.json`.
+
+Whole epochs of 32x32 images in shuffled batches, padded by 4, cropped and flipped at random, as fp32 in [0, 1]: by the
+trainer's `Loader` (resident uint8 images, one fused pass a batch), and by torchvision's RandomCrop, RandomHorizontalFlip and
+ToTensor on PIL images in a `DataLoader`, as the authors' code does it. The rival keeps its workers from epoch to epoch. Before
+the race, every image of a batch of either must be one of the crops of the image that it is made from.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from benchmarks import measure, report
+from spat_train.data import load_npz
+from spat_train.images import Images
+from spat_train.loader import Loader, Order
+
+PAD = 4
+Epoch = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+class Pictures(TorchDataset):
+    """As torchvision's CIFAR10: a PIL image, transformed, and its label."""
+
+    def __init__(self, images: Images):
+        from torchvision import transforms
+
+        self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
+        self.transform = transforms.Compose(
+            [transforms.RandomCrop(images.image_shape[1], padding=PAD), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+
+
+def torchvision(images: Images, batch: int, workers: int, device: str) -> Epoch:
+    kept = workers > 0
+    loader = DataLoader(
+        Pictures(images), batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=kept, pin_memory=device != "cpu"
+    )
+    return lambda: ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in loader)
+
+
+def ours(images: Images, batch: int, workers: int, device: str, resident: bool) -> Epoch:
+    order = Order(torch.arange(len(images)), batch, seed=0)
+    loader = Loader(images, order, device=device, pad=PAD, flip=True, workers=workers, resident=resident)
+    numbers = count()
+    return lambda: loader.epoch(next(numbers))
+
+
+def providers(images: Images, batch: int, workers: int, device: str) -> dict[str, Epoch]:
+    return {
+        "spat_train": ours(images, batch, workers, device, resident=True),
+        f"spat_train, streamed, {workers} workers": ours(images, batch, workers, device, resident=False),
+        f"torchvision, {workers} workers": torchvision(images, batch, workers, device),
+        "torchvision, in this process": torchvision(images, batch, 0, device),
+    }
+
+
+def verify(epoch: Epoch, images: Images) -> None:
+    """Every image of a batch is one of the crops, and not all alike. `images` has its row numbers as labels."""
+    x, rows = next(iter(epoch()))
+    x, rows = x[:32].cpu(), rows[:32].cpu()
+    side = x.shape[2]
+    expected = F.pad(images.pixels[rows].movedim(3, 1).float() / 255, [PAD] * 4)
+    crops = expected.unfold(2, side, 1).unfold(3, side, 1).flatten(2, 3)  # [B, C, crops, H, W]
+    crops = torch.cat([crops, crops.flip(4)], 2).movedim(2, 1)
+    same = (crops - x[:, None]).abs().amax((2, 3, 4)) < 1e-6
+    assert same.any(1).all(), "some images are no crops of what they are made from"
+    assert len(set(same.float().argmax(1).tolist())) > 16, "crops hardly differ"
+
+
+@dataclass
+class Options:
+    """Race the data paths."""
+
+    npz: Path | None = None
+    """CIFAR-10 as an .npz; random images without."""
+    images: int = 50_000
+    batch: int = 128
+    workers: int = 2
+    threads: int | None = None
+    """Of this process; the machine's cores by default."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds: float = 10.0
+    """Time to measure each for."""
+    out: Path | None = None
+
+
+def main(options: Options) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.npz:
+        images = load_npz(options.npz).train
+        images = images.subset(torch.arange(min(options.images, len(images))))
+    else:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(256, (options.images, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        images = Images(pixels, torch.zeros(options.images, dtype=torch.int64))
+    images = Images(images.pixels, torch.arange(len(images)))
+    chosen = providers(images, options.batch, options.workers, options.device)
+    for epoch in chosen.values():
+        verify(epoch, images)
+
+    def through(epoch: Epoch) -> Callable[[], None]:
+        def call():
+            for _ in epoch():
+                pass
+
+        return call
+
+    times, errors = measure.race({name: through(epoch) for name, epoch in chosen.items()}, options.device, options.seconds)
+    if errors:
+        raise SystemExit(f"failed: {errors}")
+    paths = [
+        {"provider": name, "seconds": taken, "images_per_second": len(images) / statistics.median(taken)}
+        for name, taken in times.items()
+    ]
+    results = {"machine": measure.describe(options.device), "paths": paths}
+    results["settings"] = {"images": len(images), "batch": options.batch, "pad": PAD, "real": options.npz is not None}
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.data(results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

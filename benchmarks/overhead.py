@@ -1,0 +1,167 @@
+"""Where the time of a trainer's step goes: `python -m benchmarks.overhead --out benchmarks/results/cpu/overhead.json`.
+
+Runs the trainer itself on an epoch of random images, stops it after some steps as a signal would, and takes their time apart:
+the attack, the forward and backward of the objective, the optimiser, and all that is around them, which is batches, seeds,
+learning rate, reading the loss, logs, the progress bar and signals. What comes once an epoch (its order, TensorBoard, a
+checkpoint) is spread over its steps. By the host's clock: on a GPU, work in flight counts where it is waited for.
+"""
+
+import json
+import signal
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks import measure, report
+from benchmarks.attack import CLASSES
+from benchmarks.training import METHODS, free, settings, trainer
+from spat_train.config import Config
+from spat_train.images import Images
+from spat_train.objectives import HEADS
+from spat_train.signals import Stopped, StopWish
+from spat_train.train import gpu_arithmetic
+
+
+class Clock:
+    """Seconds spent in calls, by name. Calls inside of others count in both."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def around(self, name: str, call: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - start
+
+        return timed
+
+    def around_items(self, name: str, iterator: Iterator) -> Iterator:
+        following = self.around(name, lambda: next(iterator, None))
+        while (item := following()) is not None:
+            yield item
+
+
+def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates: int) -> dict:
+    """Train as `config` says into `folder`, stop after `warm_up` + `updates` steps, and take the time of those `updates` apart.
+
+    Returns:
+        dict: `step_seconds`, per step; `parts`, what of that went where; `epoch_parts`, what an epoch takes beside its steps;
+        `epoch_seconds`; `head_seconds`, the loss without the model, forward and backward; `steps_per_epoch`.
+    """
+    wish, clock, device = StopWish(), Clock(), config.device
+    run = trainer(config, images, wish, folder)
+    # "update" is around the optimiser's calls, "between" around the stop's save.
+    run.attack = clock.around("attack", run.attack)
+    run.update = clock.around("update", run.update)
+    run.settle = clock.around("settle", run.settle)
+    run.save = clock.around("save", run.save)
+    run.between_steps = clock.around("between", run.between_steps)
+    for owner, names in ((run.scaler, ("step", "update")), (run.optimizer, ("zero_grad",))):
+        for name in names:
+            setattr(owner, name, clock.around("optimizer", getattr(owner, name)))
+    batches, step, marks = run.loader.epoch, run.step, []
+    run.loader.epoch = lambda *args: clock.around_items("loader", batches(*args))
+
+    def counted_step(*batch) -> None:
+        if len(marks) in (0, warm_up, warm_up + updates):
+            measure.synchronize(device)
+        marks.append((time.perf_counter(), dict(clock.seconds)))
+        if len(marks) > warm_up + updates:
+            wish.number = signal.SIGTERM
+        step(*batch)
+
+    run.step = counted_step
+    start = time.perf_counter()
+    with gpu_arithmetic(config.precision), suppress(Stopped):
+        run.all()
+    if not wish.number:
+        raise ValueError(f"there are no {warm_up + updates + 1} steps in {config.epochs} epochs: give more images")
+    (begin, before), (end, after) = marks[warm_up], marks[warm_up + updates]
+    parts = {name: (after[name] - before.get(name, 0.0)) / updates for name in after if name != "save"}
+    total = (end - begin) / updates
+    parts["forward, backward"] = parts.pop("update") - parts["optimizer"]
+    parts["rest"] = total - sum(parts.values())
+    once = {"start": marks[0][0] - start, "save": clock.seconds["save"]}
+    steps = run.loader.order.steps
+    by_time = once["save"] * steps * total / (60 * config.checkpoint_minutes)
+    return {
+        "step_seconds": total,
+        "parts": parts,
+        "epoch_parts": once,
+        "steps_per_epoch": steps,
+        "epoch_seconds": steps * total + sum(once.values()) + by_time,
+        "head_seconds": head_seconds(config),
+    }
+
+
+def head_seconds(config: Config) -> float:
+    """The loss of `config.method` at logits [B, K] in fp32, forward and backward."""
+    clean, adv = (torch.randn(config.batch_size, CLASSES, device=config.device, requires_grad=True) for _ in range(2))
+    y = torch.randint(CLASSES, (config.batch_size,), device=config.device)
+    head, reads_clean, _ = HEADS[config.method]
+
+    def call() -> None:
+        inputs = (clean, adv) if reads_clean else (adv,)
+        torch.autograd.grad(sum(head(clean, adv, y, beta=config.kl_weight).values()), inputs)
+
+    return measure.seconds_per_call(call, config.device)
+
+
+@dataclass
+class Options:
+    """Run the trainer for some steps of an epoch and take its time apart."""
+
+    model: str = "wrn-16-4"
+    batch: int = 64
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    precisions: list[str] = field(default_factory=lambda: ["fp32"])
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    steps: int = 10
+    """Gradient steps of the attack."""
+    updates: int = 10
+    """Steps of the trainer that are measured."""
+    warm_up: int = 3
+    """Steps before those."""
+    images: int = 50_000
+    """Random images in an epoch."""
+    minutes: float = float("inf")
+    """Begin no further run after so long."""
+    out: Path | None = None
+    """Write raw results here, after every run."""
+
+
+def main(options: Options) -> None:
+    start = time.monotonic()
+    results = {"machine": measure.describe(options.device), "loops": []}
+    results["settings"] = {key: getattr(options, key) for key in ("model", "batch", "steps", "updates", "images")}
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (options.images, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    images = Images(pixels, torch.randint(CLASSES, (options.images,), generator=generator))
+    for precision, method in product(options.precisions, options.methods):
+        if time.monotonic() - start > 60 * options.minutes:
+            results["unfinished"] = True
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            logs = {"tensorboard": True, "log_every": options.updates}
+            config = settings(options.model, options.batch, method, precision, options.device, options.steps, **logs)
+            measured = run_for(config, images, Path(folder), options.warm_up, options.updates)
+        results["loops"].append({"method": method, "precision": precision} | measured)
+        free(options.device)
+        if options.out:
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.overhead(results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,352 @@
+"""One training step by each method, ours against the authors' loops.
+
+    python -m benchmarks.training --model wrn-16-4 --batch 64 --out benchmarks/results/cpu/training.json
+
+Ours is the trainer's own step (`spat_train.train.Run.step`: attack, update, optimiser, and all around them). "authors" is the
+loop that the method was published with, written out here from its formulas: fp32, contiguous, `torch.autograd.grad` in eval
+mode for the attack. TRADES computes the clean probabilities anew in every step of its attack and runs three forwards in train
+mode for the update; MART runs two, Madry one. The same loop under autocast in channels_last, and compiled as well, are rivals.
+All start alike: uniformly in the ball for Madry, at x + 0.001 randn for the others.
+
+Before anything is timed, ours and the authors' loop must find the same examples from the same start on a small model, and have
+the same loss and gradients on the same examples (`verify`). Then each provider makes one update of the same weights on the
+same batch, which must be what the authors' does (`Expected`), or it is recorded and not timed.
+"""
+
+import copy
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from benchmarks import measure, report
+from benchmarks.attack import CLASSES, EPS, STEP, ascend, photographs, uniform
+from benchmarks.measure import DTYPES, numerics
+from spat_train.config import Config, Method
+from spat_train.distributed import World
+from spat_train.images import Dataset, Images
+from spat_train.models import create
+from spat_train.run_folder import RunFolder
+from spat_train.signals import StopWish
+from spat_train.train import Run
+
+METHODS = "madry", "trades", "mart"
+BETA = {"trades": 6.0, "mart": 5.0}
+SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # a small lr: the same batch comes again and again
+
+Update = Callable[[Tensor, Tensor], Tensor]
+
+# --- the authors' loops ---
+
+
+def inner_loss(method: str, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """What the examples maximise."""
+    if method == "trades":
+        return F.kl_div(model(x_adv).log_softmax(1), model(x).softmax(1), reduction="sum")
+    return F.cross_entropy(model(x_adv), y)
+
+
+def outer_loss(method: str, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """What the weights minimise; the formulas of `spat_train.objectives`, with the forwards that the authors' code runs."""
+    if method == "madry":
+        return F.cross_entropy(model(x_adv), y)
+    clean = model(x)
+    if method == "trades":
+        kl = F.kl_div(model(x_adv).log_softmax(1), model(x).softmax(1), reduction="batchmean")
+        return F.cross_entropy(clean, y) + BETA[method] * kl
+    adv = model(x_adv)
+    p, q, label = clean.softmax(1), adv.softmax(1), F.one_hot(y, clean.shape[1]).bool()
+    bce = F.cross_entropy(adv, y) - torch.log(1.0001 - q.masked_fill(label, 0).amax(1) + 1e-12).mean()
+    kl = F.kl_div(torch.log(q + 1e-12), p, reduction="none").sum(1)
+    return bce + BETA[method] * (kl * (1.0000001 - p[label])).mean()
+
+
+class Authors:
+    """The published loop on a copy of `model`: called with a batch, it updates the weights once and returns the loss.
+
+    Args:
+        precision: "fp32" or "tf32": as published. "bf16", "fp16": under autocast, channels_last.
+        compiled: by torch.compile, and with parameters frozen in the attack, since it would differentiate all that ask for it.
+    """
+
+    def __init__(self, model: nn.Module, method: str, steps: int, precision: str = "fp32", compiled: bool = False):
+        self.tuned = precision in ("bf16", "fp16")
+        layout = torch.channels_last if self.tuned else torch.contiguous_format
+        self.model = copy.deepcopy(model).to(memory_format=layout)
+        self.network = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.method, self.steps, self.dtype, self.layout, self.compiled = method, steps, DTYPES[precision], layout, compiled
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **SGD)
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "fp16")
+
+    def __call__(self, x: Tensor, y: Tensor, start: Tensor | None = None) -> Tensor:
+        x = x.contiguous(memory_format=self.layout)
+        self.model.eval()
+        self.x_adv = self.examples(x, y, start)
+        self.model.train()
+        self.optimizer.zero_grad()
+        with self.autocast():
+            loss = outer_loss(self.method, self.logits, self.x_adv, x, y)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def examples(self, x: Tensor, y: Tensor, start: Tensor | None) -> Tensor:
+        def gradient(x_adv: Tensor) -> Tensor:
+            return torch.autograd.grad(self.scaler.scale(inner_loss(self.method, self.logits, x_adv, x, y)), x_adv)[0]
+
+        if start is None:
+            start = uniform(x) if self.method == "madry" else x + 0.001 * torch.randn_like(x)
+        self.model.requires_grad_(not self.compiled)
+        with self.autocast():  # around all steps: it caches the casts of weights that require a gradient
+            x_adv = ascend(x, start, self.steps, gradient)
+        self.model.requires_grad_(True)
+        return x_adv
+
+    def autocast(self):
+        return torch.autocast(next(self.model.parameters()).device.type, self.dtype, enabled=self.tuned)
+
+    def logits(self, x: Tensor) -> Tensor:
+        z = self.network(x)
+        return z.float() if self.tuned else z
+
+
+# --- ours ---
+
+
+def settings(model: str, batch: int, method: Method, precision: str, device: str, steps: int, **options) -> Config:
+    """The trainer's options that do what `Authors` does."""
+    start = "uniform" if method == "madry" else "normal"
+    chosen = {"holdout": 0, "test": False, "tensorboard": False, "start": start, "step_size": 255 * STEP, "eps": 255 * EPS}
+    return Config(
+        model=model, batch_size=batch, method=method, precision=precision, device=device, steps=steps, beta=BETA.get(method),
+        data="images", **chosen | SGD | options,
+    )  # fmt: skip
+
+
+def trainer(config: Config, images: Images, wish: StopWish, folder: Path | None = None) -> Run:
+    dataset = Dataset("images", images, images, tuple(map(str, range(CLASSES))))
+    run = Run(config, dataset, World(0, 1, torch.device(config.device)), wish, RunFolder(folder))
+    run.model.train()
+    return run
+
+
+class Ours:
+    """The trainer's own step, from the weights of `model`; the interface of `Authors`."""
+
+    def __init__(self, model: nn.Module, config: Config):
+        nothing = Images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))  # batches are given
+        self.run = trainer(config, nothing, StopWish())
+        self.run.model.load_state_dict(model.state_dict())
+        self.model = self.run.model
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        # As the loader hands it over. A step is another one each time, with random numbers of its own.
+        self.run.step(x.contiguous(memory_format=torch.channels_last), y, len(x))
+        self.run.progress.step += 1
+        values, (_, self.x_adv, _), *_ = self.run.pending
+        return values["loss"]
+
+
+# --- providers ---
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`build(model, method)` gives an update that starts from the weights of `model`."""
+
+    name: str
+    precision: str
+    build: Callable[[nn.Module, str], Update]
+    ours: bool = False
+    note: str = ""
+
+
+def providers(options: "Options") -> list[Provider]:
+    cuda = options.device.startswith("cuda")
+    full, half = ["fp32", "tf32"] if cuda else ["fp32"], ["bf16", "fp16"] if cuda else ["bf16"]
+
+    def ours(precision: str):
+        return lambda model, method: Ours(
+            model, settings(options.model, options.batch, method, precision, options.device, options.steps)
+        )
+
+    def authors(precision: str, compiled: bool = False):
+        return lambda model, method: Authors(model, method, options.steps, precision, compiled)
+
+    found = [Provider("spat_train", precision, ours(precision), ours=True) for precision in full + half]
+    found += [Provider("authors", precision, authors(precision), note="as published") for precision in full]
+    found += [Provider("autocast", precision, authors(precision), note="channels_last") for precision in half]
+    found += [Provider("compiled autocast", "bf16", authors("bf16", True), note="channels_last")]
+    return [
+        p for p in found
+        if p.precision in options.precisions and (not options.providers or p.name in options.providers)
+    ]  # fmt: skip
+
+
+# --- agreement ---
+
+
+def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, steps: int = 3) -> dict[str, float]:
+    """Ours and the authors' loop do the same, from the same start.
+
+    Returns:
+        dict: `ours` and `authors`, the shares of pixels where their fp32 examples are not those of the authors' loop in fp64 (a
+        gradient within rounding of 0 turns its pixel's step around); `loss` and `gradients`, the relative differences of the loss
+        and of the weights' gradients in fp64, on the same examples.
+
+    Raises:
+        AssertionError: ours differ on more than twice as many pixels (or 0.1 %), or by more than rounding.
+    """
+    torch.manual_seed(0)
+    x = photographs(count, 32).to(device)
+    y = torch.randint(CLASSES, (count,), device=device)
+    network = create(model, CLASSES).to(device).train()
+    config = settings(model, count, method, "fp32", device, steps, start="normal")  # which can be drawn again
+    ours = Ours(network, config)
+    authors, exact = Authors(network, method, steps), Authors(network.double(), method, steps)
+    generator = torch.Generator(device).manual_seed(ours.run.random_seed())
+    start = x + 0.001 * torch.randn(x.shape, generator=generator, device=device)
+    with numerics("fp32"):
+        ours(x, y)
+        authors(x, y, start)
+    x, start = x.double(), start.double()
+    exact(x, y, start)
+    shares = [((loop.x_adv - exact.x_adv).abs() > 1e-6).float().mean().item() for loop in (ours, authors)]
+    ours.run.objective.model = network
+    losses = ours.run.objective(x, exact.x_adv, y)[0], outer_loss(method, network, exact.x_adv, x, y)
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]) for loss in losses]
+    relative = [((a - b).norm() / b.norm()).item() for a, b in (losses, gradients)]
+    result = dict(zip(("ours", "authors", "loss", "gradients"), shares + relative, strict=True))
+    assert shares[0] <= 2 * shares[1] + 1e-3 and max(relative) < 1e-9, f"{method} differs: {result}"
+    return result
+
+
+def first(update: Update, model: nn.Module, precision: str, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
+    """The loss, and the change of the weights from those of `model`, of one update."""
+    with numerics(precision):
+        loss = float(update(x, y))
+    before, after = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, update.model))
+    return loss, after - before
+
+
+class Expected:
+    """What an update does to the loss and the weights of `model`: the authors' loop in fp32, from two random starts.
+
+    Half precision and other starts may differ by 1 % of the loss, and twice as much in direction as those two (and 0.02).
+    """
+
+    def __init__(self, model: nn.Module, method: str, steps: int, x: Tensor, y: Tensor):
+        (self.loss, self.change), (_, other) = (first(Authors(model, method, steps), model, "fp32", x, y) for _ in range(2))
+        self.cosine = 1 - 2 * (1 - self._cosine(other)) - 0.02
+
+    def verdict(self, loss: float, change: Tensor) -> dict:
+        cosine = self._cosine(change)
+        found = {"loss": loss, "expected_loss": self.loss, "cosine": cosine, "least_cosine": self.cosine}
+        if abs(loss / self.loss - 1) <= 0.01 and cosine >= self.cosine:
+            return found
+        note = f"loss {loss:.4f} for {self.loss:.4f}, cosine of the change {cosine:.3f}, at least {self.cosine:.3f} expected"
+        return found | {"status": "disagrees", "note": note}
+
+    def _cosine(self, change: Tensor) -> float:
+        return F.cosine_similarity(change, self.change, dim=0).item()
+
+
+# --- the race ---
+
+
+@dataclass
+class Options:
+    """Race training steps by each method."""
+
+    model: str = "wrn-16-4"
+    batch: int = 64
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
+    """Of fp32, tf32 (GPU), bf16, fp16 (GPU)."""
+    providers: list[str] = field(default_factory=list)
+    """Names, all by default."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    steps: int = 10
+    """Gradient steps of the attack."""
+    seconds: float = 20.0
+    """Time to measure each provider for."""
+    minutes: float = float("inf")
+    """Begin no further method after so long."""
+    out: Path | None = None
+    """Write raw results here, after every method."""
+
+    def run(self) -> Iterator[dict]:
+        start = time.monotonic()
+        if self.device.startswith("cuda"):
+            torch.backends.cudnn.benchmark = True  # for all alike
+        results = {"machine": measure.describe(self.device), "steps": []}
+        results["settings"] = {"model": self.model, "batch": self.batch, "steps": self.steps}
+        for method in self.methods:
+            if time.monotonic() - start > 60 * self.minutes:
+                results["unfinished"] = True
+                break
+            results["steps"] += [{"method": method} | record for record in self.race(method)]
+            free(self.device)
+            yield results
+
+    def race(self, method: str) -> list[dict]:
+        verify(method, self.device)
+        torch.manual_seed(0)
+        model = create(self.model, CLASSES).to(self.device)
+        x = photographs(self.batch, 32).to(self.device)
+        y = torch.randint(CLASSES, (self.batch,), device=self.device)
+        expected = Expected(model, method, self.steps, x, y)
+        records, calls = [], {}
+        for index, provider in enumerate(providers(self)):
+            record = {"provider": provider.name, "precision": provider.precision, "ours": provider.ours, "note": provider.note}
+            records.append(record)
+            try:
+                update = provider.build(model, method)
+                record |= expected.verdict(*first(update, model, provider.precision, x, y))
+            except Exception as error:  # whatever a rival raises is a result of the benchmark
+                record |= {"status": "failed", "note": measure.one_line(error)}
+            if "status" not in record:
+                calls[index] = in_precision(provider.precision, update, x, y)
+        for _ in range(2 if self.device.startswith("cuda") else 0):  # the second attack of a kind is captured as a graph
+            for call in calls.values():
+                call()
+        times, errors = measure.race(calls, self.device, self.seconds)
+        for index, error in errors.items():
+            records[index] |= {"status": "failed", "note": error}
+        for index, taken in times.items():
+            records[index] |= {"status": "timed", "seconds": taken, "median": statistics.median(taken), "min": min(taken)}
+        return records
+
+    def main(self) -> None:
+        for results in self.run():
+            if self.out:
+                self.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(report.training_table(results))
+
+
+def in_precision(precision: str, update: Update, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    def call():
+        with numerics(precision):
+            return update(x, y)
+
+    return call
+
+
+def free(device: str) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    tyro.cli(Options, description=__doc__).main()
