@@ -225,6 +225,17 @@ def data(results: dict) -> str:
     return "\n".join(lines) + f"\n\n{images}. {where(results['machine'])}."
 
 
+def evidence(results: dict) -> str:
+    """Accuracy of each training on test images."""
+    trainings = results["trainings"]
+    lines = header([results["experiment"]], list(trainings[0]["test"]))
+    for t in trainings:
+        lines.append(row(t["name"], *(f"{value:.1f}" for value in t["test"].values())))
+    c = trainings[0]["config"]
+    how = f"{c['model']}, {c['limit']:,} training images, eps {c['eps'] / 255:.4g}, PGD-{c['steps'] or 10}, {c['epochs']} epochs"
+    return "\n".join(lines) + f"\n\n{how}; accuracy in % on {results['test_images']:,} test images. {where(results)}."
+
+
 # --- pages ---
 
 
@@ -248,6 +259,7 @@ KINDS = {
     "steps": (training, training_table),
     "loops": (overhead, overhead),
     "paths": (data, data),
+    "trainings": (evidence, evidence),
     "benchmarks": (kernels, kernels),
 }
 
