@@ -96,7 +96,7 @@ class Run:
     def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: StopWish, folder: RunFolder):
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         saved = self.find_saved()
-        self.dataset, self.extra = (dataset, None) if dataset else processes.in_turn(self.load)
+        self.dataset, self.extra = processes.in_turn(lambda: self.load(dataset))
         self.make_loader()
         self.make_model()
         self.progress = Progress()
@@ -108,9 +108,9 @@ class Run:
 
     # ---- what a run consists of
 
-    def load(self) -> tuple[Dataset, Images | None]:
+    def load(self, dataset: Dataset | None) -> tuple[Dataset, Images | None]:
         c = self.config
-        data = load(c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed)
+        data = dataset or load(c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed)
         if c.extra is None:
             return data, None
         return data, load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes)
@@ -122,13 +122,8 @@ class Run:
         if count >= len(train):
             raise InputError(f"--holdout {count}: there are {len(train)} training images: hold out fewer")
         rows, self.held_out = hold_out(train.labels, count, config.seed)
-        order = Order(
-            rows,
-            config.batch_size,
-            config.seed,
-            len(self.extra) if self.extra else 0,
-            config.extra_fraction if self.extra else 0.0,
-        )
+        extra, fraction = (len(self.extra), config.extra_fraction) if self.extra else (0, 0.0)
+        order = Order(rows, config.batch_size, config.seed, extra, fraction)
         if order.batch_size < self.world.size:
             raise InputError(
                 f"--batch-size {config.batch_size}: it is over all {self.world.size} processes: give at least so many"
@@ -211,7 +206,7 @@ class Run:
             where = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(sizes)}
             self.log.write("start", **where, **self.environment())
         try:
-            while progress.epoch < config.epochs and not self.exhausted:
+            while not self.finished:
                 self.epoch()
             if self.best_weights is not None:
                 self.evaluated.load_state_dict(self.best_weights)
@@ -222,8 +217,9 @@ class Run:
         return Result(self.evaluated, progress.best, test, self.folder.path)
 
     @property
-    def exhausted(self) -> bool:
-        return self.config.patience is not None and self.progress.stale >= self.config.patience
+    def finished(self) -> bool:
+        patience = self.config.patience
+        return self.progress.epoch >= self.config.epochs or (patience is not None and self.progress.stale >= patience)
 
     @property
     def global_step(self) -> int:
@@ -343,7 +339,8 @@ class Run:
             self.save()
 
     def stop(self, signal: int) -> None:
-        self.save()
+        if not self.finished:  # else all is saved, and the model may have its best weights now
+            self.save()
         raise Stopped(
             signal,
             f"stopped by signal {signal} in epoch {self.progress.epoch + 1}; {self.folder.kept()}, to go on with by --resume",

@@ -66,6 +66,7 @@ def settings(folder=None, **options) -> Config:
     return Config(**chosen | options)
 
 
+ALONE = module.World(0, 1, torch.device("cpu")), module.StopWish(), module.RunFolder(None)
 EVERYTHING = {"method": "mart", "alpha": 0.3, "ema": 0.9, "awp": 0.01, "nesterov": True, "start": "uniform"}
 
 
@@ -92,7 +93,9 @@ def assert_same_run(folder, expected) -> None:
     """Equal in every tensor of the checkpoint: weights, optimiser, averages, generators; and in the log, but for times."""
     ours, theirs = weights(folder), weights(expected)
     for state in (ours, theirs):
-        state.pop("id"), state["config"].pop("out"), state["config"].pop("resume"), state["config"].pop("checkpoint_minutes")
+        state.pop("id")
+        for option in ("out", "resume", "checkpoint_minutes", "test"):
+            state["config"].pop(option)
         state["progress"].pop("log_bytes")
     assert_same(ours, theirs)
     assert_same(weights(folder, "best.pt")["model"], weights(expected, "best.pt")["model"])
@@ -114,7 +117,7 @@ def test_standard_training_is_a_plain_loop():
 
     plain = create("small-cnn", 10, (1, 8, 8)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    run = Run(config, None, module.World(0, 1, torch.device("cpu")), module.StopWish(), module.RunFolder(None))
+    run = Run(config, None, *ALONE)
     for epoch in range(2):
         for step, (x, y) in enumerate(run.loader.epoch(epoch)):
             optimizer.param_groups[0]["lr"] = learning_rate(config, epoch, (step + 1) / 5)
@@ -150,6 +153,8 @@ def test_rst_learns_from_extra_images(tmp_path):
 
     data = load("digits")
     np.savez(tmp_path / "extra.npz", image=data.train.pixels.numpy(), label=data.train.labels.numpy())
+    given = Run(settings(method="rst", extra=tmp_path / "extra.npz"), data, *ALONE)
+    assert given.batch_sizes()[-1] == 32 and len(given.loader.order.epoch(0)[0][1]) == 16
     config = settings(
         method="rst", extra=tmp_path / "extra.npz", limit=64, holdout=0, epochs=60, batch_size=64, pad=0, flip=False, test=True
     )
@@ -175,7 +180,7 @@ def test_awp_updates_with_the_gradient_at_the_moved_weights():
     config = settings(
         method="standard", model="small-cnn", awp=0.1, momentum=0.0, weight_decay=0.0, epochs=1, batch_size=200, holdout=0
     )
-    run = Run(config, None, module.World(0, 1, torch.device("cpu")), module.StopWish(), module.RunFolder(None))
+    run = Run(config, None, *ALONE)
     import copy
 
     theirs = copy.deepcopy(run.model)
@@ -198,7 +203,7 @@ def test_awp_updates_with_the_gradient_at_the_moved_weights():
 
 def test_ema_is_the_average_of_the_weights_and_is_what_is_kept(tmp_path):
     config = settings(tmp_path / "run", ema=0.5, epochs=1)
-    run = Run(config, None, module.World(0, 1, torch.device("cpu")), module.StopWish(), module.RunFolder(None))
+    run = Run(config, None, *ALONE)
     average = None
     for x, y in run.loader.epoch(0):
         run.step(x, y, len(x))
@@ -275,7 +280,7 @@ def test_nothing_is_selected_by_the_test_set(tmp_path):
 
 
 def test_held_out_images_are_not_trained_on():
-    run = Run(settings(), None, module.World(0, 1, torch.device("cpu")), module.StopWish(), module.RunFolder(None))
+    run = Run(settings(), None, *ALONE)
     held = set(run.held_out.tolist())
     used = {int(row) for rows, _ in run.loader.order.epoch(0) for row in rows}
     assert len(held) == 15 and len(used) == 135 and not held & used
@@ -292,7 +297,7 @@ def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch):
 
 
 def test_validation_repeats_and_leaves_training_alone():
-    run = Run(settings(), None, module.World(0, 1, torch.device("cpu")), module.StopWish(), module.RunFolder(None))
+    run = Run(settings(), None, *ALONE)
     run.model.train()
     before = {name: t.clone() for name, t in run.model.state_dict().items()}
     state = torch.get_rng_state()
@@ -421,6 +426,26 @@ def test_a_signal_during_validation(tmp_path, monkeypatch):
     assert weights(tmp_path / "stopped")["progress"]["step"] == 5
     train(stopped)
     assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+
+
+def test_a_signal_during_the_test(tmp_path, monkeypatch):
+    """The model has its best weights by then, which are not the last ones."""
+    train(settings(tmp_path / "expected", epochs=3))
+    stopped = settings(tmp_path / "stopped", epochs=3, test=True, resume=True)
+    interrupted = iter([os.kill])
+
+    def between(run):
+        if run.finished:
+            next(interrupted)(os.getpid(), signal.SIGTERM)
+        return original(run)
+
+    with monkeypatch.context() as patched:
+        original = Run.between_batches
+        patched.setattr(Run, "between_batches", between)
+        with pytest.raises(Stopped, match="last.pt, to go on with by --resume"):
+            train(stopped)
+    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+    assert train(stopped).test is not None
 
 
 def test_a_finished_run_resumes_to_its_result(tmp_path):
