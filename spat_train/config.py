@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -142,7 +142,7 @@ class Config:
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None
-    """Folder of the run: config.json, log.jsonl, last.pt, best.pt, result.json. Default: runs/ and a name of the settings."""
+    """Folder of the run: config.json, log.jsonl, last.pt, result.json and, with validation, best.pt. Default: in runs/."""
     resume: bool = False
     """Go on with the run in --out where there is one; the same command again."""
     checkpoint_minutes: float = 10.0
@@ -151,6 +151,11 @@ class Config:
     """Steps between lines of the log."""
     tensorboard: bool = True
     """Write TensorBoard files too, where it is installed."""
+
+    def __post_init__(self):
+        for name in ("root", "extra", "out"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
 
     # ---- what None stands for
 
@@ -208,6 +213,15 @@ class Config:
         return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
 
 
+def _choices(kind: object) -> tuple:
+    """What a Literal, or an optional one, allows."""
+    parts = [kind] if get_origin(kind) is Literal else [part for part in get_args(kind) if get_origin(part) is Literal]
+    return tuple(choice for part in parts for choice in get_args(part)) + (None,) * (type(None) in get_args(kind) and bool(parts))
+
+
+CHOICES = {name: _choices(kind) for name, kind in get_type_hints(Config).items() if _choices(kind)}
+
+
 def check(c: Config) -> None:
     """Raise InputError for an option that does not fit, or not with the others. One line: option, value, remedy."""
 
@@ -216,6 +230,8 @@ def check(c: Config) -> None:
             value = getattr(c, option)
             raise InputError(f"--{option.replace('_', '-')} {value}: {remedy}")
 
+    for option, choices in CHOICES.items():
+        need(getattr(c, option) in choices, option, f"choose one of {', '.join(map(str, choices))}")
     for option in ("epochs", "batch_size", "val_every", "val_steps", "log_every"):
         need(getattr(c, option) >= 1, option, "give at least 1")
     for option in ("steps", "limit", "patience", "image_size", "eval_batch_size"):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from spat_kernels import cw_linf, fgsm, pgd
 
@@ -43,6 +44,7 @@ def accuracies(
     batch_size: int = BATCH,
     world: World | None = None,
     between: Callable[[], object] = lambda: None,
+    bar: str | None = None,
     **how,
 ) -> dict[str, float]:
     """Accuracy in percent under each attack, the model in eval mode and given back in the mode it came in.
@@ -54,6 +56,7 @@ def accuracies(
         seed: of the random starts, which depend on it and on a batch's place alone.
         world: processes that share the batches; each gets the same result.
         between: called after every batch (to stop by an exception).
+        bar: the name of a progress bar; None shows none.
         how: `precision`, `input_gradient`, `graph` of the attacks.
     """
     rows = torch.arange(len(images)) if rows is None else rows
@@ -61,6 +64,7 @@ def accuracies(
     rank, size = (world.rank, world.size) if world else (0, 1)
     correct = dict.fromkeys(attacks, 0)
     training = model.training
+    progress = tqdm(total=len(rows) * len(attacks) // size, desc=bar, unit="img", leave=False, disable=bar is None)
     model.eval()
     try:
         for number, chunk in _share(rows.split(batch_size), rank, size):
@@ -70,8 +74,10 @@ def accuracies(
                 x_adv = attack(model, x, y, eps, generator=generator, **how)
                 with torch.no_grad():
                     correct[name] += int((model(x_adv).argmax(1) == y).sum())
+                progress.update(len(x))
                 between()
     finally:
+        progress.close()
         model.train(training)
     counts = world.add(*correct.values()) if world else list(correct.values())
     return {name: 100 * count / len(rows) for name, count in zip(attacks, counts, strict=True)}

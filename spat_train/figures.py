@@ -76,6 +76,8 @@ def write_curves(path: Path, runs: Sequence[Path]) -> None:
     """
     if path.suffix.lower() not in (".png", ".pdf"):
         raise InputError(f"--out {path}: give a name that ends in .png or .pdf")
+    if not runs:
+        raise InputError("plot: name at least one folder of a run")
     for run in runs:
         if not (run / "log.jsonl").is_file():
             raise InputError(f"{run}: no log.jsonl there: give the folder of a run")

@@ -1,6 +1,8 @@
 """The folder of a run: last.pt, all that going on takes; previous.pt, the one before; best.pt, weights to use; small files."""
 
+import fcntl
 import io
+import os
 import random
 import uuid
 from pathlib import Path
@@ -19,7 +21,7 @@ class RunFolder:
     """`path` None keeps nothing."""
 
     def __init__(self, path: Path | None):
-        self.path = path
+        self.path, self.lock = path, None
 
     def open(self, resume: bool) -> dict | None:
         """The checkpoint to go on from, or None; the folder is there afterwards.
@@ -42,6 +44,28 @@ class RunFolder:
             raise InputError(f"--out {self.path}: cannot be made ({error.strerror}): choose another folder") from error
         return None
 
+    def claim(self) -> None:
+        """Keep other runs out until `release`, or the end of this process.
+
+        Raises:
+            InputError: another run is at work in the folder.
+        """
+        if self.path is None:
+            return
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise InputError(f"--out {self.path}: another run is at work there: wait for it, or choose another --out") from error
+        except OSError:  # a file system without locks
+            self.release()
+
+    def release(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
     def _read(self, path: Path) -> dict:
         try:
             content = path.read_bytes()
@@ -63,6 +87,9 @@ class RunFolder:
         """Write last.pt, and best.pt as a part of it: whatever happens between the two, going on writes it anew."""
         state = {"format": FORMAT, "id": uuid.uuid4().hex} | state
         files.write_torch(self.path / "last.pt", state, keep=self.path / "previous.pt")
+        self.write_best(state)
+
+    def write_best(self, state: dict) -> None:
         if state["best"] is not None:
             best = {"format": FORMAT, "config": state["config"], "model": state["best"], "ema": None}
             files.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})

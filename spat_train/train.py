@@ -58,7 +58,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """The model has the best weights where there was a validation, else the last ones. `test` is in percent."""
+    """The model, in eval mode, has the best weights where there was a validation, else the last ones. `test` is in percent."""
 
     model: nn.Module
     best: dict | None
@@ -90,6 +90,8 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
                 "more GPUs (torchrun); where that is enough, and on --resume too: --graph never, --stream, or a lower "
                 f"--eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
             ) from error
+        finally:
+            folder.release()
 
 
 class Run:
@@ -181,10 +183,9 @@ class Run:
                 f"--model {self.config.model}: it does not take images {list(shape)} of {self.config.data}: {reason}"
             ) from error
         self.model.train()
-        if tuple(logits.shape) != (2, classes):
-            raise InputError(
-                f"--model {self.config.model}: two images give {list(logits.shape)}: it must return logits [2, {classes}]"
-            )
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, classes):
+            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(f"--model {self.config.model}: two images give {found}: it must return logits [2, {classes}]")
 
     @property
     def evaluated(self) -> nn.Module:
@@ -214,7 +215,7 @@ class Run:
         finally:
             if self.log:
                 self.log.close()
-        return Result(self.evaluated, progress.best, test, self.folder.path)
+        return Result(self.evaluated.eval(), progress.best, test, self.folder.path)
 
     @property
     def finished(self) -> bool:
@@ -358,7 +359,7 @@ class Run:
 
     def validate(self) -> None:
         progress = self.progress
-        percent = self.accuracies(self.dataset.train, validation(self.config.val_steps), self.held_out)
+        percent = self.accuracies("validation", self.dataset.train, validation(self.config.val_steps), self.held_out)
         record = {"epoch": progress.epoch + 1, **percent}
         if progress.best is None or (record["pgd"], record["clean"]) > (progress.best["pgd"], progress.best["clean"]):
             progress.best, progress.stale = record, 0
@@ -370,20 +371,22 @@ class Run:
             self.log.rate()  # the validation's time is not the training's
 
     def test(self) -> dict[str, float]:
-        percent = self.accuracies(self.dataset.test, TEST)
+        percent = self.accuracies("test", self.dataset.test, TEST)
         if self.log:
             self.log.write("test", step=self.global_step, **percent)
             result = {"test": percent, "best": self.progress.best, "config": self.config.to_dict(), **self.environment()}
             self.folder.write("result.json", json.dumps(result, indent=1))
         return percent
 
-    def accuracies(self, images: Images | Folder, attacks: dict[str, Attack], rows: Tensor | None = None) -> dict[str, float]:
+    def accuracies(
+        self, name: str, images: Images | Folder, attacks: dict[str, Attack], rows: Tensor | None = None
+    ) -> dict[str, float]:
         config = self.config
         # Without graphs, which would hold memory beside the training's for a handful of replays.
         return accuracies(
             self.evaluated, images, attacks, config.evaluation_eps / 255, rows=rows, seed=config.seed, world=self.world,
             batch_size=config.evaluation_batch, between=self.between_batches, precision=attack_precision(config),
-            input_gradient=config.input_gradient, graph=False,
+            input_gradient=config.input_gradient, graph=False, bar=name if self.world.main else None,
         )  # fmt: skip
 
     def between_batches(self) -> None:
@@ -422,6 +425,8 @@ class Run:
 
     def find_saved(self) -> dict | None:
         saved = self.folder.open(self.config.resume)
+        if self.world.main:
+            self.folder.claim()
         seen = self.world.gather(saved and saved["id"])
         if len(set(seen)) > 1:
             raise InputError(
@@ -453,6 +458,8 @@ class Run:
             self.ema.module.load_state_dict(saved["ema"])
             self.ema.n_averaged.fill_(saved["averaged"])
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
+        if self.world.main:
+            self.folder.write_best(saved)
         before = len(saved["random"])
         if before != self.world.size and self.world.main:
             print(f"spat-train: saved by {before} processes, now {self.world.size}: equal but for rounding", file=sys.stderr)

@@ -146,6 +146,7 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
 
 
 def test_plot_refuses(monkeypatch, capsys, tmp_path):
+    assert "name at least one folder" in error(monkeypatch, capsys, "plot")
     assert "no log.jsonl there" in error(monkeypatch, capsys, "plot", tmp_path)
     assert "ends in .png or .pdf" in error(monkeypatch, capsys, "plot", tmp_path, "--out", "curves.gif")
     (tmp_path / "log.jsonl").touch()

@@ -44,6 +44,15 @@ def for_three_classes(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
 
+class GivingADict(nn.Linear):
+    def forward(self, x):
+        return {"logits": super().forward(x.flatten(1))}
+
+
+def giving_a_dict(num_classes: int) -> nn.Module:
+    return GivingADict(64, num_classes)
+
+
 def without_parameters(num_classes: int) -> nn.Module:
     return nn.Flatten()
 
@@ -456,6 +465,20 @@ def test_a_finished_run_resumes_to_its_result(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test"] == first.test
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    config = settings(tmp_path / "run", epochs=1)
+    other = module.RunFolder(tmp_path / "run")
+    other.open(resume=False)
+    other.claim()
+    with pytest.raises(InputError, match="another run is at work there"):
+        train(config)
+    other.release()
+    train(config)
+    (tmp_path / "run" / "best.pt").unlink()
+    assert not train(replace(config, resume=True)).model.training
+    assert (tmp_path / "run" / "best.pt").exists()  # written anew, though the run was over
+
+
 def test_a_run_is_not_overwritten(tmp_path):
     config = settings(tmp_path / "run", epochs=1)
     train(config)
@@ -627,6 +650,10 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, where, error):
         ({"model": "tests.test_train:for_colour"}, r"does not take images \[1, 8, 8\] of digits"),
         ({"model": "tests.test_train:for_three_classes"}, r"two images give \[2, 3\]: it must return logits \[2, 10\]"),
         ({"model": "tests.test_train:without_parameters"}, "it has no parameter to train"),
+        ({"model": "tests.test_train:giving_a_dict"}, r"two images give dict: it must return logits \[2, 10\]"),
+        ({"method": "xyz"}, "--method xyz: choose one of standard, madry"),
+        ({"schedule": "cosin"}, "--schedule cosin: choose one of constant, piecewise"),
+        ({"inner": "xyz"}, "--inner xyz: choose one of lsce, ce, kl, None"),
         ({"milestones": (90, 75)}, "--milestones"),
         ({"patience": 3, "holdout": 0}, "--patience 3: it needs held-out images"),
         ({"epochs": 0}, "--epochs 0: give at least 1"),
