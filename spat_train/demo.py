@@ -13,7 +13,7 @@ from .figures import large_eps, write_figure
 from .images import Dataset, InputError
 from .train import train
 
-DIGITS, GREY, COLOUR = (51.0, 20), (76.5, 15), (8.0, 15)  # eps in 1/255, epochs
+DIGITS, GREY, COLOUR = (51.0, 14), (76.5, 15), (8.0, 15)  # eps in 1/255, epochs
 
 # No validation: the demo selects nothing, and trains on every image.
 SETTINGS = Config(
@@ -39,7 +39,7 @@ def demo(
         data: as in `spat-train train`: digits, mnist, cifar10, ..., or an .npz file of x_train, y_train, x_test, y_test: images
             uint8 [N, H, W] or [N, H, W, 3], labels int64 [N]; and, optionally, the names of the classes.
         limit: number of training images, and the most test images, drawn at random. Default: all.
-        epochs: passes over the training images of each training. Default: 20 for the digits, else 15.
+        epochs: passes over the training images of each training. Default: 14 for the digits, else 15.
         eps: radius of the L-infinity ball, in 1/255. Default: 51 (0.2) for the digits, 76.5 (0.3) grey, 8 colour.
         alpha: label smoothing of the SPAT examples, in [0, 1].
         seed: source of all randomness.
