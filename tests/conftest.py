@@ -6,6 +6,7 @@ Where there is no GPU, Triton interprets its kernels (TRITON_INTERPRET must be s
 import os
 from importlib import import_module
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -118,3 +119,38 @@ def sentinels(shape, dtype, device, offset: int = 0, channels_last: bool = False
         return bool((buffer[: rim + offset] == 7).all() and (buffer[rim + offset + numel :] == 7).all())
 
     return t, intact
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models gain nothing from more, and forked processes must not inherit a pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def big_npz(tmp_path):
+    """200 MB of uncompressed images."""
+    pixels = np.zeros((65_000, 32, 32, 3), np.uint8)
+    pixels[777] = 7
+    labels = np.arange(65_000) % 10
+    path = tmp_path / "big.npz"
+    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels[:10], y_test=labels[:10])
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """train/ and val/ with classes cat and dog, 3 and 2 pictures of each, of different sizes and kinds."""
+    pytest.importorskip("torchvision", exc_type=Exception)
+    image = pytest.importorskip("PIL.Image")
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                array = np.random.default_rng(i).integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+                picture = image.fromarray(array) if i else image.fromarray(array[..., 0])
+                picture.save(tmp_path / split / name / f"{i}.png")
+    return tmp_path

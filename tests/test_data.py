@@ -39,17 +39,6 @@ def resident_bytes() -> int:
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status.read())[1])
 
 
-@pytest.fixture
-def big_npz(tmp_path):
-    """200 MB of uncompressed images."""
-    pixels = np.zeros((65_000, 32, 32, 3), np.uint8)
-    pixels[777] = 7
-    labels = np.arange(65_000) % 10
-    path = tmp_path / "big.npz"
-    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels[:10], y_test=labels[:10])
-    return path
-
-
 # --- .npz files ---
 
 
@@ -267,21 +256,6 @@ def test_torchvision_that_does_not_import(tmp_path, monkeypatch):
 
 
 # --- folders of pictures ---
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """train/ and val/ with classes cat and dog, 3 and 2 pictures of each, of different sizes and kinds."""
-    pytest.importorskip("torchvision", exc_type=Exception)
-    image = pytest.importorskip("PIL.Image")
-    for split, count in (("train", 3), ("val", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(count):
-                array = RNG.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
-                picture = image.fromarray(array) if i else image.fromarray(array[..., 0])
-                picture.save(tmp_path / split / name / f"{i}.png")
-    return tmp_path
 
 
 def test_folder(pictures):

@@ -23,10 +23,12 @@ from spat_train.data import load
 from spat_train.distributed import world
 from spat_train.evaluate import TEST, accuracies
 from spat_train.images import InputError
+from spat_train.signals import Stopped
 from spat_train.train import Run, train
-from tests.test_train import assert_same, assert_same_run, interrupt, network, one_thread, settings, weights  # noqa: F401
+from tests.test_train import assert_same, assert_same_run, interrupt, network, settings, weights
 
 TIMEOUT = 120
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -116,8 +118,8 @@ def stop_after(config, steps) -> None:
             interrupt(patched, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
         try:
             train(config)
-        except BaseException as error:  # noqa: BLE001
-            sys.exit(getattr(error, "exit_code", 1))
+        except Stopped as stopped:
+            sys.exit(stopped.exit_code)
 
 
 def test_stopped_and_resumed_bit_by_bit(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from spat_train import extra as extra_module
 from spat_train.extra import EXPECTED, load_extra
 from spat_train.images import InputError
-from tests.test_data import big_npz, resident_bytes  # noqa: F401
+from tests.test_data import resident_bytes
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 8, 9, 3), dtype=np.uint8)
 LABELS = np.arange(30) % 10
@@ -222,14 +222,14 @@ def test_copy_that_cannot_be_written(tmp_path, monkeypatch):
             read(path)
 
 
-def test_mapped_images_take_no_memory(big_npz):  # noqa: F811
+def test_mapped_images_take_no_memory(big_npz):
     memory = resident_bytes()
     images = read(big_npz, image_shape=(3, 32, 32))
     assert (images.batch(torch.tensor([777])) == 7).all()
     assert resident_bytes() - memory < 40e6
 
 
-def test_unpacked_images_take_no_memory(tmp_path, big_npz):  # noqa: F811
+def test_unpacked_images_take_no_memory(tmp_path, big_npz):
     path = tmp_path / "compressed.npz"
     with np.load(big_npz) as source:
         np.savez_compressed(path, image=source["x_train"], label=source["y_train"])

@@ -9,7 +9,7 @@ import torch
 from spat_train.data import load, load_npz
 from spat_train.images import Images, InputError, floats
 from spat_train.loader import Loader, Order
-from tests.test_data import big_npz, pictures, random_images, resident_bytes  # noqa: F401
+from tests.test_data import random_images, resident_bytes
 
 ROWS = torch.arange(0, 50, 2)  # of 50 images
 
@@ -166,7 +166,7 @@ def test_streaming_takes_nothing_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_pictures_in_files(pictures, device):  # noqa: F811
+def test_pictures_in_files(pictures, device):
     train = load(str(pictures), image_size=16).train
     order = Order(torch.arange(6), 4, seed=0)
     in_memory = Images(train.batch(torch.arange(6)), train.labels)
@@ -179,7 +179,7 @@ def test_pictures_in_files(pictures, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_picture_is_named_in_one_line(pictures, workers):  # noqa: F811
+def test_broken_picture_is_named_in_one_line(pictures, workers):
     train = load(str(pictures), image_size=16).train
     (pictures / "train" / "cat" / "1.png").write_bytes(b"no picture")
     loader = Loader(train, Order(torch.arange(6), 4, seed=0), workers=workers)
@@ -202,7 +202,7 @@ def test_abandoned_epochs_leave_no_workers():
     assert torch.equal(next(loader.epoch(0))[0], x)
 
 
-def test_mapped_images_are_read_where_they_are(big_npz):  # noqa: F811
+def test_mapped_images_are_read_where_they_are(big_npz):
     images = load_npz(big_npz).train
     for resident in (None, False):
         memory = resident_bytes()

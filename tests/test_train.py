@@ -28,6 +28,8 @@ from spat_train.optim import learning_rate, make_optimizer, perturbed_weights
 from spat_train.signals import Stopped
 from spat_train.train import Run, TrainingError, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def network(num_classes: int) -> nn.Module:
     """With batch norm and dropout: statistics and the global random generator must survive an interruption too."""
@@ -55,14 +57,6 @@ def giving_a_dict(num_classes: int) -> nn.Module:
 
 def without_parameters(num_classes: int) -> nn.Module:
     return nn.Flatten()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def settings(folder=None, **options) -> Config:
