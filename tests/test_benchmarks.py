@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -358,7 +359,8 @@ def test_suite_records_failures_and_timeouts(tmp_path):
 @pytest.mark.slow
 def test_suite_rehearsal(tmp_path):
     suite = [sys.executable, "-m", "benchmarks.gpu_suite", "--rehearse", "--minutes", "20", "--out", str(tmp_path)]
-    subprocess.run(suite, check=True, cwd=measure.ROOT)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
+    subprocess.run(suite, check=True, cwd=measure.ROOT, env=own)
     stages = {stage["stage"]: stage for stage in json.loads((tmp_path / "suite.json").read_text())["stages"]}
     for name, count in (("kernels", 0), ("training", 3), ("questions", 2), ("attack", 0), ("memory", 0)):
         results = json.loads((tmp_path / f"{name}.json").read_text())["results"]

@@ -705,7 +705,9 @@ def test_attacks_seen_once_are_forgotten(graphs):
     assert len(graphs._entries()) <= 128
 
 
-@pytest.mark.parametrize("attack", [{}, {"loss": "kl"}, {"restarts": 2}, {"loss": square}], ids=str)
+@pytest.mark.parametrize(
+    "attack", [{}, {"loss": "kl"}, {"restarts": 2}, {"loss": square}], ids=["ce", "kl", "restarts", "own loss"]
+)
 def test_models_are_not_kept_alive(graphs, attack):
     models = [cnn() for _ in range(3)]
     for model in models:

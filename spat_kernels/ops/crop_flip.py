@@ -92,7 +92,8 @@ def crop_flip_kernel(
     i_image = tl.load(rows_ptr + i_sample)
     known = (i_image >= 0) & (i_image < count)
     m = o < H * W * C
-    m_inside = m & known & (i_y >= 0) & (i_y < H) & (i_x >= 0) & (i_x < W)
+    # not `m & known`: Triton 3.9's interpreter makes an integer of a scalar condition that it broadcasts
+    m_inside = (o < tl.where(known, H * W * C, 0)) & (i_y >= 0) & (i_y < H) & (i_x >= 0) & (i_x < W)
     b_u = tl.load(images_ptr + i_image * (H * W * C) + ((i_y * W + i_x) * C + i_c), mask=m_inside, other=0).to(ACC)
     # u / 255 without a division (csrc/math.h)
     if b_u.dtype == tl.float64:
