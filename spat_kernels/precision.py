@@ -36,31 +36,42 @@ def arithmetic(precision: str | None, device_type: str, *, autocast: bool = True
 
 
 _lock = threading.Lock()
-_saved: list[tuple] = []  # (switch, value before) of each switch that is changed now
-_inside = 0  # contexts that are open, in all threads: the switches are the process's
+_open: dict[object, str] = {}  # contexts in all threads, as opened, with what each wants: the switches are the process's
+_before: list[tuple] = []  # (switch, its value, what sets it back) from before the first of them
 
 
 @contextmanager
 def tf32_switches(precision: str | None, device_type: str):
-    """Within, on CUDA: TF32 everywhere for "tf32", nowhere for "fp32"; other precisions leave the switches alone."""
-    global _inside
+    """Within, on CUDA: TF32 everywhere for "tf32", nowhere for "fp32"; other precisions leave the switches alone.
+
+    Contexts nest: what the outer one wants is set again after the inner one.
+    """
     if precision not in ("fp32", "tf32") or device_type != "cuda":
         yield
         return
-    wanted = "tf32" if precision == "tf32" else "ieee"
+    key = object()
     with _lock:
-        _inside += 1
-        for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-            before = switch.fp32_precision
-            if before != wanted:
-                inherited = before in (torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision)
-                _saved.append((switch, "none" if inherited else before))
-                switch.fp32_precision = wanted
+        if not _open:
+            _before[:] = [_as_it_is(s) for s in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)]
+        _open[key] = "tf32" if precision == "tf32" else "ieee"
+        _set_switches()
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            while not _inside and _saved:
-                switch, before = _saved.pop()
-                switch.fp32_precision = before
+            del _open[key]
+            _set_switches()
+
+
+def _as_it_is(switch) -> tuple:
+    value = switch.fp32_precision
+    inherited = value in (torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision)
+    return switch, value, "none" if inherited else value
+
+
+def _set_switches() -> None:
+    """To what the context opened last wants, or back."""
+    for switch, value, back in _before:
+        wanted = next(reversed(_open.values())) if _open else value
+        if switch.fp32_precision != wanted:
+            switch.fp32_precision = wanted if _open else back

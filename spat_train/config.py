@@ -13,7 +13,8 @@ from .images import InputError
 
 Method = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]
 # What may differ when a run goes on: where things are and how they are shown, but nothing that changes the weights.
-# (At most by rounding: where a batch is read or a graph replayed.)
+# (At most by rounding, where a batch is read or a graph replayed; and by validation's random starts, which --eval-batch-size
+# deals out: an out-of-memory error asks for a smaller one.)
 FREE_ON_RESUME = (
     "out", "resume", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
     "checkpoint_minutes", "log_every", "tensorboard", "test",

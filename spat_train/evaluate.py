@@ -1,12 +1,13 @@
 """Accuracy, clean and under attack."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spat_kernels import cw_linf, fgsm, pgd
+from spat_kernels.precision import tf32_switches
 
 from .distributed import World
 from .images import Folder, Images, floats
@@ -45,6 +46,7 @@ def accuracies(
     world: World | None = None,
     between: Callable[[], object] = lambda: None,
     bar: str | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
     **how,
 ) -> dict[str, float]:
     """Accuracy in percent under each attack, the model in eval mode and given back in the mode it came in.
@@ -53,10 +55,11 @@ def accuracies(
         model: images [B, C, H, W] in [0, 1] -> logits [B, K].
         eps: radius for images in [0, 1].
         rows: int64 [N], which images; None is all.
-        seed: of the random starts, which depend on it and on a batch's place alone.
+        seed: of the random starts, which depend on it, on `batch_size` and on a batch's place alone.
         world: processes that share the batches; each gets the same result.
-        between: called after every batch (to stop by an exception).
+        between: called after every attack on a batch, equally often in every process (to stop by an exception).
         bar: the name of a progress bar; None shows none.
+        memory_format: of the images.
         how: `precision`, `input_gradient`, `graph` of the attacks.
     """
     rows = torch.arange(len(images)) if rows is None else rows
@@ -65,26 +68,24 @@ def accuracies(
     correct = dict.fromkeys(attacks, 0)
     training = model.training
     progress = tqdm(total=len(rows) * len(attacks) // size, desc=bar, unit="img", leave=False, disable=bar is None)
+    batches = rows.split(batch_size)
     model.eval()
     try:
-        for number, chunk in _share(rows.split(batch_size), rank, size):
-            x, y = floats(images, chunk, device)
+        for number in range(rank, rank + len(batches), size):  # as many rounds for every process: the last may be without a batch
+            x, y = floats(images, batches[number] if number < len(batches) else rows[:0], device, memory_format)
             for name, attack in attacks.items():
-                generator = torch.Generator().manual_seed(seed + number)
-                x_adv = attack(model, x, y, eps, generator=generator, **how)
-                with torch.no_grad():
-                    correct[name] += int((model(x_adv).argmax(1) == y).sum())
-                progress.update(len(x))
+                if len(x):
+                    generator = torch.Generator().manual_seed(seed + number)
+                    x_adv = attack(model, x, y, eps, generator=generator, **how)
+                    with torch.no_grad(), tf32_switches("fp32", device.type):
+                        correct[name] += int((model(x_adv).argmax(1) == y).sum())
+                    progress.update(len(x))
                 between()
     finally:
         progress.close()
         model.train(training)
     counts = world.add(*correct.values()) if world else list(correct.values())
     return {name: 100 * count / len(rows) for name, count in zip(attacks, counts, strict=True)}
-
-
-def _share(batches: Iterable[Tensor], rank: int, size: int) -> list[tuple[int, Tensor]]:
-    return list(enumerate(batches))[rank::size]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

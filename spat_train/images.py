@@ -145,8 +145,10 @@ def fingerprint(images: Images | Folder) -> str:
     return digest.hexdigest()[:16]
 
 
-def floats(images: Images | Folder, rows: Tensor, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """The images `rows` as they are: fp32 [B, C, H, W] in [0, 1], channels last in memory, and labels int64 [B], on `device`."""
-    x = images.batch(rows).to(device).permute(0, 3, 1, 2).float()
+def floats(
+    images: Images | Folder, rows: Tensor, device: str | torch.device, memory_format: torch.memory_format = torch.channels_last
+) -> tuple[Tensor, Tensor]:
+    """The images `rows` as they are: fp32 [B, C, H, W] in [0, 1], in `memory_format`, and labels int64 [B], on `device`."""
+    x = images.batch(rows).to(device).permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format)
     # By a tensor, as crop_flip divides: GPUs multiply by the reciprocal of a Python number, which rounds otherwise.
     return x.div_(x.new_full((1,), 255)), images.labels[rows].to(device)

@@ -50,7 +50,7 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch: what the training set alone would fill, as RST counts (196 of 256 for 50,000 images)."""
+        """Batches in an epoch: what the training set alone would fill, as RST counts (196 of 256 for all 50,000 images)."""
         return math.ceil(len(self.rows) / self.batch_size)
 
     def epoch(self, number: int) -> list[Parts]:
@@ -74,7 +74,7 @@ class Order:
 
 
 class Loader:
-    """Batches of `order`: x fp32 [B, C, H, W] in [0, 1], channels last in memory, y int64 [B], on `device`.
+    """Batches of `order`: x fp32 [B, C, H, W] in [0, 1], in `memory_format`, y int64 [B], on `device`.
 
     Args:
         train: the training set.
@@ -102,13 +102,14 @@ class Loader:
         world: int = 1,
         workers: int = 2,
         resident: bool | None = None,
+        memory_format: torch.memory_format = torch.channels_last,
     ):
         if order.extra != (0 if extra is None else len(extra)):
             raise ValueError(f"the order counts {order.extra} extra images, {0 if extra is None else len(extra)} are given")
         if extra is not None and extra.image_shape != train.image_shape:
             raise ValueError(f"extra images are {extra.image_shape}, those of the training set {train.image_shape}")
         self.order, self.device, self.pad, self.flip = order, torch.device(device), pad, flip
-        self.rank, self.world, self.workers = rank, world, workers
+        self.rank, self.world, self.workers, self.memory_format = rank, world, workers, memory_format
         self.sources = [train] if extra is None else [train, extra]
         self.first_ids = [0, len(train)]  # extra images are counted on from the training set
         self.resident = [_placed(source, self.device, resident) for source in self.sources]
@@ -160,7 +161,7 @@ class Loader:
             if isinstance(arrived, InputError):
                 raise arrived
             start, count = end, sum(map(len, step))
-            x = torch.empty((count, *self.sources[0].image_shape), device=self.device, memory_format=torch.channels_last)
+            x = torch.empty((count, *self.sources[0].image_shape), device=self.device, memory_format=self.memory_format)
             for pixels, read, part in zip(self.resident, arrived, step, strict=False):
                 begin, end = end, end + len(part)
                 rows, ids, _ = table[:, begin:end]

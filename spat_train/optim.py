@@ -16,10 +16,13 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if not config.decay_norm:
         groups[0]["params"] = [p for p in parameters if p.ndim > 1]
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
-    fused = all(p.is_cuda for p in parameters)
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=fused)
-    return torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=True)
+    sgd = torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.momentum:  # a first step that GradScaler skips would leave what torch 2.11 allocates, uninitialised
+        for p in parameters:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
 def learning_rate(config: Config, epoch: int, part: float) -> float:

@@ -12,7 +12,8 @@ _TABLE_61 = Config(data="cifar10", model="wrn-34-10", weight_decay=7e-4, epochs=
 # "As each method's own code": TRADES' ends one epoch after its drop.
 _TRADES_62 = replace(_TABLE_61, data="cifar100", weight_decay=2e-4, epochs=76, milestones=(75,))
 _MART_62 = replace(_TABLE_61, data="cifar100")
-# RST's code: an epoch is 196 batches of 128 labelled and 128 pseudo-labelled images; eps 0.031 and steps of 0.007. Needs --extra.
+# RST's code: 196 batches an epoch (192 without the held-out images) of 128 labelled and 128 pseudo-labelled images; eps 0.031 and
+# steps of 0.007. Needs --extra.
 _TABLE_63 = Config(
     data="cifar10", model="wrn-28-10", batch_size=256, epochs=200, schedule="cosine", nesterov=True, weight_decay=5e-4,
     eps=0.031 * 255, step_size=0.007 * 255,

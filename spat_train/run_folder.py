@@ -5,6 +5,7 @@ import io
 import os
 import random
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,20 @@ from .images import InputError
 FORMAT = "spat_train 1"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
 
+_locks: set[int] = set()  # descriptors that processes forked from here close: a reader that outlives its run holds no lock
+os.register_at_fork(after_in_child=lambda: [os.close(_locks.pop()) for _ in range(len(_locks))])
+
 
 class RunFolder:
     """`path` None keeps nothing."""
 
     def __init__(self, path: Path | None):
         self.path, self.lock = path, None
+        self.made = False  # by this run
+        self.best = None  # the validation whose weights are in best.pt
 
     def open(self, resume: bool) -> dict | None:
-        """The checkpoint to go on from, or None; the folder is there afterwards.
+        """The checkpoint to go on from, or None.
 
         Raises:
             InputError: it holds a run and `resume` does not ask for it, or a checkpoint cannot be read.
@@ -36,23 +42,23 @@ class RunFolder:
             raise InputError(f"--out {self.path}: it holds a run: add --resume to go on with it, or choose another --out")
         if there and there[0] not in MADE_BY_A_RUN[:2]:
             raise InputError(f"--out {self.path}: it holds {there[0]} but no last.pt to go on from: choose another --out")
-        if there:
-            return self._read(self.path / there[0])
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {self.path}: cannot be made ({error.strerror}): choose another folder") from error
-        return None
+        return self._read(self.path / there[0]) if there else None
 
     def claim(self) -> None:
-        """Keep other runs out until `release`, or the end of this process.
+        """Make the folder, and keep other runs out of it until `release`, or the end of this process.
 
         Raises:
-            InputError: another run is at work in the folder.
+            InputError: it cannot be made, or another run is at work there.
         """
         if self.path is None:
             return
-        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            self.made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"--out {self.path}: cannot be made ({error.strerror}): choose another folder") from error
+        _locks.add(self.lock)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -62,7 +68,12 @@ class RunFolder:
             self.release()
 
     def release(self) -> None:
+        """Let others in; a folder that this run made and was refused before it wrote anything goes."""
+        if self.made:
+            with suppress(OSError):  # rmdir's, of a folder that holds something
+                self.path.rmdir()
         if self.lock is not None:
+            _locks.discard(self.lock)
             os.close(self.lock)
             self.lock = None
 
@@ -90,9 +101,10 @@ class RunFolder:
         self.write_best(state)
 
     def write_best(self, state: dict) -> None:
-        if state["best"] is not None:
+        if state["best"] is not None and self.best != state["progress"]["best"]:
             best = {"format": FORMAT, "config": state["config"], "model": state["best"], "ema": None}
             files.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
+            self.best = state["progress"]["best"]
 
     def write(self, name: str, content: str) -> None:
         if self.path:

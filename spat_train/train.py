@@ -82,7 +82,7 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
     with StopWish().heard() as wish, world(config.device) as processes, gpu_arithmetic(config.precision):
         try:
             return Run(config, dataset, processes, wish, folder).all()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise InputError(
@@ -135,21 +135,19 @@ class Run:
             pad=config.pad if config.pad is not None else side // 8 if colour else 0,
             flip=colour if config.flip is None else config.flip,
             rank=self.world.rank, world=self.world.size, resident=False if config.stream else None,
+            memory_format=self.memory_format,
         )  # fmt: skip
 
     def make_model(self) -> None:
         config, device = self.config, self.world.device
-        torch.manual_seed(config.seed)
-        random.seed(config.seed)
-        np.random.seed(config.seed)  # noqa: NPY002  (for models that use the global one)
+        seed_generators(config.seed)  # alike in all processes, for equal weights
         shape, classes = self.dataset.image_shape, self.dataset.num_classes
         try:
             self.model = create(config.model, classes, shape, activation=config.activation).to(device)
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
+        self.model.to(memory_format=self.memory_format)
         self.try_model(shape, classes)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
         if config.sync_bn:
             if self.world.size == 1:
                 raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")
@@ -160,12 +158,17 @@ class Run:
         self.ema = None
         if config.ema:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            self.ema.n_averaged = self.ema.n_averaged.cpu()  # looked at in every step, which would wait for a GPU
         self.objective = self.world.wrap(Objective(self.model, config))
         if config.compile:
             self.objective = torch.compile(self.objective)
         self.attack = training_attack(config)
         self.generator = torch.Generator(device)
+        if self.world.rank:
+            seed_generators(config.seed + self.world.rank)  # from here on for dropout and its like
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.config.channels_last else torch.contiguous_format
 
     def try_model(self, shape: tuple[int, int, int], classes: int) -> None:
         """Two images through the model, so that one that does not fit them says so before any work."""
@@ -174,7 +177,8 @@ class Run:
         self.model.eval()
         try:
             with torch.no_grad():
-                logits = self.model(torch.zeros(2, *shape, device=self.world.device))
+                x = torch.zeros(2, *shape, device=self.world.device).to(memory_format=self.memory_format)
+                logits = self.model(x)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
@@ -259,8 +263,10 @@ class Run:
             group["lr"] = lr
         # Gradients are averaged over processes, whose parts may differ in size.
         loss, terms = self.update(x, x_adv, y, len(x) * self.world.size / size)
+        values = torch.stack([loss.detach(), *terms.values()]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if self.world.device.type == "cuda" else None
         self.settle()  # the loss of the step before: the device is busy with this one meanwhile
-        self.pending = {"loss": loss.detach(), **terms}, (x, x_adv, y), self.progress.epoch, self.progress.step
+        self.pending = ["loss", *terms], values, arrived, (x, x_adv, y), self.progress.epoch, self.progress.step
 
     def update(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
         config, objective = self.config, self.objective
@@ -302,19 +308,21 @@ class Run:
         """Read the loss of the last step, and stop where it is not finite."""
         if self.pending is None:
             return
-        values, batch, epoch, step = self.pending
+        names, values, arrived, batch, epoch, step = self.pending
         self.pending = None
-        numbers = torch.stack(list(values.values())).tolist()
-        if not all(np.isfinite(numbers)):
-            self.stop_at(dict(zip(values, numbers, strict=True)), batch, epoch, step)
+        if arrived:
+            arrived.synchronize()
+        losses = dict(zip(names, values.tolist(), strict=True))
+        if not values.isfinite().all():
+            self.stop_at(losses, batch, epoch, step)
         sums = self.progress.sums
-        for name, number in zip(values, numbers, strict=True):
+        for name, number in losses.items():
             sums[name] = sums.get(name, 0.0) + number
         self.progress.count += 1
         if self.log:
             lr = self.optimizer.param_groups[0]["lr"]
             best = {"best_pgd": self.progress.best["pgd"]} if self.progress.best else {}
-            self.log.show(**dict(zip(values, numbers, strict=True)), lr=lr, **best)
+            self.log.show(**losses, lr=lr, **best)
 
     def stop_at(self, values: dict[str, float], batch: tuple[Tensor, Tensor, Tensor], epoch: int, step: int) -> None:
         where = ""
@@ -349,8 +357,9 @@ class Run:
 
     def write_losses(self) -> None:
         progress = self.progress
+        totals = self.world.add(*progress.sums.values())
         if self.log and progress.count:
-            means = {name: total / progress.count for name, total in progress.sums.items()}
+            means = {name: t / progress.count / self.world.size for name, t in zip(progress.sums, totals, strict=True)}
             lr = self.optimizer.param_groups[0]["lr"]
             self.log.write(
                 "train", epoch=progress.epoch + 1, step=self.global_step, lr=lr, **means, images_per_second=self.log.rate()
@@ -386,13 +395,15 @@ class Run:
         return accuracies(
             self.evaluated, images, attacks, config.evaluation_eps / 255, rows=rows, seed=config.seed, world=self.world,
             batch_size=config.evaluation_batch, between=self.between_batches, precision=attack_precision(config),
-            input_gradient=config.input_gradient, graph=False, bar=name if self.world.main else None,
+            memory_format=self.memory_format, bar=name if self.world.main else None,
+            input_gradient=config.input_gradient, graph=False,
         )  # fmt: skip
 
     def between_batches(self) -> None:
-        """Of an evaluation, where several processes may be at different batches, and only one alone can stop."""
-        if self.wish.number and self.world.size == 1:
-            self.stop(self.wish.number)
+        """Of an evaluation: stop where a signal asks for it."""
+        (signal,) = self.world.agree(self.wish.number)
+        if signal:
+            self.stop(int(signal))
 
     # ---- checkpoints
 
@@ -401,7 +412,7 @@ class Run:
         if not self.folder.path:
             return
         self.settle()
-        generators = self.world.gather(random_state())
+        own = self.world.gather({"random": random_state(), "sums": self.progress.sums})
         if not self.world.main:
             return
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
@@ -417,16 +428,16 @@ class Run:
             "averaged": int(self.ema.n_averaged) if self.ema else 0,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": generators,
+            "processes": own,
             "progress": asdict(self.progress),
             "best": self.best_weights,
         }
         self.folder.save(state)
 
     def find_saved(self) -> dict | None:
-        saved = self.folder.open(self.config.resume)
         if self.world.main:
-            self.folder.claim()
+            self.folder.claim()  # before reading: another run may be at its last save
+        saved = self.folder.open(self.config.resume)
         seen = self.world.gather(saved and saved["id"])
         if len(set(seen)) > 1:
             raise InputError(
@@ -460,10 +471,12 @@ class Run:
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
         if self.world.main:
             self.folder.write_best(saved)
-        before = len(saved["random"])
+        before = len(saved["processes"])
         if before != self.world.size and self.world.main:
             print(f"spat-train: saved by {before} processes, now {self.world.size}: equal but for rounding", file=sys.stderr)
-        set_random_state(saved["random"][self.world.rank % before])
+        own = saved["processes"][self.world.rank % before]
+        set_random_state(own["random"])
+        self.progress.sums = own["sums"]
 
     def environment(self) -> dict:
         device = self.world.device
@@ -490,5 +503,13 @@ def gpu_arithmetic(precision: str):
         torch.backends.cudnn.benchmark = benchmark
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def seed_generators(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (for models that use the global one)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of torch's allocators, of the driver, and of the libraries that report it as a status."""
+    texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)

@@ -58,6 +58,7 @@ def test_presets_are_the_settings_of_the_sources():
             assert c.milestones == (75, 90) and c.epochs == 90
         if name.startswith("table6.2"):
             assert (c.model, c.data, c.weight_decay) == ("wrn-34-10", "cifar100", 7e-4 if c.method == "mart" else 2e-4)
+            assert (c.epochs, c.milestones) == ((90, (75, 90)) if c.method == "mart" else (76, (75,)))
         if name.startswith("table6.3"):
             assert (c.model, c.batch_size, c.epochs, c.schedule) == ("wrn-28-10", 256, 200, "cosine")
             assert c.nesterov and c.weight_decay == 5e-4 and (eps, step_size) == (pytest.approx(0.031), pytest.approx(0.007))
@@ -67,6 +68,11 @@ def test_presets_are_the_settings_of_the_sources():
             assert c.evaluation_eps == 8 and c.milestones == (75, 90)
         if name.startswith("madry-mnist"):
             assert (c.optimizer, c.lr, eps, step_size, steps) == ("adam", 1e-4, 0.3, pytest.approx(0.01), 40)
+            assert (c.model, c.batch_size, c.epochs * 60_000 // 50 // 1000, c.weight_decay) == ("mnist-cnn", 50, 100, 0)
+        if name.startswith("madry-cifar10"):
+            assert (c.model, c.data, eps, c.weight_decay, c.lr) == ("wrn-34-10", "cifar10", 8 / 255, 2e-4, 0.1)
+            assert (step_size, steps, c.batch_size, c.epochs * 50_000 // 128) == (pytest.approx(2 / 255), 7, 128, 80_078)
+            assert [round(m * 50_000 / 128, -3) for m in c.milestones] == [40_000, 60_000]
     figures = {name: c for name, c in PRESETS.items() if name.startswith("figure")}
     grid = {(c.data, c.eps, c.alpha) for c in figures.values() if c.model == "resnet-50" and c.method == "madry"}
     assert len(figures) == 36

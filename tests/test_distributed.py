@@ -130,7 +130,54 @@ def test_stopped_and_resumed_bit_by_bit(tmp_path):
     assert weights(tmp_path / "stopped")["progress"]["step"] == 3
     assert in_two(train, stopped) == [0, 0]
     assert_same_run(tmp_path / "stopped", tmp_path / "expected")
-    assert len(weights(tmp_path / "expected")["random"]) == 2
+    own = weights(tmp_path / "expected")["processes"]
+    assert len(own) == 2 and not torch.equal(*(each["random"]["torch"] for each in own))  # dropout differs
+
+
+def validate_interrupted(config) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        between = Run.between_batches
+
+        def interrupted(run):
+            if run.world.rank == 1 and run.progress.epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            between(run)
+
+        patched.setattr(Run, "between_batches", interrupted)
+        try:
+            train(config)
+        except Stopped as stopped:
+            sys.exit(stopped.exit_code)
+
+
+def test_a_signal_during_validation_stops_all_processes(tmp_path):
+    """The first one has two batches of held-out images, the second one has one."""
+    config = settings(tmp_path / "expected", epochs=2, eval_batch_size=6)
+    assert in_two(train, config) == [0, 0]
+    stopped = replace(config, out=tmp_path / "stopped", resume=True)
+    assert in_two(validate_interrupted, stopped) == [143, 143]
+    progress = weights(tmp_path / "stopped")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 5)
+    assert in_two(train, stopped) == [0, 0]
+    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+
+
+def train_with_own_losses(config) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        update = Run.update
+
+        def counted(run, *batch):
+            loss, terms = update(run, *batch)
+            return loss * 0 + 1 + run.world.rank, {"term": loss * 0 + 10 * run.world.rank}
+
+        patched.setattr(Run, "update", counted)
+        train(config)
+
+
+def test_logged_losses_are_means_over_processes(tmp_path):
+    assert in_two(train_with_own_losses, settings(tmp_path / "run", epochs=1)) == [0, 0]
+    for event in logs.read(tmp_path / "run", "train"):
+        assert (event["loss"], event["term"]) == (1.5, 5)
 
 
 def refused(config, path) -> None:

@@ -608,6 +608,18 @@ def test_precision_leaves_the_switches_as_they_were(monkeypatch):
     assert [s.fp32_precision for s in switches] == before
 
 
+@pytest.mark.parametrize(("outer", "inner"), [("fp32", "tf32"), ("tf32", "fp32"), ("tf32", "tf32"), ("bf16", "tf32")])
+def test_what_an_outer_precision_wants_is_set_again(monkeypatch, outer, inner):
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    values = {"fp32": ["ieee"] * 3, "tf32": ["tf32"] * 3, "bf16": [s.fp32_precision for s in switches]}
+    with precision.tf32_switches(outer, "cuda"):
+        for _ in range(2):
+            with precision.tf32_switches(inner, "cuda"):
+                assert [s.fp32_precision for s in switches] == values[inner]
+            assert [s.fp32_precision for s in switches] == values[outer]
+    assert [s.fp32_precision for s in switches] == values["bf16"]
+
+
 def test_wrapped_models_are_looked_into():
     model, x = randomized(create("wrn-10-1")), images()
     hooked = nn.DataParallel(model)

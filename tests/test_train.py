@@ -132,19 +132,11 @@ def test_standard_training_is_a_plain_loop():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["madry", "trades", "mart", "fgsm"])
-def test_every_method_learns(method):
+def test_every_method_learns(method, device):
     config = settings(
-        method=method,
-        model="small-cnn",
-        limit=None,
-        holdout=0,
-        epochs=4,
-        pad=0,
-        flip=False,
-        lr=0.1,
-        schedule="one-cycle",
-        test=True,
-    )
+        method=method, model="small-cnn", limit=None, holdout=0, epochs=4, pad=0, flip=False, lr=0.1, schedule="one-cycle",
+        test=True, device=device,
+    )  # fmt: skip
     test = train(config, save=False).test
     assert test["clean"] > 80 and test["PGD-20"] > 40
     assert list(test) == ["clean", "FGSM", "PGD-20", "C&W-inf-30"]
@@ -215,6 +207,11 @@ def test_ema_is_the_average_of_the_weights_and_is_what_is_kept(tmp_path):
         run.progress.step += 1
     for a, p in zip(average, run.evaluated.parameters(), strict=True):
         torch.testing.assert_close(a, p)
+    train(replace(config, out=tmp_path / "trained"))
+    best = weights(tmp_path / "trained", "best.pt")["model"]
+    for a, (name, _) in zip(average, run.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, best[name])
+    assert not torch.allclose(run.model[5].weight, best["5.weight"])
 
 
 def test_weight_decay_can_spare_batch_norm():
@@ -248,23 +245,95 @@ def test_ragged_last_batch_of_one_image():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains(precision):
+def test_half_precision_trains(precision, device, monkeypatch):
+    seen = []
+
+    def logits(objective, x):
+        z = objective.model(x)
+        seen.append(z.dtype)
+        return z.float()
+
+    monkeypatch.setattr(module.Objective, "logits", logits)
     # The attack in fp32: on CPUs without units for fp16 it takes ten times as long, and tests of its own see to it.
     config = settings(
         method="madry", model="small-cnn", precision=precision, attack_precision="fp32", limit=640, holdout=0, epochs=6, lr=0.1,
-        schedule="one-cycle", pad=0, flip=False, test=True,
+        schedule="one-cycle", pad=0, flip=False, test=True, device=device,
     )  # fmt: skip
     result = train(config, save=False)
     assert result.test["clean"] > 70
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
+    assert set(seen) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_first_step_that_overflows_leaves_no_trace(optimizer, device):
+    """GradScaler skips it, and what the optimiser allocated then must not be read in the next one."""
+
+    def steps(*factors) -> list[torch.Tensor]:
+        p = nn.Parameter(torch.ones(3, 5, device=device))
+        update = make_optimizer(nn.ParameterList([p]), settings(optimizer=optimizer, weight_decay=0.0))
+        scaler = torch.amp.GradScaler(device, init_scale=2.0)
+        for factor in factors:
+            scaler.scale((p * factor).sum()).backward()
+            scaler.step(update)
+            scaler.update()
+            update.zero_grad()
+        return [p.detach()]
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated with NaN
+    try:
+        assert_same(steps(float("inf"), 1.0, 0.5), steps(1.0, 0.5))
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.mark.slow
-def test_compiled_update_is_the_eager_one():
-    config = settings(method="trades", model="small-cnn", epochs=1, holdout=0)
-    eager, compiled = (train(replace(config, compile=c), save=False).model for c in (False, True))
+def test_compiled_update_is_the_eager_one(device):
+    config = settings(method="trades", model="small-cnn", epochs=1, holdout=0, device=device)
+    torch._dynamo.utils.counters.clear()
+    eager = train(config, save=False).model
+    assert not torch._dynamo.utils.counters["frames"]
+    compiled = train(replace(config, compile=True), save=False).model
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_and_model_have_the_memory_format_asked_for(channels_last, monkeypatch):
+    seen = []
+
+    def watched(num_classes: int) -> nn.Module:
+        model = network(num_classes)
+        model[0].register_forward_hook(lambda layer, args, z: seen.append((args[0].is_contiguous(), z.is_contiguous())))
+        return model
+
+    monkeypatch.setitem(globals(), "watched", watched)
+    options = {"model": "tests.test_train:watched", "epochs": 1, "test": True, "channels_last": channels_last}
+    train(settings(**options, input_gradient="autograd"), save=False)
+    assert {z for _, z in seen} == {not channels_last}
+    # one channel is contiguous either way
+    config = settings(model="wrn-10-1", channels_last=channels_last, epochs=1, limit=20)
+    pixels = torch.zeros(20, 8, 8, 3, dtype=torch.uint8)
+    labels = torch.arange(20) % 10
+    images = module.Images(pixels, labels)
+    run = Run(config, Dataset("colours", images, images, tuple("0123456789")), *ALONE)
+    x, _ = next(iter(run.loader.epoch(0)))
+    assert x.is_contiguous() is not channels_last
+
+
+def test_attacks_get_the_options_of_the_engine(monkeypatch):
+    made, asked = [], []
+    monkeypatch.setattr("spat_train.objectives.PGD", lambda *args, **how: made.append(how))
+    monkeypatch.setattr(module, "accuracies", lambda *args, **how: asked.append((args[3], how)) or {"clean": 0.0, "pgd": 0.0})
+    options = {"graph": "never", "input_gradient": "autograd", "attack_precision": "bf16", "eval_eps": 51.0, "bn_mode": "batch"}
+    run = Run(settings(**options, eval_batch_size=7), None, *ALONE)
+    run.validate()
+    (how,) = made
+    assert (how["graph"], how["input_gradient"], how["precision"], how["bn_mode"]) == (False, "autograd", "bf16", "batch")
+    ((eps, how),) = asked
+    assert (eps, how["batch_size"], how["precision"], how["input_gradient"]) == (0.2, 7, "bf16", "autograd")
 
 
 # ---- validation
@@ -375,6 +444,25 @@ def test_signals_save_first(tmp_path, monkeypatch, number, after):
     assert_same_run(tmp_path / "stopped", tmp_path / "expected")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"ema": 0.9, "optimizer": "adam", "lr": 1e-3}])
+def test_a_stopped_run_goes_on_on_the_gpu(tmp_path, monkeypatch, options):
+    """Generators, scaler and fused optimisers too; cuDNN's sums are not repeatable to the last bit."""
+    expected = settings(tmp_path / "expected", method="mart", alpha=0.3, device="cuda", **options)
+    train(expected)
+    stopped = replace(expected, out=tmp_path / "stopped", resume=True)
+    with monkeypatch.context() as patched:
+        interrupt(patched, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            train(stopped)
+    train(stopped)
+    ours, theirs = (weights(tmp_path / name) for name in ("stopped", "expected"))
+    assert_same(ours["progress"]["epoch"], 4)
+    assert_same(ours["processes"][0]["random"], theirs["processes"][0]["random"])
+    for name, t in theirs["model"].items():
+        assert (ours["model"][name] - t).float().norm() <= 0.05 * t.float().norm(), name
+
+
 def test_a_second_sigterm_does_not_stop_the_save(tmp_path, monkeypatch):
     save = Run.save
 
@@ -462,7 +550,6 @@ def test_a_finished_run_resumes_to_its_result(tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     config = settings(tmp_path / "run", epochs=1)
     other = module.RunFolder(tmp_path / "run")
-    other.open(resume=False)
     other.claim()
     with pytest.raises(InputError, match="another run is at work there"):
         train(config)
@@ -471,6 +558,42 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     (tmp_path / "run" / "best.pt").unlink()
     assert not train(replace(config, resume=True)).model.training
     assert (tmp_path / "run" / "best.pt").exists()  # written anew, though the run was over
+
+
+def test_readers_that_outlive_a_run_hold_no_lock(tmp_path):
+    folder, again = module.RunFolder(tmp_path / "run"), module.RunFolder(tmp_path / "run")
+    folder.claim()
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    reader = context.Process(target=lambda: begun.set() or time.sleep(60))
+    reader.start()
+    assert begun.wait(60)
+    with pytest.raises(InputError, match="another run is at work there"):
+        again.claim()
+    os.close(folder.lock)  # as when the run is killed
+    module.RunFolder(tmp_path / "run").claim()
+    assert reader.is_alive()
+    reader.kill()
+    reader.join()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("run", "mine"):
+        with pytest.raises(InputError, match="there is no such file"):
+            train(settings(tmp_path / name, data="nowhere.npz"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_best_weights_are_written_when_they_change(tmp_path, monkeypatch):
+    scores, written = iter([30.0, 50.0, 20.0, 40.0]), []
+    monkeypatch.setattr(module, "accuracies", lambda *args, **kwargs: {"clean": 80.0, "pgd": next(scores)})
+    original = files.write_torch
+    monkeypatch.setattr(
+        files, "write_torch", lambda path, *args, **how: written.append(path.name) or original(path, *args, **how)
+    )
+    train(settings(tmp_path / "run"))
+    assert written == ["last.pt", "best.pt"] * 2 + ["last.pt"] * 2
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -610,8 +733,13 @@ def test_diverging_weights_are_never_saved(tmp_path):
 
 @pytest.mark.parametrize("where", ["update", "make_model", "validate"])
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you ...")]
-)
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you ..."),
+        MemoryError(), RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)  # fmt: skip
 def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, where, error):
     def exhausted(self, *batch):
         raise error
