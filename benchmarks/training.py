@@ -152,8 +152,8 @@ class Ours:
         # As the loader hands it over. A step is another one each time, with random numbers of its own.
         self.run.step(x.contiguous(memory_format=torch.channels_last), y, len(x))
         self.run.progress.step += 1
-        values, (_, self.x_adv, _), *_ = self.run.pending
-        return values["loss"]
+        _, values, _, (_, self.x_adv, _), *_ = self.run.pending
+        return values[0]
 
 
 # --- providers ---

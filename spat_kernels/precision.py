@@ -37,7 +37,7 @@ def arithmetic(precision: str | None, device_type: str, *, autocast: bool = True
 
 _lock = threading.Lock()
 _open: dict[object, str] = {}  # contexts in all threads, as opened, with what each wants: the switches are the process's
-_before: list[tuple] = []  # (switch, its value, what sets it back) from before the first of them
+_back: dict[object, str] = {}  # what sets each switch back that one of them changed
 
 
 @contextmanager
@@ -51,8 +51,6 @@ def tf32_switches(precision: str | None, device_type: str):
         return
     key = object()
     with _lock:
-        if not _open:
-            _before[:] = [_as_it_is(s) for s in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)]
         _open[key] = "tf32" if precision == "tf32" else "ieee"
         _set_switches()
     try:
@@ -63,15 +61,17 @@ def tf32_switches(precision: str | None, device_type: str):
             _set_switches()
 
 
-def _as_it_is(switch) -> tuple:
-    value = switch.fp32_precision
-    inherited = value in (torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision)
-    return switch, value, "none" if inherited else value
-
-
 def _set_switches() -> None:
     """To what the context opened last wants, or back."""
-    for switch, value, back in _before:
-        wanted = next(reversed(_open.values())) if _open else value
-        if switch.fp32_precision != wanted:
-            switch.fp32_precision = wanted if _open else back
+    if not _open:
+        for switch, value in _back.items():
+            switch.fp32_precision = value
+        _back.clear()
+        return
+    wanted = next(reversed(_open.values()))
+    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        value = switch.fp32_precision
+        if value != wanted:
+            inherited = value in (torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision)
+            _back.setdefault(switch, "none" if inherited else value)
+            switch.fp32_precision = wanted

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from spat_kernels.ops._common import is_dense
+
 from .config import Config
 
 
@@ -16,9 +18,10 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if not config.decay_norm:
         groups[0]["params"] = [p for p in parameters if p.ndim > 1]
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    fused = all(p.is_floating_point() and is_dense(p) for p in parameters)  # what the fused kernels take for granted
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=True)
-    sgd = torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=fused)
+    sgd = torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:  # a first step that GradScaler skips would leave what torch 2.11 allocates, uninitialised
         for p in parameters:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -14,7 +14,7 @@ import torch
 from . import files
 from .images import InputError
 
-FORMAT = "spat_train 1"
+FORMAT = "spat_train 2"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
 
 _locks: set[int] = set()  # descriptors that processes forked from here close: a reader that outlives its run holds no lock
@@ -53,25 +53,31 @@ class RunFolder:
         if self.path is None:
             return
         try:
-            self.made = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.path, os.O_RDONLY)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.path.mkdir()
+                self.made = True
+            self.lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be made ({error.strerror}): choose another folder") from error
         _locks.add(self.lock)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.release()
+            self._unlock()
+            self.made = False  # it is the other's
             raise InputError(f"--out {self.path}: another run is at work there: wait for it, or choose another --out") from error
         except OSError:  # a file system without locks
-            self.release()
+            self._unlock()
 
     def release(self) -> None:
         """Let others in; a folder that this run made and was refused before it wrote anything goes."""
         if self.made:
             with suppress(OSError):  # rmdir's, of a folder that holds something
                 self.path.rmdir()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self.lock is not None:
             _locks.discard(self.lock)
             os.close(self.lock)

@@ -146,8 +146,8 @@ class Run:
             self.model = create(config.model, classes, shape, activation=config.activation).to(device)
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
+        self.try_model(shape, classes)  # first: lazy layers have no weights before
         self.model.to(memory_format=self.memory_format)
-        self.try_model(shape, classes)
         if config.sync_bn:
             if self.world.size == 1:
                 raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")
@@ -327,6 +327,7 @@ class Run:
     def stop_at(self, values: dict[str, float], batch: tuple[Tensor, Tensor, Tensor], epoch: int, step: int) -> None:
         where = ""
         if self.folder.path:
+            self.folder.path.mkdir(parents=True, exist_ok=True)  # other machines may have a disk of their own
             path = self.folder.path / f"nonfinite-rank{self.world.rank}.pt"
             x, x_adv, y = (t.cpu() for t in batch)
             write_torch(path, {"x": x, "x_adv": x_adv, "y": y, "epoch": epoch, "step": step, "loss": values})

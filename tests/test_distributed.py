@@ -1,6 +1,5 @@
 """Two processes on the CPU: the gradients and metrics of one, resumed bit by bit, and no hang when one of them dies."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -25,7 +24,7 @@ from spat_train.evaluate import TEST, accuracies
 from spat_train.images import InputError
 from spat_train.signals import Stopped
 from spat_train.train import Run, train
-from tests.test_train import assert_same, assert_same_run, interrupt, network, settings, weights
+from tests.test_train import assert_same, assert_same_run, interrupt, network, on_one_thread, processes, settings, weights
 
 TIMEOUT = 120
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,17 +45,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def as_rank(rank: int, port: str, function, *arguments) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
+    }  # fmt: skip
+    on_one_thread(function, *arguments)
+
+
 def in_two(function, *arguments) -> list[int]:
     """Run function(*arguments) in two processes that see each other, as torchrun would start them. Returns their exit codes."""
-    port, context = free_port(), multiprocessing.get_context("fork")
-
-    def process(rank: int) -> None:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)
-        }  # fmt: skip
-        function(*arguments)
-
-    children = [context.Process(target=process, args=(rank,)) for rank in range(2)]
+    port = str(free_port())
+    children = [processes().Process(target=as_rank, args=(rank, port, function, *arguments)) for rank in range(2)]
     for child in children:
         child.start()
     end = time.monotonic() + TIMEOUT

@@ -1,6 +1,7 @@
 """The trainer: that it trains as written, goes on bit by bit after any interruption, and says clearly what stops it."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -384,9 +385,21 @@ def test_validation_repeats_and_leaves_training_alone():
 # ---- interruptions
 
 
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Forked, quickly, from a process that has imported everything but run nothing: autograd does not survive a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_distributed", "sklearn.datasets"])
+    return context
+
+
+def on_one_thread(function, *arguments) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
 def in_child(config: Config, seconds: float | None) -> int | None:
-    """Train in a forked process, killed by SIGKILL after so many seconds. Returns its exit code."""
-    child = multiprocessing.get_context("fork").Process(target=train, args=(config,))
+    """Train in a process of its own, killed by SIGKILL after so many seconds. Returns its exit code."""
+    child = processes().Process(target=on_one_thread, args=(train, config))
     child.start()
     child.join(seconds)
     if child.exitcode is None:
@@ -487,7 +500,7 @@ def exit_code(config: Config) -> None:
 
 def test_a_signal_to_the_group_does_not_kill_the_readers_before_the_save(tmp_path):
     config = settings(tmp_path / "run", stream=True, workers=2, limit=None, holdout=0, batch_size=16, epochs=1000)
-    child = multiprocessing.get_context("fork").Process(target=exit_code, args=(config,))
+    child = processes().Process(target=exit_code, args=(config,))
     child.start()
     while not logs_of(tmp_path / "run", "train"):
         assert child.is_alive()
@@ -570,11 +583,54 @@ def test_readers_that_outlive_a_run_hold_no_lock(tmp_path):
     assert begun.wait(60)
     with pytest.raises(InputError, match="another run is at work there"):
         again.claim()
-    os.close(folder.lock)  # as when the run is killed
-    module.RunFolder(tmp_path / "run").claim()
+    folder._unlock()  # as when the run is killed
+    again.claim()
     assert reader.is_alive()
     reader.kill()
     reader.join()
+    again.release()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    train(settings(tmp_path / "run", epochs=1))
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_loser_leaves_the_winner_s_folder(tmp_path, monkeypatch):
+    """Of two that start at once, the one that made the folder may be the one that is refused."""
+    winner, loser = module.RunFolder(tmp_path / "run"), module.RunFolder(tmp_path / "run")
+    flock = fcntl.flock
+
+    def late(*how):
+        with monkeypatch.context() as patched:
+            patched.setattr(fcntl, "flock", flock)
+            winner.claim()
+        flock(*how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InputError, match="another run is at work there"):
+        loser.claim()
+    loser.release()
+    assert (tmp_path / "run").is_dir()
+    winner.release()
+
+
+def lazy(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def test_lazy_layers_and_strided_weights():
+    assert train(settings(model="tests.test_train:lazy", epochs=1), save=False).model[0].weight.shape == (4, 1, 3, 3)
+    p, q = nn.Parameter(torch.ones(2, 4)[:, ::2]), nn.Parameter(torch.ones(2, 2))
+    for weight in (p, q):
+        optimizer = make_optimizer(nn.ParameterList([weight]), settings())
+        weight.sum().backward()
+        optimizer.step()
+    assert torch.equal(p, q)
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):
