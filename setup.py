@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -32,13 +33,16 @@ class Build(BuildExtension):
 
     def build_extension(self, ext):
         print(f"spat_kernels: CPU kernels, and {f'CUDA {CUDA} by {NVCC}' if NVCC else 'no CUDA kernels (no nvcc found)'}")
-        for source in sorted(Path("csrc").glob("*.cu")) if NVCC else []:
-            target = Path(self.build_temp, source.name).with_suffix(".cu.o").absolute()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            flags = ["-O3", "-std=c++20", "-fmad=false", "-lineinfo", "--expt-relaxed-constexpr", "--threads=0"]
-            subprocess.check_call([NVCC, *flags, "-Xcompiler=-fPIC", *gencode()[0], "-c", str(source), "-o", str(target)])
-            ext.extra_objects.append(str(target))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:  # as many as torch's build takes
+            ext.extra_objects += pool.map(self.compile_cuda, sorted(Path("csrc").glob("*.cu")) if NVCC else [])
         super().build_extension(ext)
+
+    def compile_cuda(self, source):
+        target = Path(self.build_temp, source.name).with_suffix(".cu.o").absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-std=c++20", "-fmad=false", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+        subprocess.check_call([NVCC, *flags, *gencode()[0], "-c", str(source), "-o", str(target)])
+        return str(target)
 
 
 target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000"]

@@ -17,7 +17,7 @@
 #define SPAT_HD inline __attribute__((always_inline))
 #endif
 #define SPAT_HOST inline __attribute__((always_inline))
-// For lambdas: what is not inlined into a clone of a function (cpu.cpp) keeps the baseline instruction set.
+// For lambdas: what is not inlined into a clone of a function (cpu.h) keeps the baseline instruction set.
 #define SPAT_INLINE __attribute__((always_inline))
 
 namespace spat {

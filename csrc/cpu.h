@@ -1,0 +1,86 @@
+// What the CPU kernels (the .cpp files) share: explicit vectors, for loops that the compiler does not vectorise by itself. Each
+// kernel is compiled once for each level of the x86-64 instruction set (the loader picks, so one wheel serves every machine);
+// threads come from the caller, as [begin, end).
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "math.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SPAT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define SPAT_CLONES
+#endif
+
+namespace spat {
+namespace {
+
+constexpr int kLanes = 16;  // one AVX-512 register of fp32; on smaller machines the compiler splits it
+
+// A vector of kLanes A: arithmetic, comparisons and ?: go lane by lane.
+template <class A>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(kLanes * sizeof(A))));
+};
+template <class A>
+using Lanes = typename LanesOf<A>::type;
+
+// All lanes by `op`, in four halvings.
+template <class A, class Op>
+SPAT_HD A reduce(Lanes<A> v, Op op) {
+  v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return v[0];
+}
+template <class A>
+SPAT_HD A sum(Lanes<A> v) {
+  return reduce<A>(v, [](Lanes<A> a, Lanes<A> b) SPAT_INLINE { return a + b; });
+}
+
+SPAT_HD Lanes<float> exp_nonpositive(Lanes<float> x) { return exp_polynomial<Lanes<float>, Lanes<uint32_t>>(x); }
+SPAT_HD Lanes<double> exp_nonpositive(Lanes<double> x) {
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = exp(x[lane]);
+  return x;
+}
+
+// Elements [first, first + kLanes) of p, `padding` from n on. By memcpy, since vectors filled lane by lane go through scalars.
+template <class T>
+SPAT_HD Lanes<acc_t<T>> load_lanes(const T* p, int64_t n, int64_t first, acc_t<T> padding) {
+  using A = acc_t<T>;
+  A chunk[kLanes];
+  if (std::is_same_v<T, A> && first + kLanes <= n) {
+    memcpy(chunk, p + first, sizeof(chunk));
+  } else if (first + kLanes <= n) {
+    for (int lane = 0; lane < kLanes; ++lane) chunk[lane] = to_acc(p[first + lane]);
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) chunk[lane] = first + lane < n ? to_acc(p[first + lane]) : padding;
+  }
+  Lanes<A> v;
+  memcpy(&v, chunk, sizeof(v));
+  return v;
+}
+
+template <class T>
+SPAT_HD void store_lanes(T* p, int64_t n, int64_t first, Lanes<acc_t<T>> v) {
+  acc_t<T> chunk[kLanes];
+  memcpy(chunk, &v, sizeof(v));
+  if (std::is_same_v<T, acc_t<T>> && first + kLanes <= n) {
+    memcpy(p + first, chunk, sizeof(chunk));
+  } else if (first + kLanes <= n) {
+    for (int lane = 0; lane < kLanes; ++lane) p[first + lane] = from_acc<T>(chunk[lane]);
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane)  // a variable bound would make it a call of memcpy
+      if (first + lane < n) p[first + lane] = from_acc<T>(chunk[lane]);
+  }
+}
+
+SPAT_HD void flag(uint8_t* seen, int64_t sample) {
+  if (seen) __atomic_store_n(seen + sample, uint8_t(1), __ATOMIC_RELAXED);  // other threads may set it too
+}
+
+}  // namespace
+}  // namespace spat
