@@ -51,6 +51,7 @@ class Implementation:
         self.kind, self.device = name.split("-")
         # The interpreter passes scalars as fp32 and truncates to bf16, so those two dtypes are for a GPU to test.
         self.interpreted = self.kind == "triton" and self.device == "cpu"
+        self.offsets = (1,) if self.interpreted else (0, 1)  # elements off alignment, which the interpreter does not know
         self.dtypes = [torch.float32, torch.float16] + ([] if self.interpreted else [torch.bfloat16, torch.float64])
 
     def __call__(self, op: str):

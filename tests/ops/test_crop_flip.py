@@ -34,7 +34,7 @@ def bits_of(t):
 def test_is_bitwise_the_reference(impl, channels):
     rows, ids, seed = vectors(impl.device, ROWS, IDS, SEED)
     sizes = SIZES if impl.interpreted else [*SIZES, (32, 32)]
-    for size, dtype, last, offset, (pad, flip) in itertools.product(sizes, impl.dtypes, (False, True), (0, 1), MOVES):
+    for size, dtype, last, offset, (pad, flip) in itertools.product(sizes, impl.dtypes, (False, True), impl.offsets, MOVES):
         images = pixels(7, *size, channels, device=impl.device)
         out, intact = sentinels((7, channels, *size), dtype, impl.device, offset, channels_last=last)
         expected = torch.empty_like(out)

@@ -24,7 +24,7 @@ CASES = [
 def test_takes_the_better(impl, by_success, sample):
     best_loss, best_success, loss, success, better = (torch.tensor(c, device=impl.device) for c in zip(*CASES, strict=True))
     for dtype in impl.dtypes:
-        for offset in (0, 1):
+        for offset in impl.offsets:
             best, intact = sentinels((len(CASES), *sample), dtype, impl.device, offset)
             best.copy_(torch.rand(best.shape))
             x_adv = torch.rand(best.shape, device=impl.device).to(dtype)

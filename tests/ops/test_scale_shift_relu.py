@@ -112,7 +112,7 @@ def assert_bitwise(op, impl, case, arguments, intact, *relu):
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_forward_is_bitwise_the_reference(impl, channels):
-    for dtype, shape, offset in itertools.product(impl.dtypes, SHAPES, (0, 1)):
+    for dtype, shape, offset in itertools.product(impl.dtypes, SHAPES, impl.offsets):
         for given in ({"scale", "shift", "mask"}, set(FORWARD)):
             arguments, intact = forward_case(shape, channels, dtype, impl.device, given, offset)
             assert_bitwise("scale_shift_relu", impl, (dtype, shape, offset, given), arguments, intact, True)
@@ -120,7 +120,7 @@ def test_forward_is_bitwise_the_reference(impl, channels):
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_gradient_is_bitwise_the_reference(impl, channels):
-    for dtype, shape, offset in itertools.product(impl.dtypes, SHAPES, (0, 1)):
+    for dtype, shape, offset in itertools.product(impl.dtypes, SHAPES, impl.offsets):
         for given in ({"mask", "scale"}, set(BACKWARD)):
             arguments, intact = backward_case(shape, channels, dtype, impl.device, given, offset)
             assert_bitwise("scale_shift_relu_grad", impl, (dtype, shape, offset, given), arguments, intact)

@@ -19,7 +19,8 @@ def outputs(impl):
 
 @pytest.mark.parametrize(("channels", "width"), WIDTHS)
 def test_is_bitwise_the_reference(impl, channels, width):
-    for dtype, shape, offset, given in itertools.product(outputs(impl), SHAPES, (0, 1), itertools.product((0, 1), repeat=2)):
+    scale_shift = list(itertools.product((False, True), repeat=2))
+    for dtype, shape, offset, given in itertools.product(outputs(impl), SHAPES, impl.offsets, scale_shift):
         x, _ = image(shape, channels, torch.float32, impl.device, offset)
         values(x)
         out, intact = image(shape, width, dtype, impl.device, offset)
