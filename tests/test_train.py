@@ -425,6 +425,7 @@ def in_child(config: Config, after: int = 10**6, seconds: float = 0.0) -> int:
     return child.exitcode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [EVERYTHING, {"method": "trades", "optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle"}])
 def test_killed_at_any_moment_the_run_ends_bit_by_bit_alike(tmp_path, options):
     expected = settings(tmp_path / "expected", **options)
