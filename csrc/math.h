@@ -207,7 +207,7 @@ SPAT_HD bool finite(A v) {
 
 // e^x for x <= 0 (in softmax, x = z - max): at most 1 ulp off, denormal results included, and plain arithmetic, so compilers
 // vectorise it. 1 + r + r^2 q(r) with q fitted on |r| <= ln(2)/2.
-template <class F, class U>  // float and uint32_t, or vectors of them (cpu.cpp)
+template <class F, class U>  // float and uint32_t, or vectors of them (cpu.h)
 SPAT_HD F exp_polynomial(F x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const F shifted = x * 1.44269504f + magic;
