@@ -3,7 +3,6 @@
 // threads come from the caller, as [begin, end).
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
 #include "math.h"
@@ -39,12 +38,6 @@ SPAT_HD A reduce(Lanes<A> v, Op op) {
 template <class A>
 SPAT_HD A sum(Lanes<A> v) {
   return reduce<A>(v, [](Lanes<A> a, Lanes<A> b) SPAT_INLINE { return a + b; });
-}
-
-SPAT_HD Lanes<float> exp_nonpositive(Lanes<float> x) { return exp_polynomial<Lanes<float>, Lanes<uint32_t>>(x); }
-SPAT_HD Lanes<double> exp_nonpositive(Lanes<double> x) {
-  for (int lane = 0; lane < kLanes; ++lane) x[lane] = exp(x[lane]);
-  return x;
 }
 
 // Elements [first, first + kLanes) of p, `padding` from n on. By memcpy, since vectors filled lane by lane go through scalars.

@@ -1,5 +1,5 @@
 // Restarts on the CPU: keep per sample the better of two adversarial images.
-#include "cpu.h"
+#include "math.h"
 
 namespace spat {
 namespace {

@@ -26,6 +26,12 @@ SPAT_HD acc_t<T> row_max(const T* row, int64_t classes, int64_t skip) {
   return reduce<acc_t<T>>(largest, [](V a, V b) SPAT_INLINE { return a > b ? a : b; });
 }
 
+SPAT_HD Lanes<float> exp_nonpositive(Lanes<float> x) { return exp_polynomial<Lanes<float>, Lanes<uint32_t>>(x); }
+SPAT_HD Lanes<double> exp_nonpositive(Lanes<double> x) {
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = exp(x[lane]);
+  return x;
+}
+
 // e^(z - max) of one row, chunk by chunk. The first 1024 classes are kept from the sum for the gradient, later ones computed again.
 template <class T>
 struct Exponentials {

@@ -1,7 +1,6 @@
 // Between convolutions, on the CPU: residual addition, scale and shift, ReLU and its bits, and the way back.
 #include <algorithm>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "cpu.h"
