@@ -59,7 +59,8 @@ class Config:
 
     # ---- model and data
     model: str = "wrn-34-10"
-    """wrn-DEPTH-WIDTH, preactresnet-18, resnet-18, resnet-50, mnist-cnn, small-cnn, timm:NAME, or package.module:factory."""
+    """wrn-DEPTH-WIDTH, preactresnet-18, resnet-18, resnet-50, mnist-cnn, mnist-b, small-cnn, timm:NAME, or
+    package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
     data: str = "cifar10"

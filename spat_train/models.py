@@ -82,31 +82,66 @@ class MnistCNN(nn.Module):
     Args:
         image_shape: (C, H, W) of one image, H and W divisible by 4.
         num_classes: K.
+        scale: 2 and 4 filters and 64 units, times this: their Figure 4 goes from 1 to 16, the network of their Table 1.
 
     Raises:
         ValueError: H or W is not divisible by 4.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):
+    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10, scale: int = 16):
         super().__init__()
         channels, height, width = image_shape
         if height % 4 or width % 4:
             raise ValueError(f"image_shape={image_shape}: mnist-cnn halves images twice: pad them to sides divisible by 4")
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.Conv2d(channels, 2 * scale, 5, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5, padding=2),
+            nn.Conv2d(2 * scale, 4 * scale, 5, padding=2),
             nn.ReLU(),
             nn.MaxPool2d(2),
         )
-        self.fc1 = nn.Linear(64 * (height // 4) * (width // 4), 1024)
+        self.fc1 = nn.Linear(4 * scale * (height // 4) * (width // 4), 64 * scale)
         self.relu = nn.ReLU()
-        self.fc2 = nn.Linear(1024, num_classes)
+        self.fc2 = nn.Linear(64 * scale, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, K]."""
         return self.fc2(self.relu(self.fc1(self.features(x).flatten(1))))
+
+
+class MnistB(nn.Module):
+    """Architecture B of Tramèr et al. for MNIST (arXiv 1705.07204, Appendix A), from which Madry et al. attack in the black box.
+
+    Args:
+        image_shape: (C, H, W) of one image, at least 28x28.
+        num_classes: K.
+
+    Raises:
+        ValueError: the images are too small for its convolutions.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):
+        super().__init__()
+        channels, *sides = image_shape
+        left = [(side // 2 - 6) // 2 + 1 - 4 for side in sides]
+        if min(left) < 1:
+            raise ValueError(f"image_shape={image_shape}: mnist-b needs images of at least 28x28")
+        self.features = nn.Sequential(
+            nn.Dropout(0.2),
+            nn.Conv2d(channels, 64, 8, stride=2, padding=3),
+            nn.ReLU(),
+            nn.Conv2d(64, 128, 6, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(128, 128, 5),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+        )
+        self.fc = nn.Linear(128 * left[0] * left[1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, K]."""
+        return self.fc(self.features(x).flatten(1))
 
 
 class WideBlock(nn.Module):
@@ -253,7 +288,7 @@ def resnet(depth: int, num_classes: int = 10, channels: int = 3, stem: str = "ci
 
 # ---- by name ----------------------------------------------------------------------------------------------------------------
 
-NAMES = ("wrn-34-10", "wrn-28-10", "preactresnet-18", "resnet-18", "resnet-50", "mnist-cnn", "small-cnn")
+NAMES = ("wrn-34-10", "wrn-28-10", "preactresnet-18", "resnet-18", "resnet-50", "mnist-cnn", "mnist-b", "small-cnn")
 STEMS = ("cifar", "stl10", "imagenet")
 IMAGENET_SIDE = 128  # from here on the stem halves the image twice
 
@@ -277,7 +312,8 @@ def create(
             "preactresnet-18";
             "resnet-18", "resnet-50": with the CIFAR stem for images below 128x128 (STL-10's 96x96 included), with the ImageNet
                 stem from there on; "/cifar", "/stl10" or "/imagenet" after the name picks one (see `resnet`);
-            "mnist-cnn": Madry's; "small-cnn": the demo's;
+            "mnist-cnn": Madry's, also with "/1" to "/16" for its width (see `MnistCNN`); "mnist-b": Tramèr's B; "small-cnn": the
+                demo's;
             "package.module:factory": factory(num_classes=K) of an importable module, one in the current directory included;
             "timm:NAME": a model of timm, not pretrained, with the normalisation of its own configuration before it.
         num_classes: K, at least 2.
@@ -312,14 +348,16 @@ def _create(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> n
         return resnet(int(residual[1]), num_classes, channels, stem)
     if name == "preactresnet-18":
         return PreActResNet18(num_classes, channels)
-    if name == "mnist-cnn":
-        return MnistCNN(image_shape, num_classes)
+    if madry := re.fullmatch(r"mnist-cnn(?:/([1-9]\d*))?", name):
+        return MnistCNN(image_shape, num_classes, int(madry[1] or 16))
+    if name == "mnist-b":
+        return MnistB(image_shape, num_classes)
     if name == "small-cnn":
         return SmallCNN(image_shape, num_classes)
     raise ValueError(
         f"name={name!r}: there is no such model{_nearest(name, NAMES)}: give wrn-DEPTH-WIDTH (such as wrn-34-10), "
-        "preactresnet-18, resnet-18 or resnet-50 (also with /cifar, /stl10 or /imagenet), mnist-cnn, small-cnn, timm:NAME "
-        "or package.module:factory"
+        "preactresnet-18, resnet-18 or resnet-50 (also with /cifar, /stl10 or /imagenet), mnist-cnn (also with /WIDTH), mnist-b, "
+        "small-cnn, timm:NAME or package.module:factory"
     )
 
 

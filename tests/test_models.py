@@ -106,6 +106,7 @@ def test_wide_resnet_depths():
         ({"image_shape": (32, 32)}, r"image_shape=\(32, 32\): give \(channels"),
         ({"activation": "relu6"}, "activation='relu6': give relu, silu, gelu or softplus"),
         ({"name": "mnist-cnn", "image_shape": (1, 30, 30)}, r"image_shape=\(1, 30, 30\): .*divisible by 4"),
+        ({"name": "mnist-b", "image_shape": (1, 27, 28)}, "mnist-b needs images of at least 28x28"),
     ],
 )
 def test_other_arguments(arguments, message):
@@ -126,6 +127,14 @@ def test_mnist_cnn():
     model = MnistCNN()
     assert sum(p.numel() for p in model.parameters()) == 3_274_634  # 832 + 51,264 + 3,212,288 + 10,250
     assert model.features(torch.rand(2, 1, 28, 28)).shape == (2, 64, 7, 7)
+    assert create("mnist-cnn/1", 10, (1, 28, 28)).features(torch.rand(2, 1, 28, 28)).shape == (2, 4, 7, 7)
+
+
+def test_mnist_b():
+    """Filters of 8, 6 and 5 with strides 2, 2 and 1: 28x28 images end in one position."""
+    model = create("mnist-b", 10, (1, 28, 28))
+    assert model.features(torch.rand(2, 1, 28, 28)).shape == (2, 128, 1, 1)
+    assert create("mnist-b", 10, (3, 32, 29))(torch.rand(2, 3, 32, 29)).shape == (2, 10)
 
 
 def test_global_pooling_is_that_of_the_public_code():
@@ -324,6 +333,7 @@ PLANNED = [
     "resnet-18/stl10",
     "resnet-50/imagenet",
     "mnist-cnn",
+    "mnist-b",
     "small-cnn",
     "timm:resnet18",
 ]
