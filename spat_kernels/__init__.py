@@ -2,8 +2,9 @@
 
 from . import losses
 from ._library import config
+from .apgd import APGD
 from .attacks import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
 from .engine import explain
 from .graph import graphs
 
-__all__ = ["PGD", "config", "cw_linf", "explain", "fgsm", "graphs", "losses", "pgd", "pgd_kl", "pgd_ls"]
+__all__ = ["APGD", "PGD", "config", "cw_linf", "explain", "fgsm", "graphs", "losses", "pgd", "pgd_kl", "pgd_ls"]

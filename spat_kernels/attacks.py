@@ -21,7 +21,7 @@ from .engine import check_path, check_precision
 from .graph import graphs
 from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
 from .ops._common import is_dense
-from .run import Batch
+from .run import Batch, PGDRun
 
 
 @dataclass(eq=False)
@@ -78,6 +78,8 @@ class PGD:
     generator: torch.Generator | None = None
     graph: bool | str = "auto"
 
+    run_class = PGDRun  # what `graphs` runs and captures
+
     def __post_init__(self):
         self.loss = as_loss(self.loss)
         checks.check_choice("norm", self.norm, BALLS)
@@ -122,22 +124,18 @@ class PGD:
         """
         highest_label = self._check(model, x, y, start)
         with torch.inference_mode(False), torch.no_grad():
-            x = x.detach()
-            x = x if is_dense(x) else x.contiguous()
-            y = y if y is None else y.contiguous()
-            x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))  # autograd refuses those
+            x, y = usable(x, y)
             if x.numel() == 0:
                 return x.clone()
             step_size = self._default_step_size() if self.step_size is None else self.step_size
-            x_adv, unusable = graphs.attack(self, model, Batch(x, y, self.eps, step_size, start), highest_label)
-        if unusable := int(unusable):
-            warnings.warn(
-                f"the input gradient was NaN for {unusable} of {len(x)} samples and counted as 0 there: they may look robust "
-                "without being so. Look at the model's outputs, or attack in higher precision",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            batch = Batch(x, y, self.eps, step_size, start, runs=self.restarts)
+            x_adv, nan_seen = graphs.attack(self, model, batch, highest_label)
+            warn_of_nan(nan_seen)
         return x_adv
+
+    def kind(self) -> tuple:
+        """What tells captures of this class apart, beside what all attacks have."""
+        return self.steps, self.targeted, self.random_start, self.restarts > 1 and self.select
 
     def _check(self, model, x, y, start) -> int:
         checks.check_images(x)
@@ -161,6 +159,26 @@ class PGD:
 
     def _default_step_size(self) -> float | Tensor:
         return self.eps / 4 if self.norm == "linf" else self.eps * (2.5 / max(self.steps, 1))
+
+
+def usable(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Checked images and labels as runs want them: dense, and not made in inference mode, which autograd refuses."""
+    x = x.detach()
+    x = x if is_dense(x) else x.contiguous()
+    y = y if y is None else y.contiguous()
+    x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))
+    return x, y
+
+
+def warn_of_nan(nan_seen: Tensor) -> None:
+    """Warn the caller of the attack that calls this, if some of `nan_seen`, uint8 [B], are not 0."""
+    if unusable := int(nan_seen.sum()):
+        warnings.warn(
+            f"the input gradient was NaN for {unusable} of {len(nan_seen)} samples and counted as 0 there: they may look robust "
+            "without being so. Look at the model's outputs, or attack in higher precision",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def pgd_ls(

@@ -15,6 +15,7 @@ class InputGradient:
     """
 
     independent_samples = False  # batch norm in train mode, or any code of the model's, may couple the samples of a batch
+    deterministic = False  # and draw random numbers
 
     def __init__(self, model, precision: str | None = None, highest_label: int = -1):
         self.model, self.precision = model, precision

@@ -246,7 +246,7 @@ class PlannedGradient:
         highest_label: the largest class that the labels name, to be checked against the number of classes.
     """
 
-    independent_samples = True
+    independent_samples = deterministic = True
 
     def __init__(
         self,
