@@ -5,6 +5,8 @@ from ._library import config
 from .apgd import APGD
 from .attacks import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
 from .engine import explain
+from .fab import FAB
 from .graph import graphs
+from .square import Square
 
-__all__ = ["APGD", "PGD", "config", "cw_linf", "explain", "fgsm", "graphs", "losses", "pgd", "pgd_kl", "pgd_ls"]
+__all__ = ["APGD", "FAB", "PGD", "Square", "config", "cw_linf", "explain", "fgsm", "graphs", "losses", "pgd", "pgd_kl", "pgd_ls"]

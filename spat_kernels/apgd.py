@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import checks, ops
-from .attacks import usable, warn_of_nan
-from .balls import BALLS, Ball
-from .borrow import BN_MODES, borrowed
-from .engine import check_path, check_precision, input_gradient
+from .attacked import attacked, check_batch, check_settings, usable, warn_of_nan
+from .balls import Ball
 from .graph import graphs
 from .losses import DLR, OURS, LabelSmoothedCE, Loss, as_loss, value_dtype
 from .ops._common import acc_dtype, broadcast
@@ -237,20 +235,14 @@ class APGD:
 
     def __post_init__(self):
         self.loss = as_loss(self.loss)
-        checks.check_choice("norm", self.norm, BALLS)
-        check_path(self.precision, self.input_gradient)
-        checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
-        if not isinstance(self.graph, bool):
-            checks.check_choice("graph", self.graph, ("auto",))
-        for name in ("steps", "restarts", "eot"):
+        check_settings(self)
+        checks.check_graph(self.graph)
+        for name in ("steps", "eot"):
             checks.check_count(name, getattr(self, name), 1)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
         if not isinstance(self.rho, Real) or not 0 <= self.rho <= 1:
             raise ValueError(f"rho={self.rho!r} must be a number in [0, 1]: the share of steps that must raise the loss")
-        checks.check_generator(self.generator)
-        checks.check_length("eps", self.eps)
-        checks.check_bounds(self.bounds, self.norm, self.eps)
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """Attack `model` at the images `x`.
@@ -274,12 +266,13 @@ class APGD:
         Warns:
             RuntimeWarning: as for `PGD`, the gradient was NaN for some samples.
         """
-        highest_label = self._check(model, x, y)
+        highest_label = check_batch(self, model, x, y)
+        if x.numel() == 0:
+            return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
             x, y = usable(x, y)
-            if x.numel() == 0:
-                return x.clone()
-            logits = self._logits(model, x, highest_label)
+            with attacked(self, model, x, y, highest_label) as (way, _, _):
+                logits = way.logits(x)
             robust, x_adv = logits.argmax(1) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)
@@ -300,21 +293,6 @@ class APGD:
     def kind(self) -> tuple:
         """What tells captures of this class apart, beside what all attacks have."""
         return self.steps, self.rho, self.eot
-
-    def _check(self, model, x, y) -> int:
-        checks.check_images(x)
-        checks.check_model(model, x)
-        check_precision(self.precision, x)
-        checks.check_per_sample("eps", self.eps, x)
-        checks.check_labels(y, x)
-        return checks.check_values(x, y, None, self.bounds)
-
-    def _logits(self, model, x: Tensor, highest_label: int) -> Tensor:
-        with borrowed(model, self.bn_mode):
-            way = input_gradient(model, x, self.input_gradient, self.precision, highest_label)
-            with way.arithmetic(x.device.type):
-                way.prepare()
-                return way.logits(x)
 
     def _targets(self, logits: Tensor, y: Tensor) -> list[Tensor | None]:
         """The classes to go to, int64 [B] each, the likeliest first; [None] where the attack is not targeted."""

@@ -7,7 +7,6 @@ Only the direction of the input gradient counts, so nothing else is computed: on
 model's backward to its input, one fused kernel for the step and both projections.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
@@ -15,12 +14,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .balls import BALLS
-from .borrow import BN_MODES
-from .engine import check_path, check_precision
+from .attacked import check_settings, usable, warn_of_nan
+from .engine import check_precision
 from .graph import graphs
 from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
-from .ops._common import is_dense
 from .run import Batch, PGDRun
 
 
@@ -82,17 +79,10 @@ class PGD:
 
     def __post_init__(self):
         self.loss = as_loss(self.loss)
-        checks.check_choice("norm", self.norm, BALLS)
-        check_path(self.precision, self.input_gradient)
-        checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
+        check_settings(self)
         checks.check_choice("select", self.select, ("success", "loss"))
-        if not isinstance(self.graph, bool):
-            checks.check_choice("graph", self.graph, ("auto",))
+        checks.check_graph(self.graph)
         checks.check_count("steps", self.steps, 0)
-        checks.check_count("restarts", self.restarts, 1)
-        checks.check_generator(self.generator)
-        checks.check_length("eps", self.eps)
-        checks.check_bounds(self.bounds, self.norm, self.eps)
         if self.step_size is not None:
             checks.check_length("step_size", self.step_size)
         if self.restarts > 1 and not self.random_start:
@@ -159,26 +149,6 @@ class PGD:
 
     def _default_step_size(self) -> float | Tensor:
         return self.eps / 4 if self.norm == "linf" else self.eps * (2.5 / max(self.steps, 1))
-
-
-def usable(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Checked images and labels as runs want them: dense, and not made in inference mode, which autograd refuses."""
-    x = x.detach()
-    x = x if is_dense(x) else x.contiguous()
-    y = y if y is None else y.contiguous()
-    x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))
-    return x, y
-
-
-def warn_of_nan(nan_seen: Tensor) -> None:
-    """Warn the caller of the attack that calls this, if some of `nan_seen`, uint8 [B], are not 0."""
-    if unusable := int(nan_seen.sum()):
-        warnings.warn(
-            f"the input gradient was NaN for {unusable} of {len(nan_seen)} samples and counted as 0 there: they may look robust "
-            "without being so. Look at the model's outputs, or attack in higher precision",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def pgd_ls(
