@@ -2,7 +2,7 @@
 
     x_0     = a random point of the surface of the ball
     z       = project(x_t + step_size * direction(d loss / d x_t))
-    x_{t+1} = project(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1}))                                            (x_1 = z)
+    x_{t+1} = project(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1}))                                           (x_1 = z)
 
 The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample and the run goes on from
 its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not halved

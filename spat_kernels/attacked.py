@@ -47,8 +47,8 @@ def warn_of_nan(nan_seen: Tensor) -> None:
     """Warn the caller of the attack that calls this, if some of `nan_seen`, uint8 [B], are not 0."""
     if unusable := int(nan_seen.sum()):
         warnings.warn(
-            f"the input gradient was NaN for {unusable} of {len(nan_seen)} samples and counted as 0 there: they may look robust "
-            "without being so. Look at the model's outputs, or attack in higher precision",
+            f"the input gradient was NaN for {unusable} of {len(nan_seen)} samples and counted as 0 there: they may look "
+            "robust without being so. Look at the model's outputs, or attack in higher precision",
             RuntimeWarning,
             stacklevel=3,
         )
