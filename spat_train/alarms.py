@@ -54,6 +54,7 @@ def alarms(
     memory_format: torch.memory_format = torch.channels_last,
     precision: str | None = "fp32",
     input_gradient: str = "auto",
+    graph: bool | str = "auto",
 ) -> list[Alarm]:
     """Look for masked gradients, under L-infinity attacks. Costs some 120 gradients an image.
 
@@ -73,7 +74,7 @@ def alarms(
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
     how = {
         "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,
-        "memory_format": memory_format, "input_gradient": input_gradient,
+        "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
     }  # fmt: skip
     x, y = floats(images, rows, device_of(model), memory_format)
     radii = {f"pgd-10:eps={radius!r}": radius for radius in (2 * eps, 4 * eps) if radius < 1}

@@ -180,6 +180,7 @@ def evaluate(
     memory_format: torch.memory_format = torch.channels_last,
     precision: str | None = "fp32",
     input_gradient: str = "auto",
+    graph: bool | str = "auto",
 ) -> Evaluation:
     """Attack `model` at `images`, batch by batch, and keep what became of each.
 
@@ -203,7 +204,7 @@ def evaluate(
         bar: the name of a progress bar; None shows none.
         between: called after every attack on a batch (to stop by an exception).
         memory_format: of the images.
-        precision, input_gradient: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
+        precision, input_gradient, graph: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
 
     Raises:
         InputError: an argument does not fit, or `folder` holds another evaluation.
@@ -217,8 +218,8 @@ def evaluate(
     if save_images and folder is None:
         raise InputError("save_images=True: give a folder to save them in")
     settings = {
-        "model": weights_hash(model), "source": weights_hash(source) if source else None, "data": fingerprint(images),
-        "rows": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], "images": len(rows), "eps": eps, "eps_l2": eps_l2,
+        "weights": weights_hash(model), "source_weights": weights_hash(source) if source else None,
+        "data": fingerprint(images), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
         "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
     }  # fmt: skip
@@ -227,7 +228,7 @@ def evaluate(
     samples = progress = None
     try:
         samples = Samples(folder.path, settings, {name: attack.spec for name, attack in attacks.items()})
-        work = _Work(model, source or model, images, classes, settings, samples, memory_format)
+        work = _Work(model, source or model, images, classes, settings, samples, memory_format, graph)
         often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
         total = len(rows) * len(attacks)
         progress = tqdm(total=total, desc=bar, unit="img", disable=bar is None, mininterval=often)
@@ -257,6 +258,7 @@ class _Work:
     settings: dict
     samples: Samples
     memory_format: torch.memory_format
+    graph: bool | str
 
     def record(self, attack: Attack, number: int, rows: Tensor, x: Tensor, y: Tensor) -> dict:
         """What `samples` keeps of an attack on a batch."""
@@ -269,7 +271,7 @@ class _Work:
         predicted, x_adv = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], name, number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
-            precision=settings["precision"], input_gradient=settings["input_gradient"], graph=False,
+            precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
         )  # fmt: skip
         broken = (clean == y) & (predicted != y)
         pixels = (x_adv * 255).round().to(torch.uint8)
@@ -433,3 +435,8 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """A short hash of the values."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
