@@ -9,6 +9,7 @@ import tyro
 
 from .config import Config
 from .demo import demo
+from .evaluate_command import attacks_command, evaluate_command
 from .figures import write_curves
 from .files import SaveError
 from .images import InputError
@@ -62,7 +63,7 @@ def plot(runs: tuple[Path, ...], /, out: Path = Path("curves.png")) -> None:
     print(f"{out} written")
 
 
-COMMANDS = {"presets": presets, "plot": plot, "demo": demo}
+COMMANDS = {"evaluate": evaluate_command, "attacks": attacks_command, "presets": presets, "plot": plot, "demo": demo}
 
 
 def main() -> None:

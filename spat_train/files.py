@@ -38,6 +38,18 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
         raise SaveError(f"cannot write {path} ({error.strerror}){kept}: make room, or choose another --out") from error
 
 
+def make_folder(path: Path) -> None:
+    """With those above it.
+
+    Raises:
+        SaveError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make {path} ({error.strerror}): make room, or choose another --out") from error
+
+
 def write_torch(path: Path, value: object, keep: Path | None = None) -> None:
     """`write` of torch.save(value). By way of memory, so that what fails is an OSError of the file and nothing else."""
     content = io.BytesIO()
