@@ -214,6 +214,10 @@ def evaluate(
     images = Floats(*images) if isinstance(images, tuple) else images
     rows = torch.arange(len(images)) if rows is None else rows
     classes = check(model, images, rows, eps, eps_l2, seed, batch_size, memory_format, source)
+    for attack in attacks.values():
+        if classes < attack.least_classes:
+            needed = f"it needs {attack.least_classes} classes, the model has {classes}"
+            raise InputError(f"attack {attack.name}: {needed}: leave it out")
     check_arithmetic(precision, input_gradient, device_of(model))
     if save_images and folder is None:
         raise InputError("save_images=True: give a folder to save them in")
