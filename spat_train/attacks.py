@@ -1,6 +1,6 @@
 """Every attack by name: the published ones with their settings, others by a small grammar, NAME[xN][:key=value]*.
 
-    pgd-20                             as published: a name of `NAMED`
+    pgd-20                             as published: a name of the list
     pgd-40x20                          with 20 restarts
     pgd-40-least-likely                targeted: -least-likely, -random or -all after any PGD
     pgd-20:alpha=0.2:steps=50          with other settings

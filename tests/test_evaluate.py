@@ -34,6 +34,7 @@ from spat_train.evaluate import TEST, accuracies, evaluate, validation, wilson
 from spat_train.evaluation import WORST
 from spat_train.images import Folder, Images, InputError, floats
 from spat_train.randomness import derived_seed
+from spat_train.samples import file_name
 from tests.test_train import on_one_thread, processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -360,7 +361,7 @@ def test_saved_images(tmp_path):
         model, data, "pgd-10,pgd:norm=l2:eps=1/2", rows=torch.arange(50), batch_size=20, folder=tmp_path, save_images=True
     )
     for name, eps in (("pgd-10", EPS), ("pgd:norm=l2:eps=1/2", 0.5)):
-        files = sorted((tmp_path / "images" / module.file_name(name)).iterdir())
+        files = sorted((tmp_path / "images" / file_name(name)).iterdir())
         arrays = [np.load(file) for file in files]
         saved = {key: torch.from_numpy(np.concatenate([a[key] for a in arrays])) for key in arrays[0]}
         assert len(files) == 3 and saved["x_adv"].dtype == torch.uint8 and saved["x_adv"].shape == (50, 8, 8, 1)
