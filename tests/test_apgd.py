@@ -51,9 +51,7 @@ def assert_same_runs(model, ours, y, best, robust):
 @pytest.mark.parametrize("norm, eps", [("linf", 0.02), ("linf", 0.12), ("l2", 0.4)])
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 def test_equals_torchattacks(task, loss, norm, eps, steps, input_gradient, monkeypatch):  # noqa: F811
-    torchattacks = pytest.importorskip(
-        "torchattacks", reason="torchattacks needs torchvision, which needs its own build of torch"
-    )
+    torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
     model, *batch = task
     x, y = correct(model, *batch, 60)
     same_start(monkeypatch, x, norm, eps)
@@ -67,9 +65,7 @@ def test_equals_torchattacks(task, loss, norm, eps, steps, input_gradient, monke
 @pytest.mark.parametrize("norm, eps", [("linf", 0.08), ("l2", 0.5)])
 def test_targeted_equals_torchattacks(task, norm, eps, monkeypatch):  # noqa: F811
     """Each image alone: torchattacks's L2 form takes every step size from the first of the batch."""
-    torchattacks = pytest.importorskip(
-        "torchattacks", reason="torchattacks needs torchvision, which needs its own build of torch"
-    )
+    torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
     model, *batch = task
     x, y = correct(model, *batch, 30)
     same_start(monkeypatch, x, norm, eps)

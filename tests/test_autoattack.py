@@ -1,5 +1,7 @@
 """AutoAttack: which attack broke what, on what is left alone, reproducibly; and no more robust than by torchattacks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -177,19 +179,16 @@ def test_bad_calls():
 @pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.4)])
 def test_as_robust_as_by_torchattacks(task, norm, eps):  # noqa: F811
     """From other random numbers. At its settings: 10 steps, and fewer queries, which break hardly any more."""
-    torchattacks = pytest.importorskip(
-        "torchattacks", reason="torchattacks needs torchvision, which needs its own build of torch"
-    )
+    torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
     model, *images = task
     x, y = correct(model, *images, 40)
-    model, x = model.float(), x.float()
+    model, x = copy.deepcopy(model).float(), x.float()
     judge = torchattacks.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0)
     judge._autoattack.attacks[3].n_queries = 50
     state = torch.get_rng_state()
     theirs = model(judge(x, y)).argmax(1) == y
     torch.set_rng_state(state)
     ours = AutoAttack(eps, norm=norm, steps=10, queries=50).run(model, x, y).robust
-    model.double()
     assert 4 < theirs.sum() < 36, "some of both"
     assert (ours != theirs).sum() <= 1 and ours.sum() <= theirs.sum()
 
