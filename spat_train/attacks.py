@@ -1,6 +1,6 @@
 """Every attack by name: the published ones with their settings, others by a small grammar, NAME[xN][:key=value]*.
 
-    pgd-20                             as published: a name of `NAMED`
+    pgd-20                             as published: a name of the list
     pgd-40x20                          with 20 restarts
     pgd-40-least-likely                targeted: -least-likely, -random or -all after any PGD
     pgd-20:alpha=0.2:steps=50          with other settings
@@ -127,6 +127,11 @@ class Attack(ABC):
         """How many runs it is made of, for a model of so many classes."""
         return self.restarts
 
+    @property
+    def least_classes(self) -> int:
+        """How many classes a model must have for it."""
+        return 2
+
     def radius(self, eps: float, eps_l2: float) -> float:
         """Its own eps, else the one of its norm."""
         return self.eps if self.eps is not None else eps_l2 if self.norm == "l2" else eps
@@ -246,6 +251,10 @@ class PGD(Attack):
     def runs(self, classes: int) -> int:
         return self.restarts * (classes - 1 if self.target == "all" else 1)
 
+    @property
+    def least_classes(self) -> int:
+        return 2 if self.loss != "dlr" else 3 if self.target == "none" else 4
+
     def _draw(self, x, y, eps, generator):
         start = x
         if self.start == "uniform":  # of no steps: nothing is asked of the model
@@ -319,6 +328,10 @@ class APGD(_Engine):
     steps: int = _setting(100, positive)
     targets: int | None = _setting(None, positive)
 
+    @property
+    def least_classes(self) -> int:
+        return 2 if self.loss != "dlr" else 3 if self.targets is None else 4
+
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.APGD(
             eps, loss=self.loss, steps=self.steps, norm=self.norm, targets=self.targets, generator=_generator(draws), **how
@@ -373,6 +386,10 @@ class AutoAttack(_Engine):
     version: str = _setting("standard", choice("standard", "plus", "rand"))
     steps: int = _setting(100, positive)
     queries: int = _setting(5000, positive)
+
+    @property
+    def least_classes(self) -> int:
+        return 3 if self.version == "rand" else 4
 
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.AutoAttack(

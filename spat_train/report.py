@@ -86,7 +86,7 @@ def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
     """For the terminal."""
     raised = [alarm for alarm in found if alarm.raised]
     lines = [evaluation.table()]
-    lines += [f"ALARM: not so: {alarm.name} ({_numbers(alarm)})" for alarm in raised]
+    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}" for alarm in raised]
     return "\n".join(lines)
 
 
