@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from .images import InputError
+
 
 class SaveError(RuntimeError):
     """Something could not be written. What was there before still is."""
@@ -43,3 +45,18 @@ def write_torch(path: Path, value: object, keep: Path | None = None) -> None:
     content = io.BytesIO()
     torch.save(value, content)
     write(path, content.getbuffer(), keep)
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` and the folders above it.
+
+    Raises:
+        InputError: it cannot be made, or be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK) else "not writable"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise InputError(f"--out {path}: the folder cannot be made or written to ({reason}): give another")
