@@ -5,6 +5,8 @@ normalised outside of it, as some public ones were: such a network needs a `Norm
 """
 
 import argparse
+import dataclasses
+import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import InputError
-from .models import Normalize
+from .config import Config
+from .images import Dataset, InputError
+from .models import Normalize, create
 
 WEIGHTS = ("auto", "model", "ema")
 # Names that public code saves weights under, averaged ones apart.
@@ -61,6 +64,69 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "auto"
     with torch.no_grad():
         for name, at in source.items():
             own[name].copy_(file[at])
+
+
+def load_model(path: str | Path, dataset: Dataset, name: str | None = None) -> tuple[nn.Module, Config | None]:
+    """The model in `path`, for the images and classes of `dataset`, in eval mode on the CPU; and the config of its run.
+
+    Args:
+        path: the folder of a run, of which best.pt is taken, else last.pt; or a file of `read_weights`.
+        name: the architecture, as `spat_train.models.create` takes it. None is that of the run.
+
+    Raises:
+        InputError: there is no such checkpoint, no run tells the architecture, or weights and data do not fit it.
+    """
+    file, config = checkpoint_file(path), run_config(path)
+    if name is None and config is None:
+        raise InputError(f"{path}: it does not say which architecture it is: give --model-name, such as wrn-34-10")
+    activation = config.activation if config and name in (None, config.model) else "relu"
+    name = name or config.model
+    where = f"{path} as {name} for {dataset.name} ({dataset.num_classes} classes, images {list(dataset.image_shape)})"
+    try:
+        with torch.random.fork_rng(devices=[]):  # initialising draws
+            model = create(name, dataset.num_classes, dataset.image_shape, activation=activation).eval()
+            with torch.no_grad():
+                model(torch.zeros(1, *dataset.image_shape))  # lazy layers have no weights before
+        load_checkpoint(model, file)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+    return model, config
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """`path`, or in the folder of a run its best checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(
+                f"{path}: there is no such run or checkpoint: give the folder of a run, or a file that torch.save wrote"
+            )
+        return path
+    found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
+    if not found:
+        raise InputError(f"{path}: no best.pt or last.pt there: give the folder of a run, or a checkpoint")
+    return found[0]
+
+
+def run_config(path: str | Path) -> Config | None:
+    """The config of the run that wrote the folder or checkpoint `path`; None for checkpoints of others.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        try:
+            content = json.loads((path / "config.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path / 'config.json'} cannot be read ({type(error).__name__}): restore it") from error
+    else:
+        content = _read(checkpoint_file(path))
+        content = content.get("config") if isinstance(content, dict) and "format" in content else None
+    if not isinstance(content, dict):
+        return None
+    known = {f.name for f in dataclasses.fields(Config)}
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in known})
 
 
 def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:

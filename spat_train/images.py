@@ -45,6 +45,26 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
+class Floats:
+    """Images in memory that need not be on the 8-bit grid.
+
+    Args:
+        x: fp32 [N, C, H, W] in [0, 1].
+        labels: int64 [N], on the CPU.
+    """
+
+    x: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return tuple(self.x.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
 class Folder:
     """Pictures in files, decoded when asked for: the short side resized to `size`, the square in the middle, RGB.
 
@@ -130,13 +150,15 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
-def fingerprint(images: Images | Folder) -> str:
+def fingerprint(images: Images | Floats | Folder) -> str:
     """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names and sizes."""
     digest = hashlib.sha256(repr((len(images), images.image_shape)).encode())
     digest.update(images.labels.numpy())
     if isinstance(images, Folder):
         for name in images.files:
             digest.update(f"{name}\0{(images.root / name).stat().st_size}\0".encode())
+    elif isinstance(images, Floats):
+        digest.update(images.x.cpu().contiguous().numpy())
     else:
         count = len(images) if images.pixels.nbytes <= HASHED else min(SAMPLED, len(images))
         rows = torch.arange(count) * (len(images) - 1) // max(count - 1, 1)
@@ -146,9 +168,14 @@ def fingerprint(images: Images | Folder) -> str:
 
 
 def floats(
-    images: Images | Folder, rows: Tensor, device: str | torch.device, memory_format: torch.memory_format = torch.channels_last
+    images: Images | Floats | Folder,
+    rows: Tensor,
+    device: str | torch.device,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> tuple[Tensor, Tensor]:
     """The images `rows` as they are: fp32 [B, C, H, W] in [0, 1], in `memory_format`, and labels int64 [B], on `device`."""
+    if isinstance(images, Floats):
+        return images.x[rows].to(device, memory_format=memory_format), images.labels[rows].to(device)
     x = images.batch(rows).to(device).permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format)
     # By a tensor, as crop_flip divides: GPUs multiply by the reciprocal of a Python number, which rounds otherwise.
     return x.div_(x.new_full((1,), 255)), images.labels[rows].to(device)

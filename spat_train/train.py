@@ -5,7 +5,6 @@ starts and the learning rate are derived anew, not saved. A checkpoint therefore
 the random generators (which only a model's own randomness reads, such as dropout) and where the run is.
 """
 
-import hashlib
 import json
 import platform
 import random
@@ -35,6 +34,7 @@ from .logs import Log
 from .models import create
 from .objectives import Objective, attack_precision, training_attack
 from .optim import kept_buffers, learning_rate, make_optimizer, perturbed_weights
+from .randomness import derived_seed
 from .run_folder import RunFolder, random_state, set_random_state
 from .signals import Stopped, StopWish
 
@@ -298,9 +298,8 @@ class Run:
         return torch.autocast(self.world.device.type, half, enabled=half is not None)
 
     def random_seed(self) -> int:
-        """Of this process in this step. Hashed, because torch's CPU generator takes the low 32 bits."""
-        key = f"{self.config.seed}/{self.global_step}/{self.world.rank}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        """Of this process in this step."""
+        return derived_seed(self.config.seed, self.global_step, self.world.rank)
 
     # ---- between steps
 

@@ -1,0 +1,438 @@
+"""Every attack by name: the published ones with their settings, others by a small grammar, NAME[xN][:key=value]*.
+
+    pgd-20                             as published: a name of `NAMED`
+    pgd-40x20                          with 20 restarts
+    pgd-40-least-likely                targeted: -least-likely, -random or -all after any PGD
+    pgd-20:alpha=0.2:steps=50          with other settings
+    pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255
+
+Lengths of steps are in units of eps. eps itself is the evaluation's, or given here, in the units of images in [0, 1].
+"""
+
+import difflib
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import spat_kernels
+from spat_kernels import losses, pgd
+from spat_kernels.precision import tf32_switches
+
+from .images import InputError
+
+TARGETS = ("least-likely", "random", "all")
+NAMED = {  # name: (what it is in the grammar, source)
+    "clean": ("clean", "the images as they are"),
+    "noise": ("pgd:steps=0", "uniform in the ball, a weak control (Goodfellow et al., 2015)"),
+    "fgsm": ("pgd:steps=1:step=1:start=clean", "Goodfellow et al., 2015; thesis, Tables 6.1 and 6.2"),
+    "fgsm-rs": ("pgd:steps=1:step=1.25", "Wong et al., 2020"),
+    "pgd-7": ("pgd:steps=7:step=1/4", "Madry et al., 2018, CIFAR-10"),
+    "pgd-10": ("pgd:steps=10:step=1/4", "thesis, chapter 6: the attack in training"),
+    "pgd-20": ("pgd:steps=20:step=1/10", "thesis, Tables 6.1 to 6.4; TRADES; MART"),
+    "pgd-40": ("pgd:steps=40:step=1/30", "Madry et al., 2018, MNIST: steps of 0.01 at eps 0.3"),
+    "pgd-100": ("pgd:steps=100:step=1/30", "Madry et al., 2018, MNIST"),
+    "pgd-kl-20": ("pgd:loss=kl:steps=20:step=1/10", "thesis, Tables 5.1 and 5.2; the inner attack of TRADES"),
+    "pgd-ls-20": ("pgd:loss=ls:steps=20:step=1/10", "thesis, Eq. 4.1 to 4.3; alpha must be given: pgd-ls-20:alpha=0.2"),
+    "cw-30": ("pgd:loss=margin:kappa=50:steps=30:step=1/10", "thesis, Tables 6.1 and 6.2; Madry et al., 2018, CIFAR-10"),
+    "cw-40": ("pgd:loss=margin:kappa=0:steps=40:step=1/30", "Madry et al., 2018, MNIST"),
+    "cw+-40": ("pgd:loss=margin:kappa=50:steps=40:step=1/30", "Madry et al., 2018, MNIST"),
+    "pgd-l2-10": ("pgd:norm=l2:steps=10", "Madry et al., 2018, section 5: L2; steps of 2.5 eps / steps"),
+    "pgd-l2-20": ("pgd:norm=l2:steps=20", "the same, 20 steps"),
+    "pgd-l2-40": ("pgd:norm=l2:steps=40", "the same, 40 steps"),
+    "pgd-l2-100": ("pgd:norm=l2:steps=100", "the same, 100 steps"),
+    "apgd-ce": ("apgd:loss=ce", "Croce and Hein, 2020"),
+    "apgd-dlr": ("apgd:loss=dlr", "Croce and Hein, 2020"),
+    "apgd-t": ("apgd:loss=dlr:targets=9", "Croce and Hein, 2020: the nine likeliest wrong classes"),
+    "fab-t": ("fab:targets=9", "Croce and Hein, 2020, arXiv 1907.02044"),
+    "square": ("square:queries=5000", "Andriushchenko et al., 2020: no gradients"),
+    "autoattack": ("autoattack:version=standard", "Croce and Hein, 2020: APGD-CE, APGD-T, FAB-T, Square"),
+    "autoattack-plus": ("autoattack:version=plus", "the same with restarts and the untargeted forms"),
+    "autoattack-rand": ("autoattack:version=rand", "the same for randomised models"),
+}
+ALIASES = {"aa": "autoattack", "aa-plus": "autoattack-plus", "aa-rand": "autoattack-rand"}
+
+
+# ---- values of the grammar
+
+
+def number(text: str) -> float:
+    """0.1 or 1/10, finite and at least 0."""
+    value = float(Fraction(text)) if "/" in text else float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError("give a number of at least 0, such as 0.1 or 1/10")
+    return value
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("give a whole number")
+    return int(text)
+
+
+def choice(*choices: str):
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"choose one of {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def _setting(default, read):
+    return field(default=default, metadata={"read": read})
+
+
+# ---- the families
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """One attack with all its settings: `parse` makes them, and `attack(model, x, y, eps, generator)` is one run of it.
+
+    Args:
+        name: what it is called in reports; its random numbers depend on it.
+        norm: "linf" or "l2".
+        eps: radius for images in [0, 1]; None is the evaluation's for this norm.
+        restarts: how often an evaluation runs it on what is not broken yet.
+    """
+
+    family: ClassVar[str]
+    random: ClassVar[bool] = True  # whether restarts differ
+
+    name: str = ""
+    norm: str = _setting("linf", choice("linf", "l2"))
+    eps: float | None = _setting(None, number)
+    restarts: int = _setting(1, count)
+
+    def __post_init__(self):
+        if self.restarts < 1:
+            raise ValueError("restarts: give at least 1")
+        if self.restarts > 1 and not self.random:
+            raise ValueError("restarts would repeat one run: nothing in it is random")
+        if self.eps is not None and self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps={self.eps:g} is in the units of images in [0, 1]: write eps={self.eps:g}/255")
+
+    def runs(self, classes: int) -> int:
+        """How many runs it is made of, for a model of so many classes."""
+        return self.restarts
+
+    def radius(self, eps: float, eps_l2: float) -> float:
+        """Its own eps, else the one of its norm."""
+        return self.eps if self.eps is not None else eps_l2 if self.norm == "l2" else eps
+
+    def __call__(
+        self,
+        model,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        generator: torch.Generator,
+        *,
+        run: int = 0,
+        only: Tensor | None = None,
+        **how,
+    ) -> Tensor:
+        """Adversarial images of one run.
+
+        Args:
+            model: images [B, C, H, W] in [0, 1] -> logits [B, K].
+            x: images [B, C, H, W] in [0, 1]. y: int64 [B], the true labels.
+            eps: the radius.
+            generator: of everything random; what an image gets of it does not depend on `only`.
+            run: which of `runs` it is: targets go by it.
+            only: bool [B], which images to attack; None is all.
+            how: `precision`, `input_gradient`, `graph` as in `spat_kernels.PGD`.
+
+        Returns:
+            Tensor: like x; images that are not attacked are as they were.
+        """
+        draws = self._draw(x, y, eps, generator)
+        if only is None or bool(only.all()):
+            return self._attack(model, x, y, eps, draws, run, how)
+        x_adv = x.clone()
+        if bool(only.any()):
+            chosen = [t[only] if isinstance(t, Tensor) else t for t in draws]
+            x_adv[only] = self._attack(model, x[only], y[only], eps, chosen, run, how)
+        return x_adv
+
+    def _draw(self, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> list:
+        """The random numbers of a whole batch: tensors with one entry per image, or others for all of them."""
+        return [int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))]
+
+    @abstractmethod
+    def _attack(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, how: dict) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> str:
+        """All its settings in the grammar, but for those that are at their defaults."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name" and getattr(self, f.name) != f.default}
+        return ":".join([self.family, *(f"{key}={value}" for key, value in values.items())])
+
+    def describe(self) -> str:
+        """Its settings in one line."""
+        what = ", ".join(self._describe())
+        repeated = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        radius = "" if self.eps is None else f", eps {self.eps:.4g}"
+        return f"{what}{repeated}{radius}, {'L2' if self.norm == 'l2' else 'L-infinity'}"
+
+    @abstractmethod
+    def _describe(self) -> list[str]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Attack):
+    family, random = "clean", False
+
+    def _draw(self, x, y, eps, generator):
+        return []
+
+    def _attack(self, model, x, y, eps, draws, run, how):
+        return x.clone()
+
+    def describe(self):
+        return "no attack"
+
+    def _describe(self):
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(Attack):
+    """Projected gradient ascent, and with one step FGSM, with none noise.
+
+    Args:
+        loss: ce, ls (label-smoothed with `alpha`, as PGD-LS), kl, margin (with `kappa`) or dlr.
+        steps: 0 is a random point of the ball.
+        step: length of a step in units of eps; None is 1/4, for L2 2.5 / steps.
+        start: uniform in the ball, or clean.
+        target: none, or towards the least likely class of the clean image, a random wrong one, or all wrong ones in turn.
+    """
+
+    family = "pgd"
+
+    loss: str = _setting("ce", choice("ce", "ls", "kl", "margin", "dlr"))
+    alpha: float | None = _setting(None, number)
+    kappa: float | None = _setting(None, number)
+    steps: int = _setting(10, count)
+    step: float | None = _setting(None, number)
+    start: str = _setting("uniform", choice("uniform", "clean"))
+    target: str = _setting("none", choice("none", *TARGETS))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss == "ls" and self.alpha is None:
+            raise ValueError("alpha must be given, a label smoothing in [0, 1], as alpha=0.2")
+        if self.alpha is not None and not (self.loss in ("ce", "ls") and self.alpha <= 1):
+            raise ValueError("alpha is a label smoothing in [0, 1] of loss=ls")
+        if self.kappa is not None and self.loss != "margin":
+            raise ValueError("kappa is a setting of loss=margin")
+        if self.loss == "kl" and (self.start == "clean" or self.target != "none"):
+            raise ValueError("the gradient of kl is 0 at a clean start, and it knows no targets: leave out start and target")
+
+    @property
+    def random(self) -> bool:
+        return self.start == "uniform" or self.target == "random"
+
+    def runs(self, classes: int) -> int:
+        return self.restarts * (classes - 1 if self.target == "all" else 1)
+
+    def _draw(self, x, y, eps, generator):
+        start = x
+        if self.start == "uniform":  # of no steps: nothing is asked of the model
+            start = pgd(lambda x: x, x, y, eps, steps=0, norm=self.norm, generator=generator)
+        which = None
+        if self.target == "random":
+            which = torch.rand(len(x), generator=generator, device=generator.device).to(x.device)
+        return [start, which]
+
+    def _attack(self, model, x, y, eps, draws, run, how):
+        start, which = draws
+        if self.steps == 0:
+            return start.clone()
+        if self.target != "none":
+            y = self._targets(model, x, y, which, run)
+        step_size = None if self.step is None else self.step * eps
+        where = {"random_start": False} if self.start == "clean" else {"start": start}
+        return pgd(
+            model, x, y, eps, loss=self._loss(), steps=self.steps, step_size=step_size, norm=self.norm,
+            targeted=self.target != "none", **where, **how,
+        )  # fmt: skip
+
+    def _loss(self):
+        if self.loss in ("ce", "ls"):
+            return losses.LabelSmoothedCE(self.alpha or 0.0)
+        return losses.Margin(self.kappa or 0.0) if self.loss == "margin" else self.loss
+
+    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor | None, run: int) -> Tensor:
+        """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
+        with torch.no_grad(), tf32_switches("fp32", x.device.type):
+            logits = model(x)
+        order = logits.scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True, stable=True)
+        wrong = order[:, 1:]  # the likeliest first
+        if self.target == "random":
+            return wrong.gather(1, (which * wrong.shape[1]).long()[:, None])[:, 0]
+        return wrong[:, -1 if self.target == "least-likely" else run % wrong.shape[1]]
+
+    def _describe(self):
+        if self.steps == 0:
+            return ["uniform noise"]
+        names = {"ce": "cross-entropy", "kl": "KL", "dlr": "DLR", "margin": f"margin (kappa {self.kappa or 0:g})"}
+        smoothed = f"label-smoothed cross-entropy (alpha {self.alpha:g})" if self.alpha is not None else None
+        length = f"{self.step:.4g} eps" if self.step is not None else "eps / 4" if self.norm == "linf" else "2.5 eps / steps"
+        where = {"uniform": "a uniform random start", "clean": "the clean image"}[self.start]
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {length} from {where}"
+        target = {"all": "towards all wrong classes in turn", "none": None}.get(self.target, f"towards the {self.target} class")
+        if self.target == "random":
+            target = "towards a random wrong class"
+        return [f"PGD on {smoothed or names[self.loss]}", steps, *([target] if target else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class APGD(Attack):
+    """AutoAttack's PGD without a step size; `targets` 0 is untargeted, n takes the n likeliest wrong classes in turn."""
+
+    family = "apgd"
+
+    loss: str = _setting("ce", choice("ce", "dlr"))
+    steps: int = _setting(100, count)
+    targets: int = _setting(0, count)
+
+    def _attack(self, model, x, y, eps, draws, run, how):
+        attack = spat_kernels.APGD(
+            eps, norm=self.norm, loss=self.loss, targets=self.targets, steps=self.steps, seed=draws[0], **how
+        )
+        return attack(model, x, y)
+
+    def _describe(self):
+        return [f"APGD on {self.loss.upper()}", f"{self.steps} steps", *([f"{self.targets} targets"] if self.targets else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAB(Attack):
+    family = "fab"
+
+    steps: int = _setting(100, count)
+    targets: int = _setting(9, count)
+
+    def _attack(self, model, x, y, eps, draws, run, how):
+        return spat_kernels.FAB(eps, norm=self.norm, targets=self.targets, steps=self.steps, seed=draws[0], **how)(model, x, y)
+
+    def _describe(self):
+        return ["FAB", f"{self.steps} steps", f"{self.targets} targets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Attack):
+    family = "square"
+
+    queries: int = _setting(5000, count)
+
+    def _attack(self, model, x, y, eps, draws, run, how):
+        how = {name: value for name, value in how.items() if name == "precision"}  # it takes no gradients
+        return spat_kernels.Square(eps, norm=self.norm, queries=self.queries, seed=draws[0], **how)(model, x, y)
+
+    def _describe(self):
+        return ["Square", f"{self.queries} queries"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(Attack):
+    family = "autoattack"
+
+    version: str = _setting("standard", choice("standard", "plus", "rand"))
+    steps: int = _setting(100, count)
+    queries: int = _setting(5000, count)
+
+    def _attack(self, model, x, y, eps, draws, run, how):
+        attack = spat_kernels.AutoAttack(
+            eps, norm=self.norm, version=self.version, steps=self.steps, queries=self.queries, seed=draws[0], **how
+        )
+        return attack(model, x, y)
+
+    def _describe(self):
+        return [f"AutoAttack {self.version}", f"{self.steps} steps", f"{self.queries} queries"]
+
+
+FAMILIES = {kind.family: kind for kind in (Clean, PGD, APGD, FAB, Square, AutoAttack)}
+
+
+# ---- the grammar
+
+
+def parse(spec: "str | Attack") -> Attack:
+    """The attack that `spec` names, as the top of this module describes.
+
+    Raises:
+        InputError: there is no such attack, setting or value; the message tells the nearest.
+    """
+    if isinstance(spec, Attack):
+        return spec
+    name, *settings = spec.strip().split(":")
+    name = ALIASES.get(name, name)
+    kind, values = _named(name)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"attack {spec}: {setting!r} is no setting: write key=value, such as steps=50")
+        values[key] = value
+    known = {f.name: f.metadata["read"] for f in fields(kind) if "read" in f.metadata} if kind is not Clean else {}
+    if unknown := next((key for key in values if key not in known), None):
+        raise InputError(
+            f"attack {spec}: {kind.family} has no setting {unknown}{_near(unknown, known)}: it has {', '.join(known) or 'none'}"
+        )
+    read = {}
+    for key, value in values.items():
+        try:
+            read[key] = known[key](value)
+        except (ValueError, ZeroDivisionError) as error:
+            told = error if "give" in str(error) or "choose" in str(error) else "give a number, such as 0.1 or 1/10"
+            raise InputError(f"attack {spec}: {key}={value}: {told}") from error
+    try:
+        return kind(name=":".join([name, *settings]), **read)
+    except ValueError as error:
+        raise InputError(f"attack {spec}: {error}") from error
+
+
+def _named(name: str) -> tuple[type[Attack], dict[str, str]]:
+    """The family and the settings behind NAME[-TARGET][xN]."""
+    base, values = name, {}
+    if base not in NAMED and (repeated := re.fullmatch(r"(.+?)x([1-9]\d*)", base)):
+        base, values["restarts"] = repeated.groups()
+    if base not in NAMED:
+        for target in TARGETS:
+            if base.endswith(f"-{target}") and NAMED.get(base.removesuffix(f"-{target}"), ("",))[0].startswith("pgd"):
+                base, values["target"] = base.removesuffix(f"-{target}"), target
+    family, *settings = NAMED[base][0].split(":") if base in NAMED else [base]
+    if family not in FAMILIES:
+        raise InputError(
+            f"attack {name}: there is none{_near(name, {*NAMED, *ALIASES, *FAMILIES})}: see spat-train attacks, or write "
+            "pgd:steps=50:step=1/20 and the like"
+        )
+    return FAMILIES[family], dict(setting.split("=") for setting in settings) | values
+
+
+def _near(name: str, names) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def parse_all(specs) -> dict[str, Attack]:
+    """By name: "clean" first, then `specs` in their order.
+
+    Raises:
+        InputError: as `parse`, or two have the same name.
+    """
+    attacks = {"clean": parse("clean")}
+    for attack in map(parse, specs.split(",") if isinstance(specs, str) else specs):
+        if attack.name != "clean" and attack.name in attacks:
+            raise InputError(f"attack {attack.name}: it is named twice")
+        attacks[attack.name] = attack
+    return attacks

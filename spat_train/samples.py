@@ -1,0 +1,87 @@
+"""What an evaluation found out so far, on disk: one line of samples.jsonl for each attack on each batch, and settings.json."""
+
+import json
+import os
+from pathlib import Path
+
+from . import files
+from .files import SaveError
+from .images import InputError
+
+FORMAT = "spat_train evaluation 1"
+
+
+class Samples:
+    """The records of an evaluation, in `folder`, or in memory alone where it is None.
+
+    A record is appended and flushed at once; half a line, of a killed evaluation, is dropped.
+
+    Args:
+        settings: all that a record depends on but its attack.
+        attacks: what each attack is, by name; later evaluations may add others.
+
+    Raises:
+        InputError: the folder holds an evaluation with other settings, or something else.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict, attacks: dict[str, str]):
+        self.records: dict[tuple[str, int], dict] = {}
+        self.file = None
+        if folder is None:
+            return
+        self.path = folder / "samples.jsonl"
+        known = self._check(folder / "settings.json", {"format": FORMAT, **settings}, attacks)
+        content = {"settings": {"format": FORMAT, **settings}, "attacks": known | attacks}
+        files.write(folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
+        try:
+            self.file = open(self.path, "a+b")  # noqa: SIM115  (until close)
+            self._read()
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, or choose another --out") from error
+
+    def _check(self, path: Path, settings: dict, attacks: dict[str, str]) -> dict[str, str]:
+        """The attacks that are known there."""
+        if not path.exists():
+            if self.path.exists():
+                raise InputError(f"--out {path.parent}: it holds samples.jsonl without {path.name}: choose another --out")
+            return {}
+        try:
+            content = json.loads(path.read_bytes())
+            before, known = content["settings"], content["attacks"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
+        changed = [f"{n}: {before.get(n)} -> {settings.get(n)}" for n in settings | before if before.get(n) != settings.get(n)]
+        changed += [f"attack {n}: {known[n]} -> {what}" for n, what in attacks.items() if known.get(n, what) != what]
+        if changed:
+            raise InputError(
+                f"--out {path.parent}: it holds an evaluation with other settings ({'; '.join(changed)}): give the same, or "
+                "choose another --out"
+            )
+        return known
+
+    def _read(self) -> None:
+        self.file.seek(0)
+        whole = 0
+        for line in self.file.read().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            record = json.loads(line)
+            self.records[record["attack"], record["batch"]] = record
+        self.file.truncate(whole)
+
+    def add(self, record: dict) -> None:
+        """Keep the record of `record["attack"]` on `record["batch"]`."""
+        self.records[record["attack"], record["batch"]] = record
+        if self.file is None:
+            return
+        try:
+            self.file.write((json.dumps(record) + "\n").encode())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, and give the same command again") from error
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
