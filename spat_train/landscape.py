@@ -1,7 +1,7 @@
-"""The inner problem seen from inside: what PGD finds from many starts, whether that is one maximum or many, and a slice of the loss.
+"""The inner problem from inside: what PGD finds from many starts, whether that is one maximum or many, a slice of the loss.
 
-Madry et al., arXiv 1706.06083, section 3 and appendices A and B: from random starts in the ball, PGD ends at losses that are nearly equal, at
-points that are far apart.
+Madry et al., arXiv 1706.06083, section 3 and appendices A and B: from random starts in the ball, PGD ends at losses that are nearly
+equal, at points that are far apart.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,9 @@ from spat_kernels import pgd
 from spat_kernels.borrow import borrowed
 from spat_kernels.precision import tf32_switches
 
+from .evaluate import device_of
+from .randomness import derived_seed
+
 CHUNK = 512  # images in one forward
 
 
@@ -26,15 +29,15 @@ def _exact(model: nn.Module, x: Tensor) -> Iterator[None]:
         yield
 
 
-def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [B] and predicted classes, int64 [B], of images [B, C, H, W], on the CPU."""
-    found = []
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """fp32 [B, K] of images [B, C, H, W], on the CPU."""
     with torch.no_grad(), _exact(model, x):
-        for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            logits = model(images).float()
-            found.append((F.cross_entropy(logits, labels, reduction="none").cpu(), logits.argmax(1).cpu()))
-    losses, predicted = zip(*found, strict=True)
-    return torch.cat(losses), torch.cat(predicted)
+        return torch.cat([model(images).float().cpu() for images in x.split(CHUNK)])
+
+
+def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    """[B], of logits [B, K] and classes y, int64 [B]."""
+    return F.cross_entropy(logits, y.to(logits.device), reduction="none")
 
 
 def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -86,13 +89,13 @@ def ascend(
         start = point = (images + noise.to(images)).clamp(0, 1)
         losses = []
         for step in range(steps + 1):
-            loss, predicted = losses_of(model, point, labels)
-            losses.append(loss)
+            logits = logits_of(model, point)
+            losses.append(cross_entropies(logits, labels))
             if step < steps:
                 how = {"steps": 1, "step_size": step_size, "precision": "fp32", "graph": False}
                 point = pgd(model, images, labels, eps, start=point, **how)
         shape = count, len(x)
-        parts = torch.stack(losses, -1), predicted, start.cpu(), point.cpu()
+        parts = torch.stack(losses, -1), logits.argmax(1), start.cpu(), point.cpu()
         found.append([part.unflatten(0, shape) for part in parts])
     return Ascents(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -119,35 +122,94 @@ def corners(x: Tensor, eps: float, count: int, seed: int) -> Tensor:
 
 
 def between(model: nn.Module, points: Tensor, y: Tensor, pairs: int, parts: int = 10) -> Tensor:
-    """Mean loss along the segments that join the first `pairs` neighbours of `points` [R, C, H, W], by that of their ends: [parts + 1]."""
+    """Mean loss along the segments between neighbours of `points` [R, C, H, W], by the mean of their ends: [parts + 1].
+
+    Args:
+        y: int64 [], the class of all points.
+        pairs: at most so many segments.
+        parts: steps from one end to the other.
+    """
     pairs = min(pairs, len(points) - 1)
     shares = torch.linspace(0, 1, parts + 1).view(-1, 1, 1, 1, 1)
     images = torch.lerp(points[None, :pairs], points[None, 1 : pairs + 1], shares).flatten(0, 1)
-    device = next(model.parameters()).device
-    losses, _ = losses_of(model, images.to(device), y.to(device).expand(len(images)))
-    losses = losses.view(parts + 1, pairs).mean(1)
+    logits = logits_of(model, images.to(device_of(model)))
+    losses = cross_entropies(logits, y.expand(len(images))).view(parts + 1, pairs).mean(1)
     return losses / ((losses[0] + losses[-1]) / 2)
 
 
 # ---- a slice of the loss
 
 
-@dataclass(frozen=True, eq=False)
-class Surface:
-    """Loss [n, n] and predicted class [n, n] at x + eps (a g + b r): rows b, columns a, both `shares` [n] from -1 to 1."""
+def surface(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, points: int, seed: int) -> dict:
+    """The loss around one image x [C, H, W] of class y [], at x + eps (a g + b r) inside the box.
 
-    shares: Tensor
-    losses: Tensor
-    predicted: Tensor
+    g is the sign of the gradient at x, r a random sign of each pixel.
 
-
-def surface(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, points: int, seed: int) -> Surface:
-    """The loss around one image x [C, H, W] of class y [], g the sign of its gradient, r a random sign of each pixel."""
+    Returns:
+        dict: shares [points] from -1 to 1, of a and b; losses and margins [points][points], rows b, columns a. A margin is the
+        logit of y less the best other: negative where the class changes.
+    """
     g = input_gradients(model, x[None], y[None])[0].sign()
     r = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)).to(x) * 2 - 1
     shares = torch.linspace(-1, 1, points).to(x)
     b, a = torch.meshgrid(shares, shares, indexing="ij")
     a, b = (t.reshape(-1, 1, 1, 1) for t in (a, b))
-    images = (x + eps * (a * g + b * r)).clamp(0, 1)
-    losses, predicted = losses_of(model, images, y.expand(len(images)))
-    return Surface(shares.cpu(), losses.view(points, points), predicted.view(points, points))
+    logits = logits_of(model, (x + eps * (a * g + b * r)).clamp(0, 1))
+    label = y.cpu().expand(len(logits))
+    own, other = logits.gather(1, label[:, None])[:, 0], logits.scatter(1, label[:, None], -torch.inf).amax(1)
+    square = {"losses": cross_entropies(logits, label), "margins": own - other}
+    return {"shares": shares.tolist()} | {name: values.view(points, points).tolist() for name, values in square.items()}
+
+
+# ---- what it comes to
+
+
+def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float, found: Ascents, seed: int) -> dict:
+    """The maxima of `ascend` as numbers.
+
+    Returns:
+        dict: losses [R][N], at the end; fooled, the share of ends that are misclassified; spread, the mean over images of the
+        standard deviation of the losses by their mean; distances and cosines, over all pairs and images, as `pairwise`; means
+        of the same for random points and random corners of the ball; between, the mean over images of `between`.
+    """
+    final = found.losses[..., -1]
+    groups = {"": [], "random_": [], "corner_": []}
+    lines = []
+    for n, (image, label) in enumerate(zip(x.cpu(), y.cpu(), strict=True)):
+        points = found.ends[:, n], found.starts[:, n], corners(image, eps, len(final), derived_seed(seed, "corners", n))
+        for group, each in zip(groups.values(), points, strict=True):
+            group.append(pairwise(each, image))
+        lines.append(between(model, found.ends[:, n], label, pairs=10))
+    pairs = {kind: [torch.cat(parts) for parts in zip(*group, strict=True)] for kind, group in groups.items()}
+    means = {
+        f"{kind}{name}": float(values.mean())
+        for kind in ("random_", "corner_")
+        for name, values in zip(("distance", "cosine"), pairs[kind], strict=True)
+    }
+    return {
+        "losses": final.tolist(),
+        "fooled": float((found.predicted != y.cpu()).float().mean()),
+        "spread": float((final.std(0) / final.mean(0).clamp(min=1e-12)).mean()),
+        "distances": pairs[""][0].tolist(),
+        "cosines": pairs[""][1].tolist(),
+        **means,
+        "between": torch.stack(lines).mean(0).tolist(),
+    }
+
+
+def meaning(numbers: dict) -> str:
+    """What `compare` found, in a sentence."""
+    distance, cosine = (sum(numbers[name]) / len(numbers[name]) for name in ("distances", "cosines"))
+    middle = numbers["between"][len(numbers["between"]) // 2]
+    if distance < 0.1 * numbers["random_distance"]:
+        which = "all starts lead to one maximum"
+    elif middle > 0.98:
+        which = "different points of one plateau"
+    else:
+        which = "distinct maxima"
+    return (
+        f"{which}: on average {distance:.3g} apart in L2 (random points of the ball {numbers['random_distance']:.3g}, its random "
+        f"corners {numbers['corner_distance']:.3g}), at a cosine of {cosine:.2f} ({numbers['random_cosine']:.2f} and "
+        f"{numbers['corner_cosine']:.2f}); halfway between two the loss is {middle:.2f} of theirs; from start to start their "
+        f"losses vary by {100 * numbers['spread']:.1f} %"
+    )

@@ -3,14 +3,14 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import load_model
 from .data import load
-from .evaluate import evaluate, load_model, tensor_hash, weights_hash
+from .evaluate import evaluate, tensor_hash, weights_hash
 from .images import Dataset, InputError, fingerprint, floats
 from .runs import Options, Run, data_name, title
 
@@ -77,8 +77,8 @@ def open_models(runs: Sequence[Run], images: TestImages) -> list[Subject]:
 
 
 def open_model(run: Run, images: TestImages) -> nn.Module:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(run.folder, images.dataset).to(device)
+    model, _ = load_model(run.folder, images.dataset)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measured(
@@ -99,8 +99,13 @@ def measured(
         source: the model that the attacks are made on.
         attack_wrong: as in `evaluate`.
     """
-    settings = {"eps": eps, "seed": options.seed, "batch_size": options.batch_size, "attack_wrong": attack_wrong}
-    parts = weights_hash(subject.model), source and weights_hash(source), fingerprint(images.dataset.test), tensor_hash(images.rows)
+    settings = {"eps": eps, "seed": options.seed, "batch_size": options.eval_batch_size, "attack_wrong": attack_wrong}
+    parts = (
+        weights_hash(subject.model),
+        source and weights_hash(source),
+        fingerprint(images.dataset.test),
+        tensor_hash(images.rows),
+    )
     key = hashlib.sha256(repr((parts, sorted(settings.items()))).encode()).hexdigest()[:12]
     folder = subject.run.folder / "evaluations" / f"{data_name(images.dataset.name)}-{len(images)}-{key}"
     found = evaluate(
@@ -118,8 +123,3 @@ def radius(runs: Iterable[Run], options: Options) -> float:
     """--eps, else what the first run that was attacked in training is evaluated at, else the first; for images in [0, 1]."""
     runs = sorted(runs, key=lambda run: run.standard)
     return (options.eps or runs[0].config.evaluation_eps) / 255
-
-
-def checkpoint(folder: Path) -> Path:
-    """Of what was selected on held-out images, where there is such."""
-    return next(folder / name for name in ("best.pt", "last.pt") if (folder / name).is_file())

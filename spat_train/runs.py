@@ -4,7 +4,6 @@ A run is what its config.json says, whatever its folder is called.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import logs
+from .checkpoints import run_config
 from .config import Config
 from .images import InputError
 from .train import train
@@ -70,7 +70,7 @@ class Options:
     """Radius of the attacks, in 1/255. Default: the source's, or on other data that of the runs."""
     seed: int = 0
     """Of the images drawn, of the attacks, and of what is trained."""
-    batch_size: int = 256
+    eval_batch_size: int = 256
     """Images that are attacked at once."""
     train: bool = False
     """Train what is missing, into --runs, where it goes on after any interruption."""
@@ -84,7 +84,7 @@ def check(options: Options) -> None:
             raise InputError(f"--{option} {value}: there is no such folder")
     if options.train and options.runs is None:
         raise InputError("--train: give the folder that what is missing gets trained into, by --runs")
-    for option in ("test_images", "batch_size"):
+    for option in ("test_images", "eval_batch_size"):
         value = getattr(options, option)
         if value is not None and value < 1:
             raise InputError(f"--{option.replace('_', '-')} {value}: give at least 1")
@@ -124,18 +124,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: there is none, or it has no checkpoint yet.
     """
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json there: give the folder of a run")
-    if not any((folder / name).is_file() for name in CHECKPOINTS):
+    if not _has_checkpoint(folder):
         raise InputError(f"{folder}: neither {' nor '.join(CHECKPOINTS)} there: give the folder of a run that has trained")
-    try:
-        saved = json.loads(path.read_text())
-        known = {f.name for f in dataclasses.fields(Config)}
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
-        return Run(folder, Config(**values))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: it cannot be read ({str(error).splitlines()[0]}): restore it, or move the folder away") from error
+    return Run(folder, run_config(folder))
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in CHECKPOINTS)
 
 
 def find_runs(folder: Path | None) -> list[Run]:
@@ -143,7 +140,7 @@ def find_runs(folder: Path | None) -> list[Run]:
     if folder is None or not folder.is_dir():
         return []
     folders = (path.parent for path in sorted(folder.glob("*/config.json")))
-    return [read_run(f) for f in folders if any((f / name).is_file() for name in CHECKPOINTS)]
+    return [read_run(folder) for folder in folders if _has_checkpoint(folder)]
 
 
 def data_name(data: str) -> str:
@@ -160,6 +157,11 @@ def width(model: str) -> int | None:
     """W of wrn-D-W and of mnist-cnn/W, whose default is 16."""
     found = re.fullmatch(r"wrn-\d+-(\d+)|mnist-cnn/(\d+)", model if model != "mnist-cnn" else "mnist-cnn/16")
     return int(found[1] or found[2]) if found else None
+
+
+def told(eps: float) -> str:
+    """A radius, given in 1/255: 8/255, or 0.3."""
+    return f"{eps:g}/255" if eps == round(eps, 1) and eps < 64 else f"{eps / 255:.3g}"
 
 
 def title(config: Config) -> str:
@@ -182,9 +184,9 @@ READINGS = {  # how the settings that change the weights are told
     "pseudo-labelled images": lambda c: "none" if c.extra is None else "some",
     "epochs": lambda c: f"{c.epochs}",
     "alpha": lambda c: f"{c.alpha:g}",
-    "eps": _attack(lambda c: f"{c.eps:.4g}/255"),
+    "eps": _attack(lambda c: told(c.eps)),
     "attack steps": _attack(lambda c: f"{c.attack_settings[2]}"),
-    "step size": _attack(lambda c: f"{255 * c.attack_settings[1]:.3g}/255"),
+    "step size": _attack(lambda c: told(255 * c.attack_settings[1])),
     "start": _attack(lambda c: c.attack_settings[3]),
     "inner loss": _attack(lambda c: c.inner_loss),
     "mode in attacks": _attack(lambda c: c.bn_mode),
@@ -252,7 +254,7 @@ class Wanted:
         model, eps = self.model(options), self.eps(options)
         words = [title(self.config), "on", self.data(options)]
         words += [family(model)] if model else []
-        words += [f"at eps {eps:.4g}/255"] if eps else []
+        words += [f"at eps {told(eps)}"] if eps else []
         return " ".join(words + ["with pseudo-labels"] * (self.config.extra is not None))
 
 
@@ -324,7 +326,9 @@ def completed(run: Run | None, wanted: Wanted, original: Run | None, options: Op
     """`run`, or where it is missing, or is this training and was interrupted: trained now."""
     if original:
         seed = original.config.seed + 1
-        config = replace(original.config, seed=seed, test=False, resume=True, out=options.runs / f"{original.folder.name}-seed{seed}")
+        config = replace(
+            original.config, seed=seed, test=False, resume=True, out=options.runs / f"{original.folder.name}-seed{seed}"
+        )
     else:
         config = scaled(wanted, options)
     if run and (run.epochs >= run.config.epochs or run.folder != config.out):

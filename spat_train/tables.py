@@ -8,8 +8,8 @@ from pathlib import Path
 
 from . import files
 from .images import InputError
-from .measure import TestImages, measured, open_images, open_models
-from .runs import Options, Run, check, choose, differences
+from .measure import measured, open_images, open_models
+from .runs import Options, Run, check, choose, differences, told
 from .sources import TABLES, Cell, Table
 
 MARK = "†"
@@ -58,23 +58,38 @@ class Filled:
         return self.images < self.total or any(self.changes[key] for key in self.keys(cell))
 
 
-def fill(name: str, options: Options, given: dict[str, Path]) -> Filled:
+def read_given(texts: Iterable[str]) -> dict[str, Path]:
+    """KEY=FOLDER of each."""
+    given = {}
+    for text in texts:
+        key, equals, folder = text.partition("=")
+        if not (equals and key and folder):
+            raise InputError(f"--run {text}: write KEY=FOLDER, such as mart=runs/mine")
+        given[key] = Path(folder)
+    return given
+
+
+def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Filled:
     """Find (or train) the runs of table `name`, and measure them.
 
     Args:
         given: runs by key, instead of searching.
+        out: the folder that it will be written to, which is made.
 
     Raises:
         InputError: no such table, or no run of it; an option, a run or the data do not fit.
     """
-    check(options)
     table = find(name)
+    check(options)
     if unknown := next((key for key in given if key not in table.runs), None):
         raise InputError(f"--run {unknown}={given[unknown]}: table {name} has no run {unknown}: it has {', '.join(table.runs)}")
+    files.make_folder(out)
     runs = choose(table.runs, options, given)
     if all(runs[cell.target] is None for cell in table.cells):
         looked = "; ".join(f"{key}: {want.words(options)}" for key, want in table.runs.items())
-        raise InputError(f"table {name}: no run fits in --runs {options.runs} (looked for {looked}): give --run KEY=FOLDER, or --train")
+        raise InputError(
+            f"table {name}: no run fits in --runs {options.runs} (looked for {looked}): give --run KEY=FOLDER, or --train"
+        )
     here = {key: run for key, run in runs.items() if run}
     images = open_images(here.values(), options)
     subjects = dict(zip(here, open_models(list(here.values()), images), strict=True))
@@ -112,7 +127,7 @@ def markdown(filled: Filled) -> str:
     lines = _lines(filled) if len(columns) == 1 else _blocks(filled, columns)
     head = (
         f"Accuracy in %, ± half of the 95 % interval, on {filled.images:,} of {filled.total:,} test images of {filled.data}, "
-        f"eps {filled.eps:.4g}/255."
+        f"eps {told(filled.eps)}."
     )
     return "\n".join([f"**{filled.table.title}**", "", head, "", *lines, "", *_notes(filled)]) + "\n"
 
@@ -157,11 +172,11 @@ def _notes(filled: Filled) -> list[str]:
         notes.append(f"{MARK} Run otherwise than in the source, whose setting is in brackets:")
         if filled.images < filled.total:
             notes.append(f"test images {filled.images:,} ({filled.total:,});")
-        told: dict[str, list[str]] = {}
+        alike: dict[str, list[str]] = {}
         for key, changes in filled.changes.items():
             if changes:
-                told.setdefault(", ".join(changes), []).append(key)
-        notes += [f"{', '.join(keys)}: {changes};" for changes, keys in told.items()]
+                alike.setdefault(", ".join(changes), []).append(key)
+        notes += [f"{', '.join(keys)}: {changes};" for changes, keys in alike.items()]
         notes = [" ".join(notes).rstrip(";") + ".", ""]
     notes.append("Runs: " + ", ".join(f"{key}: {run.folder}" for key, run in filled.runs.items() if run) + ".")
     if missing := [key for key, run in filled.runs.items() if run is None]:
@@ -173,7 +188,7 @@ def _notes(filled: Filled) -> list[str]:
 
 
 def as_json(filled: Filled) -> dict:
-    def told(entry: Entry) -> dict:
+    def cell(entry: Entry) -> dict:
         c = entry.cell
         numbers = entry.ours and entry.ours | {"half_width": entry.half_width, "difference": entry.difference}
         what = {"row": c.row, "column": c.column, "attack": c.attack, "target": c.target, "made_on": c.source or c.target}
@@ -184,12 +199,11 @@ def as_json(filled: Filled) -> dict:
         for key, run in filled.runs.items()
     }
     what = {"table": filled.name, "title": filled.table.title, "data": filled.data, "eps": filled.eps / 255}
-    return what | {"test_images": filled.images, "of": filled.total, "cells": [*map(told, filled.entries)], "runs": runs}
+    return what | {"test_images": filled.images, "of": filled.total, "cells": [*map(cell, filled.entries)], "runs": runs}
 
 
 def write(filled: Filled, out: Path) -> list[Path]:
-    """table-NAME.md and .json in the folder `out`, which is made."""
-    files.make_folder(out)
+    """table-NAME.md and .json in the folder `out`."""
     contents = {".md": markdown(filled), ".json": json.dumps(as_json(filled), indent=1) + "\n"}
     paths = [out / f"table-{filled.name}{ending}" for ending in contents]
     for path, content in zip(paths, contents.values(), strict=True):
