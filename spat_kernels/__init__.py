@@ -2,8 +2,27 @@
 
 from . import losses
 from ._library import config
+from .apgd import APGD
 from .attacks import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
+from .autoattack import AutoAttack
 from .engine import explain
+from .fab import FAB
 from .graph import graphs
+from .square import Square
 
-__all__ = ["PGD", "config", "cw_linf", "explain", "fgsm", "graphs", "losses", "pgd", "pgd_kl", "pgd_ls"]
+__all__ = [
+    "APGD",
+    "FAB",
+    "AutoAttack",
+    "PGD",
+    "Square",
+    "config",
+    "cw_linf",
+    "explain",
+    "fgsm",
+    "graphs",
+    "losses",
+    "pgd",
+    "pgd_kl",
+    "pgd_ls",
+]

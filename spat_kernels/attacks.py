@@ -7,7 +7,6 @@ Only the direction of the input gradient counts, so nothing else is computed: on
 model's backward to its input, one fused kernel for the step and both projections.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .balls import BALLS
-from .borrow import BN_MODES
-from .engine import check_path, check_precision
+from .attacked import check_settings, usable, warn_of_nan
+from .engine import check_precision
 from .graph import graphs
 from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
-from .ops._common import is_dense
-from .run import Batch
+from .run import Batch, PGDRun
 
 
 @dataclass(eq=False)
@@ -78,19 +75,14 @@ class PGD:
     generator: torch.Generator | None = None
     graph: bool | str = "auto"
 
+    run_class = PGDRun  # what `graphs` runs and captures
+
     def __post_init__(self):
         self.loss = as_loss(self.loss)
-        checks.check_choice("norm", self.norm, BALLS)
-        check_path(self.precision, self.input_gradient)
-        checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
+        check_settings(self)
         checks.check_choice("select", self.select, ("success", "loss"))
-        if not isinstance(self.graph, bool):
-            checks.check_choice("graph", self.graph, ("auto",))
+        checks.check_graph(self.graph)
         checks.check_count("steps", self.steps, 0)
-        checks.check_count("restarts", self.restarts, 1)
-        checks.check_generator(self.generator)
-        checks.check_length("eps", self.eps)
-        checks.check_bounds(self.bounds, self.norm, self.eps)
         if self.step_size is not None:
             checks.check_length("step_size", self.step_size)
         if self.restarts > 1 and not self.random_start:
@@ -122,22 +114,18 @@ class PGD:
         """
         highest_label = self._check(model, x, y, start)
         with torch.inference_mode(False), torch.no_grad():
-            x = x.detach()
-            x = x if is_dense(x) else x.contiguous()
-            y = y if y is None else y.contiguous()
-            x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))  # autograd refuses those
+            x, y = usable(x, y)
             if x.numel() == 0:
                 return x.clone()
             step_size = self._default_step_size() if self.step_size is None else self.step_size
-            x_adv, unusable = graphs.attack(self, model, Batch(x, y, self.eps, step_size, start), highest_label)
-        if unusable := int(unusable):
-            warnings.warn(
-                f"the input gradient was NaN for {unusable} of {len(x)} samples and counted as 0 there: they may look robust "
-                "without being so. Look at the model's outputs, or attack in higher precision",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            batch = Batch(x, y, self.eps, step_size, start, runs=self.restarts)
+            x_adv, nan_seen = graphs.attack(self, model, batch, highest_label)
+            warn_of_nan(nan_seen)
         return x_adv
+
+    def kind(self) -> tuple:
+        """What tells captures of this class apart, beside what all attacks have."""
+        return self.steps, self.targeted, self.random_start, self.restarts > 1 and self.select
 
     def _check(self, model, x, y, start) -> int:
         checks.check_images(x)

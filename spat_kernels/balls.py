@@ -1,10 +1,12 @@
 """The sets that an attack stays in: a ball around each clean image, cut by the box of valid values."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
 from . import ops
-from .ops._common import acc_dtype, same_layout
+from .ops._common import acc_dtype, broadcast, same_layout
 
 
 class Ball:
@@ -44,11 +46,25 @@ class Ball:
         """Write uniform random points of the ball, clamped to the box: a function of `draws`."""
         raise NotImplementedError
 
-    def step_(self, x_adv: Tensor, grad: Tensor) -> None:
-        """Step `x_adv` up the gradient, in place, and project."""
-        if not same_layout(grad, x_adv):
-            grad = torch.empty_like(x_adv, dtype=grad.dtype).copy_(grad)
-        self._move_(x_adv, grad, self.step_size)
+    def surface_start_(self, x_adv: Tensor, draws: tuple[Tensor, ...]) -> None:
+        """Write random points of the surface of the ball, clamped to the box: a function of `draws`."""
+        raise NotImplementedError
+
+    def step_(self, x_adv: Tensor, grad: Tensor, step_size: Tensor | None = None) -> None:
+        """Step `x_adv` up the gradient, in place, and project. `step_size` [1] or [B] instead of the ball's own."""
+        self._move_(x_adv, self.laid_out(grad), self.step_size if step_size is None else step_size)
+
+    def laid_out(self, grad: Tensor) -> Tensor:
+        """`grad` with the strides of the images, as the kernels need it."""
+        return grad if same_layout(grad, self.x) else torch.empty_like(self.x, dtype=grad.dtype).copy_(grad)
+
+    def part(self, rows: Tensor) -> "Ball":
+        """The ball of the samples `rows`, int64 [n], with tensors of its own."""
+        part, samples = copy(self), len(self.x)
+        for name in ("x", "eps", "step_size", "nan_seen"):
+            values = getattr(self, name)
+            setattr(part, name, values[rows] if len(values) == samples else values)
+        return part
 
     def project_(self, x_adv: Tensor) -> None:
         """Project `x_adv`, in place: a step of length 0."""
@@ -61,6 +77,13 @@ class LinfBall(Ball):
 
     def random_start_(self, x_adv, draws):
         ops.linf_random_start_(x_adv, self.x, self.eps, *draws, *self.bounds)
+
+    def surface_start_(self, x_adv, draws):
+        """Uniform noise, scaled for each sample to a largest element of eps."""
+        noise = torch.empty_like(self.x, dtype=self.eps.dtype)
+        ops.linf_random_start_(noise, torch.zeros_like(noise), torch.ones_like(self.eps), *draws, -1.0, 1.0)
+        noise *= broadcast(self.eps / noise.abs().flatten(1).amax(1), noise)
+        x_adv.copy_((self.x + noise).clamp_(*self.bounds))
 
     def _move_(self, x_adv, grad, step_size):
         ops.linf_step_(x_adv, self.x, grad, self.eps, step_size, *self.bounds, self.nan_seen)
@@ -77,12 +100,16 @@ class L2Ball(Ball):
 
     def random_start_(self, x_adv, draws):
         """Uniform in the ball: one step of length eps * U^(1/n) in a uniformly random direction."""
-        seed, normal, uniform = draws
+        self._throw_(x_adv, draws, self.eps * draws[2] ** (1 / self.x[0].numel()))
+
+    def surface_start_(self, x_adv, draws):
+        self._throw_(x_adv, draws, self.eps)
+
+    def _throw_(self, x_adv, draws, length):
+        seed, normal, _ = draws
         self.seed.copy_(seed)
-        direction = torch.empty_like(self.x, dtype=self.eps.dtype).copy_(normal)
-        dimensions = self.x[0].numel()
         x_adv.copy_(self.x)
-        self._move_(x_adv, direction, self.eps * uniform ** (1 / dimensions))
+        self._move_(x_adv, torch.empty_like(self.x, dtype=self.eps.dtype).copy_(normal), length)
 
     def _move_(self, x_adv, grad, step_size):
         ops.l2_step_(x_adv, self.x, grad, self.eps, step_size, self.seed, *self.bounds, self.nan_seen)

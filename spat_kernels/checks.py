@@ -20,6 +20,11 @@ def check_choice(name: str, value, choices) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 
 
+def check_graph(value) -> None:
+    if not isinstance(value, bool):
+        check_choice("graph", value, ("auto",))
+
+
 def check_count(name: str, value, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {kind(value)}")

@@ -31,11 +31,10 @@ from torch import Tensor, nn
 
 from . import checks, host_random
 from .borrow import borrowed
-from .losses import DLR, Custom, KLDivergence, LabelSmoothedCE, Loss, Margin
+from .losses import OURS, Custom, Loss
 from .run import Batch, Run, drawing
 from .structure import Structure, freeze
 
-OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR)  # losses: frozen, and of each sample by itself
 # Attacks that were seen but not captured cost nothing but a key and some weak references.
 REMEMBERED = 128
 
@@ -142,8 +141,8 @@ class Graphs:
             else:
                 self._models.pop(id(model), None)
 
-    def attack(self, settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, Tensor]:
-        """The adversarial images, and how many samples met an unusable gradient (a tensor on their device).
+    def attack(self, settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
+        """The outcome of an attack: see `settings.run_class`, a class of runs.
 
         With graph="auto" only what can be checked is captured: an nn.Module, and losses other than plain callables (either may
         read what is out of sight), outside of dispatch modes (which would not see a replay). With graph=True the caller vouches
@@ -163,11 +162,11 @@ class Graphs:
                     return entry.replay(settings, batch, highest_label)
                 entry.graph = entry.run = None
                 if entry.samples == samples and (settings.graph is True or unchanged):
-                    x_adv = self._capture(entry, settings, model, batch, highest_label)
+                    outcome = self._capture(entry, settings, model, batch, highest_label)
                     if entry.refused is not None:
                         known.warn(type(model).__name__, entry.refused)
                     self._evict()
-                    return x_adv
+                    return outcome
         result = _attack(settings, model, batch, highest_label)
         if entry.refused is None:
             with entry.lock:
@@ -214,7 +213,7 @@ class Graphs:
             for known, key, _ in (*captured[self._capacity :], *entries[REMEMBERED:]):
                 known.entries.pop(key, None)
 
-    def _capture(self, entry: "_Entry", settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, Tensor]:
+    def _capture(self, entry: "_Entry", settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
         """Attack as ever, and on the way capture that into `entry`, or the reason why not."""
         settled = entry.settled
         if settings.graph is True:
@@ -223,21 +222,20 @@ class Graphs:
             entry.refused = _obstacle(model, entry.structure, batch.x)
         if entry.refused is not None:
             return _attack(settings, model, batch, highest_label)
-        graph, x_adv, loss = self._graph(batch.x.device), torch.empty_like(batch.x), _loss_key(settings.loss)
+        graph, outcome, loss = self._graph(batch.x.device), settings.run_class.empty_outcome(batch.x), _loss_key(settings.loss)
         with graph.here():
-            run = Run(settings, batch.copy())
+            run = settings.run_class(settings, batch.copy())
             with borrowed(model, settings.bn_mode):
-                run.attack(model, settings.generator, settings.restarts, highest_label)
-            x_adv.copy_(run.result)
-            unusable = run.nan_seen.sum()
+                run.attack(model, settings.generator, batch.runs, highest_label)
+            _copy(outcome, run.outcome)
             if change := entry.structure.difference(model):
                 entry.remember(model, settings)
                 if settled:  # before this attack there was another: it is not what a model makes on its first use
                     entry.refused = f"the model changes as it runs ({change})"
-                return x_adv, unusable
+                return outcome
             if _loss_key(settings.loss) != loss:
                 entry.refused = "the loss changes its attributes as it runs"
-                return x_adv, unusable
+                return outcome
 
             def everything():
                 with borrowed(model, settings.bn_mode):
@@ -253,11 +251,11 @@ class Graphs:
                 if host_random.restore(random_states) and entry.refused is None:
                     entry.refused = "random numbers were drawn on the host meanwhile, which a replay would not draw anew"
             if entry.refused is not None:
-                return x_adv, unusable
+                return outcome
         run.release()
         entry.graph, entry.run = graph, run
         entry.independent = run.model.independent_samples and type(settings.loss) in OURS
-        return x_adv, unusable
+        return outcome
 
 
 class _Entry:
@@ -280,18 +278,18 @@ class _Entry:
         except TypeError as error:
             self.refused = str(error)
 
-    def replay(self, settings, batch: Batch, highest_label: int) -> tuple[Tensor, Tensor]:
+    def replay(self, settings, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
         if self.run.classes is not None:
             checks.check_classes(highest_label, self.run.classes)
-        x_adv = torch.empty_like(batch.x)
+        outcome = self.run.empty_outcome(batch.x)
         with self.graph.here():
             self.run.load(batch)
-            for _ in range(settings.restarts):
+            for _ in range(batch.runs):
                 self.run.draw(settings.generator)
                 with drawing:
                     self.graph.replay()
-            x_adv.copy_(self.run.result)
-            return x_adv, self.run.nan_seen.sum()
+            _copy(outcome, self.run.outcome)
+        return outcome
 
 
 class _Model:
@@ -323,11 +321,16 @@ class _Model:
             )
 
 
-def _attack(settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, Tensor]:
-    run = Run(settings, batch)
+def _attack(settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
+    run = settings.run_class(settings, batch)
     with borrowed(model, settings.bn_mode):
-        run.attack(model, settings.generator, settings.restarts, highest_label)
-    return run.result, run.nan_seen.sum()
+        run.attack(model, settings.generator, batch.runs, highest_label)
+    return run.outcome
+
+
+def _copy(outcome: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
+    for ours, theirs in zip(outcome, found, strict=True):
+        ours.copy_(theirs)
 
 
 def _obstacle(model: nn.Module, structure: Structure, x: Tensor) -> str | None:
@@ -362,9 +365,10 @@ def _key(settings, batch: Batch) -> tuple:
     x, cuda, cudnn = batch.x, torch.backends.cuda.matmul, torch.backends.cudnn
     return (
         (x.shape[1:], x.dtype, x.device, x.is_contiguous()),
-        (batch.y is None, batch.start is None, *(isinstance(v, Tensor) and v.numel() > 1 for v in (batch.eps, batch.step_size))),
-        (_loss_key(settings.loss), settings.steps, settings.norm, settings.targeted, tuple(settings.bounds), settings.bn_mode),
-        (settings.random_start, settings.restarts > 1 and settings.select, settings.precision, settings.input_gradient),
+        (*(t is None for t in (batch.y, batch.start, batch.targets)),),
+        (*(isinstance(v, Tensor) and v.numel() > 1 for v in (batch.eps, batch.step_size)),),
+        (settings.run_class, settings.kind(), _loss_key(settings.loss), settings.norm, tuple(settings.bounds)),
+        (settings.bn_mode, settings.precision, settings.input_gradient),
         (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)),
         (cuda.fp32_precision, cuda.allow_fp16_accumulation, cuda.allow_fp16_reduced_precision_reduction),
         (cuda.allow_bf16_reduced_precision_reduction, cudnn.conv.fp32_precision, cudnn.enabled, cudnn.benchmark),

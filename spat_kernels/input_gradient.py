@@ -14,7 +14,9 @@ class InputGradient:
     class that the labels name, to be checked against the number of classes.
     """
 
+    factor = None  # as of a `PlannedGradient`: gradients are what they are
     independent_samples = False  # batch norm in train mode, or any code of the model's, may couple the samples of a batch
+    deterministic = False  # and draw random numbers
 
     def __init__(self, model, precision: str | None = None, highest_label: int = -1):
         self.model, self.precision = model, precision
@@ -49,24 +51,25 @@ class InputGradient:
                 raise ValueError("model changes its input in place, and so the images: let it work on x.clone()") from error
         return self._logits.detach().contiguous()
 
-    def backward(self, dlogits: Tensor) -> Tensor:
-        """Gradient at the x of the last `forward`, whose graph is freed."""
+    def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
+        """Gradient at the x of the last `forward`, whose graph is freed, unless `keep`."""
         x, logits = self._x, self._logits
-        self._x = self._logits = None
+        if not keep:
+            self._x = self._logits = None
         if not logits.requires_grad:
             raise ValueError(
                 "model: its logits do not depend on x by differentiable operations (is there a detach, a no_grad or an "
                 "argmax inside?), so there is no gradient to follow"
             )
         try:
-            return self._to_leaf(logits, x, dlogits)
+            return self._to_leaf(logits, x, dlogits, keep)
         except RuntimeError as error:
             # Re-entrant checkpointing refuses to be told for which inputs to differentiate.
             if self._to_leaf is _backward_to_leaf or "checkpoint" not in str(error).lower():
                 raise
         self._to_leaf = _backward_to_leaf
         self.forward(x)
-        return self.backward(dlogits)
+        return self.backward(dlogits, keep)
 
 
 def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:
@@ -82,11 +85,12 @@ def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:
     return logits
 
 
-def _grad_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(logits, x, dlogits, allow_unused=True, materialize_grads=True)
+def _grad_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor, keep: bool) -> Tensor:
+    (grad,) = torch.autograd.grad(logits, x, dlogits, retain_graph=keep, allow_unused=True, materialize_grads=True)
     return grad
 
 
-def _backward_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor) -> Tensor:
-    torch.autograd.backward(logits, dlogits)  # into x alone: `borrowed` has frozen the parameters
+def _backward_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor, keep: bool) -> Tensor:
+    x.grad = None
+    torch.autograd.backward(logits, dlogits, retain_graph=keep)  # into x alone: `borrowed` has frozen the parameters
     return torch.zeros_like(x) if x.grad is None else x.grad

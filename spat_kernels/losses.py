@@ -155,6 +155,7 @@ class Custom(Loss):
             value.copy_(sign * loss.detach())
 
 
+OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR)  # frozen, and of each sample by itself
 NAMED = {"ce": CrossEntropy, "kl": KLDivergence, "margin": Margin, "dlr": DLR}
 
 

@@ -244,9 +244,15 @@ class PlannedGradient:
         dtype: of the convolutions.
         precision: as the caller asked for it, for the TF32 switches.
         highest_label: the largest class that the labels name, to be checked against the number of classes.
+
+    Attributes:
+        factor: [B], by which samples of the last `backward` are to be multiplied where lengths count; None is 1.
+        keep: whether that `backward` may be called again.
     """
 
-    independent_samples = True
+    independent_samples = deterministic = True
+    factor: Tensor | None = None
+    keep = False
 
     def __init__(
         self,
@@ -404,13 +410,15 @@ class PlannedGradient:
         logits = logits.to(self.logits_dtype).contiguous()
         return check_logits(logits, x, self.highest_label)
 
-    def backward(self, dlogits: Tensor) -> Tensor:
-        """Gradient at the x of the last `forward`, up to a positive factor for each sample; what was kept is dropped."""
+    def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
+        """Gradient at the x of the last `forward`, to be multiplied by `factor`; what was kept is dropped, unless `keep`."""
+        self.factor, self.keep = None, keep
         grads: list[list[tuple[Tensor, bool]]] = [[] for _ in self.plan.nodes]
         grads[self.plan.last] = [(dlogits if self.plan.last in self.plan.exact else self.into_network(dlogits), False)]
         for i in reversed(range(len(self.plan.steps))):
             step, saved = self.plan.steps[i], self._saved[i]
-            self._saved[i] = None
+            if not keep:
+                self._saved[i] = None
             BACKWARD[type(step)](self, step, self._bound[i], saved, grads)
         return take(grads, 0)[0]
 
@@ -427,6 +435,7 @@ class PlannedGradient:
         if self.dtype not in HALVES:
             return grad
         largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
+        self.factor = largest
         return (grad / largest.view(-1, *[1] * (grad.ndim - 1))).to(self.dtype)
 
 
@@ -566,7 +575,12 @@ def _mean_backward(run, step: Mean, bound, shape, grads):
     grad = grad.reshape(shape[0], shape[1], 1, 1)
     # The factor 1 / (H W) is one of those that do not count where each sample is scaled anyway.
     scaled = run.dtype in HALVES and run.enters(step)
-    grad = run.into_network(grad) if scaled else grad / (shape[2] * shape[3])
+    pixels = shape[2] * shape[3]
+    if scaled:
+        grad = run.into_network(grad)
+        run.factor = run.factor / pixels
+    else:
+        grad = grad / pixels
     grads[step.inputs[0]].append((grad.expand(shape).contiguous(memory_format=CHANNELS_LAST), True))
 
 
@@ -593,7 +607,7 @@ def _local_forward(run, step: Local, bound, values, keep):
 def _local_backward(run, step: Local, bound, saved, grads):
     leaves, y = saved
     grad, _ = take(grads, step.out)
-    for j, dx in zip(step.inputs, torch.autograd.grad(y, leaves, grad), strict=True):
+    for j, dx in zip(step.inputs, torch.autograd.grad(y, leaves, grad, retain_graph=run.keep), strict=True):
         grads[j].append((dx, False))
 
 

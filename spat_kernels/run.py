@@ -23,58 +23,53 @@ drawing = threading.RLock()
 
 class Batch(NamedTuple):
     """What an attack is given for one batch, checked. x is dense [B, ...], y int64 [B] or None, start like x or None; eps and
-    step_size are numbers, or tensors of one value or [B]."""
+    step_size are numbers, or tensors of one value or [B]; targets, int64 [B], are classes to go to from y. `runs` is the number
+    of starts, of which the best is kept."""
 
     x: Tensor
     y: Tensor | None
     eps: float | Tensor
     step_size: float | Tensor
-    start: Tensor | None
+    start: Tensor | None = None
+    targets: Tensor | None = None
+    runs: int = 1
 
     def copy(self) -> "Batch":
         """With images and labels of its own; a run copies the rest by itself."""
-        return self._replace(x=self.x.clone(), y=None if self.y is None else self.y.clone())
+        x, y, targets = (None if t is None else t.clone() for t in (self.x, self.y, self.targets))
+        return self._replace(x=x, y=y, targets=targets)
 
 
 class Run:
-    """The attack of `settings` on one batch.
+    """The attack of `settings` on one batch; a subclass says how.
 
     `attack` is all of it. Taken apart for a capture: `load` brings in a batch and `draw` the random numbers; what is left,
     `run()`, neither waits for the device nor looks at a value, and works on the same tensors each time. It is one run from one
-    start; with restarts the best so far is kept over the runs since the last `load`.
+    start.
 
     Args:
         settings: the attack. Its eps, step_size, generator and number of restarts are not looked at again.
         batch: adopted without a copy, and never written before the first `load`.
 
     Attributes:
-        result: adversarial images [B, ...] of the batch loaded last: a view of the tensor that the next run overwrites.
-        nan_seen: uint8 [B], 1 for samples that met an unusable gradient.
         classes: the number of classes K, or None as long as no forward has told.
     """
 
-    def __init__(self, settings: "PGD", batch: Batch):
-        self.loss, self.steps, self.targeted = settings.loss, settings.steps, settings.targeted
-        self.how, self.precision = settings.input_gradient, settings.precision
+    random_start = True
+    targeted = False
+
+    def __init__(self, settings, batch: Batch):
+        self.loss, self.how, self.precision = settings.loss, settings.input_gradient, settings.precision
         self.ball = BALLS[settings.norm](batch.x, batch.eps, batch.step_size, box(settings.bounds, batch.x.dtype))
-        self.y = batch.y
-        self.x_adv = torch.empty_like(batch.x)
-        self.starts_at = "given" if batch.start is not None else "random" if settings.random_start else "clean"
-        self.best = self.best_value = self.best_success = None
-        if settings.restarts > 1:
-            self.best = torch.empty_like(batch.x)
-            self.best_value = batch.x.new_empty(len(batch.x), dtype=acc_dtype(batch.x.dtype))
-            if settings.select == "success":
-                self.best_success = batch.x.new_empty(len(batch.x), dtype=torch.bool)
+        self.y, self.targets = batch.y, batch.targets
         self.draws = self.model = self.reference = self.classes = None
-        self._begin_batch(batch)
 
     def load(self, batch: Batch) -> None:
         """Copy in a batch like the first one, or a shorter one: then what came before fills up the rest."""
         n = len(batch.x)
-        self.ball.x[:n].copy_(batch.x)
-        if self.y is not None:
-            self.y[:n].copy_(batch.y)
+        for ours, given in ((self.ball.x, batch.x), (self.y, batch.y), (self.targets, batch.targets)):
+            if ours is not None:
+                ours[:n].copy_(given)
         fill_(self.ball.eps, batch.eps)
         fill_(self.ball.step_size, batch.step_size)
         self._begin_batch(batch)
@@ -82,17 +77,10 @@ class Run:
     def _begin_batch(self, batch: Batch) -> None:
         self.n = len(batch.x)
         self.ball.nan_seen.zero_()
-        if batch.start is not None:
-            self.x_adv[: self.n].copy_(batch.start)
-        if self.best is not None:
-            self.best.copy_(self.ball.x)
-            self.best_value.fill_(-torch.inf)
-            if self.best_success is not None:
-                self.best_success.zero_()
 
     def draw(self, generator: torch.Generator | None) -> None:
         """Draw what the next run starts from: as many numbers as the batch has samples, also where it fills only a part."""
-        if self.starts_at != "random":
+        if not self.random_start:
             return
         with drawing:
             draws = self.ball.draw(generator, self.n)
@@ -102,42 +90,33 @@ class Run:
             for ours, drawn in zip(self.draws, draws, strict=True):
                 ours[: len(drawn)].copy_(drawn)
 
-    def attack(self, model, generator: torch.Generator | None, restarts: int, highest_label: int) -> None:
-        """Attack `model`, borrowed, from `restarts` starts."""
+    def attack(self, model, generator: torch.Generator | None, runs: int, highest_label: int) -> None:
+        """Attack `model`, borrowed, from `runs` starts."""
         self.model = input_gradient(model, self.ball.x, self.how, self.precision, highest_label)
-        for i in range(restarts):
+        for i in range(runs):
             self.draw(generator)
             if i == 0:
                 self.begin()
-            self.attempt()
+            self.attempt(captured=False)
 
     def __call__(self) -> None:
         """One run, from the clean logits on."""
         self.begin()
-        self.attempt()
+        self.attempt(captured=True)
 
     def begin(self) -> None:
         """What all runs on a batch share: the model's weights made ready, and what the logits are held against."""
-        with self.model.arithmetic(self.x_adv.device.type):
+        with self.model.arithmetic(self.ball.x.device.type):
             self.model.prepare()
-            clean_logits = self.model.logits(self.ball.x) if self.loss.needs_clean_logits else None
-            self.reference = self.loss.reference(self.y, clean_logits, self.targeted)
+            self.reference = self._reference()
 
-    def attempt(self) -> None:
-        """One run from one start."""
-        x_adv, ball = self.x_adv, self.ball
-        if self.starts_at == "random":
-            ball.random_start_(x_adv, self.draws)
-        elif self.starts_at == "clean":
-            x_adv.copy_(ball.x)
-        with self.model.arithmetic(x_adv.device.type):
-            for _ in range(self.steps):
-                logits = self.model.forward(x_adv)
-                ball.step_(x_adv, self.model.backward(self._logit_gradient(logits)))
-            if self.steps == 0 and self.starts_at == "given":
-                ball.project_(x_adv)
-            if self.best is not None:
-                self._keep_best()
+    def _reference(self):
+        clean_logits = self.model.logits(self.ball.x) if self.loss.needs_clean_logits else None
+        return self.loss.reference(self.y if self.targets is None else self.targets, clean_logits, self.targeted)
+
+    def attempt(self, captured: bool) -> None:
+        """One run from one start. Only if it is not `captured` may it look at values."""
+        raise NotImplementedError
 
     def release(self) -> None:
         """Forget the model and the loss, which a capture must not keep alive, but nothing that its kernels read or write.
@@ -147,28 +126,83 @@ class Run:
         self.model.release()
         self.loss = self.reference = None
 
-    @property
-    def result(self) -> Tensor:
-        return self._of_batch(self.x_adv if self.best is None else self.best)
+    @staticmethod
+    def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
+        """Tensors for the `outcome` of a batch `x`."""
+        raise NotImplementedError
 
     @property
-    def nan_seen(self) -> Tensor:
-        return self._of_batch(self.ball.nan_seen)
+    def outcome(self) -> tuple[Tensor, ...]:
+        """What the attack on the batch loaded last gave, adversarial images [B, ...] first. The next run overwrites it."""
+        return tuple(t if len(t) == self.n else t[: self.n] for t in self._outcome())
 
-    def _of_batch(self, t: Tensor) -> Tensor:
-        return t if len(t) == self.n else t[: self.n]
+    def _outcome(self) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _logit_gradient(self, logits: Tensor, reference, value: Tensor | None = None) -> Tensor:
+        self.classes = logits.shape[1]
+        dlogits = torch.empty_like(logits)
+        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
+        self.loss.gradient(logits, reference, dlogits, value, targeted=self.targeted, scale=scale)
+        return dlogits
+
+
+class PGDRun(Run):
+    """Projected gradient descent. With restarts the best so far is kept over the runs since the last `load`.
+
+    Its outcome: adversarial images; nan_seen, uint8 [B], 1 for samples that met an unusable gradient.
+    """
+
+    def __init__(self, settings: "PGD", batch: Batch):
+        super().__init__(settings, batch)
+        self.steps, self.targeted = settings.steps, settings.targeted
+        self.starts_at = "given" if batch.start is not None else "random" if settings.random_start else "clean"
+        self.random_start = self.starts_at == "random"
+        self.x_adv = torch.empty_like(batch.x)
+        self.best = self.best_value = self.best_success = None
+        if settings.restarts > 1:
+            self.best = torch.empty_like(batch.x)
+            self.best_value = batch.x.new_empty(len(batch.x), dtype=acc_dtype(batch.x.dtype))
+            if settings.select == "success":
+                self.best_success = batch.x.new_empty(len(batch.x), dtype=torch.bool)
+        self._begin_batch(batch)
+
+    def _begin_batch(self, batch: Batch) -> None:
+        super()._begin_batch(batch)
+        if batch.start is not None:
+            self.x_adv[: self.n].copy_(batch.start)
+        if self.best is not None:
+            self.best.copy_(self.ball.x)
+            self.best_value.fill_(-torch.inf)
+            if self.best_success is not None:
+                self.best_success.zero_()
+
+    def attempt(self, captured: bool) -> None:
+        x_adv, ball = self.x_adv, self.ball
+        if self.starts_at == "random":
+            ball.random_start_(x_adv, self.draws)
+        elif self.starts_at == "clean":
+            x_adv.copy_(ball.x)
+        with self.model.arithmetic(x_adv.device.type):
+            for _ in range(self.steps):
+                logits = self.model.forward(x_adv)
+                ball.step_(x_adv, self.model.backward(self._logit_gradient(logits, self.reference)))
+            if self.steps == 0 and self.starts_at == "given":
+                ball.project_(x_adv)
+            if self.best is not None:
+                self._keep_best()
+
+    @staticmethod
+    def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), x.new_empty(len(x), dtype=torch.uint8)
+
+    def _outcome(self) -> tuple[Tensor, ...]:
+        return self.x_adv if self.best is None else self.best, self.ball.nan_seen
 
     def _keep_best(self) -> None:
         logits = self.model.logits(self.x_adv)
         value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
-        self._logit_gradient(logits, value)
+        self._logit_gradient(logits, self.reference, value)
         success = None if self.best_success is None else (logits.argmax(1) == self.y) == self.targeted
         value = value.to(self.best_value.dtype)
         ops.keep_best_(self.best, self.best_value, self.best_success, self.x_adv, value, success)
-
-    def _logit_gradient(self, logits: Tensor, value: Tensor | None = None) -> Tensor:
-        self.classes = logits.shape[1]
-        dlogits = torch.empty_like(logits)
-        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-        self.loss.gradient(logits, self.reference, dlogits, value, targeted=self.targeted, scale=scale)
-        return dlogits

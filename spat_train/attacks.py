@@ -27,6 +27,7 @@ from spat_kernels.precision import tf32_switches
 from .images import InputError
 
 TARGETS = ("least-likely", "random", "all")
+LOSSES = {"ce": "cross-entropy", "ls": "label-smoothed cross-entropy", "kl": "KL", "dlr": "DLR", "margin": "the margin"}
 NAMED = {  # name: (what it is in the grammar, source)
     "clean": ("clean", "the images as they are"),
     "noise": ("pgd:steps=0", "uniform in the ball, a weak control (Goodfellow et al., 2015)"),
@@ -46,12 +47,12 @@ NAMED = {  # name: (what it is in the grammar, source)
     "pgd-l2-20": ("pgd:norm=l2:steps=20", "the same, 20 steps"),
     "pgd-l2-40": ("pgd:norm=l2:steps=40", "the same, 40 steps"),
     "pgd-l2-100": ("pgd:norm=l2:steps=100", "the same, 100 steps"),
-    "apgd-ce": ("apgd:loss=ce", "Croce and Hein, 2020"),
+    "apgd-ce": ("apgd", "Croce and Hein, 2020"),
     "apgd-dlr": ("apgd:loss=dlr", "Croce and Hein, 2020"),
     "apgd-t": ("apgd:loss=dlr:targets=9", "Croce and Hein, 2020: the nine likeliest wrong classes"),
     "fab-t": ("fab:targets=9", "Croce and Hein, 2020, arXiv 1907.02044"),
-    "square": ("square:queries=5000", "Andriushchenko et al., 2020: no gradients"),
-    "autoattack": ("autoattack:version=standard", "Croce and Hein, 2020: APGD-CE, APGD-T, FAB-T, Square"),
+    "square": ("square", "Andriushchenko et al., 2020: no gradients"),
+    "autoattack": ("autoattack", "Croce and Hein, 2020: APGD-CE, APGD-T, FAB-T, Square"),
     "autoattack-plus": ("autoattack:version=plus", "the same with restarts and the untargeted forms"),
     "autoattack-rand": ("autoattack:version=rand", "the same for randomised models"),
 }
@@ -72,6 +73,12 @@ def number(text: str) -> float:
 def count(text: str) -> int:
     if not text.isdecimal():
         raise ValueError("give a whole number")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if count(text) < 1:
+        raise ValueError("give at least 1")
     return int(text)
 
 
@@ -108,11 +115,9 @@ class Attack(ABC):
     name: str = ""
     norm: str = _setting("linf", choice("linf", "l2"))
     eps: float | None = _setting(None, number)
-    restarts: int = _setting(1, count)
+    restarts: int = _setting(1, positive)
 
     def __post_init__(self):
-        if self.restarts < 1:
-            raise ValueError("restarts: give at least 1")
         if self.restarts > 1 and not self.random:
             raise ValueError("restarts would repeat one run: nothing in it is random")
         if self.eps is not None and self.norm == "linf" and self.eps > 1:
@@ -162,8 +167,8 @@ class Attack(ABC):
         return x_adv
 
     def _draw(self, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> list:
-        """The random numbers of a whole batch: tensors with one entry per image, or others for all of them."""
-        return [int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))]
+        """What is random about a run on a whole batch: tensors with one entry per image, or others for all of them."""
+        return []
 
     @abstractmethod
     def _attack(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, how: dict) -> Tensor:
@@ -190,9 +195,6 @@ class Attack(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Clean(Attack):
     family, random = "clean", False
-
-    def _draw(self, x, y, eps, generator):
-        return []
 
     def _attack(self, model, x, y, eps, draws, run, how):
         return x.clone()
@@ -284,72 +286,93 @@ class PGD(Attack):
     def _describe(self):
         if self.steps == 0:
             return ["uniform noise"]
-        names = {"ce": "cross-entropy", "kl": "KL", "dlr": "DLR", "margin": f"margin (kappa {self.kappa or 0:g})"}
-        smoothed = f"label-smoothed cross-entropy (alpha {self.alpha:g})" if self.alpha is not None else None
-        length = f"{self.step:.4g} eps" if self.step is not None else "eps / 4" if self.norm == "linf" else "2.5 eps / steps"
-        where = {"uniform": "a uniform random start", "clean": "the clean image"}[self.start]
+        loss = LOSSES[self.loss]
+        if self.alpha is not None:
+            loss = f"label-smoothed cross-entropy (alpha {self.alpha:g})"
+        elif self.loss == "margin":
+            loss = f"the margin (kappa {self.kappa or 0:g})"
+        length = (
+            _length(self.step) if self.step is not None else "eps / 4" if self.norm == "linf" else f"{2.5 / self.steps:.4g} eps"
+        )
+        where = {"uniform": "a uniform random start", "clean": "the image"}[self.start]
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {length} from {where}"
         target = {"all": "towards all wrong classes in turn", "none": None}.get(self.target, f"towards the {self.target} class")
         if self.target == "random":
             target = "towards a random wrong class"
-        return [f"PGD on {smoothed or names[self.loss]}", steps, *([target] if target else [])]
+        return [f"PGD on {loss}", steps, *([target] if target else [])]
+
+
+class _Engine(Attack):
+    """An attack of `spat_kernels` with bookkeeping of its own."""
+
+    def _draw(self, x, y, eps, generator):
+        return [int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD(Attack):
-    """AutoAttack's PGD without a step size; `targets` 0 is untargeted, n takes the n likeliest wrong classes in turn."""
+class APGD(_Engine):
+    """AutoAttack's PGD, which chooses its steps itself; with `targets` n, towards the n likeliest wrong classes in turn."""
 
     family = "apgd"
 
-    loss: str = _setting("ce", choice("ce", "dlr"))
-    steps: int = _setting(100, count)
-    targets: int = _setting(0, count)
+    loss: str = _setting("ce", choice("ce", "dlr", "margin"))
+    steps: int = _setting(100, positive)
+    targets: int | None = _setting(None, positive)
 
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.APGD(
-            eps, norm=self.norm, loss=self.loss, targets=self.targets, steps=self.steps, seed=draws[0], **how
+            eps, loss=self.loss, steps=self.steps, norm=self.norm, targets=self.targets, generator=_generator(draws), **how
         )
         return attack(model, x, y)
 
     def _describe(self):
-        return [f"APGD on {self.loss.upper()}", f"{self.steps} steps", *([f"{self.targets} targets"] if self.targets else [])]
+        return [f"APGD on {LOSSES[self.loss]}", f"{self.steps} steps", *_towards(self.targets)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FAB(Attack):
+class FAB(_Engine):
+    """The fast adaptive boundary attack; with `targets` n, FAB-T towards the n likeliest wrong classes in turn."""
+
     family = "fab"
 
-    steps: int = _setting(100, count)
-    targets: int = _setting(9, count)
+    steps: int = _setting(100, positive)
+    targets: int | None = _setting(None, positive)
 
     def _attack(self, model, x, y, eps, draws, run, how):
-        return spat_kernels.FAB(eps, norm=self.norm, targets=self.targets, steps=self.steps, seed=draws[0], **how)(model, x, y)
+        attack = spat_kernels.FAB(
+            eps, norm=self.norm, steps=self.steps, targets=self.targets, generator=_generator(draws), **_ungraphed(how)
+        )
+        return attack(model, x, y)
 
     def _describe(self):
-        return ["FAB", f"{self.steps} steps", f"{self.targets} targets"]
+        return ["FAB", f"{self.steps} steps", *_towards(self.targets)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Square(Attack):
+class Square(_Engine):
+    """Random search by squares, without gradients."""
+
     family = "square"
 
-    queries: int = _setting(5000, count)
+    queries: int = _setting(5000, positive)
 
     def _attack(self, model, x, y, eps, draws, run, how):
-        how = {name: value for name, value in how.items() if name == "precision"}  # it takes no gradients
-        return spat_kernels.Square(eps, norm=self.norm, queries=self.queries, seed=draws[0], **how)(model, x, y)
+        attack = spat_kernels.Square(eps, norm=self.norm, queries=self.queries, generator=_generator(draws), **_ungraphed(how))
+        return attack(model, x, y)
 
     def _describe(self):
-        return ["Square", f"{self.queries} queries"]
+        return ["Square Attack", f"{self.queries} queries"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoAttack(Attack):
+class AutoAttack(_Engine):
+    """The ensemble: `steps` of APGD and FAB, `queries` of Square."""
+
     family = "autoattack"
 
     version: str = _setting("standard", choice("standard", "plus", "rand"))
-    steps: int = _setting(100, count)
-    queries: int = _setting(5000, count)
+    steps: int = _setting(100, positive)
+    queries: int = _setting(5000, positive)
 
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.AutoAttack(
@@ -358,7 +381,29 @@ class AutoAttack(Attack):
         return attack(model, x, y)
 
     def _describe(self):
-        return [f"AutoAttack {self.version}", f"{self.steps} steps", f"{self.queries} queries"]
+        queries = [] if self.version == "rand" else [f"{self.queries} queries"]
+        return [f"AutoAttack, version {self.version}", f"{self.steps} steps", *queries]
+
+
+def _length(step: float) -> str:
+    """In units of eps."""
+    parts = 1 / step if step else 0
+    return (
+        "eps" if step == 1 else f"eps / {round(parts)}" if parts > 1 and abs(parts - round(parts)) < 1e-6 else f"{step:.4g} eps"
+    )
+
+
+def _generator(draws: list) -> torch.Generator:
+    return torch.Generator().manual_seed(draws[0])
+
+
+def _ungraphed(how: dict) -> dict:
+    """Without what is CUDA graphs', for attacks that know none."""
+    return {name: value for name, value in how.items() if name != "graph"}
+
+
+def _towards(targets: int | None) -> list[str]:
+    return [] if targets is None else [f"towards the {targets} likeliest wrong classes in turn"]
 
 
 FAMILIES = {kind.family: kind for kind in (Clean, PGD, APGD, FAB, Square, AutoAttack)}
@@ -401,15 +446,22 @@ def parse(spec: "str | Attack") -> Attack:
         raise InputError(f"attack {spec}: {error}") from error
 
 
-def _named(name: str) -> tuple[type[Attack], dict[str, str]]:
-    """The family and the settings behind NAME[-TARGET][xN]."""
+def published(name: str) -> tuple[str, dict[str, str]]:
+    """The name in `NAMED` (or a family's) that NAME[-TARGET][xN] begins with, and the settings that the rest stands for."""
     base, values = name, {}
     if base not in NAMED and (repeated := re.fullmatch(r"(.+?)x([1-9]\d*)", base)):
         base, values["restarts"] = repeated.groups()
     if base not in NAMED:
         for target in TARGETS:
-            if base.endswith(f"-{target}") and NAMED.get(base.removesuffix(f"-{target}"), ("",))[0].startswith("pgd"):
-                base, values["target"] = base.removesuffix(f"-{target}"), target
+            bare = base.removesuffix(f"-{target}")
+            if bare != base and NAMED.get(bare, ("",))[0].startswith("pgd:"):
+                base, values["target"] = bare, target
+    return base, values
+
+
+def _named(name: str) -> tuple[type[Attack], dict[str, str]]:
+    """The family and the settings behind a name."""
+    base, values = published(name)
     family, *settings = NAMED[base][0].split(":") if base in NAMED else [base]
     if family not in FAMILIES:
         raise InputError(

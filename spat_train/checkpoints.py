@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .images import Dataset, InputError
-from .models import Normalize, create
+from .models import Normalize, create, try_on
 
 WEIGHTS = ("auto", "model", "ema")
 # Names that public code saves weights under, averaged ones apart.
@@ -85,10 +85,9 @@ def load_model(path: str | Path, dataset: Dataset, name: str | None = None) -> t
     try:
         with torch.random.fork_rng(devices=[]):  # initialising draws
             model = create(name, dataset.num_classes, dataset.image_shape, activation=activation).eval()
-            with torch.no_grad():
-                model(torch.zeros(1, *dataset.image_shape))  # lazy layers have no weights before
+            try_on(model, dataset.image_shape, dataset.num_classes)  # lazy layers have no weights before
         load_checkpoint(model, file)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
     return model, config
 

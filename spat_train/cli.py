@@ -10,6 +10,7 @@ import tyro
 from . import gallery, tables
 from .config import Config
 from .demo import demo
+from .evaluate_command import attacks_command, evaluate_command
 from .figures import write_curves
 from .files import SaveError
 from .images import InputError
@@ -109,7 +110,10 @@ def table(
         print(f"{path} written")
 
 
-COMMANDS = {"presets": presets, "plot": plot, "demo": demo, "figure": figure, "table": table}
+COMMANDS = {
+    "evaluate": evaluate_command, "attacks": attacks_command, "figure": figure, "table": table, "presets": presets, "plot": plot,
+    "demo": demo,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -274,13 +274,20 @@ def check(c: Config) -> None:
     need(c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout")
     need(c.ema < 1, "ema", "give a decay below 1, such as 0.9995")
 
-    if c.device is not None:
-        try:
-            here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(torch.device(c.device).type, 0)
-        except RuntimeError as error:
-            raise InputError(f"--device {c.device}: give cpu, cuda or cuda:N") from error
-        need((torch.device(c.device).index or 0) < here, "device", "torch has no such device here: use cpu, cuda or cuda:N")
+    check_device(c.device)
     cuda = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
     for option in ("precision", "attack_precision"):
         need(cuda or getattr(c, option) != "tf32", option, "TF32 is for GPUs: use fp32 or bf16")
     need(cuda or not c.sync_bn, "sync_bn", "PyTorch has it for GPUs alone: leave it out")
+
+
+def check_device(device: str | None) -> None:
+    """Raise InputError where torch has no such device here. None is any."""
+    if device is None:
+        return
+    try:
+        here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(torch.device(device).type, 0)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: give cpu, cuda or cuda:N") from error
+    if (torch.device(device).index or 0) >= here:
+        raise InputError(f"--device {device}: torch has no such device here: use cpu, cuda or cuda:N")

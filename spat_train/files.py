@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from .images import InputError
-
 
 class SaveError(RuntimeError):
     """Something could not be written. What was there before still is."""
@@ -40,23 +38,20 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
         raise SaveError(f"cannot write {path} ({error.strerror}){kept}: make room, or choose another --out") from error
 
 
+def make_folder(path: Path) -> None:
+    """With those above it.
+
+    Raises:
+        SaveError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make {path} ({error.strerror}): make room, or choose another --out") from error
+
+
 def write_torch(path: Path, value: object, keep: Path | None = None) -> None:
     """`write` of torch.save(value). By way of memory, so that what fails is an OSError of the file and nothing else."""
     content = io.BytesIO()
     torch.save(value, content)
     write(path, content.getbuffer(), keep)
-
-
-def make_folder(path: Path) -> None:
-    """Make `path` and the folders above it.
-
-    Raises:
-        InputError: it cannot be made, or be written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(path, os.W_OK) else "not writable"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise InputError(f"--out {path}: the folder cannot be made or written to ({reason}): give another")

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import figures, files, landscape, pictures, sweeps
 from .images import InputError
 from .measure import Subject, TestImages, open_images, open_models, radius
+from .models import device_of
 from .roles import ANY, PAIR, ROBUST, TRAININGS, WIDTHS, Role, grid
 from .runs import Options, Run, check, told
 from .sources import ROBUST as SOURCE
@@ -44,7 +45,7 @@ class Bench:
 
     @cached_property
     def subjects(self) -> list[Subject]:
-        return open_models(self.runs, self.images)
+        return open_models(self.runs, self.images, self.options)
 
     @property
     def models(self) -> dict:
@@ -56,7 +57,7 @@ class Bench:
 
     def examples(self) -> tuple[Tensor, Tensor, list[int]]:
         """Images [N, C, H, W], their labels [N] and their rows in the test set: one of each class, right for all models."""
-        x, y = self.images.floats(pictures.CANDIDATES, self.subjects[0].device)
+        x, y = self.images.floats(pictures.CANDIDATES, device_of(self.subjects[0].model))
         chosen = pictures.examples(list(self.models.values()), x, y, self.extent.examples)
         return x[chosen], y[chosen], self.images.rows[chosen].tolist()
 
@@ -219,12 +220,11 @@ def draw(name: str, given: Sequence[Path], options: Options, extent: Extent, out
         InputError: no such figure, or not the runs that it needs; an option, a run or the data do not fit.
     """
     kind = find(name)
-    check(options)
+    check(options, out)
     for option in ("examples", "restarts", "ascent_steps"):
         least = 2 if option == "restarts" else 1
         if getattr(extent, option) < least:
             raise InputError(f"--{option.replace('_', '-')} {getattr(extent, option)}: give at least {least}")
-    files.make_folder(out)
     runs = kind.role.take(name, given, options)
     images = open_images(runs, options)
     b = Bench(runs, images, options, extent, radius(runs, options))

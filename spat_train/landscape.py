@@ -1,7 +1,7 @@
 """The inner problem from inside: what PGD finds from many starts, whether that is one maximum or many, a slice of the loss.
 
-Madry et al., arXiv 1706.06083, section 3 and appendices A and B: from random starts in the ball, PGD ends at losses that are nearly
-equal, at points that are far apart.
+Madry et al., arXiv 1706.06083, section 3 and appendices A and B: from random starts in the ball, PGD ends at losses that are
+nearly equal, at points that are far apart.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from spat_kernels import pgd
 from spat_kernels.borrow import borrowed
 from spat_kernels.precision import tf32_switches
 
-from .evaluate import device_of
+from .models import device_of
 from .randomness import derived_seed
 
 CHUNK = 512  # images in one forward

@@ -1,4 +1,4 @@
-"""Models of runs on test images: opened, checked and measured, each number kept in the run's folder so that it costs nothing again."""
+"""Models of runs on test images: opened, checked and measured; numbers are kept in the run's folder and cost nothing again."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,9 @@ from .checkpoints import load_model
 from .data import load
 from .evaluate import evaluate, tensor_hash, weights_hash
 from .images import Dataset, InputError, fingerprint, floats
+from .models import device_of, is_out_of_memory
 from .runs import Options, Run, data_name, title
+from .signals import Stopped, StopWish
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +24,6 @@ class Subject:
     run: Run
     model: nn.Module
     name: str
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +63,7 @@ def open_images(runs: Iterable[Run], options: Options) -> TestImages:
     return TestImages(dataset, torch.from_numpy(drawn))
 
 
-def open_models(runs: Sequence[Run], images: TestImages) -> list[Subject]:
+def open_models(runs: Sequence[Run], images: TestImages, options: Options) -> list[Subject]:
     """In the order of `runs`; named by their method, or by their folders where two are alike.
 
     Raises:
@@ -73,12 +71,14 @@ def open_models(runs: Sequence[Run], images: TestImages) -> list[Subject]:
     """
     titles = [title(run.config) for run in runs]
     names = titles if len(set(titles)) == len(titles) else [run.folder.name for run in runs]
-    return [Subject(run, open_model(run, images), name) for run, name in zip(runs, names, strict=True)]
+    return [open_model(run, images, options, name) for run, name in zip(runs, names, strict=True)]
 
 
-def open_model(run: Run, images: TestImages) -> nn.Module:
+def open_model(run: Run, images: TestImages, options: Options, name: str = "") -> Subject:
+    """Called `name`, else as its folder."""
     model, _ = load_model(run.folder, images.dataset)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Subject(run, model.to(device), name or run.folder.name)
 
 
 def measured(
@@ -108,9 +108,20 @@ def measured(
     )
     key = hashlib.sha256(repr((parts, sorted(settings.items()))).encode()).hexdigest()[:12]
     folder = subject.run.folder / "evaluations" / f"{data_name(images.dataset.name)}-{len(images)}-{key}"
-    found = evaluate(
-        subject.model, images.dataset.test, attacks, source=source, rows=images.rows, folder=folder, bar=subject.name, **settings
-    )
+    with StopWish().heard() as wish:
+
+        def between() -> None:
+            if wish.number:
+                raise Stopped(wish.number, f"stopped by signal {wish.number}: the same command goes on from there")
+
+        how = {"source": source, "rows": images.rows, "folder": folder, "bar": subject.name, "between": between}
+        try:
+            found = evaluate(subject.model, images.dataset.test, attacks, **how, **settings)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            where = f"--eval-batch-size {options.eval_batch_size}: out of memory on {device_of(subject.model)}"
+            raise InputError(f"{where}: lower it") from error
     return {name: _told(found, name) for name in attacks}
 
 

@@ -335,6 +335,43 @@ def create(
     return model
 
 
+def try_on(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """The number of classes, from two images of `dtype` through `model`, in the mode and on the device that it is in.
+
+    Raises:
+        ValueError: it does not take such images, or does not return logits of `num_classes` (None: of two or more).
+    """
+    x = torch.zeros(2, *image_shape, device=device_of(model), dtype=dtype).to(memory_format=memory_format)
+    try:
+        with torch.no_grad():
+            logits = model(x)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise ValueError(f"it does not take images {list(image_shape)}: {_first_line(error)}") from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if isinstance(found, str) or len(found) != 2 or found[0] != 2 or found[1] < 2 or found[1] != (num_classes or found[1]):
+        told = list(found) if isinstance(found, tuple) else found
+        raise ValueError(f"two images give {told}: it must return logits [2, {num_classes or 'K'}]")
+    return found[1]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of torch's allocators, of the driver, and of the libraries that report it as a status."""
+    texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+
+
 def _create(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     channels, height, width = image_shape
     if name.startswith("timm:"):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from spat_kernels import cw_linf, pgd, pgd_ls
 
-from .evaluate import device_of
 from .figures import gradient_picture, look, picture_grid, save
 from .images import Dataset, floats
 from .landscape import cross_entropies, input_gradients, logits_of
+from .models import device_of
 
 ROWS = 5
 CANDIDATES = 256  # images that the rows of a picture are chosen from

@@ -5,6 +5,7 @@ A run is what its config.json says, whatever its folder is called.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Literal
 
 from . import logs
 from .checkpoints import run_config
-from .config import Config
+from .config import Config, check_device
 from .images import InputError
 from .train import train
 
@@ -72,13 +73,16 @@ class Options:
     """Of the images drawn, of the attacks, and of what is trained."""
     eval_batch_size: int = 256
     """Images that are attacked at once."""
+    device: str | None = None
+    """Default: cuda where there is one, else cpu."""
     train: bool = False
     """Train what is missing, into --runs, where it goes on after any interruption."""
     scale: Scale = field(default_factory=Scale)
 
 
-def check(options: Options) -> None:
-    """Raise InputError for an option that does not fit."""
+def check(options: Options, out: Path) -> None:
+    """Make the folder `out`, and raise InputError for an option that does not fit."""
+    check_device(options.device)
     for option, value in (("runs", options.runs), ("root", options.root)):
         if value is not None and not value.is_dir() and not (option == "runs" and options.train):
             raise InputError(f"--{option} {value}: there is no such folder")
@@ -95,6 +99,13 @@ def check(options: Options) -> None:
     given = [f.name for f in dataclasses.fields(Scale) if f.name != "model" and getattr(options.scale, f.name) is not None]
     if given and not options.train:
         raise InputError(f"--{given[0].replace('_', '-')}: it says how to train what is missing: add --train, or leave it out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(out, os.W_OK) else "it is not writable"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise InputError(f"--out {out}: cannot be written to ({reason}): give another folder")
 
 
 # ---- runs
@@ -224,11 +235,13 @@ class Wanted:
         config: what the source trained.
         copy_of: the key of the run that this must be a copy of, from another seed: what Madry et al. call A'.
         fixed: whether the model is the point, so that neither --model nor other data change it.
+        any_method: whether a run that was trained by another method does too.
     """
 
     config: Config
     copy_of: str = ""
     fixed: bool = False
+    any_method: bool = False
 
     def data(self, options: Options) -> str:
         return data_name(options.data or self.config.data)
@@ -252,7 +265,7 @@ class Wanted:
         if self.copy_of:
             return f"a copy of {self.copy_of} from another seed"
         model, eps = self.model(options), self.eps(options)
-        words = [title(self.config), "on", self.data(options)]
+        words = ["any run" if self.any_method else title(self.config), "on", self.data(options)]
         words += [family(model)] if model else []
         words += [f"at eps {told(eps)}"] if eps else []
         return " ".join(words + ["with pseudo-labels"] * (self.config.extra is not None))
@@ -262,7 +275,8 @@ def fits(run: Run, wanted: Wanted, options: Options) -> bool:
     """Whether `run` is what is wanted, but for its scale: method, alpha, data, pseudo-labels, family of the model, eps (to 2 %)."""
     c, w, model, eps = run.config, wanted.config, wanted.model(options), wanted.eps(options)
     return (
-        (c.method, data_name(c.data), c.extra is None) == (w.method, wanted.data(options), w.extra is None)
+        (data_name(c.data), c.extra is None) == (wanted.data(options), w.extra is None)
+        and (wanted.any_method or c.method == w.method)
         and (run.standard or math.isclose(c.alpha, w.alpha, abs_tol=1e-9))
         and (model is None or family(c.model) == family(model))
         and (eps is None or math.isclose(c.eps, eps, rel_tol=SAME))
@@ -344,7 +358,7 @@ def scaled(wanted: Wanted, options: Options) -> Config:
     scale = {name: value for name, value in dataclasses.asdict(options.scale).items() if value is not None}
     if wanted.fixed:
         scale.pop("model", None)
-    c = replace(source, test=False, resume=True, seed=options.seed, download=options.download, **scale)
+    c = replace(source, test=False, resume=True, seed=options.seed, download=options.download, device=options.device, **scale)
     c = replace(c, data=options.data or c.data, root=options.root or c.root)
     if options.eps:
         c = replace(c, eps=options.eps, eval_eps=None, step_size=c.step_size and c.step_size * options.eps / source.eps)

@@ -1,4 +1,4 @@
-"""Accuracy against one thing at a time: alpha, radius, steps, width; and the loss during training. Numbers only, ready for JSON."""
+"""Accuracy against one thing at a time: alpha, radius, steps, width; and the loss during training. Numbers alone."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def trained_with_alpha(runs: Sequence[Run], images: TestImages, options: Options
     lines: dict[str, dict] = {}
     for run in sorted(runs, key=lambda run: (run.config.eps, run.config.alpha)):
         line = lines.setdefault(f"trained with ε = {told(run.config.eps)}", {"alphas": [], "clean": [], "robust": []})
-        subject = Subject(run, open_model(run, images), run.folder.name)
+        subject = open_model(run, images, options)
         found = measured(subject, images, ["clean", "pgd-20"], options, eps=eps)
         line["alphas"].append(run.config.alpha)
         line["clean"].append(found["clean"])
@@ -37,7 +37,7 @@ def trained_with_alpha(runs: Sequence[Run], images: TestImages, options: Options
 
 
 def against_budget(subjects: Sequence[Subject], images: TestImages, options: Options, eps: float) -> dict[str, dict]:
-    """Madry et al., Figure 6: PGD-20 in L-infinity and in L2 against the radius, up to 1.5 of `eps` and of what stands for it in L2."""
+    """Madry et al., Figure 6: PGD-20 in L-infinity and in L2 against the radius, up to 1.5 `eps` and what stands for it in L2."""
     pixels = math.prod(images.dataset.image_shape)
     coarse = eps > 0.1  # told in [0, 1], not in 1/255
     radii = [share * eps for share in SHARES]
@@ -73,7 +73,7 @@ def against_width(runs: Sequence[Run], images: TestImages, options: Options, eps
     for run in sorted(runs, key=lambda run: (not run.standard, width(run.config.model))):
         kind = "standard training" if run.standard else "adversarial training"
         panel = panels.setdefault(kind, {"widths": [], "attacks": {name: [] for name in specs}, "loss": []})
-        subject = Subject(run, open_model(run, images), run.folder.name)
+        subject = open_model(run, images, options)
         found = measured(subject, images, list(specs.values()), options, eps=eps)
         panel["widths"].append(width(run.config.model))
         panel["loss"].append(training_loss(run)["losses"][-1])
@@ -83,7 +83,7 @@ def against_width(runs: Sequence[Run], images: TestImages, options: Options, eps
 
 
 def training_loss(run: Run) -> dict:
-    """Madry et al., Figure 2: mean loss of each epoch on the images it trains on, which are adversarial ones unless it is standard.
+    """Madry et al., Figure 2: the mean loss of each epoch on adversarial images; of standard training on the images themselves.
 
     Raises:
         InputError: the run has no log.

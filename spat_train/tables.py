@@ -80,10 +80,9 @@ def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Fill
         InputError: no such table, or no run of it; an option, a run or the data do not fit.
     """
     table = find(name)
-    check(options)
+    check(options, out)
     if unknown := next((key for key in given if key not in table.runs), None):
         raise InputError(f"--run {unknown}={given[unknown]}: table {name} has no run {unknown}: it has {', '.join(table.runs)}")
-    files.make_folder(out)
     runs = choose(table.runs, options, given)
     if all(runs[cell.target] is None for cell in table.cells):
         looked = "; ".join(f"{key}: {want.words(options)}" for key, want in table.runs.items())
@@ -92,7 +91,7 @@ def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Fill
         )
     here = {key: run for key, run in runs.items() if run}
     images = open_images(here.values(), options)
-    subjects = dict(zip(here, open_models(list(here.values()), images), strict=True))
+    subjects = dict(zip(here, open_models(list(here.values()), images, options), strict=True))
     own = images.dataset.name == next(iter(table.runs.values())).config.data
     eps = options.eps or (table.eps if own else max(run.config.evaluation_eps for run in here.values()))
 

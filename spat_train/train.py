@@ -31,7 +31,7 @@ from .files import write_torch
 from .images import Dataset, Folder, Images, InputError, fingerprint, hold_out
 from .loader import Loader, Order
 from .logs import Log
-from .models import create
+from .models import create, is_out_of_memory, try_on
 from .objectives import Objective, attack_precision, training_attack
 from .optim import kept_buffers, learning_rate, make_optimizer, perturbed_weights
 from .randomness import derived_seed
@@ -176,20 +176,10 @@ class Run:
             raise InputError(f"--model {self.config.model}: it has no parameter to train")
         self.model.eval()
         try:
-            with torch.no_grad():
-                x = torch.zeros(2, *shape, device=self.world.device).to(memory_format=self.memory_format)
-                logits = self.model(x)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"--model {self.config.model}: it does not take images {list(shape)} of {self.config.data}: {reason}"
-            ) from error
+            try_on(self.model, shape, classes, self.memory_format)
+        except ValueError as error:
+            raise InputError(f"--model {self.config.model}: for {self.config.data}, {error}") from error
         self.model.train()
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, classes):
-            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"--model {self.config.model}: two images give {found}: it must return logits [2, {classes}]")
 
     @property
     def evaluated(self) -> nn.Module:
@@ -507,9 +497,3 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (for models that use the global one)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of torch's allocators, of the driver, and of the libraries that report it as a status."""
-    texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)

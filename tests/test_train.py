@@ -840,7 +840,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, where, error):
         ({"awp_warmup": 3}, "--awp-warmup 3: it needs --awp"),
         ({"extra": "x.npz", "extra_fraction": 0.01}, "--extra-fraction 0.01: of 32 images it leaves one kind none"),
         ({"model": "wrn-10-1", "data": "digits", "batch_size": 0}, "--batch-size 0: give at least 1"),
-        ({"model": "tests.test_train:for_colour"}, r"does not take images \[1, 8, 8\] of digits"),
+        ({"model": "tests.test_train:for_colour"}, r"for digits, it does not take images \[1, 8, 8\]"),
         ({"model": "tests.test_train:for_three_classes"}, r"two images give \[2, 3\]: it must return logits \[2, 10\]"),
         ({"model": "tests.test_train:without_parameters"}, "it has no parameter to train"),
         ({"model": "tests.test_train:giving_a_dict"}, r"two images give dict: it must return logits \[2, 10\]"),

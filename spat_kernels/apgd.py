@@ -1,0 +1,312 @@
+"""Auto-PGD: projected gradient ascent that chooses its step sizes itself (Croce & Hein, arXiv 2003.01690, section 3).
+
+    x_0     = a random point of the surface of the ball
+    z       = project(x_t + step_size * direction(d loss / d x_t))
+    x_{t+1} = project(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1}))                                           (x_1 = z)
+
+The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample and the run goes on from
+its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not halved
+then and the best loss has not changed since. The first step counts as a rise if its loss is positive, as in the authors' code.
+
+Everything is a tensor with a value per sample, so a run never waits for the device: the schedule knows no data.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from . import checks, ops
+from .attacked import attacked, check_batch, check_settings, usable, warn_of_nan
+from .balls import Ball
+from .graph import graphs
+from .losses import DLR, OURS, LabelSmoothedCE, Loss, as_loss, value_dtype
+from .ops._common import acc_dtype, broadcast
+from .run import Batch, Run
+
+FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
+MOMENTUM = 0.75
+
+
+def checkpoints(steps: int) -> dict[int, int]:
+    """After how many steps the step sizes are looked at, each with the length of the period that ends there."""
+    length, shorter, least = (max(int(share * steps), 1) for share in (FIRST, SHORTER, LEAST))
+    found, at = {}, length
+    while at < steps:  # nothing follows one at the end
+        found[at] = length
+        length = max(length - shorter, least)
+        at += length
+    return found
+
+
+class APGDRun(Run):
+    """One run of APGD from a random start.
+
+    Its outcome: images, by the rule of `APGD`; nan_seen, uint8 [B]; their losses [B]; whether they were misclassified, bool [B].
+    """
+
+    def __init__(self, settings: "APGD", batch: Batch):
+        super().__init__(settings, batch)
+        self.steps, self.rho, self.eot = settings.steps, settings.rho, settings.eot
+        self.targeted = batch.targets is not None
+        if self.eot > 1 and type(self.loss) is LabelSmoothedCE:
+            self.loss = _ScaledCE(self.loss.alpha)
+        self.best, _, self.value, self.broken = self.empty_outcome(batch.x)
+        self._begin_batch(batch)
+
+    @staticmethod
+    def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
+        n, value = len(x), acc_dtype(x.dtype)
+        vectors = (torch.empty(n, dtype=dtype, device=x.device) for dtype in (torch.uint8, value, torch.bool))
+        return torch.empty_like(x), *vectors
+
+    def _outcome(self) -> tuple[Tensor, ...]:
+        return self.best, self.ball.nan_seen, self.value, self.broken
+
+    def _reference(self):
+        if isinstance(self.loss, DLR):
+            return self.y, self.targets  # the class to leave is y, not what the clean logits say
+        return super()._reference()
+
+    def attempt(self, captured: bool) -> None:
+        drops = not captured and self._can_drop()
+        periods = checkpoints(self.steps)
+        search = _Search(self.ball, self.y, self.reference, self.draws)
+        with self.model.arithmetic(self.best.device.type):
+            self._evaluate(search)
+            for step in range(1, self.steps + 1):
+                search.step()
+                self._evaluate(search, differentiate=step < self.steps)
+                if step in periods:
+                    search.check(self.rho * periods[step])
+                    if drops and search.broken.any():
+                        self._store(search)
+                        search = search.part((~search.broken).nonzero()[:, 0])
+                        if not len(search.rows):
+                            return
+        self._store(search)
+
+    def _can_drop(self) -> bool:
+        """Whether to go on without broken samples: a CPU takes less time for fewer, and others' results do not change."""
+        return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in (*OURS, _ScaledCE)
+
+    def _store(self, search: "_Search") -> None:
+        found = search.best, search.ball.nan_seen, search.best_value, search.broken
+        for ours, theirs in zip(self._outcome(), found, strict=True):
+            if search.rows is None:
+                ours.copy_(theirs)
+            else:
+                ours[search.rows] = theirs
+
+    def _evaluate(self, search: "_Search", differentiate: bool = True) -> None:
+        """Tell `search` the loss at its iterate, whether that is misclassified, and the gradient, averaged over `eot` passes."""
+        passes = 1 if self.model.deterministic else self.eot
+        logits, value, grad = self._pass(search, differentiate)
+        for _ in range(passes - 1):
+            more = self._pass(search, differentiate)
+            logits, value, grad = (a if a is None else a + b for a, b in zip((logits, value, grad), more, strict=True))
+        search.keep(value / passes if passes > 1 else value, logits.argmax(1) != search.y, grad)
+
+    def _pass(self, search: "_Search", differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits = self.model.forward(search.x_adv) if differentiate else self.model.logits(search.x_adv)
+        value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
+        dlogits = self._logit_gradient(logits, search.reference, value)
+        return logits, value, self.model.backward(dlogits) if differentiate else None
+
+
+class _Search:
+    """The iterates of one run on n samples, and what is known of each sample so far."""
+
+    def __init__(self, ball: Ball, y: Tensor, reference, draws: tuple[Tensor, ...]):
+        n, like = len(ball.x), ball.eps
+        self.rows = None  # int64 [n], which samples of the run these are, or None: all
+        self.ball, self.y, self.reference = copy(ball), y, reference
+        self.ball.step_size = ball.step_size.expand(n).clone()
+        self.unmoved = like.new_zeros(1)
+        self.x_adv, self.previous = torch.empty_like(ball.x), None
+        ball.surface_start_(self.x_adv, draws)
+        self.grad = self.best_grad = None
+        self.best, self.best_value = ball.x.clone(), like.new_full((n,), -torch.inf)
+        self.broken = torch.zeros(n, dtype=torch.bool, device=like.device)
+        self.done = torch.zeros_like(self.broken)  # broken at the last checkpoint: `best` stays
+        self.halved = torch.ones_like(self.broken)  # at the last checkpoint
+        self.rises, self.last_value = torch.zeros_like(self.broken, dtype=torch.int32), like.new_zeros(n)
+        self.value_at_check = None
+
+    def step(self) -> None:
+        x_adv, ball = self.x_adv, self.ball
+        moved = x_adv.clone()
+        ball.step_(moved, self.grad)
+        if self.previous is not None:
+            moved.lerp_(x_adv, 1 - MOMENTUM).sub_(self.previous.sub_(x_adv), alpha=1 - MOMENTUM)
+            ball.step_(moved, self.grad, self.unmoved)
+        self.previous, self.x_adv = x_adv, moved
+
+    def keep(self, value: Tensor, wrong: Tensor, grad: Tensor | None) -> None:
+        """Take note of the iterate: its loss [n], whether it is misclassified [n], and its gradient."""
+        value, wrong = value.to(self.best_value.dtype), wrong & ~self.done
+        if grad is not None:
+            self.grad = self.ball.laid_out(grad)
+            if self.best_grad is None:
+                self.best_grad = self.grad.clone()
+            best = self.best_grad, self.best_value.clone(), self.broken.clone()
+            ops.keep_best_(*best, self.grad, value, wrong)
+        ops.keep_best_(self.best, self.best_value, self.broken, self.x_adv, value, wrong)
+        if self.value_at_check is None:  # this is the start
+            self.value_at_check = self.best_value.clone()
+        else:
+            self.rises += value > self.last_value
+            self.last_value = value
+
+    def check(self, few: float) -> None:
+        """At a checkpoint: halve the step sizes of samples whose loss has risen at most `few` times, and so on."""
+        stalled = (self.rises <= few) | (~self.halved & (self.value_at_check >= self.best_value))
+        self.ball.step_size *= torch.where(stalled, 0.5, 1.0)
+        self.x_adv, self.grad = (
+            torch.where(broadcast(stalled, now), best, now)
+            for best, now in ((self.best, self.x_adv), (self.best_grad, self.grad))
+        )
+        self.halved, self.done = stalled, self.broken.clone()
+        self.value_at_check = self.best_value.clone()
+        self.rises.zero_()
+
+    def part(self, rows: Tensor) -> "_Search":
+        """The search on the samples `rows`, int64 [m], alone."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            if name not in ("ball", "unmoved"):
+                setattr(part, name, tree_map_only(Tensor, lambda t: t[rows], value))
+        part.ball = self.ball.part(rows)
+        part.rows = rows if self.rows is None else part.rows
+        return part
+
+
+class _ScaledCE(LabelSmoothedCE):
+    """With its true length for each sample, which counts where gradients are averaged."""
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale)
+
+
+@dataclass(eq=False)
+class APGD:
+    """Auto-PGD as a reusable object: `attack = APGD(8/255)`, then `attack(model, x, y)`.
+
+    AutoAttack's APGD-CE is `APGD(eps)`, its APGD-T is `APGD(eps, loss="dlr", targets=9)`.
+
+    Args:
+        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B].
+        loss: what is maximised, as for `PGD`. An object of the caller's must not leave out factors of its gradient if eot > 1.
+        steps: gradient steps, >= 1; a run takes steps + 1 forwards and steps backwards.
+        norm: "linf" or "l2".
+        restarts: runs from different random starts (for each target), of what is not misclassified yet.
+        rho: the share of steps that must raise the loss, in [0, 1]: see above.
+        eot: gradients and losses are averaged over so many passes, for models that draw random numbers (expectation over
+            transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
+        targets: None moves away from y. A number goes in turn towards each of so many likeliest wrong classes for x, where
+            "dlr" is the targeted form, Eq. 7, between y and the target.
+        bounds, precision, input_gradient, bn_mode, generator, graph: as for `PGD`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+    """
+
+    eps: float | Tensor
+    _: KW_ONLY
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "ce"
+    steps: int = 100
+    norm: str = "linf"
+    restarts: int = 1
+    rho: float = 0.75
+    eot: int = 1
+    targets: int | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+    precision: str | None = None
+    input_gradient: str = "auto"
+    bn_mode: str = "eval"
+    generator: torch.Generator | None = None
+    graph: bool | str = "auto"
+
+    run_class = APGDRun  # what `graphs` runs and captures
+
+    def __post_init__(self):
+        self.loss = as_loss(self.loss)
+        check_settings(self)
+        checks.check_graph(self.graph)
+        for name in ("steps", "eot"):
+            checks.check_count(name, getattr(self, name), 1)
+        if self.targets is not None:
+            checks.check_count("targets", self.targets, 1)
+        if not isinstance(self.rho, Real) or not 0 <= self.rho <= 1:
+            raise ValueError(f"rho={self.rho!r} must be a number in [0, 1]: the share of steps that must raise the loss")
+
+    def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
+        """Attack `model` at the images `x`.
+
+        Nothing of the caller's changes, as for `PGD`. Images that are misclassified as they are come back as they are. Of the
+        others, those that some iterate broke come back as the iterate of the highest loss among the misclassified ones of that
+        run (up to the first checkpoint at which one has been found); the rest as that of the highest loss among all runs.
+
+        Args:
+            model: module or callable, x -> logits [B, K].
+            x: images [B, ...] inside `bounds` in fp32, fp16, bf16 or fp64.
+            y: int64 [B], the true labels.
+
+        Returns:
+            Tensor: adversarial images with x's shape, dtype, device and memory format, without a graph: inside the ball (to one
+            rounding of x's dtype) and exactly inside `bounds`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+
+        Warns:
+            RuntimeWarning: as for `PGD`, the gradient was NaN for some samples.
+        """
+        highest_label = check_batch(self, model, x, y)
+        if x.numel() == 0:
+            return x.detach().clone()
+        with torch.inference_mode(False), torch.no_grad():
+            x, y = usable(x, y)
+            with attacked(self, model, x, y, highest_label) as (way, _, _):
+                logits = way.logits(x)
+            robust, x_adv = logits.argmax(1) == y, x.clone()
+            value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
+            nan_seen = torch.zeros_like(y, dtype=torch.uint8)
+            for targets in self._targets(logits, y):
+                for _ in range(self.restarts):
+                    rows = robust.nonzero()[:, 0]
+                    if not len(rows):
+                        break
+                    found, nans, values, broken = graphs.attack(self, model, self._batch(x, y, targets, rows), highest_label)
+                    better = broken | (values > value[rows])
+                    taken = rows[better]
+                    x_adv[taken], value[taken] = found[better], values[better]
+                    nan_seen[rows] |= nans
+                    robust[rows] = ~broken
+            warn_of_nan(nan_seen)
+        return x_adv
+
+    def kind(self) -> tuple:
+        """What tells captures of this class apart, beside what all attacks have."""
+        return self.steps, self.rho, self.eot
+
+    def _targets(self, logits: Tensor, y: Tensor) -> list[Tensor | None]:
+        """The classes to go to, int64 [B] each, the likeliest first; [None] where the attack is not targeted."""
+        classes = logits.shape[1]
+        if self.targets is None:
+            return [None]
+        if self.targets >= classes:
+            raise ValueError(f"targets={self.targets}, but the model has {classes} classes: at most {classes - 1} are wrong")
+        others = logits.scatter(1, y[:, None], -torch.inf)
+        return list(others.topk(self.targets, dim=1).indices.T.contiguous())
+
+    def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
+        eps = self.eps
+        if len(rows) < len(x):
+            x, y, targets = x[rows], y[rows], targets if targets is None else targets[rows]
+            eps = eps[rows] if isinstance(eps, Tensor) and eps.numel() > 1 else eps
+        return Batch(x, y, eps, 2 * eps, targets=targets)

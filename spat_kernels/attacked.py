@@ -1,0 +1,77 @@
+"""What attacks other than PGD begin with: settings and batch checked, the model borrowed and ready to be differentiated."""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .balls import BALLS, fill_
+from .borrow import BN_MODES, borrowed
+from .engine import check_path, check_precision, input_gradient
+from .ops._common import acc_dtype, is_dense
+
+
+def check_settings(attack) -> None:
+    """Of an attack with the fields eps, norm, restarts, bounds, precision, input_gradient, bn_mode and generator of `PGD`."""
+    checks.check_choice("norm", attack.norm, BALLS)
+    check_path(attack.precision, attack.input_gradient)
+    checks.check_choice("bn_mode", attack.bn_mode, BN_MODES)
+    checks.check_count("restarts", attack.restarts, 1)
+    checks.check_generator(attack.generator)
+    checks.check_length("eps", attack.eps)
+    checks.check_bounds(attack.bounds, attack.norm, attack.eps)
+
+
+def check_batch(attack, model, x, y) -> int:
+    """Check what `attack(model, x, y)` is given; return the largest label. Waits for the device once."""
+    checks.check_images(x)
+    checks.check_model(model, x)
+    check_precision(attack.precision, x)
+    checks.check_per_sample("eps", attack.eps, x)
+    checks.check_labels(y, x)
+    return checks.check_values(x, y, None, attack.bounds)
+
+
+def usable(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Checked images and labels as runs want them: dense, and not made in inference mode, which autograd refuses."""
+    x = x.detach()
+    x = x if is_dense(x) else x.contiguous()
+    y = y if y is None else y.contiguous()
+    x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))
+    return x, y
+
+
+def warn_of_nan(nan_seen: Tensor) -> None:
+    """Warn the caller of the attack that calls this, if some of `nan_seen`, uint8 [B], are not 0."""
+    if unusable := int(nan_seen.sum()):
+        warnings.warn(
+            f"the input gradient was NaN for {unusable} of {len(nan_seen)} samples and counted as 0 there: they may look "
+            "robust without being so. Look at the model's outputs, or attack in higher precision",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def attacked(attack, model, x: Tensor, y: Tensor, highest_label: int):
+    """Within, without gradients: (the way to differentiate `model`, prepared; x; y), the model borrowed, x dense."""
+    with torch.inference_mode(False), torch.no_grad(), borrowed(model, attack.bn_mode):
+        x, y = usable(x, y)
+        gradient = input_gradient(model, x, attack.input_gradient, attack.precision, highest_label)
+        with gradient.arithmetic(x.device.type):
+            gradient.prepare()
+            yield gradient, x, y
+
+
+def per_sample(eps: float | Tensor, x: Tensor) -> Tensor:
+    """`eps` as [B], in the dtype that arithmetic on x is done in."""
+    values = torch.empty(eps.numel() if isinstance(eps, Tensor) else 1, dtype=acc_dtype(x.dtype), device=x.device)
+    return fill_(values, eps).expand(len(x))
+
+
+def draw(method: str, *size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random numbers [*size] by the in-place `method`, from `generator` wherever it lives, in arithmetic's dtype on x's device."""
+    device = like.device if generator is None else generator.device
+    return getattr(torch.empty(size, dtype=acc_dtype(like.dtype), device=device), method)(generator=generator).to(like.device)

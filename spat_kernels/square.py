@@ -1,0 +1,290 @@
+"""Square Attack (Andriushchenko et al., arXiv 1912.00049), as in AutoAttack (arXiv 2003.01690): random search, no gradient.
+
+A query sets a random square of the image to a new perturbation, and keeps it where the margin z_y - max_{k != y} z_k falls. The
+squares get smaller in the course of the run. All samples of a batch see the same squares.
+
+    L-infinity: x +- eps, one random sign for each channel of the square; vertical stripes of such signs at the start
+    L2:         a square loses its perturbation, and another one gains it, in the shape of a centred bump (`_bump`)
+"""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .attacked import attacked, check_batch, check_settings, draw, per_sample
+from .balls import box
+
+# (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
+SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
+# Queries whose random numbers are drawn at once. On devices that must be waited for, samples drop out between those only.
+BLOCK = 50
+CHUNK = 64  # images in a forward on CPUs
+
+
+@dataclass(eq=False)
+class Square:
+    """Square Attack as a reusable object: `attack = Square(8/255)`, then `attack(model, x, y)`.
+
+    Args:
+        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
+        norm: "linf" or "l2".
+        queries: proposals in each run, >= 0, after one query of where it starts.
+        restarts: runs, each on the samples that the ones before have not broken.
+        p_init: share of the image that the first squares cover, in (0, 1].
+        bounds, precision, input_gradient, bn_mode: as for `PGD`. No gradient is computed: input_gradient="plan" is the plan's
+            forward, "autograd" calls the model itself. In mode "train" a sample's result depends on the others left.
+        generator: source of all random numbers, on any device; None is torch's default one of x's device.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+    """
+
+    eps: float | Tensor
+    _: KW_ONLY
+    norm: str = "linf"
+    queries: int = 5000
+    restarts: int = 1
+    p_init: float = 0.8
+    bounds: tuple[float, float] = (0.0, 1.0)
+    precision: str | None = None
+    input_gradient: str = "auto"
+    bn_mode: str = "eval"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        check_settings(self)
+        checks.check_count("queries", self.queries, 0)
+        if not isinstance(self.p_init, Real) or not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init={self.p_init!r} must be a number in (0, 1]: the share of the image that a square covers")
+
+    def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
+        """Attack `model` at the images `x`.
+
+        The model (modes, statistics), x and y are afterwards as they were, also when the model raises. Works in any grad mode and
+        under autocast.
+
+        Args:
+            model: module or callable, x -> logits [B, K].
+            x: images [B, C, H, W] inside `bounds` in fp32, fp16, bf16 or fp64; for L2 of at least 5x5 pixels.
+            y: int64 [B], the true labels.
+
+        Returns:
+            Tensor: images with x's shape, dtype, device and memory format, inside the ball (to one rounding of x's dtype) and
+            exactly inside `bounds`: misclassified ones; x itself where none was found, or where x is misclassified as it is.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+        """
+        highest_label = check_batch(self, model, x, y)
+        least = 1 if self.norm == "linf" else 5
+        if x.ndim != 4 or (x.numel() > 0 and min(x.shape[2:]) < least):
+            raise ValueError(f"x must be images [B, C, H, W] of at least {least}x{least} pixels for norm={self.norm!r}, "
+                             f"got shape {list(x.shape)}")  # fmt: skip
+        if x.numel() == 0:
+            return x.detach().clone()
+        with attacked(self, model, x, y, highest_label) as (gradient, x, y):
+            x_adv, eps = x.clone(), per_sample(self.eps, x)
+            robust = gradient.logits(x).argmax(1) == y
+            for _ in range(self.restarts):
+                run = RUNS[self.norm](self, gradient, x, y, eps, robust)
+                run(x_adv, robust)
+        return x_adv
+
+
+class _Run:
+    """One run on the samples of a batch where `robust`.
+
+    Attributes:
+        index: [n], where in the batch the samples are that are left.
+        best: [n, C, H, W], their images with the smallest margins so far, [n], `margin`.
+        queries: forwards of one image so far: what was asked for, less what needed no answer.
+    """
+
+    per_sample = ("index", "x", "y", "eps", "best", "margin")
+
+    def __init__(self, settings: Square, gradient, x: Tensor, y: Tensor, eps: Tensor, robust: Tensor):
+        self.settings, self.gradient, self.batch = settings, gradient, x
+        self.bounds = box(settings.bounds, x.dtype)
+        self.index = robust.nonzero()[:, 0]
+        self.x, self.y, self.eps = x[self.index], y[self.index], _wide(eps[self.index])
+        self.waits = x.device.type != "cpu"
+        self.queries = 0
+
+    def __call__(self, x_adv: Tensor, robust: Tensor) -> None:
+        """Write what the run breaks into `x_adv`, and out of `robust`."""
+        settings = self.settings
+        self.best = self._start()
+        self.margin = self._margins(self.best, self.y)
+        for i in range(settings.queries):
+            if i % BLOCK == 0:
+                places, signs = self._draw(min(BLOCK, settings.queries - i))
+            if i % BLOCK == 0 or not self.waits:
+                self._drop_broken(x_adv, robust)
+            if len(self.index) == 0:
+                return
+            side = self._side(settings.p_init / _divisor(i, settings.queries))
+            self._query(side, places[i % BLOCK], signs[i % BLOCK])
+        self._drop_broken(x_adv, robust)
+
+    def _start(self) -> Tensor:
+        """The first images."""
+        raise NotImplementedError
+
+    def _draw(self, queries: int) -> tuple[list[list[float]], Tensor]:
+        """For each of the next queries: numbers in [0, 1) on the host, and signs."""
+        raise NotImplementedError
+
+    def _side(self, share: float) -> int:
+        """The side of a square that covers this share of the image."""
+        raise NotImplementedError
+
+    def _query(self, side: int, place: list[float], signs: Tensor) -> None:
+        raise NotImplementedError
+
+    def _uniform(self, *size: int) -> Tensor:
+        return draw("uniform_", *size, like=self.x, generator=self.settings.generator)
+
+    def _signs(self, *size: int) -> Tensor:
+        return torch.where(self._uniform(*size) < 0.5, -1.0, 1.0)
+
+    def _window(self, side: int, top: float, left: float) -> tuple:
+        """A square in an image, by two numbers in [0, 1). As published, the last row and column are left out unless it fills them."""
+        height, width = self.x.shape[2:]
+        top, left = int(top * (height - side)), int(left * (width - side))
+        return ..., slice(top, top + side), slice(left, left + side)
+
+    def _margins(self, images: Tensor, y: Tensor) -> Tensor:
+        """z_y - max_{k != y} z_k [n], below 0 where misclassified."""
+        self.queries += len(images)
+        chunks = images.split(len(images) if self.waits else CHUNK)
+        logits = torch.cat([self.gradient.logits(c) for c in chunks])
+        own = logits.gather(1, y[:, None])
+        return (own - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+
+    def _drop_broken(self, x_adv: Tensor, robust: Tensor) -> None:
+        broken = self.margin < 0
+        if broken.any():
+            x_adv[self.index[broken]] = self.best[broken]
+            robust[self.index[broken]] = False
+            for name in self.per_sample:
+                setattr(self, name, getattr(self, name)[~broken])
+
+
+class _LinfRun(_Run):
+    per_sample = (*_Run.per_sample, "lower", "upper")
+
+    def _start(self):
+        x, (b, c, _, w) = self.x.to(self.eps.dtype), self.batch.shape
+        self.lower, self.upper = ((x + side * self.eps).clamp(*self.bounds).to(self.x.dtype) for side in (-1, 1))
+        return torch.where(self._signs(b, c, 1, w)[self.index] < 0, self.lower, self.upper)
+
+    def _draw(self, queries):
+        return self._uniform(queries, 2).tolist(), self._signs(queries, self.x.shape[1], 1, 1)
+
+    def _side(self, share):
+        height, width = self.x.shape[2:]
+        return min(max(round(math.sqrt(share * height * width)), 1), height, width)
+
+    def _query(self, side, place, signs):
+        window = self._window(side, *place)
+        old = self.best[window]
+        new = torch.where(signs < 0, self.lower[window], self.upper[window])
+        which = slice(None)
+        if not self.waits:  # an image that stays as it is needs no answer
+            which = (new != old).flatten(1).any(1).nonzero()[:, 0]
+            if len(which) == 0:
+                return
+        new, images = new[which], self.best[which].clone()
+        images[window] = new
+        margin = self._margins(images, self.y[which])
+        better = margin < self.margin[which]
+        self.margin[which] = torch.where(better, margin, self.margin[which])
+        old[which] = torch.where(_wide(better), new, old[which])
+
+
+class _L2Run(_Run):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.bumps: dict[int, Tensor] = {}
+
+    def _start(self):
+        b, c, height, width = self.batch.shape
+        side = min(height, width) // 5
+        rows, columns = height // side, width // side
+        top, left = (height - rows * side) // 2, (width - columns * side) // 2
+        turns = self._uniform(rows, columns).tolist()
+        signs = self._signs(rows, columns, b, c, 1, 1)[:, :, self.index]
+        delta = torch.zeros_like(self.x, dtype=self.eps.dtype)
+        for i in range(rows):
+            for j in range(columns):
+                at = ..., slice(top + i * side, top + (i + 1) * side), slice(left + j * side, left + (j + 1) * side)
+                delta[at] = self._bump(side, turns[i][j]) * signs[i, j]
+        return self._images(delta)
+
+    def _draw(self, queries):
+        return self._uniform(queries, 5).tolist(), self._signs(queries, *self.batch.shape[:2], 1, 1)
+
+    def _side(self, share):
+        height, width = self.x.shape[2:]
+        side = max(round(math.sqrt(share * height * width)), 3)
+        largest = min(height, width)
+        return min(side + (side % 2 == 0), largest - (largest % 2 == 0))
+
+    def _query(self, side, place, signs):
+        gains, loses = self._window(side, *place[:2]), self._window(side, *place[2:4])
+        delta = self.best.to(self.eps.dtype) - self.x
+        channels = delta.shape[1]
+        old = delta[gains]
+        norm = _norm(delta)
+        outside = delta.clone()
+        outside[gains] = outside[loses] = 0
+        inside = _norm(delta - outside)
+        new = self._bump(side, place[4]) * signs[self.index] + old / (_norm(old, (2, 3)) + 1e-12)
+        energy = (self.eps**2 - norm**2).clamp_min(0) / channels + inside**2
+        outside[gains] = new / (_norm(new, (2, 3)) + 1e-12) * energy.sqrt()
+        images = self._images(outside)
+        margin = self._margins(images, self.y)
+        better = margin < self.margin
+        self.margin = torch.where(better, margin, self.margin)
+        self.best = torch.where(_wide(better), images, self.best)
+
+    def _images(self, delta: Tensor) -> Tensor:
+        """x with this perturbation, scaled to length eps."""
+        return (self.x + delta / (_norm(delta) + 1e-12) * self.eps).clamp(*self.bounds).to(self.x.dtype)
+
+    def _bump(self, side: int, turn: float) -> Tensor:
+        """[side, side] of length 1: a positive and a negative half, each highest in the middle; which ones decides `turn` < 0.5."""
+        if side not in self.bumps:
+            halves = _hill(side // 2, side), -_hill(side - side // 2, side)
+            bump = torch.cat(halves)
+            self.bumps[side] = (bump / bump.norm()).to(self.x.device, self.eps.dtype)
+        return self.bumps[side] if turn < 0.5 else self.bumps[side].T
+
+
+def _hill(height: int, width: int) -> Tensor:
+    """[height, width] of length 1: 1/1 + 1/4 + 1/9 + ..., the sum of rectangles growing around the middle."""
+    hill = torch.zeros(height, width, dtype=torch.float64)
+    top, left = height // 2, width // 2
+    for i in range(max(top, left) + 1):
+        hill[max(top - i, 0) : top + i + 1, max(left - i, 0) : left + i + 1] += 1 / (i + 1) ** 2
+    return hill / hill.norm().clamp_min(torch.finfo(hill.dtype).tiny)
+
+
+def _divisor(i: int, queries: int) -> int:
+    rescaled = int(i / queries * 10_000)
+    return [divisor for first, divisor in SCHEDULE if rescaled >= first][-1]
+
+
+def _norm(v: Tensor, dims=(1, 2, 3)) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+
+
+def _wide(v: Tensor) -> Tensor:
+    return v.view(-1, 1, 1, 1)
+
+
+RUNS = {"linf": _LinfRun, "l2": _L2Run}

@@ -1,0 +1,224 @@
+"""Signs that a model hides its gradients instead of being robust (Athalye et al., arXiv 1802.00420; Carlini et al., 1902.06705).
+
+Each check runs on a few images. Where one attack has to be at least as strong as another, the two are compared image by image: an
+alarm is raised if the images that only the weaker one broke outnumber those that only the stronger one broke by more than chance
+explains (McNemar's exact test, at 1 %).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spat_kernels.precision import tf32_switches
+
+from .evaluate import check, evaluate
+from .evaluation import Evaluation
+from .images import Floats, Folder, Images, floats
+from .models import device_of
+
+IMAGES = 100
+LONG, UNBOUNDED = "pgd-10:steps=40", "pgd-10:steps=40:eps=1"
+SIGNIFICANT = 0.01
+# Of the largest logit. Sums in another order differ by some 1e-6 of it, also in deep networks.
+ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One check: what was found, whether it is alarming, and what it would mean."""
+
+    name: str
+    numbers: dict[str, float]
+    raised: bool
+    meaning: str
+
+
+def alarms(
+    model: nn.Module,
+    images: Images | Folder | Floats | tuple[Tensor, Tensor],
+    *,
+    eps: float,
+    source: nn.Module | None = None,
+    rows: Tensor | None = None,
+    count: int = IMAGES,
+    seed: int = 0,
+    batch_size: int = 256,
+    folder: str | Path | None = None,
+    bar: str | None = "alarms",
+    between: Callable[[], object] = lambda: None,
+    memory_format: torch.memory_format = torch.channels_last,
+    precision: str | None = "fp32",
+    input_gradient: str = "auto",
+    graph: bool | str = "auto",
+) -> list[Alarm]:
+    """Look for masked gradients, under L-infinity attacks. Costs some 120 gradients an image.
+
+    Args:
+        eps: radius for images in [0, 1].
+        source: a model that attacks are transferred from, for one check more.
+        count: so many of the images, evenly spread.
+        folder: where the attacks' results are kept, and gone on with.
+        The others are as for `evaluate`.
+
+    Raises:
+        InputError, SaveError: as `evaluate`.
+    """
+    images = Floats(*images) if isinstance(images, tuple) else images
+    rows = torch.arange(len(images)) if rows is None else rows
+    check(model, images, rows, eps, 1.0, seed, batch_size, memory_format, source)
+    rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
+    how = {
+        "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,
+        "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
+    }  # fmt: skip
+    x, y = floats(images, rows, device_of(model), memory_format)
+    radii = {f"pgd-10:eps={radius!r}": radius for radius in (2 * eps, 4 * eps) if radius < 1}
+    ran = evaluate(model, images, ["noise", "noisex20", "fgsm", "pgd-10", LONG, *radii, UNBOUNDED], folder=folder, bar=bar, **how)
+    unbroken = torch.stack([ran.correct(name) for name in ("fgsm", "pgd-10", LONG)]).all(0).to(x.device)
+    found = [
+        *outputs(model, x, batch_size),
+        gradients(model, x, y, unbroken, batch_size),
+        compared(
+            ran, "fgsm", "noise", "noise is weaker than FGSM",
+            "One step along the gradient must do more than noise of the same size, or the gradient points nowhere.",
+        ),
+        compared(
+            ran, "pgd-10", "fgsm", "FGSM is weaker than PGD",
+            "Ten steps can do what one does: where they cannot, the loss is too rugged for gradients to be of use.",
+        ),
+        compared(
+            ran, "pgd-10", "noisex20", "random search is weaker than PGD",
+            "Twenty random points must not find what ten steps along the gradient miss.",
+        ),
+        compared(
+            ran, LONG, "pgd-10", "more steps break more",
+            "Forty steps must not lose what ten have found, or the attack converges on nothing.",
+        ),
+        larger(ran, {"pgd-10": eps} | radii),
+        unbounded(ran),
+    ]  # fmt: skip
+    if source is not None:
+        black = Path(folder) / "black-box" if folder is not None else None
+        transferred = evaluate(model, images, [LONG], source=source, folder=black, bar=bar, **how)
+        found.append(black_box(ran, transferred))
+    return found
+
+
+# ---- the checks
+
+
+def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
+    """That logits are a function of one image."""
+
+    def logits(parts) -> Tensor:
+        with torch.no_grad(), tf32_switches("fp32", x.device.type):
+            return torch.cat([model(part) for part in parts])
+
+    once, again = (logits(x.split(batch_size)) for _ in range(2))
+    odd, even = x[1::2], x[::2]
+    apart = torch.empty_like(once)
+    apart[1::2], apart[::2] = logits(odd.split(batch_size)), logits(even.split(batch_size))
+    allowed = ROUNDING * float(once.abs().max())
+
+    def compare(name: str, other: Tensor, meaning: str) -> Alarm:
+        difference = float((other - once).abs().max())
+        changed = int((other.argmax(1) != once.argmax(1)).sum())
+        numbers = {"images": len(x), "largest difference": difference, "allowed": allowed, "other class": changed}
+        return Alarm(name, numbers, not difference <= allowed, meaning)
+
+    return [
+        compare(
+            "outputs are deterministic", again,
+            "A model that draws at random has to be attacked on the average (autoattack-rand), and evaluated several times.",
+        ),
+        compare(
+            "outputs do not depend on the batch", apart,
+            "If the other images of a batch change an image's logits, so does attacking those.",
+        ),
+    ]  # fmt: skip
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, unbroken: Tensor, batch_size: int) -> Alarm:
+    """That the margin z_y - max_{k != y} z_k has a gradient at the images. It does not saturate, as cross-entropy does."""
+    zero = torch.cat([_without_gradient(model, *part) for part in zip(x.split(batch_size), y.split(batch_size), strict=True)])
+    both = int((zero & unbroken).sum())
+    share = 100 * int(zero.sum()) / len(x)
+    numbers = {"images": len(x), "zero or NaN, %": share, "of them not broken": both}
+    meaning = (
+        "Gradient attacks cannot tell where to move an image whose gradient is zero or NaN: it looks robust without being tested."
+    )
+    return Alarm("gradients are not zero", numbers, both > 0, meaning)
+
+
+def _without_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """bool [B]: where it is NaN, or zero everywhere."""
+    wanted = [p.requires_grad for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        with torch.enable_grad(), tf32_switches("fp32", x.device.type):
+            leaf = x.clone().requires_grad_()
+            logits = model(leaf)
+            others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+            margin = (logits.gather(1, y[:, None])[:, 0] - others).sum()
+            grad = torch.autograd.grad(margin, leaf, allow_unused=True)[0] if margin.requires_grad else None
+    finally:
+        for p, value in zip(model.parameters(), wanted, strict=True):
+            p.requires_grad_(value)
+    if grad is None:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    flat = grad.flatten(1)
+    return (flat == 0).all(1) | flat.isnan().any(1)
+
+
+def compared(ran: Evaluation, strong: str, weak: str, name: str, meaning: str) -> Alarm:
+    return Alarm(name, *compare(ran.correct(strong), ran.correct(weak), strong, weak), meaning)
+
+
+def compare(strong: Tensor, weak: Tensor, *names: str) -> tuple[dict[str, float], bool]:
+    """Numbers of two attacks, given what each left correct, bool [N]; and whether the first is the weaker one beyond chance."""
+    only_strong, only_weak = int((weak & ~strong).sum()), int((strong & ~weak).sum())
+    numbers = {f"{name}, %": 100 * int(left.sum()) / len(left) for name, left in zip(names, (strong, weak), strict=True)}
+    p = sign_test(only_weak, only_strong)
+    numbers |= {f"broken by {names[0]} alone": only_strong, f"by {names[1]} alone": only_weak, "p": p}
+    return numbers, p < SIGNIFICANT
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """P(at least so many wins) of wins + losses fair coins."""
+    n = wins + losses
+    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+
+
+def larger(ran: Evaluation, radii: dict[str, float]) -> Alarm:
+    """That the attacks `radii`, by rising radius, leave fewer and fewer."""
+    names = list(radii)
+    numbers = {f"eps {radius:.4g}, %": ran.accuracy(name) for name, radius in radii.items()}
+    raised = any(compare(ran.correct(b), ran.correct(a), b, a)[1] for a, b in pairwise(names))
+    meaning = "A larger ball holds the smaller one: an attack that breaks less in it goes astray."
+    return Alarm("larger eps break more", numbers, raised, meaning)
+
+
+def unbounded(ran: Evaluation) -> Alarm:
+    left = int(ran.correct(UNBOUNDED).sum())
+    meaning = (
+        "With eps 1 every image of another class is in the ball, so an image that is left is one that the attack cannot handle."
+    )
+    return Alarm("unbounded attacks break all", {"images": len(ran), "left": left}, left > 0, meaning)
+
+
+def black_box(ran: Evaluation, transferred: Evaluation) -> Alarm:
+    numbers, raised = compare(ran.correct(LONG), transferred.correct(LONG), "white box", "black box")
+    meaning = "If another model's gradients break more than the model's own, its own are masked."
+    return Alarm("black box is weaker than white box", numbers, raised, meaning)
+
+
+def rechecked(ran: Evaluation) -> Alarm:
+    """That what attacks made lies in the ball and the box."""
+    numbers = {name: found.outside for name, found in ran.rechecks.items()}
+    meaning = "An attack that leaves the ball, or the box of valid pixels, says nothing about robustness in it."
+    return Alarm("adversarial images are inside", {"outside": sum(numbers.values())} | numbers, any(numbers.values()), meaning)

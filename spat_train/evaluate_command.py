@@ -1,0 +1,146 @@
+"""`spat-train evaluate`: a checkpoint, a data set and the names of attacks in; tables, alarms and a report out."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from .alarms import alarms as look_for_alarms
+from .alarms import rechecked
+from .attacks import NAMED, parse_all
+from .checkpoints import checkpoint_file, load_model, run_config
+from .config import check_device
+from .data import load
+from .evaluate import evaluate
+from .images import InputError
+from .models import is_out_of_memory
+from .report import summary, write_report
+from .signals import Stopped, StopWish
+
+
+def evaluate_command(
+    model: Path,
+    /,
+    data: str | None = None,
+    attacks: str = "fgsm,pgd-20,cw-30",
+    eps: float | None = None,
+    eps_l2: float = 0.5,
+    limit: int | None = None,
+    model_name: str | None = None,
+    source: Path | None = None,
+    source_name: str | None = None,
+    attack_wrong: bool = False,
+    root: Path = Path("data"),
+    download: bool = False,
+    image_size: int | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32",
+    input_gradient: Literal["auto", "plan", "autograd"] = "auto",
+    graph: Literal["auto", "never"] = "auto",
+    device: str | None = None,
+    seed: int = 0,
+    alarms: bool = True,
+    save_images: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Attack a trained model at the test images and report what became of each.
+
+    Interrupted or killed, the same command goes on; with more attacks it adds those.
+
+    Args:
+        model: the folder of a run, or a checkpoint.
+        data: as in `spat-train train`. Default: that of the run.
+        attacks: names, split at commas (`spat-train attacks` lists them), or with settings of their own:
+            pgd-40x20,cw-30:kappa=0,pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255. Clean images are always among them.
+        eps: radius of the L-infinity ball, in 1/255. Default: that of the run, else 8.
+        eps_l2: radius of the L2 ball, for images in [0, 1].
+        limit: so many test images, drawn at random by --seed. Default: all.
+        model_name: the architecture, as --model in `spat-train train`. Default: that of the run.
+        source: make the adversarial images on this run or checkpoint, and count what they do to the model (black box).
+        source_name: its architecture. Default: that of its run.
+        attack_wrong: attack the images that the model gets wrong too, and count what that ends at. Else they count as broken.
+        root: where torchvision's data sets are, or go.
+        download: fetch them.
+        image_size: side of the images of a folder. Default: that of the run.
+        batch_size: images attacked at once; random starts depend on it.
+        precision: of the attacks. Predictions are fp32.
+        input_gradient: how attacks differentiate the model (`spat_kernels.explain`).
+        graph: whether CUDA graphs replay attacks.
+        device: default: cuda where there is one, else cpu.
+        seed: of the random starts, and of --limit.
+        alarms: look for signs of masked gradients, on 100 of the images.
+        save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz.
+        out: folder for evaluation.json, report.md, report.html and samples.jsonl. Default: evaluation/ in the run, or beside the
+            checkpoint.
+    """
+    parse_all(attacks)
+    check_device(device)
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: give at least 1 image, or leave it out for all")
+    config = run_config(model)
+    data = data or (config.data if config else None)
+    if data is None:
+        raise InputError(f"--data: {model} does not tell which it was trained on: give cifar10, an .npz file, ...")
+    eps = eps if eps is not None else config.evaluation_eps if config else 8.0
+    if not 0.5 <= eps <= 255:
+        raise InputError(f"--eps {eps:g}: it is in 1/255, from 0.5 to 255 (8 means 8/255, and 76.5 is 0.3)")
+    dataset = load(data, root=root, download=download, image_size=image_size or (config.image_size if config else None))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type != "cuda" and precision == "tf32":
+        raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
+    network, config = load_model(model, dataset, model_name)
+    other, other_config = load_model(source, dataset, source_name) if source else (None, None)
+    out = out or (model / "evaluation" if model.is_dir() else model.with_name(f"{model.stem}-evaluation"))
+    count = len(dataset.test)
+    rows = torch.arange(count)
+    if limit is not None and limit < count:
+        rows = torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit])
+    about = {
+        "model": str(checkpoint_file(model)), "network": model_name or config.model, "data": data,
+        "test images": f"{len(rows)} of {count}",
+    }  # fmt: skip
+    if source:
+        about |= {"source": str(checkpoint_file(source)), "source's network": source_name or other_config.model}
+
+    with StopWish().heard() as wish:
+
+        def between() -> None:
+            if wish.number:
+                raise Stopped(wish.number, f"stopped by signal {wish.number}: the same command goes on where {out} ends")
+
+        how = {
+            "eps": eps / 255, "source": other and other.to(where), "rows": rows, "seed": seed, "batch_size": batch_size,
+            "precision": precision, "input_gradient": input_gradient, "graph": graph == "auto" and "auto", "between": between,
+        }  # fmt: skip
+        network.to(where)
+        try:
+            evaluation = evaluate(
+                network,
+                dataset.test,
+                attacks,
+                eps_l2=eps_l2,
+                attack_wrong=attack_wrong,
+                folder=out,
+                save_images=save_images,
+                **how,
+            )
+            found = [rechecked(evaluation)]
+            if alarms:
+                found = [*look_for_alarms(network, dataset.test, folder=out / "alarms", **how), *found]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"--batch-size {batch_size}: out of memory on {where}: lower it, in another --out") from error
+    write_report(out, evaluation, dataset.test, dataset.classes, found, about)
+    print(summary(evaluation, found))
+    print(f"{out / 'report.html'} written")
+
+
+def attacks_command() -> None:
+    """List the named attacks with their settings and sources, and how to write others."""
+    from .attacks import __doc__ as grammar
+
+    print(grammar)
+    for name, (spec, source) in NAMED.items():
+        print(f"{name:18}{spec:44}{source}")

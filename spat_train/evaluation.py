@@ -1,0 +1,95 @@
+"""What an evaluation found: what became of every image under every attack, and the numbers that follow from it."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attacks import Attack
+
+WORST = "worst case"
+Z95 = 1.959963984540054  # of a standard normal, two-sided 95 %
+
+
+class Example(NamedTuple):
+    """An image that an attack broke: its place among the evaluated ones, and uint8 [H, W, C] after rounding."""
+
+    index: int
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """Adversarial images looked at again: how many there are of images that were right before, how many of all that the attack
+    made lie outside of the ball or the box, and how many are still misclassified once rounded to 8 bits."""
+
+    adversarial: int
+    outside: int
+    rounded: int
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What became of every image under every attack.
+
+    Attributes:
+        settings: all that the results depend on but the attacks.
+        attacks: by name, "clean" first.
+        rows: int64 [N], which images of the data set. labels: int64 [N].
+        predicted: by attack, int64 [N]: the wrong class that an image was brought to, else its label; -1 where logits were NaN.
+        rechecks: by attack but "clean".
+        examples: by attack, the first images that were right and that it broke.
+    """
+
+    settings: dict
+    attacks: dict[str, Attack]
+    rows: Tensor
+    labels: Tensor
+    predicted: dict[str, Tensor]
+    rechecks: dict[str, Recheck] = field(default_factory=dict)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def correct(self, name: str) -> Tensor:
+        """bool [N]: not broken by the attack; of "worst case": by none."""
+        if name == WORST:
+            return torch.stack([self.correct(each) for each in self.attacks]).all(0)
+        return self.predicted[name] == self.labels
+
+    def accuracy(self, name: str) -> float:
+        """In percent."""
+        return 100 * int(self.correct(name).sum()) / len(self)
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy, in percent."""
+        low, high = wilson(int(self.correct(name).sum()), len(self))
+        return 100 * low, 100 * high
+
+    def worst_case(self) -> float:
+        """Percent of the images that no attack broke."""
+        return self.accuracy(WORST)
+
+    def table(self) -> str:
+        """Attacks down: accuracy and its interval in percent."""
+        names = [*self.attacks, WORST]
+        width = max(map(len, ["accuracy, %", *names]))
+        lines = [f"{'accuracy, %':<{width}}           95 % interval"]
+        for name in names:
+            low, high = self.interval(name)
+            lines.append(f"{name:<{width}}  {self.accuracy(name):6.2f}   {low:6.2f} to {high:6.2f}")
+        return "\n".join(lines)
+
+
+def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson, 1927; Brown, Cai and DasGupta, 2001): inside [0, 1], and right at 0 and 1."""
+    p, shrink = successes / trials, 1 + z * z / trials
+    centre = (p + z * z / (2 * trials)) / shrink
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / shrink
+    # At the ends rounding would leave some 1e-17.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half
