@@ -205,20 +205,23 @@ def against_steps(steps: Sequence[int], models: dict[str, list[dict]], label: st
 def against_width(panels: dict[str, dict]) -> Figure:
     """Of each kind of training: widths, attacks (a point for each width), loss (a number for each)."""
     figure = new_figure(PAGE, 2.7)
-    axes = figure.subplots(1, len(panels) + 1)
+    axes = figure.subplots(1, len(panels) + 1, sharex=True)
     for ax, (name, numbers) in zip(axes, panels.items(), strict=False):
         for style, (attack, points) in zip(styles(), numbers["attacks"].items(), strict=False):
             curve(ax, numbers["widths"], points, label=attack, **style)
-        percent(ax, f"{name}, test images", "width", "accuracy, %")
+        percent(ax, name, "width")
+    axes[0].set_ylabel("accuracy on test images, %")
     for style, (name, numbers) in zip(styles(), panels.items(), strict=False):
-        axes[-1].plot(numbers["widths"], numbers["loss"], label=name, **(style | {"color": "black", "markerfacecolor": "white"}))
+        black = style | {"color": "black", "markerfacecolor": "white"}
+        axes[-1].plot(numbers["widths"], numbers["loss"], label=f"loss, {name}", **black)
     axes[-1].set(title="loss at the end of training", xlabel="width")
     log_y(axes[-1])
-    axes[-1].legend()
+    axes[0].set_xscale("log", base=2)
+    widths = {width for numbers in panels.values() for width in numbers["widths"]}
     for ax in axes:
-        ax.set_xscale("log", base=2)
-        only_ticks(ax, sorted({width for numbers in panels.values() for width in numbers["widths"]}))
-    legend_below(figure, axes[0], 3)
+        only_ticks(ax, sorted(widths))
+    handles = [handle for ax in (axes[0], axes[-1]) for handle in ax.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 

@@ -226,18 +226,25 @@ def draw(name: str, given: Sequence[Path], options: Options, extent: Extent, out
         if getattr(extent, option) < least:
             raise InputError(f"--{option.replace('_', '-')} {getattr(extent, option)}: give at least {least}")
     runs = kind.role.take(name, given, options)
+    print(f"figure {name}: from {', '.join(str(run.folder) for run in runs)}")
     images = open_images(runs, options)
     b = Bench(runs, images, options, extent, radius(runs, options))
     with figures.look():
         drawn, numbers = kind.make(b)
-    told_runs = {run.folder.name: {"folder": str(run.folder), "config": run.config.to_dict()} for run in runs}
+    ran = {run.folder.name: {"folder": str(run.folder), "config": run.config.to_dict()} for run in runs}
     head = {"figure": name, "data": images.dataset.name, "test_images": len(images), "eps": b.eps}
-    lines = ",\n".join(
-        f" {json.dumps(key)}: {json.dumps(value)}" for key, value in (head | numbers | {"runs": told_runs}).items()
-    )
-    stems = {part: out / f"figure-{name}{'-' * bool(part)}{part}" for part in drawn}
-    paths = [stem.with_name(stem.name + ending) for stem in stems.values() for ending in (".png", ".pdf")]
+    return write(name, drawn, head | numbers | {"runs": ran}, out)
+
+
+def write(name: str, drawn: dict[str, Figure], numbers: dict, out: Path) -> list[Path]:
+    """What was written."""
+    paths = []
     for part, figure in drawn.items():
-        figures.save(figure, *(stems[part].with_name(stems[part].name + ending) for ending in (".png", ".pdf")))
+        stem = f"figure-{name}-{part}" if part else f"figure-{name}"
+        pair = [out / f"{stem}.png", out / f"{stem}.pdf"]
+        figures.save(figure, *pair)
+        paths += pair
+    # A key a line: matrices would otherwise fill a line with each of their numbers.
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in numbers.items())
     files.write(out / f"figure-{name}.json", f"{{\n{lines}\n}}\n".encode())
     return [*paths, out / f"figure-{name}.json"]

@@ -272,7 +272,7 @@ class Wanted:
 
 
 def fits(run: Run, wanted: Wanted, options: Options) -> bool:
-    """Whether `run` is what is wanted, but for its scale: method, alpha, data, pseudo-labels, family of the model, eps (to 2 %)."""
+    """Whether `run` is what is wanted but for its scale: method, alpha, data, pseudo-labels, family of the model, eps (2 %)."""
     c, w, model, eps = run.config, wanted.config, wanted.model(options), wanted.eps(options)
     return (
         (data_name(c.data), c.extra is None) == (wanted.data(options), w.extra is None)

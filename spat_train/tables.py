@@ -8,8 +8,8 @@ from pathlib import Path
 
 from . import files
 from .images import InputError
-from .measure import measured, open_images, open_models
-from .runs import Options, Run, check, choose, differences, told
+from .measure import Subject, TestImages, measured, open_images, open_models
+from .runs import Options, Run, check, choose, differences, find_runs, fits, told
 from .sources import TABLES, Cell, Table
 
 MARK = "†"
@@ -38,6 +38,7 @@ class Filled:
     Attributes:
         eps: of the attacks, in 1/255.
         runs: by key, None where missing. changes: by key, how the run differs from the source's.
+        candidates: by key, how many runs fitted.
         images, total: how many test images were used, of how many there are.
     """
 
@@ -48,6 +49,7 @@ class Filled:
     data: str
     runs: dict[str, Run | None]
     changes: dict[str, list[str]]
+    candidates: dict[str, int]
     images: int
     total: int
 
@@ -85,28 +87,32 @@ def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Fill
         raise InputError(f"--run {unknown}={given[unknown]}: table {name} has no run {unknown}: it has {', '.join(table.runs)}")
     runs = choose(table.runs, options, given)
     if all(runs[cell.target] is None for cell in table.cells):
+        where = f"in --runs {options.runs}" if options.runs else "without --runs"
         looked = "; ".join(f"{key}: {want.words(options)}" for key, want in table.runs.items())
-        raise InputError(
-            f"table {name}: no run fits in --runs {options.runs} (looked for {looked}): give --run KEY=FOLDER, or --train"
-        )
+        raise InputError(f"table {name}: no run fits {where} (looked for {looked}): give --runs, --run KEY=FOLDER, or --train")
     here = {key: run for key, run in runs.items() if run}
     images = open_images(here.values(), options)
     subjects = dict(zip(here, open_models(list(here.values()), images, options), strict=True))
     own = images.dataset.name == next(iter(table.runs.values())).config.data
     eps = options.eps or (table.eps if own else max(run.config.evaluation_eps for run in here.values()))
+    entries = tuple(_entries(table, subjects, images, options, eps / 255))
+    changes = {key: differences(run, table.runs[key].config) for key, run in here.items()}
+    there = find_runs(options.runs)
+    candidates = {key: sum(fits(run, table.runs[key], options) for run in there) for key in here if key not in given}
+    return Filled(name, table, entries, eps, images.dataset.name, runs, changes, candidates, len(images), images.total)
 
+
+def _entries(table: Table, subjects: dict[str, Subject], images: TestImages, options: Options, eps: float) -> Iterable[Entry]:
     found = {}
     for target, source in dict.fromkeys((cell.target, cell.source) for cell in table.cells):
         if target in subjects and (not source or source in subjects):
             attacks = [cell.attack for cell in table.cells if (cell.target, cell.source) == (target, source)]
-            made_on = subjects[source].model if source else None
-            wrong = any(attack.startswith("pgd-ls") for attack in attacks)  # which may raise accuracy
             found[target, source] = measured(
-                subjects[target], images, attacks, options, eps=eps / 255, source=made_on, attack_wrong=wrong
-            )
-    entries = tuple(Entry(cell, found.get((cell.target, cell.source), {}).get(cell.attack)) for cell in table.cells)
-    changes = {key: differences(run, table.runs[key].config) for key, run in here.items()}
-    return Filled(name, table, entries, eps, images.dataset.name, runs, changes, len(images), images.total)
+                subjects[target], images, attacks, options, eps=eps,
+                source=subjects[source].model if source else None,
+                attack_wrong=any(attack.startswith("pgd-ls") for attack in attacks),  # they may raise accuracy
+            )  # fmt: skip
+    return (Entry(cell, found.get((cell.target, cell.source), {}).get(cell.attack)) for cell in table.cells)
 
 
 def find(name: str) -> Table:
@@ -177,10 +183,15 @@ def _notes(filled: Filled) -> list[str]:
                 alike.setdefault(", ".join(changes), []).append(key)
         notes += [f"{', '.join(keys)}: {changes};" for changes, keys in alike.items()]
         notes = [" ".join(notes).rstrip(";") + ".", ""]
-    notes.append("Runs: " + ", ".join(f"{key}: {run.folder}" for key, run in filled.runs.items() if run) + ".")
+    notes.append("Runs: " + ", ".join(_chosen(filled, key) for key, run in filled.runs.items() if run) + ".")
     if missing := [key for key, run in filled.runs.items() if run is None]:
         notes += ["", f"Missing: {', '.join(missing)}."]
     return notes
+
+
+def _chosen(filled: Filled, key: str) -> str:
+    several = filled.candidates.get(key, 1) > 1 and not filled.table.runs[key].copy_of
+    return f"{key}: {filled.runs[key].folder}" + (f" (the closest of {filled.candidates[key]})" if several else "")
 
 
 # ---- as files
