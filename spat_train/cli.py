@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from . import gallery, tables
 from .config import Config
 from .demo import demo
 from .evaluate_command import attacks_command, evaluate_command
@@ -14,6 +15,7 @@ from .figures import write_curves
 from .files import SaveError
 from .images import InputError
 from .presets import PRESETS
+from .runs import Options
 from .signals import Stopped
 from .train import TrainingError
 from .train import train as run
@@ -63,7 +65,55 @@ def plot(runs: tuple[Path, ...], /, out: Path = Path("curves.png")) -> None:
     print(f"{out} written")
 
 
-COMMANDS = {"evaluate": evaluate_command, "attacks": attacks_command, "presets": presets, "plot": plot, "demo": demo}
+def figure(
+    name: str = "",
+    run: tuple[Path, ...] = (),
+    /,
+    out: Path = Path("figures"),
+    options: tyro.conf.OmitArgPrefixes[Options] = Options(),  # noqa: B008  (frozen)
+    extent: tyro.conf.OmitArgPrefixes[gallery.Extent] = gallery.Extent(),  # noqa: B008
+) -> None:
+    """Draw a figure of the papers from finished runs; without a name, list them all and what each needs.
+
+    Args:
+        name: 4.1, 5.1, 5.2, 5.3, 6.1, 6.2, landscape, training-loss, capacity, budget or steps.
+        run: folders of runs, instead of looking in --runs.
+        out: folder that figure-NAME.png, .pdf and .json go to.
+    """
+    if not name:
+        print(gallery.listing())
+        return
+    for path in gallery.draw(name, run, options, extent, out):
+        print(f"{path} written")
+
+
+def table(
+    name: str = "",
+    /,
+    run: tuple[str, ...] = (),
+    out: Path = Path("tables"),
+    options: tyro.conf.OmitArgPrefixes[Options] = Options(),  # noqa: B008  (frozen)
+) -> None:
+    """Fill a table of the papers from finished runs, ours beside theirs; without a name, list them all and their runs.
+
+    Args:
+        name: 5.1, 5.2, 6.1, 6.2, 6.3, 6.4, madry-mnist or madry-cifar10.
+        run: KEY=FOLDER, the run to take for KEY instead of looking in --runs; several may follow.
+        out: folder that table-NAME.md and .json go to.
+    """
+    if not name:
+        print(tables.listing())
+        return
+    filled = tables.fill(name, options, tables.read_given(run), out)
+    print(tables.markdown(filled))
+    for path in tables.write(filled, out):
+        print(f"{path} written")
+
+
+COMMANDS = {
+    "evaluate": evaluate_command, "attacks": attacks_command, "figure": figure, "table": table, "presets": presets, "plot": plot,
+    "demo": demo,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import torch
 from .config import Config
 from .data import load
 from .evaluate import TEST, accuracies, table
-from .figures import large_eps, write_figure
 from .images import Dataset, InputError
+from .pictures import large_eps, write_figure
 from .train import train
 
 DIGITS, GREY, COLOUR = (51.0, 14), (76.5, 15), (8.0, 15)  # eps in 1/255, epochs

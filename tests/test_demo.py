@@ -15,8 +15,8 @@ pytest.importorskip("matplotlib")
 
 from spat_train import cli
 from spat_train import demo as demo_module
-from spat_train.figures import large_eps
 from spat_train.models import SmallCNN
+from spat_train.pictures import large_eps
 from tests.test_data import arrays, saved
 
 PNG = b"\x89PNG"
