@@ -88,8 +88,10 @@ class AutoAttack:
         checks.check_count("seed", self.seed, 0)
         if self.batch_size is not None:
             checks.check_count("batch_size", self.batch_size, 1)
-        if isinstance(self.version, str):
+        if not isinstance(self.version, (tuple, list)):
             checks.check_choice("version", self.version, VERSIONS)
+        elif not self.version:
+            raise ValueError(f"version={self.version!r} names no attack: give some of {', '.join(map(repr, ATTACKS))}")
         for name in self.attacks:
             checks.check_choice("version", name, ATTACKS)
         for name in ATTACKS:

@@ -138,6 +138,16 @@ def test_starts_lie_on_the_surface(norm):
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[1], starts[2])
 
 
+def test_half_precision_of_the_model():
+    model, x, y = attackable(16)
+    model, x = model.float(), x.float()
+    for settings in ({}, {"norm": "l2", "loss": "dlr", "targets": 2}, {"eot": 2}):
+        for way in ("plan", "autograd"):
+            x_adv = APGD(0.02, steps=8, precision="half", input_gradient=way, **settings)(model, x, y)
+            assert x_adv.dtype == torch.float32 and (x_adv != x).any()
+            assert (model(x_adv).argmax(1) != y).any() or settings.get("norm")
+
+
 def test_what_is_misclassified_comes_back_as_it_is():
     model, (x, y) = cnn(), batch(8)
     model.eval()
@@ -473,6 +483,17 @@ def test_auto_captures_the_second_attack(graphs):
     for n, captures in enumerate((0, 1, 1)):
         APGD(1e-9 * (1 + n), steps=3)(model, x, y)
         assert len(graphs) == captures
+
+
+def test_long_runs_are_captured_only_if_told(graphs):
+    model, (x, _) = cnn().eval(), batch(4)
+    y = model(x).argmax(1)
+    for settings in ({"steps": 300}, {"steps": 9, "eot": 30}):
+        for _ in range(2):
+            APGD(0.0, graph="auto", **settings)(model, x, y)
+    assert len(graphs) == 0
+    APGD(0.0, graph=True, steps=9, eot=30)(model, x, y)
+    assert len(graphs) == 1
 
 
 # --- bad input ---

@@ -149,6 +149,8 @@ def test_few_classes(classes):
     [
         ({"version": "fast"}, "version='fast': choose one of 'standard', 'plus', 'rand'"),
         ({"version": ("apgd-ce", "pgd")}, "version='pgd': choose one of 'apgd-ce', "),
+        ({"version": None}, "version=None: choose one of"),
+        ({"version": ()}, r"version=\(\) names no attack"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"queries": -1}, "queries=-1 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
