@@ -154,7 +154,8 @@ class Attack(ABC):
             model: images [B, C, H, W] in [0, 1] -> logits [B, K].
             x: images [B, C, H, W] in [0, 1]. y: int64 [B], the true labels.
             eps: the radius.
-            generator: of everything random; what an image gets of it does not depend on `only`.
+            generator: of everything random. What PGD draws for an image does not depend on `only`; APGD, Square and AutoAttack
+                draw for the images that they attack.
             run: which of `runs` it is: targets go by it.
             only: bool [B], which images to attack; None is all.
             how: `precision`, `input_gradient`, `graph` as in `spat_kernels.PGD`.
@@ -346,7 +347,7 @@ class APGD(_Engine):
 class FAB(_Engine):
     """The fast adaptive boundary attack; with `targets` n, FAB-T towards the n likeliest wrong classes in turn."""
 
-    family = "fab"
+    family, random = "fab", False  # it begins at the image
 
     steps: int = _setting(100, positive)
     targets: int | None = _setting(None, positive)

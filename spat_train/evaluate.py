@@ -23,7 +23,7 @@ from .randomness import derived_seed
 from .run_folder import RunFolder
 from .samples import Samples, decoded, encoded
 
-__all__ = ["TEST", "WORST", "Evaluation", "accuracies", "evaluate", "table", "validation", "wilson"]
+__all__ = ["TEST", "WORST", "Attack", "Evaluation", "accuracies", "evaluate", "table", "validation", "wilson"]
 
 BATCH = 512
 EXAMPLES = 4  # images kept of each attack
@@ -186,7 +186,8 @@ def evaluate(
 
     Args:
         model: in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
-        images: uint8 images, or a tuple of fp32 images [N, C, H, W] in [0, 1] and labels, int64 [N].
+        images: uint8 images, or a tuple of images [N, C, H, W] in [0, 1], fp32 (or fp64, with precision=None), and labels,
+            int64 [N].
         attacks: specs as `spat_train.attacks.parse` takes them; a str is split at commas. "clean" is always among them.
         eps, eps_l2: the radii for images in [0, 1], where an attack has none of its own.
         source: make the adversarial images on this model, and count what they do to `model` (black box).
@@ -254,6 +255,7 @@ class _Work:
                     continue
                 x, y = floats(images, batch, device_of(self.model), self.memory_format)
                 for name in missing:
+                    progress.set_postfix_str(name, refresh=False)
                     if name == "clean":
                         found = {"predicted": predict(self.model, x).tolist()}
                     else:

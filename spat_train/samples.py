@@ -21,7 +21,7 @@ FORMAT = "spat_train evaluation 1"
 class Samples:
     """The records of an evaluation, in `folder`, or in memory alone where it is None.
 
-    A record is appended and flushed at once; half a line, of a killed evaluation, is dropped.
+    A record is appended and flushed at once; what follows the last whole line, of a killed evaluation, is dropped.
 
     Args:
         settings: all that a record depends on but its attack.
@@ -70,10 +70,13 @@ class Samples:
         self.file.seek(0)
         whole = 0
         for line in self.file.read().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            record = json.loads(line)
             self.records[record["attack"], record["batch"]] = record
         self.file.truncate(whole)
 
