@@ -157,9 +157,6 @@ def main(args: Arguments) -> None:
     }
     if args.published:
         providers |= {"spat_kernels, 100 steps": ours(eps, args.norm, PUBLISHED, args.queries)}
-    warm = {name: provider for name, provider in providers.items() if name != "torchattacks"}
-    for provider in warm.values():  # makes the plan
-        next(provider(model, x[:1], y[:1]))
     with torch.no_grad():
         clean = 100 * (model(x).argmax(1) == y).double().mean().item()
     found = judged(compare(model, x, y, providers, args.batch_size), y)
