@@ -186,7 +186,7 @@ class _Search:
         return self._rounded(ours * (1 - share) + from_x * share)
 
     def _boundary(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """z_k - z_y [B] and its gradient [B, n] at `point`, for the class k among `others` with the nearest linearised boundary."""
+        """z_k - z_y [B] and its gradient [B, n] at `point`, for the class k of `others` with the nearest linearised boundary."""
         logits = self.gradient.forward(self.images(point))
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         nearest = torch.full_like(self.distance, inf)

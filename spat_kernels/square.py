@@ -290,7 +290,7 @@ class _L2Run(_Run):
         return (self.x + delta / (_norm(delta) + 1e-12) * self.eps).clamp(*self.bounds).to(self.x.dtype)
 
     def _bump(self, side: int, turn: float) -> Tensor:
-        """[side, side] of length 1: a positive and a negative half, each highest in the middle; which ones decides `turn` < 0.5."""
+        """[side, side] of length 1: a positive and a negative half, each highest in its middle; turned by `turn` >= 0.5."""
         if side not in self.bumps:
             bump = torch.cat((_hill(side // 2, side), -_hill(side - side // 2, side)))
             self.bumps[side] = (bump / bump.norm()).to(self.x.device, self.eps.dtype)
