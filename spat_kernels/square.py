@@ -95,8 +95,8 @@ class Square:
             x_adv, eps = x.clone(), per_sample(self.eps, x)
             robust = gradient.logits(x).argmax(1) == y
             for _ in range(self.restarts):
-                run = RUNS[self.norm](self, gradient, x, y, eps, robust)
-                run(x_adv, robust)
+                if robust.any():
+                    RUNS[self.norm](self, gradient, x, y, eps, robust)(x_adv, robust)
         return x_adv
 
 
@@ -106,7 +106,6 @@ class _Run:
     Attributes:
         index: [n], where in the batch the samples are that are left.
         best: [n, C, H, W], their images with the smallest margins so far, [n], `margin`.
-        forwards: of one image so far.
     """
 
     per_sample = ("index", "x", "y", "eps", "best", "margin")
@@ -118,7 +117,6 @@ class _Run:
         self.index = robust.nonzero()[:, 0]
         self.x, self.y, self.eps = x[self.index], y[self.index], _wide(eps[self.index])
         self.waits = x.device.type != "cpu"
-        self.forwards = 0
         self.best = self._start()
         self.margin = self._margins(self._whole_forward(self.best), self.y)
 
@@ -156,8 +154,10 @@ class _Run:
         return max(round(math.sqrt(self.settings.p_init / divisor * self.batch[2] * self.batch[3])), least)
 
     def _square(self, side: int, place: list[float]) -> tuple[int, int, tuple]:
-        """Where a square begins, and its index, from two numbers in [0, 1). As published, it never reaches the last row and column
-        unless it fills them."""
+        """Where a square begins, and its index in images, from two numbers in [0, 1).
+
+        As published, it never reaches the last row and column, unless it fills them.
+        """
         top, left = (int(p * (length - side)) for p, length in zip(place, self.batch[2:], strict=True))
         return top, left, (..., slice(top, top + side), slice(left, left + side))
 
@@ -167,7 +167,6 @@ class _Run:
 
     def _margins(self, logits: Tensor, y: Tensor) -> Tensor:
         """z_y - max_{k != y} z_k [n], below 0 where misclassified."""
-        self.forwards += len(y)
         y = y[:, None]
         return (logits.gather(1, y) - logits.scatter(1, y, -torch.inf).amax(1, keepdim=True))[:, 0]
 
@@ -191,20 +190,24 @@ class _LinfRun(_Run):
     per_sample = (*_Run.per_sample, "lower", "upper")
 
     def __call__(self, x_adv, robust):
-        queries, settings = self.settings.queries, self.settings
-        self.places, self.signs = self._uniform(queries, 2).tolist(), self._signs(queries, self.batch[1], 1, 1)
-        if not (Windows.supports(self.gradient)):
-            return super().__call__(x_adv, robust)
-        windows = Windows(self.gradient)
-        first = next((i for i in range(queries) if windows.share(self._side(i)) <= WINDOWS_SHARE), queries)
+        queries = range(self.settings.queries)
+        self.places = self._uniform(len(queries), 2).tolist()
+        self.signs = self._signs(len(queries), self.batch[1], 1, 1)
+        first, parts = len(queries), ()
+        if Windows.supports(self.gradient):
+            windows = Windows(self.gradient)
+            worth = {side: windows.share(side) <= WINDOWS_SHARE for side in set(map(self._side, queries))}
+            first = next((i for i in queries if worth[self._side(i)]), first)
         self._search(0, first, x_adv, robust)
-        for samples in torch.arange(len(self.index)).split(min(PART, max(PART_BYTES // windows.bytes_per_image, 1))):
+        if first < len(queries):
+            size = max(min(PART, PART_BYTES // windows.bytes_per_image), 1)
+            parts = torch.arange(len(self.index)).split(size)
+        for samples in parts:
             part = copy(self)
             part._take(samples)
-            part.windows = Windows(self.gradient)
-            part.windows.begin(part.best)
-            part._search(first, queries, x_adv, robust)
-            self.forwards += part.forwards - self.forwards
+            part.windows = windows
+            windows.begin(part.best)
+            part._search(first, len(queries), x_adv, robust)
 
     def _start(self):
         x, (b, c, _, w) = self.x.to(self.eps.dtype), self.batch
@@ -287,7 +290,7 @@ class _L2Run(_Run):
         return (self.x + delta / (_norm(delta) + 1e-12) * self.eps).clamp(*self.bounds).to(self.x.dtype)
 
     def _bump(self, side: int, turn: float) -> Tensor:
-        """[side, side] of length 1: a positive and a negative half, each highest in the middle; which ones decides `turn` < 0.5."""
+        """[side, side] of length 1: a positive and a negative half, each highest in its middle; turned by `turn` >= 0.5."""
         if side not in self.bumps:
             bump = torch.cat((_hill(side // 2, side), -_hill(side - side // 2, side)))
             self.bumps[side] = (bump / bump.norm()).to(self.x.device, self.eps.dtype)
