@@ -85,10 +85,7 @@ class Square:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
         """
         highest_label = check_batch(self, model, x, y)
-        least = 1 if self.norm == "linf" else 5
-        if x.ndim != 4 or (x.numel() > 0 and min(x.shape[2:]) < least):
-            raise ValueError(f"x must be images [B, C, H, W] of at least {least}x{least} pixels for norm={self.norm!r}, "
-                             f"got shape {list(x.shape)}")  # fmt: skip
+        check_pixels(x, self.norm)
         if x.numel() == 0:
             return x.detach().clone()
         with attacked(self, model, x, y, highest_label) as (gradient, x, y):
@@ -98,6 +95,14 @@ class Square:
                 if robust.any():
                     RUNS[self.norm](self, gradient, x, y, eps, robust)(x_adv, robust)
         return x_adv
+
+
+def check_pixels(x: Tensor, norm: str) -> None:
+    least = 1 if norm == "linf" else 5
+    if x.ndim != 4 or (x.numel() > 0 and min(x.shape[2:]) < least):
+        raise ValueError(
+            f"x must be images [B, C, H, W] of at least {least}x{least} pixels for norm={norm!r}, got shape {list(x.shape)}"
+        )
 
 
 class _Run:

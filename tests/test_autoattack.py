@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import spat_kernels as sk
+from benchmarks import autoattack as benchmark
+from benchmarks import measure, report
 from spat_kernels import APGD, FAB, AutoAttack, Square, autoattack
 from tests.test_apgd import attackable, correct, sharp
 from tests.test_attacks import Recorder, batch, cnn
@@ -172,6 +174,8 @@ def test_bad_calls():
         (lambda: AutoAttack(0.1)(model, x * 2, y), "x must lie inside bounds"),
         (lambda: AutoAttack(0.1)(model, x, y + 10), r"outside \[0, 10\)"),
         (lambda: AutoAttack(0.1)(nn.Identity(), x, y), r"model must return logits \[B, K\]"),
+        (lambda: AutoAttack(0.1)(nn.Linear(192, 10), x.flatten(1), y), r"x must be images \[B, C, H, W\] of at least 1x1 pixels"),
+        (lambda: AutoAttack(0.1, norm="l2")(model, x[..., :4], y), "of at least 5x5 pixels for norm="),
         (lambda: AutoAttack(torch.full((3,), 0.1))(model, x, y), "eps has shape"),
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
@@ -193,6 +197,38 @@ def test_as_robust_as_by_torchattacks(task, norm, eps):  # noqa: F811
     ours = AutoAttack(eps, norm=norm, steps=10, queries=50).run(model, x, y).robust
     assert 4 < theirs.sum() < 36, "some of both"
     assert (ours != theirs).sum() <= 1 and ours.sum() <= theirs.sum()
+
+
+def test_the_benchmark_against_torchattacks(task, tmp_path, capsys):  # noqa: F811
+    pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
+    model, *images = task
+    x, y = correct(model, *images, 12)
+    model, x = copy.deepcopy(model).float().requires_grad_(False), x.float()
+    y[0] = (y[0] + 1) % 10
+    providers = {
+        "torchattacks": benchmark.torchattacks(0.06, "linf", queries=20),
+        "spat_kernels": benchmark.ours(0.06, "linf", steps=10, queries=20),
+    }
+    state = torch.get_rng_state()
+    found = benchmark.judged(benchmark.compare(model, x, y, providers, batch_size=8), y)
+    torch.set_rng_state(state)
+    ours, theirs = found["spat_kernels"], found["torchattacks"]
+    assert ours["robust"][0] is theirs["robust"][0] is False and len(ours["robust"]) == len(theirs["robust"]) == 12
+    assert ours["agreement"] >= 90 and theirs["agreement"] == 100 and theirs["faster"] == 1
+    assert ours["left"]["clean"] == 11 and ours["left"]["square"] == sum(ours["robust"])
+    assert ours["seconds"].keys() == theirs["seconds"].keys() and min(theirs["seconds"].values()) > 0
+    settings = {
+        "model": "m",
+        "network": "n",
+        "norm": "linf",
+        "eps": 0.06,
+        "images": 12,
+        "clean": 100.0,
+        "batch_size": 8,
+        "queries": 20,
+    }
+    table = report.tables(measure.describe("cpu") | {"settings": settings, "autoattack": found}, full=True)
+    assert "| spat_kernels |" in table and "12 images" in table
 
 
 def test_names_of_attacks():
