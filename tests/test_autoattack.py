@@ -13,7 +13,6 @@ from spat_kernels import APGD, FAB, AutoAttack, Square, autoattack
 from tests.test_apgd import attackable, correct, sharp
 from tests.test_attacks import Recorder, batch, cnn
 from tests.test_borrow import assert_same, snapshot
-from tests.test_judges import task  # noqa: F401  the fixture
 
 QUICK = {"steps": 3, "queries": 20}
 
@@ -183,52 +182,30 @@ def test_bad_calls():
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.4)])
-def test_as_robust_as_by_torchattacks(task, norm, eps):  # noqa: F811
-    """From other random numbers. At its settings: 10 steps, and fewer queries, which break hardly any more."""
-    torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
-    model, *images = task
-    x, y = correct(model, *images, 40)
-    model, x = copy.deepcopy(model).float(), x.float()
-    judge = torchattacks.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0)
-    judge._autoattack.attacks[3].n_queries = 50
-    state = torch.get_rng_state()
-    theirs = model(judge(x, y)).argmax(1) == y
-    torch.set_rng_state(state)
-    ours = AutoAttack(eps, norm=norm, steps=10, queries=50).run(model, x, y).robust
-    assert 4 < theirs.sum() < 36, "some of both"
-    assert (ours != theirs).sum() <= 1 and ours.sum() <= theirs.sum()
-
-
-def test_the_benchmark_against_torchattacks(task, tmp_path, capsys):  # noqa: F811
+def test_as_robust_as_by_torchattacks(task, norm, eps):
+    """By the benchmark, from other random numbers; at torchattacks' settings but for fewer queries, which break few more."""
     pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
     model, *images = task
-    x, y = correct(model, *images, 12)
+    x, y = correct(model, *images, 25)
     model, x = copy.deepcopy(model).float().requires_grad_(False), x.float()
     y[0] = (y[0] + 1) % 10
     providers = {
-        "torchattacks": benchmark.torchattacks(0.06, "linf", queries=20),
-        "spat_kernels": benchmark.ours(0.06, "linf", steps=10, queries=20),
+        "torchattacks": benchmark.torchattacks(eps, norm, queries=30),
+        "spat_kernels": benchmark.ours(eps, norm, steps=10, queries=30),
     }
     state = torch.get_rng_state()
-    found = benchmark.judged(benchmark.compare(model, x, y, providers, batch_size=8), y)
+    found = benchmark.judged(benchmark.compare(model, x, y, providers, batch_size=15), y)
     torch.set_rng_state(state)
     ours, theirs = found["spat_kernels"], found["torchattacks"]
-    assert ours["robust"][0] is theirs["robust"][0] is False and len(ours["robust"]) == len(theirs["robust"]) == 12
-    assert ours["agreement"] >= 90 and theirs["agreement"] == 100 and theirs["faster"] == 1
-    assert ours["left"]["clean"] == 11 and ours["left"]["square"] == sum(ours["robust"])
+    assert 3 < sum(theirs["robust"]) < 22, "some of both"
+    assert ours["robust"][0] is theirs["robust"][0] is False and len(ours["robust"]) == len(theirs["robust"]) == 25
+    assert ours["agreement"] >= 92 and abs(ours["points"]) <= 4 and theirs["faster"] == 1
+    assert ours["left"]["clean"] == 24 and ours["left"]["square"] == sum(ours["robust"])
     assert ours["seconds"].keys() == theirs["seconds"].keys() and min(theirs["seconds"].values()) > 0
-    settings = {
-        "model": "m",
-        "network": "n",
-        "norm": "linf",
-        "eps": 0.06,
-        "images": 12,
-        "clean": 100.0,
-        "batch_size": 8,
-        "queries": 20,
-    }
+    settings = {"model": "m", "network": "n", "norm": norm, "eps": eps, "images": 25, "clean": 96.0}
+    settings |= {"batch_size": 15, "queries": 30}
     table = report.tables(measure.describe("cpu") | {"settings": settings, "autoattack": found}, full=True)
-    assert "| spat_kernels |" in table and "12 images" in table
+    assert "| spat_kernels |" in table and "25 images" in table
 
 
 def test_names_of_attacks():

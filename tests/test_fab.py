@@ -15,7 +15,6 @@ from spat_train.models import create
 from tests.test_apgd import NORMS, attackable, correct, sharp
 from tests.test_attacks import EPS, Recorder, batch, cnn, strange_layouts
 from tests.test_borrow import assert_same, mixed_model, snapshot
-from tests.test_judges import task  # noqa: F401  the fixture
 from tests.test_plan import randomized
 
 ORDER = {"linf": torch.inf, "l2": 2}
@@ -126,7 +125,7 @@ def judge(model, x, y, norm, eps, steps, targets, monkeypatch):
 @pytest.mark.parametrize("how", ["plan", "autograd"])
 @pytest.mark.parametrize("norm, eps", [("linf", 0.5), ("l2", 4.0), ("linf", 0.08), ("l2", 0.5)])
 @pytest.mark.parametrize("targets", [3, None])
-def test_equals_torchattacks(task, norm, eps, targets, how, monkeypatch):  # noqa: F811
+def test_equals_torchattacks(task, norm, eps, targets, how, monkeypatch):
     model, *images = task
     x, y = correct(model, *images, 40)
     with torch.random.fork_rng():

@@ -13,7 +13,6 @@ from spat_kernels.windows import Windows
 from tests.test_apgd import NORMS, attackable, correct
 from tests.test_attacks import Recorder, batch, cnn, strange_layouts
 from tests.test_borrow import assert_same, mixed_model, snapshot
-from tests.test_judges import task  # noqa: F401  the fixture
 
 EPS = 0.125  # to be added exactly
 
@@ -60,7 +59,7 @@ def judge(model, x, y, norm, eps, queries, numbers, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["autograd", "plan"])
-def test_linf_equals_torchattacks(task, how, drawn, monkeypatch):  # noqa: F811
+def test_linf_equals_torchattacks(task, how, drawn, monkeypatch):
     model, *images = task
     x, y = correct(model, *images, 120)
     ours = seeded(EPS, queries=200, input_gradient=how)(model, x, y)
@@ -75,7 +74,7 @@ def test_linf_equals_torchattacks(task, how, drawn, monkeypatch):  # noqa: F811
     assert torch.equal(ours[broken], theirs[broken])
 
 
-def test_l2_equals_torchattacks(task, drawn, monkeypatch):  # noqa: F811
+def test_l2_equals_torchattacks(task, drawn, monkeypatch):
     """With an eps that breaks nobody: torchattacks draws signs for those that are left only."""
     model, *images = task
     x, y = correct(model, *images, 40)
@@ -93,7 +92,7 @@ def test_l2_equals_torchattacks(task, drawn, monkeypatch):  # noqa: F811
     assert (theirs != x).flatten(1).any(1).all()
 
 
-def test_l2_is_as_strong_as_torchattacks(task):  # noqa: F811
+def test_l2_is_as_strong_as_torchattacks(task):
     """Each with its own random numbers."""
     torchattacks = pytest.importorskip("torchattacks")
     model, (x, y) = nn.Sequential(task[0]), correct(*task, 250)
