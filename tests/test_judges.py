@@ -9,7 +9,6 @@ import copy
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 import spat_kernels as sk
@@ -18,25 +17,6 @@ from benchmarks import judges
 torchattacks = pytest.importorskip("torchattacks", reason="torchattacks needs torchvision, which needs its own build of torch")
 
 EPS, STEP, STEPS = 0.15, 0.15 / 4, 10
-
-
-@pytest.fixture(scope="module")
-def task():
-    """Digits, and a network trained on them for a moment."""
-    torch.manual_seed(0)
-    digits = load_digits()
-    x = torch.tensor(digits.images).unsqueeze(1) / 16
-    y = torch.tensor(digits.target)
-    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
-                          nn.Flatten(), nn.Linear(256, 10)).double()  # fmt: skip
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(30):
-        loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    return model, x[:500], y[:500]
 
 
 def assert_same_images(ours, theirs, model, y, minimum=0.999):
