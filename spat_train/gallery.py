@@ -226,8 +226,8 @@ def draw(name: str, given: Sequence[Path], options: Options, extent: Extent, out
         if getattr(extent, option) < least:
             raise InputError(f"--{option.replace('_', '-')} {getattr(extent, option)}: give at least {least}")
     runs = kind.role.take(name, given, options)
-    print(f"figure {name}: from {', '.join(str(run.folder) for run in runs)}")
     images = open_images(runs, options)
+    print(f"figure {name}: from {', '.join(str(run.folder) for run in runs)}")
     b = Bench(runs, images, options, extent, radius(runs, options))
     with figures.look():
         drawn, numbers = kind.make(b)

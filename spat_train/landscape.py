@@ -30,9 +30,9 @@ def _exact(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """fp32 [B, K] of images [B, C, H, W], on the CPU."""
+    """[B, K] of images [B, C, H, W], on the CPU."""
     with torch.no_grad(), _exact(model, x):
-        return torch.cat([model(images).float().cpu() for images in x.split(CHUNK)])
+        return torch.cat([model(images).cpu() for images in x.split(CHUNK)])
 
 
 def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def ascend(
             logits = logits_of(model, point)
             losses.append(cross_entropies(logits, labels))
             if step < steps:
-                how = {"steps": 1, "step_size": step_size, "precision": "fp32", "graph": False}
-                point = pgd(model, images, labels, eps, start=point, **how)
+                with tf32_switches("fp32", x.device.type):
+                    point = pgd(model, images, labels, eps, steps=1, step_size=step_size, start=point, graph=False)
         shape = count, len(x)
         parts = torch.stack(losses, -1), logits.argmax(1), start.cpu(), point.cpu()
         found.append([part.unflatten(0, shape) for part in parts])
@@ -130,7 +130,7 @@ def between(model: nn.Module, points: Tensor, y: Tensor, pairs: int, parts: int 
         parts: steps from one end to the other.
     """
     pairs = min(pairs, len(points) - 1)
-    shares = torch.linspace(0, 1, parts + 1).view(-1, 1, 1, 1, 1)
+    shares = torch.linspace(0, 1, parts + 1).to(points).view(-1, 1, 1, 1, 1)
     images = torch.lerp(points[None, :pairs], points[None, 1 : pairs + 1], shares).flatten(0, 1)
     logits = logits_of(model, images.to(device_of(model)))
     losses = cross_entropies(logits, y.expand(len(images))).view(parts + 1, pairs).mean(1)

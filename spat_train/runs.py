@@ -339,10 +339,9 @@ def choose(wanted: dict[str, Wanted], options: Options, given: dict[str, Path] |
 def completed(run: Run | None, wanted: Wanted, original: Run | None, options: Options) -> Run:
     """`run`, or where it is missing, or is this training and was interrupted: trained now."""
     if original:
-        seed = original.config.seed + 1
-        config = replace(
-            original.config, seed=seed, test=False, resume=True, out=options.runs / f"{original.folder.name}-seed{seed}"
-        )
+        c = original.config
+        out = options.runs / f"{original.folder.name}-seed{c.seed + 1}"
+        config = replace(c, seed=c.seed + 1, device=options.device, test=False, resume=True, out=out)
     else:
         config = scaled(wanted, options)
     if run and (run.epochs >= run.config.epochs or run.folder != config.out):

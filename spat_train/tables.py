@@ -9,7 +9,7 @@ from pathlib import Path
 from . import files
 from .images import InputError
 from .measure import Subject, TestImages, measured, open_images, open_models
-from .runs import Options, Run, check, choose, differences, find_runs, fits, told
+from .runs import Options, Run, check, choose, differences, find_runs, fits, title, told
 from .sources import TABLES, Cell, Table
 
 MARK = "†"
@@ -190,8 +190,9 @@ def _notes(filled: Filled) -> list[str]:
 
 
 def _chosen(filled: Filled, key: str) -> str:
-    several = filled.candidates.get(key, 1) > 1 and not filled.table.runs[key].copy_of
-    return f"{key}: {filled.runs[key].folder}" + (f" (the closest of {filled.candidates[key]})" if several else "")
+    run, count = filled.runs[key], filled.candidates.get(key, 1)
+    several = f", the closest of {count}" if count > 1 and not filled.table.runs[key].copy_of else ""
+    return f"{key}: {run.folder} ({title(run.config)}, {run.config.model}{several})"
 
 
 # ---- as files

@@ -132,6 +132,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory):
+    """A folder of small trained runs; what tests write into it, such as evaluations, must not change what others find."""
+    from tests.finished_runs import write_runs
+
+    return write_runs(tmp_path_factory.mktemp("finished"))
+
+
 @pytest.fixture
 def big_npz(tmp_path):
     """200 MB of uncompressed images."""
