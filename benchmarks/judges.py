@@ -2,8 +2,8 @@
 
     python -m benchmarks.judges runs/mnist-madry runs/cifar10-mart --data mnist.npz cifar10.npz --out judges.json
 
-Nothing is random but the starts, and those are given to both. In fp64 images must be equal to 1e-6 but for a few pixels on ties; in
-fp32, where PyTorch's cross-entropy cancels on confident samples and spat's keeps its digits, accuracies must. ART is fp32 alone.
+Nothing is random but the starts, and those are given to both. In fp64 images must be equal to 1e-6 but for a few pixels on ties.
+In fp32 accuracies must: there PyTorch's cross-entropy cancels on confident samples, where spat's keeps its digits. ART is fp32 alone.
 """
 
 import copy
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 import spat_kernels as sk
 from benchmarks import measure
-from spat_train.data import load_npz
-
 from spat_train.checkpoints import load_model
+from spat_train.data import load_npz
 from spat_train.images import floats
 
 STEPS = 20
