@@ -236,6 +236,20 @@ def evidence(results: dict) -> str:
     return "\n".join(lines) + f"\n\n{how}; accuracy in % on {results['test_images']:,} test images. {where(results)}."
 
 
+def autoattack(results: dict) -> str:
+    """Ours beside torchattacks': what they find robust, and the seconds of each stage."""
+    found, s = results["autoattack"], results["settings"]
+    stages = list(found["spat_kernels"]["seconds"])[1:]
+    columns = ["accuracy, %", "same as torchattacks, %", *(f"{stage}, s" for stage in stages), "all, s", "faster"]
+    lines = header(["AutoAttack"], columns)
+    for name, r in found.items():
+        seconds = [f"{r['seconds'].get(stage, 0):.1f}" for stage in stages]
+        lines.append(row(name, f"{r['accuracy']:.1f}", f"{r['agreement']:.1f}", *seconds, f"{r['total_seconds']:.1f}",
+                         f"{r['faster']:.2f}x"))  # fmt: skip
+    how = f"{s['model']} ({s['network']}), {s['norm']}, eps {s['eps']:.4g}, {s['images']:,} images, {s['clean']:.1f} % correct"
+    return "\n".join(lines) + f"\n\n{how}; batches of {s['batch_size']}, {s['queries']:,} queries. {where(results)}."
+
+
 # --- pages ---
 
 
@@ -260,6 +274,7 @@ KINDS = {
     "loops": (overhead, overhead),
     "paths": (data, data),
     "trainings": (evidence, evidence),
+    "autoattack": (autoattack, autoattack),
     "benchmarks": (kernels, kernels),
 }
 

@@ -4,9 +4,9 @@
     z       = project(x_t + step_size * direction(d loss / d x_t))
     x_{t+1} = project(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1}))                                           (x_1 = z)
 
-The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample and the run goes on from
-its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not halved
-then and the best loss has not changed since. The first step counts as a rise if its loss is positive, as in the authors' code.
+The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample and the run goes on
+from its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not
+halved then and the best loss has not changed since. As in the authors' code the first step rises if its loss is positive.
 
 Everything is a tensor with a value per sample, so a run never waits for the device: the schedule knows no data.
 """
@@ -165,7 +165,7 @@ class _Search:
     def check(self, few: float) -> None:
         """At a checkpoint: halve the step sizes of samples whose loss has risen at most `few` times, and so on."""
         stalled = (self.rises <= few) | (~self.halved & (self.value_at_check >= self.best_value))
-        self.ball.step_size *= torch.where(stalled, 0.5, 1.0)
+        self.ball.step_size /= 1 + stalled
         self.x_adv, self.grad = (
             torch.where(broadcast(stalled, now), best, now)
             for best, now in ((self.best, self.x_adv), (self.best_grad, self.grad))
@@ -209,7 +209,8 @@ class APGD:
             transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
         targets: None moves away from y. A number goes in turn towards each of so many likeliest wrong classes for x, where
             "dlr" is the targeted form, Eq. 7, between y and the target.
-        bounds, precision, input_gradient, bn_mode, generator, graph: as for `PGD`.
+        bounds, precision, input_gradient, bn_mode, generator, graph: as for `PGD`; a capture is that of a run. What is
+            misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of its own too.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -293,6 +294,11 @@ class APGD:
     def kind(self) -> tuple:
         """What tells captures of this class apart, beside what all attacks have."""
         return self.steps, self.rho, self.eot
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a run, at most."""
+        return (self.steps + 1) * self.eot
 
     def _targets(self, logits: Tensor, y: Tensor) -> list[Tensor | None]:
         """The classes to go to, int64 [B] each, the likeliest first; [None] where the attack is not targeted."""

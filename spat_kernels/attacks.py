@@ -127,6 +127,11 @@ class PGD:
         """What tells captures of this class apart, beside what all attacks have."""
         return self.steps, self.targeted, self.random_start, self.restarts > 1 and self.select
 
+    @property
+    def passes(self) -> int:
+        """Forwards of a run, at most."""
+        return self.steps + 2
+
     def _check(self, model, x, y, start) -> int:
         checks.check_images(x)
         checks.check_model(model, x)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .apgd import APGD
-from .attacked import check_batch, check_settings, usable
+from .attacked import check_batch, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
@@ -85,17 +85,17 @@ class AutoAttack:
     graph: bool | str = "auto"
 
     def __post_init__(self):
-        check_settings(self)
-        checks.check_graph(self.graph)
-        checks.check_count("steps", self.steps, 1)
-        checks.check_count("queries", self.queries, 0)
         checks.check_count("seed", self.seed, 0)
         if self.batch_size is not None:
             checks.check_count("batch_size", self.batch_size, 1)
-        if isinstance(self.version, str):
+        if not isinstance(self.version, (tuple, list)):
             checks.check_choice("version", self.version, VERSIONS)
+        elif not self.version:
+            raise ValueError(f"version={self.version!r} names no attack: give some of {', '.join(map(repr, ATTACKS))}")
         for name in self.attacks:
             checks.check_choice("version", name, ATTACKS)
+        for name in ATTACKS:
+            self._attack(name, TARGETS + 1, self.eps, None)  # they check the rest
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ class AutoAttack:
                 result.broken_by[rows[broken]] = number
             yield result
 
-    def _attack(self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator) -> APGD | FAB | Square:
+    def _attack(self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None) -> APGD | FAB | Square:
         restarts = 5 if self.version == "plus" and name in ("apgd-ce", "apgd-dlr", "fab") else 1
         common = {
             "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": self.precision,

@@ -37,6 +37,8 @@ from .structure import Structure, freeze
 
 # Attacks that were seen but not captured cost nothing but a key and some weak references.
 REMEMBERED = 128
+# Longer runs are captured only if they are told to be: each forward and backward is hundreds of kernels in the graph.
+PASSES = 256
 
 
 class CudaGraph:
@@ -145,8 +147,8 @@ class Graphs:
         """The outcome of an attack: see `settings.run_class`, a class of runs.
 
         With graph="auto" only what can be checked is captured: an nn.Module, and losses other than plain callables (either may
-        read what is out of sight), outside of dispatch modes (which would not see a replay). With graph=True the caller vouches
-        for the globals that a callable loss reads.
+        read what is out of sight), outside of dispatch modes (which would not see a replay); and no run of more than PASSES
+        forwards. With graph=True the caller vouches for the globals that a callable loss reads.
 
         Raises:
             ValueError: graph=True, but x is not on a CUDA device, or the model is a plain callable.
@@ -188,8 +190,10 @@ class Graphs:
                     "make it an nn.Module (nn.Sequential(normalize, net)), or set graph='auto'"
                 )
             return True
+        if settings.passes > PASSES or isinstance(settings.loss, Custom):
+            return False
         seen_by_a_mode = torch._C._len_torch_dispatch_stack() > 0
-        return on_device and is_module and not isinstance(settings.loss, Custom) and not seen_by_a_mode
+        return on_device and is_module and not seen_by_a_mode
 
     def _find(self, model: nn.Module, key: tuple, samples: int) -> "tuple[_Model, _Entry]":
         with self._lock:

@@ -285,20 +285,20 @@ class PlannedGradient:
         """Fold and cast the weights as they are now."""
         maps = [m for s in self.plan.steps for kind in ("before", "after", "affine") for m in getattr(s, kind, ())]
         self._norms = self._fold_norms([m for m in maps if isinstance(m, Norm)])
-        self._bound = [None] * len(self.plan.steps)
+        self.bound = [None] * len(self.plan.steps)
         for i, step in enumerate(self.plan.steps):
             if isinstance(step, Conv):
-                self._bound[i] = self._bind_conv(step)
+                self.bound[i] = self._bind_conv(step)
             elif isinstance(step, Linear):
                 dtype = acc_dtype(self.dtype) if step.out in self.plan.exact else self.dtype
-                self._bound[i] = [None if r is None else self._of(r).to(dtype) for r in (step.weight, step.bias)]
+                self.bound[i] = [None if r is None else self._of(r).to(dtype) for r in (step.weight, step.bias)]
         for i, step in enumerate(self.plan.steps):
             if isinstance(step, Pointwise):
                 scale, shift = self._scale_shift(step.affine, self._channels(step))
                 for j in step.shifts:
-                    moved = self._bound[j][1]
+                    moved = self.bound[j][1]
                     shift = moved if shift is None else shift if moved is None else shift + moved
-                self._bound[i] = scale, shift
+                self.bound[i] = scale, shift
 
     def _of(self, ref: Ref | None) -> Tensor | None:
         tensor = None if ref is None else ref.of(self._modules)
@@ -400,7 +400,7 @@ class PlannedGradient:
         values: list[Tensor | None] = [None] * len(self.plan.nodes)
         values[0] = x
         for i, step in enumerate(self.plan.steps):
-            result, saved = FORWARD[type(step)](self, step, self._bound[i], values, keep)
+            result, saved = FORWARD[type(step)](self, step, self.bound[i], values, keep)
             values[step.out] = result
             if keep:
                 self._saved[i] = saved
@@ -419,7 +419,7 @@ class PlannedGradient:
             step, saved = self.plan.steps[i], self._saved[i]
             if not keep:
                 self._saved[i] = None
-            BACKWARD[type(step)](self, step, self._bound[i], saved, grads)
+            BACKWARD[type(step)](self, step, self.bound[i], saved, grads)
         return take(grads, 0)[0]
 
     def kept_bytes(self) -> int:

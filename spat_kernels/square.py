@@ -8,6 +8,7 @@ squares get smaller in the course of the run. All samples of a batch see the sam
 """
 
 import math
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
 
@@ -17,12 +18,16 @@ from torch import Tensor
 from . import checks
 from .attacked import attacked, check_batch, check_settings, draw, per_sample
 from .balls import box
+from .windows import Windows
 
 # (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
-# Queries whose random numbers are drawn at once. On devices that must be waited for, samples drop out between those only.
+# Queries after which samples drop out on devices that must be waited for; and for which L2 draws its random numbers at once.
 BLOCK = 50
 CHUNK = 64  # images in a forward on CPUs
+# Squares are computed in windows if that multiplies at most this share of what whole forwards do, since it has overheads; the
+# samples then go through their queries in parts, of at most so many images and bytes of what is kept.
+WINDOWS_SHARE, PART, PART_BYTES = 0.7, 128, 2**29
 
 
 @dataclass(eq=False)
@@ -101,48 +106,41 @@ class _Run:
     Attributes:
         index: [n], where in the batch the samples are that are left.
         best: [n, C, H, W], their images with the smallest margins so far, [n], `margin`.
-        queries: forwards of one image so far: what was asked for, less what needed no answer.
+        forwards: of one image so far.
     """
 
     per_sample = ("index", "x", "y", "eps", "best", "margin")
+    windows: Windows | None = None
 
     def __init__(self, settings: Square, gradient, x: Tensor, y: Tensor, eps: Tensor, robust: Tensor):
-        self.settings, self.gradient, self.batch = settings, gradient, x
+        self.settings, self.gradient, self.batch = settings, gradient, x.shape
         self.bounds = box(settings.bounds, x.dtype)
         self.index = robust.nonzero()[:, 0]
         self.x, self.y, self.eps = x[self.index], y[self.index], _wide(eps[self.index])
         self.waits = x.device.type != "cpu"
-        self.queries = 0
+        self.forwards = 0
+        self.best = self._start()
+        self.margin = self._margins(self._whole_forward(self.best), self.y)
 
     def __call__(self, x_adv: Tensor, robust: Tensor) -> None:
         """Write what the run breaks into `x_adv`, and out of `robust`."""
-        settings = self.settings
-        self.best = self._start()
-        self.margin = self._margins(self.best, self.y)
-        for i in range(settings.queries):
-            if i % BLOCK == 0:
-                places, signs = self._draw(min(BLOCK, settings.queries - i))
+        self._search(0, self.settings.queries, x_adv, robust)
+
+    def _search(self, first: int, last: int, x_adv: Tensor, robust: Tensor) -> None:
+        for i in range(first, last):
             if i % BLOCK == 0 or not self.waits:
                 self._drop_broken(x_adv, robust)
             if len(self.index) == 0:
                 return
-            side = self._side(settings.p_init / _divisor(i, settings.queries))
-            self._query(side, places[i % BLOCK], signs[i % BLOCK])
+            self._query(i)
         self._drop_broken(x_adv, robust)
 
     def _start(self) -> Tensor:
         """The first images."""
         raise NotImplementedError
 
-    def _draw(self, queries: int) -> tuple[list[list[float]], Tensor]:
-        """For each of the next queries: numbers in [0, 1) on the host, and signs."""
-        raise NotImplementedError
-
-    def _side(self, share: float) -> int:
-        """The side of a square that covers this share of the image."""
-        raise NotImplementedError
-
-    def _query(self, side: int, place: list[float], signs: Tensor) -> None:
+    def _query(self, i: int) -> None:
+        """Query number i."""
         raise NotImplementedError
 
     def _uniform(self, *size: int) -> Tensor:
@@ -151,68 +149,105 @@ class _Run:
     def _signs(self, *size: int) -> Tensor:
         return torch.where(self._uniform(*size) < 0.5, -1.0, 1.0)
 
-    def _window(self, side: int, top: float, left: float) -> tuple:
-        """A square in an image, by two numbers in [0, 1). As published, the last row and column are left out unless it fills them."""
-        height, width = self.x.shape[2:]
-        top, left = int(top * (height - side)), int(left * (width - side))
-        return ..., slice(top, top + side), slice(left, left + side)
+    def _side(self, i: int, least: int = 1) -> int:
+        """The side of the square of query i, unless the image is smaller."""
+        rescaled = int(i / self.settings.queries * 10_000)
+        divisor = [d for first, d in SCHEDULE if rescaled >= first][-1]
+        return max(round(math.sqrt(self.settings.p_init / divisor * self.batch[2] * self.batch[3])), least)
 
-    def _margins(self, images: Tensor, y: Tensor) -> Tensor:
+    def _square(self, side: int, place: list[float]) -> tuple[int, int, tuple]:
+        """Where a square begins, and its index, from two numbers in [0, 1). As published, it never reaches the last row and column
+        unless it fills them."""
+        top, left = (int(p * (length - side)) for p, length in zip(place, self.batch[2:], strict=True))
+        return top, left, (..., slice(top, top + side), slice(left, left + side))
+
+    def _whole_forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        return torch.cat([self.gradient.logits(c) for c in images.split(len(images) if self.waits else CHUNK)])
+
+    def _margins(self, logits: Tensor, y: Tensor) -> Tensor:
         """z_y - max_{k != y} z_k [n], below 0 where misclassified."""
-        self.queries += len(images)
-        chunks = images.split(len(images) if self.waits else CHUNK)
-        logits = torch.cat([self.gradient.logits(c) for c in chunks])
-        own = logits.gather(1, y[:, None])
-        return (own - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+        self.forwards += len(y)
+        y = y[:, None]
+        return (logits.gather(1, y) - logits.scatter(1, y, -torch.inf).amax(1, keepdim=True))[:, 0]
 
     def _drop_broken(self, x_adv: Tensor, robust: Tensor) -> None:
         broken = self.margin < 0
         if broken.any():
             x_adv[self.index[broken]] = self.best[broken]
             robust[self.index[broken]] = False
-            for name in self.per_sample:
-                setattr(self, name, getattr(self, name)[~broken])
+            self._take(~broken)
+            if self.windows:
+                self.windows.keep(~broken)
+
+    def _take(self, samples: Tensor) -> None:
+        for name in self.per_sample:
+            setattr(self, name, getattr(self, name)[samples])
 
 
 class _LinfRun(_Run):
+    """x +- eps, one random sign for each channel of a square."""
+
     per_sample = (*_Run.per_sample, "lower", "upper")
 
+    def __call__(self, x_adv, robust):
+        queries, settings = self.settings.queries, self.settings
+        self.places, self.signs = self._uniform(queries, 2).tolist(), self._signs(queries, self.batch[1], 1, 1)
+        if not (Windows.supports(self.gradient)):
+            return super().__call__(x_adv, robust)
+        windows = Windows(self.gradient)
+        first = next((i for i in range(queries) if windows.share(self._side(i)) <= WINDOWS_SHARE), queries)
+        self._search(0, first, x_adv, robust)
+        for samples in torch.arange(len(self.index)).split(min(PART, max(PART_BYTES // windows.bytes_per_image, 1))):
+            part = copy(self)
+            part._take(samples)
+            part.windows = Windows(self.gradient)
+            part.windows.begin(part.best)
+            part._search(first, queries, x_adv, robust)
+            self.forwards += part.forwards - self.forwards
+
     def _start(self):
-        x, (b, c, _, w) = self.x.to(self.eps.dtype), self.batch.shape
+        x, (b, c, _, w) = self.x.to(self.eps.dtype), self.batch
         self.lower, self.upper = ((x + side * self.eps).clamp(*self.bounds).to(self.x.dtype) for side in (-1, 1))
-        return torch.where(self._signs(b, c, 1, w)[self.index] < 0, self.lower, self.upper)
+        return torch.where(self._signs(b, c, 1, w)[self.index] < 0, self.lower, self.upper)  # vertical stripes
 
-    def _draw(self, queries):
-        return self._uniform(queries, 2).tolist(), self._signs(queries, self.x.shape[1], 1, 1)
+    def _side(self, i):
+        return min(super()._side(i), *self.batch[2:])
 
-    def _side(self, share):
-        height, width = self.x.shape[2:]
-        return min(max(round(math.sqrt(share * height * width)), 1), height, width)
-
-    def _query(self, side, place, signs):
-        window = self._window(side, *place)
-        old = self.best[window]
-        new = torch.where(signs < 0, self.lower[window], self.upper[window])
-        which = slice(None)
-        if not self.waits:  # an image that stays as it is needs no answer
+    def _query(self, i):
+        top, left, at = self._square(self._side(i), self.places[i])
+        old = self.best[at]
+        new = torch.where(self.signs[i] < 0, self.lower[at], self.upper[at])
+        if self.waits:
+            which = slice(None)
+        else:  # an image that stays as it is needs no answer
             which = (new != old).flatten(1).any(1).nonzero()[:, 0]
             if len(which) == 0:
                 return
-        new, images = new[which], self.best[which].clone()
-        images[window] = new
-        margin = self._margins(images, self.y[which])
+            new = new[which]
+        if self.windows:
+            logits = self.windows.variants(which, top, left, new)
+        else:
+            images = self.best[which].clone()
+            images[at] = new
+            logits = self._whole_forward(images)
+        margin = self._margins(logits, self.y[which])
         better = margin < self.margin[which]
         self.margin[which] = torch.where(better, margin, self.margin[which])
         old[which] = torch.where(_wide(better), new, old[which])
+        if self.windows:
+            self.windows.adopt(which, better)
 
 
 class _L2Run(_Run):
+    """A square loses its perturbation, and another one gains it, in the shape of a bump; at the start a grid of bumps."""
+
     def __init__(self, *args):
-        super().__init__(*args)
         self.bumps: dict[int, Tensor] = {}
+        super().__init__(*args)
 
     def _start(self):
-        b, c, height, width = self.batch.shape
+        b, c, height, width = self.batch
         side = min(height, width) // 5
         rows, columns = height // side, width // side
         top, left = (height - rows * side) // 2, (width - columns * side) // 2
@@ -225,29 +260,24 @@ class _L2Run(_Run):
                 delta[at] = self._bump(side, turns[i][j]) * signs[i, j]
         return self._images(delta)
 
-    def _draw(self, queries):
-        return self._uniform(queries, 5).tolist(), self._signs(queries, *self.batch.shape[:2], 1, 1)
-
-    def _side(self, share):
-        height, width = self.x.shape[2:]
-        side = max(round(math.sqrt(share * height * width)), 3)
-        largest = min(height, width)
+    def _side(self, i):
+        side, largest = super()._side(i, least=3), min(self.batch[2:])
         return min(side + (side % 2 == 0), largest - (largest % 2 == 0))
 
-    def _query(self, side, place, signs):
-        gains, loses = self._window(side, *place[:2]), self._window(side, *place[2:4])
+    def _query(self, i):
+        if i % BLOCK == 0:
+            queries = min(BLOCK, self.settings.queries - i)
+            self.places, self.signs = self._uniform(queries, 5).tolist(), self._signs(queries, *self.batch[:2], 1, 1)
+        side, place, signs = self._side(i), self.places[i % BLOCK], self.signs[i % BLOCK]
+        (*_, gains), (*_, loses) = (self._square(side, p) for p in (place[:2], place[2:4]))
         delta = self.best.to(self.eps.dtype) - self.x
-        channels = delta.shape[1]
-        old = delta[gains]
-        norm = _norm(delta)
         outside = delta.clone()
         outside[gains] = outside[loses] = 0
-        inside = _norm(delta - outside)
-        new = self._bump(side, place[4]) * signs[self.index] + old / (_norm(old, (2, 3)) + 1e-12)
-        energy = (self.eps**2 - norm**2).clamp_min(0) / channels + inside**2
+        new = self._bump(side, place[4]) * signs[self.index] + delta[gains] / (_norm(delta[gains], (2, 3)) + 1e-12)
+        energy = (self.eps**2 - _norm(delta) ** 2).clamp_min(0) / self.batch[1] + _norm(delta - outside) ** 2
         outside[gains] = new / (_norm(new, (2, 3)) + 1e-12) * energy.sqrt()
         images = self._images(outside)
-        margin = self._margins(images, self.y)
+        margin = self._margins(self._whole_forward(images), self.y)
         better = margin < self.margin
         self.margin = torch.where(better, margin, self.margin)
         self.best = torch.where(_wide(better), images, self.best)
@@ -259,8 +289,7 @@ class _L2Run(_Run):
     def _bump(self, side: int, turn: float) -> Tensor:
         """[side, side] of length 1: a positive and a negative half, each highest in the middle; which ones decides `turn` < 0.5."""
         if side not in self.bumps:
-            halves = _hill(side // 2, side), -_hill(side - side // 2, side)
-            bump = torch.cat(halves)
+            bump = torch.cat((_hill(side // 2, side), -_hill(side - side // 2, side)))
             self.bumps[side] = (bump / bump.norm()).to(self.x.device, self.eps.dtype)
         return self.bumps[side] if turn < 0.5 else self.bumps[side].T
 
@@ -272,11 +301,6 @@ def _hill(height: int, width: int) -> Tensor:
     for i in range(max(top, left) + 1):
         hill[max(top - i, 0) : top + i + 1, max(left - i, 0) : left + i + 1] += 1 / (i + 1) ** 2
     return hill / hill.norm().clamp_min(torch.finfo(hill.dtype).tiny)
-
-
-def _divisor(i: int, queries: int) -> int:
-    rescaled = int(i / queries * 10_000)
-    return [divisor for first, divisor in SCHEDULE if rescaled >= first][-1]
 
 
 def _norm(v: Tensor, dims=(1, 2, 3)) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from spat_kernels.precision import tf32_switches
 
-from .evaluate import check, evaluate
+from . import checks
+from .evaluate import evaluate
 from .evaluation import Evaluation
 from .images import Floats, Folder, Images, floats
 from .models import device_of
@@ -68,9 +69,10 @@ def alarms(
     Raises:
         InputError, SaveError: as `evaluate`.
     """
-    images = Floats(*images) if isinstance(images, tuple) else images
-    rows = torch.arange(len(images)) if rows is None else rows
-    check(model, images, rows, eps, 1.0, seed, batch_size, memory_format, source)
+    checks.check_numbers(eps, 1.0, seed, batch_size)
+    images = checks.check_images(images)
+    rows = checks.check_rows(rows, len(images))
+    checks.check_models(model, source, images, images.labels[rows], memory_format)
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
     how = {
         "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,

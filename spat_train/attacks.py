@@ -1,6 +1,6 @@
 """Every attack by name: the published ones with their settings, others by a small grammar, NAME[xN][:key=value]*.
 
-    pgd-20                             as published: a name of `NAMED`
+    pgd-20                             as published: a name of the list
     pgd-40x20                          with 20 restarts
     pgd-40-least-likely                targeted: -least-likely, -random or -all after any PGD
     pgd-20:alpha=0.2:steps=50          with other settings
@@ -127,6 +127,11 @@ class Attack(ABC):
         """How many runs it is made of, for a model of so many classes."""
         return self.restarts
 
+    @property
+    def least_classes(self) -> int:
+        """How many classes a model must have for it."""
+        return 2
+
     def radius(self, eps: float, eps_l2: float) -> float:
         """Its own eps, else the one of its norm."""
         return self.eps if self.eps is not None else eps_l2 if self.norm == "l2" else eps
@@ -149,7 +154,8 @@ class Attack(ABC):
             model: images [B, C, H, W] in [0, 1] -> logits [B, K].
             x: images [B, C, H, W] in [0, 1]. y: int64 [B], the true labels.
             eps: the radius.
-            generator: of everything random; what an image gets of it does not depend on `only`.
+            generator: of everything random. What PGD draws for an image does not depend on `only`; APGD, Square and AutoAttack
+                draw for the images that they attack.
             run: which of `runs` it is: targets go by it.
             only: bool [B], which images to attack; None is all.
             how: `precision`, `input_gradient`, `graph` as in `spat_kernels.PGD`.
@@ -246,6 +252,10 @@ class PGD(Attack):
     def runs(self, classes: int) -> int:
         return self.restarts * (classes - 1 if self.target == "all" else 1)
 
+    @property
+    def least_classes(self) -> int:
+        return 2 if self.loss != "dlr" else 3 if self.target == "none" else 4
+
     def _draw(self, x, y, eps, generator):
         start = x
         if self.start == "uniform":  # of no steps: nothing is asked of the model
@@ -319,6 +329,10 @@ class APGD(_Engine):
     steps: int = _setting(100, positive)
     targets: int | None = _setting(None, positive)
 
+    @property
+    def least_classes(self) -> int:
+        return 2 if self.loss != "dlr" else 3 if self.targets is None else 4
+
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.APGD(
             eps, loss=self.loss, steps=self.steps, norm=self.norm, targets=self.targets, generator=_generator(draws), **how
@@ -333,7 +347,7 @@ class APGD(_Engine):
 class FAB(_Engine):
     """The fast adaptive boundary attack; with `targets` n, FAB-T towards the n likeliest wrong classes in turn."""
 
-    family = "fab"
+    family, random = "fab", False  # it begins at the image
 
     steps: int = _setting(100, positive)
     targets: int | None = _setting(None, positive)
@@ -373,6 +387,10 @@ class AutoAttack(_Engine):
     version: str = _setting("standard", choice("standard", "plus", "rand"))
     steps: int = _setting(100, positive)
     queries: int = _setting(5000, positive)
+
+    @property
+    def least_classes(self) -> int:
+        return 3 if self.version == "rand" else 4
 
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.AutoAttack(

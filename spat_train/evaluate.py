@@ -1,33 +1,29 @@
 """Accuracy, clean and under attack: of a finished model with everything kept (`evaluate`), or as a few numbers (`accuracies`)."""
 
-import base64
 import hashlib
-import io
-import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spat_kernels.engine import check_path
 from spat_kernels.precision import tf32_switches
 
-from . import files
+from . import checks
 from .attacks import Attack, parse, parse_all
 from .distributed import World
 from .evaluation import WORST, Evaluation, Example, Recheck, wilson
 from .images import Floats, Folder, Images, InputError, fingerprint, floats
-from .models import device_of, try_on
+from .models import device_of
 from .randomness import derived_seed
 from .run_folder import RunFolder
-from .samples import Samples
+from .samples import Samples, decoded, encoded
 
-__all__ = ["TEST", "WORST", "Evaluation", "accuracies", "evaluate", "table", "validation", "wilson"]
+__all__ = ["TEST", "WORST", "Attack", "Evaluation", "accuracies", "evaluate", "table", "validation", "wilson"]
 
 BATCH = 512
 EXAMPLES = 4  # images kept of each attack
@@ -190,7 +186,8 @@ def evaluate(
 
     Args:
         model: in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
-        images: uint8 images, or a tuple of fp32 images [N, C, H, W] in [0, 1] and labels, int64 [N].
+        images: uint8 images, or a tuple of images [N, C, H, W] in [0, 1], fp32 (or fp64, with precision=None), and labels,
+            int64 [N].
         attacks: specs as `spat_train.attacks.parse` takes them; a str is split at commas. "clean" is always among them.
         eps, eps_l2: the radii for images in [0, 1], where an attack has none of its own.
         source: make the adversarial images on this model, and count what they do to `model` (black box).
@@ -211,10 +208,12 @@ def evaluate(
         SaveError: the disk is full.
     """
     attacks = parse_all(attacks)
-    images = Floats(*images) if isinstance(images, tuple) else images
-    rows = torch.arange(len(images)) if rows is None else rows
-    classes = check(model, images, rows, eps, eps_l2, seed, batch_size, memory_format, source)
-    check_arithmetic(precision, input_gradient, device_of(model))
+    checks.check_numbers(eps, eps_l2, seed, batch_size)
+    images = checks.check_images(images)
+    rows = checks.check_rows(rows, len(images))
+    classes = checks.check_models(model, source, images, images.labels[rows], memory_format)
+    checks.check_attacks(attacks, classes)
+    checks.check_arithmetic(precision, input_gradient, device_of(model))
     if save_images and folder is None:
         raise InputError("save_images=True: give a folder to save them in")
     settings = {
@@ -223,89 +222,72 @@ def evaluate(
         "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
     }  # fmt: skip
-    folder = RunFolder(Path(folder) if folder is not None else None)
-    folder.claim()
-    samples = progress = None
+    work = _Work(model, source or model, classes, attacks, settings, memory_format, graph)
+    place = RunFolder(Path(folder) if folder is not None else None)
+    place.claim()
     try:
-        samples = Samples(folder.path, settings, {name: attack.spec for name, attack in attacks.items()})
-        work = _Work(model, source or model, images, classes, settings, samples, memory_format, graph)
-        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
-        total = len(rows) * len(attacks)
-        progress = tqdm(total=total, desc=bar, unit="img", disable=bar is None, mininterval=often)
-        for number, batch in enumerate(rows.split(batch_size)):
-            missing = [name for name in attacks if (name, number) not in samples.records]
-            progress.update(len(batch) * (len(attacks) - len(missing)))
-            x, y = floats(images, batch if missing else batch[:0], device_of(model), memory_format)
-            for name in missing:
-                samples.add(work.record(attacks[name], number, batch, x, y))
-                progress.update(len(batch))
-                between()
+        with closing(Samples(place.path, settings, {name: attack.spec for name, attack in attacks.items()})) as samples:
+            work.all(samples, images, rows, bar, between)
     finally:
-        if progress:
-            progress.close()
-        if samples:
-            samples.close()
-        folder.release()
-    return _collect(samples, settings, attacks, rows, images, folder.path)
+        place.release()
+    return _collect(samples, settings, attacks, rows, images.labels[rows])
 
 
 @dataclass(frozen=True)
 class _Work:
     model: nn.Module
     source: nn.Module
-    images: Images | Folder | Floats
     classes: int
+    attacks: dict[str, Attack]
     settings: dict
-    samples: Samples
     memory_format: torch.memory_format
     graph: bool | str
 
-    def record(self, attack: Attack, number: int, rows: Tensor, x: Tensor, y: Tensor) -> dict:
-        """What `samples` keeps of an attack on a batch."""
-        record = {"attack": attack.name, "batch": number}
-        if attack.name == "clean":
-            return record | {"predicted": predict(self.model, x).tolist()}
-        settings, name = self.settings, attack.name
+    def all(self, samples: Samples, images, rows: Tensor, bar: str | None, between: Callable[[], object]) -> None:
+        """What is not among the samples yet."""
+        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
+        total = len(rows) * len(self.attacks)
+        with tqdm(total=total, desc=bar, unit="img", disable=bar is None, mininterval=often) as progress:
+            for number, batch in enumerate(rows.split(self.settings["batch_size"])):
+                missing = [name for name in self.attacks if (name, number) not in samples.records]
+                progress.update(len(batch) * (len(self.attacks) - len(missing)))
+                if not missing:
+                    continue
+                x, y = floats(images, batch, device_of(self.model), self.memory_format)
+                for name in missing:
+                    progress.set_postfix_str(name, refresh=False)
+                    if name == "clean":
+                        found = {"predicted": predict(self.model, x).tolist()}
+                    else:
+                        found = self.attack(samples, name, number, batch, x, y)
+                    samples.add({"attack": name, "batch": number} | found)
+                    progress.update(len(batch))
+                    between()
+
+    def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor) -> dict:
+        """What became of a batch, and its adversarial images looked at again."""
+        attack, settings = self.attacks[name], self.settings
         eps = attack.radius(settings["eps"], settings["eps_l2"])
-        clean = torch.tensor(self.samples.records["clean", number]["predicted"], device=y.device)
+        clean = torch.tensor(samples.records["clean", number]["predicted"], device=y.device)
         predicted, x_adv = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], name, number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
             precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
         )  # fmt: skip
         broken = (clean == y) & (predicted != y)
-        pixels = (x_adv * 255).round().to(torch.uint8)
-        rounded = pixels[broken].to(x.dtype).div_(x.new_full((1,), 255)).contiguous(memory_format=self.memory_format)
-        return (
-            record
-            | {
-                "predicted": predicted.tolist(),
-                "adversarial": int(broken.sum()),
-                "outside": int(
-                    (~inside(x_adv, x, eps, attack.norm) | ~inside(pixels / 255, x, eps, attack.norm, LEVEL / 2)).sum()
-                ),
-                "rounded": int((predict(self.model, rounded) != y[broken]).sum()) if len(rounded) else 0,
-                "examples": self._examples(name, number, broken, pixels),
-            }
-            | self._saved(name, number, rows, y, predicted, pixels)
-        )
-
-    def _examples(self, name: str, number: int, broken: Tensor, pixels: Tensor) -> list[dict]:
-        before = sum(len(self.samples.records[name, earlier]["examples"]) for earlier in range(number))
-        chosen = broken.nonzero()[: EXAMPLES - before, 0].tolist()
-        offset = number * self.settings["batch_size"]
-        return [{"index": offset + i, "image": _encoded(pixels[i].movedim(0, -1).cpu())} for i in chosen]
-
-    def _saved(self, name: str, number: int, rows: Tensor, y: Tensor, predicted: Tensor, pixels: Tensor) -> dict:
-        if not self.settings["save_images"]:
-            return {}
-        content = io.BytesIO()
-        arrays = {"x_adv": pixels.permute(0, 2, 3, 1), "y": y, "predicted": predicted, "rows": rows}
-        np.savez(content, **{key: np.ascontiguousarray(t.cpu().numpy()) for key, t in arrays.items()})
-        path = self.samples.path.parent / "images" / file_name(name) / f"{number:05}.npz"
-        files.make_folder(path.parent)
-        files.write(path, content.getbuffer())
-        return {"saved": str(path.relative_to(self.samples.path.parent))}
+        pixels = (255 * x_adv).round().to(torch.uint8)
+        rounded = pixels.to(x.dtype).div_(x.new_full((1,), 255))
+        outside = ~inside(x_adv, x, eps, attack.norm) | ~inside(rounded, x, eps, attack.norm, slack=LEVEL / 2)
+        still = predict(self.model, rounded[broken]) != y[broken] if broken.any() else broken[:0]
+        pixels, at = pixels.permute(0, 2, 3, 1).cpu(), number * settings["batch_size"]
+        wanted = EXAMPLES - sum(len(samples.records[name, before]["examples"]) for before in range(number))
+        if settings["save_images"]:
+            samples.save(name, number, x_adv=pixels, y=y, predicted=predicted, rows=rows)
+        return {
+            "predicted": predicted.tolist(),
+            "adversarial": int(broken.sum()), "outside": int(outside.sum()), "rounded": int(still.sum()),
+            "examples": [{"index": at + i, "image": encoded(pixels[i])} for i in broken.nonzero()[:wanted, 0].tolist()],
+        }  # fmt: skip
 
 
 def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) -> Tensor:
@@ -319,113 +301,23 @@ def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) 
     return box & (moved.abs() <= eps + slack).all(1)
 
 
-def file_name(attack: str) -> str:
-    return re.sub(r"[^\w.+=-]", "_", attack)
-
-
-def _encoded(image: Tensor) -> dict:
-    return {"shape": list(image.shape), "bytes": base64.b64encode(image.numpy().tobytes()).decode()}
-
-
-def _decoded(image: dict) -> Tensor:
-    return torch.tensor(list(base64.b64decode(image["bytes"])), dtype=torch.uint8).view(image["shape"])
-
-
-def _collect(samples: Samples, settings: dict, attacks, rows: Tensor, images, folder: Path | None) -> Evaluation:
-    batches = range(len(rows.split(settings["batch_size"])))
+def _collect(samples: Samples, settings: dict, attacks: dict[str, Attack], rows: Tensor, labels: Tensor) -> Evaluation:
+    batches = range(-(-len(rows) // settings["batch_size"]))
     records = {name: [samples.records[name, number] for number in batches] for name in attacks}
     attacked = {name: found for name, found in records.items() if name != "clean"}
     return Evaluation(
-        settings, attacks, rows, images.labels[rows],
+        settings, attacks, rows, labels,
         predicted={name: torch.tensor([p for r in found for p in r["predicted"]]) for name, found in records.items()},
         rechecks={
             name: Recheck(*(sum(r[key] for r in found) for key in ("adversarial", "outside", "rounded")))
             for name, found in attacked.items()
         },
         examples={
-            name: [Example(e["index"], _decoded(e["image"])) for r in found for e in r["examples"]]
+            name: [Example(e["index"], decoded(e["image"])) for r in found for e in r["examples"]]
             for name, found in attacked.items()
         },
-        folder=folder,
+        folder=samples.folder,
     )  # fmt: skip
-
-
-# ---- what is asked of the arguments
-
-
-def check(model, images, rows, eps, eps_l2, seed, batch_size, memory_format, source=None) -> int:
-    """Raise InputError where an argument of `evaluate` does not fit; return the number of classes."""
-    for name, value, most in (("eps", eps, 1), ("eps_l2", eps_l2, float("inf"))):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
-            remedy = f", for images in [0, 1]: 8/255, not {value}" if isinstance(value, (int, float)) and value > 1 else ""
-            raise InputError(f"{name}={value!r}: give a number above 0{remedy}")
-    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-            raise InputError(f"{name}={value!r}: give an integer from {least} to 2**31 - 1")
-    for name, each in (("model", model), ("source", source)):
-        if each is not None:
-            _check_mode(name, each)
-    _check_images(images)
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or not len(rows):
-        raise InputError("rows: give an int64 tensor [N] of at least one row, or None for all")
-    if rows.min() < 0 or rows.max() >= len(images):
-        raise InputError(f"rows: they go from {int(rows.min())} to {int(rows.max())}, there are {len(images)} images")
-    classes = None
-    dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
-    for name, each in (("model", model), ("source", source)):
-        if each is not None:
-            try:
-                classes = try_on(each, images.image_shape, classes, memory_format, dtype)
-            except ValueError as error:
-                raise InputError(f"{name}: {error}") from error
-    labels = images.labels[rows]
-    if labels.min() < 0 or labels.max() >= classes:
-        wrong = int(labels.min() if labels.min() < 0 else labels.max())
-        raise InputError(f"images: there is a label {wrong}, and the model has classes 0 to {classes - 1}: give those labels")
-    return classes
-
-
-def check_arithmetic(precision: str | None, input_gradient: str, device: torch.device) -> None:
-    try:
-        check_path(precision, input_gradient)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if precision == "tf32" and device.type != "cuda":
-        raise InputError("precision='tf32': TF32 is for GPUs: use fp32 or bf16")
-
-
-def _check_mode(name: str, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{name}: give a torch.nn.Module, not a {type(model).__name__}")
-    training = next((at or type(m).__name__ for at, m in model.named_modules() if m.training), None)
-    if training:
-        raise InputError(f"{name}: {training} is in training mode, where outputs depend on the batch: call {name}.eval() first")
-
-
-def _check_images(images: Images | Folder | Floats) -> None:
-    if not isinstance(images, (Images, Folder, Floats)):
-        raise InputError(f"images: give Images, a Folder or a tuple (x, y), not a {type(images).__name__}")
-    labels = images.labels
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
-        raise InputError("images: labels must be an int64 tensor [N]")
-    if not len(labels):
-        raise InputError("images: there is none: give at least one")
-    if isinstance(images, Folder):
-        return
-    pixels, dtypes, shape = (
-        (images.x, (torch.float32, torch.float64), "[N, C, H, W]")
-        if isinstance(images, Floats)
-        else (images.pixels, (torch.uint8,), "[N, H, W, C]")
-    )
-    if not isinstance(pixels, Tensor) or pixels.dtype not in dtypes or pixels.ndim != 4:
-        found = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise InputError(f"images: they are {found}: give {' or '.join(map(str, dtypes))} {shape}")
-    if len(pixels) != len(labels):
-        raise InputError(f"images: there are {len(pixels)} and {len(labels)} labels: give one label for each")
-    if isinstance(images, Floats) and not bool(((pixels >= 0) & (pixels <= 1)).all()):
-        low, high = float(pixels.min()), float(pixels.max())
-        remedy = "divide 8-bit images by 255" if high > 2 else "normalise inside the model"
-        raise InputError(f"images: values go from {low:g} to {high:g}: give them in [0, 1], {remedy}")
 
 
 def weights_hash(model: nn.Module) -> str:

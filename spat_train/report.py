@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
     """For the terminal."""
     raised = [alarm for alarm in found if alarm.raised]
     lines = [evaluation.table()]
-    lines += [f"ALARM: not so: {alarm.name} ({_numbers(alarm)})" for alarm in raised]
+    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}" for alarm in raised]
     return "\n".join(lines)
 
 
@@ -204,7 +205,7 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
     content = {
         "format": FORMAT, "about": about, "settings": e.settings, "versions": versions(), "classes": list(classes),
         "attacks": attacks, "results": results, "checked": {name: vars(r) for name, r in e.rechecks.items()},
-        "alarms": [vars(alarm) for alarm in found],
+        "alarms": [vars(alarm) | {"numbers": _finite(alarm.numbers)} for alarm in found],
     }  # fmt: skip
     correct = {name: e.correct(name).tolist() for name in e.attacks}
     predicted = {name: e.predicted[name].tolist() for name in e.attacks}
@@ -217,6 +218,11 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
     ]  # fmt: skip
     lines = ",\n  ".join(map(json.dumps, samples))  # a line for each image
     return f'{json.dumps(content, indent=1)[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:

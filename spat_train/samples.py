@@ -1,8 +1,15 @@
 """What an evaluation found out so far, on disk: one line of samples.jsonl for each attack on each batch, and settings.json."""
 
+import base64
+import io
 import json
 import os
+import re
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from . import files
 from .files import SaveError
@@ -14,7 +21,7 @@ FORMAT = "spat_train evaluation 1"
 class Samples:
     """The records of an evaluation, in `folder`, or in memory alone where it is None.
 
-    A record is appended and flushed at once; half a line, of a killed evaluation, is dropped.
+    A record is appended and flushed at once; what follows the last whole line, of a killed evaluation, is dropped.
 
     Args:
         settings: all that a record depends on but its attack.
@@ -26,7 +33,7 @@ class Samples:
 
     def __init__(self, folder: Path | None, settings: dict, attacks: dict[str, str]):
         self.records: dict[tuple[str, int], dict] = {}
-        self.file = None
+        self.folder, self.file = folder, None
         if folder is None:
             return
         self.path = folder / "samples.jsonl"
@@ -63,10 +70,13 @@ class Samples:
         self.file.seek(0)
         whole = 0
         for line in self.file.read().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            record = json.loads(line)
             self.records[record["attack"], record["batch"]] = record
         self.file.truncate(whole)
 
@@ -82,6 +92,29 @@ class Samples:
         except OSError as error:
             raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, and give the same command again") from error
 
+    def save(self, attack: str, batch: int, **arrays: Tensor) -> None:
+        """Write images/ATTACK/BATCH.npz; before the record, so that what has a record has its images."""
+        content = io.BytesIO()
+        np.savez(content, **{name: np.ascontiguousarray(t.cpu().numpy()) for name, t in arrays.items()})
+        folder = self.folder / "images" / file_name(attack)
+        files.make_folder(folder)
+        files.write(folder / f"{batch:05}.npz", content.getbuffer())
+
     def close(self) -> None:
         if self.file:
             self.file.close()
+
+
+def file_name(attack: str) -> str:
+    """The name of an attack, with _ for what file systems do not take."""
+    return re.sub(r"[^\w.+=-]", "_", attack)
+
+
+def encoded(image: Tensor) -> dict:
+    """uint8 [H, W, C] for JSON."""
+    return {"shape": list(image.shape), "bytes": base64.b64encode(image.contiguous().numpy().tobytes()).decode()}
+
+
+def decoded(image: dict) -> Tensor:
+    """What `encoded` was given."""
+    return torch.frombuffer(bytearray(base64.b64decode(image["bytes"])), dtype=torch.uint8).view(image["shape"])

@@ -167,4 +167,4 @@ def test_help_says_the_units(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--help")
     text = capsys.readouterr().out
-    assert all(command in text for command in ("train", "presets", "plot", "demo"))
+    assert all(command in text for command in ("train", "evaluate", "attacks", "presets", "plot", "demo"))

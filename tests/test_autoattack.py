@@ -1,0 +1,199 @@
+"""AutoAttack: which attack broke what, on what is left alone, reproducibly; and no more robust than by torchattacks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import spat_kernels as sk
+from spat_kernels import APGD, FAB, AutoAttack, Square, autoattack
+from tests.test_apgd import attackable, correct, sharp
+from tests.test_attacks import Recorder, batch, cnn
+from tests.test_borrow import assert_same, snapshot
+from tests.test_judges import task  # noqa: F401  the fixture
+
+QUICK = {"steps": 3, "queries": 20}
+
+
+@pytest.mark.parametrize("version", ["standard", "plus", ("square", "apgd-ce")])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
+def test_result_says_what_broke_what(norm, eps, version):
+    model, x, y = attackable(40)
+    y[::8] = (y[::8] + 1) % 10
+    attack = AutoAttack(eps, norm=norm, version=version, **QUICK)
+    result = attack.run(model, x, y)
+    assert result.names == ("clean", *attack.attacks) and result.broken_by.dtype == torch.int64
+    assert torch.equal(result.broken_by == 0, model(x).argmax(1) != y)
+    assert torch.equal(model(result.x_adv).argmax(1) == y, result.robust), "what it says of its images is so"
+    assert 3 < result.robust.sum() < 33 and len(result.broken_by.unique()) >= 3
+    untouched = result.robust | (result.broken_by == 0)
+    assert torch.equal(result.x_adv[untouched], x[untouched]) and (result.x_adv != x).flatten(1).any(1)[~untouched].all()
+    delta = (result.x_adv - x).flatten(1)
+    assert (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)).max() <= eps + 1e-12
+    assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    assert torch.equal(attack(model, x, y), result.x_adv), "the same again"
+
+
+def test_published_settings(monkeypatch):
+    """The lists of attacks, their restarts and passes are those of the authors' code."""
+    made = []
+    for attack in (APGD, FAB, Square):
+
+        def called(self, model, x, y):
+            made.append(self)
+            return x
+
+        monkeypatch.setattr(attack, "__call__", called)
+    model, (x, y) = cnn().eval(), batch()
+    y = model(x).argmax(1)
+
+    def settings(version, **more):
+        made.clear()
+        AutoAttack(0.1, version=version, **more).run(model, x, y)
+        for attack in made:
+            kind, loss = type(attack).__name__, getattr(attack, "loss", None)
+            targets, eot = getattr(attack, "targets", None), getattr(attack, "eot", 1)
+            yield kind, loss and ("ce" if loss == sk.losses.CrossEntropy() else "dlr"), targets, attack.restarts, eot
+
+    ce, dlr = ("APGD", "ce", None), ("APGD", "dlr", None)
+    targeted, fab_t, square = ("APGD", "dlr", 9, 1, 1), ("FAB", None, 9, 1, 1), ("Square", None, None, 1, 1)
+    assert list(settings("standard")) == [(*ce, 1, 1), targeted, fab_t, square]
+    assert all(a.eps == 0.1 and a.norm == "linf" for a in made) and [a.steps for a in made[:3]] == [100] * 3
+    assert made[3].queries == 5000 and made[3].p_init == 0.8 and made[0].rho == 0.75
+    assert list(settings("plus")) == [(*ce, 5, 1), (*dlr, 5, 1), ("FAB", None, None, 5, 1), square, targeted, fab_t]
+    assert list(settings("rand")) == [(*ce, 1, 20), (*dlr, 1, 20)]
+    shared = {"norm": "l2", "bounds": (-1, 2), "precision": "fp32", "input_gradient": "autograd", "bn_mode": "keep"}
+    list(settings("standard", steps=7, queries=9, graph=False, **shared))
+    assert all(getattr(a, name) == value for a in made for name, value in shared.items())
+    assert [a.steps for a in made[:3]] == [7] * 3 and made[3].queries == 9 and not made[0].graph and not made[1].graph
+
+
+def test_only_what_is_still_correct_is_attacked(monkeypatch):
+    model, x, y = attackable(30)
+    y[:6] = (y[:6] + 1) % 10
+    seen = []
+    for attack in (APGD, FAB, Square):
+        call = attack.__call__
+        monkeypatch.setattr(attack, "__call__", lambda self, m, x, y, call=call: seen.append(len(x)) or call(self, m, x, y))
+    stages = [stage.robust.clone() for stage in AutoAttack(0.006, **QUICK).stages(model, x, y)]
+    assert seen == [int(s.sum()) for s in stages[:4]] and len(stages) == 5
+    assert seen[0] == 24 and all((later <= earlier).all() for earlier, later in zip(stages, stages[1:], strict=False))
+    seen.clear()
+    whole = AutoAttack(0.006, **QUICK).run(model, x, y)
+    seen.clear()
+    parts = AutoAttack(0.006, batch_size=7, **QUICK).run(model, x, y)
+    assert seen[:4] == [7, 7, 7, 3] and max(seen) <= 7, "what is left is packed into full batches"
+    assert (whole.robust == parts.robust).float().mean() > 0.9
+
+
+def test_stops_when_nothing_is_left():
+    model = Recorder(sharp())
+    x = torch.rand(8, 3, 8, 8).double()
+    y = (model.model(x).argmax(1) + 1) % 10
+    result = AutoAttack(0.5).run(model, x, y)
+    assert len(model.inputs) == 1 and (result.broken_by == 0).all() and torch.equal(result.x_adv, x)
+    result = AutoAttack(0.5).run(model, x[:0], y[:0])
+    assert result.x_adv.shape == (0, 3, 8, 8) and result.broken_by.shape == (0,) and len(model.inputs) == 1
+    result = AutoAttack(0.5, **QUICK).run(model, x[:1], model.model(x[:1]).argmax(1))
+    assert result.broken_by.tolist() == [1]
+
+
+def test_seeds_and_the_caller():
+    model, x, y = attackable(12)
+    state = torch.get_rng_state()
+    for settings in ({}, {"norm": "l2", "version": "plus"}, {"bn_mode": "keep", "version": "rand"}):
+        attack = AutoAttack(0.002 if settings.get("norm") != "l2" else 0.03, **QUICK, **settings)
+        before = snapshot(model, x, y)
+        attack(model, x, y)
+        assert_same(before, snapshot(model, x, y))
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    images = [AutoAttack(0.02, seed=seed, version=("square",), queries=50)(model, x, y) for seed in (0, 0, 1)]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode(context):
+    model, x, y = attackable(8)
+    expected = AutoAttack(0.006, **QUICK)(model, x, y)
+    with context():
+        got = AutoAttack(0.006, **QUICK)(model, x + 0, y + 0)
+    assert torch.equal(got, expected) and not got.requires_grad and not got.is_inference()
+
+
+def test_radius_per_sample():
+    model, x, y = attackable(20)
+    eps = torch.linspace(0, 0.02, 20)
+    result = AutoAttack(eps, batch_size=8, **QUICK).run(model, x, y)
+    assert ((result.x_adv - x).flatten(1).abs().amax(1) <= eps.double() + 1e-12).all()
+    assert result.robust[:2].all() and not result.robust[-3:].all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes(classes):
+    model, (x, _) = cnn(classes=classes).eval(), batch(4)
+    y = model(x).argmax(1)
+    if classes == 4:
+        assert AutoAttack(0.01, **QUICK)(model, x, y).shape == x.shape
+        return
+    with pytest.raises(ValueError, match=rf"loss of apgd-t needs at least 4 classes, the model has {classes}: use version=\("):
+        AutoAttack(0.01, **QUICK)(model, x, y)
+    AutoAttack(0.01, version=("apgd-ce", "fab-t", "square"), **QUICK)(model, x, y)
+    if classes == 2:
+        with pytest.raises(ValueError, match=r"loss of apgd-dlr needs at least 3 classes.*use version=\('apgd-ce',\)"):
+            AutoAttack(0.01, version="rand")(model, x, y)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"version": "fast"}, "version='fast': choose one of 'standard', 'plus', 'rand'"),
+        ({"version": ("apgd-ce", "pgd")}, "version='pgd': choose one of 'apgd-ce', "),
+        ({"version": None}, "version=None: choose one of"),
+        ({"version": ()}, r"version=\(\) names no attack"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"queries": -1}, "queries=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": None}, "seed must be an int"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"norm": "l1"}, "norm='l1': choose one of"),
+        ({"graph": 1}, "graph=1: choose one of"),
+        ({"eps": 3.0}, "eps=3.0 exceeds the width of bounds"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        AutoAttack(**({"eps": 0.1} | settings))
+
+
+def test_bad_calls():
+    model, (x, y) = cnn().eval(), batch()
+    for call, message in [
+        (lambda: AutoAttack(0.1)(model, x * 2, y), "x must lie inside bounds"),
+        (lambda: AutoAttack(0.1)(model, x, y + 10), r"outside \[0, 10\)"),
+        (lambda: AutoAttack(0.1)(nn.Identity(), x, y), r"model must return logits \[B, K\]"),
+        (lambda: AutoAttack(torch.full((3,), 0.1))(model, x, y), "eps has shape"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.4)])
+def test_as_robust_as_by_torchattacks(task, norm, eps):  # noqa: F811
+    """From other random numbers. At its settings: 10 steps, and fewer queries, which break hardly any more."""
+    torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
+    model, *images = task
+    x, y = correct(model, *images, 40)
+    model, x = copy.deepcopy(model).float(), x.float()
+    judge = torchattacks.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0)
+    judge._autoattack.attacks[3].n_queries = 50
+    state = torch.get_rng_state()
+    theirs = model(judge(x, y)).argmax(1) == y
+    torch.set_rng_state(state)
+    ours = AutoAttack(eps, norm=norm, steps=10, queries=50).run(model, x, y).robust
+    assert 4 < theirs.sum() < 36, "some of both"
+    assert (ours != theirs).sum() <= 1 and ours.sum() <= theirs.sum()
+
+
+def test_names_of_attacks():
+    assert set(autoattack.ATTACKS) == {name for version in autoattack.VERSIONS.values() for name in version}

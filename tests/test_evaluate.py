@@ -1,0 +1,737 @@
+"""Evaluations: attacks with the settings of their sources, the truth about every image, files that any kill leaves whole."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from multiprocessing import connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+
+import spat_kernels
+from spat_train import attacks as registry
+from spat_train import evaluate as module
+from spat_train.alarms import rechecked
+from spat_train.attacks import NAMED, Attack, parse, parse_all
+from spat_train.checkpoints import load_model
+from spat_train.config import Config
+from spat_train.data import load
+from spat_train.evaluate import TEST, accuracies, evaluate, validation, wilson
+from spat_train.evaluation import WORST
+from spat_train.images import Folder, Images, InputError, floats
+from spat_train.randomness import derived_seed
+from spat_train.samples import file_name
+from tests.test_train import on_one_thread, processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EPS = 15.3 / 255
+
+
+class Features(nn.Module):
+    """Random features of 8x8 digits, and a classifier that `fitted` solves for: a good network without training."""
+
+    def __init__(self, num_classes: int = 10, width: int = 300):
+        super().__init__()
+        self.features = nn.Linear(64, width)
+        self.classifier = nn.Linear(width, num_classes, bias=False)
+
+    def forward(self, x):
+        return self.classifier(self.features(x.flatten(1)).relu())
+
+
+def fitted(seed: int = 0, dtype: torch.dtype = torch.float32) -> Features:
+    torch.manual_seed(seed)
+    x, y = floats(load("digits").train, torch.arange(1347), "cpu")
+    model = Features().double()
+    with torch.no_grad():
+        hidden = model.features(x.double().flatten(1)).relu()
+        target = 10 * nn.functional.one_hot(y, 10).double() - 1
+        gram = hidden.T @ hidden + 0.1 * torch.eye(hidden.shape[1], dtype=torch.float64)
+        model.classifier.weight.copy_(torch.linalg.solve(gram, hidden.T @ target).T)
+    return model.to(dtype).eval()
+
+
+def digits(count: int = 60, dtype: torch.dtype = torch.float32) -> tuple:
+    x, y = floats(load("digits").test, torch.arange(count), "cpu", torch.contiguous_format)
+    return x.to(dtype), y
+
+
+def quiet(model, images, attacks, **how):
+    return evaluate(model, images, attacks, **{"eps": EPS, "bar": None} | how)
+
+
+# ---- attacks by name
+
+
+def test_named_attacks_are_those_of_the_sources(monkeypatch):
+    """Written out from the papers, not from the table: steps, length of a step at eps 0.3, start, loss."""
+    calls = []
+    monkeypatch.setattr(registry, "pgd", lambda model, x, y, eps, **how: calls.append(how) or x)
+    x, y = digits(4)
+    ce, kl = spat_kernels.losses.LabelSmoothedCE(0.0), "kl"
+    cw, cw_plus = spat_kernels.losses.Margin(0.0), spat_kernels.losses.Margin(50.0)
+    expected = {
+        "fgsm": (1, 0.3, False, ce), "fgsm-rs": (1, 0.375, True, ce),
+        "pgd-7": (7, 0.075, True, ce), "pgd-10": (10, 0.075, True, ce), "pgd-20": (20, 0.03, True, ce),
+        "pgd-40": (40, 0.01, True, ce), "pgd-100": (100, 0.01, True, ce),
+        "cw-30": (30, 0.03, True, cw_plus), "cw-40": (40, 0.01, True, cw), "cw+-40": (40, 0.01, True, cw_plus),
+        "pgd-kl-20": (20, 0.03, True, kl), "pgd-ls-20:alpha=0.3": (20, 0.03, True, spat_kernels.losses.LabelSmoothedCE(0.3)),
+        "pgd-l2-20": (20, None, True, ce), "pgd-l2-100": (100, None, True, ce),
+    }  # fmt: skip
+    for name, (steps, step_size, random_start, loss) in expected.items():
+        calls.clear()
+        attack = parse(name)
+        attack(nn.Flatten(), x, y, 0.3, torch.Generator())
+        *drawn, how = calls
+        assert how["steps"] == steps and how["step_size"] == (step_size and pytest.approx(step_size)), name
+        assert (len(drawn) == 1 and "start" in how) is random_start and how["loss"] == loss and not how["targeted"], name
+        assert how["norm"] == ("l2" if "l2" in name else "linf") and attack.restarts == 1, name
+    assert parse("noise").steps == 0 and parse("clean").describe() == "no attack"
+    engines = {name: vars(parse(name)) for name in NAMED if not NAMED[name][0].startswith(("pgd", "clean"))}
+    assert {name: (e.get("steps"), e.get("targets"), e.get("queries"), e.get("version")) for name, e in engines.items()} == {
+        "apgd-ce": (100, None, None, None), "apgd-dlr": (100, None, None, None), "apgd-t": (100, 9, None, None),
+        "fab-t": (100, 9, None, None), "square": (None, None, 5000, None), "autoattack": (100, None, 5000, "standard"),
+        "autoattack-plus": (100, None, 5000, "plus"), "autoattack-rand": (100, None, 5000, "rand"),
+    }  # fmt: skip
+    assert engines["apgd-ce"]["loss"] == "ce" and engines["apgd-dlr"]["loss"] == engines["apgd-t"]["loss"] == "dlr"
+
+
+def test_the_grammar():
+    attack = parse("pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255:norm=l2:start=clean:target=random")
+    assert (attack.steps, attack.step, attack.loss, attack.restarts, attack.norm) == (50, 0.05, "margin", 5, "l2")
+    assert (attack.eps, attack.start, attack.target) == (16 / 255, "clean", "random") and attack.runs(10) == 5
+    assert parse("pgd-20:alpha=0.2:steps=50").alpha == 0.2 and parse("pgd-20:alpha=0.2:steps=50").steps == 50
+    twenty = parse("pgd-40x20")
+    assert (twenty.restarts, twenty.steps, twenty.name) == (20, 40, "pgd-40x20")
+    assert parse("pgd-40-least-likely").target == "least-likely" and parse("pgd-40-random").target == "random"
+    assert parse("pgd-7-allx2").runs(10) == 18 and parse("aa").name == "autoattack" and parse("autoattack-rand").version == "rand"
+    assert list(parse_all("pgd-20,fgsm")) == ["clean", "pgd-20", "fgsm"] and list(parse_all(["clean"])) == ["clean"]
+    for name in NAMED:
+        attack = parse(name + ":alpha=0.1" * (name == "pgd-ls-20"))
+        again = parse(attack.spec)
+        assert again.spec == attack.spec and again.describe() == attack.describe() and parse(attack) is attack
+        assert attack.radius(0.1, 0.5) == (0.5 if attack.norm == "l2" else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pgd-21", r"attack pgd-21: there is none \(did you mean pgd-20"),
+        ("autoatack", "did you mean autoattack"),
+        ("", "there is none: see spat-train attacks"),
+        ("fgsmm", "did you mean fgsm"),
+        ("pgd-20-most-likely", "there is none"),
+        ("square-random", "there is none"),
+        ("pgd:stepz=3", r"pgd has no setting stepz \(did you mean step or steps"),
+        ("square:steps=3", "square has no setting steps"),
+        ("clean:eps=0.1", "clean has no setting eps: it has none"),
+        ("pgd-20:steps", "'steps' is no setting: write key=value"),
+        ("pgd-20:steps=1/2", "steps=1/2: give a whole number"),
+        ("pgd-20:step=-1", "step=-1: give a number of at least 0"),
+        ("pgd-20:step=nan", "step=nan: give a number"),
+        ("pgd-20:step=1/0", "step=1/0: give a number"),
+        ("pgd-20:step=x", "step=x: give a number, such as 0.1"),
+        ("pgd-20:norm=l1", "norm=l1: choose one of linf, l2"),
+        ("pgd-20:eps=8", "write eps=8/255"),
+        ("pgd-20:kappa=1", "kappa is a setting of loss=margin"),
+        ("cw-30:alpha=0.1", "alpha is a label smoothing"),
+        ("pgd-20:alpha=2", "alpha is a label smoothing"),
+        ("pgd-ls-20", "alpha must be given"),
+        ("pgd-kl-20:start=clean", "the gradient of kl is 0 at a clean start"),
+        ("fab-tx2", "restarts would repeat one run"),
+        ("fgsmx3", "restarts would repeat one run"),
+        ("pgd-20:restarts=0", "restarts=0: give at least 1"),
+        ("apgd-ce:steps=0", "steps=0: give at least 1"),
+        ("pgd-20,pgd-20", "attack pgd-20: it is named twice"),
+    ],
+)
+def test_specs_that_do_not_fit(spec, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_all(spec)
+    assert "\n" not in str(caught.value)
+
+
+CHEAP = {"apgd": ":steps=4", "fab": ":steps=3:targets=2", "square": ":queries=20", "autoattack": ":steps=3:queries=20"}
+
+
+@pytest.mark.parametrize("name", [*NAMED, "pgd-7-least-likely", "pgd-7-random", "pgd-7-all", "pgd-7x2", "fab:norm=l2:steps=2"])
+def test_every_named_attack_runs(name):
+    family = parse(name + ":alpha=0.1" * (name == "pgd-ls-20")).family
+    spec = name + (":alpha=0.1" if name == "pgd-ls-20" else "" if ":" in name else CHEAP.get(family, ""))
+    found = quiet(fitted(), digits(12), [spec], eps_l2=0.5, batch_size=8)
+    name = parse(spec).name
+    assert found.accuracy(name) <= found.accuracy("clean") and found.accuracy("clean") > 80
+    if name != "clean":
+        recheck = found.rechecks[name]
+        assert recheck.outside == 0 and recheck.adversarial == int((found.correct("clean") & ~found.correct(name)).sum())
+
+
+def test_the_trainer_uses_the_same_attacks():
+    """And measures as it always did: every image attacked, all random starts of a batch from seed + its number."""
+    model, data = fitted(), load("digits").test
+    rows = torch.arange(50)
+    found = accuracies(model, data, TEST | {"pgd": validation(3)["pgd"]}, EPS, rows=rows, seed=3, batch_size=20)
+    correct = dict.fromkeys(found, 0)
+    for number, batch in enumerate(rows.split(20)):
+        x, y = floats(data, batch, "cpu")
+        how = [{"generator": torch.Generator().manual_seed(3 + number)} for _ in range(4)]
+        images = {
+            "clean": x,
+            "FGSM": spat_kernels.fgsm(model, x, y, EPS, **how[0]),
+            "PGD-20": spat_kernels.pgd(model, x, y, EPS, steps=20, step_size=EPS / 10, **how[1]),
+            "C&W-inf-30": spat_kernels.cw_linf(model, x, y, EPS, steps=30, step_size=EPS / 10, **how[2]),
+            "pgd": spat_kernels.pgd(model, x, y, EPS, steps=3, step_size=EPS / 4, **how[3]),
+        }
+        for name in found:
+            correct[name] += int((model(images[name]).argmax(1) == y).sum())
+    assert found == {name: 100 * count / 50 for name, count in correct.items()}
+    assert [TEST[name].spec for name in list(TEST)[1:]] == [parse(name).spec for name in ("fgsm", "pgd-20", "cw-30")]
+
+
+# ---- the truth about every image
+
+
+def brute_force(model, source, x, y, attack, eps, seed, batch_size) -> torch.Tensor:
+    """bool [N]: broken, by attacking all images in every run and looking at all of them."""
+    broken = model(x).argmax(1) != y
+    for number, rows in enumerate(torch.arange(len(x)).split(batch_size)):
+        for run in range(attack.runs(10)):
+            generator = torch.Generator().manual_seed(derived_seed(seed, attack.name, number, run))
+            x_adv = attack(source, x[rows], y[rows], eps, generator, run=run)
+            broken[rows] |= model(x_adv).argmax(1) != y[rows]
+    return broken
+
+
+@pytest.mark.parametrize(
+    "name", ["pgd-7x4", "pgd-7-all", "pgd-7-random:restarts=3", "pgd:norm=l2:restarts=3:steps=5", "noisex20"]
+)
+@pytest.mark.parametrize("black_box", [False, True])
+def test_restarts_on_what_is_left_find_what_restarts_on_all_find(name, black_box):
+    model, source = fitted(0, torch.float64), fitted(1, torch.float64)
+    source = source if black_box else model
+    x, y = digits(50, torch.float64)
+    found = quiet(model, (x, y), [name, "fgsm"], source=source if black_box else None, seed=5, batch_size=20, precision=None)
+    attack = parse(name)
+    expected = brute_force(model, source, x, y, attack, attack.radius(EPS, 0.5), 5, 20)
+    assert torch.equal(~found.correct(name), expected)
+    if name != "noisex20":
+        assert 0 < found.accuracy(name) < found.accuracy("clean")
+    fgsm = brute_force(model, source, x, y, parse("fgsm"), EPS, 5, 20)
+    assert (
+        torch.equal(found.correct(WORST), ~(expected | fgsm))
+        and found.worst_case() == 100 * float((~(expected | fgsm)).sum()) / 50
+    )
+    wrong = model(x).argmax(1) != y
+    assert torch.equal(found.predicted[name][wrong], model(x).argmax(1)[wrong])  # as it was, not attacked
+
+
+def test_a_black_box_is_the_source_attacked_and_the_model_asked():
+    model, source = fitted(0), fitted(1)
+    images = digits(60)
+    white, black, own = (quiet(model, images, "pgd-10", source=other) for other in (None, source, model))
+    assert torch.equal(white.predicted["pgd-10"], own.predicted["pgd-10"])
+    assert white.accuracy("pgd-10") < black.accuracy("pgd-10") < black.accuracy("clean") == white.accuracy("clean")
+    assert white.settings["source_weights"] is None and black.settings["source_weights"] == module.weights_hash(source)
+
+
+def test_images_that_are_wrong_are_attacked_where_that_is_asked():
+    """PGD-LS at alpha = 1 then makes more images right than were (thesis, Fig. 5.3)."""
+    model, (x, y) = fitted(), digits(200)
+    x = (x + 0.5 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)  # else few are wrong
+    name = "pgd-ls-20:alpha=1"
+    plain, asked = (quiet(model, (x, y), [name], attack_wrong=wanted, batch_size=200) for wanted in (False, True))
+    assert plain.accuracy(name) <= plain.accuracy("clean") < asked.accuracy(name)
+    generator = torch.Generator().manual_seed(derived_seed(0, name, 0, 0))
+    x_adv = parse(name)(model, x, y, EPS, generator)
+    assert torch.equal(asked.predicted[name], model(x_adv).argmax(1))
+
+
+def test_targets():
+    model, (x, y) = fitted(dtype=torch.float64), digits(40, torch.float64)
+    order = model(x).scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True)
+    told = lambda name, run=0, seed=0: parse(name)._targets(  # noqa: E731
+        model, x, y, torch.rand(len(x), generator=torch.Generator().manual_seed(seed)), run
+    )
+    assert torch.equal(told("pgd-7-least-likely"), order[:, -1])
+    every = torch.stack([told("pgd-7-all", run) for run in range(9)], 1)
+    assert torch.equal(every, order[:, 1:]) and torch.equal(told("pgd-7-all", 9), order[:, 1])
+    one, two = told("pgd-7-random"), told("pgd-7-random", seed=1)
+    assert (one != y).all() and (two != y).all() and (one != two).any() and len(one.unique()) > 5
+
+
+def test_wilson():
+    stats = pytest.importorskip("scipy.stats")
+    for trials in (1, 7, 100, 10_000):
+        for successes in {0, 1, trials // 3, trials - 1, trials}:
+            expected = stats.binomtest(successes, trials).proportion_ci(0.95, "wilson")
+            assert wilson(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    # Newcombe (1998), Table I, method 3
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+    assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1
+
+
+def test_numbers_of_an_evaluation():
+    found = quiet(fitted(), digits(40), "pgd-10,noise", rows=torch.arange(39, -1, -2))
+    assert len(found) == 20 and torch.equal(found.labels, digits(40)[1][torch.arange(39, -1, -2)])
+    count = int(found.correct("pgd-10").sum())
+    assert found.accuracy("pgd-10") == 5 * count and found.interval("pgd-10") == tuple(100 * p for p in wilson(count, 20))
+    assert re.search(rf"^pgd-10 +{5 * count:.2f} ", found.table(), re.MULTILINE) and WORST in found.table()
+
+
+def test_nothing_else_is_changed():
+    model, (x, y) = fitted(), digits(30)
+    model.features.weight.requires_grad_(False)
+    model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    copies, state, numpy_state = (x.clone(), y.clone()), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    quiet(model, (x, y), "pgd-10x2,pgd-7-random,square:queries=5")
+    assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert torch.equal(x, copies[0]) and torch.equal(y, copies[1]) and not model.training
+    assert not model.features.weight.requires_grad and bool((model.classifier.weight.grad == 1).all())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+class NaN(Features):
+    def forward(self, x):
+        return super().forward(x).log()
+
+
+@pytest.mark.filterwarnings("ignore:the input gradient was NaN")
+def test_logits_that_are_nan_are_no_prediction():
+    found = quiet(NaN().eval(), digits(20), "fgsm")
+    assert found.accuracy("clean") == 0 and (found.predicted["clean"] == -1).all()
+
+
+# ---- adversarial images, checked again and saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Escaping(Attack):
+    """Leaves the ball by a level and a half, in one pixel of every other image."""
+
+    family = "escaping"
+
+    def _attack(self, model, x, y, eps, draws, run, how):
+        x_adv = x.clone()
+        x_adv[::2, 0, 4, 4] = (x[::2, 0, 4, 4] - eps - 1.5 / 255).abs().clamp(max=1)
+        return x_adv
+
+    def _describe(self):
+        return ["escaping"]
+
+
+def test_an_attack_that_leaves_the_ball_is_caught():
+    model, (x, y) = fitted(), digits(30)
+    x[:, 0, 4, 4] = 0.9
+    found = quiet(model, (x, y), [Escaping(name="escaping"), "fgsm"], batch_size=30)
+    attacked = model(x).argmax(1) == y
+    assert found.rechecks["escaping"].outside == (int(attacked.sum()) + 1) // 2 and found.rechecks["fgsm"].outside == 0
+    alarm = rechecked(found)
+    assert alarm.raised and alarm.numbers["escaping"] == found.rechecks["escaping"].outside
+    assert not rechecked(quiet(model, (x, y), "fgsm,pgd-l2-20")).raised
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_inside(norm):
+    x = torch.full((4, 1, 8, 8), 0.5)
+    far = {"linf": 0.1, "l2": 0.1 / 8}[norm]
+    x_adv = x + far * torch.tensor([1.0, 1.001, -1.0, 0.0])[:, None, None, None]
+    x_adv[3, 0, 0, 0] = 1 + 1e-6
+    assert module.inside(x_adv, x, 0.1, norm).tolist() == [True, False, True, False]
+    assert module.inside(x_adv, x, 0.1, norm, 0.5 / 255).tolist() == [True, True, True, False]
+
+
+def test_saved_images(tmp_path):
+    data, model = load("digits").test, fitted()
+    found = quiet(
+        model, data, "pgd-10,pgd:norm=l2:eps=1/2", rows=torch.arange(50), batch_size=20, folder=tmp_path, save_images=True
+    )
+    for name, eps in (("pgd-10", EPS), ("pgd:norm=l2:eps=1/2", 0.5)):
+        files = sorted((tmp_path / "images" / file_name(name)).iterdir())
+        arrays = [np.load(file) for file in files]
+        saved = {key: torch.from_numpy(np.concatenate([a[key] for a in arrays])) for key in arrays[0]}
+        assert len(files) == 3 and saved["x_adv"].dtype == torch.uint8 and saved["x_adv"].shape == (50, 8, 8, 1)
+        assert torch.equal(saved["rows"], torch.arange(50)) and torch.equal(saved["y"], data.labels[:50])
+        assert torch.equal(saved["predicted"], found.predicted[name])
+        moved = (saved["x_adv"].double() - data.pixels[:50].double()).flatten(1) / 255
+        if "l2" in name:
+            assert (moved.norm(dim=1) <= eps + 8 * 0.5 / 255).all() and moved.norm(dim=1).max() > 0.95 * eps
+        else:
+            assert (moved.abs() <= eps + 0.5 / 255).all() and moved.abs().max() > 0.95 * eps
+        broken = found.correct("clean") & ~found.correct(name)
+        x = saved["x_adv"].permute(0, 3, 1, 2).float() / 255
+        kept = int((model(x).argmax(1) != saved["y"])[broken].sum())
+        assert found.rechecks[name].adversarial == int(broken.sum()) > 4 and found.rechecks[name].rounded == kept
+        for example, row in zip(found.examples[name], broken.nonzero()[:4, 0].tolist(), strict=True):
+            assert example.index == row and torch.equal(example.image, saved["x_adv"][row])
+
+
+# ---- interruptions
+
+
+ATTACKS = "fgsm,pgd-10x3,pgd-7-random,square:queries=10"
+
+
+def work(folder: Path, between=lambda: None):
+    how = {"rows": torch.arange(90), "batch_size": 30, "save_images": True}
+    return quiet(fitted(), load("digits").test, ATTACKS, folder=folder, between=between, **how)
+
+
+def tell(folder: Path, after: int, pipe) -> None:
+    """Evaluate, and say so once that many attacks on batches are done."""
+    done = iter(range(1, 10**6))
+
+    def between():
+        if next(done) == after:
+            pipe.send(after)
+            signal.pause()
+
+    work(folder, between)
+
+
+def killed_after(folder: Path, after: int) -> int:
+    ours, its = processes().Pipe(duplex=False)
+    child = processes().Process(target=on_one_thread, args=(tell, folder, after, its))
+    child.start()
+    if ours in connection.wait([child.sentinel, ours]):
+        child.kill()
+    child.join()
+    return child.exitcode
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_killed_and_called_again_it_ends_with_the_same_files(tmp_path):
+    found = work(tmp_path / "expected")
+    expected = contents(tmp_path / "expected")
+    assert len(expected) == 2 + 4 * 3 and expected["samples.jsonl"].count(b"\n") == 5 * 3
+    for after, lines in ((1, 1), (8, 9)):  # attacks on batches, of 15; the second time after what the first left
+        assert killed_after(tmp_path / "killed", after) == -signal.SIGKILL
+        kept = (tmp_path / "killed" / "samples.jsonl").read_bytes()
+        assert kept.count(b"\n") == lines and expected["samples.jsonl"].startswith(kept)
+    with open(tmp_path / "killed" / "samples.jsonl", "ab") as file:
+        file.write(b'{"attack": "fgsm", "batch": 2, "pred')  # as a kill while writing leaves it
+    (tmp_path / "killed" / "images" / "fgsm" / "00002.npz.tmp").write_bytes(b"PK")
+    again = work(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == expected
+    assert all(torch.equal(again.predicted[name], found.predicted[name]) for name in found.attacks)
+    work(tmp_path / "killed", lambda: pytest.fail("nothing was left to do"))
+    assert contents(tmp_path / "killed") == expected
+    with open(tmp_path / "killed" / "samples.jsonl", "r+b") as file:  # as a lost power may leave it
+        file.seek(-4000, os.SEEK_END)
+        file.write(bytes(100))
+    work(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == expected
+
+
+def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
+    model, images = fitted(), load("digits").test
+    how = {"rows": torch.arange(40), "batch_size": 20, "folder": tmp_path}
+    first = quiet(model, images, "fgsm", **how)
+    more = quiet(model, images, "pgd-10,fgsm", **how)
+    assert torch.equal(more.predicted["fgsm"], first.predicted["fgsm"])
+    assert torch.equal(more.predicted["pgd-10"], quiet(model, images, "pgd-10", **how | {"folder": None}).predicted["pgd-10"])
+    before = contents(tmp_path)
+    changed = Images(images.pixels ^ 1, images.labels)
+    for message, arguments, options in (
+        (r"eps: 0.06\d* -> 0.2", (model, images, "fgsm"), {"eps": 0.2}),
+        ("seed: 0 -> 1", (model, images, "fgsm"), {"seed": 1}),
+        (r"rows: \w+ -> \w+; images: 40 -> 39", (model, images, "fgsm"), {"rows": torch.arange(39)}),
+        (r"weights: \w+ -> \w+\)", (fitted(1), images, "fgsm"), {}),
+        (r"source_weights: None -> \w+", (model, images, "fgsm"), {"source": model}),
+        (r"data: \w+ -> \w+", (model, changed, "fgsm"), {}),
+    ):
+        with pytest.raises(InputError, match=f"it holds an evaluation with other settings .*{message}"):
+            quiet(*arguments, **how | options)
+    with pytest.raises(InputError, match="attack fgsm: pgd:steps=1:step=1.0:start=clean -> escaping"):
+        quiet(model, images, [Escaping(name="fgsm")], **how)
+    assert contents(tmp_path) == before
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(InputError, match="it holds samples.jsonl without settings.json"):
+        quiet(model, images, "fgsm", **how)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    from spat_train import samples
+    from spat_train.files import SaveError
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(samples.os, "fsync", full)
+        with pytest.raises(SaveError, match="No space left on device"):
+            quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
+    found = quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
+    assert torch.equal(found.predicted["fgsm"], quiet(fitted(), digits(20), "fgsm").predicted["fgsm"])
+
+
+# ---- bad input
+
+
+class Training(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = fitted()
+        self.eval()
+        self.inner.features.train()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+X, Y = torch.rand(6, 1, 8, 8), torch.arange(6)
+PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": fitted().train()}, "model: Features is in training mode.*call model.eval"),
+        ({"model": Training()}, "model: inner.features is in training mode"),
+        ({"source": fitted().train()}, "source: Features is in training mode"),
+        ({"model": lambda x: x}, "model: give a torch.nn.Module, not a function"),
+        ({"model": nn.Conv2d(3, 4, 3).eval()}, r"model: it does not take images \[1, 8, 8\]"),
+        ({"model": nn.Flatten(0).eval()}, r"model: two images give \[128\]: it must return logits \[2, K\]"),
+        ({"source": Features(7).eval()}, r"source: two images give \[2, 7\]: it must return logits \[2, 10\]"),
+        ({"images": (X[:0], Y[:0])}, "images: there is none"),
+        ({"images": (X - 0.1, Y)}, r"images: values go from -0\.\d+ to .*normalise inside the model"),
+        ({"images": (255 * X, Y)}, "divide 8-bit images by 255"),
+        ({"images": (X / 0, Y)}, "images: values go from"),
+        (
+            {"images": (X[0], Y)},
+            r"images: they are torch.float32 \[1, 8, 8\]: give torch.float32 or torch.float64 \[N, C, H, W\]",
+        ),
+        ({"images": (X.half(), Y)}, "images: they are torch.float16"),
+        ({"images": (X, Y[:5])}, "images: there are 6 and 5 labels"),
+        ({"images": (X, Y + 5)}, "there is a label 10, and the model has classes 0 to 9"),
+        ({"images": (X, Y - 1)}, "there is a label -1"),
+        ({"images": (X, Y.float())}, "labels must be an int64 tensor"),
+        ({"images": Images(PIXELS[..., 0], Y)}, r"images: they are torch.uint8 \[6, 8, 8\]: give torch.uint8 \[N, H, W, C\]"),
+        ({"images": Images(PIXELS.float(), Y)}, "images: they are torch.float32"),
+        ({"images": Folder(Path("."), [], Y[:0], 8)}, "images: there is none"),
+        ({"images": [1, 2]}, "images: give Images"),
+        ({"rows": torch.arange(7)}, "rows: they go from 0 to 6, there are 6 images"),
+        ({"rows": torch.arange(0)}, "rows: give an int64 tensor"),
+        ({"attacks": "fgsm,nosuch"}, "attack nosuch: there is none"),
+        (
+            {"attacks": "apgd-dlr", "model": Features(2).eval(), "images": (X, Y % 2)},
+            "apgd-dlr: it needs 3 classes, the model has 2",
+        ),
+        ({"eps": 8}, "eps=8: give a number above 0, for images in .0, 1.: 8/255"),
+        ({"eps": 0.0}, "eps=0.0: give a number above 0"),
+        ({"eps": float("nan")}, "eps=nan"),
+        ({"eps_l2": -1.0}, "eps_l2=-1.0"),
+        ({"seed": -1}, "seed=-1: give an integer"),
+        ({"batch_size": 0}, "batch_size=0: give an integer from 1"),
+        ({"precision": "int8"}, "precision='int8': choose one of"),
+        ({"precision": "tf32"}, "precision='tf32': TF32 is for GPUs"),
+        ({"save_images": True, "folder": None}, "save_images=True: give a folder"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_any_work(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(module, "broken_by", None)
+    given = {"model": fitted(), "images": (X, Y), "attacks": "fgsm", "eps": 0.1, "folder": tmp_path / "out", **arguments}
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate(given.pop("model"), given.pop("images"), given.pop("attacks"), bar=None, **given)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+# ---- the command
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """A folder as a run leaves it, of a model that is fitted."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = Config(data="digits", model="tests.test_evaluate:Features", eps=15.3)
+    (folder / "config.json").write_text(config.to_json())
+    torch.save(
+        {"format": "spat_train 2", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
+    )
+    return folder
+
+
+def command(monkeypatch, *arguments) -> None:
+    from spat_train import cli  # takes seconds, and the children above need it not
+
+    monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
+    cli.main()
+
+
+OPTIONS = ("--limit", 60, "--attacks", "noise,fgsm,pgd-10,pgd-l2-10", "--eps-l2", 1, "--device", "cpu", "--batch-size", 32)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.pictures = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert name not in ("href", "srcset", "data", "action") and not name.startswith("on")
+            if name == "src":
+                assert value.startswith("data:image/png;base64,")
+                self.pictures.append(base64.b64decode(value.split(",")[1]))
+
+
+def test_the_report(monkeypatch, capsys, a_run):
+    image = pytest.importorskip("PIL.Image")
+    command(monkeypatch, "evaluate", a_run, *OPTIONS)
+    out, folder = capsys.readouterr().out, a_run / "evaluation"
+    names = {"evaluation.json", "report.html", "report.md", "samples.jsonl", "settings.json", "alarms"}
+    assert {path.name for path in folder.iterdir()} == names and f"{folder / 'report.html'} written" in out
+
+    model, config = load_model(a_run, load("digits"))
+    rows = torch.from_numpy(np.random.default_rng(0).permutation(450)[:60])
+    expected = evaluate(
+        model, load("digits").test, OPTIONS[3], eps=EPS, eps_l2=1.0, rows=rows, batch_size=32, bar=None
+    )  # fmt: skip
+    assert expected.table() in out and "ALARM" not in out and config.eps == 15.3
+
+    told = json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert told["settings"] == expected.settings and told["about"]["network"] == "tests.test_evaluate:Features"
+    assert {"spat_kernels", "torch"} <= told["versions"].keys() and told["attacks"]["fgsm"]["source"].startswith("Goodfellow")
+    assert told["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
+    assert told["results"][WORST]["accuracy"] == expected.worst_case()
+    assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 10
+    for i, sample in enumerate(told["samples"]):
+        assert sample["predicted"] == {name: int(p[i]) for name, p in expected.predicted.items()}
+        assert sample["broken_by"] == [name for name in expected.attacks if not expected.correct(name)[i]]
+
+    report = (folder / "report.md").read_text()
+    for name in (*expected.attacks, WORST):
+        low, high = expected.interval(name)
+        assert f"| {name} | {expected.accuracy(name):.2f} | {low:.2f} to {high:.2f} |" in report
+
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    examples = [(name, e) for name, found in expected.examples.items() for e in found]
+    assert len(examples) >= 8 and len(page.pictures) == 3 * len(examples)
+    for i, (_, example) in enumerate(examples):
+        original, adversarial, difference = (np.array(image.open(io.BytesIO(p))) for p in page.pictures[3 * i : 3 * i + 3])
+        clean = load("digits").test.pixels[rows[example.index], :, :, 0].numpy()
+        assert (original == clean).all() and (adversarial == example.image[..., 0].numpy()).all()
+        moved = np.sign(adversarial.astype(int) - clean)
+        # Half grey is 128; a difference of a level may round to it.
+        assert ((np.sign(difference.astype(int) - 128) == moved) | (abs(adversarial.astype(int) - clean) < 2)).all()
+        row, true, wrong = int(rows[example.index]), *(int(t[example.index]) for t in (expected.labels, expected.predicted[_]))
+        assert f"image {row}: {true}, predicted {wrong};" in text
+
+
+def test_stopped_the_command_goes_on(monkeypatch, capsys, a_run, tmp_path):
+    options = (*OPTIONS, "--no-alarms", "--save-images")
+    command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "expected")
+    add, count = module.Samples.add, iter(range(100))
+
+    def stopping(self, record):
+        add(self, record)
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_info:
+        patched.setattr(module.Samples, "add", stopping)
+        command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "stopped")
+    assert exit_info.value.code == 143 and "the same command goes on" in capsys.readouterr().err
+    assert len((tmp_path / "stopped" / "samples.jsonl").read_bytes().splitlines()) == 4
+    command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "stopped")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "expected")
+
+
+def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
+    shutil.copytree(a_run, tmp_path / "other")
+    torch.save(fitted(1).state_dict(), tmp_path / "other" / "best.pt")
+    command(
+        monkeypatch, "evaluate", a_run, *OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "other", "--device", "cpu"
+    )
+    report = (a_run / "evaluation" / "report.md").read_text()
+    assert "black box" in report and "black box is weaker than white box" in report and str(tmp_path / "other") in report
+    assert "ALARM" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
+    torch.save({"state_dict": fitted().state_dict()}, tmp_path / "theirs.pth")
+    options = ("--data", "digits", "--limit", 20, "--attacks", "fgsm", "--no-alarms", "--device", "cpu")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options)
+    assert "it does not say which architecture it is: give --model-name" in capsys.readouterr().err
+    command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options, "--model-name", "tests.test_evaluate:Features")
+    told = json.loads((tmp_path / "theirs-evaluation" / "evaluation.json").read_text())
+    assert told["settings"]["eps"] == 8 / 255 and told["results"]["clean"]["accuracy"] > 80
+    command(monkeypatch, "evaluate", a_run / "best.pt", *options[2:], "--out", tmp_path / "file")  # a run's knows
+    assert json.loads((tmp_path / "file" / "evaluation.json").read_text())["settings"]["eps"] == EPS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attacks", "pgd-21"], "attack pgd-21: there is none"),
+        (["--eps", "0.03"], "--eps 0.03: it is in 1/255"),
+        (["--limit", "0"], "--limit 0"),
+        (["--device", "teapot"], "--device teapot"),
+        (["--precision", "tf32", "--device", "cpu"], "--precision tf32: TF32 is for GPUs"),
+        (["--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
+        (["--model-name", "wrn-33-10"], "as wrn-33-10 for digits"),
+        (
+            ["--model-name", "small-cnn"],
+            r"run as small-cnn for digits \(10 classes, images \[1, 8, 8\]\).*does not fit the model",
+        ),
+        (["--source", "nowhere"], "nowhere: there is no such run or checkpoint"),
+        (["--data", "three.npz"], r"run as tests.test_evaluate:Features for three \(3 classes.*looks like 10 classes"),
+        (["--data", "large.npz"], r"does not take images \[1, 9, 9\]"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
+    monkeypatch.chdir(a_run)
+    for name, side, classes in (("three", 8, 3), ("large", 9, 10)):
+        x, y = np.zeros((12, side, side), np.uint8), np.arange(12) % classes
+        np.savez(f"{name}.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(SystemExit) as exit_info:
+        command(monkeypatch, "evaluate", a_run, *arguments)
+    out, err = capsys.readouterr()
+    assert exit_info.value.code == 2 and out == "" and err.count("\n") == 1 and re.search(message, err)
+    assert not (a_run / "evaluation").exists()
+
+
+def test_a_run_that_is_none(tmp_path):
+    for path, message in ((tmp_path, "no best.pt or last.pt"), (tmp_path / "x", "there is no such run")):
+        with pytest.raises(InputError, match=message):
+            load_model(path, load("digits"), "small-cnn")
+
+
+def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):
+    def no_memory(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "broken_by", no_memory)
+    with pytest.raises(SystemExit) as exit_info:
+        command(monkeypatch, "evaluate", a_run, "--device", "cpu", "--limit", 10)
+    assert exit_info.value.code == 2 and "--batch-size 256: out of memory" in capsys.readouterr().err
+
+
+def test_the_list_of_attacks(monkeypatch, capsys):
+    command(monkeypatch, "attacks")
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{re.escape(name)} ", out, re.MULTILINE) for name in NAMED) and "thesis" in out
