@@ -28,7 +28,7 @@ LEAST = 1e-4  # losses that are drawn on log scales
 NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # 0.01, not 10 to the -2
 LOOK = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "legend.handlelength": 3.0,
+    "legend.handlelength": 3.0, "figure.titlesize": 8,
     "lines.linewidth": 1.3, "lines.markersize": 4, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5,
     "axes.linewidth": 0.6, "legend.frameon": False, "pdf.fonttype": 42, "image.interpolation": "nearest",
 }  # fmt: skip
@@ -48,6 +48,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, *paths: Path) -> None:
     """Write .png and .pdf files, whole or not at all, the same bytes for the same figure."""
+    with look():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it stays as it was laid out now, which takes as long as drawing it
     for path in paths:
         kind = path.suffix.lower()[1:]
         content = io.BytesIO()
@@ -131,10 +134,11 @@ def only_ticks(ax: Axes, at: Sequence[float], names: Sequence[str] | None = None
     ax.set_xticks(at, [f"{value:g}" for value in at] if names is None else names)
 
 
-def log_y(ax: Axes, ticks: tuple[int, ...] = (1, 2, 5)) -> None:
-    """With `ticks` times powers of ten, written out."""
+def log_y(ax: Axes) -> None:
+    """Of what is drawn, with ticks at powers of ten, or where there are few of them at 1, 2 and 5 times these."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=ticks))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     ax.yaxis.set_major_formatter(NUMBERS)
     ax.yaxis.set_minor_locator(NullLocator())
 
@@ -166,7 +170,7 @@ def trained_with_alpha(lines: dict[str, dict]) -> Figure:
     for ax, kind in zip(axes, ("clean", "robust"), strict=True):
         for style, (name, numbers) in zip(styles(), lines.items(), strict=False):
             curve(ax, numbers["alphas"], numbers[kind], label=name, **style)
-        percent(ax, f"{kind} accuracy", "label smoothing α of the training", "%")
+        percent(ax, f"{kind} accuracy", "label smoothing α of the training", "accuracy, %")
         ax.autoscale(axis="y")
         only_ticks(ax, sorted({alpha for numbers in lines.values() for alpha in numbers["alphas"]}))
     legend_below(figure, axes[0], len(lines))
@@ -250,7 +254,7 @@ def ascents(models: dict[str, np.ndarray], images: Sequence[Tensor], names: Sequ
     for row, style, (name, losses) in zip(axes[1:], styles(), models.items(), strict=False):
         for j, ax in enumerate(row):
             ax.plot(losses[:, j].T.clip(LEAST), color=style["color"], linewidth=0.6, alpha=0.6)
-        log_y(row[0], (1,))
+        log_y(row[0])
         row[0].set_ylabel(f"loss, {name}", parse_math=False)
     for ax in axes[-1]:
         ax.set_xlabel("PGD step")
@@ -273,10 +277,11 @@ def maxima(numbers: dict[str, dict], names: Sequence[str]) -> Figure:
     axes[0].set_ylabel("restarts")
 
     left, middle, right = bottom.subplots(1, 3)
-    for style, (name, each) in zip(styles(marked=False), numbers.items(), strict=False):
-        for ax, key in ((left, "distances"), (middle, "cosines")):
-            steps = {"histtype": "step", "bins": 30, "density": True, "linewidth": 1.3}
-            ax.hist(each[key], **steps, **style, label=name)
+    for ax, key in ((left, "distances"), (middle, "cosines")):
+        bins = np.histogram_bin_edges(np.concatenate([each[key] for each in numbers.values()]), 40)
+        for style, (name, each) in zip(styles(marked=False), numbers.items(), strict=False):
+            ax.hist(each[key], bins, histtype="step", density=True, label=name, **style)
+    for style, each in zip(styles(marked=False), numbers.values(), strict=False):
         right.plot(np.linspace(0, 1, len(each["between"])), each["between"], **style)
     first = next(iter(numbers.values()))
     for ax, key in ((left, "distance"), (middle, "cosine")):

@@ -87,5 +87,5 @@ def write_figure(path: Path, model: nn.Module, data: Dataset, eps: float, seed: 
     chosen = examples([model], x, y)
     with look():
         figure, _ = attacked_grid(model, smoothed_attacks(model, x[chosen], y[chosen], eps, seed), y[chosen], data.classes)
-        figure.suptitle(f"Attacks at eps = {eps:.3g} and what the model sees (✗: wrong)")
+        figure.suptitle(f"Attacks at ε = {eps:.3g} and what the model sees")
         save(figure, path)

@@ -82,7 +82,7 @@ def fill(name, folder, tmp_path, given=None, **options):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_sources_numbers(name, monkeypatch):
-    monkeypatch.undo()  # what is cheap
+    monkeypatch.undo()  # all of Madry's table
     printed = {}
     for row in PRINTED[name].split("/"):
         words = row.split()
@@ -191,9 +191,13 @@ def test_differences_are_those_that_change_the_weights():
     assert differences(Run(Path("x"), replace(source, step_size=2.0, beta=5.0)), source) == []  # as by default
     changed = replace(source, model="wrn-10-2", limit=5000, epochs=6, steps=5, method="madry")
     assert differences(Run(Path("x"), changed), source) == [
-        "method Madry (MART)", "model wrn-10-2 (wrn-34-10)", "training images 5,000 (all)", "epochs 6 (90)",
-        "attack steps 5 (10)", "beta none (5)",
-    ]  # fmt: skip
+        "method Madry (MART)",
+        "model wrn-10-2 (wrn-34-10)",
+        "training images 5,000 (all)",
+        "epochs 6 (90)",
+        "attack steps 5 (10)",
+        "beta none (5)",
+    ]
     natural = PRESETS["madry-mnist/natural"]  # attacks nothing: how it would does not count
     assert differences(Run(Path("x"), replace(natural, eps=8.0, steps=3, model="mnist-cnn/16")), natural) == []
 
