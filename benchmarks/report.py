@@ -236,6 +236,16 @@ def evidence(results: dict) -> str:
     return "\n".join(lines) + f"\n\n{how}; accuracy in % on {results['test_images']:,} test images. {where(results)}."
 
 
+def judges(results: dict) -> str:
+    """Ours beside each judge's: accuracies, and in how many images a pixel differs by more than 1e-6."""
+    columns = ["accuracy, %: ours", "theirs", "samples that agree, %", "images equal to 1e-6, %"]
+    lines = header(["model", "judge", "attack", "dtype"], columns)
+    for r in results["judges"]:
+        numbers = [*r["accuracy"], r["samples_agree"], r["images_equal"]]
+        lines.append(row(r["run"], r["judge"], r["attack"], r["dtype"], *(f"{value:.1f}" for value in numbers)))
+    return "\n".join(lines) + f"\n\n{results['judges'][0]['images']:,} test images each. {where(results['machine'])}."
+
+
 def autoattack(results: dict) -> str:
     """Ours beside torchattacks': what they find robust, and the seconds of each stage."""
     found, s = results["autoattack"], results["settings"]
@@ -274,6 +284,7 @@ KINDS = {
     "loops": (overhead, overhead),
     "paths": (data, data),
     "trainings": (evidence, evidence),
+    "judges": (judges, judges),
     "autoattack": (autoattack, autoattack),
     "benchmarks": (kernels, kernels),
 }

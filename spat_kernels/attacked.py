@@ -72,6 +72,6 @@ def per_sample(eps: float | Tensor, x: Tensor) -> Tensor:
 
 
 def draw(method: str, *size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random numbers [*size] by the in-place `method`, from `generator` wherever it lives, in arithmetic's dtype on x's device."""
+    """Random numbers [*size] by the in-place `method`, from `generator` wherever it lives, for arithmetic on `like`."""
     device = like.device if generator is None else generator.device
     return getattr(torch.empty(size, dtype=acc_dtype(like.dtype), device=device), method)(generator=generator).to(like.device)

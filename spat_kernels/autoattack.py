@@ -18,7 +18,7 @@ from .attacked import check_batch, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
-from .square import Square
+from .square import Square, check_pixels
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -133,6 +133,8 @@ class AutoAttack:
         It is the same `Result` every time, whose tensors are written to.
         """
         highest_label = check_batch(self, model, x, y)
+        if "square" in self.attacks:
+            check_pixels(x, self.norm)
         x, y = usable(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))

@@ -10,15 +10,17 @@ and goes to the nearest of its zeros, a hyperplane, with a bias towards the clea
 A misclassified x_{t+1} is kept if it is the nearest so far, and the search goes on from x + beta (x_{t+1} - x).
 """
 
-import warnings
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from math import inf
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .attacked import attacked, check_batch, check_settings, draw, per_sample
+from .attacked import attacked, check_batch, check_settings, draw, per_sample, warn_of_nan
 from .balls import box
 from .ops._common import acc_dtype
 from .run import FP16_SCALE
@@ -28,24 +30,24 @@ from .run import FP16_SCALE
 class FAB:
     """The fast adaptive boundary attack as a reusable object: `attack = FAB(8/255)`, then `attack(model, x, y)`.
 
-    Each step costs a forward and backward at one point and a forward at another; with targets=None K - 1 backwards, from that one
-    forward.
+    Each step costs a forward and a backward at one point and a forward at the next; with targets=None K - 1 backwards, all from
+    the one forward. Targets and restarts each cost a run, but for samples that are misclassified within eps by then.
 
     Args:
         eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. What is found farther away does not
             count. 0 is valid.
         norm: "linf" or "l2".
         steps: of each run, >= 0.
-        targets: n >= 1 runs the targeted form FAB-T against the n likeliest wrong classes of the clean image one after the other (at
-            most K - 1). None is the untargeted form: every step goes to the nearest of the K - 1 boundaries.
-        restarts: runs for each target: the first from x, the others from random points halfway to the rim of the ball. Runs end
-            for samples that are misclassified within eps.
+        targets: n >= 1 runs the targeted form FAB-T against the n likeliest wrong classes of the clean image (at most K - 1),
+            one after the other. None is the untargeted form: every step goes to the nearest of the K - 1 boundaries.
+        restarts: runs for each target: the first from x, the others from random points halfway to the rim of the ball.
         alpha_max: largest weight of the clean image's projection, in [0, 1].
         eta: overshoot beyond the hyperplane, >= 1.
         beta: where to go on from a misclassified point, as a fraction of the way from x to it, in (0, 1].
         bounds, precision, input_gradient, bn_mode: as for `PGD`. In mode "train" a sample's result depends on the others, of
             which those already misclassified are left out.
-        generator: source of the random starts, on any device; None is torch's default one of x's device. One restart draws nothing.
+        generator: source of the random starts, on any device; None is torch's default one of x's device. The first run of each
+            target draws nothing.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -71,9 +73,9 @@ class FAB:
         checks.check_count("steps", self.steps, 0)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
-        _check_number("alpha_max", self.alpha_max, 0 <= self.alpha_max <= 1, "in [0, 1]")
-        _check_number("eta", self.eta, self.eta >= 1, ">= 1")
-        _check_number("beta", self.beta, 0 < self.beta <= 1, "in (0, 1]")
+        _check_number("alpha_max", self.alpha_max, lambda v: 0 <= v <= 1, "in [0, 1]")
+        _check_number("eta", self.eta, lambda v: 1 <= v < inf, "finite and >= 1")
+        _check_number("beta", self.beta, lambda v: 0 < v <= 1, "in (0, 1]")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """Attack `model` at the images `x`.
@@ -88,28 +90,23 @@ class FAB:
 
         Returns:
             Tensor: images with x's shape, dtype, device and memory format, without a graph, inside the ball and exactly inside
-            `bounds`: misclassified ones, the nearest of the run that found any; x itself where none was found within eps, or
-            where x is misclassified as it is.
+            `bounds`: the nearest misclassified ones of the first run that found any within eps; x itself where no run did, or
+            where x is misclassified as it is. They lie next to a boundary: what is misclassified in half precision need not be
+            so in full.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
 
         Warns:
-            RuntimeWarning: the gradient was NaN or infinite for some samples. It counts as 0, which looks like robustness and is
-                none.
+            RuntimeWarning: the gradient was NaN or infinite for some samples. It counts as 0, which looks like robustness
+                and is none.
         """
         highest_label = check_batch(self, model, x, y)
         if x.numel() == 0:
             return x.detach().clone()
         with attacked(self, model, x, y, highest_label) as (gradient, x, y):
-            x_adv, unusable = self._attack(gradient, x, y)
-        if unusable := int(unusable):
-            warnings.warn(
-                f"the input gradient was NaN or infinite for {unusable} of {len(x)} samples and counted as 0 there: they may look "
-                "robust without being so. Look at the model's outputs, or attack in higher precision",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            x_adv, nan_seen = self._attack(gradient, x, y)
+        warn_of_nan(nan_seen)
         return x_adv
 
     def _attack(self, gradient, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +114,7 @@ class FAB:
         logits = gradient.logits(x)
         robust = logits.argmax(1) == y
         nan_seen = torch.zeros_like(robust)
-        wrong = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]  # [B, K - 1], likeliest first
+        wrong = logits.scatter(1, y[:, None], -inf).argsort(1, descending=True)[:, :-1]  # [B, K - 1], likeliest first
         runs = [wrong] if self.targets is None else wrong[:, : self.targets].split(1, dim=1)
         for others in runs:
             for restart in range(self.restarts):
@@ -128,10 +125,10 @@ class FAB:
                 search = _Search(self, gradient, x[left], y[left], others[left])
                 search.run(None if noise is None else noise[left] * (eps[left, None] / 2))
                 found = search.distance <= eps[left]
-                x_adv[left] = torch.where(_wide(found, x), search.nearest.view_as(x[left]), x_adv[left])
+                x_adv[left] = torch.where(_wide(found, x), search.images(search.nearest), x_adv[left])
                 robust[left] = ~found
                 nan_seen[left] |= search.nan_seen
-        return x_adv, nan_seen.sum()
+        return x_adv, nan_seen
 
     def _noise(self, x: Tensor) -> Tensor:
         """Directions [B, n] of length 1. For all samples, so that none gets other ones when others drop out."""
@@ -161,7 +158,7 @@ class _Search:
         self.bounds = box(settings.bounds, x.dtype)
         self.x, self.y, self.others = x.flatten(1).to(acc_dtype(x.dtype)), y, others
         self.nearest = self.x.clone()
-        self.distance = torch.full_like(self.x[:, 0], torch.inf)
+        self.distance = torch.full_like(self.x[:, 0], inf)
         self.nan_seen = torch.zeros_like(y, dtype=torch.bool)
 
     def run(self, start: Tensor | None) -> None:
@@ -169,7 +166,7 @@ class _Search:
         point = self.x if start is None else self._rounded(self.x + start)
         for _ in range(self.settings.steps):
             point = self._step(point)
-            wrong = self.gradient.logits(self._images(point)).argmax(1) != self.y
+            wrong = self.gradient.logits(self.images(point)).argmax(1) != self.y
             distance = length(point - self.x, self.norm)
             nearer = wrong & (distance < self.distance)
             self.distance = torch.where(nearer, distance, self.distance)
@@ -189,10 +186,10 @@ class _Search:
         return self._rounded(ours * (1 - share) + from_x * share)
 
     def _boundary(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """z_k - z_y [B] and its gradient [B, n] at `point`, for the class k among `others` with the nearest linearised boundary."""
-        logits = self.gradient.forward(self._images(point))
+        """z_k - z_y [B] and its gradient [B, n] at `point`, for the class k of `others` with the nearest linearised boundary."""
+        logits = self.gradient.forward(self.images(point))
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-        nearest = torch.full_like(self.distance, torch.inf)
+        nearest = torch.full_like(self.distance, inf)
         gap, w = torch.zeros_like(nearest), torch.zeros_like(point)
         own = F.one_hot(self.y, logits.shape[1])
         for i, k in enumerate(self.others.T, 1):
@@ -208,7 +205,7 @@ class _Search:
             w = torch.where(nearer[:, None], w_k, w)
         return gap, w
 
-    def _images(self, point: Tensor) -> Tensor:
+    def images(self, point: Tensor) -> Tensor:
         return point.to(self.dtype).view(self.shape)
 
     def _rounded(self, point: Tensor) -> Tensor:
@@ -244,18 +241,20 @@ def project(points: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float, norm: 
     passed = (at_bend < gap.abs()[:, None]).sum(1, keepdim=True)
     t = (gap.abs()[:, None] - closed.gather(1, passed)) / rate.gather(1, passed).clamp_min(torch.finfo(w.dtype).tiny)
     out_of_reach = passed == w.shape[1]
-    return downhill * torch.where(out_of_reach, room, torch.minimum(t.clamp_min(0) * speed, room))
+    return downhill * torch.where(out_of_reach, room, torch.minimum(t.clamp(0, torch.finfo(t.dtype).max) * speed, room))
 
 
 def length(v: Tensor, norm: str) -> Tensor:
     """Norms [B] of v [B, n]: "linf", "l2" or "l1"."""
-    return torch.linalg.vector_norm(v, {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
+    return torch.linalg.vector_norm(v, {"linf": inf, "l2": 2, "l1": 1}[norm], dim=1)
 
 
 def _wide(v: Tensor, x: Tensor) -> Tensor:
     return v.view(-1, *[1] * (x.ndim - 1))
 
 
-def _check_number(name: str, value, fits: bool, where: str) -> None:
-    if not fits:
+def _check_number(name: str, value, fits: Callable[[float], bool], where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number {where}, got {checks.kind(value)}")
+    if not fits(value):
         raise ValueError(f"{name}={value} must be {where}")

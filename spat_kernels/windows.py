@@ -1,12 +1,12 @@
 """Logits of images that differ from known ones inside a square only: what the square does not reach is not computed again.
 
-Behind a k x k convolution a square of side s reaches s + k - 1 pixels. The values of the known images (the base) are kept, and for
-a variant each step of the plan computes the window that its inputs' windows reach, with what is around them read from the base.
-From the first step on that is not known to be local (a dense layer, the mean over all pixels) values are computed whole.
+Behind a k x k convolution a square of side s reaches s + k - 1 pixels. The values of the known images (the base) are kept, and
+for a variant each step of the plan computes the window that its inputs' windows reach, with what is around them read from the
+base. From the first step on that is not known to be local (a dense layer, the mean over all pixels) values are computed whole.
 
-Rows and columns go their ways independently: the way of an interval of pixels through the steps is found once. Windows of one side
-have one shape wherever they are: one that would stick out of the image is moved inside, since oneDNN takes about 1 ms to prepare
-for a new shape. Samples are filled up to multiples of 8 for the same reason.
+Rows and columns go their ways independently: the way of an interval of pixels through the steps is found once. Windows of one
+side have one shape wherever they are: one that would stick out of the image is moved inside, since oneDNN takes about 1 ms to
+prepare for a new shape. Samples are filled up to multiples of 8 for the same reason.
 """
 
 from collections.abc import Sequence
@@ -142,7 +142,7 @@ class Windows:
     def begin(self, images: Tensor) -> None:
         """Make `images` [n, C, H, W] the base."""
         values: list[Tensor | None] = [None] * len(self.shapes)
-        values[0], self.base = images, {}
+        values[0], self.base, self.samples = images, {}, len(images)
         for step, bound, _ in self.steps:
             values[step.out], _ = FORWARD[type(step)](self.gradient, step, bound, values, False)
             for j in step.frees:
@@ -152,20 +152,27 @@ class Windows:
 
     def keep(self, samples: Tensor) -> None:
         """Forget the others. `samples` is a mask [n]."""
-        self.base = {j: value[samples] for j, value in self.base.items()}
+        self.base, self.samples = {j: value[samples] for j, value in self.base.items()}, int(samples.sum())
 
     def variants(self, which: Tensor, top: int, left: int, pixels: Tensor) -> Tensor:
-        """Logits [m, K] of the images `which` [m] of the base with `pixels` [m, C, h, w] in place of theirs from (top, left) on."""
-        count, samples = len(which), len(self.base[0])
-        filled = min(-(-count // MULTIPLE) * MULTIPLE, samples)
+        """Logits [m, K] of images of the base with other pixels in one window.
+
+        Args:
+            which: int64 [m], the images, ascending.
+            top, left: the first pixel of the window.
+            pixels: [m, C, height, width], what is in it.
+        """
+        count = len(which)
+        filled = min(-(-count // MULTIPLE) * MULTIPLE, self.samples)
         if filled > count:
             which, pixels = (torch.cat((t, t[-1:].expand(filled - count, *t.shape[1:]))) for t in (which, pixels))
-        which = which if count < samples else None
+        which = which if count < self.samples else None
         ways = zip(self._way(0, top, pixels.shape[2]), self._way(1, left, pixels.shape[3]), strict=True)
         values: list[Tensor | None] = [None] * len(self.shapes)
         values[0] = pixels
-        at = slice(top, top + pixels.shape[2]), slice(left, left + pixels.shape[3])
-        self._new: dict[int, tuple[slice, slice, Tensor]] = {0: (*at, pixels)}  # what is to become the base, and where
+        self._new: dict[int, tuple[slice, slice, Tensor]] = {}  # what `adopt` writes into the base, and where
+        if 0 in self.kept:
+            self._new[0] = slice(top, top + pixels.shape[2]), slice(left, left + pixels.shape[3]), pixels
         for (step, bound, reach), (rows, columns) in zip(self.steps, ways, strict=True):
             inputs = values.copy()
             for j, *legs in zip(step.inputs, rows.legs, columns.legs, strict=True):
@@ -183,7 +190,7 @@ class Windows:
         return values[self.gradient.plan.last][:count]
 
     def adopt(self, which: Tensor, better: Tensor) -> None:
-        """Make the last variants, of images `which` [m], the base where `better` [m]."""
+        """Make those of the last variants, of the images `which` [m], the base that are `better`, bool [m]."""
         better = better.nonzero()[:, 0]
         if len(better):
             which = which[better]

@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .evaluation import Evaluation
 from .images import Floats, Folder, Images, floats
 from .models import device_of
+from .randomness import model_draws
 
 IMAGES = 100
 LONG, UNBOUNDED = "pgd-10:steps=40", "pgd-10:steps=40:eps=1"
@@ -79,12 +80,12 @@ def alarms(
         "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
     }  # fmt: skip
     x, y = floats(images, rows, device_of(model), memory_format)
-    radii = {f"pgd-10:eps={radius!r}": radius for radius in (2 * eps, 4 * eps) if radius < 1}
+    radii = {f"pgd-10:eps={radius!r}": radius for radius in (2 * float(eps), 4 * float(eps)) if radius < 1}
     ran = evaluate(model, images, ["noise", "noisex20", "fgsm", "pgd-10", LONG, *radii, UNBOUNDED], folder=folder, bar=bar, **how)
     unbroken = torch.stack([ran.correct(name) for name in ("fgsm", "pgd-10", LONG)]).all(0).to(x.device)
-    found = [
-        *outputs(model, x, batch_size),
-        gradients(model, x, y, unbroken, batch_size),
+    with model_draws(x.device, seed, "alarms"):
+        found = [*outputs(model, x, batch_size), gradients(model, x, y, unbroken, batch_size)]
+    found += [
         compared(
             ran, "fgsm", "noise", "noise is weaker than FGSM",
             "One step along the gradient must do more than noise of the same size, or the gradient points nowhere.",
@@ -119,12 +120,12 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
 
     def logits(parts) -> Tensor:
         with torch.no_grad(), tf32_switches("fp32", x.device.type):
-            return torch.cat([model(part) for part in parts])
+            return torch.cat([model(part) for part in parts if len(part)])
 
     once, again = (logits(x.split(batch_size)) for _ in range(2))
-    odd, even = x[1::2], x[::2]
+    even, odd = torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)
     apart = torch.empty_like(once)
-    apart[1::2], apart[::2] = logits(odd.split(batch_size)), logits(even.split(batch_size))
+    apart[torch.cat([even, odd])] = logits([*x[even].split(batch_size), *x[odd].split(batch_size)])
     allowed = ROUNDING * float(once.abs().max())
 
     def compare(name: str, other: Tensor, meaning: str) -> Alarm:
@@ -162,8 +163,8 @@ def _without_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     wanted = [p.requires_grad for p in model.parameters()]
     try:
         model.requires_grad_(False)
-        with torch.enable_grad(), tf32_switches("fp32", x.device.type):
-            leaf = x.clone().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad(), tf32_switches("fp32", x.device.type):
+            leaf, y = x.clone().requires_grad_(), y.clone()  # not of inference mode, which autograd refuses
             logits = model(leaf)
             others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
             margin = (logits.gather(1, y[:, None])[:, 0] - others).sum()

@@ -103,7 +103,7 @@ class Attack(ABC):
     """One attack with all its settings: `parse` makes them, and `attack(model, x, y, eps, generator)` is one run of it.
 
     Args:
-        name: what it is called in reports; its random numbers depend on it.
+        name: what it is called in reports; its random numbers depend on it. Default: its spec.
         norm: "linf" or "l2".
         eps: radius for images in [0, 1]; None is the evaluation's for this norm.
         restarts: how often an evaluation runs it on what is not broken yet.
@@ -118,6 +118,8 @@ class Attack(ABC):
     restarts: int = _setting(1, positive)
 
     def __post_init__(self):
+        if not self.name:
+            object.__setattr__(self, "name", self.spec)
         if self.restarts > 1 and not self.random:
             raise ValueError("restarts would repeat one run: nothing in it is random")
         if self.eps is not None and self.norm == "linf" and self.eps > 1:
@@ -242,6 +244,8 @@ class PGD(Attack):
             raise ValueError("alpha is a label smoothing in [0, 1] of loss=ls")
         if self.kappa is not None and self.loss != "margin":
             raise ValueError("kappa is a setting of loss=margin")
+        if self.steps == 0 and (self.start == "clean" or self.target != "none"):
+            raise ValueError("of no steps there is noise alone: leave out start and target, or steps=0")
         if self.loss == "kl" and (self.start == "clean" or self.target != "none"):
             raise ValueError("the gradient of kl is 0 at a clean start, and it knows no targets: leave out start and target")
 
@@ -331,7 +335,9 @@ class APGD(_Engine):
 
     @property
     def least_classes(self) -> int:
-        return 2 if self.loss != "dlr" else 3 if self.targets is None else 4
+        if self.targets is None:
+            return 3 if self.loss == "dlr" else 2
+        return max(4 if self.loss == "dlr" else 2, self.targets + 1)
 
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.APGD(
@@ -351,6 +357,10 @@ class FAB(_Engine):
 
     steps: int = _setting(100, positive)
     targets: int | None = _setting(None, positive)
+
+    @property
+    def least_classes(self) -> int:
+        return (self.targets or 1) + 1
 
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.FAB(
@@ -396,7 +406,8 @@ class AutoAttack(_Engine):
         attack = spat_kernels.AutoAttack(
             eps, norm=self.norm, version=self.version, steps=self.steps, queries=self.queries, seed=draws[0], **how
         )
-        return attack(model, x, y)
+        with tf32_switches("fp32", x.device.type):  # it asks what is misclassified as `evaluate` does, not by the user's TF32
+            return attack(model, x, y)
 
     def _describe(self):
         queries = [] if self.version == "rand" else [f"{self.queries} queries"]
@@ -441,11 +452,15 @@ def parse(spec: "str | Attack") -> Attack:
     name, *settings = spec.strip().split(":")
     name = ALIASES.get(name, name)
     kind, values = _named(name)
+    given = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"attack {spec}: {setting!r} is no setting: write key=value, such as steps=50")
-        values[key] = value
+        if key in given:
+            raise InputError(f"attack {spec}: {key} is given twice")
+        given[key] = value
+    values |= given
     known = {f.name: f.metadata["read"] for f in fields(kind) if "read" in f.metadata} if kind is not Clean else {}
     if unknown := next((key for key in values if key not in known), None):
         raise InputError(

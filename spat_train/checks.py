@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spat_kernels.engine import check_path
+from spat_kernels.checks import check_graph
+from spat_kernels.engine import check_path, check_precision, explain
 
 from .attacks import Attack
 from .images import Floats, Folder, Images, InputError
 from .models import device_of, try_on
+from .randomness import model_draws
 
 
 def check_numbers(eps: float, eps_l2: float, seed: int, batch_size: int) -> None:
@@ -26,7 +28,8 @@ def check_numbers(eps: float, eps_l2: float, seed: int, batch_size: int) -> None
 def check_images(images: object) -> Images | Folder | Floats:
     """`images` as one of these kinds: a tuple is of floating-point images and labels."""
     if isinstance(images, tuple) and len(images) == 2:
-        images = Floats(*images)
+        x, labels = images
+        images = Floats(x.detach() if isinstance(x, Tensor) else x, labels)
     if not isinstance(images, (Images, Folder, Floats)):
         raise InputError(f"images: give Images, a Folder or a tuple (x, y), not a {type(images).__name__}")
     labels = images.labels
@@ -56,8 +59,8 @@ def _check_pixels(pixels: object, dtypes: tuple[torch.dtype, ...], shape: str, c
 def check_rows(rows: Tensor | None, count: int) -> Tensor:
     if rows is None:
         return torch.arange(count)
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or not len(rows):
-        raise InputError("rows: give an int64 tensor [N] of at least one row, or None for all")
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or not len(rows) or rows.is_cuda:
+        raise InputError("rows: give an int64 tensor [N] on the CPU of at least one row, or None for all")
     if rows.min() < 0 or rows.max() >= count:
         raise InputError(f"rows: they go from {int(rows.min())} to {int(rows.max())}, there are {count} images")
     return rows
@@ -83,7 +86,8 @@ def check_models(
                 f"{name}: {training} is in training mode, so that outputs depend on the batch or on chance: call {name}.eval()"
             )
         try:
-            classes = try_on(each, images.image_shape, classes, memory_format, dtype)
+            with model_draws(device_of(each), name):
+                classes = try_on(each, images.image_shape, classes, memory_format, dtype)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
     if source is not None and device_of(source) != device_of(model):
@@ -97,13 +101,21 @@ def check_models(
 def check_attacks(attacks: dict[str, Attack], classes: int) -> None:
     for name, attack in attacks.items():
         if classes < attack.least_classes:
-            raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: leave it out")
+            remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
+            raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
 
 
-def check_arithmetic(precision: str | None, input_gradient: str, device: torch.device) -> None:
+def check_arithmetic(model: nn.Module, x: Tensor, precision: str | None, input_gradient: str, graph: bool | str) -> None:
+    """That attacks on `model` at images like `x` [B, C, H, W] can run so."""
+    if x.device.type != "cuda" and precision == "tf32":
+        raise InputError("precision='tf32': TF32 is for GPUs: use fp32 or bf16")
+    if x.device.type != "cuda" and graph is True:
+        raise InputError(f"graph=True: CUDA graphs are for GPUs, the model is on {x.device}: use graph='auto'")
     try:
         check_path(precision, input_gradient)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if precision == "tf32" and device.type != "cuda":
-        raise InputError("precision='tf32': TF32 is for GPUs: use fp32 or bf16")
+        check_precision(precision, x)
+        check_graph(graph)
+        if input_gradient == "plan" and (reason := explain(model, x, precision=precision).reason):
+            raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'")
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error).splitlines()[0]) from error

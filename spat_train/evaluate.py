@@ -19,7 +19,7 @@ from .distributed import World
 from .evaluation import WORST, Evaluation, Example, Recheck, wilson
 from .images import Floats, Folder, Images, InputError, fingerprint, floats
 from .models import device_of
-from .randomness import derived_seed
+from .randomness import derived_seed, model_draws
 from .run_folder import RunFolder
 from .samples import Samples, decoded, encoded
 
@@ -113,6 +113,7 @@ def accuracies(
 
     Args:
         model: images [B, C, H, W] in [0, 1] -> logits [B, K].
+        attacks: by name, of one run each: `evaluate` is for restarts and for all targets.
         eps: radius for images in [0, 1].
         rows: int64 [N], which images; None is all.
         seed: of the random starts, which depend on it, on `batch_size` and on a batch's place alone.
@@ -122,6 +123,8 @@ def accuracies(
         memory_format: of the images.
         how: `precision`, `input_gradient`, `graph` of the attacks.
     """
+    if several := next((attack for attack in attacks.values() if attack.runs(3) > 1), None):
+        raise InputError(f"attack {several.name}: it has several runs: use spat_train.evaluate.evaluate")
     rows = torch.arange(len(images)) if rows is None else rows
     device = device_of(model)
     rank, size = (world.rank, world.size) if world else (0, 1)
@@ -213,7 +216,8 @@ def evaluate(
     rows = checks.check_rows(rows, len(images))
     classes = checks.check_models(model, source, images, images.labels[rows], memory_format)
     checks.check_attacks(attacks, classes)
-    checks.check_arithmetic(precision, input_gradient, device_of(model))
+    x, _ = floats(images, rows[:2], device_of(model), memory_format)
+    checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
     if save_images and folder is None:
         raise InputError("save_images=True: give a folder to save them in")
     settings = {
@@ -256,10 +260,11 @@ class _Work:
                 x, y = floats(images, batch, device_of(self.model), self.memory_format)
                 for name in missing:
                     progress.set_postfix_str(name, refresh=False)
-                    if name == "clean":
-                        found = {"predicted": predict(self.model, x).tolist()}
-                    else:
-                        found = self.attack(samples, name, number, batch, x, y)
+                    with model_draws(x.device, self.settings["seed"], name, number):
+                        if name == "clean":
+                            found = {"predicted": predict(self.model, x).tolist()}
+                        else:
+                            found = self.attack(samples, name, number, batch, x, y)
                     samples.add({"attack": name, "batch": number} | found)
                     progress.update(len(batch))
                     between()

@@ -10,6 +10,7 @@ from .alarms import alarms as look_for_alarms
 from .alarms import rechecked
 from .attacks import NAMED, parse_all
 from .checkpoints import checkpoint_file, load_model, run_config
+from .checks import check_numbers
 from .config import check_device
 from .data import load
 from .evaluate import evaluate
@@ -85,6 +86,7 @@ def evaluate_command(
     eps = eps if eps is not None else config.evaluation_eps if config else 8.0
     if not 0.5 <= eps <= 255:
         raise InputError(f"--eps {eps:g}: it is in 1/255, from 0.5 to 255 (8 means 8/255, and 76.5 is 0.3)")
+    check_numbers(eps / 255, eps_l2, seed, batch_size)
     dataset = load(data, root=root, download=download, image_size=image_size or (config.image_size if config else None))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type != "cuda" and precision == "tf32":

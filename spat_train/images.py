@@ -153,7 +153,7 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def fingerprint(images: Images | Floats | Folder) -> str:
     """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names and sizes."""
     digest = hashlib.sha256(repr((len(images), images.image_shape)).encode())
-    digest.update(images.labels.numpy())
+    digest.update(images.labels.contiguous().numpy())
     if isinstance(images, Folder):
         for name in images.files:
             digest.update(f"{name}\0{(images.root / name).stat().st_size}\0".encode())

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,8 @@ class Samples:
 
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # of a line that could not be written, which `add` has told
+                self.file.close()
 
 
 def file_name(attack: str) -> str:

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from torch import nn
 
 import spat_kernels
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
@@ -163,3 +164,21 @@ def pictures(tmp_path):
                 picture = image.fromarray(array) if i else image.fromarray(array[..., 0])
                 picture.save(tmp_path / split / name / f"{i}.png")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def task():
+    """Digits, and a network in fp64 trained on them for a moment."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    torch.manual_seed(0)
+    x, y = torch.tensor(digits.images).unsqueeze(1) / 16, torch.tensor(digits.target)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(256, 10)).double()  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    return model, x[:500], y[:500]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,6 +120,22 @@ def test_a_black_box_that_is_the_better_one():
 def test_a_model_without_a_graph_has_no_gradient():
     x, y = digits(5)
     assert module._without_gradient(Detached(), x, y).all() and not module._without_gradient(fitted(), x, y).any()
+
+
+class Viewing(Around):
+    """view, unlike flatten, refuses a batch without images."""
+
+    def forward(self, x):
+        return self.inner(x.view(len(x), -1))
+
+
+def test_few_images_numbers_of_numpy_and_inference_mode():
+    x, y = digits(100)
+    assert len(alarms(Viewing(), (x[:1], y[:1]), eps=EPS, bar=None)) == len(NAMES)
+    model = fitted()
+    expected = alarms(model, (x, y), eps=EPS, bar=None)
+    with torch.inference_mode():
+        assert alarms(model, digits(100), eps=np.float64(EPS), bar=None) == expected
 
 
 def test_the_sign_test():

@@ -13,7 +13,6 @@ from spat_kernels.graph import Graphs
 from tests.fake_graph import FakeGraph
 from tests.test_attacks import EPS, Recorder, batch, cnn
 from tests.test_borrow import assert_same, snapshot
-from tests.test_judges import task  # noqa: F401  the fixture
 
 NORMS = {"linf": "Linf", "l2": "L2"}
 
@@ -50,7 +49,7 @@ def assert_same_runs(model, ours, y, best, robust):
 @pytest.mark.parametrize("steps", [10, 33])
 @pytest.mark.parametrize("norm, eps", [("linf", 0.02), ("linf", 0.12), ("l2", 0.4)])
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
-def test_equals_torchattacks(task, loss, norm, eps, steps, input_gradient, monkeypatch):  # noqa: F811
+def test_equals_torchattacks(task, loss, norm, eps, steps, input_gradient, monkeypatch):
     torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
     model, *batch = task
     x, y = correct(model, *batch, 60)
@@ -63,18 +62,18 @@ def test_equals_torchattacks(task, loss, norm, eps, steps, input_gradient, monke
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.08), ("l2", 0.5)])
-def test_targeted_equals_torchattacks(task, norm, eps, monkeypatch):  # noqa: F811
+def test_targeted_equals_torchattacks(task, norm, eps, monkeypatch):
     """Each image alone: torchattacks's L2 form takes every step size from the first of the batch."""
     torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
     model, *batch = task
-    x, y = correct(model, *batch, 30)
+    x, y = correct(model, *batch, 20)
     same_start(monkeypatch, x, norm, eps)
     judge = torchattacks.APGDT(model, norm=NORMS[norm], eps=eps, steps=10)
     judge.target_class = 2
     found = [judge.attack_single_run(x[i : i + 1], y[i : i + 1])[:2] for i in range(len(x))]
     best, robust = map(torch.cat, zip(*found, strict=True))
     ours = APGD(eps, norm=norm, steps=10, loss="dlr", targets=1)(model, x, y)
-    assert 5 < robust.sum() < 28, "some of both"
+    assert 5 < robust.sum() < 19, "some of both"
     assert_same_runs(model, ours, y, best, robust)
     if norm == "linf":
         everything, _ = judge.perturb(x, y)
@@ -288,7 +287,7 @@ def test_restarts_and_targets_keep_the_highest_loss():
 
 def test_the_attack_attacks():
     """As well as PGD with a step size tuned by hand; and better towards nine targets than away from the class."""
-    model, x, y = attackable(60)
+    model, x, y = attackable(50)
     for norm, eps in (("linf", 0.006), ("l2", 0.07)):
         robust = [
             int((model(x_adv).argmax(1) == y).sum())
@@ -296,10 +295,10 @@ def test_the_attack_attacks():
                 sk.pgd(model, x, y, eps, norm=norm, steps=20),
                 APGD(eps, norm=norm, steps=20)(model, x, y),
                 APGD(eps, norm=norm, steps=20, loss="dlr")(model, x, y),
-                APGD(eps, norm=norm, steps=20, loss="dlr", targets=9)(model, x, y),
+                APGD(eps, norm=norm, steps=10, loss="dlr", targets=9)(model, x, y),
             )
         ]
-        assert robust[1] <= robust[0] + 2 and robust[3] < min(robust[:2]) and robust[3] > 10, robust
+        assert robust[1] <= robust[0] + 2 and robust[3] < min(robust[:2]) and robust[3] > 5, robust
 
 
 class Noisy(nn.Module):
@@ -486,7 +485,7 @@ def test_auto_captures_the_second_attack(graphs):
 
 
 def test_long_runs_are_captured_only_if_told(graphs):
-    model, (x, _) = cnn().eval(), batch(4)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 3, 2, 2)
     y = model(x).argmax(1)
     for settings in ({"steps": 300}, {"steps": 9, "eot": 30}):
         for _ in range(2):

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import spat_kernels as sk
+from benchmarks import autoattack as benchmark
+from benchmarks import measure, report
 from spat_kernels import APGD, FAB, AutoAttack, Square, autoattack
 from tests.test_apgd import attackable, correct, sharp
 from tests.test_attacks import Recorder, batch, cnn
 from tests.test_borrow import assert_same, snapshot
-from tests.test_judges import task  # noqa: F401  the fixture
 
 QUICK = {"steps": 3, "queries": 20}
 
@@ -172,6 +173,8 @@ def test_bad_calls():
         (lambda: AutoAttack(0.1)(model, x * 2, y), "x must lie inside bounds"),
         (lambda: AutoAttack(0.1)(model, x, y + 10), r"outside \[0, 10\)"),
         (lambda: AutoAttack(0.1)(nn.Identity(), x, y), r"model must return logits \[B, K\]"),
+        (lambda: AutoAttack(0.1)(nn.Linear(192, 10), x.flatten(1), y), r"x must be images \[B, C, H, W\] of at least 1x1 pixels"),
+        (lambda: AutoAttack(0.1, norm="l2")(model, x[..., :4], y), "of at least 5x5 pixels for norm="),
         (lambda: AutoAttack(torch.full((3,), 0.1))(model, x, y), "eps has shape"),
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
@@ -179,20 +182,30 @@ def test_bad_calls():
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.4)])
-def test_as_robust_as_by_torchattacks(task, norm, eps):  # noqa: F811
-    """From other random numbers. At its settings: 10 steps, and fewer queries, which break hardly any more."""
-    torchattacks = pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
+def test_as_robust_as_by_torchattacks(task, norm, eps):
+    """By the benchmark, from other random numbers; at torchattacks' settings but for fewer queries, which break few more."""
+    pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
     model, *images = task
-    x, y = correct(model, *images, 40)
-    model, x = copy.deepcopy(model).float(), x.float()
-    judge = torchattacks.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0)
-    judge._autoattack.attacks[3].n_queries = 50
+    x, y = correct(model, *images, 25)
+    model, x = copy.deepcopy(model).float().requires_grad_(False), x.float()
+    y[0] = (y[0] + 1) % 10
+    providers = {
+        "torchattacks": benchmark.torchattacks(eps, norm, queries=30),
+        "spat_kernels": benchmark.ours(eps, norm, steps=10, queries=30),
+    }
     state = torch.get_rng_state()
-    theirs = model(judge(x, y)).argmax(1) == y
+    found = benchmark.judged(benchmark.compare(model, x, y, providers, batch_size=15), y)
     torch.set_rng_state(state)
-    ours = AutoAttack(eps, norm=norm, steps=10, queries=50).run(model, x, y).robust
-    assert 4 < theirs.sum() < 36, "some of both"
-    assert (ours != theirs).sum() <= 1 and ours.sum() <= theirs.sum()
+    ours, theirs = found["spat_kernels"], found["torchattacks"]
+    assert 3 < sum(theirs["robust"]) < 22, "some of both"
+    assert ours["robust"][0] is theirs["robust"][0] is False and len(ours["robust"]) == len(theirs["robust"]) == 25
+    assert ours["agreement"] >= 92 and abs(ours["points"]) <= 4 and theirs["faster"] == 1
+    assert ours["left"]["clean"] == 24 and ours["left"]["square"] == sum(ours["robust"])
+    assert ours["seconds"].keys() == theirs["seconds"].keys() and min(theirs["seconds"].values()) > 0
+    settings = {"model": "m", "network": "n", "norm": norm, "eps": eps, "images": 25, "clean": 96.0}
+    settings |= {"batch_size": 15, "queries": 30}
+    table = report.tables(measure.describe("cpu") | {"settings": settings, "autoattack": found}, full=True)
+    assert "| spat_kernels |" in table and "25 images" in table
 
 
 def test_names_of_attacks():

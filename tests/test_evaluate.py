@@ -32,6 +32,7 @@ from spat_train.config import Config
 from spat_train.data import load
 from spat_train.evaluate import TEST, accuracies, evaluate, validation, wilson
 from spat_train.evaluation import WORST
+from spat_train.files import SaveError
 from spat_train.images import Folder, Images, InputError, floats
 from spat_train.randomness import derived_seed
 from spat_train.samples import file_name
@@ -155,6 +156,9 @@ def test_the_grammar():
         ("fab-tx2", "restarts would repeat one run"),
         ("fgsmx3", "restarts would repeat one run"),
         ("pgd-20:restarts=0", "restarts=0: give at least 1"),
+        ("pgd-20:steps=5:steps=6", "steps is given twice"),
+        ("noise-all", "of no steps there is noise alone"),
+        ("fgsm:steps=0", "of no steps there is noise alone"),
         ("apgd-ce:steps=0", "steps=0: give at least 1"),
         ("pgd-20,pgd-20", "attack pgd-20: it is named twice"),
     ],
@@ -199,6 +203,9 @@ def test_the_trainer_uses_the_same_attacks():
         for name in found:
             correct[name] += int((model(images[name]).argmax(1) == y).sum())
     assert found == {name: 100 * count / 50 for name, count in correct.items()}
+    for name in ("pgd-7-all", "pgd-7x2"):
+        with pytest.raises(InputError, match=f"attack {name}: it has several runs"):
+            accuracies(model, data, {"pgd": parse(name)}, EPS)
     assert [TEST[name].spec for name in list(TEST)[1:]] == [parse(name).spec for name in ("fgsm", "pgd-20", "cw-30")]
 
 
@@ -304,6 +311,31 @@ def test_nothing_else_is_changed():
     assert torch.equal(x, copies[0]) and torch.equal(y, copies[1]) and not model.training
     assert not model.features.weight.requires_grad and bool((model.classifier.weight.grad == 1).all())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_images_as_they_come():
+    model, (x, y) = fitted(), digits(40)
+    expected = quiet(model, (x[::2].clone(), y[::2].clone()), "pgd-10").predicted["pgd-10"]
+    assert torch.equal(quiet(model, (x.requires_grad_()[::2], y[::2]), "pgd-10").predicted["pgd-10"], expected)
+
+
+class Noisy(Features):
+    """Draws at random in eval mode."""
+
+    def forward(self, x):
+        return super().forward(x + 0.3 * torch.randn_like(x))
+
+
+def test_a_model_that_draws_is_a_function_of_the_seed_and_leaves_the_global_generator():
+    model = Noisy().eval()
+    model.load_state_dict(fitted().state_dict())
+    state = torch.get_rng_state()
+    first, again, other = (
+        quiet(model, digits(60), names, seed=seed) for names, seed in (("fgsm,noise", 0), ("noise", 0), ("noise", 1))
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first.predicted[name], again.predicted[name]) for name in ("clean", "noise"))
+    assert not torch.equal(first.predicted["noise"], other.predicted["noise"])
 
 
 class NaN(Features):
@@ -470,7 +502,6 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
 
 def test_a_full_disk(tmp_path, monkeypatch):
     from spat_train import samples
-    from spat_train.files import SaveError
 
     def full(number):
         raise OSError(28, "No space left on device")
@@ -481,6 +512,20 @@ def test_a_full_disk(tmp_path, monkeypatch):
             quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
     found = quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
     assert torch.equal(found.predicted["fgsm"], quiet(fitted(), digits(20), "fgsm").predicted["fgsm"])
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line(tmp_path):
+    resource = pytest.importorskip("resource")
+    arguments = fitted(), digits(60), "fgsm,pgd-10,pgd-20"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        with pytest.raises(SaveError, match=r"samples.jsonl \(File too large\)"):
+            quiet(*arguments, folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "samples.jsonl").stat().st_size == 1500
+    assert quiet(*arguments, folder=tmp_path).worst_case() == quiet(*arguments).worst_case()
 
 
 # ---- bad input
@@ -495,6 +540,11 @@ class Training(nn.Module):
 
     def forward(self, x):
         return self.inner(x)
+
+
+class Branching(Features):
+    def forward(self, x):
+        return super().forward(x if float(x.sum()) > 0 else -x)
 
 
 X, Y = torch.rand(6, 1, 8, 8), torch.arange(6)
@@ -535,6 +585,10 @@ PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
             {"attacks": "apgd-dlr", "model": Features(2).eval(), "images": (X, Y % 2)},
             "apgd-dlr: it needs 3 classes, the model has 2",
         ),
+        *(
+            ({"attacks": name, "model": Features(6).eval()}, f"{name}: it needs 10 classes, the model has 6: give fewer targets")
+            for name in ("apgd-t", "fab-t")
+        ),
         ({"eps": 8}, "eps=8: give a number above 0, for images in .0, 1.: 8/255"),
         ({"eps": 0.0}, "eps=0.0: give a number above 0"),
         ({"eps": float("nan")}, "eps=nan"),
@@ -543,6 +597,10 @@ PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
         ({"batch_size": 0}, "batch_size=0: give an integer from 1"),
         ({"precision": "int8"}, "precision='int8': choose one of"),
         ({"precision": "tf32"}, "precision='tf32': TF32 is for GPUs"),
+        ({"images": (X.double(), Y), "model": fitted().double()}, "precision='fp32' is for float32 images"),
+        ({"graph": "never"}, "graph='never': choose"),
+        ({"graph": True}, "graph=True: CUDA graphs are for GPUs"),
+        ({"model": Branching().eval(), "input_gradient": "plan"}, "input_gradient='plan', but torch.fx cannot trace it"),
         ({"save_images": True, "folder": None}, "save_images=True: give a folder"),
     ],
 )
@@ -690,6 +748,7 @@ def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
         (["--attacks", "pgd-21"], "attack pgd-21: there is none"),
         (["--eps", "0.03"], "--eps 0.03: it is in 1/255"),
         (["--limit", "0"], "--limit 0"),
+        (["--limit", "10", "--seed", "-1"], "seed=-1: give an integer from 0"),
         (["--device", "teapot"], "--device teapot"),
         (["--precision", "tf32", "--device", "cpu"], "--precision tf32: TF32 is for GPUs"),
         (["--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
