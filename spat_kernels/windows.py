@@ -216,17 +216,15 @@ class Windows:
         """The steps for an interval of the image that is new."""
         new, ways = {0: (first, last)}, []  # local value -> what is new of it
         for step, _, reach in self.steps:
-            length, out, padding = self.shapes[step.inputs[0]][1:][axis : axis + 1], None, (0, 0)
+            out, padding, wanted = None, (0, 0), {j: (0, self.shapes[j][1 + axis]) for j in step.inputs if j in new}
             if reach:
                 ends = [new[j] for j in step.inputs]
                 out = reach.outputs(axis, min(e[0] for e in ends), max(e[1] for e in ends), step.shape[1 + axis])
                 first, last = reach.inputs(axis, *out)
-                padding = max(-first, 0), max(last - length[0], 0)
-            legs = []
-            for j in step.inputs:
-                whole = (0, self.shapes[j][1 + axis]) if j in new else None
-                wanted = (max(first, 0), min(last, whole[1])) if reach else whole
-                legs.append(_leg(new[j], wanted) if whole else None)
+                length = self.shapes[step.inputs[0]][1 + axis]
+                padding = max(-first, 0), max(last - length, 0)
+                wanted = dict.fromkeys(wanted, (max(first, 0), min(last, length)))
+            legs = [_leg(new[j], wanted[j]) if j in wanted else None for j in step.inputs]
             if reach:
                 new |= dict.fromkeys(_made(step), out)
             ways.append(Way(legs, padding, out and slice(*out)))

@@ -392,6 +392,7 @@ def test_one_forward_serves_many_backwards(kind):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_one_forward_serves_many_backwards_of_a_checkpoint():
     model, (x, _) = cnn().double().eval(), batch(3)
     x = x.double()
