@@ -2,7 +2,7 @@
 
 `PGD(graph="auto")` captures the second attack of a kind and replays it for later batches; `graph=True` captures the first. A kind
 is the model, the shape and layout of x, the settings except eps, step size, generator and number of restarts, and what steers
-PyTorch (autocast, TF32, determinism).
+PyTorch (autocast, TF32, determinism). Of APGD each run is captured by itself: what it broke is left out of the next.
 
 The attack that is captured is first run as it is, on the stream of the capture: it gives that call's result, and meanwhile cuDNN
 chooses its algorithms. So an error of the model is raised as ever, and a failed capture costs nothing but time: the attack then
