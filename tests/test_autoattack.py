@@ -1,6 +1,7 @@
 """AutoAttack: which attack broke what, on what is left alone, reproducibly; and no more robust than by torchattacks."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -210,3 +211,50 @@ def test_as_robust_as_by_torchattacks(task, norm, eps):
 
 def test_names_of_attacks():
     assert set(autoattack.ATTACKS) == {name for version in autoattack.VERSIONS.values() for name in version}
+
+
+# --- where it runs ---
+
+PARTS = {
+    "apgd-ce": partial(APGD, steps=10),
+    "apgd-t": partial(APGD, loss="dlr", targets=3, steps=10),
+    "fab-t": partial(FAB, targets=3, steps=5),
+    "fab": partial(FAB, targets=None, steps=5, restarts=2),
+    "square": partial(Square, queries=60),
+}
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
+@pytest.mark.parametrize("name", PARTS)
+def test_devices_agree(device, name, norm, eps):
+    """Numbers drawn on the host give the same images in fp64 wherever they are computed, but for ties."""
+
+    def images(device):
+        attack = PARTS[name](eps, norm=norm, generator=torch.Generator().manual_seed(0))
+        return attack(model.to(device), x.to(device), y.to(device)).cpu()
+
+    model, x, y = attackable(20)
+    expected, found = images("cpu"), images(device)
+    assert ((found - expected).abs() <= 1e-6).double().mean() > 0.95 and found.device == x.device
+    model.cpu()
+    assert torch.equal(model(found).argmax(1) == y, model(expected).argmax(1) == y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
+def test_replays_on_a_gpu(name):
+    model, x, y = (t.cuda() for t in attackable(20))
+
+    def images(graph):
+        return PARTS[name](0.006, graph=graph, generator=torch.Generator("cuda").manual_seed(0))(model, x, y)
+
+    expected = images(False)
+    assert all(torch.equal(images(True), expected) for _ in range(3)), "captured, then replayed"
+
+
+def test_whole_on_a_device(device):
+    model, x, y = attackable(20)
+    attack = AutoAttack(0.006, batch_size=8, **QUICK)
+    result = attack.run(model.to(device), x.to(device), y.to(device))
+    assert torch.equal(model(result.x_adv).argmax(1) == y.to(device), result.robust) and not result.robust.all()
+    assert torch.equal(attack(model, x.to(device), y.to(device)), result.x_adv), "the same again"
