@@ -36,6 +36,17 @@ def test_result_says_what_broke_what(norm, eps, version):
     assert torch.equal(attack(model, x, y), result.x_adv), "the same again"
 
 
+def test_what_is_misclassified_in_half_precision_only_is_attacked_all_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    model[1].bias.data += 100  # in bf16 all logits are alike
+    x = torch.rand(20, 3, 4, 4)
+    y = model(x).argmax(1)
+    assert not AutoAttack(0.3, version=("apgd-ce",), steps=5).run(model, x, y).robust.any()
+    attack = AutoAttack(0.3, version=("apgd-ce",), steps=5, precision="bf16", input_gradient="autograd")
+    assert not attack.run(model, x, y).robust[y != 0].any()
+
+
 def test_published_settings(monkeypatch):
     """The lists of attacks, their restarts and passes are those of the authors' code."""
     made = []
