@@ -3,7 +3,8 @@
     python -m benchmarks.judges runs/mnist-madry runs/cifar10-mart --data mnist.npz cifar10.npz --out judges.json
 
 Nothing is random but the starts, and those are given to both. In fp64 images must be equal to 1e-6 but for a few pixels on ties.
-In fp32 accuracies must: there PyTorch's cross-entropy cancels on confident samples, where spat's keeps its digits. ART is fp32 alone.
+In fp32 accuracies must: there PyTorch's cross-entropy cancels on confident samples, where spat's keeps its digits. ART is fp32
+alone.
 """
 
 import copy

@@ -221,3 +221,10 @@ def test_as_robust_as_by_torchattacks(task, norm, eps):
 
 def test_names_of_attacks():
     assert set(autoattack.ATTACKS) == {name for version in autoattack.VERSIONS.values() for name in version}
+
+
+@pytest.mark.gpu
+def test_eps_of_samples_may_live_on_the_host():
+    model, x, y = (t.cuda() for t in attackable(12))
+    eps = torch.full((12,), 0.006)
+    assert torch.equal(AutoAttack(eps, **QUICK)(model, x, y), AutoAttack(eps.cuda(), **QUICK)(model, x, y))
