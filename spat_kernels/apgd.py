@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import checks, ops
-from .attacked import attacked, check_batch, check_settings, usable, warn_of_nan
+from .attacked import attacked, check_batch, check_settings, of_rows, usable, warn_of_nan
 from .balls import Ball
 from .graph import graphs
 from .losses import DLR, OURS, LabelSmoothedCE, Loss, as_loss, value_dtype
@@ -313,6 +313,5 @@ class APGD:
     def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
         eps = self.eps
         if len(rows) < len(x):
-            x, y, targets = x[rows], y[rows], targets if targets is None else targets[rows]
-            eps = eps[rows] if isinstance(eps, Tensor) and eps.numel() > 1 else eps
+            x, y, targets, eps = x[rows], y[rows], targets if targets is None else targets[rows], of_rows(eps, rows)
         return Batch(x, y, eps, 2 * eps, targets=targets)

@@ -11,6 +11,7 @@ from .balls import BALLS, fill_
 from .borrow import BN_MODES, borrowed
 from .engine import check_path, check_precision, input_gradient
 from .ops._common import acc_dtype, is_dense
+from .run import drawing
 
 
 def check_settings(attack) -> None:
@@ -71,7 +72,14 @@ def per_sample(eps: float | Tensor, x: Tensor) -> Tensor:
     return fill_(values, eps).expand(len(x))
 
 
+def of_rows(eps: float | Tensor, rows: Tensor) -> float | Tensor:
+    """`eps` for the samples `rows`, int64 [n], wherever it lives."""
+    return eps.to(rows.device)[rows] if isinstance(eps, Tensor) and eps.numel() > 1 else eps
+
+
 def draw(method: str, *size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random numbers [*size] by the in-place `method`, from `generator` wherever it lives, for arithmetic on `like`."""
     device = like.device if generator is None else generator.device
-    return getattr(torch.empty(size, dtype=acc_dtype(like.dtype), device=device), method)(generator=generator).to(like.device)
+    empty = torch.empty(size, dtype=acc_dtype(like.dtype), device=device)
+    with drawing:
+        return getattr(empty, method)(generator=generator).to(like.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .apgd import APGD
-from .attacked import check_batch, usable
+from .attacked import attacked, check_batch, of_rows, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
@@ -95,7 +95,7 @@ class AutoAttack:
         for name in self.attacks:
             checks.check_choice("version", name, ATTACKS)
         for name in ATTACKS:
-            self._attack(name, TARGETS + 1, self.eps, None)  # they check the rest
+            self._attack(name, TARGETS + 1, self.eps, None, self.precision)  # they check the rest
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -138,27 +138,34 @@ class AutoAttack:
         x, y = usable(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))
-        classes = 0
+        classes, close = 0, torch.zeros_like(y, dtype=torch.bool)
         for rows in self._batches(result.robust):
             logits = self._logits(model, x[rows], highest_label)
             classes = logits.shape[1]
             result.broken_by[rows[logits.argmax(1) != y[rows]]] = 0
+            if self.precision is not None:
+                with attacked(self, model, x[rows], y[rows], highest_label) as (way, images, labels):
+                    close[rows] = way.logits(images).argmax(1) != labels
         if classes:
             self._check_classes(classes)
         yield result
         for number, name in enumerate(self.attacks, 1):
-            for rows in self._batches(result.robust):
-                attack = self._attack(name, classes, self._eps(rows), generator)
-                found = attack(model, x[rows], y[rows])
-                broken = self._logits(model, found, highest_label).argmax(1) != y[rows]
-                result.x_adv[rows[broken]] = found[broken]
-                result.broken_by[rows[broken]] = number
+            # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
+            for precision, chosen in ((self.precision, ~close), (None, close)):
+                for rows in self._batches(result.robust & chosen):
+                    attack = self._attack(name, classes, of_rows(self.eps, rows), generator, precision)
+                    found = attack(model, x[rows], y[rows])
+                    broken = self._logits(model, found, highest_label).argmax(1) != y[rows]
+                    result.x_adv[rows[broken]] = found[broken]
+                    result.broken_by[rows[broken]] = number
             yield result
 
-    def _attack(self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None) -> APGD | FAB | Square:
+    def _attack(
+        self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: str | None
+    ) -> APGD | FAB | Square:
         restarts = 5 if self.version == "plus" and name in ("apgd-ce", "apgd-dlr", "fab") else 1
         common = {
-            "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": self.precision,
+            "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
             "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
         }  # fmt: skip
         targets = min(TARGETS, classes - 1) if name.endswith("-t") else None
@@ -173,9 +180,6 @@ class AutoAttack:
         """The samples still to be attacked, in batches of indices."""
         rows = robust.nonzero()[:, 0]
         return list(rows.split(self.batch_size or len(rows))) if len(rows) else []
-
-    def _eps(self, rows: Tensor) -> float | Tensor:
-        return self.eps[rows] if isinstance(self.eps, Tensor) and self.eps.numel() > 1 else self.eps
 
     def _logits(self, model, x: Tensor, highest_label: int) -> Tensor:
         with borrowed(model, self.bn_mode):

@@ -232,7 +232,8 @@ class Windows:
 
 
 def _leg(new: tuple[int, int], wanted: tuple[int, int]) -> Leg:
-    first, last = max(new[0], wanted[0]), min(new[1], wanted[1])
+    first = max(new[0], wanted[0])
+    last = max(first, min(new[1], wanted[1]))  # nothing, where strides step over the new part
     into, part = slice(first - wanted[0], last - wanted[0]), slice(first - new[0], last - new[0])
     return Leg(slice(*wanted), into, part, new == wanted)
 

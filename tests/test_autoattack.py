@@ -37,6 +37,17 @@ def test_result_says_what_broke_what(norm, eps, version):
     assert torch.equal(attack(model, x, y), result.x_adv), "the same again"
 
 
+def test_what_is_misclassified_in_half_precision_only_is_attacked_all_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    model[1].bias.data += 100  # in bf16 all logits are alike
+    x = torch.rand(20, 3, 4, 4)
+    y = model(x).argmax(1)
+    assert not AutoAttack(0.3, version=("apgd-ce",), steps=5).run(model, x, y).robust.any()
+    attack = AutoAttack(0.3, version=("apgd-ce",), steps=5, precision="bf16", input_gradient="autograd")
+    assert not attack.run(model, x, y).robust[y != 0].any()
+
+
 def test_published_settings(monkeypatch):
     """The lists of attacks, their restarts and passes are those of the authors' code."""
     made = []
@@ -258,3 +269,10 @@ def test_whole_on_a_device(device):
     result = attack.run(model.to(device), x.to(device), y.to(device))
     assert torch.equal(model(result.x_adv).argmax(1) == y.to(device), result.robust) and not result.robust.all()
     assert torch.equal(attack(model, x.to(device), y.to(device)), result.x_adv), "the same again"
+
+
+@pytest.mark.gpu
+def test_eps_of_samples_may_live_on_the_host():
+    model, x, y = (t.cuda() for t in attackable(12))
+    eps = torch.full((12,), 0.006)
+    assert torch.equal(AutoAttack(eps, **QUICK)(model, x, y), AutoAttack(eps.cuda(), **QUICK)(model, x, y))

@@ -8,6 +8,7 @@ from torch import nn
 
 from spat_kernels import square
 from spat_kernels.engine import input_gradient
+from spat_kernels.run import drawing
 from spat_kernels.square import Square
 from spat_kernels.windows import Windows
 from tests.test_apgd import NORMS, attackable, correct
@@ -411,3 +412,12 @@ def test_bad_batches():
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             Square(0.1, norm=norm, queries=1)(model, *bad)
+
+
+def test_draws_no_random_numbers_while_others_capture(monkeypatch):
+    """torch forbids it. What draws holds the lock that a capture holds."""
+    model, x, y = attackable(4)
+    held, uniform_ = [], torch.Tensor.uniform_
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda t, **how: held.append(drawing._is_owned()) or uniform_(t, **how))
+    Square(0.01, queries=3)(model, x, y)
+    assert held and all(held)

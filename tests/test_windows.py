@@ -54,6 +54,7 @@ def test_equals_the_whole_forward(name):
 @pytest.mark.parametrize("conv", [
     {"kernel_size": (3, 5), "stride": (2, 1), "padding": (0, 2)}, {"kernel_size": 2, "stride": 3, "padding": 1},
     {"kernel_size": 3, "dilation": (1, 3), "padding": (2, 0)}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 9, "padding": 4},
+    {"kernel_size": (2, 1), "stride": (5, 4)},
 ], ids=str)  # fmt: skip
 def test_any_convolution_on_images_that_are_not_square(conv):
     torch.manual_seed(0)
