@@ -51,7 +51,8 @@ class PGD:
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
             in a replay; changes of its modules, attributes, modes, hooks and of where its tensors are are noticed, and values
-            of parameters and buffers are read anew. What cannot be captured runs without, and a RuntimeWarning says why.
+            of parameters and buffers are read anew. What cannot be captured runs without, and a RuntimeWarning says why; "auto"
+            leaves out attacks of more than 256 forwards, whose graphs are large.
             `spat_kernels.graphs` frees the memory of captures (`.free(model)`) and bounds their number (`.capacity`, 8).
 
     Raises:
