@@ -13,6 +13,7 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import ClassVar
@@ -111,6 +112,7 @@ class Attack(ABC):
 
     family: ClassVar[str]
     random: ClassVar[bool] = True  # whether restarts differ
+    in_parts: ClassVar[bool] = False  # whether `_attack` takes `between`
 
     name: str = ""
     norm: str = _setting("linf", choice("linf", "l2"))
@@ -148,6 +150,7 @@ class Attack(ABC):
         *,
         run: int = 0,
         only: Tensor | None = None,
+        between: Callable[[str], object] = lambda part: None,
         **how,
     ) -> Tensor:
         """Adversarial images of one run.
@@ -160,12 +163,15 @@ class Attack(ABC):
                 draw for the images that they attack.
             run: which of `runs` it is: targets go by it.
             only: bool [B], which images to attack; None is all.
+            between: called before every part of AutoAttack, with its name.
             how: `precision`, `input_gradient`, `graph` as in `spat_kernels.PGD`.
 
         Returns:
             Tensor: like x; images that are not attacked are as they were.
         """
         draws = self._draw(x, y, eps, generator)
+        if self.in_parts:
+            how["between"] = between
         if only is None or bool(only.all()):
             return self._attack(model, x, y, eps, draws, run, how)
         x_adv = x.clone()
@@ -392,7 +398,7 @@ class Square(_Engine):
 class AutoAttack(_Engine):
     """The ensemble: `steps` of APGD and FAB, `queries` of Square."""
 
-    family = "autoattack"
+    family, in_parts = "autoattack", True
 
     version: str = _setting("standard", choice("standard", "plus", "rand"))
     steps: int = _setting(100, positive)
@@ -403,11 +409,17 @@ class AutoAttack(_Engine):
         return 3 if self.version == "rand" else 4
 
     def _attack(self, model, x, y, eps, draws, run, how):
+        between = how.pop("between")
         attack = spat_kernels.AutoAttack(
             eps, norm=self.norm, version=self.version, steps=self.steps, queries=self.queries, seed=draws[0], **how
         )
         with tf32_switches("fp32", x.device.type):  # it asks what is misclassified as `evaluate` does, not by the user's TF32
-            return attack(model, x, y)
+            stages = attack.stages(model, x, y)
+            found = next(stages)
+            for part in attack.attacks:
+                between(part)
+                found = next(stages)
+        return found.x_adv
 
     def _describe(self):
         queries = [] if self.version == "rand" else [f"{self.queries} queries"]

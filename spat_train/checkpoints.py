@@ -88,7 +88,12 @@ def load_model(path: str | Path, dataset: Dataset, name: str | None = None) -> t
             try_on(model, dataset.image_shape, dataset.num_classes)  # lazy layers have no weights before
         load_checkpoint(model, file)
     except ValueError as error:
-        raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if config and name == config.model:  # it fits what it was trained on
+            reason = f"it was trained on {config.data}, and these images or classes are others: give other --data ({reason})"
+        elif config:
+            reason = f"the run is a {config.model}: leave out --model-name ({reason})"
+        raise InputError(f"{where}: {reason}") from error
     return model, config
 
 

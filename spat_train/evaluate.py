@@ -58,6 +58,7 @@ def broken_by(
     clean: Tensor | None = None,
     source: nn.Module | None = None,
     classes: int = 0,
+    between: Callable[[str], object] = lambda what: None,
     **how,
 ) -> tuple[Tensor, Tensor]:
     """All runs of `attack` on a batch, each on what is not broken yet.
@@ -70,6 +71,7 @@ def broken_by(
             every image, and what counts is where that ends.
         source: the model that adversarial images are made on; None is `model`.
         classes: K, where the attack goes through targets.
+        between: called before every run and every part of AutoAttack with what comes (to show it, or to stop by an exception).
         how: of `Attack.__call__`.
 
     Returns:
@@ -78,11 +80,13 @@ def broken_by(
     """
     predicted = torch.full_like(y, -1) if clean is None else clean.clone()
     images, left = x.clone(), torch.ones_like(y, dtype=torch.bool) if clean is None else clean == y
-    for run in range(attack.runs(classes)):
+    runs = attack.runs(classes)
+    for run in range(runs):
         if not left.any():
             break
+        between(f"run {run + 1} of {runs}" if runs > 1 else "")
         generator = torch.Generator().manual_seed(seed(run))
-        x_adv = attack(source or model, x, y, eps, generator, run=run, only=left, **how)
+        x_adv = attack(source or model, x, y, eps, generator, run=run, only=left, between=between, **how)
         predicted[left] = predict(model, x_adv[left])
         images[left] = x_adv[left]
         left = left & (predicted == y)
@@ -202,7 +206,7 @@ def evaluate(
         folder: where the evaluation is kept, and gone on with; None keeps it in memory.
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz in the folder.
         bar: the name of a progress bar; None shows none.
-        between: called after every attack on a batch (to stop by an exception).
+        between: called after every attack on a batch, and before its runs and parts (to stop by an exception).
         memory_format: of the images.
         precision, input_gradient, graph: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
 
@@ -264,12 +268,17 @@ class _Work:
                         if name == "clean":
                             found = {"predicted": predict(self.model, x).tolist()}
                         else:
-                            found = self.attack(samples, name, number, batch, x, y)
+
+                            def tell(what: str, name=name) -> None:
+                                progress.set_postfix_str(f"{name} {what}".strip())
+                                between()
+
+                            found = self.attack(samples, name, number, batch, x, y, tell)
                     samples.add({"attack": name, "batch": number} | found)
                     progress.update(len(batch))
                     between()
 
-    def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor) -> dict:
+    def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor, between) -> dict:
         """What became of a batch, and its adversarial images looked at again."""
         attack, settings = self.attacks[name], self.settings
         eps = attack.radius(settings["eps"], settings["eps_l2"])
@@ -277,7 +286,7 @@ class _Work:
         predicted, x_adv = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], name, number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
-            precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
+            between=between, precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
         )  # fmt: skip
         broken = (clean == y) & (predicted != y)
         pixels = (255 * x_adv).round().to(torch.uint8)

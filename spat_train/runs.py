@@ -98,7 +98,10 @@ def check(options: Options, out: Path) -> None:
         raise InputError(f"--seed {options.seed}: give an integer from 0 to 2**31 - 1")
     given = [f.name for f in dataclasses.fields(Scale) if f.name != "model" and getattr(options.scale, f.name) is not None]
     if given and not options.train:
-        raise InputError(f"--{given[0].replace('_', '-')}: it says how to train what is missing: add --train, or leave it out")
+        raise InputError(
+            f"--{given[0].replace('_', '-')}: it says how to train what is missing: add --train, or leave it out "
+            "(--test-images says how many are tested)"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(out, os.W_OK) else "it is not writable"

@@ -134,6 +134,8 @@ def markdown(filled: Filled) -> str:
         f"Accuracy in %, ± half of the 95 % interval, on {filled.images:,} of {filled.total:,} test images of {filled.data}, "
         f"eps {told(filled.eps)}."
     )
+    if any(cell.attack.startswith("pgd-ls") for cell in filled.table.cells):
+        head += " Images that the model gets wrong are attacked too, and some end up right."
     return "\n".join([f"**{filled.table.title}**", "", head, "", *lines, "", *_notes(filled)]) + "\n"
 
 
