@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -423,3 +424,18 @@ def test_the_global_generators_are_left_alone(folder, tmp_path):
     before = torch.get_rng_state()
     fill("madry-mnist", None, tmp_path, {"A": folder / "wide"})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_committed_evidence_has_the_shape_of_the_sources():
+    """Fig. 5.3: accuracy rises with alpha, beyond clean accuracy at alpha = 1. Tables 5.1, 5.2: the alphas come in their order."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu" / "evaluation"
+    for model in json.loads((folder / "figure-5.3.json").read_text())["models"].values():
+        found = [point["accuracy"] for point in model["pgd-ls"]]
+        assert all(b >= a - 0.5 for a, b in pairwise(found)) and found[-1] > model["clean"]["accuracy"]
+    for name in ("5.1", "5.2"):
+        rows = [line.split("|")[1:4] for line in (folder / f"table-{name}.md").read_text().splitlines() if "PGD-LS" in line]
+        ours, source = ([float(row[i].split("±")[0]) for row in rows] for i in (1, 2))
+        order = sorted(range(len(rows)), key=source.__getitem__)
+        assert len(rows) == 5 and [ours[i] for i in order] == sorted(ours)
+    rows = [line for line in (folder / "table-madry-mnist.md").read_text().splitlines() if "† |" in line]
+    assert len(rows) == 17 and not any("missing" in row for row in rows)
