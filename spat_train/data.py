@@ -190,7 +190,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     except InputError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"--data {path}: cannot be read as .npz ({_reason(error)}): write it with numpy.savez") from error
+        reason = _reason(error) if zipfile.is_zipfile(path) else "it is no zip archive"  # NumPy would speak of pickles
+        raise InputError(f"--data {path}: cannot be read as .npz ({reason}): write it with numpy.savez") from error
 
 
 def _numbered(arrays: dict[str, np.ndarray]) -> np.ndarray:
