@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from .images import InputError
 from .measure import Subject, TestImages, open_images, open_models, radius
 from .models import device_of
 from .roles import ANY, PAIR, ROBUST, TRAININGS, WIDTHS, Role, grid
-from .runs import Options, Run, check, told
+from .runs import Options, Run, check, named, told
 from .sources import ROBUST as SOURCE
 
 Drawing = tuple[dict[str, Figure], dict]  # by the name of a part, "" where there is one; and the numbers in them
@@ -198,11 +197,7 @@ FIGURES = {
 
 
 def find(name: str) -> Kind:
-    if name not in FIGURES:
-        near = get_close_matches(name, FIGURES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"figure {name}: there is none: {hint}there are {', '.join(FIGURES)}")
-    return FIGURES[name]
+    return named("figure", name, FIGURES)
 
 
 def listing() -> str:

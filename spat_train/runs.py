@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from . import logs
 from .checkpoints import run_config
@@ -19,6 +20,7 @@ from .config import Config, check_device
 from .images import InputError
 from .train import train
 
+T = TypeVar("T")
 CHECKPOINTS = ("best.pt", "last.pt")
 SAME = 0.02  # eps 0.031 is 8/255 to them
 METHODS = {"standard": "standard", "madry": "Madry", "trades": "TRADES", "mart": "MART", "rst": "RST", "fgsm": "FGSM"}
@@ -78,6 +80,19 @@ class Options:
     train: bool = False
     """Train what is missing, into --runs, where it goes on after any interruption."""
     scale: Scale = field(default_factory=Scale)
+
+
+def named(kind: str, name: str, known: dict[str, T]) -> T:
+    """`known[name]`, a table or a figure.
+
+    Raises:
+        InputError: there is none; the message has the nearest and all of them.
+    """
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise InputError(f"{kind} {name}: there is none: {hint}there are {', '.join(known)}")
+    return known[name]
 
 
 def check(options: Options, out: Path) -> None:

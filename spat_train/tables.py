@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from . import files
 from .images import InputError
 from .measure import Subject, TestImages, measured, open_images, open_models
-from .runs import Options, Run, check, choose, differences, find_runs, fits, title, told
+from .runs import Options, Run, check, choose, differences, find_runs, fits, named, title, told
 from .sources import TABLES, Cell, Table
 
 MARK = "†"
@@ -116,11 +115,7 @@ def _entries(table: Table, subjects: dict[str, Subject], images: TestImages, opt
 
 
 def find(name: str) -> Table:
-    if name not in TABLES:
-        near = get_close_matches(name, TABLES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"table {name}: there is none: {hint}there are {', '.join(TABLES)}")
-    return TABLES[name]
+    return named("table", name, TABLES)
 
 
 # ---- as Markdown

@@ -270,9 +270,10 @@ def test_images_that_are_wrong_are_attacked_where_that_is_asked():
 def test_targets():
     model, (x, y) = fitted(dtype=torch.float64), digits(40, torch.float64)
     order = model(x).scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True)
-    told = lambda name, run=0, seed=0: parse(name)._targets(  # noqa: E731
-        model, x, y, torch.rand(len(x), generator=torch.Generator().manual_seed(seed)), run
-    )
+
+    def told(name, run=0, seed=0):
+        return parse(name)._targets(model, x, y, torch.rand(len(x), generator=torch.Generator().manual_seed(seed)), run)
+
     assert torch.equal(told("pgd-7-least-likely"), order[:, -1])
     every = torch.stack([told("pgd-7-all", run) for run in range(9)], 1)
     assert torch.equal(every, order[:, 1:]) and torch.equal(told("pgd-7-all", 9), order[:, 1])
