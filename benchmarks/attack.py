@@ -96,10 +96,11 @@ def providers(device: str, steps: int = 10) -> list[Provider]:
         def compiled(model, precision=precision):
             return autocast_loop(model, steps, precision, compile_mode=mode)
 
-        found += [
-            Provider("autocast loop", precision, loop, note="channels_last"),
-            Provider("compiled autocast loop", precision, compiled, note=f"channels_last; torch.compile, mode {mode}"),
-        ]
+        found.append(Provider("autocast loop", precision, loop, note="channels_last"))
+        if precision == "bf16" or not cuda:  # compiling takes a minute
+            found.append(
+                Provider("compiled autocast loop", precision, compiled, note=f"channels_last; torch.compile, mode {mode}")
+            )
     return found
 
 
@@ -416,6 +417,10 @@ class Options:
     """Time to measure each provider of a cell for."""
     minutes: float = float("inf")
     """Start no further cell after so long."""
+    full: int | None = None
+    """Cells in which all --providers race, all by default; in those after them only --some."""
+    some: list[str] = field(default_factory=list)
+    """Names, of --providers."""
     memory: bool = True
     """Measure memory. On the CPU this takes a process for each provider."""
     small_ceilings: bool = False
@@ -430,10 +435,11 @@ def run(options: Options) -> Iterator[dict]:
     """The results so far, after each cell."""
     start = time.monotonic()
     chosen = [p for p in providers(options.device, options.steps) if p.precision in options.precisions]
-    unknown = set(options.providers) - {p.name for p in chosen}
+    unknown = set(options.providers + options.some) - {p.name for p in chosen}
     if unknown or not chosen:
         names = ", ".join(sorted({p.name for p in providers(options.device, options.steps)}))
-        raise SystemExit(f"--providers {' '.join(unknown)} --precisions {' '.join(options.precisions)}: choose from {names}")
+        wrong = f"--providers, --some {' '.join(unknown)} --precisions {' '.join(options.precisions)}"
+        raise SystemExit(f"{wrong}: choose from {names}")
     chosen = [p for p in chosen if not options.providers or p.name in options.providers]
     if options.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True  # for all alike
@@ -444,6 +450,7 @@ def run(options: Options) -> Iterator[dict]:
         "cells": [],
     }
     prepared: dict[str, tuple[Judge, list[workmodel.Layer]]] = {}
+    racing, cells = chosen, 0
     for batch in options.batches:
         for model in options.models:
             if time.monotonic() - start > 60 * options.minutes:
@@ -455,7 +462,10 @@ def run(options: Options) -> Iterator[dict]:
             if model not in prepared:
                 prepared[model] = prepare(name, size, max(*options.batches, 128), options)
             judge, layers, x, y = prepared[model]
-            records = compete(chosen, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
+            if cells == options.full:
+                racing = [p for p in chosen if p.name in options.some]
+            cells += 1
+            records = compete(racing, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
             for record in records:
                 work = workmodel.Work(layers, batch, record["precision"])
                 record |= {"model": model, "batch": batch, "flops": work.flops, "bytes": work.bytes}

@@ -1,18 +1,20 @@
-"""Everything that only a GPU can answer, in one command: `python -m benchmarks.gpu_suite --out DIR --minutes 25`.
+"""What only a GPU can answer, in one command: `python -m benchmarks.gpu_suite --out DIR --minutes 20 --data cifar10.npz`.
 
 Stages run in order of value, each in a process group of its own with a time limit of its own: its share of the minutes that are
 left, so that what one does not use goes to those after it. A stage that fails, or takes too long, is recorded with the end of
 its output, and the rest still run; what it had written by then is kept. DIR/<stage>.json holds its status, commands, output and
-results; DIR/suite.json, rewritten after every stage, the summary.
+results; DIR/suite.json, rewritten after every stage, the summary, to which a later command with other stages adds.
 
 Needs the package installed by `pip install -e .` (or built in place), tyro, pytest and pytest-benchmark; rivals that are not
 installed are left out, and recorded. `--rehearse` runs the same stages on tiny sizes on the CPU; those that need a GPU are
-recorded as skipped. `--stages` picks some, for a lease too short for all.
+recorded as skipped. `--stages` picks some, for a machine that is not ours for long. Training is `benchmarks.table61`.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,69 +30,91 @@ import tyro
 from benchmarks import measure
 
 TAIL = 6000  # characters of a stage's output that are kept
-PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-KERNEL_TESTS = [*PYTEST, "tests/ops", "-m", "gpu and not slow", "-k", "compiled"]
+PYTEST = "PYTHON -m pytest -q -p no:cacheprovider"
+# What launches our own kernels, each of them in all its variants.
+KERNEL_TESTS = f"{PYTEST} tests/ops -m 'gpu and not slow' -k 'compiled and not wrong_arguments and not in_one_graph'"
+SANITIZE = f"SANITIZER --error-exitcode 86 --tool {{}} {KERNEL_TESTS}"
+
+# In order of value. The attack's first two cells have every provider, those after them tell how batch and precision matter.
+SUITE = {
+    "agreement": ["precision --data DATA"],
+    "attack": [
+        "attack --models wrn-34-10 resnet-18 resnet-50 wrn-28-10 resnet-18@96 --batches 256 64 16 128 1024 512 32 "
+        "--precisions fp32 tf32 bf16 fp16 --minutes LIMIT --seconds 0.5 "
+        "--full 2 --some 'spat plan+graph' loop torchattacks 'autocast loop'"
+    ],
+    "breakdown": ["breakdown"],
+    "training": [
+        "overhead --model wrn-34-10 --batch 128 --precisions bf16 --updates 60 --warm-up 10 --minutes LIMIT",
+        "training --model wrn-34-10 --batch 128 --precisions fp32 tf32 bf16 fp16 --seconds 2 --minutes LIMIT",
+        "data --npz DATA --images 20000 --workers 8 --seconds 3",
+    ],
+    "questions": ["workmodel --precisions fp32 tf32 bf16 fp16", "questions --models wrn-34-10 resnet-18"],
+    "memory": [
+        "attack --models wrn-34-10 resnet-50 --batches 2048 --precisions bf16 fp32 --seconds 0 --minutes LIMIT "
+        "--providers 'spat plan+graph' loop torchattacks 'autocast loop'"
+    ],
+}
+TINY = "--models wrn-10-1 --precisions fp32 --steps 2 --seconds 0 --no-memory --small-ceilings"
+SMALL = "--model wrn-10-1 --batch 16 --steps 2 --methods trades"
+REHEARSAL = {
+    "agreement": ["precision --data DATA --model wrn-10-1 --train-images 100 --test-images 20 --epochs 1"],
+    "attack": [f"attack {TINY} --batches 4 8 --full 1 --some loop"],
+    "breakdown": ["breakdown --models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0"],
+    "training": [
+        f"overhead {SMALL} --images 400 --updates 2 --warm-up 1",
+        f"training {SMALL} --seconds 0 --precisions fp32 --providers spat_train authors",
+        "data --images 200 --seconds 0",
+    ],
+    "questions": [
+        "workmodel --precisions fp32 bf16 --small --models wrn-10-1",
+        "questions --models wrn-10-1 --batch 2 --seconds 0.001 --precision fp32",
+    ],
+    "memory": [f"attack {TINY} --batches 4 --providers 'spat eager' loop"],
+}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands, run one after another. RESULT in an argument is a file whose JSON becomes the stage's `results`, a list of them
-    where there are several commands; LIMIT the command's share of the stage's minutes, less a little."""
+    """Commands, run one after another.
+
+    In a command, RESULT is a file whose JSON becomes the stage's `results`, a list of them where there are several commands;
+    LIMIT the minutes that the command has, less a little; DATA the data set's file.
+    """
 
     name: str
     share: float  # of the suite's minutes, against those of the other stages
-    commands: list[list[str]]
+    commands: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     needs_gpu: bool = False
     needs: str | None = None  # a program
 
+    @property
+    def needs_data(self) -> bool:
+        return any("DATA" in shlex.split(command) for command in self.commands)
+
 
 def stages(rehearse: bool) -> list[Stage]:
     device = "cpu" if rehearse else "cuda"
-    python = [sys.executable]
-    attack = [*python, "-m", "benchmarks.attack", "--device", device, "--out", "RESULT"]
-    questions = [*python, "-m", "benchmarks.questions", "--device", device, "--out", "RESULT"]
-    workmodel = [*python, "-m", "benchmarks.workmodel", "--device", device, "--out", "RESULT", "--precisions"]
-    training = [*python, "-m", "benchmarks.training", "--device", device, "--out", "RESULT"]
-    overhead = [*python, "-m", "benchmarks.overhead", "--device", device, "--out", "RESULT"]
-    data = [*python, "-m", "benchmarks.data", "--device", device, "--out", "RESULT"]
-    kernels = [*python, *PYTEST, "benchmarks", "--device", device, "--benchmark-json", "RESULT"]
-    if rehearse:
-        workmodel += ["fp32", "bf16", "--small", "--models", "wrn-10-1"]
-        kernels += ["-k", "keep_best"]
-        questions += ["--models", "wrn-10-1", "--batch", "2", "--seconds", "0.001", "--precision", "fp32"]
-        tiny = ["--steps", "2", "--seconds", "0", "--small-ceilings", "--precisions", "fp32", "--models", "wrn-10-1"]
-        matrix = memory = [*attack, *tiny, "--batches", "4", "--no-memory", "--providers", "spat eager", "loop", "torchattacks"]
-        small = ["--model", "wrn-10-1", "--batch", "16", "--steps", "2", "--methods", "trades"]
-        training += [*small, "--seconds", "0", "--precisions", "fp32", "--providers", "spat_train", "authors"]
-        overhead += [*small, "--images", "400", "--updates", "2", "--warm-up", "1"]
-        data += ["--images", "200", "--seconds", "0"]
-    else:
-        workmodel += ["fp32", "tf32", "bf16", "fp16"]
-        networks = ["wrn-34-10", "resnet-18", "resnet-50", "wrn-28-10", "resnet-18@96"]
-        batches = ["256", "128", "1024", "32", "512", "64", "16"]  # both ends of the curve before its middle
-        precisions = ["--precisions", "bf16", "fp32", "tf32", "fp16"]
-        matrix = [*attack, "--models", *networks, "--batches", *batches, *precisions, "--seconds", "1", "--minutes", "LIMIT"]
-        large = ["--models", "wrn-34-10", "resnet-50", "--batches", "2048", "--seconds", "0"]
-        memory = [*attack, *large, *precisions, "--minutes", "LIMIT"]
-        table61 = ["--model", "wrn-34-10", "--batch", "128", "--minutes", "LIMIT"]
-        training += [*table61, *precisions, "--seconds", "3"]
-        overhead += [*table61, "--precisions", "bf16", "--updates", "100", "--warm-up", "10"]
-    sanitizer = find("compute-sanitizer") or "compute-sanitizer"
+    modules = {
+        name: [f"PYTHON -m benchmarks.{command} --device {device} --out RESULT" for command in commands]
+        for name, commands in (REHEARSAL if rehearse else SUITE).items()
+    }
+    kernels = f"{PYTEST} benchmarks --device {device} --benchmark-json RESULT" + " -k keep_best" * rehearse
+    parallel = f" -n {min(8, os.cpu_count())}" if importlib.util.find_spec("xdist") else ""
     # Every allocation of its own, so that a write past a tensor's end does not land in its neighbour.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-
-    def sanitize(tool: str) -> list[str]:
-        return [sanitizer, "--tool", tool, "--error-exitcode", "86", *python, *KERNEL_TESTS]
-
+    sanitizer = [SANITIZE.format(tool) for tool in ("memcheck", "racecheck")]
     return [
-        Stage("tests", 4, [[*python, *PYTEST, "tests", "-m", "gpu"]], needs_gpu=True),
-        Stage("sanitizer", 4, [sanitize("memcheck"), sanitize("racecheck")], separate, needs_gpu=True, needs="compute-sanitizer"),
+        Stage("tests", 4, [f"{PYTEST} tests -m gpu{parallel}"], needs_gpu=True),
+        Stage("sanitizer", 3, sanitizer, separate, needs_gpu=True, needs="compute-sanitizer"),
+        Stage("agreement", 3, modules["agreement"]),
+        Stage("attack", 9, modules["attack"]),
+        Stage("breakdown", 1, modules["breakdown"]),
+        Stage("training", 7, modules["training"]),
         Stage("kernels", 3, [kernels]),
-        Stage("training", 8, [overhead, training, data]),
-        Stage("questions", 4, [workmodel, questions]),
-        Stage("attack", 10, [matrix]),
-        Stage("memory", 2, [memory]),
+        Stage("questions", 3, modules["questions"]),
+        Stage("memory", 1, modules["memory"]),
     ]
 
 
@@ -100,7 +124,7 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join(places))
 
 
-def run(stage: Stage, out: Path, seconds: float) -> dict:
+def run(stage: Stage, out: Path, seconds: float, data: Path | None = None) -> dict:
     """Run the commands of `stage` for at most `seconds` in all; its record, also written to `out`."""
     record = {"stage": stage.name, "status": "ok", "machine": measure.describe("cuda" if torch.cuda.is_available() else "cpu")}
     record |= {"limit_s": round(seconds, 1), "commands": []}
@@ -109,6 +133,8 @@ def run(stage: Stage, out: Path, seconds: float) -> dict:
         record |= {"status": "skipped", "reason": "no GPU"}
     elif stage.needs and not find(stage.needs):
         record |= {"status": "skipped", "reason": f"no {stage.needs} in CUDA_HOME/bin, on the PATH or in /usr/local/cuda/bin"}
+    elif stage.needs_data and data is None:
+        record |= {"status": "skipped", "reason": "no --data"}
     elif seconds < 5:
         record |= {"status": "skipped", "reason": f"{seconds:.0f} s, its share of the minutes left, are too few"}
     else:
@@ -118,9 +144,11 @@ def run(stage: Stage, out: Path, seconds: float) -> dict:
                 result = Path(folder, f"{index}.json")
                 limit = (seconds - (time.monotonic() - start)) / (len(stage.commands) - index)
                 # Races stop themselves a little before they would be stopped, to lose nothing.
-                words = {"RESULT": str(result), "LIMIT": f"{0.8 * limit / 60:.2f}"}
-                done = execute([words.get(word, word) for word in command], stage.environment, limit)
-                record["commands"].append(done)
+                words = {"RESULT": str(result), "LIMIT": f"{0.8 * limit / 60:.2f}", "DATA": str(data and data.absolute())}
+                words |= {"PYTHON": sys.executable, "SANITIZER": find("compute-sanitizer")}
+                done = execute([words.get(word, word) for word in shlex.split(command)], stage.environment, limit)
+                told = command.replace("PYTHON", "python").replace("SANITIZER", "compute-sanitizer")
+                record["commands"].append({"command": told} | done)
                 if done["status"] != "ok":
                     record["status"] = done["status"]
                 with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # killed before, or while, it wrote
@@ -133,7 +161,7 @@ def run(stage: Stage, out: Path, seconds: float) -> dict:
 
 
 def execute(command: list[str], environment: dict[str, str], seconds: float) -> dict:
-    """Status ("ok", "failed", "timed out"), exit code and the end of the output of a command, killed with its children."""
+    """Status ("ok", "failed" or "timed out"), exit code and the end of the output of a command, killed with its children."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -155,7 +183,7 @@ def execute(command: list[str], environment: dict[str, str], seconds: float) -> 
             process.wait()
         log.seek(0)
         text = log.read().decode(errors="replace")
-    return {"command": " ".join(command), "status": status, "exit": code, "tail": text[-TAIL:]}
+    return {"status": status, "exit": code, "tail": text[-TAIL:]}
 
 
 @dataclass
@@ -163,9 +191,11 @@ class Options:
     """Run the GPU suite."""
 
     out: Path
-    """Folder for the results, at most eight files."""
+    """Folder for the results."""
     minutes: float = 25.0
     """For all stages together."""
+    data: Path | None = None
+    """CIFAR-10 as an .npz file, for the stages `agreement` and `training`."""
     rehearse: bool = False
     """Tiny sizes on the CPU."""
     stages: list[str] = field(default_factory=list)
@@ -180,13 +210,13 @@ def main(options: Options) -> None:
         raise SystemExit("there is no GPU here: rehearse with --rehearse")
     chosen = [stage for stage in every if not options.stages or stage.name in options.stages]
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline, summary = time.monotonic() + 60 * options.minutes, []
+    deadline, path = time.monotonic() + 60 * options.minutes, options.out / "suite.json"
+    summary = {record["stage"]: record for record in (json.loads(path.read_text())["stages"] if path.exists() else [])}
     for index, stage in enumerate(chosen):
         share = stage.share / sum(later.share for later in chosen[index:])
-        record = run(stage, options.out, share * (deadline - time.monotonic()))
-        summary.append({key: record[key] for key in ("stage", "status", "reason", "seconds") if key in record})
-        report = {"machine": record["machine"], "minutes": options.minutes, "stages": summary}
-        (options.out / "suite.json").write_text(json.dumps(report, indent=1) + "\n")
+        record = run(stage, options.out, share * (deadline - time.monotonic()), options.data)
+        summary[stage.name] = {key: record[key] for key in ("stage", "status", "reason", "seconds") if key in record}
+        path.write_text(json.dumps({"machine": record["machine"], "stages": list(summary.values())}, indent=1) + "\n")
         print(f"{stage.name:<10} {record['status']:<10} {record['seconds']:>7.1f} s  {record.get('reason', '')}", flush=True)
         if record["status"] in ("failed", "timed out"):
             print(record["commands"][-1]["tail"][-1000:], flush=True)

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import spat_kernels
+from spat_kernels.precision import tf32_switches
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,15 +65,9 @@ def commit() -> str | None:
 # --- precisions ---
 
 
-@contextmanager
-def numerics(precision: str):
+def numerics(precision: str) -> AbstractContextManager[None]:
     """TF32 in convolutions and matrix products where `precision` is "tf32", else not. (cuDNN's default is TF32.)"""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    return tf32_switches("tf32" if precision == "tf32" else "fp32", "cuda")
 
 
 # --- the clock ---

@@ -1,4 +1,4 @@
-"""What half precision costs an attack: PGD-20 accuracy and the share of zero gradients under every precision and path.
+"""What half precision, the plan and CUDA graphs cost an attack: PGD-20 accuracy and the share of zero gradients under each.
 
     python -m benchmarks.precision --data cifar10.npz --out precision.json
 
@@ -30,8 +30,14 @@ from spat_train.models import create
 from spat_train.train import train
 
 EPS, BATCH = 8 / 255, 250
-WAYS = [("autograd", "fp32"), ("plan", "fp32"), ("plan", "bf16"), ("plan", "fp16")]
 AUTOCAST = [("autograd", "bf16"), ("autograd", "fp16")]
+
+
+def ways(device: str) -> list[tuple[str, str]]:
+    """Path and precision: first the plain one, in fp32, then ours."""
+    cuda = device.startswith("cuda")
+    graphs = [("plan+graph", precision) for precision in ("fp32", "tf32", "bf16", "fp16")] if cuda else []
+    return [("autograd", "fp32"), *(("plan", precision) for precision in ("fp32", "bf16", "fp16")), *graphs]
 
 
 @dataclass
@@ -40,7 +46,7 @@ class Arguments:
 
     Args:
         data: .npz with x_train, y_train, x_test, y_test.
-        out: JSON file to write.
+        out: JSON file to write, after every row.
         model: name of a model.
         train_images, test_images: how many; a tenth of the latter for the standard model.
         epochs: passes over the training images.
@@ -59,6 +65,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     data = load_npz(args.data)
     models = {name: create(args.model, data.num_classes).to(args.device) for name in ("standard", "robust")}
     if args.weights and args.weights.exists():
@@ -72,14 +79,13 @@ def main(args: Arguments) -> None:
     for name, model in models.items():
         images = args.test_images // (10 if name == "standard" else 1)
         x, y = floats(data.test, torch.arange(min(images, len(data.test))), args.device)
-        for path, precision in WAYS + AUTOCAST * (name == "standard"):
+        for path, precision in ways(args.device) + AUTOCAST * (name == "standard"):
             row = {"model": name, "images": len(x), "path": path, "precision": precision} | evaluate(
                 model.eval(), x, y, path, precision
             )
             print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             result["rows"].append(row)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def trained(args: Arguments, data: Dataset, name: str) -> nn.Module:
@@ -95,13 +101,14 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, path: str, precision: str) 
     correct, loss, zero_pixels, zero_samples, started = 0, 0.0, 0, 0, time.perf_counter()
     torch.manual_seed(1)
     for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        settings = {"precision": precision, "input_gradient": path}
+        settings = {"precision": precision, "input_gradient": path.removesuffix("+graph"), "graph": path.endswith("+graph")}
         x_adv = pgd(model, images, labels, EPS, steps=20, step_size=EPS / 10, **settings)
-        with torch.no_grad():
+        with torch.no_grad(), measure.numerics("fp32"):
             logits = model(x_adv)
         correct += int((logits.argmax(1) == labels).sum())
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        zero = first_gradient(model, pgd(model, images, labels, EPS, steps=0), labels, path, precision) == 0
+        start = pgd(model, images, labels, EPS, steps=0)
+        zero = first_gradient(model, start, labels, settings["input_gradient"], precision) == 0
         zero_pixels += int(zero.sum())
         zero_samples += int(zero.flatten(1).all(1).sum())
     return {

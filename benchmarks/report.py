@@ -15,6 +15,7 @@ take at the measured matrix ceiling of the precision, over the time taken; `of r
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -260,6 +261,166 @@ def autoattack(results: dict) -> str:
     return "\n".join(lines) + f"\n\n{how}; batches of {s['batch_size']}, {s['queries']:,} queries. {where(results)}."
 
 
+# --- where the milliseconds go ---
+
+
+def breakdown(results: dict) -> str:
+    """ms of each kind of kernel, the largest kinds first."""
+    found = results["breakdown"]
+    total = {kind: sum(part["kinds"].get(kind, 0.0) for part in found) for part in found for kind in part["kinds"]}
+    kinds = sorted(total, key=total.get, reverse=True)
+    lines = header(["model", "ms of"], ["batch", "in all", *kinds, "launches"])
+    for part in found:
+        times = (f"{part['kinds'].get(kind, 0.0):.2f}" for kind in kinds)
+        lines.append(
+            row(part["model"], part["what"], str(part["batch"]), f"{part['step_ms']:.2f}", *times, f"{part['launches']:.0f}")
+        )
+    return "\n".join(lines) + f"\n\n{results['precision']}. {where(results['machine'])}."
+
+
+# --- the GPU suite ---
+
+
+def suite(results: dict) -> str:
+    lines = header(["stage", "status"], ["s"])
+    lines += [
+        row(s["stage"], f"{s['status']}{': ' * ('reason' in s)}{s.get('reason', '')}", f"{s['seconds']:.0f}")
+        for s in results["stages"]
+    ]
+    return "\n".join(lines) + f"\n\n{where(results['machine'])}."
+
+
+def ran(results: dict) -> str:
+    """Commands that have no numbers, and the last that each said."""
+    lines = header(["command", "status", "last line"], [])
+    for command in results["commands"]:
+        last = (command["tail"].strip().splitlines() or [""])[-1]
+        lines.append(row(f"`{command['command']}`", command["status"], last[:200].replace("|", "/")))
+    return "\n".join(lines) + f"\n\n{where(results['machine'])}."
+
+
+# --- first questions ---
+
+
+def ceilings(results: dict) -> str:
+    """The machine's two ceilings, and the limits of an attack step that follow for each model."""
+    found, precisions = results["ceilings"], list(results["ceilings"]["tflops"])
+    lines = header(["model"], ["GFLOP forward, an image", *(f"{p}: limit, ms a step" for p in precisions)])
+    for name, model in results["models"].items():
+        limits = (f"{1e3 * model['step_limits_s'][p]['roofline']:.2f}" for p in precisions)
+        lines.append(row(name, f"{model['gflop_forward_per_image']:.2f}", *limits))
+    rates = ", ".join(f"{p} {found['matmul'][p]:.3g} ({found['conv'][p]:.3g})" for p in precisions)
+    how = f"Batch {results['batch']}. Copy {found['copy_gbps']:,.0f} GB/s; TFLOP/s of a matrix product (a convolution) {rates}."
+    return "\n".join(lines) + f"\n\n{how} {where(results['machine'])}."
+
+
+def questions(results: dict) -> str:
+    """TFLOP/s of the ways to compute each convolution, with cuDNN's first 10 engines and with all; then what launches cost."""
+    limits = {limit: results.get(f"convolutions, limit {limit}") for limit in (10, 0)}
+    limits = {limit: found for limit, found in limits.items() if isinstance(found, list)}
+    ways = list(dict.fromkeys(way for found in limits.values() for conv in found for way in conv["tflops"]))
+    lines = header(["convolution"], [f"{way}{', all engines' * (limit == 0)}" for limit in limits for way in ways])
+    for same in zip(*limits.values(), strict=True):
+        c = same[0]
+        rates = (conv["tflops"].get(way, "") for conv in same for way in ways)
+        name = f"{c['kernel']}x{c['kernel']} {c['ins']}->{c['outs']} /{c['stride']} @{c['size']}"
+        lines.append(row(name, *(f"{rate:.3g}" if isinstance(rate, float) else "-" * bool(rate) for rate in rates)))
+    launches = [f"{name} {us:.2f}" for name, us in results["host_us"].items()]
+    notes = [f"TFLOP/s, {results['precision']}, batch {results['batch']}. µs of the host a call: {', '.join(launches)}."]
+    if nodes := {k: v for k, v in results["graph_nodes"].items() if isinstance(v, dict)}:
+        told = (f"{size} {v['node_us']:.2f} (alone {v['eager_us']:.2f})" for size, v in nodes.items())
+        notes.append(f"µs a node of a CUDA graph: {', '.join(told)}.")
+    return "\n".join(lines) + f"\n\n{' '.join(notes)} {where(results['machine'])}."
+
+
+# --- predictions ---
+
+
+def step_ms(model: str, precision: str, provider: str) -> Callable[[list[dict]], float | None]:
+    """Of an attack on a batch of 256."""
+
+    def find(results: list[dict]) -> float | None:
+        wanted = {"model": model, "batch": 256, "precision": precision, "provider": provider, "status": "timed"}
+        for part in results:
+            for cell in part.get("cells", []):
+                if wanted.items() <= cell.items():
+                    return 1e3 * cell["median"] / part["settings"]["steps"]
+        return None
+
+    return find
+
+
+def faster(model: str, than: str) -> Callable[[list[dict]], float | None]:
+    """How many times as fast as `than` the plan under a graph is, in bf16."""
+
+    def find(results: list[dict]) -> float | None:
+        ours, theirs = (step_ms(model, "bf16", provider)(results) for provider in ("spat plan+graph", than))
+        return theirs / ours if ours and theirs else None
+
+    return find
+
+
+def of_loop(method: str, value: Callable[[dict], float]) -> Callable[[list[dict]], float | None]:
+    """Of the trainer in bf16."""
+
+    def find(results: list[dict]) -> float | None:
+        loops = [loop for part in results for loop in part.get("loops", [])]
+        return next((value(r) for r in loops if (r["method"], r["precision"]) == (method, "bf16")), None)
+
+    return find
+
+
+PREDICTIONS = {  # made before there was a GPU: what, predicted, where it is measured
+    "WRN-34-10, batch 256, ms a step: plain loop, fp32": (134, step_ms("wrn-34-10", "fp32", "loop")),
+    "the same in TF32": (45, step_ms("wrn-34-10", "tf32", "loop")),
+    "the same in bf16: autocast, channels_last": (18.7, step_ms("wrn-34-10", "bf16", "autocast loop")),
+    "... and torch.compile with CUDA graphs": (16.1, step_ms("wrn-34-10", "bf16", "compiled autocast loop")),
+    "... this plan under a CUDA graph": (15.3, step_ms("wrn-34-10", "bf16", "spat plan+graph")),
+    "ResNet-18, batch 256, bf16: times as fast as torch.compile with CUDA graphs":
+        (1.4, faster("resnet-18", "compiled autocast loop")),
+    "WRN-34-10, batch 128, bf16: s an epoch of Madry": (35, of_loop("madry", lambda r: r["epoch_seconds"])),
+    "... of MART": (41, of_loop("mart", lambda r: r["epoch_seconds"])),
+    "... of TRADES": (42, of_loop("trades", lambda r: r["epoch_seconds"])),
+    "... % of an epoch that a checkpoint takes":
+        (4, of_loop("madry", lambda r: 100 * r["epoch_parts"]["save"] / r["epoch_seconds"])),
+    "... % of a step that MART's loss takes": (0.3, of_loop("mart", lambda r: 100 * r["head_seconds"] / r["step_seconds"])),
+}  # fmt: skip
+
+
+def predictions(folder: Path) -> str:
+    """Each prediction beside what the results in `folder` say."""
+    found = [results_of(path) for path in sorted(folder.glob("*.json"))]
+    flat = [part for results in found for part in (results if isinstance(results, list) else [results]) if part]
+    lines = header(["prediction"], ["predicted", "measured", "measured / predicted"])
+    for what, (predicted, measure) in PREDICTIONS.items():
+        value = measure(flat)
+        measured = ["not yet", ""] if value is None else [f"{value:.3g}", f"{value / predicted:.2f}"]
+        lines.append(row(what, f"{predicted:g}", *measured))
+    return "\n".join(lines)
+
+
+# --- the thesis ---
+
+
+def thesis(results: dict) -> str:
+    """Each training's accuracies above the thesis's, what it did otherwise, and how fast it went."""
+    trainings = results["thesis"]
+    columns = list(dict.fromkeys(name for t in trainings for name in (*t["thesis"], *t["evaluation"])))
+    lines = header(["defence", ""], ["epochs", *columns, "images/s"])
+    for t in trainings:
+        epochs = f"{t['epochs']}" if t["trained"] >= t["epochs"] else f"{t['trained']:.2f} of {t['epochs']}"
+        found = (f"{t['evaluation'][name]['accuracy']:.2f}" if name in t["evaluation"] else "" for name in columns)
+        lines.append(row(t["title"], t["model"], epochs, *found, f"{t['images_per_second'] or 0:,.0f}"))
+        published = (f"{t['thesis'][name]:.2f}" if name in t["thesis"] else "" for name in columns)
+        lines.append(row("", "thesis: WRN-34-10", "90", *published, ""))
+    differs = {", ".join(t["differs"]): t["model"] for t in trainings if t["differs"]}
+    otherwise = [f"{model} was trained otherwise than in the thesis (in brackets): {how}." for how, model in differs.items()]
+    counts = {name: e["images"] for t in trainings for name, e in t["evaluation"].items()}
+    tested = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    how = f"Test images: {tested or 'none yet'}; images/s of the training, attacks included. {where(results['machine'])}."
+    return "\n".join([*lines, "", *otherwise, how])
+
+
 # --- pages ---
 
 
@@ -284,6 +445,12 @@ KINDS = {
     "loops": (overhead, overhead),
     "paths": (data, data),
     "trainings": (evidence, evidence),
+    "thesis": (thesis, thesis),
+    "breakdown": (breakdown, breakdown),
+    "host_us": (questions, questions),
+    "models": (ceilings, ceilings),
+    "stages": (suite, suite),
+    "commands": (ran, ran),
     "judges": (judges, judges),
     "autoattack": (autoattack, autoattack),
     "benchmarks": (kernels, kernels),
@@ -297,12 +464,16 @@ def tables(results: dict | list, full: bool) -> str:
     return next(KINDS[key][full](results) for key in KINDS if key in results)
 
 
+def results_of(path: Path) -> dict | list:
+    """Of a stage of the GPU suite, or of a file that is results itself."""
+    results = json.loads(path.read_text())
+    return results.get("results", results) if isinstance(results, dict) else results
+
+
 def main(files: list[Path], page: Path | None) -> None:
-    written = False
+    written = page and write(page, "benchmarks:h200:predictions", predictions(RESULTS / "h200"))
     for path in files or sorted(RESULTS.glob("*/*.json")):
-        results = json.loads(path.read_text())
-        if isinstance(results, dict):
-            results = results.get("results", results)  # a stage of the GPU suite, or the results themselves
+        results = results_of(path)
         if page:
             written |= write(page, marker(path), tables(results, full=False))
         else:

@@ -3,13 +3,19 @@
 import json
 import multiprocessing
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import attack, data, gpu_suite, measure, overhead, plots, report, training, workmodel
+from benchmarks import attack, breakdown, data, gpu_suite, measure, overhead, plots, report, table61, training, workmodel
 from benchmarks.attack import Judge, Provider, calibrated, photographs, plain_loop
 from benchmarks.cases import CASES, Case, Work
 from benchmarks.training import Authors
@@ -270,6 +276,36 @@ def test_overhead_table():
     assert row in report.overhead(results) and "m, batch 64, PGD-10, 640 images" in report.overhead(results)
 
 
+def test_breakdown_accounts_for_a_call():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 300, 300), torch.randn(300, 300)
+    found = breakdown.taken_apart(lambda: [(a @ b).relu_() for _ in range(4)], "cpu", steps=4, seconds=0.01)
+    assert list(found["kinds"])[0] == "matrix product" and found["kinds"]["pointwise"] > 0
+    assert found["longest"][0]["calls"] == 1 and found["launches"] >= 2
+    assert sum(found["kinds"].values()) == pytest.approx(sum(k["ms"] for k in found["longest"]), rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("void spat::(anonymous namespace)::linf_step_kernel<float, float, 4>(spat::Step)", "spat"),
+        ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>", "layout"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
+        ("sm80_xmma_dgrad_implicit_gemm_indexed_tf32f32", "convolution"),
+        ("nvjet_hsh_64x8_64x16_1x2_h_bz_TNT", "matrix product"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "pointwise"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>", "optimiser"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert breakdown.kind_of(name) == kind
+
+
+def test_busy_time_counts_overlaps_once():
+    assert breakdown.busy([("a", 0.0, 2.0), ("b", 1.0, 2.0), ("c", 10.0, 1.0), ("d", 10.2, 0.5)]) == 4.0
+
+
 def test_data_paths(tmp_path, capsys):
     pytest.importorskip("torchvision", reason="needs torchvision", exc_type=Exception)
     out = tmp_path / "data.json"
@@ -340,31 +376,95 @@ def test_limits():
 # --- the GPU suite ---
 
 
+def python(script: str, *arguments: str) -> str:
+    return shlex.join(["PYTHON", "-c", script, *arguments])
+
+
 def test_suite_records_failures_and_timeouts(tmp_path):
-    python = [sys.executable, "-c"]
     script = "import sys, time; open(sys.argv[1], 'w').write('{\"a\": 1}'); print('so far'); sys.stdout.flush(); time.sleep(60)"
-    slow = gpu_suite.run(gpu_suite.Stage("slow", 1, [[*python, script, "RESULT"]]), tmp_path, 5)
+    slow = gpu_suite.run(gpu_suite.Stage("slow", 1, [python(script, "RESULT")]), tmp_path, 5)
     assert (slow["status"], slow["results"]) == ("timed out", {"a": 1}) and slow["seconds"] < 30
-    failing = [[*python, "print('why'); raise SystemExit(3)"], [*python, "print('the next still runs')"]]
+    failing = [python("print('why'); raise SystemExit(3)"), python("print('the next still runs')")]
     failed = gpu_suite.run(gpu_suite.Stage("failed", 1, failing), tmp_path, 30)
     assert failed["status"] == "failed" and [c["exit"] for c in failed["commands"]] == [3, 0]
+    assert "the next still runs" in report.tables(failed, full=False)
     script = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
-    two = gpu_suite.run(gpu_suite.Stage("two", 1, [[*python, script, "RESULT", text] for text in ("1", "[2]")]), tmp_path, 30)
+    two = gpu_suite.run(gpu_suite.Stage("two", 1, [python(script, "RESULT", text) for text in ("1", "[2]")]), tmp_path, 30)
     assert (two["status"], two["results"]) == ("ok", [1, [2]])
     assert "why" in failed["commands"][0]["tail"] and "so far" in slow["commands"][0]["tail"]
     absent = gpu_suite.run(gpu_suite.Stage("absent", 1, [], needs="no-such-program"), tmp_path, 30)
     assert absent["status"] == "skipped" and "no-such-program" in absent["reason"]
+    lacking = gpu_suite.run(gpu_suite.Stage("lacking", 1, [python(script, "DATA")]), tmp_path, 30)
+    assert (lacking["status"], lacking["reason"]) == ("skipped", "no --data")
+
+
+@pytest.fixture
+def tiny_npz(tmp_path) -> Path:
+    path = tmp_path / "tiny.npz"
+    images = random_images(120)
+    np.savez(path, x_train=images.pixels, y_train=images.labels, x_test=images.pixels[:20], y_test=images.labels[:20])
+    return path
 
 
 @pytest.mark.slow
-def test_suite_rehearsal(tmp_path):
-    suite = [sys.executable, "-m", "benchmarks.gpu_suite", "--rehearse", "--minutes", "20", "--out", str(tmp_path)]
+def test_suite_rehearsal(tmp_path, tiny_npz):
+    """All stages, in two commands into one folder; every result has a table."""
+    out = tmp_path / "out"
+    suite = [sys.executable, "-m", "benchmarks.gpu_suite", "--rehearse", "--minutes", "20", "--out", str(out)]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
-    subprocess.run(suite, check=True, cwd=measure.ROOT, env=own)
-    stages = {stage["stage"]: stage for stage in json.loads((tmp_path / "suite.json").read_text())["stages"]}
-    for name, count in (("kernels", 0), ("training", 3), ("questions", 2), ("attack", 0), ("memory", 0)):
-        results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
-        assert stages[name]["status"] == "ok" and (len(results) == count if count else isinstance(results, dict))
+    names = [stage.name for stage in gpu_suite.stages(rehearse=True)]
+    for part in (["--data", str(tiny_npz), "--stages", *names[:3]], ["--stages", *names[3:]]):
+        subprocess.run([*suite, *part], check=True, cwd=measure.ROOT, env=own)
+    summary = json.loads((out / "suite.json").read_text())
+    status = {stage["stage"]: stage["status"] for stage in summary["stages"]}
+    assert list(status) == names and "| attack | ok |" in report.tables(summary, full=False)
+    for name, count in (("agreement", 0), ("kernels", 0), ("training", 3), ("questions", 2), ("attack", 0), ("memory", 0)):
+        results = json.loads((out / f"{name}.json").read_text())["results"]
+        assert status[name] == "ok" and (len(results) == count if count else isinstance(results, dict))
+        assert report.tables(results, full=True) and report.tables(results, full=False)
     if not torch.cuda.is_available():
-        assert stages["tests"] | {"seconds": 0} == {"stage": "tests", "status": "skipped", "reason": "no GPU", "seconds": 0}
-    assert len(list(tmp_path.iterdir())) <= 8  # as many as come back from a lent machine
+        assert status["tests"] == status["sanitizer"] == "skipped"
+    assert "WRN-34-10, batch 256" in report.predictions(out)
+
+
+def test_predictions_beside_measurements(tmp_path):
+    assert report.predictions(tmp_path).count("not yet") == len(report.PREDICTIONS)
+    cell = {"model": "wrn-34-10", "batch": 256, "precision": "bf16", "provider": "spat plan+graph", "status": "timed"}
+    attack = {"cells": [cell | {"median": 0.306}], "settings": {"steps": 20}}
+    (tmp_path / "attack.json").write_text(json.dumps({"stage": "attack", "results": attack}))
+    loop = {"method": "madry", "precision": "bf16", "epoch_seconds": 70, "epoch_parts": {"save": 1.4}, "head_seconds": 0}
+    (tmp_path / "training.json").write_text(json.dumps({"results": [{"loops": [loop]}, None]}))
+    table = report.predictions(tmp_path)
+    assert "| ... this plan under a CUDA graph | 15.3 | 15.3 | 1.00 |" in table
+    assert "s an epoch of Madry | 35 | 70 | 2.00 |" in table and "checkpoint takes | 4 | 2 | 0.50 |" in table
+
+
+# --- Table 6.1 ---
+
+
+@pytest.mark.slow
+def test_table61(tmp_path, tiny_npz, monkeypatch):
+    """A row is trained and tested, another is cut short; a later command adds to the file."""
+    out = tmp_path / "table61.json"
+
+    def run(*rows: str, **options) -> list[dict]:
+        small = {"model": "small-cnn", "epochs": 1, "precision": "fp32", "autoattack_images": 4, "queries": 5, "jobs": 2}
+        table61.main(table61.Arguments(tiny_npz, out, tmp_path / "runs", list(rows), **small | options))
+        return json.loads(out.read_text())["thesis"]
+
+    (row,) = run("mart+spat")
+    assert row["title"] == "MART+SPAT(.3)" and "epochs 1 (90)" in row["differs"] and len(row["validations"]) == 1
+    assert {name: e["images"] for name, e in row["evaluation"].items()} == dict.fromkeys(row["thesis"], 20) | {"AutoAttack": 4}
+    assert row["evaluation"]["PGD-20"]["accuracy"] <= row["evaluation"]["natural"]["accuracy"]
+    assert row["thesis"]["natural"] == 81.93
+    shutil.rmtree(tmp_path / "runs")
+    saved = tmp_path / "runs" / "small-cnn-trades" / "last.pt"  # time is over when there is something to save
+    monkeypatch.setattr(table61, "time", SimpleNamespace(sleep=time.sleep, monotonic=lambda: 100.0 * saved.exists()))
+    rows = run("trades", epochs=1000, minutes=1)
+    assert [r["row"] for r in rows] == ["mart+spat", "trades"] and rows[0] == row
+    assert not rows[1]["evaluation"] and rows[1]["trained"] < 1000
+    table = report.thesis(json.loads(out.read_text()))
+    assert "| MART+SPAT(.3) | small-cnn | 1 |" in table and " of 1000 |" in table
+    assert "| thesis: WRN-34-10 | 90 | 81.93 | 61.87 | 59.59 | 51.57 |" in table
+    with pytest.raises(SystemExit, match="--rows spat: choose from madry"):
+        run("spat")

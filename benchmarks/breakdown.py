@@ -1,0 +1,147 @@
+"""Where the milliseconds of an attack step, and of a training update, go: `python -m benchmarks.breakdown --out breakdown.json`.
+
+Runs whole attacks by the plan (on the GPU in a CUDA graph) and whole updates of the trainer under torch.profiler, and sorts the
+time of every kernel (on the CPU: of every operator, less what it calls) by what it does. `idle` is the time in which the GPU ran
+nothing: gaps between launches or graph nodes. The profiler slows the host, not the kernels, so `step_ms` is measured without it.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import measure, report
+from benchmarks.attack import CLASSES, calibrated, photographs
+from benchmarks.measure import numerics
+from benchmarks.training import Ours, settings
+from spat_kernels import PGD, graphs
+from spat_train.models import create
+
+# By the first pattern that a kernel's or an operator's name has; cuDNN's kernels are named after their engines.
+KINDS = {
+    "spat": r"spat|linf_|_grad_kernel|scale_shift_relu|split_image|crop_flip|keep_best|random_start",
+    "layout": r"nchwToNhwc|nhwcToNchw|transpose|Transform|contiguous|channels_last",
+    "convolution": r"conv|cudnn|implicit|winograd|fprop|dgrad|wgrad",
+    "matrix product": r"gemm|gemv|addmm|linear|\bmm\b|matmul|nvjet|cutlass|xmma",
+    "batch norm": r"batch_norm|bn_fw|bn_bw|batchnorm",
+    "copy": r"Memcpy|Memset|copy_|fill_|to_copy",
+    "optimiser": r"multi_tensor|foreach|fused_sgd",
+    "reduction": r"reduce|softmax|pool|sum|mean|norm",
+    "pointwise": r"elementwise|vectorized|unrolled|add|mul|relu|threshold|clamp|sign|where|triton",
+}
+TOP = 8  # kernels that are listed
+
+
+@dataclass
+class Options:
+    """Where the milliseconds go."""
+
+    models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18"])
+    batches: list[int] = field(default_factory=lambda: [256, 128])
+    """Of the attack; the update has the last of them."""
+    precision: str = "bf16"
+    method: str = "mart"
+    """Of the update."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    steps: int = 10
+    seconds: float = 0.3
+    """To measure each step without the profiler for."""
+    out: Path | None = None
+    """Write the results here, after every model."""
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def spans(call: Callable[[], object], device: str) -> list[tuple[str, float, float]]:
+    """Name, start and time of each kernel of a call, in ms; on the CPU of each operator, whose times do not overlap."""
+    cuda = device.startswith("cuda")
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+        call()
+        measure.synchronize(device)
+    events = [e for e in profiler.events() if e.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU)]
+    if cuda:
+        return [(e.name, e.time_range.start / 1e3, e.time_range.elapsed_us() / 1e3) for e in events]
+    return [(e.name, e.time_range.start / 1e3, e.self_cpu_time_total / 1e3) for e in events]
+
+
+def busy(found: list[tuple[str, float, float]]) -> float:
+    """ms in which at least one kernel ran."""
+    total, end = 0.0, float("-inf")
+    for _, start, taken in sorted(found, key=lambda span: span[1]):
+        total += max(0.0, start + taken - max(start, end))
+        end = max(end, start + taken)
+    return total
+
+
+def taken_apart(call: Callable[[], object], device: str, steps: int, seconds: float) -> dict:
+    """ms a step of `call`, which takes `steps`: as measured, by kind of kernel, and of the longest kernels."""
+    for _ in range(3):  # the second attack of a kind is captured as a graph
+        call()
+    step = 1e3 * measure.seconds_per_call(call, device, seconds) / steps
+    found = spans(call, device)
+    kinds, kernels, calls = defaultdict(float), defaultdict(float), defaultdict(int)
+    for name, _, taken in found:
+        kinds[kind_of(name)] += taken / steps
+        kernels[name[:120]] += taken / steps
+        calls[name[:120]] += 1
+    if device.startswith("cuda"):
+        kinds["idle"] = max(0.0, step - busy(found) / steps)
+    longest = sorted(kernels, key=kernels.get, reverse=True)[:TOP]
+    return {
+        "step_ms": step,
+        "launches": len(found) / steps,
+        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "longest": [{"name": name, "kind": kind_of(name), "calls": calls[name] / steps, "ms": kernels[name]} for name in longest],
+    }
+
+
+def attack_parts(name: str, batch: int, options: Options) -> dict:
+    x = photographs(batch, 32).to(options.device)
+    model = calibrated(name, x[:128])
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    cuda = options.device.startswith("cuda")
+    attack = PGD(8 / 255, steps=options.steps, precision=options.precision, input_gradient="plan", graph=cuda)
+    try:
+        return taken_apart(lambda: attack(model, x, y), options.device, options.steps, options.seconds)
+    finally:
+        graphs.free(model)
+
+
+def update_parts(name: str, batch: int, options: Options) -> dict:
+    torch.manual_seed(0)
+    model = create(name, CLASSES).to(options.device)
+    config = settings(name, batch, options.method, options.precision, options.device, options.steps)
+    x, y = photographs(batch, 32).to(options.device), torch.randint(CLASSES, (batch,), device=options.device)
+    update = Ours(model, config)
+    return taken_apart(lambda: update(x, y), options.device, 1, options.seconds)
+
+
+def main(options: Options) -> None:
+    torch.backends.cudnn.benchmark = True
+    results = {"machine": measure.describe(options.device), "precision": options.precision, "breakdown": []}
+    for name in options.models:
+        parts = [("an attack step", batch, attack_parts) for batch in options.batches]
+        parts += [(f"an update, {options.method}, PGD-{options.steps}", options.batches[-1], update_parts)]
+        for what, batch, parts_of in parts:
+            with numerics(options.precision):
+                found = parts_of(name, batch, options)
+            results["breakdown"].append({"model": name, "batch": batch, "what": what} | found)
+            if options.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.breakdown(results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

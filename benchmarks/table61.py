@@ -1,0 +1,197 @@
+"""Table 6.1 at a scale of minutes: `python -m benchmarks.table61 --data cifar10.npz --out benchmarks/results/h200/table61.json`.
+
+Trains the five rows of the thesis's Table 6.1 as its presets say, but with ResNet-18, a one-cycle schedule of few epochs and bf16
+arithmetic, and evaluates each: the table's columns on all test images, AutoAttack on some. Each row is a process of its own; what
+the folders in --runs hold is written to --out every few seconds, so that a run that is cut short still counts. The same command
+goes on from there, and other --rows and --model add to the same file:
+
+    python -m benchmarks.table61 --data cifar10.npz --out table61.json --model wrn-34-10 --rows mart+spat --epochs 6
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from benchmarks import measure, report
+from spat_train import files, logs
+from spat_train.checkpoints import load_model
+from spat_train.config import Config
+from spat_train.data import load_npz
+from spat_train.evaluate import evaluate
+from spat_train.presets import PRESETS
+from spat_train.runs import Run, differences, find_runs, title
+from spat_train.signals import Stopped, StopWish
+from spat_train.sources import TABLES
+from spat_train.train import train
+
+TABLE = TABLES["6.1"]
+COLUMNS = {cell.attack: cell.column for cell in TABLE.cells}
+GRACE = 60  # seconds that a row has to save, once it is told to stop
+EVERY = 2.0  # seconds between looks at the folders
+
+
+@dataclass
+class Arguments:
+    """Table 6.1 at a scale of minutes."""
+
+    data: Path
+    """CIFAR-10 as an .npz file."""
+    out: Path
+    """JSON file to write."""
+    runs: Path = Path("runs")
+    """Where the folders of the runs go, one for each row and model."""
+    rows: list[str] = field(default_factory=lambda: list(TABLE.runs))
+    """Of madry, trades, mart, trades+spat, mart+spat."""
+    model: str = "resnet-18"
+    epochs: int = 20
+    """Of the one-cycle schedule."""
+    lr: float = 0.1
+    """Its peak."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    """Of updates and of the attacks in training."""
+    test_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Of the attacks in the evaluation; what a model predicts is always computed in fp32."""
+    autoattack_images: int = 1000
+    """Test images under AutoAttack, the first ones; 0: none."""
+    batch_size: int = 500
+    """Images attacked at once in the evaluation."""
+    jobs: int = 1
+    """Rows at work at the same time: above 1 the next trains while one is evaluated, and their times are not a machine's best."""
+    limit: int | None = None
+    """Use at most so many training and test images: for rehearsals."""
+    queries: int = 5000
+    """Of Square, in AutoAttack: fewer for rehearsals."""
+    minutes: float = float("inf")
+    """Stop, with everything saved, after so long."""
+
+
+def settings(args: Arguments, row: str) -> Config:
+    preset = PRESETS[f"table6.1/{row}"]
+    return replace(
+        preset, preset="", model=args.model, epochs=args.epochs, schedule="one-cycle", lr=args.lr,
+        precision=args.precision, data=str(args.data), limit=args.limit, out=args.runs / f"{args.model}-{row}", resume=True,
+        test=False, tensorboard=False,
+    )  # fmt: skip
+
+
+# ---- one row, in a process of its own
+
+
+def work(args: Arguments, row: str) -> None:
+    """Train and evaluate, each from where it was left."""
+    try:
+        config = settings(args, row)
+        train(config)
+        evaluate_run(args, config.out)
+    except Stopped as stopped:
+        print(f"{args.model} {row}: {stopped}", file=sys.stderr)
+
+
+def evaluate_run(args: Arguments, folder: Path) -> None:
+    """Write evaluation.json into the folder of the run, after every part."""
+    data = load_npz(args.data)
+    data = data.limited(args.limit, seed=0) if args.limit else data
+    model, config = load_model(folder, data)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    count = len(data.test)
+    parts = {",".join(COLUMNS): count}
+    if args.autoattack_images:
+        parts[f"autoattack:queries={args.queries}"] = min(args.autoattack_images, count)
+    found = {}
+    with StopWish().heard() as wish:
+
+        def between() -> None:
+            if wish.number:
+                raise Stopped(wish.number, "stopped while it was evaluated: the same command goes on from there")
+
+        for number, (attacks, images) in enumerate(parts.items()):
+            result = evaluate(
+                model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(images), between=between,
+                batch_size=args.batch_size, folder=folder / f"evaluation-{number}", precision=args.test_precision,
+                bar=folder.name,
+            )  # fmt: skip
+            for name in result.attacks:
+                column = COLUMNS.get(name, "AutoAttack")
+                if column not in found:  # "clean" is part of both
+                    low, high = result.interval(name)
+                    found[column] = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": images}
+            files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
+
+
+# ---- all of them
+
+
+def collected(folder: Path, before: list[dict]) -> list[dict]:
+    """What the runs in `folder` have come to, after those of `before` that are not there."""
+    rows = {(row["model"], row["row"]): row for row in before + [row_of(run) for run in find_runs(folder)]}
+    return list(rows.values())
+
+
+def earlier(out: Path, device: str) -> list[dict]:
+    """The rows that `out` has already, from such a machine."""
+    results = json.loads(out.read_text()) if out.exists() else {}
+    return results["thesis"] if results and results["machine"]["device"] == device else []
+
+
+def row_of(run: Run) -> dict:
+    row = run.config.method + ("+spat" if run.config.alpha else "")
+    rates = [event["images_per_second"] for event in logs.read(run.folder, "train")]
+    evaluation = run.folder / "evaluation.json"
+    return {
+        "row": row, "title": title(run.config), "model": run.config.model, "epochs": run.config.epochs, "trained": run.epochs,
+        "images_per_second": max(rates, default=None), "validations": logs.read(run.folder, "validation"),
+        "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else {},
+        "thesis": {cell.column: cell.accuracy for cell in TABLE.cells if cell.target == row},
+        "differs": differences(run, PRESETS[f"table6.1/{row}"]), "config": run.config.to_dict(),
+    }  # fmt: skip
+
+
+def main(args: Arguments) -> None:
+    if unknown := set(args.rows) - set(TABLE.runs):
+        raise SystemExit(f"--rows {' '.join(unknown)}: choose from {', '.join(TABLE.runs)}")
+    args.runs.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = {"machine": measure.describe(device), "settings": {"jobs": args.jobs, "test_precision": args.test_precision}}
+    before = earlier(args.out, results["machine"]["device"])
+    deadline, waiting, running, failed = time.monotonic() + 60 * args.minutes, list(args.rows), {}, []
+    context = multiprocessing.get_context("spawn")
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            row = waiting.pop(0)
+            running[row] = context.Process(target=work, args=(args, row))
+            running[row].start()
+        time.sleep(EVERY)
+        for row in [row for row, process in running.items() if not process.is_alive()]:
+            failed += [row] * (running.pop(row).exitcode != 0)
+        if time.monotonic() > deadline:
+            stop(running.values())
+            waiting = []
+        results["thesis"] = collected(args.runs, before)
+        files.write(args.out, (json.dumps(results, indent=1) + "\n").encode())
+    print(report.thesis(results))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; what they said is above")
+
+
+def stop(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.terminate()  # it saves, then ends
+    end = time.monotonic() + GRACE
+    for process in processes:
+        process.join(max(end - time.monotonic(), 0))
+        if process.is_alive():
+            process.kill()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
