@@ -68,8 +68,6 @@ def providers(device: str, steps: int = 10) -> list[Provider]:
     cuda = device.startswith("cuda")
     full, half = ["fp32", "tf32"] if cuda else ["fp32"], ["bf16", "fp16"]
     paths = {"spat eager": ("autograd", False), "spat plan": ("plan", False)}
-    if cuda:
-        paths["spat plan+graph"] = ("plan", True)
     mode = "reduce-overhead" if cuda else "default"
 
     def spat(precision, path, graph):
@@ -79,8 +77,15 @@ def providers(device: str, steps: int = 10) -> list[Provider]:
 
         return build
 
+    # On a GPU the graph is what is used; what the plan and the graph each bring, one precision tells.
     found = [
-        Provider(name, precision, spat(precision, *path), ours=True) for precision in full + half for name, path in paths.items()
+        Provider(name, precision, spat(precision, *path), ours=True)
+        for precision in full + half
+        for name, path in paths.items()
+        if precision == "bf16" or not cuda
+    ]
+    found += [
+        Provider("spat plan+graph", precision, spat(precision, "plan", True), ours=True) for precision in (full + half) * cuda
     ]
     found += [Provider("loop", precision, lambda model: plain_loop(model, steps)) for precision in full]
     found += [

@@ -46,7 +46,9 @@ SUITE = {
     "breakdown": ["breakdown"],
     "training": [
         "overhead --model wrn-34-10 --batch 128 --precisions bf16 --updates 60 --warm-up 10 --minutes LIMIT",
-        "training --model wrn-34-10 --batch 128 --precisions fp32 tf32 bf16 fp16 --seconds 2 --minutes LIMIT",
+        "training --model wrn-34-10 --batch 128 --precisions fp32 tf32 bf16 fp16 --methods madry --seconds 1",
+        "training --model wrn-34-10 --batch 128 --precisions fp32 tf32 bf16 --methods trades mart --seconds 1 "
+        "--providers spat_train authors autocast --minutes LIMIT",
         "data --npz DATA --images 20000 --workers 8 --seconds 3",
     ],
     "questions": ["workmodel --precisions fp32 tf32 bf16 fp16", "questions --models wrn-34-10 resnet-18"],
@@ -109,11 +111,11 @@ def stages(rehearse: bool) -> list[Stage]:
         Stage("tests", 4, [f"{PYTEST} tests -m gpu{parallel}"], needs_gpu=True),
         Stage("sanitizer", 3, sanitizer, separate, needs_gpu=True, needs="compute-sanitizer"),
         Stage("agreement", 3, modules["agreement"]),
-        Stage("attack", 9, modules["attack"]),
+        Stage("attack", 12, modules["attack"]),
         Stage("breakdown", 1, modules["breakdown"]),
-        Stage("training", 7, modules["training"]),
-        Stage("kernels", 3, [kernels]),
-        Stage("questions", 3, modules["questions"]),
+        Stage("training", 8, modules["training"]),
+        Stage("kernels", 2, [kernels]),
+        Stage("questions", 2, modules["questions"]),
         Stage("memory", 1, modules["memory"]),
     ]
 

@@ -370,12 +370,25 @@ def of_loop(method: str, value: Callable[[dict], float]) -> Callable[[list[dict]
     return find
 
 
+def convolution_rate(results: list[dict]) -> float | None:
+    """Of WRN-34-10's convolutions in an attack step on 256 images, in percent of the matrix ceiling."""
+    cells = [
+        c
+        for part in results
+        for c in part.get("cells", [])
+        if (c["model"], c["batch"], c["precision"]) == ("wrn-34-10", 256, "bf16")
+    ]
+    steps = [p for part in results for p in part.get("breakdown", []) if (p["model"], p["batch"]) == ("wrn-34-10", 256)]
+    return 1e5 * cells[0]["limit"]["conv"] / steps[0]["kinds"]["convolution"] if cells and steps else None
+
+
 PREDICTIONS = {  # made before there was a GPU: what, predicted, where it is measured
     "WRN-34-10, batch 256, ms a step: plain loop, fp32": (134, step_ms("wrn-34-10", "fp32", "loop")),
     "the same in TF32": (45, step_ms("wrn-34-10", "tf32", "loop")),
     "the same in bf16: autocast, channels_last": (18.7, step_ms("wrn-34-10", "bf16", "autocast loop")),
     "... and torch.compile with CUDA graphs": (16.1, step_ms("wrn-34-10", "bf16", "compiled autocast loop")),
     "... this plan under a CUDA graph": (15.3, step_ms("wrn-34-10", "bf16", "spat plan+graph")),
+    "... its convolutions, % of a matrix product's speed": (70, convolution_rate),
     "ResNet-18, batch 256, bf16: times as fast as torch.compile with CUDA graphs":
         (1.4, faster("resnet-18", "compiled autocast loop")),
     "WRN-34-10, batch 128, bf16: s an epoch of Madry": (35, of_loop("madry", lambda r: r["epoch_seconds"])),
