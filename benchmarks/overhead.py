@@ -3,7 +3,8 @@
 Runs the trainer itself on an epoch of random images, stops it after some steps as a signal would, and takes their time apart:
 the attack, the forward and backward of the objective, the optimiser, and all that is around them, which is batches, seeds,
 learning rate, reading the loss, logs, the progress bar and signals. What comes once an epoch (its order, TensorBoard, a
-checkpoint) is spread over its steps. By the host's clock: on a GPU, work in flight counts where it is waited for.
+checkpoint) is spread over its steps. The host of a GPU runs ahead, so there events tell when the device came to a part and when
+it was through: a part has what the device worked and what it had to wait for launches.
 """
 
 import json
@@ -31,20 +32,38 @@ from spat_train.train import gpu_arithmetic
 
 
 class Clock:
-    """Seconds spent in calls, by name. Calls inside of others count in both."""
+    """Seconds spent in calls, by name: the host's, or those that a GPU is between their first kernel and their last. Calls inside
+    of others count in both."""
 
-    def __init__(self):
+    def __init__(self, device: str):
+        self.cuda, self.events = device.startswith("cuda"), []
         self.seconds: dict[str, float] = defaultdict(float)
 
     def around(self, name: str, call: Callable) -> Callable:
         def timed(*args, **kwargs):
-            start = time.perf_counter()
+            start = self._now()
             try:
                 return call(*args, **kwargs)
             finally:
-                self.seconds[name] += time.perf_counter() - start
+                self.events.append((name, start, self._now()))
 
         return timed
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """All so far. Waits for the GPU."""
+        for name, start, end in self.events:
+            if self.cuda:
+                end.synchronize()
+            self.seconds[name] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
+        self.events.clear()
+        return dict(self.seconds)
 
     def around_items(self, name: str, iterator: Iterator) -> Iterator:
         following = self.around(name, lambda: next(iterator, None))
@@ -59,7 +78,7 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
         dict: `step_seconds`, per step; `parts`, what of that went where; `epoch_parts`, what an epoch takes beside its steps;
         `epoch_seconds`; `head_seconds`, the loss without the model, forward and backward; `steps_per_epoch`.
     """
-    wish, clock, device = StopWish(), Clock(), config.device
+    wish, clock, device = StopWish(), Clock(config.device), config.device
     run = trainer(config, images, wish, folder)
     # "update" is around the optimiser's calls, "between" around the stop's save.
     run.attack = clock.around("attack", run.attack)
@@ -74,9 +93,10 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
     run.loader.epoch = lambda *args: clock.around_items("loader", batches(*args))
 
     def counted_step(*batch) -> None:
-        if len(marks) in (0, warm_up, warm_up + updates):
+        waits = len(marks) in (0, warm_up, warm_up + updates)
+        if waits:
             measure.synchronize(device)
-        marks.append((time.perf_counter(), dict(clock.seconds)))
+        marks.append((time.perf_counter(), clock.read() if waits else {}))
         if len(marks) > warm_up + updates:
             wish.number = signal.SIGTERM
         step(*batch)
@@ -92,7 +112,7 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
     total = (end - begin) / updates
     parts["forward, backward"] = parts.pop("update") - parts["optimizer"]
     parts["rest"] = total - sum(parts.values())
-    once = {"start": marks[0][0] - start, "save": clock.seconds["save"]}
+    once = {"start": marks[0][0] - start, "save": clock.read()["save"]}
     steps = run.loader.order.steps
     by_time = once["save"] * steps * total / (60 * config.checkpoint_minutes)
     return {

@@ -152,8 +152,8 @@ class Ours:
         # As the loader hands it over. A step is another one each time, with random numbers of its own.
         self.run.step(x.contiguous(memory_format=torch.channels_last), y, len(x))
         self.run.progress.step += 1
-        _, values, _, (_, self.x_adv, _), *_ = self.run.pending
-        return values[0]
+        _, values, *_, (_, self.x_adv, _), _, _ = self.run.pending
+        return values[0]  # on its way from the device
 
 
 # --- providers ---
@@ -233,7 +233,9 @@ def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, s
 def first(update: Update, model: nn.Module, precision: str, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
     """The loss, and the change of the weights from those of `model`, of one update."""
     with numerics(precision):
-        loss = float(update(x, y))
+        loss = update(x, y)
+    measure.synchronize(str(x.device))
+    loss = float(loss)
     before, after = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, update.model))
     return loss, after - before
 

@@ -113,16 +113,33 @@ class PGD:
             RuntimeWarning: the gradient was NaN (L2: or infinite) for some samples. It counts as 0, which looks like robustness
                 and is none.
         """
-        highest_label = self._check(model, x, y, start)
+        self._check(model, x, y, start)
+        highest_label = checks.check_values(x, y, start, self.bounds)
+        if x.numel() == 0:
+            return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
-            x, y = usable(x, y)
-            if x.numel() == 0:
-                return x.clone()
-            step_size = self._default_step_size() if self.step_size is None else self.step_size
-            batch = Batch(x, y, self.eps, step_size, start, runs=self.restarts)
-            x_adv, nan_seen = graphs.attack(self, model, batch, highest_label)
+            x_adv, nan_seen = graphs.attack(self, model, self._batch(x, y, start), highest_label)
             warn_of_nan(nan_seen)
         return x_adv
+
+    def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
+
+        Nobody looks at the values in x, y and start, which must be such as a call asks for, and nothing warns.
+
+        Returns:
+            tuple: adversarial images, as of a call; uint8 [B], 1 for samples that met an unusable gradient.
+        """
+        self._check(model, x, y, start)
+        if x.numel() == 0:
+            return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
+        with torch.inference_mode(False), torch.no_grad():
+            return graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+
+    def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:
+        x, y = usable(x, y)
+        step_size = self._default_step_size() if self.step_size is None else self.step_size
+        return Batch(x, y, self.eps, step_size, start, runs=self.restarts)
 
     def kind(self) -> tuple:
         """What tells captures of this class apart, beside what all attacks have."""
@@ -133,7 +150,7 @@ class PGD:
         """Forwards of a run, at most."""
         return self.steps + 2
 
-    def _check(self, model, x, y, start) -> int:
+    def _check(self, model, x, y, start) -> None:
         checks.check_images(x)
         checks.check_model(model, x)
         check_precision(self.precision, x)
@@ -151,7 +168,6 @@ class PGD:
             raise ValueError(
                 "random_start=False, but the gradient of this loss is zero at x itself: set it True, or give a start"
             )
-        return checks.check_values(x, y, start, self.bounds)
 
     def _default_step_size(self) -> float | Tensor:
         return self.eps / 4 if self.norm == "linf" else self.eps * (2.5 / max(self.steps, 1))

@@ -39,6 +39,9 @@ from .structure import Structure, freeze
 REMEMBERED = 128
 # Longer runs are captured only if they are told to be: each forward and backward is hundreds of kernels in the graph.
 PASSES = 256
+# Graphs whose capture could not end. torch 2.11's allocator of pinned memory, which Python cannot tell of the end, goes on asking
+# them whether they capture: they hold nothing, but must stay.
+_undead: list = []
 
 
 class CudaGraph:
@@ -82,10 +85,11 @@ class CudaGraph:
                     failures.append(error)
                     raise
         except BaseException as error:
-            # If it is cudaStreamEndCapture that failed, torch has not told its allocator of the end; else this is refused.
+            # If it is cudaStreamEndCapture that failed, torch has not told its allocators of the end; else this is refused.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
                 torch._C._cuda_releasePool(self.stream.device_index, pool)
+                _undead.append(graph)
             raise (failures or [error])[0] from None  # the cause, not that the capture could not end well
         finally:
             failures.clear()  # an exception knows this frame, and so the model

@@ -91,10 +91,11 @@ class Objective(nn.Module):
         return z if z.dtype == torch.float64 else z.float()
 
 
-def training_attack(config: Config) -> Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]:
-    """(model, x [B, C, H, W] in [0, 1], y [B], generator) -> x', the images to train on; x itself for "standard"."""
+def training_attack(config: Config) -> Callable[[nn.Module, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
+    """(model, x [B, C, H, W] in [0, 1], y [B] of its classes, generator) -> x', the images to train on, and uint8 [B], 1 where
+    the input gradient was unusable; x itself and zeros for "standard". Nothing waits for the device: see `PGD.launch`."""
     if config.method == "standard":
-        return lambda model, x, y, generator: x
+        return lambda model, x, y, generator: (x, torch.zeros_like(y, dtype=torch.uint8))
     eps, step_size, steps, start = config.attack_settings
     attack = PGD(
         eps,
@@ -108,12 +109,12 @@ def training_attack(config: Config) -> Callable[[nn.Module, Tensor, Tensor, torc
         graph=config.graph if config.graph == "auto" else False,
     )
 
-    def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         attack.generator = generator
         noise = None
         if start == "normal":
             noise = x + 0.001 * torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
-        return attack(model, x, y, start=noise)
+        return attack.launch(model, x, y, start=noise)
 
     return perturb
 

@@ -1,10 +1,11 @@
-"""Optimiser, learning rate and weight perturbation, as functions of the config."""
+"""Optimiser, learning rate, weight averaging and weight perturbation, as functions of the config."""
 
+import copy
 import math
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spat_kernels.ops._common import is_dense
 
@@ -45,6 +46,34 @@ def learning_rate(config: Config, epoch: int, part: float) -> float:
 
 def _cosine(first: float, last: float, part: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * part)) / 2
+
+
+class Average:
+    """An exponential moving average of the weights and statistics of `model`, in a model of its own: `module`.
+
+    The first of `count` updates takes the model as it is. Nothing waits for the device, as torch's AveragedModel does: it copies
+    its counter there in every update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module, self.decay, self.count = copy.deepcopy(model), decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        averaged, counters = ([pair for pair in pairs if pair[0].is_floating_point() == kind] for kind in (True, False))
+        torch._foreach_lerp_(*_columns(averaged), 1 - self.decay if self.count else 1.0)
+        if counters:
+            torch._foreach_copy_(*_columns(counters))
+        self.count += 1
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:
+    return tuple(map(list, zip(*pairs, strict=True)))
 
 
 @contextmanager

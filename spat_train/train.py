@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from spat_kernels.attacked import warn_of_nan
 from spat_kernels.precision import tf32_switches
 
 from .config import Config, check
@@ -33,7 +33,7 @@ from .loader import Loader, Order
 from .logs import Log
 from .models import create, is_out_of_memory, try_on
 from .objectives import Objective, attack_precision, training_attack
-from .optim import kept_buffers, learning_rate, make_optimizer, perturbed_weights
+from .optim import Average, kept_buffers, learning_rate, make_optimizer, perturbed_weights
 from .randomness import derived_seed
 from .run_folder import RunFolder, random_state, set_random_state
 from .signals import Stopped, StopWish
@@ -113,6 +113,11 @@ class Run:
     def load(self, dataset: Dataset | None) -> tuple[Dataset, Images | None]:
         c = self.config
         data = dataset or load(c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed)
+        for labels in (data.train.labels, data.test.labels):  # the attack does not look at them, nor do GPUs before they fail
+            if labels.min() < 0 or labels.max() >= data.num_classes:
+                raise InputError(
+                    f"{data.name}: there are labels outside of 0 to {data.num_classes - 1}: give those of its classes"
+                )
         if c.extra is None:
             return data, None
         return data, load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes)
@@ -155,9 +160,7 @@ class Run:
         self.statistics = [b for b in self.model.buffers() if b.is_floating_point()]
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.ema = None
-        if config.ema:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.ema = Average(self.model, config.ema) if config.ema else None
         self.objective = self.world.wrap(Objective(self.model, config))
         if config.compile:
             self.objective = torch.compile(self.objective)
@@ -245,18 +248,24 @@ class Run:
         return [len(rows) + len(extra) for rows, extra in self.loader.order.epoch(0)]
 
     def step(self, x: Tensor, y: Tensor, size: int) -> None:
-        """Attack and update on this process's part of a batch of `size` images."""
+        """Attack and update on this process's part of a batch of `size` images.
+
+        Nothing here waits for the device but `settle`, and that for the step before: an update's hundreds of launches take longer
+        than its kernels, and are made while the attack runs.
+        """
         self.generator.manual_seed(self.random_seed())
-        x_adv = self.attack(self.model, x, y, self.generator)
+        x_adv, nan_seen = self.attack(self.model, x, y, self.generator)
         lr = learning_rate(self.config, self.progress.epoch, (self.progress.step + 1) / self.loader.order.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Gradients are averaged over processes, whose parts may differ in size.
         loss, terms = self.update(x, x_adv, y, len(x) * self.world.size / size)
         values = torch.stack([loss.detach(), *terms.values()]).to("cpu", non_blocking=True)
+        nan_seen = nan_seen.to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if self.world.device.type == "cuda" else None
         self.settle()  # the loss of the step before: the device is busy with this one meanwhile
-        self.pending = ["loss", *terms], values, arrived, (x, x_adv, y), self.progress.epoch, self.progress.step
+        place = self.progress.epoch, self.progress.step
+        self.pending = ["loss", *terms], values, nan_seen, arrived, (x, x_adv, y), *place
 
     def update(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
         config, objective = self.config, self.objective
@@ -280,7 +289,7 @@ class Run:
         self.optimizer.zero_grad()
         self.world.average_buffers(self.statistics)
         if self.ema:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model)
         return loss, terms
 
     def forward_precision(self):
@@ -294,13 +303,14 @@ class Run:
     # ---- between steps
 
     def settle(self) -> None:
-        """Read the loss of the last step, and stop where it is not finite."""
+        """Read the loss of the last step, and stop where it is not finite; warn of unusable gradients in its attack."""
         if self.pending is None:
             return
-        names, values, arrived, batch, epoch, step = self.pending
+        names, values, nan_seen, arrived, batch, epoch, step = self.pending
         self.pending = None
         if arrived:
             arrived.synchronize()
+        warn_of_nan(nan_seen)
         losses = dict(zip(names, values.tolist(), strict=True))
         if not values.isfinite().all():
             self.stop_at(losses, batch, epoch, step)
@@ -415,7 +425,7 @@ class Run:
             "data": self.fingerprints,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
-            "averaged": int(self.ema.n_averaged) if self.ema else 0,
+            "averaged": self.ema.count if self.ema else 0,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "processes": own,
@@ -457,7 +467,7 @@ class Run:
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(saved["ema"])
-            self.ema.n_averaged.fill_(saved["averaged"])
+            self.ema.count = saved["averaged"]
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
         if self.world.main:
             self.folder.write_best(saved)

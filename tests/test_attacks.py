@@ -353,3 +353,30 @@ def test_own_loss_object_with_state_per_batch():
     x_adv = sk.pgd(model, x, None, EPS, loss=Distance())
     noise = sk.pgd(model, x, None, EPS, loss=Distance(), steps=0)
     assert ((model(x_adv) - model(x)).norm(dim=1) > (model(noise) - model(x)).norm(dim=1)).all()
+
+
+# ---- launched ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "l2"}, {"loss": "kl"}, {"restarts": 2}, {"input_gradient": "autograd"}])
+def test_a_launched_attack_is_the_same(settings):
+    model, (x, y) = cnn(), batch()
+    images = []
+    for attack in (sk.PGD(EPS, **settings), sk.PGD(EPS, **settings).launch):
+        torch.manual_seed(1)
+        images.append(attack(model, x, y))
+    expected, (found, nan_seen) = images
+    assert torch.equal(found, expected) and nan_seen.tolist() == [0] * len(x)
+
+
+def test_a_launched_attack_tells_of_unusable_gradients_and_does_not_warn():
+    x, y = batch()
+    model = lambda x: x.flatten(1)[:, :10] * torch.where(torch.arange(len(x)) == 2, torch.nan, 1.0)[:, None]  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, nan_seen = sk.PGD(EPS).launch(model, x, y)
+    assert nan_seen.tolist() == [0, 0, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="y must have shape"):
+        sk.PGD(EPS).launch(model, x, y[:2])
+    x_adv, nan_seen = sk.PGD(EPS).launch(model, x[:0], y[:0])
+    assert x_adv.shape == x[:0].shape and nan_seen.shape == (0,)

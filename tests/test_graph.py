@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spat_kernels as sk
 from spat_kernels import PGD, attacks, losses
+from spat_kernels import graph as graph_module
 from spat_kernels.graph import CudaGraph, Graphs
+from spat_kernels.trace import CannotPlan, _NoLooking
 from tests.fake_graph import FakeGraph
 from tests.test_attacks import EPS, Recorder, batch, cnn
 from tests.test_borrow import assert_same, snapshot
@@ -221,6 +223,19 @@ def change_function(model):
 
 def change_class(model):
     model.net[2].__class__ = nn.Sigmoid
+
+
+def test_nothing_looks_at_values_where_a_launched_attack_is_replayed(graphs):
+    model, (x, y), attack = cnn().eval(), batch(), PGD(EPS, graph=True)
+    attack(model, x, y)
+    torch.manual_seed(1)
+    expected = attack(model, x, y)
+    torch.manual_seed(1)
+    with _NoLooking():
+        with pytest.raises(CannotPlan, match="looks at the values"):
+            attack(model, x, y)
+        x_adv, nan_seen = attack.launch(model, x, y)
+    assert torch.equal(x_adv, expected) and not nan_seen.any() and len(graphs) == 1
 
 
 def change_eps_of_bn(model):
@@ -857,8 +872,10 @@ def test_captures_draw_like_the_attack_itself(played):
     assert calls == ["its stream waits", clear, clear, "the caller waits"]
 
 
-def test_failed_captures_raise_the_cause_and_clean_up(played):
+def test_failed_captures_raise_the_cause_and_clean_up(played, monkeypatch):
     calls, default = played
+    undead = []
+    monkeypatch.setattr(graph_module, "_undead", undead)
     graph, state = CudaGraph(torch.device("cpu")), default.state
 
     def fails():
@@ -869,6 +886,7 @@ def test_failed_captures_raise_the_cause_and_clean_up(played):
         graph.capture(fails)
     assert default.state is state and state == {"seed": 7, "offset": 4, "capturing": False}
     assert ("_cuda_endAllocateToPool", 0, "pool") in calls and ("_cuda_releasePool", 0, "pool") in calls
+    assert len(undead) == 1, "torch still points to it"
     assert calls[-1] == "the caller waits"
 
 
@@ -1053,6 +1071,19 @@ def test_gpu_three_models_in_turn(real, deterministic):
         for model in models:
             assert_gpu_equal(model, {}, batches=2)
     assert len(real) == 3
+
+
+@pytest.mark.gpu
+def test_gpu_launched_replays_wait_for_nothing(real):
+    model, (x, y), attack = cnn().eval().cuda(), on_gpu(*batch()), PGD(EPS, graph=True)
+    attack(model, x, y), attack.launch(model, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attack.launch(model, x, y)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            attack(model, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -129,9 +129,9 @@ def test_defaults_of_the_methods():
 )
 def test_examples_are_those_of_the_attack(options, settings):
     model, (x, _, y) = network(torch.float32), batch(torch.float32)
-    examples = training_attack(Config(**options))(model, x, y, torch.Generator().manual_seed(1))
+    examples, nan_seen = training_attack(Config(**options))(model, x, y, torch.Generator().manual_seed(1))
     expected = PGD(8 / 255, **{"step_size": 2 / 255} | settings, generator=torch.Generator().manual_seed(1))(model, x, y)
-    assert torch.equal(examples, expected)
+    assert torch.equal(examples, expected) and nan_seen.shape == y.shape and not nan_seen.any()
     assert model.training and (examples - x).abs().max() <= 8 / 255 + 1e-6 and not torch.equal(examples, x)
 
 
@@ -140,12 +140,13 @@ def test_normal_start():
     attack = training_attack(Config(method="trades", start="normal"))
     noise = 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     expected = PGD(8 / 255, loss="kl", step_size=2 / 255)(model, x, y, start=x + noise)
-    assert torch.equal(attack(model, x, y, torch.Generator().manual_seed(1)), expected)
+    assert torch.equal(attack(model, x, y, torch.Generator().manual_seed(1))[0], expected)
 
 
 def test_standard_trains_on_the_images_themselves():
     model, (x, _, y) = network(torch.float32), batch(torch.float32)
-    assert training_attack(Config(method="standard"))(model, x, y, torch.Generator()) is x
+    images, nan_seen = training_attack(Config(method="standard"))(model, x, y, torch.Generator())
+    assert images is x and nan_seen.shape == y.shape and not nan_seen.any()
 
 
 def test_log_target_form_of_kl_is_kl():

@@ -20,6 +20,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
+from spat_kernels.trace import _NoLooking
 from spat_train import files, logs
 from spat_train import train as module
 from spat_train.config import Config
@@ -214,6 +215,51 @@ def test_ema_is_the_average_of_the_weights_and_is_what_is_kept(tmp_path):
     for a, (name, _) in zip(average, run.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, best[name])
     assert not torch.allclose(run.model[5].weight, best["5.weight"])
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"awp": 0.01, "method": "trades"}])
+def test_an_update_looks_at_no_value(options):
+    """A GPU would be waited for, and idle meanwhile."""
+    run = Run(settings(**options), None, *ALONE)
+    (x, y), *_ = run.loader.epoch(0)
+    with _NoLooking():
+        for _ in range(2):
+            run.update(x, x, y, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "precision": "bf16"}, {"awp": 0.01, "method": "trades"}])
+def test_a_step_waits_for_nothing_but_the_loss_before(options, monkeypatch):
+    run = Run(settings(device="cuda", limit=None, **options), None, module.World(0, 1, torch.device("cuda:0")), *ALONE[1:])
+    run.model.train()
+    batches = run.loader.epoch(0)
+    for _ in range(4):  # the second attack is captured
+        run.step(*next(batches), 32)
+        run.progress.step += 1
+    run.settle()
+    monkeypatch.setattr(run, "settle", lambda: None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step(*next(batches), 32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_unusable_gradients_are_told_of_when_the_loss_is_read():
+    run = Run(settings(), None, *ALONE)
+    ((x, y), *_) = run.loader.epoch(0)
+    attack = run.attack
+    run.attack = lambda *batch: (attack(*batch)[0], torch.tensor([0, 1, 1], dtype=torch.uint8))
+    run.step(x, y, len(x))
+    with pytest.warns(RuntimeWarning, match="NaN for 2 of 3"):
+        run.settle()
+
+
+def test_labels_outside_of_the_classes_are_refused():
+    dataset = load("digits", limit=50)
+    wrong = replace(dataset, train=replace(dataset.train, labels=dataset.train.labels + 1))
+    with pytest.raises(InputError, match="labels outside of 0 to 9"):
+        train(settings(), wrong, save=False)
 
 
 def test_weight_decay_can_spare_batch_norm():
