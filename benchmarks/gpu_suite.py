@@ -45,6 +45,7 @@ SUITE = {
     ],
     "breakdown": ["breakdown"],
     "training": [
+        "overhead --model resnet-18 --batch 128 --precisions bf16 --updates 60 --warm-up 10",
         "overhead --model wrn-34-10 --batch 128 --precisions bf16 --updates 60 --warm-up 10 --minutes LIMIT",
         "training --model wrn-34-10 --batch 128 --precisions fp32 tf32 bf16 fp16 --methods madry --seconds 1",
         "training --model wrn-34-10 --batch 128 --precisions fp32 tf32 bf16 --methods trades mart --seconds 1 "

@@ -361,10 +361,11 @@ def faster(model: str, than: str) -> Callable[[list[dict]], float | None]:
 
 
 def of_loop(method: str, value: Callable[[dict], float]) -> Callable[[list[dict]], float | None]:
-    """Of the trainer in bf16."""
+    """Of the trainer on WRN-34-10 in bf16."""
 
     def find(results: list[dict]) -> float | None:
-        loops = [loop for part in results for loop in part.get("loops", [])]
+        parts = [part for part in results if "loops" in part and part["settings"]["model"] == "wrn-34-10"]
+        loops = [loop for part in parts for loop in part["loops"]]
         return next((value(r) for r in loops if (r["method"], r["precision"]) == (method, "bf16")), None)
 
     return find

@@ -433,7 +433,9 @@ def test_predictions_beside_measurements(tmp_path):
     attack = {"cells": [cell | {"median": 0.306}], "settings": {"steps": 20}}
     (tmp_path / "attack.json").write_text(json.dumps({"stage": "attack", "results": attack}))
     loop = {"method": "madry", "precision": "bf16", "epoch_seconds": 70, "epoch_parts": {"save": 1.4}, "head_seconds": 0}
-    (tmp_path / "training.json").write_text(json.dumps({"results": [{"loops": [loop]}, None]}))
+    (tmp_path / "training.json").write_text(
+        json.dumps({"results": [{"loops": [loop], "settings": {"model": "wrn-34-10"}}, None]})
+    )
     table = report.predictions(tmp_path)
     assert "| ... this plan under a CUDA graph | 15.3 | 15.3 | 1.00 |" in table
     assert "s an epoch of Madry | 35 | 70 | 2.00 |" in table and "checkpoint takes | 4 | 2 | 0.50 |" in table
