@@ -9,11 +9,29 @@ from pathlib import Path
 
 import pytest
 
+from tests import cuda_on_cpu
+
 CHECKOUT = Path(__file__).parents[1]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs g++"),
-]
+COMPILER = cuda_on_cpu.COMPILER[0]
+
+
+def sanitizes() -> bool:
+    if shutil.which(COMPILER) is None:
+        return False
+    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True).stdout
+    return Path(found.strip()).is_absolute()
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sanitizes(), reason=f"needs {COMPILER} and its libubsan")]
+
+
+def test_it_tells_what_a_gpu_would_not(tmp_path):
+    """Shuffles without all lanes, barriers without all threads, launches without blocks, and shared memory read too early."""
+    source, program = tmp_path / "misuse.cpp", tmp_path / "misuse"
+    source.write_text(cuda_on_cpu.as_cpp(cuda_on_cpu.HERE / "misuse.cu"))
+    cuda_on_cpu.compile_all([source], program)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_the_ops_pass_on_the_cuda_kernels():

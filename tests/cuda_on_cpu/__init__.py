@@ -1,12 +1,12 @@
-"""The CUDA kernels as C++, in the place of the C++ kernels: their indices, tails, packets, shuffles, barriers and launches, tested
-where no GPU is. The tests of the ops run on them by
+"""The CUDA kernels as C++, in the place of the C++ kernels: their indices, tails, packets, shuffles, barriers and launches run
+where no GPU is. The tests of the ops take them by
 
     python -m pytest -p tests.cuda_on_cpu.plugin tests/ops -k compiled-cpu
 
-CUDA is C++ with some more words, which cuda_runtime.h beside this file defines, and two pieces of syntax, which `as_cpp` rewrites.
+CUDA is C++ with some more words, which cuda_runtime.h in this folder defines, and some syntax, which `as_cpp` rewrites.
 bindings.cpp calls `foo_cpu(args, begin, end)` for a part of the work; here the first such call does all of it, by `launch_foo`.
 
-What this cannot show is a GPU's own: its conversions of 16-bit floats, its <cmath>, nvcc's code, and threads that really run at once.
+What this cannot show is a GPU's own: its conversions of 16-bit floats, its <cmath>, nvcc's code, threads that run at once.
 """
 
 import importlib.util
@@ -25,7 +25,9 @@ CSRC = HERE.parents[1] / "csrc"
 TORCH = Path(torch.__file__).parent
 # A misaligned packet, an index beyond an array or an overflow ends the process.
 SANITIZE = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
-FLAGS = ["-O1", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000", *SANITIZE]
+FLAGS = ["-O1", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# More flags, such as -fsanitize=address, come from CXXFLAGS.
+COMPILER = [os.environ.get("CXX", "g++"), *FLAGS, *SANITIZE, *os.environ.get("CXXFLAGS", "").split()]
 INCLUDES = [f"-I{path}" for path in (HERE, CSRC, TORCH / "include", sysconfig.get_paths()["include"])]
 STORE = re.compile(r'asm volatile\("st\.global\.v4\.b32 \[%0\], \{%1, %2, %3, %4\};" ::(.*?):\s*"memory"\)', re.DOTALL)
 
@@ -46,23 +48,25 @@ def cpu_functions() -> str:
     return "\n".join(['#include "spat.h"', "#include <stdexcept>", "namespace spat {", *body, "}"])
 
 
+def compile_all(sources: list[Path], target: Path, *link_flags: str) -> None:
+    def compiled(source: Path) -> Path:
+        file = target.parent / f"{source.name}.o"
+        subprocess.run([*COMPILER, *INCLUDES, "-c", source, "-o", file], check=True)
+        return file
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*sources, HERE / "threads.cpp"]))
+    subprocess.run([*COMPILER, *objects, *link_flags, "-o", target], check=True)
+
+
 def build(folder: Path) -> Path:
-    """The extension module, in `folder`. More flags, such as -fsanitize=address, come from CXXFLAGS."""
+    """The extension module, in `folder`."""
     texts = {f"{file.name}.cpp": as_cpp(file) for file in CSRC.glob("*.cu")} | {"cpu_functions.cpp": cpu_functions()}
     for name, text in {**texts, "vec.cuh": as_cpp(CSRC / "vec.cuh")}.items():
         (folder / name).write_text(text)
-    sources = [CSRC / "bindings.cpp", HERE / "threads.cpp", *(folder / name for name in texts)]
-    compiler = [os.environ.get("CXX", "g++"), *FLAGS, *os.environ.get("CXXFLAGS", "").split()]
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.name}.o"
-        subprocess.run([*compiler, *INCLUDES, "-c", source, "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources))
     library = folder / "_C.so"
-    subprocess.run([*compiler, "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", library], check=True)
+    sources = [CSRC / "bindings.cpp", *(folder / name for name in texts)]
+    compile_all(sources, library, "-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
     return library
 
 

@@ -1,4 +1,4 @@
-// CUDA's runtime on one CPU thread, as far as csrc/*.cu uses it: the words of the language here, blocks and threads in threads.cpp.
+// CUDA's runtime on one CPU thread, as far as csrc/*.cu uses it: the language's words here, blocks and threads in threads.cpp.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -21,6 +21,8 @@ def run(impl, op, arguments, off=None):
 
 @pytest.mark.parametrize(("op", "arguments"), list(sample_inputs()), ids=lambda v: v if isinstance(v, str) else "")
 def test_any_argument_may_be_off_alignment(impl, op, arguments):
+    if impl.kind == "triton":
+        pytest.skip("Triton compiles a kernel for each choice of aligned arguments by itself")
     arguments = [a.to(impl.device) if isinstance(a, torch.Tensor) else a for a in arguments]
     expected = run(impl, op, arguments)
     for off, argument in enumerate(arguments):

@@ -63,7 +63,7 @@ def test_zero_gradient_takes_a_random_direction(impl):
     assert not nan_seen.any()
 
 
-@pytest.mark.parametrize("shape", [(2, 127), (3, 1001), (2, 3, 32, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1001), (2, 3, 32, 32)], ids=str)
 def test_random_direction_is_the_reference(impl, shape):
     for dtype in impl.dtypes:
         x, seed = torch.full(shape, 0.5, dtype=dtype, device=impl.device), torch.tensor(SEED, device=impl.device)
