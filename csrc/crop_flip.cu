@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const int64_t row = s.rows[blockIdx.x];
   const bool known = row >= 0 && row < s.count;
-  const uint8_t* image = s.images + row * s.sample_numel;
+  const uint8_t* image = s.images + (known ? row : 0) * s.sample_numel;
   T* out = static_cast<T*>(s.out) + blockIdx.x * s.sample_numel;
   const int inner = INNER ? INNER : s.inner, line_numel = s.width * inner;
   const int64_t first = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * N, stride = int64_t(gridDim.y) * blockDim.x * N;

@@ -63,6 +63,16 @@ def test_zero_gradient_takes_a_random_direction(impl):
     assert not nan_seen.any()
 
 
+@pytest.mark.parametrize("shape", [(3, 1001), (2, 3, 32, 32)], ids=str)
+def test_random_direction_is_the_reference(impl, shape):
+    for dtype in impl.dtypes:
+        x, seed = torch.full(shape, 0.5, dtype=dtype, device=impl.device), torch.tensor(SEED, device=impl.device)
+        expected, length = x.clone(), torch.tensor([2.0], dtype=acc(dtype), device=impl.device)
+        reference("l2_step_")(expected, x, torch.zeros_like(x), length, length, seed, 0.0, 1.0, None)
+        x_adv = step(impl, x.clone(), x, torch.zeros_like(x), 2.0, 2.0)
+        torch.testing.assert_close(x_adv, expected, rtol=0, atol=torch.finfo(dtype).eps)
+
+
 def test_unusable_elements_count_as_zero(impl):
     x = torch.full((4, 64), 0.5, device=impl.device)
     grad = torch.ones_like(x)

@@ -19,7 +19,7 @@ def sample_inputs(device="cpu"):
     x, x_adv, grad = (torch.rand(4, 3, 8, 8, device=device) for _ in range(3))
     one, seed = torch.full((1,), 0.1, device=device), torch.tensor([1, 2], device=device)
     nan_seen = torch.zeros(4, dtype=torch.uint8, device=device)
-    z, dz, q = (torch.rand(4, 10, device=device) for _ in range(3))
+    z, dz, q = (torch.rand(4, 12, device=device) for _ in range(3))  # rows of 48 bytes, which is packets
     y, loss = torch.tensor([0, 3, 9, 1], device=device), torch.zeros(4, device=device)
     success = torch.tensor([True, False, True, False], device=device)
     yield "linf_random_start_", (x_adv, x, one, seed, 0.0, 1.0)

@@ -1,0 +1,76 @@
+"""The CUDA kernels as C++, in the place of the C++ kernels: their indices, tails, packets, shuffles, barriers and launches run
+where no GPU is. The tests of the ops take them by
+
+    python -m pytest -p tests.cuda_on_cpu.plugin tests/ops -k compiled-cpu
+
+CUDA is C++ with some more words, which cuda_runtime.h in this folder defines, and some syntax, which `as_cpp` rewrites.
+bindings.cpp calls `foo_cpu(args, begin, end)` for a part of the work; here the first such call does all of it, by `launch_foo`.
+
+What this cannot show is a GPU's own: its conversions of 16-bit floats, its <cmath>, nvcc's code, threads that run at once.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+TORCH = Path(torch.__file__).parent
+# A misaligned packet, an index beyond an array or an overflow ends the process.
+SANITIZE = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
+FLAGS = ["-O1", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# More flags, such as -fsanitize=address, come from CXXFLAGS.
+COMPILER = [os.environ.get("CXX", "g++"), *FLAGS, *SANITIZE, *os.environ.get("CXXFLAGS", "").split()]
+INCLUDES = [f"-I{path}" for path in (HERE, CSRC, TORCH / "include", sysconfig.get_paths()["include"])]
+STORE = re.compile(r'asm volatile\("st\.global\.v4\.b32 \[%0\], \{%1, %2, %3, %4\};" ::(.*?):\s*"memory"\)', re.DOTALL)
+
+
+def as_cpp(source: Path) -> str:
+    """A .cu or .cuh file as C++; compilers name the lines of the original."""
+    text = re.sub(r"(\w+)<<<(.+?)>>>", r"cuda_on_cpu::Launch(\1, \2)", source.read_text())
+    text = STORE.sub(lambda asm: "cuda_on_cpu::store_16_bytes(" + re.sub('"[lr]"', "", asm[1]) + ")", text)
+    return f'#line 1 "{source}"\n{text}'
+
+
+def cpu_functions() -> str:
+    """`foo_cpu` by `launch_foo`, for every op that spat.h declares."""
+    ops = re.findall(r"^SPAT_DECLARE\((\w+), (\w+)\)", (CSRC / "spat.h").read_text(), re.MULTILINE)
+    check = "void check(int error) { if (error) throw std::runtime_error(cuda_error_name(error)); }"
+    function = "void {1}_cpu(const {0}& args, int64_t begin, int64_t) {{ if (begin == 0) check(launch_{1}(args, nullptr)); }}"
+    body = [check, *(function.format(*op) for op in ops)]
+    return "\n".join(['#include "spat.h"', "#include <stdexcept>", "namespace spat {", *body, "}"])
+
+
+def compile_all(sources: list[Path], target: Path, *link_flags: str) -> None:
+    def compiled(source: Path) -> Path:
+        file = target.parent / f"{source.name}.o"
+        subprocess.run([*COMPILER, *INCLUDES, "-c", source, "-o", file], check=True)
+        return file
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*sources, HERE / "threads.cpp"]))
+    subprocess.run([*COMPILER, *objects, *link_flags, "-o", target], check=True)
+
+
+def build(folder: Path) -> Path:
+    """The extension module, in `folder`."""
+    texts = {f"{file.name}.cpp": as_cpp(file) for file in CSRC.glob("*.cu")} | {"cpu_functions.cpp": cpu_functions()}
+    for name, text in {**texts, "vec.cuh": as_cpp(CSRC / "vec.cuh")}.items():
+        (folder / name).write_text(text)
+    library = folder / "_C.so"
+    sources = [CSRC / "bindings.cpp", *(folder / name for name in texts)]
+    compile_all(sources, library, "-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+    return library
+
+
+def load(library: Path) -> None:
+    """Let `spat_kernels`, when it is imported, find `library` as its own extension."""
+    spec = importlib.util.spec_from_file_location("spat_kernels._C", library)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)

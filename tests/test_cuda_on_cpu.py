@@ -1,0 +1,43 @@
+"""The CUDA kernels without a GPU: the tests of the ops, run on csrc/*.cu compiled for the CPU (see tests/cuda_on_cpu)."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import cuda_on_cpu
+
+CHECKOUT = Path(__file__).parents[1]
+COMPILER = cuda_on_cpu.COMPILER[0]
+
+
+def sanitizes() -> bool:
+    if shutil.which(COMPILER) is None:
+        return False
+    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True).stdout
+    return Path(found.strip()).is_absolute()
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sanitizes(), reason=f"needs {COMPILER} and its libubsan")]
+
+
+def test_it_tells_what_a_gpu_would_not(tmp_path):
+    """Shuffles without all lanes, barriers without all threads, launches without blocks, and shared memory read too early."""
+    source, program = tmp_path / "misuse.cpp", tmp_path / "misuse"
+    source.write_text(cuda_on_cpu.as_cpp(cuda_on_cpu.HERE / "misuse.cu"))
+    cuda_on_cpu.compile_all([source], program)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_ops_pass_on_the_cuda_kernels():
+    """In a process of its own, which a misaligned access would end; without capture, so that it can say so."""
+    selection = ["tests/ops", "-k", "cpu and not triton", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider", "-q", "-s", *selection]
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 200
