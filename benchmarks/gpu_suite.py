@@ -52,7 +52,11 @@ SUITE = {
         "--providers spat_train authors autocast --minutes LIMIT",
         "data --npz DATA --images 20000 --workers 8 --seconds 3",
     ],
-    "questions": ["workmodel --precisions fp32 tf32 bf16 fp16", "questions --models wrn-34-10 resnet-18"],
+    "questions": [
+        "workmodel --precisions fp32 tf32 bf16 fp16",
+        "questions --models wrn-34-10 resnet-18",
+        "questions --models wrn-34-10 --precision fp32 --limits 10",
+    ],
     "memory": [
         "attack --models wrn-34-10 resnet-50 --batches 2048 --precisions bf16 fp32 --seconds 0 --minutes LIMIT "
         "--providers 'spat plan+graph' loop torchattacks 'autocast loop'"

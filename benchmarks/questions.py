@@ -3,6 +3,7 @@
 - TFLOP/s of every distinct convolution of the models, forward and gradient at the input, with cuDNN choosing among its 10 first
   engines and among all (`benchmark_limit` 10 and 0, each in a process of its own: a choice is kept for good);
 - the stride-1 gradient as a convolution with the rotated, transposed weights, against cuDNN's own;
+- contiguous tensors against channels_last ones: full precision has Winograd engines for the former alone;
 - `cudnn_convolution_add_relu` (half precision, bias in the same dtype) against the plain convolution;
 - the gap between the nodes of a CUDA graph, and a node's time;
 - the host's cost of an eager op, of ours through the C++ binding, and of ours launched by Triton.
@@ -36,6 +37,8 @@ class Options:
     """Whose convolutions: names of spat_train.models, with "@SIZE" for images that are not 32x32."""
     batch: int = 256
     precision: str = "bf16"
+    limits: list[int] = field(default_factory=lambda: [10, 0])
+    """Values of `benchmark_limit`."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seconds: float = 0.05
     """To measure each number for."""
@@ -56,7 +59,8 @@ def shapes(models: list[str]) -> list[workmodel.Conv]:
 
 
 def convolution(conv: workmodel.Conv, options: Options) -> dict:
-    """TFLOP/s of the ways to compute `conv` and its gradient at the input, channels_last; an error's text where one fails."""
+    """TFLOP/s of the ways to compute `conv` and its gradient at the input, channels_last if nothing else is said; an error's text
+    where one fails."""
     dtype, device = DTYPES[options.precision], options.device
 
     def random(*shape):
@@ -69,14 +73,17 @@ def convolution(conv: workmodel.Conv, options: Options) -> dict:
     bias, rotated = torch.randn(conv.outs, device=device, dtype=dtype), w.flip(2, 3).transpose(0, 1).contiguous()
     rotated = rotated.to(memory_format=torch.channels_last)
 
-    def dgrad():
+    def dgrad(out=out, x=x, w=w):
         return torch.ops.aten.convolution_backward(
             out, x, w, None, stride, padding, ones, False, [0, 0], conv.groups, [True, False, False]
         )[0]
 
+    dense = [t.contiguous() for t in (out, x, w)]
     ways: dict[str, Callable[[], object]] = {
         "forward": lambda: F.conv2d(x, w, None, stride, padding, 1, conv.groups),
         "dgrad": dgrad,
+        "forward, contiguous": lambda: F.conv2d(dense[1], dense[2], None, stride, padding, 1, conv.groups),
+        "dgrad, contiguous": lambda: dgrad(*dense),
     }
     if conv.stride == 1 and conv.groups == 1:
         ways["dgrad as rotated forward"] = lambda: F.conv2d(out, rotated, None, 1, conv.kernel - 1 - conv.padding)
@@ -162,8 +169,8 @@ def main(options: Options) -> None:
 
     answer("host_us", lambda: host_cost(options))
     answer("graph_nodes", lambda: graph_nodes(options) if cuda else {"skipped": "no GPU"})
-    answer("convolutions, limit 10", lambda: in_a_process(10))
-    answer("convolutions, limit 0", lambda: in_a_process(0) if cuda else {"skipped": "no cuDNN on the CPU"})
+    for limit in options.limits if cuda else options.limits[:1]:  # CPUs have no cuDNN
+        answer(f"convolutions, limit {limit}", lambda limit=limit: in_a_process(limit))
     print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
 
 

@@ -316,8 +316,8 @@ def ceilings(results: dict) -> str:
 
 def questions(results: dict) -> str:
     """TFLOP/s of the ways to compute each convolution, with cuDNN's first 10 engines and with all; then what launches cost."""
-    limits = {limit: results.get(f"convolutions, limit {limit}") for limit in (10, 0)}
-    limits = {limit: found for limit, found in limits.items() if isinstance(found, list)}
+    every = {limit: results.get(f"convolutions, limit {limit}") for limit in (10, 0)}
+    limits = {limit: found for limit, found in every.items() if isinstance(found, list)}
     ways = list(dict.fromkeys(way for found in limits.values() for conv in found for way in conv["tflops"]))
     lines = header(["convolution"], [f"{way}{', all engines' * (limit == 0)}" for limit in limits for way in ways])
     for same in zip(*limits.values(), strict=True):
