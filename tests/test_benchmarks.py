@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attack, data, gpu_suite, measure, overhead, plots, report, training, workmodel
+from benchmarks import attack, cases, data, gpu_suite, measure, overhead, plots, report, training, workmodel
 from benchmarks.attack import Judge, Provider, calibrated, photographs, plain_loop
 from benchmarks.cases import CASES, Case, Work
 from benchmarks.training import Authors
@@ -18,7 +18,8 @@ from spat_train.models import create
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_providers_agree(case):
+def test_providers_agree(case, device, monkeypatch):
+    monkeypatch.setattr(cases, "DEVICE", device)
     case.verify(case.small)
 
 
