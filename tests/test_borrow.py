@@ -221,7 +221,8 @@ def test_compiled_model():
 
 def test_data_parallel():
     model, (x, y) = cnn().eval(), batch()
-    wrapped = nn.DataParallel(model)
+    wrapped = nn.DataParallel(model)  # moves it to the GPU, where there is one
+    x, y = (t.to(next(model.parameters()).device) for t in (x, y))
     assert torch.equal(sk.pgd(wrapped, x, y, EPS, random_start=False), sk.pgd(model, x, y, EPS, random_start=False))
 
 
