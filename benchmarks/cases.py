@@ -208,7 +208,7 @@ def keep_best(shape) -> Work:
 
 def activations(shape, dtype) -> list[Tensor]:
     """Two images, a scale and a shift a channel (shaped for eager in the images' dtype, and as ours wants them), and bits."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     a, b = (torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last) for _ in range(2))
     scale, shift = (torch.rand(shape[1], generator=generator).to(dtype) for _ in range(2))
     mask = torch.zeros(a.numel() // shape[1], -(-shape[1] // 8), dtype=torch.uint8)
@@ -272,13 +272,14 @@ def crops(shape, dtype=torch.float32, memory_format=torch.contiguous_format) -> 
     rows = torch.randperm(batch, generator=generator)
     out = torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
     dy, dx, flipped = crops_ref(rows, seed, pad, True)
+    down, across, samples = (torch.arange(n) for n in (height, width, batch))
     draws = list(zip(rows.tolist(), dy.tolist(), dx.tolist(), flipped.tolist(), strict=True))
 
     def index():
-        y = torch.arange(height) + dy[:, None]
-        x = torch.where(flipped[:, None], torch.arange(width - 1, -1, -1), torch.arange(width)) + dx[:, None]
+        y = down + dy[:, None]
+        x = torch.where(flipped[:, None], width - 1 - across, across) + dx[:, None]
         padded = F.pad(pool[rows], (0, 0, pad, pad, pad, pad))
-        pixels = padded[torch.arange(batch)[:, None, None], y[:, :, None], x[:, None, :]]
+        pixels = padded[samples[:, None, None], y[:, :, None], x[:, None, :]]
         return pixels.movedim(-1, 1).to(dtype, memory_format=memory_format).div_(255)
 
     def one_by_one():  # torchvision's RandomCrop and RandomHorizontalFlip, then a collate
@@ -327,7 +328,7 @@ def lsce(alpha: float):
 
 def lsce_normalized(shape) -> Work:
     """Both go from the logits alone: no graph, so eager has no autograd to pay for."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     z, labels = 3 * torch.randn(shape, generator=generator), torch.randint(shape[1], shape[:1], generator=generator)
     dlogits = torch.empty_like(z)
 

@@ -108,12 +108,12 @@ def stages(rehearse: bool) -> list[Stage]:
         for name, commands in (REHEARSAL if rehearse else SUITE).items()
     }
     kernels = f"{PYTEST} benchmarks --device {device} --benchmark-json RESULT" + " -k keep_best" * rehearse
-    parallel = f" -n {min(8, os.cpu_count())}" if importlib.util.find_spec("xdist") else ""
+    parallel = f" -n {min(14, os.cpu_count())}" if importlib.util.find_spec("xdist") else ""
     # Every allocation of its own, so that a write past a tensor's end does not land in its neighbour.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = [SANITIZE.format(tool) for tool in ("memcheck", "racecheck")]
     return [
-        Stage("tests", 4, [f"{PYTEST} tests -m gpu{parallel}"], needs_gpu=True),
+        Stage("tests", 4, [f"{PYTEST} tests -m 'gpu or not slow'{parallel}"], needs_gpu=True),
         Stage("sanitizer", 3, sanitizer, separate, needs_gpu=True, needs="compute-sanitizer"),
         Stage("agreement", 3, modules["agreement"]),
         Stage("attack", 12, modules["attack"]),

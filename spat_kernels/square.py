@@ -177,6 +177,11 @@ class _Run:
         y = y[:, None]
         return (logits.gather(1, y) - logits.scatter(1, y, -torch.inf).amax(1, keepdim=True))[:, 0]
 
+    def _better(self, margin: Tensor, which=slice(None)) -> Tensor:
+        """Where proposals are taken. What is broken stays as it is until it is dropped, so that devices agree."""
+        old = self.margin[which]
+        return (margin < old) & (old >= 0)
+
     def _drop_broken(self, x_adv: Tensor, robust: Tensor) -> None:
         broken = self.margin < 0
         if broken.any():
@@ -243,7 +248,7 @@ class _LinfRun(_Run):
             images[at] = new
             logits = self._whole_forward(images)
         margin = self._margins(logits, self.y[which])
-        better = margin < self.margin[which]
+        better = self._better(margin, which)
         self.margin[which] = torch.where(better, margin, self.margin[which])
         old[which] = torch.where(_wide(better), new, old[which])
         if self.windows:
@@ -289,7 +294,7 @@ class _L2Run(_Run):
         outside[gains] = new / (_norm(new, (2, 3)) + 1e-12) * energy.sqrt()
         images = self._images(outside)
         margin = self._margins(self._whole_forward(images), self.y)
-        better = margin < self.margin
+        better = self._better(margin)
         self.margin = torch.where(better, margin, self.margin)
         self.best = torch.where(_wide(better), images, self.best)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attack, breakdown, data, gpu_suite, measure, overhead, plots, report, table61, training, workmodel
+from benchmarks import attack, breakdown, cases, data, gpu_suite, measure, overhead, plots, report, table61, training, workmodel
 from benchmarks.attack import Judge, Provider, calibrated, photographs, plain_loop
 from benchmarks.cases import CASES, Case, Work
 from benchmarks.training import Authors
@@ -24,7 +24,8 @@ from spat_train.models import create
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_providers_agree(case):
+def test_providers_agree(case, device, monkeypatch):
+    monkeypatch.setattr(cases, "DEVICE", device)
     case.verify(case.small)
 
 

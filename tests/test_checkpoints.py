@@ -81,7 +81,7 @@ def test_reads(tmp_path, kind, old_format):
 def test_wrapped_models(tmp_path, wrap):
     state, inner = network(1).state_dict(), network(2)
     load_checkpoint(wrap(inner), saved(tmp_path, state))
-    assert same(inner, state)
+    assert same(inner.cpu(), state)  # nn.DataParallel moves it to the GPU, where there is one
 
 
 def test_model_keeps_its_own(tmp_path):

@@ -633,7 +633,8 @@ def test_what_an_outer_precision_wants_is_set_again(outer, inner):
 
 def test_wrapped_models_are_looked_into():
     model, x = randomized(create("wrn-10-1")), images()
-    hooked = nn.DataParallel(model)
+    hooked = nn.DataParallel(model)  # moves it to the GPU, where there is one
+    x = x.to(next(model.parameters()).device)
     hooked.register_forward_hook(lambda *_: None)
     assert "hooks" in sk.explain(hooked, x).reason
     assert sk.explain(nn.DataParallel(model), x).path == "plan"
