@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import attack, breakdown, data, gpu_suite, measure, overhead, plots, report, table61, training, workmodel
 from benchmarks.attack import Judge, Provider, calibrated, photographs, plain_loop
@@ -289,6 +291,10 @@ def test_breakdown_accounts_for_a_call():
     ("name", "kind"),
     [
         ("void spat::(anonymous namespace)::linf_step_kernel<float, float, 4>(spat::Step)", "spat"),
+        ("void at::native::(anonymous namespace)::dispatched_kernel<float>", "other"),
+        ("void at::native::batch_norm_backward_elemt_channels_last_kernel<4, c10::BFloat16>", "batch norm"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>", "batch norm"),
+        ("scale_shift_relu_grad_kernel", "spat"),
         ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>", "layout"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
         ("sm80_xmma_dgrad_implicit_gemm_indexed_tf32f32", "convolution"),
@@ -300,6 +306,21 @@ def test_breakdown_accounts_for_a_call():
 )
 def test_kinds_of_kernels(name, kind):
     assert breakdown.kind_of(name) == kind
+
+
+def test_annotations_are_no_kernels(monkeypatch):
+    """CUPTI tells of an optimiser's step, on the device too, beside the kernels in it."""
+    span = SimpleNamespace(start=3000.0, elapsed_us=lambda: 500.0)
+
+    def event(name: str, device: DeviceType, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=span)
+
+    cuda, cpu = DeviceType.CUDA, DeviceType.CPU
+    events = [event("kernel", cuda), event("Optimizer.step#SGD.step", cuda, True), event("cudaGraphLaunch", cpu)]
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(breakdown, "profile", lambda activities: nullcontext(profiler))
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    assert breakdown.spans(lambda: None, "cuda") == [("kernel", 3.0, 0.5)]
 
 
 def test_busy_time_counts_overlaps_once():
