@@ -29,8 +29,9 @@ import tyro
 
 from benchmarks import measure
 
-TAIL = 6000  # characters of a stage's output that are kept
-PYTEST = "PYTHON -m pytest -q -p no:cacheprovider"
+TAIL = 40_000  # characters of a stage's output that are kept
+GRACE = 10.0  # seconds for pytest to tell what it found, and to write what it timed, once it is interrupted
+PYTEST = "PYTHON -m pytest -q --tb=short -p no:cacheprovider"
 # What launches our own kernels, each of them in all its variants.
 KERNEL_TESTS = f"{PYTEST} tests/ops -m 'gpu and not slow' -k 'compiled and not wrong_arguments and not in_one_graph'"
 SANITIZE = f"SANITIZER --error-exitcode 86 --tool {{}} {KERNEL_TESTS}"
@@ -180,6 +181,10 @@ def execute(command: list[str], environment: dict[str, str], seconds: float) -> 
             status = "failed" if code else "ok"
         except subprocess.TimeoutExpired:
             code, status = None, "timed out"
+            if "pytest" in command:
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
         finally:
             with contextlib.suppress(ProcessLookupError):  # also whatever it left behind
                 os.killpg(process.pid, signal.SIGKILL)

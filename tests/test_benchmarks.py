@@ -50,6 +50,15 @@ def test_report_renders_the_committed_results():
             assert f"| {case.name} |" in table
 
 
+def test_report_of_a_run_that_ended_before_its_end():
+    results = json.loads((report.RESULTS / "cpu" / "kernels.json").read_text())
+    results["benchmarks"] = [run for run in results["benchmarks"] if run["extra_info"]["role"] != "yardstick"]
+    assert "has no yardstick" in report.kernels(results)
+    machine = measure.describe("cpu")
+    failed = {"machine": machine, "batch": 2, "precision": "bf16", "host_us": {"failed": "RuntimeError: no"}}
+    assert "failed RuntimeError: no" in report.questions(failed)
+
+
 def test_report_writes_between_markers(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- name -->\nold\n<!-- /name -->\nafter\n")
@@ -413,6 +422,10 @@ def test_suite_records_failures_and_timeouts(tmp_path):
     two = gpu_suite.run(gpu_suite.Stage("two", 1, [python(script, "RESULT", text) for text in ("1", "[2]")]), tmp_path, 30)
     assert (two["status"], two["results"]) == ("ok", [1, [2]])
     assert "why" in failed["commands"][0]["tail"] and "so far" in slow["commands"][0]["tail"]
+    test = tmp_path / "test_slow.py"
+    test.write_text("import time\ndef test_bad(): assert 0, 'it failed'\ndef test_slow(): time.sleep(60)")
+    cut = gpu_suite.run(gpu_suite.Stage("cut", 1, [f"{gpu_suite.PYTEST} {test}"]), tmp_path, 6)
+    assert cut["status"] == "timed out" and "it failed" in cut["commands"][0]["tail"] and cut["seconds"] < 30
     absent = gpu_suite.run(gpu_suite.Stage("absent", 1, [], needs="no-such-program"), tmp_path, 30)
     assert absent["status"] == "skipped" and "no-such-program" in absent["reason"]
     lacking = gpu_suite.run(gpu_suite.Stage("lacking", 1, [python(script, "DATA")]), tmp_path, 30)
