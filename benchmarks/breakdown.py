@@ -129,7 +129,7 @@ def update_parts(name: str, batch: int, options: Options) -> dict:
 
 
 def start_profiler(device: str) -> None:
-    """Before the first graph is captured, so that CUPTI knows the kernels of all; and for good: starting anew crashed with graphs."""
+    """Before graphs are captured, so that CUPTI knows their kernels; and for good, since graphs have crashed its second start."""
     os.environ["TEARDOWN_CUPTI"] = "0"
     spans(lambda: torch.ones(1, device=device).add_(1), device)
 

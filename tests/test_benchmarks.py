@@ -424,7 +424,7 @@ def test_suite_records_failures_and_timeouts(tmp_path):
     assert "why" in failed["commands"][0]["tail"] and "so far" in slow["commands"][0]["tail"]
     test = tmp_path / "test_slow.py"
     test.write_text("import time\ndef test_bad(): assert 0, 'it failed'\ndef test_slow(): time.sleep(60)")
-    cut = gpu_suite.run(gpu_suite.Stage("cut", 1, [f"{gpu_suite.PYTEST} {test}"]), tmp_path, 6)
+    cut = gpu_suite.run(gpu_suite.Stage("cut", 1, [f"{gpu_suite.PYTEST} {test}"]), tmp_path, 10)
     assert cut["status"] == "timed out" and "it failed" in cut["commands"][0]["tail"] and cut["seconds"] < 30
     absent = gpu_suite.run(gpu_suite.Stage("absent", 1, [], needs="no-such-program"), tmp_path, 30)
     assert absent["status"] == "skipped" and "no-such-program" in absent["reason"]
