@@ -433,8 +433,8 @@ def thesis(results: dict) -> str:
         lines.append(row("", "thesis: WRN-34-10", "90", *published, ""))
     differs = {", ".join(t["differs"]): t["model"] for t in trainings if t["differs"]}
     otherwise = [f"{model} was trained otherwise than in the thesis (in brackets): {how}." for how, model in differs.items()]
-    counts = {name: e["images"] for t in trainings for name, e in t["evaluation"].items()}
-    tested = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    tests = {name: f"{e['images']:,} in {e['precision']}" for t in trainings for name, e in t["evaluation"].items()}
+    tested = ", ".join(f"{name} {how}" for name, how in tests.items())
     how = f"Test images: {tested or 'none yet'}; images/s of the training, attacks included. {where(results['machine'])}."
     return "\n".join([*lines, "", *otherwise, how])
 

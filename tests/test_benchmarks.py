@@ -480,7 +480,7 @@ def test_predictions_beside_measurements(tmp_path):
 
 @pytest.mark.slow
 def test_table61(tmp_path, tiny_npz, monkeypatch):
-    """A row is trained and tested, another is cut short; a later command adds to the file."""
+    """A row is trained and tested, another is cut short; a later command adds to the file, and repeats nothing."""
     out = tmp_path / "table61.json"
 
     def run(*rows: str, **options) -> list[dict]:
@@ -493,6 +493,10 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
     assert {name: e["images"] for name, e in row["evaluation"].items()} == dict.fromkeys(row["thesis"], 20) | {"AutoAttack": 4}
     assert row["evaluation"]["PGD-20"]["accuracy"] <= row["evaluation"]["natural"]["accuracy"]
     assert row["thesis"]["natural"] == 81.93
+    (tmp_path / "runs" / "small-cnn-mart+spat").rename(tmp_path / "runs" / "of others")
+    config = tmp_path / "runs" / "of others" / "config.json"
+    config.write_text(config.read_text().replace('"mart"', '"standard"'))
+    assert run("mart+spat") == [row] and len(list((tmp_path / "runs").iterdir())) == 1
     shutil.rmtree(tmp_path / "runs")
     saved = tmp_path / "runs" / "small-cnn-trades" / "last.pt"  # time is over when there is something to save
     monkeypatch.setattr(table61, "time", SimpleNamespace(sleep=time.sleep, monotonic=lambda: 100.0 * saved.exists()))
