@@ -62,7 +62,7 @@ SUITE = {
 TINY = "--models wrn-10-1 --precisions fp32 --steps 2 --seconds 0 --no-memory --small-ceilings"
 SMALL = "--model wrn-10-1 --batch 16 --steps 2 --methods trades"
 REHEARSAL = {
-    "agreement": ["precision --data DATA --model wrn-10-1 --train-images 100 --test-images 20 --epochs 1"],
+    "agreement": ["precision --data DATA --model small-cnn --train-images 20 --test-images 10 --epochs 1"],
     "attack": [f"attack {TINY} --batches 4 8 --full 1 --some loop"],
     "breakdown": ["breakdown --models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0"],
     "training": [
