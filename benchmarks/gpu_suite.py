@@ -114,7 +114,7 @@ def stages(rehearse: bool) -> list[Stage]:
         Stage("sanitizer", 3, sanitizer, separate, needs_gpu=True, needs="compute-sanitizer"),
         Stage("agreement", 3, modules["agreement"]),
         Stage("attack", 12, modules["attack"]),
-        Stage("breakdown", 1, modules["breakdown"]),
+        Stage("breakdown", 2, modules["breakdown"]),
         Stage("training", 8, modules["training"]),
         Stage("kernels", 2, [kernels]),
         Stage("questions", 2, modules["questions"]),
