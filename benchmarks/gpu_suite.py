@@ -29,8 +29,9 @@ import tyro
 
 from benchmarks import measure
 
-TAIL = 6000  # characters of a stage's output that are kept
-PYTEST = "PYTHON -m pytest -q -p no:cacheprovider"
+TAIL = 40_000  # characters of a stage's output that are kept
+GRACE = 10.0  # seconds for pytest to tell what it found, and to write what it timed, once it is interrupted
+PYTEST = "PYTHON -m pytest -q --tb=short -p no:cacheprovider"
 # What launches our own kernels, each of them in all its variants.
 KERNEL_TESTS = f"{PYTEST} tests/ops -m 'gpu and not slow' -k 'compiled and not wrong_arguments and not in_one_graph'"
 SANITIZE = f"SANITIZER --error-exitcode 86 --tool {{}} {KERNEL_TESTS}"
@@ -65,7 +66,7 @@ SUITE = {
 TINY = "--models wrn-10-1 --precisions fp32 --steps 2 --seconds 0 --no-memory --small-ceilings"
 SMALL = "--model wrn-10-1 --batch 16 --steps 2 --methods trades"
 REHEARSAL = {
-    "agreement": ["precision --data DATA --model wrn-10-1 --train-images 100 --test-images 20 --epochs 1"],
+    "agreement": ["precision --data DATA --model small-cnn --train-images 20 --test-images 10 --epochs 1"],
     "attack": [f"attack {TINY} --batches 4 8 --full 1 --some loop"],
     "breakdown": ["breakdown --models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0"],
     "training": [
@@ -117,7 +118,7 @@ def stages(rehearse: bool) -> list[Stage]:
         Stage("sanitizer", 3, sanitizer, separate, needs_gpu=True, needs="compute-sanitizer"),
         Stage("agreement", 3, modules["agreement"]),
         Stage("attack", 12, modules["attack"]),
-        Stage("breakdown", 1, modules["breakdown"]),
+        Stage("breakdown", 2, modules["breakdown"]),
         Stage("training", 8, modules["training"]),
         Stage("kernels", 2, [kernels]),
         Stage("questions", 2, modules["questions"]),
@@ -184,6 +185,10 @@ def execute(command: list[str], environment: dict[str, str], seconds: float) -> 
             status = "failed" if code else "ok"
         except subprocess.TimeoutExpired:
             code, status = None, "timed out"
+            if "pytest" in command:
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
         finally:
             with contextlib.suppress(ProcessLookupError):  # also whatever it left behind
                 os.killpg(process.pid, signal.SIGKILL)

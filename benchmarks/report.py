@@ -48,7 +48,10 @@ def kernels(results: dict) -> str:
     lines = ["| case | ours, µs | against | µs | ratio | GB/s | of copy |", "|---|---:|---|---:|---:|---:|---:|"]
     notes = [f"{machine.get('gpu') or machine['cpu']['model']}, {machine['threads']} threads, torch {machine['torch']}."]
     for case, providers in times(results).items():
-        (yardstick,) = (p for p in providers.values() if p["role"] == "yardstick")
+        yardstick = next((p for p in providers.values() if p["role"] == "yardstick"), None)
+        if yardstick is None:  # it failed, or the run ended before it
+            notes.append(f"{case} has no yardstick.")
+            continue
         speed = yardstick["bytes_held"] / yardstick["us"] / 1e3
         ours = providers.get("spat")
         if not ours:
@@ -325,9 +328,9 @@ def questions(results: dict) -> str:
         rates = (conv["tflops"].get(way, "") for conv in same for way in ways)
         name = f"{c['kernel']}x{c['kernel']} {c['ins']}->{c['outs']} /{c['stride']} @{c['size']}"
         lines.append(row(name, *(f"{rate:.3g}" if isinstance(rate, float) else "-" * bool(rate) for rate in rates)))
-    launches = [f"{name} {us:.2f}" for name, us in results["host_us"].items()]
+    launches = [f"{name} {us if isinstance(us, str) else f'{us:.2f}'}" for name, us in results["host_us"].items()]
     notes = [f"TFLOP/s, {results['precision']}, batch {results['batch']}. µs of the host a call: {', '.join(launches)}."]
-    if nodes := {k: v for k, v in results["graph_nodes"].items() if isinstance(v, dict)}:
+    if nodes := {k: v for k, v in results.get("graph_nodes", {}).items() if isinstance(v, dict)}:
         told = (f"{size} {v['node_us']:.2f} (alone {v['eager_us']:.2f})" for size, v in nodes.items())
         notes.append(f"µs a node of a CUDA graph: {', '.join(told)}.")
     return "\n".join(lines) + f"\n\n{' '.join(notes)} {where(results['machine'])}."
@@ -380,7 +383,8 @@ def convolution_rate(results: list[dict]) -> float | None:
         if (c["model"], c["batch"], c["precision"]) == ("wrn-34-10", 256, "bf16")
     ]
     steps = [p for part in results for p in part.get("breakdown", []) if (p["model"], p["batch"]) == ("wrn-34-10", 256)]
-    return 1e5 * cells[0]["limit"]["conv"] / steps[0]["kinds"]["convolution"] if cells and steps else None
+    taken = steps[0]["kinds"].get("convolution") if steps else None  # none of them, where no kernel has such a name
+    return 1e5 * cells[0]["limit"]["conv"] / taken if cells and taken else None
 
 
 PREDICTIONS = {  # made before there was a GPU: what, predicted, where it is measured
@@ -429,8 +433,8 @@ def thesis(results: dict) -> str:
         lines.append(row("", "thesis: WRN-34-10", "90", *published, ""))
     differs = {", ".join(t["differs"]): t["model"] for t in trainings if t["differs"]}
     otherwise = [f"{model} was trained otherwise than in the thesis (in brackets): {how}." for how, model in differs.items()]
-    counts = {name: e["images"] for t in trainings for name, e in t["evaluation"].items()}
-    tested = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    tests = {name: f"{e['images']:,} in {e['precision']}" for t in trainings for name, e in t["evaluation"].items()}
+    tested = ", ".join(f"{name} {how}" for name, how in tests.items())
     how = f"Test images: {tested or 'none yet'}; images/s of the training, attacks included. {where(results['machine'])}."
     return "\n".join([*lines, "", *otherwise, how])
 

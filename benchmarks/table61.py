@@ -3,13 +3,15 @@
 Trains the five rows of the thesis's Table 6.1 as its presets say, but with ResNet-18, a one-cycle schedule of few epochs and bf16
 arithmetic, and evaluates each: the table's columns on all test images, AutoAttack on some. Each row is a process of its own; what
 the folders in --runs hold is written to --out every few seconds, so that a run that is cut short still counts. The same command
-goes on from there, and other --rows and --model add to the same file:
+goes on from there: a row that --out has in full is not run again, even where its folder is gone. Other --rows and --model add to
+the same file:
 
     python -m benchmarks.table61 --data cifar10.npz --out table61.json --model wrn-34-10 --rows mart+spat --epochs 6
 """
 
 import json
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -35,7 +37,7 @@ from spat_train.train import train
 
 TABLE = TABLES["6.1"]
 COLUMNS = {cell.attack: cell.column for cell in TABLE.cells}
-GRACE = 60  # seconds that a row has to save, once it is told to stop
+GRACE = 30  # seconds that a row has to save, once it is told to stop
 EVERY = 2.0  # seconds between looks at the folders
 
 
@@ -78,9 +80,13 @@ def settings(args: Arguments, row: str) -> Config:
     preset = PRESETS[f"table6.1/{row}"]
     return replace(
         preset, preset="", model=args.model, epochs=args.epochs, schedule="one-cycle", lr=args.lr,
-        precision=args.precision, data=str(args.data), limit=args.limit, out=args.runs / f"{args.model}-{row}", resume=True,
+        precision=args.precision, data=str(args.data), limit=args.limit, out=place(args.runs, args.model, row), resume=True,
         test=False, tensorboard=False,
     )  # fmt: skip
+
+
+def place(runs: Path, model: str, row: str) -> Path:
+    return runs / f"{model}-{row}"
 
 
 # ---- one row, in a process of its own
@@ -124,6 +130,7 @@ def evaluate_run(args: Arguments, folder: Path) -> None:
                 if column not in found:  # "clean" is part of both
                     low, high = result.interval(name)
                     found[column] = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": images}
+                    found[column]["precision"] = args.test_precision
             files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
 
 
@@ -132,7 +139,8 @@ def evaluate_run(args: Arguments, folder: Path) -> None:
 
 def collected(folder: Path, before: list[dict]) -> list[dict]:
     """What the runs in `folder` have come to, after those of `before` that are not there."""
-    rows = {(row["model"], row["row"]): row for row in before + [row_of(run) for run in find_runs(folder)]}
+    ours = [run for run in find_runs(folder) if run.folder == place(folder, run.config.model, name_of(run.config))]
+    rows = {(row["model"], row["row"]): row for row in before + [row_of(run) for run in ours]}
     return list(rows.values())
 
 
@@ -142,8 +150,21 @@ def earlier(out: Path, device: str) -> list[dict]:
     return results["thesis"] if results and results["machine"]["device"] == device else []
 
 
+def is_done(args: Arguments, row: str, before: list[dict]) -> bool:
+    """Whether `before` has the row, trained in just this way to its end, with all its columns."""
+    config, columns = settings(args, row), {*COLUMNS.values()} | ({"AutoAttack"} if args.autoattack_images else set())
+    return any(
+        not config.differences(found["config"]) and found["trained"] >= found["epochs"] and columns <= found["evaluation"].keys()
+        for found in before
+    )
+
+
+def name_of(config: Config) -> str:
+    return config.method + ("+spat" if config.alpha else "")
+
+
 def row_of(run: Run) -> dict:
-    row = run.config.method + ("+spat" if run.config.alpha else "")
+    row = name_of(run.config)
     rates = [event["images_per_second"] for event in logs.read(run.folder, "train")]
     evaluation = run.folder / "evaluation.json"
     return {
@@ -161,26 +182,42 @@ def main(args: Arguments) -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {"machine": measure.describe(device), "settings": {"jobs": args.jobs, "test_precision": args.test_precision}}
+    results = {"machine": measure.describe(device), "settings": {"jobs": args.jobs}}
     before = earlier(args.out, results["machine"]["device"])
-    deadline, waiting, running, failed = time.monotonic() + 60 * args.minutes, list(args.rows), {}, []
+    waiting = [row for row in args.rows if not is_done(args, row, before)]
+    deadline, running, failed = time.monotonic() + 60 * args.minutes, {}, []
     context = multiprocessing.get_context("spawn")
-    while waiting or running:
-        while waiting and len(running) < args.jobs:
-            row = waiting.pop(0)
-            running[row] = context.Process(target=work, args=(args, row))
-            running[row].start()
-        time.sleep(EVERY)
-        for row in [row for row, process in running.items() if not process.is_alive()]:
-            failed += [row] * (running.pop(row).exitcode != 0)
-        if time.monotonic() > deadline:
+    with StopWish().heard() as wish:
+        try:
+            while waiting or running:
+                while waiting and len(running) < args.jobs:
+                    row = waiting.pop(0)
+                    running[row] = context.Process(target=work, args=(args, row))
+                    running[row].start()
+                time.sleep(EVERY)
+                failed += ended(running)
+                if wish.number or time.monotonic() > deadline:
+                    stop(running.values())
+                    waiting = []
+                    failed += ended(running)
+                write(args, results, before)
+        finally:
             stop(running.values())
-            waiting = []
-        results["thesis"] = collected(args.runs, before)
-        files.write(args.out, (json.dumps(results, indent=1) + "\n").encode())
+    write(args, results, before)
     print(report.thesis(results))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; what they said is above")
+
+
+def ended(running: dict[str, BaseProcess]) -> list[str]:
+    """Take out those that have ended; return those that failed. One that was told to stop while it did not listen is none."""
+    over = [row for row, process in running.items() if not process.is_alive()]
+    return [row for row in over if running.pop(row).exitcode not in (0, -signal.SIGTERM)]
+
+
+def write(args: Arguments, results: dict, before: list[dict]) -> None:
+    results["thesis"] = collected(args.runs, before)
+    files.write(args.out, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def stop(processes: Iterable[BaseProcess]) -> None:
@@ -191,6 +228,7 @@ def stop(processes: Iterable[BaseProcess]) -> None:
         process.join(max(end - time.monotonic(), 0))
         if process.is_alive():
             process.kill()
+            process.join()
 
 
 if __name__ == "__main__":

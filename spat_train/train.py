@@ -114,7 +114,7 @@ class Run:
         c = self.config
         data = dataset or load(c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed)
         for labels in (data.train.labels, data.test.labels):  # the attack does not look at them, nor do GPUs before they fail
-            if labels.min() < 0 or labels.max() >= data.num_classes:
+            if ((labels < 0) | (labels >= data.num_classes)).any():
                 raise InputError(
                     f"{data.name}: there are labels outside of 0 to {data.num_classes - 1}: give those of its classes"
                 )

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import attack, breakdown, cases, data, gpu_suite, measure, overhead, plots, report, table61, training, workmodel
 from benchmarks.attack import Judge, Provider, calibrated, photographs, plain_loop
@@ -47,6 +49,15 @@ def test_report_renders_the_committed_results():
     for case in CASES:
         if case.build:
             assert f"| {case.name} |" in table
+
+
+def test_report_of_a_run_that_ended_before_its_end():
+    results = json.loads((report.RESULTS / "cpu" / "kernels.json").read_text())
+    results["benchmarks"] = [run for run in results["benchmarks"] if run["extra_info"]["role"] != "yardstick"]
+    assert "has no yardstick" in report.kernels(results)
+    machine = measure.describe("cpu")
+    failed = {"machine": machine, "batch": 2, "precision": "bf16", "host_us": {"failed": "RuntimeError: no"}}
+    assert "failed RuntimeError: no" in report.questions(failed)
 
 
 def test_report_writes_between_markers(tmp_path):
@@ -290,6 +301,10 @@ def test_breakdown_accounts_for_a_call():
     ("name", "kind"),
     [
         ("void spat::(anonymous namespace)::linf_step_kernel<float, float, 4>(spat::Step)", "spat"),
+        ("void at::native::(anonymous namespace)::dispatched_kernel<float>", "other"),
+        ("void at::native::batch_norm_backward_elemt_channels_last_kernel<4, c10::BFloat16>", "batch norm"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>", "batch norm"),
+        ("scale_shift_relu_grad_kernel", "spat"),
         ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>", "layout"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
         ("sm80_xmma_dgrad_implicit_gemm_indexed_tf32f32", "convolution"),
@@ -301,6 +316,21 @@ def test_breakdown_accounts_for_a_call():
 )
 def test_kinds_of_kernels(name, kind):
     assert breakdown.kind_of(name) == kind
+
+
+def test_annotations_are_no_kernels(monkeypatch):
+    """CUPTI tells of an optimiser's step, on the device too, beside the kernels in it."""
+    span = SimpleNamespace(start=3000.0, elapsed_us=lambda: 500.0)
+
+    def event(name: str, device: DeviceType, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=span)
+
+    cuda, cpu = DeviceType.CUDA, DeviceType.CPU
+    events = [event("kernel", cuda), event("Optimizer.step#SGD.step", cuda, True), event("cudaGraphLaunch", cpu)]
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(breakdown, "profile", lambda activities: nullcontext(profiler))
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    assert breakdown.spans(lambda: None, "cuda") == [("kernel", 3.0, 0.5)]
 
 
 def test_busy_time_counts_overlaps_once():
@@ -393,6 +423,10 @@ def test_suite_records_failures_and_timeouts(tmp_path):
     two = gpu_suite.run(gpu_suite.Stage("two", 1, [python(script, "RESULT", text) for text in ("1", "[2]")]), tmp_path, 30)
     assert (two["status"], two["results"]) == ("ok", [1, [2]])
     assert "why" in failed["commands"][0]["tail"] and "so far" in slow["commands"][0]["tail"]
+    test = tmp_path / "test_slow.py"
+    test.write_text("import time\ndef test_bad(): assert 0, 'it failed'\ndef test_slow(): time.sleep(60)")
+    cut = gpu_suite.run(gpu_suite.Stage("cut", 1, [f"{gpu_suite.PYTEST} {test}"]), tmp_path, 10)
+    assert cut["status"] == "timed out" and "it failed" in cut["commands"][0]["tail"] and cut["seconds"] < 30
     absent = gpu_suite.run(gpu_suite.Stage("absent", 1, [], needs="no-such-program"), tmp_path, 30)
     assert absent["status"] == "skipped" and "no-such-program" in absent["reason"]
     lacking = gpu_suite.run(gpu_suite.Stage("lacking", 1, [python(script, "DATA")]), tmp_path, 30)
@@ -447,7 +481,7 @@ def test_predictions_beside_measurements(tmp_path):
 
 @pytest.mark.slow
 def test_table61(tmp_path, tiny_npz, monkeypatch):
-    """A row is trained and tested, another is cut short; a later command adds to the file."""
+    """A row is trained and tested, another is cut short; a later command adds to the file, and repeats nothing."""
     out = tmp_path / "table61.json"
 
     def run(*rows: str, **options) -> list[dict]:
@@ -460,6 +494,10 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
     assert {name: e["images"] for name, e in row["evaluation"].items()} == dict.fromkeys(row["thesis"], 20) | {"AutoAttack": 4}
     assert row["evaluation"]["PGD-20"]["accuracy"] <= row["evaluation"]["natural"]["accuracy"]
     assert row["thesis"]["natural"] == 81.93
+    (tmp_path / "runs" / "small-cnn-mart+spat").rename(tmp_path / "runs" / "of others")
+    config = tmp_path / "runs" / "of others" / "config.json"
+    config.write_text(config.read_text().replace('"mart"', '"standard"'))
+    assert run("mart+spat") == [row] and len(list((tmp_path / "runs").iterdir())) == 1
     shutil.rmtree(tmp_path / "runs")
     saved = tmp_path / "runs" / "small-cnn-trades" / "last.pt"  # time is over when there is something to save
     monkeypatch.setattr(table61, "time", SimpleNamespace(sleep=time.sleep, monotonic=lambda: 100.0 * saved.exists()))

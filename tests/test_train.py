@@ -260,6 +260,8 @@ def test_labels_outside_of_the_classes_are_refused():
     wrong = replace(dataset, train=replace(dataset.train, labels=dataset.train.labels + 1))
     with pytest.raises(InputError, match="labels outside of 0 to 9"):
         train(settings(), wrong, save=False)
+    untested = replace(dataset, test=dataset.test.subset(torch.arange(0)))
+    assert train(settings(epochs=1, test=False), untested, save=False).best
 
 
 def test_weight_decay_can_spare_batch_norm():
