@@ -48,6 +48,7 @@ def check_mask(mask: Tensor | None, image: Tensor) -> None:
         check(mask.dtype == torch.uint8, f"mask must be uint8, got {mask.dtype}")
         shape = (rows, -(-channels // 8))
         check(mask.shape == shape and mask.is_contiguous(), f"mask must be contiguous {list(shape)}")
+        check(mask.device == image.device, "mask is on another device than the first argument")
 
 
 def check_forward(
