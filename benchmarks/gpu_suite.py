@@ -114,7 +114,7 @@ def stages(rehearse: bool) -> list[Stage]:
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sanitizer = [SANITIZE.format(tool) for tool in ("memcheck", "racecheck")]
     return [
-        Stage("tests", 4, [f"{PYTEST} tests -m 'gpu or not slow'{parallel}"], needs_gpu=True),
+        Stage("tests", 4, [f"{PYTEST} tests -m gpu{parallel}"], needs_gpu=True),
         Stage("sanitizer", 3, sanitizer, separate, needs_gpu=True, needs="compute-sanitizer"),
         Stage("agreement", 3, modules["agreement"]),
         Stage("attack", 12, modules["attack"]),
