@@ -55,8 +55,9 @@ SUITE = {
     ],
     "questions": [
         "workmodel --precisions fp32 tf32 bf16 fp16",
-        "questions --models wrn-34-10 resnet-18",
+        "questions --models wrn-34-10 resnet-18 --limits 10",
         "questions --models wrn-34-10 --precision fp32 --limits 10",
+        "questions --models wrn-34-10 --limits 0",
     ],
     "memory": [
         "attack --models wrn-34-10 resnet-50 --batches 2048 --precisions bf16 fp32 --seconds 0 --minutes LIMIT "
@@ -112,9 +113,10 @@ def stages(rehearse: bool) -> list[Stage]:
     parallel = f" -n {min(14, os.cpu_count())}" if importlib.util.find_spec("xdist") else ""
     # Every allocation of its own, so that a write past a tensor's end does not land in its neighbour.
     separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tests = [f"{PYTEST} tests -m gpu -k '{which}'{parallel}" for which in ("not triton", "triton")]  # which compiles for minutes
     sanitizer = [SANITIZE.format(tool) for tool in ("memcheck", "racecheck")]
     return [
-        Stage("tests", 4, [f"{PYTEST} tests -m gpu{parallel}"], needs_gpu=True),
+        Stage("tests", 4, tests, needs_gpu=True),
         Stage("sanitizer", 3, sanitizer, separate, needs_gpu=True, needs="compute-sanitizer"),
         Stage("agreement", 3, modules["agreement"]),
         Stage("attack", 12, modules["attack"]),

@@ -85,10 +85,12 @@ def convolution(conv: workmodel.Conv, options: Options) -> dict:
         "forward, contiguous": lambda: F.conv2d(dense[1], dense[2], None, stride, padding, 1, conv.groups),
         "dgrad, contiguous": lambda: dgrad(*dense),
     }
+    wrong: dict[str, str] = {}
     if conv.stride == 1 and conv.groups == 1:
         ways["dgrad as rotated forward"] = lambda: F.conv2d(out, rotated, None, 1, conv.kernel - 1 - conv.padding)
         error = (ways["dgrad as rotated forward"]() - dgrad()).float().norm() / dgrad().float().norm()
-        assert error < 0.01, f"{conv}: the rotated form differs by {error:.3f}"  # twice bf16's rounding of the result
+        if not error < 0.01:  # twice bf16's rounding of the result
+            wrong["dgrad as rotated forward"] = f"differs by {error:.3f} of its norm"
     if device.startswith("cuda"):
         ways["forward + bias, relu"] = lambda: torch.cudnn_convolution_relu(x, w, bias, stride, padding, ones, conv.groups)
         ways["forward + add, bias, relu"] = lambda: torch.cudnn_convolution_add_relu(
@@ -101,7 +103,7 @@ def convolution(conv: workmodel.Conv, options: Options) -> dict:
             rates[name] = 1e-12 * flops / seconds_per_call(way, device, options.seconds)
         except RuntimeError as error:  # cuDNN has no engine for some
             rates[name] = measure.one_line(error)
-    return dataclasses.asdict(conv) | {"tflops": rates}
+    return dataclasses.asdict(conv) | {"tflops": rates | wrong}
 
 
 def convolutions(options: Options, limit: int) -> list[dict]:
