@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -47,8 +48,8 @@ class Options:
     models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18"])
     batches: list[int] = field(default_factory=lambda: [256, 128])
     """Of the attack; the update has the last of them."""
-    precision: str = "bf16"
-    method: str = "mart"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    method: Literal["madry", "trades", "mart"] = "mart"
     """Of the update."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     steps: int = 10

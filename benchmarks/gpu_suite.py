@@ -220,6 +220,8 @@ def main(options: Options) -> None:
     every = stages(options.rehearse)
     if unknown := set(options.stages) - {stage.name for stage in every}:
         raise SystemExit(f"--stages {' '.join(unknown)}: choose from {', '.join(stage.name for stage in every)}")
+    if options.data and not options.data.is_file():
+        raise SystemExit(f"--data {options.data}: there is no such file")
     if not options.rehearse and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: rehearse with --rehearse")
     chosen = [stage for stage in every if not options.stages or stage.name in options.stages]

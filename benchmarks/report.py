@@ -278,7 +278,8 @@ def breakdown(results: dict) -> str:
         lines.append(
             row(part["model"], part["what"], str(part["batch"]), f"{part['step_ms']:.2f}", *times, f"{part['launches']:.0f}")
         )
-    return "\n".join(lines) + f"\n\n{results['precision']}. {where(results['machine'])}."
+    how = "In all: without the profiler; the kinds, by kernels, with it, and on a CPU slowed by it."
+    return "\n".join(lines) + f"\n\n{results['precision']}. {how} {where(results['machine'])}."
 
 
 # --- the GPU suite ---
@@ -295,6 +296,8 @@ def suite(results: dict) -> str:
 
 def ran(results: dict) -> str:
     """Commands that have no numbers, and the last that each said."""
+    if "reason" in results:
+        return f"{results['status']}: {results['reason']}"
     lines = header(["command", "status", "last line"], [])
     for command in results["commands"]:
         last = (command["tail"].strip().splitlines() or [""])[-1]
@@ -431,8 +434,11 @@ def thesis(results: dict) -> str:
         lines.append(row(t["title"], t["model"], epochs, *found, f"{t['images_per_second'] or 0:,.0f}"))
         published = (f"{t['thesis'][name]:.2f}" if name in t["thesis"] else "" for name in columns)
         lines.append(row("", "thesis: WRN-34-10", "90", *published, ""))
-    differs = {", ".join(t["differs"]): t["model"] for t in trainings if t["differs"]}
-    otherwise = [f"{model} was trained otherwise than in the thesis (in brackets): {how}." for how, model in differs.items()]
+    alike: dict[str, list[str]] = {}
+    for t in trainings:
+        if t["differs"]:
+            alike.setdefault(", ".join(t["differs"]), []).append(f"{t['title']} of {t['model']}")
+    otherwise = [f"Otherwise than in the thesis (in brackets): {', '.join(who)}: {how}." for how, who in alike.items()]
     tests = {name: f"{e['images']:,} in {e['precision']}" for t in trainings for name, e in t["evaluation"].items()}
     tested = ", ".join(f"{name} {how}" for name, how in tests.items())
     how = f"Test images: {tested or 'none yet'}; images/s of the training, attacks included. {where(results['machine'])}."
@@ -490,6 +496,8 @@ def results_of(path: Path) -> dict | list:
 
 def main(files: list[Path], page: Path | None) -> None:
     written = page and write(page, "benchmarks:h200:predictions", predictions(RESULTS / "h200"))
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise SystemExit(f"{', '.join(missing)}: there is no such file")
     for path in files or sorted(RESULTS.glob("*/*.json")):
         results = results_of(path)
         if page:

@@ -14,7 +14,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,19 +26,21 @@ import tyro
 from benchmarks import measure, report
 from spat_train import files, logs
 from spat_train.checkpoints import load_model
-from spat_train.config import Config
+from spat_train.config import Config, check
 from spat_train.data import load_npz
 from spat_train.evaluate import evaluate
+from spat_train.images import InputError
 from spat_train.presets import PRESETS
 from spat_train.runs import Run, differences, find_runs, title
 from spat_train.signals import Stopped, StopWish
 from spat_train.sources import TABLES
-from spat_train.train import train
+from spat_train.train import TrainingError, train
 
 TABLE = TABLES["6.1"]
 COLUMNS = {cell.attack: cell.column for cell in TABLE.cells}
 GRACE = 30  # seconds that a row has to save, once it is told to stop
 EVERY = 2.0  # seconds between looks at the folders
+STOPPED = {code for n in (signal.SIGTERM, signal.SIGINT) for code in (-n, 128 + n)}  # exit codes: it did not listen yet, or saved
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Arguments:
     rows: list[str] = field(default_factory=lambda: list(TABLE.runs))
     """Of madry, trades, mart, trades+spat, mart+spat."""
     model: str = "resnet-18"
+    """A name of spat_train.models; the thesis's is wrn-34-10."""
     epochs: int = 20
     """Of the one-cycle schedule."""
     lr: float = 0.1
@@ -99,37 +102,39 @@ def work(args: Arguments, row: str) -> None:
         train(config)
         evaluate_run(args, config.out)
     except Stopped as stopped:
-        print(f"{args.model} {row}: {stopped}", file=sys.stderr)
+        print(f"{args.model} {row}: stopped, the same command goes on from there", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except (InputError, TrainingError, files.SaveError) as error:
+        sys.exit(f"{args.model} {row}: {error}")
 
 
 def evaluate_run(args: Arguments, folder: Path) -> None:
     """Write evaluation.json into the folder of the run, after every part."""
-    data = load_npz(args.data)
-    data = data.limited(args.limit, seed=0) if args.limit else data
+    data = load_npz(args.data).limited(args.limit, seed=0)
     model, config = load_model(folder, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    count = len(data.test)
-    parts = {",".join(COLUMNS): count}
-    if args.autoattack_images:
-        parts[f"autoattack:queries={args.queries}"] = min(args.autoattack_images, count)
+    images = images_of(args, len(data.test))
+    parts = {",".join(COLUMNS): images["natural"], f"autoattack:queries={args.queries}": images["AutoAttack"]}
     found = {}
     with StopWish().heard() as wish:
 
         def between() -> None:
             if wish.number:
-                raise Stopped(wish.number, "stopped while it was evaluated: the same command goes on from there")
+                raise Stopped(wish.number, "stopped while it was evaluated")
 
-        for number, (attacks, images) in enumerate(parts.items()):
+        for attacks, count in parts.items():
+            if not count:
+                continue
+            kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
             result = evaluate(
-                model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(images), between=between,
-                batch_size=args.batch_size, folder=folder / f"evaluation-{number}", precision=args.test_precision,
-                bar=folder.name,
+                model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(count), between=between,
+                batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
             )  # fmt: skip
             for name in result.attacks:
                 column = COLUMNS.get(name, "AutoAttack")
                 if column not in found:  # "clean" is part of both
                     low, high = result.interval(name)
-                    found[column] = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": images}
+                    found[column] = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": count}
                     found[column]["precision"] = args.test_precision
             files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
 
@@ -137,26 +142,58 @@ def evaluate_run(args: Arguments, folder: Path) -> None:
 # ---- all of them
 
 
+def images_of(args: Arguments, count: int) -> dict[str, int]:
+    """By column, how many of `count` test images it is measured on; 0: not at all."""
+    return dict.fromkeys(COLUMNS.values(), count) | {"AutoAttack": min(args.autoattack_images, count)}
+
+
+def checked(args: Arguments) -> dict[str, int]:
+    """`images_of` what is to be measured.
+
+    Raises:
+        InputError: an option or the data do not fit.
+    """
+    if not args.rows or set(args.rows) - set(TABLE.runs):
+        raise InputError(f"--rows {' '.join(args.rows)}: choose from {', '.join(TABLE.runs)}")
+    if args.jobs < 1 or args.batch_size < 1:
+        raise InputError(f"--jobs {args.jobs}, --batch-size {args.batch_size}: give at least 1")
+    for row in args.rows:
+        check(settings(args, row))
+    test = load_npz(args.data).limited(args.limit, seed=0).test
+    if not len(test):
+        raise InputError(f"--data {args.data}: it has no test images: give x_test and y_test")
+    return images_of(args, len(test))
+
+
 def collected(folder: Path, before: list[dict]) -> list[dict]:
-    """What the runs in `folder` have come to, after those of `before` that are not there."""
+    """What the runs in `folder` have come to, and those of `before` that are not there, in the order of the thesis."""
     ours = [run for run in find_runs(folder) if run.folder == place(folder, run.config.model, name_of(run.config))]
     rows = {(row["model"], row["row"]): row for row in before + [row_of(run) for run in ours]}
-    return list(rows.values())
+    return sorted(rows.values(), key=lambda row: (row["model"], list(TABLE.runs).index(row["row"])))
 
 
 def earlier(out: Path, device: str) -> list[dict]:
-    """The rows that `out` has already, from such a machine."""
-    results = json.loads(out.read_text()) if out.exists() else {}
-    return results["thesis"] if results and results["machine"]["device"] == device else []
+    """The rows that `out` has already, from such a machine.
+
+    Raises:
+        InputError: something else is there.
+    """
+    try:
+        results = json.loads(out.read_text()) if out.exists() else {"thesis": [], "machine": {"device": device}}
+        return results["thesis"] if results["machine"]["device"] == device else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--out {out}: it is no such table: move it away, or give another file") from error
 
 
-def is_done(args: Arguments, row: str, before: list[dict]) -> bool:
-    """Whether `before` has the row, trained in just this way to its end, with all its columns."""
-    config, columns = settings(args, row), {*COLUMNS.values()} | ({"AutoAttack"} if args.autoattack_images else set())
-    return any(
-        not config.differences(found["config"]) and found["trained"] >= found["epochs"] and columns <= found["evaluation"].keys()
-        for found in before
+def is_done(args: Arguments, row: str, rows: list[dict], images: dict[str, int]) -> bool:
+    """Whether `rows` have it, trained in just this way to its end, and measured on these images."""
+    config = settings(args, row)
+    measured = (
+        {name: column["images"] for name, column in found["evaluation"].items()}
+        for found in rows
+        if not config.differences(found["config"]) and found["trained"] >= found["epochs"]
     )
+    return any({name: n for name, n in images.items() if n}.items() <= counts.items() for counts in measured)
 
 
 def name_of(config: Config) -> str:
@@ -177,42 +214,41 @@ def row_of(run: Run) -> dict:
 
 
 def main(args: Arguments) -> None:
-    if unknown := set(args.rows) - set(TABLE.runs):
-        raise SystemExit(f"--rows {' '.join(unknown)}: choose from {', '.join(TABLE.runs)}")
-    args.runs.mkdir(parents=True, exist_ok=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {"machine": measure.describe(device), "settings": {"jobs": args.jobs}}
-    before = earlier(args.out, results["machine"]["device"])
-    waiting = [row for row in args.rows if not is_done(args, row, before)]
-    deadline, running, failed = time.monotonic() + 60 * args.minutes, {}, []
-    context = multiprocessing.get_context("spawn")
+    try:
+        images = checked(args)
+        args.runs.mkdir(parents=True, exist_ok=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        results = {"machine": measure.describe("cuda" if torch.cuda.is_available() else "cpu"), "settings": {"jobs": args.jobs}}
+        before = earlier(args.out, results["machine"]["device"])
+        write(args, results, before)
+    except (InputError, OSError, files.SaveError) as error:
+        raise SystemExit(str(error)) from None
     with StopWish().heard() as wish:
-        try:
-            while waiting or running:
-                while waiting and len(running) < args.jobs:
-                    row = waiting.pop(0)
-                    running[row] = context.Process(target=work, args=(args, row))
-                    running[row].start()
-                time.sleep(EVERY)
-                failed += ended(running)
-                if wish.number or time.monotonic() > deadline:
-                    stop(running.values())
-                    waiting = []
-                    failed += ended(running)
-                write(args, results, before)
-        finally:
-            stop(running.values())
-    write(args, results, before)
+        rows = [row for row in args.rows if not is_done(args, row, results["thesis"], images)]
+        take_turns(args, rows, wish, lambda: write(args, results, before))
     print(report.thesis(results))
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; what they said is above")
+    if left := [row for row in args.rows if not is_done(args, row, results["thesis"], images)]:
+        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why. The same command goes on from there")
 
 
-def ended(running: dict[str, BaseProcess]) -> list[str]:
-    """Take out those that have ended; return those that failed. One that was told to stop while it did not listen is none."""
-    over = [row for row, process in running.items() if not process.is_alive()]
-    return [row for row in over if running.pop(row).exitcode not in (0, -signal.SIGTERM)]
+def take_turns(args: Arguments, rows: list[str], wish: StopWish, look: Callable[[], None]) -> None:
+    """Work on `rows`, some at a time, and `look` every few seconds; until time is over or a signal comes, here or to one of them."""
+    deadline, waiting, running = time.monotonic() + 60 * args.minutes, list(rows), []
+    context = multiprocessing.get_context("spawn")
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                running.append(context.Process(target=work, args=(args, waiting.pop(0))))
+                running[-1].start()
+            time.sleep(EVERY)
+            stopped = any(process.exitcode in STOPPED for process in running)
+            running = [process for process in running if process.is_alive()]
+            if stopped or wish.number or time.monotonic() > deadline:
+                break
+            look()
+    finally:
+        stop(running)
+    look()
 
 
 def write(args: Arguments, results: dict, before: list[dict]) -> None:

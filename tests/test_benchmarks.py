@@ -292,9 +292,9 @@ def test_breakdown_accounts_for_a_call():
     torch.manual_seed(0)
     a, b = torch.randn(2, 300, 300), torch.randn(300, 300)
     found = breakdown.taken_apart(lambda: [(a @ b).relu_() for _ in range(4)], "cpu", steps=4, seconds=0.01)
-    assert list(found["kinds"])[0] == "matrix product" and found["kinds"]["pointwise"] > 0
-    assert found["longest"][0]["calls"] == 1 and found["launches"] >= 2
-    assert sum(found["kinds"].values()) == pytest.approx(sum(k["ms"] for k in found["longest"]), rel=0.5)
+    kernels = {k["name"]: (k["kind"], k["calls"]) for k in found["longest"]}
+    assert kernels["aten::mm"] == ("matrix product", 1) and kernels["aten::clamp_min_"] == ("pointwise", 1)
+    assert min(found["kinds"]["matrix product"], found["kinds"]["pointwise"], found["step_ms"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -501,11 +501,17 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
     shutil.rmtree(tmp_path / "runs")
     saved = tmp_path / "runs" / "small-cnn-trades" / "last.pt"  # time is over when there is something to save
     monkeypatch.setattr(table61, "time", SimpleNamespace(sleep=time.sleep, monotonic=lambda: 100.0 * saved.exists()))
-    rows = run("trades", epochs=1000, minutes=1)
-    assert [r["row"] for r in rows] == ["mart+spat", "trades"] and rows[0] == row
-    assert not rows[1]["evaluation"] and rows[1]["trained"] < 1000
+    with pytest.raises(SystemExit, match="not done yet: trades"):
+        run("trades", epochs=1000, minutes=1)
+    rows = json.loads(out.read_text())["thesis"]
+    assert [r["row"] for r in rows] == ["trades", "mart+spat"] and rows[1] == row
+    assert not rows[0]["evaluation"] and rows[0]["trained"] < 1000
     table = report.thesis(json.loads(out.read_text()))
     assert "| MART+SPAT(.3) | small-cnn | 1 |" in table and " of 1000 |" in table
     assert "| thesis: WRN-34-10 | 90 | 81.93 | 61.87 | 59.59 | 51.57 |" in table
-    with pytest.raises(SystemExit, match="--rows spat: choose from madry"):
-        run("spat")
+    for wrong, options in (("--rows spat: choose from madry", {}), ("--jobs 0", {"jobs": 0}), ("--epochs 0", {"epochs": 0})):
+        with pytest.raises(SystemExit, match=wrong):
+            run("spat" if not options else "madry", **options)
+    out.write_text("{}")
+    with pytest.raises(SystemExit, match="it is no such table"):
+        run("madry")
