@@ -232,7 +232,7 @@ def main(args: Arguments) -> None:
 
 
 def take_turns(args: Arguments, rows: list[str], wish: StopWish, look: Callable[[], None]) -> None:
-    """Work on `rows`, some at a time, and `look` every few seconds; until time is over or a signal comes, here or to one of them."""
+    """Work on `rows`, some at a time, and `look` every few seconds; until time is over or a signal comes, here or to one."""
     deadline, waiting, running = time.monotonic() + 60 * args.minutes, list(rows), []
     context = multiprocessing.get_context("spawn")
     try:
