@@ -15,7 +15,7 @@ import dataclasses
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,16 +106,25 @@ def convolution(conv: workmodel.Conv, options: Options) -> dict:
     return dataclasses.asdict(conv) | {"tflops": rates | wrong}
 
 
-def convolutions(options: Options, limit: int) -> list[dict]:
+def with_engines(limit: int, options: Options, conv: workmodel.Conv) -> dict:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, limit
     with measure.numerics(options.precision), torch.no_grad():
-        return [convolution(conv, options) for conv in shapes(options.models)]
+        return convolution(conv, options)
+
+
+def convolutions(options: Options, limit: int) -> Iterator[list[dict]]:
+    """What is known after each."""
+    found = []
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for conv in shapes(options.models):
+            found.append(pool.apply(with_engines, (limit, options, conv)))
+            yield found
 
 
 # --- launches ---
 
 
-def graph_nodes(options: Options) -> dict:
+def graph_nodes(options: Options) -> Iterator[dict]:
     """Microseconds a node of CUDA graphs of 1,000 dependent additions, by the size of the tensor."""
     result = {}
     for numel in (1, 2**20, 2**24):
@@ -127,10 +136,10 @@ def graph_nodes(options: Options) -> dict:
         node = seconds_per_call(graph.replay, options.device, options.seconds) / 1000
         alone = seconds_per_call(lambda: x.add_(1), options.device, options.seconds)  # noqa: B023  called at once
         result[f"{numel} elements"] = {"node_us": 1e6 * node, "eager_us": 1e6 * alone}
-    return result
+        yield result
 
 
-def host_cost(options: Options) -> dict:
+def host_cost(options: Options) -> Iterator[dict]:
     """Microseconds of the host a call, on one element: the queue never fills, the GPU is not waited for."""
     device = options.device
     x, x_adv, grad = (torch.rand(1, 1, device=device) for _ in range(3))
@@ -150,29 +159,31 @@ def host_cost(options: Options) -> dict:
         measure.synchronize(device)
         return 1e6 * taken / 500
 
-    return {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
+    yield {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
 
 
 def main(options: Options) -> None:
     cuda = options.device.startswith("cuda")
     results = {"machine": measure.describe(options.device), "batch": options.batch, "precision": options.precision}
 
-    def answer(name: str, question: Callable[[], object]) -> None:
+    def answer(name: str, answers: Iterable[object]) -> None:
+        """Write each of `answers`, of which the last is the whole one."""
         try:
-            results[name] = question()
+            for so_far in answers:
+                results[name] = so_far
+                write()
         except Exception as error:  # one question's failure must not take the others' answers along
-            results[name] = {"failed": measure.one_line(error)}
+            results[f"{name}, rest" if name in results else name] = {"failed": measure.one_line(error)}
+            write()
+
+    def write() -> None:
         if options.out:
             options.out.write_text(json.dumps(results, indent=1) + "\n")
 
-    def in_a_process(limit: int) -> list[dict]:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(convolutions, (options, limit))
-
-    answer("host_us", lambda: host_cost(options))
-    answer("graph_nodes", lambda: graph_nodes(options) if cuda else {"skipped": "no GPU"})
+    answer("host_us", host_cost(options))
+    answer("graph_nodes", graph_nodes(options) if cuda else [{"skipped": "no GPU"}])
     for limit in options.limits if cuda else options.limits[:1]:  # CPUs have no cuDNN
-        answer(f"convolutions, limit {limit}", lambda limit=limit: in_a_process(limit))
+        answer(f"convolutions, limit {limit}", convolutions(options, limit))
     print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
 
 
