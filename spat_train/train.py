@@ -113,11 +113,9 @@ class Run:
     def load(self, dataset: Dataset | None) -> tuple[Dataset, Images | None]:
         c = self.config
         data = dataset or load(c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed)
-        for labels in (data.train.labels, data.test.labels):  # the attack does not look at them, nor do GPUs before they fail
-            if ((labels < 0) | (labels >= data.num_classes)).any():
-                raise InputError(
-                    f"{data.name}: there are labels outside of 0 to {data.num_classes - 1}: give those of its classes"
-                )
+        labels = data.train.labels
+        if ((labels < 0) | (labels >= data.num_classes)).any():  # the attack does not look at them, nor do GPUs before they fail
+            raise InputError(f"{data.name}: there are labels outside of 0 to {data.num_classes - 1}: give those of its classes")
         if c.extra is None:
             return data, None
         return data, load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes)
