@@ -3,7 +3,7 @@
 python -m pytest benchmarks [--device cuda] --benchmark-json=benchmarks/results/cpu/kernels.json    the kernels of cases.py
 python -m benchmarks.attack --models wrn-16-4 --batches 64 --out benchmarks/results/cpu/attack.json    whole attacks
 python -m benchmarks.workmodel --device cpu    operations, bytes and ceilings: how fast an attack could be
-python -m benchmarks.gpu_suite --out DIR --minutes 25    all of it, and more, on a GPU (--rehearse: tiny, on the CPU)
+python -m benchmarks.gpu --out DIR --minutes 9.5    what some minutes on a GPU can tell (--rehearse: tiny, on the CPU)
 python -m benchmarks.report [json ...] [--write README.md]    the tables
 python -m benchmarks.plots JSON --out DIR    throughput.png and roofline.png
 

@@ -18,11 +18,9 @@ the resident memory during the second call, in a process of its own.
 import copy
 import ctypes
 import gc
-import json
 import multiprocessing
 import re
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -420,57 +418,46 @@ class Options:
     """Gradient steps of an attack."""
     seconds: float = 2.0
     """Time to measure each provider of a cell for."""
-    minutes: float = float("inf")
-    """Start no further cell after so long."""
-    full: int | None = None
-    """Cells in which all --providers race, all by default; in those after them only --some."""
-    some: list[str] = field(default_factory=list)
-    """Names, of --providers."""
     memory: bool = True
     """Measure memory. On the CPU this takes a process for each provider."""
     small_ceilings: bool = False
     """Measure the ceilings on small matrices: for rehearsals."""
     out: Path | None = None
-    """Write raw results here, after every cell."""
+    """Write raw results here, after every cell. Cells that it already has are not measured again."""
     write_plots: Path | None = None
     """Write throughput.png and roofline.png into this folder."""
 
 
 def run(options: Options) -> Iterator[dict]:
-    """The results so far, after each cell."""
-    start = time.monotonic()
+    """The results so far, before the first cell and after each."""
     chosen = [p for p in providers(options.device, options.steps) if p.precision in options.precisions]
-    unknown = set(options.providers + options.some) - {p.name for p in chosen}
+    unknown = set(options.providers) - {p.name for p in chosen}
     if unknown or not chosen:
         names = ", ".join(sorted({p.name for p in providers(options.device, options.steps)}))
-        wrong = f"--providers, --some {' '.join(unknown)} --precisions {' '.join(options.precisions)}"
+        wrong = f"--providers {' '.join(unknown)} --precisions {' '.join(options.precisions)}"
         raise SystemExit(f"{wrong}: choose from {names}")
     chosen = [p for p in chosen if not options.providers or p.name in options.providers]
     if options.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True  # for all alike
-    results = {
-        "machine": measure.describe(options.device),
-        "settings": {"eps": EPS, "step_size": STEP, "steps": options.steps, "seconds": options.seconds},
-        "ceilings": measure.ceilings(options.device, options.precisions, small=options.small_ceilings),
-        "cells": [],
-    }
+    settings = {"eps": EPS, "step_size": STEP, "steps": options.steps, "seconds": options.seconds, "memory": options.memory}
+    settings["providers"] = [f"{p.name}, {p.precision}" for p in chosen]  # a race has all of them
+    fresh = {"machine": measure.describe(options.device), "settings": settings, "ceilings": {}, "cells": []}
+    results = measure.continued(options.out, fresh)
+    done = {(record["model"], record["batch"]) for record in results["cells"]}
+    if not results["ceilings"]:
+        results["ceilings"] = measure.ceilings(options.device, options.precisions, small=options.small_ceilings)
+    yield results
     prepared: dict[str, tuple[Judge, list[workmodel.Layer]]] = {}
-    racing, cells = chosen, 0
     for batch in options.batches:
         for model in options.models:
-            if time.monotonic() - start > 60 * options.minutes:
-                results["unfinished"] = True
-                yield results
-                return
+            if (model, batch) in done:
+                continue
             name, _, size = model.partition("@")
             size = int(size or 32)
             if model not in prepared:
                 prepared[model] = prepare(name, size, max(*options.batches, 128), options)
             judge, layers, x, y = prepared[model]
-            if cells == options.full:
-                racing = [p for p in chosen if p.name in options.some]
-            cells += 1
-            records = compete(racing, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
+            records = compete(chosen, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
             for record in records:
                 work = workmodel.Work(layers, batch, record["precision"])
                 record |= {"model": model, "batch": batch, "flops": work.flops, "bytes": work.bytes}
@@ -497,9 +484,9 @@ def prepare(name: str, size: int, count: int, options: Options) -> tuple[Judge, 
 def main(options: Options) -> None:
     shown = 0
     for results in run(options):
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(report.attack_table(results | {"cells": results["cells"][shown:]}), flush=True)
+        measure.write(options.out, results)
+        if results["cells"][shown:]:
+            print(report.attack_table(results | {"cells": results["cells"][shown:]}), flush=True)
         shown = len(results["cells"])
     if options.write_plots:
         from benchmarks import plots
@@ -507,6 +494,7 @@ def main(options: Options) -> None:
         options.write_plots.mkdir(parents=True, exist_ok=True)
         plots.throughput(results, options.write_plots / "throughput.png")
         plots.roofline(results, options.write_plots / "roofline.png")
+    measure.require_ours(results["cells"])
 
 
 if __name__ == "__main__":

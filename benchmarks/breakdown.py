@@ -5,7 +5,6 @@ time of every kernel (on the CPU: of every operator, less what it calls) by what
 nothing: gaps between launches or graph nodes. The profiler slows the host, not the kernels, so `step_ms` is measured without it.
 """
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -56,7 +55,7 @@ class Options:
     seconds: float = 0.3
     """To measure each step without the profiler for."""
     out: Path | None = None
-    """Write the results here, after every model."""
+    """Write the results here, after every part. Parts that it already has are not measured again."""
 
 
 def kind_of(name: str) -> str:
@@ -138,18 +137,22 @@ def start_profiler(device: str) -> None:
 def main(options: Options) -> None:
     torch.backends.cudnn.benchmark = True
     start_profiler(options.device)
-    results = {"machine": measure.describe(options.device), "precision": options.precision, "breakdown": []}
+    settings = {"steps": options.steps, "seconds": options.seconds}
+    fresh = {"machine": measure.describe(options.device), "precision": options.precision, "settings": settings, "breakdown": []}
+    results = measure.continued(options.out, fresh)
+    done = {(part["model"], part["batch"], part["what"]) for part in results["breakdown"]}
     for name in options.models:
         parts = [("an attack step", batch, attack_parts) for batch in options.batches]
         parts += [(f"an update, {options.method}, PGD-{options.steps}", options.batches[-1], update_parts)]
         for what, batch, parts_of in parts:
+            if (name, batch, what) in done:
+                continue
             with numerics(options.precision):
                 found = parts_of(name, batch, options)
             results["breakdown"].append({"model": name, "batch": batch, "what": what} | found)
             if options.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-            if options.out:
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
+            measure.write(options.out, results)
     print(report.breakdown(results))
 
 

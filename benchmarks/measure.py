@@ -1,6 +1,8 @@
-"""What the benchmarks share: the clock, turns, precisions, the machine's two ceilings, and what a result says about it."""
+"""What the benchmarks share: the clock, turns, precisions, the machine's two ceilings, and the files that results are kept in."""
 
 import datetime
+import hashlib
+import json
 import os
 import platform
 import random
@@ -8,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 
 import spat_kernels
 from spat_kernels.precision import tf32_switches
+from spat_train import files
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +30,7 @@ ROUNDS = 3, 100  # least and most of a race
 
 
 def describe(device: str) -> dict:
-    """Where a result comes from: device, CPU and its matrix units, versions, threads, commit, date and command."""
+    """Where a result comes from: device, CPU and its matrix units, versions, threads, commit, date, command."""
     if spat_kernels._library.compiled is None:
         raise SystemExit(f"{spat_kernels.__path__[0]} is not compiled: run pip install -e '.[bench]' in the checkout")
     cuda = device.startswith("cuda")
@@ -36,6 +39,7 @@ def describe(device: str) -> dict:
     model = re.search(r"^model name\s*: (.*)$", info, re.M)[1]
     return {
         "device": torch.cuda.get_device_name(device) if cuda else model,
+        "driver": driver() if cuda else None,
         "cpu": {"model": model, "cores": os.cpu_count(), "flags": [flag for flag in CPU_FLAGS if flag in flags]},
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -45,21 +49,78 @@ def describe(device: str) -> dict:
         "spat_kernels": spat_kernels.config(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        # without folders, which say nothing elsewhere
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in [sys.executable, *sys.orig_argv[1:]]),
     }
 
 
+def driver() -> str:
+    """The version of NVIDIA's driver, or of the CUDA that it serves where there is no nvidia-smi."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=20).split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        version = torch._C._cuda_getDriverVersion()
+        return f"for CUDA {version // 1000}.{version % 1000 // 10}"
+
+
 def commit() -> str | None:
-    """The commit, with "+" where the tree has changes; SPAT_COMMIT names it where a copy has no .git."""
+    """The commit, with "+" and a hash of the changes where the tree has some; SPAT_COMMIT names it where a copy has no .git."""
     if named := os.environ.get("SPAT_COMMIT"):
         return named
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True).strip()
+        changes = subprocess.check_output([*git, "diff", "HEAD"])
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + "+" * bool(changed)
+    return f"{head}+{hashlib.sha1(changes).hexdigest()[:8]}" if changes else head
+
+
+# --- files of results ---
+
+SAME = "device", "driver", "torch", "cuda", "cudnn", "threads", "commit"  # of machines whose results may share a file
+
+
+def differences(before: dict, now: dict, keys: Iterable[str] = SAME) -> str:
+    """What keeps results of two machines (`describe`) apart, or of other settings; "" if nothing does."""
+    return ", ".join(f"{key}: {before.get(key)}, now {now.get(key)}" for key in keys if before.get(key) != now.get(key))
+
+
+def continued(out: Path | None, fresh: dict) -> dict:
+    """The results that a benchmark goes on from: those that `out` holds from a run that was cut, or `fresh`.
+
+    Args:
+        fresh: what a run begins with: `machine`, its settings, and empty lists and dicts for what it will measure.
+
+    Raises:
+        SystemExit: what `out` holds is from another machine or commit, or made with other settings.
+    """
+    if out is None or not out.exists():
+        return fresh
+    try:
+        before = json.loads(out.read_text())
+        wrong = differences(before["machine"], fresh["machine"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(f"{out}: these are no such results: move the file away, or give another --out") from None
+    settings = {key: value for key, value in json.loads(json.dumps(fresh)).items() if key != "machine" and value not in ([], {})}
+    more = [settings.pop("settings", {}), before.get("settings", {})]
+    settings, earlier = settings | more[0], before | more[1]
+    if wrong := wrong or differences(earlier, settings, settings):
+        raise SystemExit(f"{out}: it holds other results ({wrong}): move the file away, or give another --out")
+    return fresh | before
+
+
+def write(out: Path | None, results: dict) -> None:
+    """Replace the file `out`, if one is asked for, in one step: it is whole whenever the benchmark ends."""
+    if out:
+        files.write(out, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def require_ours(records: list[dict]) -> None:
+    """End with an error if one of ours, unlike a rival, disagreed or failed."""
+    if wrong := [r for r in records if r["ours"] and r["status"] != "timed"]:
+        raise SystemExit("\n".join(f"{r['provider']}, {r['precision']}: {r['status']}: {r['note']}" for r in wrong))
 
 
 # --- precisions ---

@@ -7,7 +7,6 @@ checkpoint) is spread over its steps. The host of a GPU runs ahead, so there eve
 it was through: a part has what the device worked and what it had to wait for launches.
 """
 
-import json
 import signal
 import tempfile
 import time
@@ -21,9 +20,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks import measure, report
+from benchmarks import measure, report, training
 from benchmarks.attack import CLASSES
-from benchmarks.training import METHODS, free, settings, trainer
+from benchmarks.training import METHODS, free, trainer
 from spat_train.config import Config
 from spat_train.images import Images
 from spat_train.objectives import HEADS
@@ -155,31 +154,28 @@ class Options:
     """Steps before those."""
     images: int = 50_000
     """Random images in an epoch."""
-    minutes: float = float("inf")
-    """Begin no further run after so long."""
     out: Path | None = None
-    """Write raw results here, after every run."""
+    """Write raw results here, after every run. Runs that it already has are not made again."""
 
 
 def main(options: Options) -> None:
-    start = time.monotonic()
-    results = {"machine": measure.describe(options.device), "loops": []}
-    results["settings"] = {key: getattr(options, key) for key in ("model", "batch", "steps", "updates", "images")}
+    settings = {key: getattr(options, key) for key in ("model", "batch", "steps", "updates", "images")}
+    fresh = {"machine": measure.describe(options.device), "settings": settings, "loops": []}
+    results = measure.continued(options.out, fresh)
+    done = {(loop["method"], loop["precision"]) for loop in results["loops"]}
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (options.images, 32, 32, 3), dtype=torch.uint8, generator=generator)
     images = Images(pixels, torch.randint(CLASSES, (options.images,), generator=generator))
     for precision, method in product(options.precisions, options.methods):
-        if time.monotonic() - start > 60 * options.minutes:
-            results["unfinished"] = True
-            break
+        if (method, precision) in done:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             logs = {"tensorboard": True, "log_every": options.updates}
-            config = settings(options.model, options.batch, method, precision, options.device, options.steps, **logs)
+            config = training.settings(options.model, options.batch, method, precision, options.device, options.steps, **logs)
             measured = run_for(config, images, Path(folder), options.warm_up, options.updates)
         results["loops"].append({"method": method, "precision": precision} | measured)
         free(options.device)
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+        measure.write(options.out, results)
     print(report.overhead(results))
 
 

@@ -8,7 +8,6 @@ looks like robustness: its share is counted over pixels, and over samples withou
 model is the one, confident and far from robust, on which gradients underflow: a tenth of the images tells, also of autocast.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ def main(args: Arguments) -> None:
             )
             print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             result["rows"].append(row)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            measure.write(args.out, result)
 
 
 def trained(args: Arguments, data: Dataset, name: str) -> nn.Module:

@@ -17,6 +17,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import torch
@@ -36,14 +37,15 @@ class Options:
     models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18", "resnet-50", "resnet-18@96"])
     """Whose convolutions: names of spat_train.models, with "@SIZE" for images that are not 32x32."""
     batch: int = 256
-    precision: str = "bf16"
+    precisions: list[str] = field(default_factory=lambda: ["bf16"])
+    """Of fp32, tf32 (GPU), bf16, fp16."""
     limits: list[int] = field(default_factory=lambda: [10, 0])
     """Values of `benchmark_limit`."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seconds: float = 0.05
     """To measure each number for."""
     out: Path | None = None
-    """Write the answers here, after every question."""
+    """Write the answers here, after every one. What it already has is not measured again."""
 
 
 # --- convolutions ---
@@ -58,10 +60,10 @@ def shapes(models: list[str]) -> list[workmodel.Conv]:
     return list(found)
 
 
-def convolution(conv: workmodel.Conv, options: Options) -> dict:
+def convolution(conv: workmodel.Conv, precision: str, options: Options) -> dict:
     """TFLOP/s of the ways to compute `conv` and its gradient at the input, channels_last if nothing else is said; an error's text
     where one fails."""
-    dtype, device = DTYPES[options.precision], options.device
+    dtype, device = DTYPES[precision], options.device
 
     def random(*shape):
         return torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -106,28 +108,32 @@ def convolution(conv: workmodel.Conv, options: Options) -> dict:
     return dataclasses.asdict(conv) | {"tflops": rates | wrong}
 
 
-def with_engines(limit: int, options: Options, conv: workmodel.Conv) -> dict:
+def with_engines(limit: int, options: Options, precision: str, conv: workmodel.Conv) -> dict:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, limit
-    with measure.numerics(options.precision), torch.no_grad():
-        return convolution(conv, options)
+    with measure.numerics(precision), torch.no_grad():
+        return convolution(conv, precision, options)
 
 
-def convolutions(options: Options, limit: int) -> Iterator[list[dict]]:
-    """What is known after each."""
-    found = []
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for conv in shapes(options.models):
-            found.append(pool.apply(with_engines, (limit, options, conv)))
+def convolutions(options: Options, pool: Pool, limit: int, precision: str, before: list[dict]) -> Iterator[list[dict]]:
+    """What is known after each, with what was known `before`."""
+    found = list(before)
+    known = [{key: value for key, value in record.items() if key != "tflops"} for record in before]
+    for conv in shapes(options.models):
+        if dataclasses.asdict(conv) not in known:
+            found.append(pool.apply(with_engines, (limit, options, precision, conv)))
             yield found
 
 
 # --- launches ---
 
 
+NODES = 1, 2**20, 2**24  # elements of the tensor of a CUDA graph's nodes
+
+
 def graph_nodes(options: Options) -> Iterator[dict]:
     """Microseconds a node of CUDA graphs of 1,000 dependent additions, by the size of the tensor."""
     result = {}
-    for numel in (1, 2**20, 2**24):
+    for numel in NODES:
         x, graph = torch.zeros(numel, device=options.device), torch.cuda.CUDAGraph()
         x.add_(1)
         with torch.cuda.graph(graph):
@@ -164,26 +170,31 @@ def host_cost(options: Options) -> Iterator[dict]:
 
 def main(options: Options) -> None:
     cuda = options.device.startswith("cuda")
-    results = {"machine": measure.describe(options.device), "batch": options.batch, "precision": options.precision}
+    settings = {"batch": options.batch, "settings": {"seconds": options.seconds}}
+    fresh = {"machine": measure.describe(options.device), **settings, "host_us": {}, "graph_nodes": {}, "precisions": {}}
+    results = measure.continued(options.out, fresh)
 
-    def answer(name: str, answers: Iterable[object]) -> None:
+    def answer(into: dict, name: str, answers: Iterable[object]) -> None:
         """Write each of `answers`, of which the last is the whole one."""
+        into.pop(f"{name}, rest", None)
         try:
             for so_far in answers:
-                results[name] = so_far
-                write()
+                into[name] = so_far
+                measure.write(options.out, results)
         except Exception as error:  # one question's failure must not take the others' answers along
-            results[f"{name}, rest" if name in results else name] = {"failed": measure.one_line(error)}
-            write()
+            into[f"{name}, rest" if into.get(name) else name] = {"failed": measure.one_line(error)}
+            measure.write(options.out, results)
 
-    def write() -> None:
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
-
-    answer("host_us", host_cost(options))
-    answer("graph_nodes", graph_nodes(options) if cuda else [{"skipped": "no GPU"}])
+    if not results["host_us"] or "failed" in results["host_us"]:
+        answer(results, "host_us", host_cost(options))
+    if len(results["graph_nodes"]) < len(NODES):
+        answer(results, "graph_nodes", graph_nodes(options) if cuda else [{"skipped": "no GPU"}])
     for limit in options.limits if cuda else options.limits[:1]:  # CPUs have no cuDNN
-        answer(f"convolutions, limit {limit}", convolutions(options, limit))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            for precision in options.precisions:
+                found, name = results["precisions"].setdefault(precision, {}), f"convolutions, limit {limit}"
+                before = found[name] if isinstance(found.get(name), list) else []
+                answer(found, name, convolutions(options, pool, limit, precision, before))
     print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
 
 

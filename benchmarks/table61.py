@@ -172,19 +172,6 @@ def collected(folder: Path, before: list[dict]) -> list[dict]:
     return sorted(rows.values(), key=lambda row: (row["model"], list(TABLE.runs).index(row["row"])))
 
 
-def earlier(out: Path, device: str) -> list[dict]:
-    """The rows that `out` has already, from such a machine.
-
-    Raises:
-        InputError: something else is there.
-    """
-    try:
-        results = json.loads(out.read_text()) if out.exists() else {"thesis": [], "machine": {"device": device}}
-        return results["thesis"] if results["machine"]["device"] == device else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--out {out}: it is no such table: move it away, or give another file") from error
-
-
 def is_done(args: Arguments, row: str, rows: list[dict], images: dict[str, int]) -> bool:
     """Whether `rows` have it, trained in just this way to its end, and measured on these images."""
     config = settings(args, row)
@@ -218,8 +205,9 @@ def main(args: Arguments) -> None:
         images = checked(args)
         args.runs.mkdir(parents=True, exist_ok=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        results = {"machine": measure.describe("cuda" if torch.cuda.is_available() else "cpu"), "settings": {"jobs": args.jobs}}
-        before = earlier(args.out, results["machine"]["device"])
+        machine = measure.describe("cuda" if torch.cuda.is_available() else "cpu")
+        results = measure.continued(args.out, {"machine": machine, "settings": {"jobs": args.jobs}, "thesis": []})
+        before = results["thesis"]
         write(args, results, before)
     except (InputError, OSError, files.SaveError) as error:
         raise SystemExit(str(error)) from None
@@ -253,7 +241,7 @@ def take_turns(args: Arguments, rows: list[str], wish: StopWish, look: Callable[
 
 def write(args: Arguments, results: dict, before: list[dict]) -> None:
     results["thesis"] = collected(args.runs, before)
-    files.write(args.out, (json.dumps(results, indent=1) + "\n").encode())
+    measure.write(args.out, results)
 
 
 def stop(processes: Iterable[BaseProcess]) -> None:

@@ -15,9 +15,7 @@ same batch, which must be what the authors' does (`Expected`), or it is recorded
 
 import copy
 import gc
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,21 +279,19 @@ class Options:
     """Gradient steps of the attack."""
     seconds: float = 20.0
     """Time to measure each provider for."""
-    minutes: float = float("inf")
-    """Begin no further method after so long."""
     out: Path | None = None
-    """Write raw results here, after every method."""
+    """Write raw results here, after every method. Methods that it already has are not measured again."""
 
     def run(self) -> Iterator[dict]:
-        start = time.monotonic()
         if self.device.startswith("cuda"):
             torch.backends.cudnn.benchmark = True  # for all alike
-        results = {"machine": measure.describe(self.device), "steps": []}
-        results["settings"] = {"model": self.model, "batch": self.batch, "steps": self.steps}
-        for method in self.methods:
-            if time.monotonic() - start > 60 * self.minutes:
-                results["unfinished"] = True
-                break
+        settings = {"model": self.model, "batch": self.batch, "steps": self.steps, "seconds": self.seconds}
+        settings["providers"] = [f"{p.name}, {p.precision}" for p in providers(self)]  # a race has all of them
+        fresh = {"machine": measure.describe(self.device), "settings": settings, "steps": []}
+        results = measure.continued(self.out, fresh)
+        yield results
+        done = {record["method"] for record in results["steps"]}
+        for method in [m for m in self.methods if m not in done]:
             results["steps"] += [{"method": method} | record for record in self.race(method)]
             free(self.device)
             yield results
@@ -330,9 +326,9 @@ class Options:
 
     def main(self) -> None:
         for results in self.run():
-            if self.out:
-                self.out.write_text(json.dumps(results, indent=1) + "\n")
+            measure.write(self.out, results)
         print(report.training_table(results))
+        measure.require_ours(results["steps"])
 
 
 def in_precision(precision: str, update: Update, x: Tensor, y: Tensor) -> Callable[[], Tensor]:

@@ -1,12 +1,15 @@
 """The benchmarks race providers that compute the same, what breaks is recorded, and the results make tables and pictures."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +20,21 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import attack, breakdown, cases, data, gpu_suite, measure, overhead, plots, report, table61, training, workmodel
+from benchmarks import (
+    attack,
+    breakdown,
+    cases,
+    data,
+    gpu,
+    measure,
+    overhead,
+    plots,
+    questions,
+    report,
+    table61,
+    training,
+    workmodel,
+)
 from benchmarks.attack import Judge, Provider, calibrated, photographs, plain_loop
 from benchmarks.cases import CASES, Case, Work
 from benchmarks.training import Authors
@@ -138,7 +155,7 @@ def results() -> dict:
     """A small matrix, of whatever is installed; compiled models are for the machines that race them."""
     names = ["spat eager", "spat plan", "loop", "torchattacks", "foolbox", "ART", "autocast loop"]
     options = attack.Options(["wrn-10-1"], [16], ["fp32", "bf16"], names, "cpu", 3, 0.0, memory=False, small_ceilings=True)
-    (result,) = attack.run(options)
+    *_, result = attack.run(options)
     return json.loads(json.dumps(result))
 
 
@@ -215,7 +232,7 @@ class Impatient(Authors):
 @pytest.fixture(scope="module")
 def updates() -> dict:
     options = training.Options("wrn-10-1", 32, ["trades"], ["fp32", "bf16"], ["spat_train", "authors", "autocast"], "cpu", 2, 0.0)
-    (results,) = options.run()
+    *_, results = options.run()
     return json.loads(json.dumps(results))
 
 
@@ -223,7 +240,7 @@ def test_training_race(updates):
     status = {(r["provider"], r["precision"]): (r["status"], r["note"]) for r in updates["steps"]}
     expected = {("spat_train", "fp32"), ("spat_train", "bf16"), ("authors", "fp32"), ("autocast", "bf16")}
     assert status.keys() == expected and {s for s, _ in status.values()} == {"timed"}, status
-    assert updates["settings"] == {"model": "wrn-10-1", "batch": 32, "steps": 2}
+    assert updates["settings"].items() >= {"model": "wrn-10-1", "batch": 32, "steps": 2}.items()
     table = report.training_table(updates)
     assert table.count("| trades |") == 4 and ("no amx_bf16" in table) == ("amx_bf16" not in updates["machine"]["cpu"]["flags"])
 
@@ -404,33 +421,306 @@ def test_limits():
     assert (work.flops, work.bytes) == (1200, 210 + 800)
 
 
-# --- the GPU suite ---
+# --- files of results ---
 
 
-def python(script: str, *arguments: str) -> str:
-    return shlex.join(["PYTHON", "-c", script, *arguments])
+def test_results_of_elsewhere_are_neither_continued_nor_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPAT_COMMIT", "a")
+    out, machine = tmp_path / "x.json", measure.describe("cpu")
+    fresh = {"machine": machine, "batch": 2, "settings": {"steps": 3}, "cells": [], "rest": {}}
+    assert measure.continued(None, fresh) is fresh and measure.continued(out, fresh) is fresh
+    measure.write(out, fresh | {"cells": [1]})
+    again = fresh | {"machine": machine | {"date": "later", "command": "another"}, "cells": []}
+    assert measure.continued(out, again)["cells"] == [1] and measure.continued(out, again)["machine"] == machine
+    before = out.read_bytes()
+    others = [{"machine": machine | {key: "b"}} for key in measure.SAME] + [{"batch": 4}, {"settings": {"steps": 4}}]
+    for other in others:
+        with pytest.raises(SystemExit, match="x.json: it holds other results .* now .*: move the file away"):
+            measure.continued(out, fresh | other)
+    for wrong in ("{}", "[]", "{", '{"machine": 1}'):
+        (tmp_path / "wrong.json").write_text(wrong)
+        with pytest.raises(SystemExit, match="wrong.json: these are no such results"):
+            measure.continued(tmp_path / "wrong.json", fresh)
+    assert out.read_bytes() == before
 
 
-def test_suite_records_failures_and_timeouts(tmp_path):
-    script = "import sys, time; open(sys.argv[1], 'w').write('{\"a\": 1}'); print('so far'); sys.stdout.flush(); time.sleep(60)"
-    slow = gpu_suite.run(gpu_suite.Stage("slow", 1, [python(script, "RESULT")]), tmp_path, 5)
-    assert (slow["status"], slow["results"]) == ("timed out", {"a": 1}) and slow["seconds"] < 30
-    failing = [python("print('why'); raise SystemExit(3)"), python("print('the next still runs')")]
-    failed = gpu_suite.run(gpu_suite.Stage("failed", 1, failing), tmp_path, 30)
-    assert failed["status"] == "failed" and [c["exit"] for c in failed["commands"]] == [3, 0]
-    assert "the next still runs" in report.tables(failed, full=False)
-    script = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
-    two = gpu_suite.run(gpu_suite.Stage("two", 1, [python(script, "RESULT", text) for text in ("1", "[2]")]), tmp_path, 30)
-    assert (two["status"], two["results"]) == ("ok", [1, [2]])
-    assert "why" in failed["commands"][0]["tail"] and "so far" in slow["commands"][0]["tail"]
-    test = tmp_path / "test_slow.py"
-    test.write_text("import time\ndef test_bad(): assert 0, 'it failed'\ndef test_slow(): time.sleep(60)")
-    cut = gpu_suite.run(gpu_suite.Stage("cut", 1, [f"{gpu_suite.PYTEST} {test}"]), tmp_path, 10)
-    assert cut["status"] == "timed out" and "it failed" in cut["commands"][0]["tail"] and cut["seconds"] < 30
-    absent = gpu_suite.run(gpu_suite.Stage("absent", 1, [], needs="no-such-program"), tmp_path, 30)
-    assert absent["status"] == "skipped" and "no-such-program" in absent["reason"]
-    lacking = gpu_suite.run(gpu_suite.Stage("lacking", 1, [python(script, "DATA")]), tmp_path, 30)
-    assert (lacking["status"], lacking["reason"]) == ("skipped", "no --data")
+def test_the_commit_names_the_changes(tmp_path, monkeypatch):
+    monkeypatch.delenv("SPAT_COMMIT", raising=False)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    assert measure.commit() is None
+    file = tmp_path / "file"
+    file.write_text("a")
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a commit -q -m a"):
+        subprocess.run(["git", "-C", str(tmp_path), *words.split()], check=True)
+    found = [measure.commit()]
+    for text in ("b", "c", "a"):
+        file.write_text(text)
+        found.append(measure.commit())
+    assert len(set(found)) == 3 and found[0] == found[3] and all(name.startswith(f"{found[0]}+") for name in found[1:3])
+
+
+def cut_attack(cut, out, measured, monkeypatch) -> None:
+    def compete(chosen, judge, x, *rest):
+        cut(len(x))
+        record = {"provider": "loop", "precision": "fp32", "ours": False, "note": "", "status": "timed", "median": 1.0}
+        return [record | {"at": len(measured)}]
+
+    ceilings = {"copy_gbps": 1.0, "tflops": {"fp32": 1.0}}
+    monkeypatch.setattr(measure, "ceilings", lambda *args, **options: cut("ceilings") or ceilings)
+    monkeypatch.setattr(attack, "compete", compete)
+    monkeypatch.setattr(attack, "prepare", lambda *args: (SimpleNamespace(model=None), [], torch.zeros(4), torch.zeros(4)))
+    attack.main(attack.Options(["m"], [2, 3, 4], ["fp32"], ["loop"], "cpu", memory=False, out=out))
+
+
+def cut_breakdown(cut, out, measured, monkeypatch) -> None:
+    def parts(name, batch, options):
+        cut((name, batch))
+        return {"step_ms": 1.0, "launches": 1.0, "kinds": {}, "longest": [], "at": len(measured)}
+
+    monkeypatch.setattr(breakdown, "start_profiler", lambda device: None)
+    monkeypatch.setattr(breakdown, "attack_parts", parts)
+    monkeypatch.setattr(breakdown, "update_parts", lambda name, batch, options: parts(name, "update", options))
+    breakdown.main(breakdown.Options(["a", "b"], [4, 2], "fp32", device="cpu", out=out))
+
+
+def cut_training(cut, out, measured, monkeypatch) -> None:
+    record = {"provider": "spat_train", "precision": "fp32", "ours": True, "note": "", "status": "timed", "median": 1.0}
+    monkeypatch.setattr(training.Options, "race", lambda self, method: cut(method) or [record | {"at": len(measured)}])
+    training.Options("wrn-10-1", 4, ["mart", "madry", "trades"], ["fp32"], ["spat_train"], "cpu", out=out).main()
+
+
+def cut_overhead(cut, out, measured, monkeypatch) -> None:
+    loop = {"step_seconds": 1.0, "parts": dict.fromkeys(("attack", "forward, backward", "optimizer", "loader"), 0.1)}
+    loop |= {"head_seconds": 0.1, "epoch_seconds": 10, "steps_per_epoch": 10}
+    monkeypatch.setattr(overhead, "run_for", lambda config, *args: cut(config.method) or loop | {"at": len(measured)})
+    overhead.main(overhead.Options("wrn-10-1", 4, device="cpu", images=8, out=out))
+
+
+def cut_questions(cut, out, measured, monkeypatch) -> None:
+    class Here:
+        Pool = __enter__ = lambda self, *args: self
+        __exit__ = lambda self, *args: None
+        apply = staticmethod(lambda call, args: call(*args))
+
+    def convolution(conv, precision, options):
+        cut((precision, conv))
+        return dataclasses.asdict(conv) | {"tflops": {"forward": float(len(measured))}}
+
+    monkeypatch.setattr(questions.multiprocessing, "get_context", lambda name: Here())
+    monkeypatch.setattr(questions, "host_cost", lambda options: iter([cut("host") or {"add_": 1.0}]))
+    monkeypatch.setattr(questions, "convolution", convolution)
+    questions.main(questions.Options(["wrn-10-1"], 2, ["bf16", "fp32"], device="cpu", out=out))
+
+
+@pytest.mark.parametrize("run", [cut_attack, cut_breakdown, cut_training, cut_overhead, cut_questions])
+def test_a_cut_benchmark_goes_on_from_its_file(run, tmp_path, monkeypatch):
+    """Cut at each of its measurements in turn, it makes each once, and keeps what it had to the bit."""
+    out, measured = tmp_path / "out.json", []
+
+    def cut(what) -> None:
+        if what not in measured and what not in cuts:  # each is cut once, then made
+            cuts.append(what)
+            raise KeyboardInterrupt
+        assert what not in measured
+        measured.append(what)
+
+    cuts, kept = [], ""
+    while True:
+        try:
+            run(cut, out, measured, monkeypatch)
+            break
+        except KeyboardInterrupt:
+            found = out.read_text() if out.exists() else ""
+            assert found.count('"at"') >= kept.count('"at"')
+            kept = found
+    assert len(measured) == len(cuts) >= 3
+    complete = out.read_bytes()
+    run(cut, out, measured, monkeypatch)  # nothing is left
+    assert out.read_bytes() == complete and len(measured) == len(cuts)
+
+
+# --- what some minutes on a GPU can tell ---
+
+
+def fake(name: str, script: str, *arguments: str, **options) -> gpu.Step:
+    words = " ".join([*("{python} -c", shlex.quote(textwrap.dedent(script))), *map(shlex.quote, arguments)])
+    return gpu.Step(name, options.pop("cap", 60), "", words, **options)
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    steps = json.loads((folder / "rehearsal" / "gpu.json").read_text())["steps"]
+    return {name: step["status"] for name, step in steps.items()}
+
+
+def has_ended(pid: int) -> bool:
+    """Zombies have: nobody may be there to fetch them."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.02)
+
+
+WRITE = "import sys; open(sys.argv[1], 'w').write('[]'); print('so far', flush=True);"
+STUBBORN = """
+    import os, signal, subprocess, sys, time
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen(["sleep", "600"])
+    with open(sys.argv[1], "w") as file:
+        file.write(f"{os.getpid()} {child.pid}".format(**vars()))
+    time.sleep(600)
+""".replace("{", "{{").replace("}", "}}")
+
+
+def test_statuses_of_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    pids = tmp_path / "pids"
+    steps = [
+        fake("ok", WRITE, "{out}"),
+        fake("failed", "print('why'); raise SystemExit(3)", beside=fake("beside", "print('along')")),
+        fake("slow", f"{WRITE} import time; time.sleep(600)", "{out}", cap=3, continues=False),
+        fake("stubborn", STUBBORN, str(pids), cap=8, continues=False),
+        fake("modules", "", needs="no_such_module"),
+        fake("data", "", "{data}"),
+        gpu.Step("device", 60, "true"),
+        fake("by name", "", default=False),
+        fake("last", ""),
+    ]
+    with pytest.raises(SystemExit, match="^failed: failed$"):
+        gpu.main(gpu.Options(tmp_path, 5.0, rehearse=True), steps)
+    results = json.loads((tmp_path / "rehearsal" / "gpu.json").read_text())
+    found = results["steps"]
+    skipped = dict.fromkeys(("modules", "data", "device"), "skipped")
+    ended = {"ok": "ok", "failed": "failed", "beside": "ok", "slow": "cut", "stubborn": "cut"}
+    assert statuses(tmp_path) == ended | skipped | {"last": "ok"}
+    assert found["failed"]["reason"] == "exit code 3" and found["slow"]["reason"] == "after 3 s" and "reason" not in found["ok"]
+    assert [found[name]["tail"] for name in ("ok", "failed", "beside", "slow")][:3] == ["so far\n", "why\n", "along\n"]
+    assert found["slow"]["tail"].startswith("so far") and (tmp_path / "rehearsal" / "slow.json").read_text() == "[]"
+    assert "no_such_module" in found["modules"]["reason"] and found["data"]["reason"] == "no data"
+    assert found["device"]["reason"] == "it needs a GPU" and found["ok"]["command"].endswith("' ok.json")
+    assert all({"status", "seconds", "command", "tail"} <= step.keys() <= {"status", "seconds", "command", "tail", "reason"}
+               for step in found.values())  # fmt: skip
+    assert results["machine"]["commit"] == measure.commit() and results["machine"]["driver"] is None
+    for pid in map(int, pids.read_text().split()):
+        wait_for(lambda pid=pid: has_ended(pid))
+    with pytest.raises(SystemExit, match="--only x: choose from ok, failed"):
+        gpu.main(gpu.Options(tmp_path, 5.0, only=["x"], rehearse=True), steps)
+
+
+def test_steps_are_run_again_only_where_that_helps(tmp_path, monkeypatch):
+    """Not what is done or has failed, but by name; what was cut is, also in the minutes that are left."""
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
+    ran, script = tmp_path / "ran", "import sys; open(sys.argv[1], 'a').write(sys.argv[2]);"
+    steps = [
+        fake("ok", script, str(ran), "o"),
+        fake("failed", f"{script} raise SystemExit(1)", str(ran), "f"),
+        fake(
+            "cut",
+            f"{script} import time; time.sleep(600 if open(sys.argv[1]).read().count('c') == 1 else 0)",
+            str(ran),
+            "c",
+            cap=3,
+        ),
+        fake("tests", f"{script} import time; time.sleep(600)", str(ran), "t", cap=3, continues=False),
+    ]
+
+    def run(minutes: float = 5.0, only: tuple = ()) -> str:
+        ran.write_text("c" * ran.exists())
+        with pytest.raises(SystemExit, match="failed: failed"):
+            gpu.main(gpu.Options(tmp_path, minutes, only=list(only), rehearse=True), steps)
+        return ran.read_text()
+
+    ended = {"ok": "ok", "failed": "failed", "cut": "ok", "tests": "cut"}
+    assert run() == "ofctc" and statuses(tmp_path) == ended
+    steps[3] = fake("tests", script, str(ran), "t")
+    with pytest.raises(pytest.fail.Exception):  # nothing failed
+        run()
+    assert ran.read_text() == "ct" and statuses(tmp_path) == ended | {"tests": "ok"}
+    assert run(only=("failed", "ok")) == "cf"
+    with pytest.raises(pytest.fail.Exception):
+        steps.append(fake("late", script, str(ran), "l"))
+        run(minutes=0.0)
+    assert statuses(tmp_path)["late"] == "skipped" and ran.read_text() == "c"
+
+
+COMMAND = """
+    import sys
+    from pathlib import Path
+    from benchmarks import gpu
+    first = gpu.Step("first", 60, "", "{{python}} -c 'import sys; open(sys.argv[1], \"a\").write(\"first \")' {log}")
+    second = gpu.Step("second", 60, "", "{{python}} {script} {{out}} {log} {go}")
+    gpu.main(gpu.Options(Path(sys.argv[1]), 5.0, have=Path(sys.argv[2]) if sys.argv[2:] else None, rehearse=True), [first, second])
+"""
+BENCHMARK = """
+    import sys, time
+    from pathlib import Path
+    from benchmarks import measure
+    out, log, go = map(Path, sys.argv[1:])
+    results = measure.continued(out, {"machine": measure.describe("cpu"), "cells": []})
+    for cell in range(4):
+        if cell not in results["cells"]:
+            while cell == 2 and not go.exists():
+                time.sleep(0.02)
+            results["cells"].append(cell)
+            log.open("a").write(f"{cell} ")
+            measure.write(out, results)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_command_goes_on(tmp_path, number):
+    """With SIGKILL too its children end, and what they had measured is not measured again: here, and by --have elsewhere."""
+    log, go, script = tmp_path / "log", tmp_path / "go", tmp_path / "benchmark.py"
+    script.write_text(textwrap.dedent(BENCHMARK))
+    program = textwrap.dedent(COMMAND).format(log=log, go=go, script=script)
+    environment = os.environ | {"SPAT_COMMIT": "a"}
+
+    def start(out: str, *have: str, **more: str) -> subprocess.Popen:
+        words = [sys.executable, "-c", program, tmp_path / out, *(tmp_path / name for name in have)]
+        return subprocess.Popen(words, cwd=measure.ROOT, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True)  # fmt: skip
+
+    command = start("one")
+    wait_for(lambda: log.exists() and log.read_text() == "first 0 1 ")
+    wait_for(lambda: (tmp_path / "one" / "rehearsal" / "second.json").read_text().count("1") and statuses(tmp_path / "one"))
+    children = subprocess.check_output(["pgrep", "-f", str(script)], text=True).split()
+    (child,) = [
+        int(pid) for pid in children if int(pid) != os.getpid() and "sh\0" not in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    command.send_signal(number)
+    assert command.wait() == (-9 if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: has_ended(child))
+    assert statuses(tmp_path / "one") == {"first": "ok", "second": "cut"}
+    go.touch()
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    output = [start(out, *have).communicate()[0] for out, *have in (("one",), ("two", "copy"), ("two", "copy"))]
+    assert log.read_text() == "first 0 1 2 3 2 3 "
+    assert "first      ok       in --have" in output[1] and "in --have" not in output[2]
+    for out in ("one", "two"):
+        assert statuses(tmp_path / out) == {"first": "ok", "second": "ok"}
+        assert json.loads((tmp_path / out / "rehearsal" / "second.json").read_text())["cells"] == [0, 1, 2, 3]
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    other = start("one", SPAT_COMMIT="b").communicate()[0]
+    assert "it holds other results (commit: a, now b)" in other
+    fresh = start("three", "copy", SPAT_COMMIT="b").communicate()[0]
+    assert "--have: nothing is taken over" in fresh and log.read_text().endswith(" 2 3 first 0 1 2 3 ")
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_cards():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100", "NVIDIA H200": "h200", "NVIDIA GH200 480GB": "gh200",
+        "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA L40S": "l40s", "Tesla T4": "t4", "NVIDIA GeForce RTX 4090": "rtx-4090",
+        "NVIDIA RTX A6000": "rtx-a6000", "Some Device": "some-device",
+    }  # fmt: skip
+    assert {name: gpu.card(name) for name in names} == names
 
 
 @pytest.fixture
@@ -442,24 +732,28 @@ def tiny_npz(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_suite_rehearsal(tmp_path, tiny_npz):
-    """All stages, in two commands into one folder; every result has a table."""
-    out = tmp_path / "out"
-    suite = [sys.executable, "-m", "benchmarks.gpu_suite", "--rehearse", "--minutes", "20", "--out", str(out)]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
-    names = [stage.name for stage in gpu_suite.stages(rehearse=True)]
-    for part in (["--data", str(tiny_npz), "--stages", *names[:3]], ["--stages", *names[3:]]):
-        subprocess.run([*suite, *part], check=True, cwd=measure.ROOT, env=own)
-    summary = json.loads((out / "suite.json").read_text())
-    status = {stage["stage"]: stage["status"] for stage in summary["stages"]}
-    assert list(status) == names and "| attack | ok |" in report.tables(summary, full=False)
-    for name, count in (("agreement", 0), ("kernels", 0), ("training", 3), ("questions", 2), ("attack", 0), ("memory", 0)):
-        results = json.loads((out / f"{name}.json").read_text())["results"]
-        assert status[name] == "ok" and (len(results) == count if count else isinstance(results, dict))
-        assert report.tables(results, full=True) and report.tables(results, full=False)
-    if not torch.cuda.is_available():
-        assert status["tests"] == status["sanitizer"] == "skipped"
-    assert "WRN-34-10, batch 256" in report.predictions(out)
+def test_rehearsal(tmp_path, tiny_npz):
+    """All steps, in two commands; the second has what the first brought."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "20", "--data", str(tiny_npz)]
+    default = [step.name for step in gpu.STEPS if step.default]
+    first = [*default[:2], *(step.name for step in gpu.STEPS if not step.default)]
+    for more in (["--out", str(tmp_path / "a"), "--only", *first], ["--out", str(tmp_path / "b"), "--have", str(tmp_path / "a")]):
+        subprocess.run([*command, *more], check=True, cwd=measure.ROOT, env=environment | {"TMPDIR": str(tmp_path)})
+    skipped = {"triton", "fused", "sanitizer"}
+    found = statuses(tmp_path / "b")
+    assert found.keys() == {step.name for step in gpu.STEPS} | {"warm-up"}
+    assert {name for name, status in found.items() if status != "ok"} == skipped, found
+    assert {name for name, status in found.items() if status == "skipped"} == skipped
+    files = {path.name for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    written = {"smoke", "attack", "breakdown", "training", "table61", "questions", "gpu"}
+    assert files == {f"{name}.json" for name in written | {"kernels", "memory", "agreement", "overhead"}}
+    keys = json.loads((tmp_path / "b" / "rehearsal" / "questions.json").read_text())
+    assert {"machine", "batch", "host_us", "graph_nodes", "precisions"} <= keys.keys() and keys["precisions"].keys() == {
+        "bf16",
+        "fp32",
+    }
+    assert all(len(found["convolutions, limit 10"]) == 7 for found in keys["precisions"].values())
 
 
 def test_predictions_beside_measurements(tmp_path):
@@ -513,5 +807,5 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
         with pytest.raises(SystemExit, match=wrong):
             run("spat" if not options else "madry", **options)
     out.write_text("{}")
-    with pytest.raises(SystemExit, match="it is no such table"):
+    with pytest.raises(SystemExit, match="these are no such results"):
         run("madry")

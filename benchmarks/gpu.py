@@ -1,0 +1,252 @@
+"""All that some minutes on a GPU can tell: `python -m benchmarks.gpu --out DIR --minutes 9.5 --data cifar10.npz`.
+
+Steps run in order of value, each with a cap in seconds. Each writes its file into DIR/<card>/ while it works, so that what it has
+measured stays, whatever ends this command: its own clock, SIGINT, SIGTERM or SIGKILL. gpu.json, rewritten before and after every
+step, has the machine and the status of each step: "ok", "failed", "cut" or "skipped".
+
+What an earlier command on the same card and commit finished, in --out or in --have, is not run again, and a step that was cut
+goes on from its file, later or in what is left of the minutes. A step that failed runs again only if --only names it. Results of
+another card or commit are left alone. `--rehearse` runs the steps on tiny sizes on the CPU.
+
+Needs the package built in place or installed with `pip install -e '.[test]'`. Rivals that are missing are left out, and recorded.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks import measure
+from spat_train import files
+from spat_train.signals import StopWish
+
+GRACE = 10.0  # seconds that a step has to save, once it is interrupted
+LEAST = 10.0  # seconds without which no step begins
+TAIL = 20_000  # characters of a step's output that are kept
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command. In it {out} is the step's file, and {runs} a folder for checkpoints, which does not come back."""
+
+    name: str
+    cap: float  # seconds
+    command: str
+    tiny: str = ""  # the command of a rehearsal; "": it needs a GPU
+    continues: bool = True  # goes on from its file
+    beside: "Step | None" = None  # runs at the same time
+    needs: str = "json"  # a module
+    default: bool = True  # False: runs only if --only names it
+
+
+def bench(name: str, options: str) -> str:
+    return f"{{python}} -m benchmarks.{name} --device {{device}} --out {{out}} {options}"
+
+
+def pytest(options: str) -> str:
+    return f"{{python}} -m pytest -q --tb=short -p no:cacheprovider {options}"
+
+
+TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --autoattack-images 0 --rows mart+spat"
+RACE = "--models wrn-34-10 resnet-18 --batches 256 128 --precisions bf16"
+LOOPS = "'spat plan+graph' loop torchattacks 'autocast loop'"
+KERNELS = pytest("tests/ops -m 'gpu and not slow' -k 'compiled and not wrong_arguments and not in_one_graph'")
+QUICK = "--seconds 0 --no-memory --small-ceilings"
+TINY = f"--models wrn-10-1 --precisions fp32 --steps 2 {QUICK} --batches"
+SMALL = "--model wrn-10-1 --batch 16 --steps 2"
+STEPS = [
+    Step("smoke", 90, bench("attack", "--models wrn-34-10 --batches 128 --precisions bf16 --seconds 0.1 --small-ceilings "
+                            "--providers 'spat plan+graph' 'autocast loop'"),
+         bench("attack", f"{TINY} 4 --providers 'spat plan' loop")),
+    Step("tests", 110, pytest("tests -m gpu -k 'not triton' -n {processes}"), pytest("tests/ops/test_linf.py -k hand"),
+         continues=False, beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
+         Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
+              f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
+    Step("attack", 170, bench("attack", f"{RACE} tf32 fp32 fp16 --providers {LOOPS} 'compiled autocast loop' --seconds 0.3"),
+         bench("attack", f"{TINY} 4 8 16 --providers 'spat eager' 'spat plan' loop torchattacks")),
+    Step("breakdown", 45, bench("breakdown", "--models wrn-34-10 resnet-18 --batches 256 128"),
+         bench("breakdown", "--models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0")),
+    Step("training", 65, bench("training", "--model wrn-34-10 --batch 128 --methods mart madry --precisions fp32 tf32 bf16 "
+                               "--providers spat_train authors autocast --seconds 0.3"),
+         bench("training", f"{SMALL} --methods mart madry --precisions fp32 --providers spat_train authors --seconds 0")),
+    Step("table61", 140, f"{TABLE61} mart trades+spat trades madry --epochs 10 --test-precision tf32",
+         f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20"),
+    Step("questions", 45, bench("questions", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 --seconds 0.02"),
+         bench("questions", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
+    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}"), continues=False),
+    Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", continues=False, needs="cudnn"),
+    Step("sanitizer", 200, "sh -c \"export PYTORCH_NO_CUDA_MEMORY_CACHING=1; "  # so that each tensor is an allocation
+         f'{{sanitizer}} --error-exitcode 86 --tool memcheck {KERNELS} && '
+         f'{{sanitizer}} --error-exitcode 86 --tool racecheck {KERNELS}"', continues=False, default=False),
+    Step("kernels", 120, pytest("benchmarks --device {device} --benchmark-json {out}"),
+         pytest("benchmarks --device {device} --benchmark-json {out} -k keep_best"), continues=False, default=False),
+    Step("memory", 120, bench("attack", f"--models wrn-34-10 resnet-50 --batches 1024 --precisions fp32 bf16 --providers {LOOPS} "
+                              "--seconds 0"),
+         bench("attack", f"{TINY} 4 --providers 'spat eager' loop"), default=False),
+    Step("agreement", 200, bench("precision", "--data {data}"),
+         bench("precision", "--data {data} --model small-cnn --train-images 20 --test-images 10 --epochs 1"),
+         continues=False, default=False),
+    Step("overhead", 120, bench("overhead", "--model wrn-34-10 --batch 128 --precisions bf16 --updates 60 --warm-up 10"),
+         bench("overhead", f"{SMALL} --methods mart --images 400 --updates 2 --warm-up 1"), default=False),
+]  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Run the steps for some minutes."""
+
+    out: Path
+    """Folder for the results; a folder named after the card is made in it."""
+    minutes: float
+    data: Path | None = None
+    """CIFAR-10 as an .npz file."""
+    only: list[str] = field(default_factory=list)
+    """Names of steps, by default all but sanitizer, kernels, memory, agreement and overhead."""
+    have: Path | None = None
+    """The --out of an earlier command, or a copy of it."""
+    rehearse: bool = False
+    """Tiny sizes on the CPU."""
+
+
+class Child:
+    """A command in a process group of its own. The whole group is killed in `end`, or when this process dies."""
+
+    def __init__(self, words: list[str]):
+        self.began, self.log = time.monotonic(), tempfile.TemporaryFile()  # noqa: SIM115  for as long as this object
+        environment = os.environ | {"TEARDOWN_CUPTI": "0"}  # CUPTI has crashed when it started a second time after CUDA graphs
+        how = {"cwd": measure.ROOT, "env": environment, "preexec_fn": os.setpgrp}
+        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, **how)
+        guard = ["sh", "-c", f"read _; kill -KILL -- -{self.process.pid}"]  # its input ends with this process, also by SIGKILL
+        self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=os.setpgrp)
+
+    def end(self, deadline: float, wish: StopWish) -> dict:
+        """Wait for it until `deadline` or a signal, then interrupt it. Returns what there is to record."""
+        why, end = "", float("inf")
+        while (code := self.process.poll()) is None and time.monotonic() < end:
+            if not why and (wish.number or time.monotonic() > deadline):
+                why = signal.Signals(wish.number).name if wish.number else f"after {time.monotonic() - self.began:.0f} s"
+                end = min(time.monotonic(), deadline) + GRACE
+                os.killpg(self.process.pid, signal.SIGINT)  # pytest tells what it found, trainings save
+            time.sleep(0.05)
+        self.guard.communicate()
+        self.process.wait()
+        self.log.seek(0)
+        tail = self.log.read().decode(errors="replace").replace(f"{measure.ROOT}/", "")[-TAIL:]
+        seconds = round(time.monotonic() - self.began, 1)
+        if code == 0 and not why:
+            return {"status": "ok", "seconds": seconds, "tail": tail}
+        return {"status": "cut" if why else "failed", "reason": why or f"exit code {code}", "seconds": seconds, "tail": tail}
+
+
+def card(device: str) -> str:
+    """NVIDIA H100 80GB HBM3 -> h100, NVIDIA GeForce RTX 4090 -> rtx-4090."""
+    known = re.search(r"RTX A?\d+|\b[A-Z]{1,2}\d+[A-Z]?\b", device)
+    return re.sub(r"[^a-z0-9]+", "-", (known[0] if known else device).lower())
+
+
+def obstacle(step: Step, words: dict) -> str:
+    """Why it cannot run here; "" if it can."""
+    if missing := [word for word, value in words.items() if value is None and f"{{{word}}}" in step.command]:
+        return f"no {missing[0]}"
+    try:
+        importlib.import_module(step.needs)
+    except ImportError as error:
+        return measure.one_line(error)
+    return "" if step.command else "it needs a GPU"
+
+
+def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
+    """The steps that `folder` tells of, and those of `have` that are new or further, whose files are copied."""
+    fresh = {"machine": machine, "steps": {}}
+    steps = measure.continued(folder / "gpu.json", fresh)["steps"]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        theirs = measure.continued(have and have / "gpu.json", fresh)["steps"]
+    except SystemExit as other:
+        print(f"--have: nothing is taken over. {other}", flush=True)
+        theirs = {}
+    for name, step in theirs.items():
+        if name not in steps or (step["status"] == "ok" and steps[name]["status"] != "ok"):
+            print(f"{name:<10} {step['status']:<8} in --have", flush=True)
+            if (source := have / f"{name}.json").exists():
+                files.write(folder / source.name, source.read_bytes())
+            steps[name] = step
+    measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
+    return steps
+
+
+def main(options: Options, every: list[Step] = STEPS) -> None:
+    deadline = time.monotonic() + 60 * options.minutes - GRACE - 2  # to save in, and to write in
+    if unknown := set(options.only) - {step.name for step in every}:
+        raise SystemExit(f"--only {' '.join(unknown)}: choose from {', '.join(step.name for step in every)}")
+    if options.data and not options.data.is_file():
+        raise SystemExit(f"--data {options.data}: there is no such file")
+    if not options.rehearse and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here: rehearse with --rehearse")
+    device = "cpu" if options.rehearse else "cuda"
+    if options.rehearse:
+        every = [replace(s, command=s.tiny, beside=s.beside and replace(s.beside, command=s.beside.tiny)) for s in every]
+    machine = measure.describe(device)
+    name = "rehearsal" if options.rehearse else card(machine["device"])
+    folder = options.out.absolute() / name
+    steps = taken_over(folder, options.have and options.have / name, machine)
+    words = {
+        "python": sys.executable, "device": device, "processes": max(1, (os.cpu_count() or 1) - 6),
+        "data": options.data and options.data.absolute(), "runs": Path(tempfile.gettempdir(), f"runs-{name}-{machine['commit']}"),
+        "sanitizer": shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"),
+    }  # fmt: skip
+
+    def status(step: Step) -> str:
+        return steps.get(step.name, {}).get("status", "")
+
+    def record(step: Step, result: dict) -> None:
+        shown = {key: Path(str(word)).name for key, word in words.items()} | {"out": f"{step.name}.json"}
+        steps[step.name] = {"seconds": 0.0, "tail": ""} | result | {"command": step.command.format(**shown)}
+        measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
+
+    def start(step: Step) -> Child:
+        record(step, {"status": "cut", "reason": "this command was killed"})
+        return Child([word.format(**words, out=folder / f"{step.name}.json") for word in shlex.split(step.command)])
+
+    def attempt(step: Step) -> None:
+        end = min(deadline, time.monotonic() + step.cap)
+        why = obstacle(step, words) or "no time was left" * (end - time.monotonic() < LEAST)
+        if why and status(step) == "cut":  # it stays that
+            return
+        if why:
+            record(step, {"status": "skipped", "reason": why})
+        pair = [step] + [step.beside] * bool(step.beside and not why and status(step.beside) != "ok")
+        for each, child in [] if why else [(each, start(each)) for each in pair]:
+            record(each, child.end(end, wish))
+        for each in pair:
+            result = steps[each.name]
+            print(f"{each.name:<10} {result['status']:<8} {result['seconds']:>6.1f} s  {result.get('reason', '')}")
+            print(*result["tail"].splitlines()[-12:], sep="\n", flush=True)
+        for leftover in folder.glob("*.tmp"):  # of a write that was killed
+            leftover.unlink()
+
+    todo = [step for step in every if (step.name in options.only if options.only else step.default)]
+    todo = [step for step in todo if status(step) != "ok" and (status(step) != "failed" or options.only)]
+    with StopWish().heard() as wish:
+        for step, again in [(step, False) for step in todo] + [(step, True) for step in todo if step.continues]:
+            if not wish.number and (not again or status(step) == "cut"):  # what was cut has the minutes that are left
+                attempt(step)
+    if wish.number:
+        raise SystemExit(128 + wish.number)
+    if failed := [step.name for step in todo if status(step) == "failed"]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
