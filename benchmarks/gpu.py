@@ -127,7 +127,7 @@ class Child:
         environment = os.environ | {"TEARDOWN_CUPTI": "0"}  # CUPTI has crashed when it started a second time after CUDA graphs
         how = {"cwd": measure.ROOT, "env": environment, "preexec_fn": os.setpgrp}
         self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, **how)
-        guard = ["sh", "-c", f"read _; kill -KILL -- -{self.process.pid}"]  # its input ends with this process, also by SIGKILL
+        guard = ["sh", "-c", f"read _; kill -s KILL -- -{self.process.pid}"]  # its input ends with this process, also by SIGKILL
         self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=os.setpgrp)
 
     def end(self, deadline: float, wish: StopWish) -> dict:
@@ -158,7 +158,7 @@ def card(device: str) -> str:
 def obstacle(step: Step, words: dict) -> str:
     """Why it cannot run here; "" if it can."""
     if missing := [word for word, value in words.items() if value is None and f"{{{word}}}" in step.command]:
-        return f"no {missing[0]}"
+        return {"data": "no --data", "sanitizer": "no compute-sanitizer on the PATH or in /usr/local/cuda/bin"}[missing[0]]
     try:
         importlib.import_module(step.needs)
     except ImportError as error:

@@ -498,14 +498,17 @@ def cut_overhead(cut, out, measured, monkeypatch) -> None:
 
 def cut_questions(cut, out, measured, monkeypatch) -> None:
     class Here:
-        Pool = __enter__ = lambda self, *args: self
-        __exit__ = lambda self, *args: None
-        apply = staticmethod(lambda call, args: call(*args))
+        def Pool(self, processes):
+            return nullcontext(self)
+
+        def apply(self, call, arguments):
+            return call(*arguments)
 
     def convolution(conv, precision, options):
         cut((precision, conv))
         return dataclasses.asdict(conv) | {"tflops": {"forward": float(len(measured))}}
 
+    monkeypatch.setattr(questions, "shapes", lambda models, known=questions.shapes(["small-cnn"]): known)
     monkeypatch.setattr(questions.multiprocessing, "get_context", lambda name: Here())
     monkeypatch.setattr(questions, "host_cost", lambda options: iter([cut("host") or {"add_": 1.0}]))
     monkeypatch.setattr(questions, "convolution", convolution)
@@ -567,26 +570,45 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-WRITE = "import sys; open(sys.argv[1], 'w').write('[]'); print('so far', flush=True);"
-STUBBORN = """
-    import os, signal, subprocess, sys, time
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    child = subprocess.Popen(["sleep", "600"])
-    with open(sys.argv[1], "w") as file:
-        file.write(f"{os.getpid()} {child.pid}".format(**vars()))
-    time.sleep(600)
-""".replace("{", "{{").replace("}", "}}")
+@pytest.fixture
+def ready(tmp_path, monkeypatch) -> Path:
+    """For benchmarks.gpu, time stands still until the step that runs has made this file."""
+    path, now = tmp_path / "ready", [0.0]
 
+    class Child(gpu.Child):
+        def __init__(self, words):
+            path.unlink(missing_ok=True)
+            super().__init__(words)
 
-def test_statuses_of_steps(tmp_path, monkeypatch, capsys):
+    def sleep(seconds):
+        time.sleep(seconds)
+        now[0] += seconds * path.exists()
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu, "Child", Child)
     monkeypatch.setattr(gpu, "LEAST", 0.0)
     monkeypatch.setattr(gpu, "GRACE", 1.0)
+    return path
+
+
+SLOW = "import pathlib, sys, time; print('so far', flush=True); pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
+STUBBORN = """
+    import os, pathlib, signal, subprocess, sys, time
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen(["sleep", "600"])
+    pathlib.Path(sys.argv[2]).write_text("%s %s" % (os.getpid(), child.pid))
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(600)
+"""
+
+
+def test_statuses_of_steps(tmp_path, ready):
     pids = tmp_path / "pids"
     steps = [
-        fake("ok", WRITE, "{out}"),
+        fake("ok", "import sys; open(sys.argv[1], 'w').write('1')", "{out}"),
         fake("failed", "print('why'); raise SystemExit(3)", beside=fake("beside", "print('along')")),
-        fake("slow", f"{WRITE} import time; time.sleep(600)", "{out}", cap=3, continues=False),
-        fake("stubborn", STUBBORN, str(pids), cap=8, continues=False),
+        fake("slow", SLOW, str(ready), cap=1, continues=False),
+        fake("stubborn", STUBBORN, str(ready), str(pids), cap=1, continues=False),
         fake("modules", "", needs="no_such_module"),
         fake("data", "", "{data}"),
         gpu.Step("device", 60, "true"),
@@ -597,16 +619,17 @@ def test_statuses_of_steps(tmp_path, monkeypatch, capsys):
         gpu.main(gpu.Options(tmp_path, 5.0, rehearse=True), steps)
     results = json.loads((tmp_path / "rehearsal" / "gpu.json").read_text())
     found = results["steps"]
-    skipped = dict.fromkeys(("modules", "data", "device"), "skipped")
     ended = {"ok": "ok", "failed": "failed", "beside": "ok", "slow": "cut", "stubborn": "cut"}
-    assert statuses(tmp_path) == ended | skipped | {"last": "ok"}
-    assert found["failed"]["reason"] == "exit code 3" and found["slow"]["reason"] == "after 3 s" and "reason" not in found["ok"]
-    assert [found[name]["tail"] for name in ("ok", "failed", "beside", "slow")][:3] == ["so far\n", "why\n", "along\n"]
-    assert found["slow"]["tail"].startswith("so far") and (tmp_path / "rehearsal" / "slow.json").read_text() == "[]"
-    assert "no_such_module" in found["modules"]["reason"] and found["data"]["reason"] == "no data"
-    assert found["device"]["reason"] == "it needs a GPU" and found["ok"]["command"].endswith("' ok.json")
-    assert all({"status", "seconds", "command", "tail"} <= step.keys() <= {"status", "seconds", "command", "tail", "reason"}
-               for step in found.values())  # fmt: skip
+    assert statuses(tmp_path) == ended | dict.fromkeys(("modules", "data", "device"), "skipped") | {"last": "ok"}
+    reasons = {name: step["reason"] for name, step in found.items() if "reason" in step}
+    assert reasons.pop("modules").endswith("No module named 'no_such_module'")
+    assert reasons == {
+        "failed": "exit code 3", "slow": "after 1 s", "stubborn": "after 1 s", "data": "no --data", "device": "it needs a GPU"
+    }  # fmt: skip
+    assert (found["failed"]["tail"], found["beside"]["tail"]) == ("why\n", "along\n")
+    assert found["slow"]["tail"].startswith("so far")
+    assert shlex.split(found["ok"]["command"])[0::3] == ["python", "ok.json"]
+    assert all({"status", "seconds", "command", "tail"} == step.keys() - {"reason"} for step in found.values())
     assert results["machine"]["commit"] == measure.commit() and results["machine"]["driver"] is None
     for pid in map(int, pids.read_text().split()):
         wait_for(lambda pid=pid: has_ended(pid))
@@ -614,103 +637,82 @@ def test_statuses_of_steps(tmp_path, monkeypatch, capsys):
         gpu.main(gpu.Options(tmp_path, 5.0, only=["x"], rehearse=True), steps)
 
 
-def test_steps_are_run_again_only_where_that_helps(tmp_path, monkeypatch):
-    """Not what is done or has failed, but by name; what was cut is, also in the minutes that are left."""
-    monkeypatch.setattr(gpu, "LEAST", 0.0)
-    ran, script = tmp_path / "ran", "import sys; open(sys.argv[1], 'a').write(sys.argv[2]);"
+def test_steps_are_run_again_only_where_that_helps(tmp_path, ready):
+    """Not what is done or has failed, unless named; what was cut is, also in the minutes that are left."""
+    ran, script = tmp_path / "ran", "import pathlib, sys, time; open(sys.argv[1], 'a').write(sys.argv[2]);"
+    wait = "pathlib.Path(sys.argv[3]).touch(); time.sleep(600 * (open(sys.argv[1]).read().count('c') < 2))"
     steps = [
         fake("ok", script, str(ran), "o"),
         fake("failed", f"{script} raise SystemExit(1)", str(ran), "f"),
-        fake(
-            "cut",
-            f"{script} import time; time.sleep(600 if open(sys.argv[1]).read().count('c') == 1 else 0)",
-            str(ran),
-            "c",
-            cap=3,
-        ),
-        fake("tests", f"{script} import time; time.sleep(600)", str(ran), "t", cap=3, continues=False),
+        fake("cut", f"{script} {wait}", str(ran), "c", str(ready), cap=1),
+        fake("tests", f"{script} {wait}", str(ran), "t", str(ready), cap=1, continues=False),
     ]
 
     def run(minutes: float = 5.0, only: tuple = ()) -> str:
-        ran.write_text("c" * ran.exists())
-        with pytest.raises(SystemExit, match="failed: failed"):
+        ran.write_text("")
+        try:
             gpu.main(gpu.Options(tmp_path, minutes, only=list(only), rehearse=True), steps)
+        except SystemExit as error:
+            return f"{ran.read_text()} {error}"
         return ran.read_text()
 
-    ended = {"ok": "ok", "failed": "failed", "cut": "ok", "tests": "cut"}
-    assert run() == "ofctc" and statuses(tmp_path) == ended
+    assert run() == "ofctc failed: failed" and list(statuses(tmp_path).values()) == ["ok", "failed", "ok", "cut"]
     steps[3] = fake("tests", script, str(ran), "t")
-    with pytest.raises(pytest.fail.Exception):  # nothing failed
-        run()
-    assert ran.read_text() == "ct" and statuses(tmp_path) == ended | {"tests": "ok"}
-    assert run(only=("failed", "ok")) == "cf"
-    with pytest.raises(pytest.fail.Exception):
-        steps.append(fake("late", script, str(ran), "l"))
-        run(minutes=0.0)
-    assert statuses(tmp_path)["late"] == "skipped" and ran.read_text() == "c"
+    assert run() == "t" and list(statuses(tmp_path).values()) == ["ok", "failed", "ok", "ok"]
+    assert run() == "" and run(only=("failed", "ok")) == "f failed: failed"
+    steps.append(fake("late", script, str(ran), "l"))
+    assert run(minutes=0.0) == "" and statuses(tmp_path)["late"] == "skipped"
+    assert run() == "l" and statuses(tmp_path)["late"] == "ok"
 
 
-COMMAND = """
-    import sys
-    from pathlib import Path
-    from benchmarks import gpu
-    first = gpu.Step("first", 60, "", "{{python}} -c 'import sys; open(sys.argv[1], \"a\").write(\"first \")' {log}")
-    second = gpu.Step("second", 60, "", "{{python}} {script} {{out}} {log} {go}")
-    gpu.main(gpu.Options(Path(sys.argv[1]), 5.0, have=Path(sys.argv[2]) if sys.argv[2:] else None, rehearse=True), [first, second])
-"""
 BENCHMARK = """
-    import sys, time
-    from pathlib import Path
-    from benchmarks import measure
-    out, log, go = map(Path, sys.argv[1:])
-    results = measure.continued(out, {"machine": measure.describe("cpu"), "cells": []})
-    for cell in range(4):
-        if cell not in results["cells"]:
-            while cell == 2 and not go.exists():
-                time.sleep(0.02)
-            results["cells"].append(cell)
-            log.open("a").write(f"{cell} ")
-            measure.write(out, results)
+    import json, os, pathlib, sys, time
+    out, log, go = map(pathlib.Path, sys.argv[1:])
+    log.with_name("pid").write_text(str(os.getpid()))
+    cells = json.loads(out.read_text()) if out.exists() else []
+    for cell in range(len(cells), 4):
+        while cell == 2 and not go.exists():
+            time.sleep(0.02)
+        cells.append(cell)
+        log.open("a").write("%s " % cell)
+        out.write_text(str(cells))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_command_goes_on(tmp_path, number):
+def test_a_killed_command_goes_on(tmp_path, monkeypatch, capsys, number):
     """With SIGKILL too its children end, and what they had measured is not measured again: here, and by --have elsewhere."""
-    log, go, script = tmp_path / "log", tmp_path / "go", tmp_path / "benchmark.py"
-    script.write_text(textwrap.dedent(BENCHMARK))
-    program = textwrap.dedent(COMMAND).format(log=log, go=go, script=script)
-    environment = os.environ | {"SPAT_COMMIT": "a"}
+    log, go, one = tmp_path / "log", tmp_path / "go", tmp_path / "one" / "rehearsal"
+    first = fake("first", "import sys; open(sys.argv[1], 'a').write('first ')", str(log))
+    second = fake("second", BENCHMARK, "{out}", str(log), str(go))
+    monkeypatch.setenv("SPAT_COMMIT", "a")
 
-    def start(out: str, *have: str, **more: str) -> subprocess.Popen:
-        words = [sys.executable, "-c", program, tmp_path / out, *(tmp_path / name for name in have)]
-        return subprocess.Popen(words, cwd=measure.ROOT, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True)  # fmt: skip
+    def run(out: str, have: str | None = None) -> str:
+        gpu.main(gpu.Options(tmp_path / out, 5.0, have=have and tmp_path / have, rehearse=True), [first, second])
+        return capsys.readouterr().out
 
-    command = start("one")
-    wait_for(lambda: log.exists() and log.read_text() == "first 0 1 ")
-    wait_for(lambda: (tmp_path / "one" / "rehearsal" / "second.json").read_text().count("1") and statuses(tmp_path / "one"))
-    children = subprocess.check_output(["pgrep", "-f", str(script)], text=True).split()
-    (child,) = [
-        int(pid) for pid in children if int(pid) != os.getpid() and "sh\0" not in Path(f"/proc/{pid}/cmdline").read_text()
-    ]
-    command.send_signal(number)
-    assert command.wait() == (-9 if number == signal.SIGKILL else 128 + number)
-    wait_for(lambda: has_ended(child))
+    command = multiprocessing.get_context("fork").Process(target=run, args=("one",))
+    command.start()
+    wait_for(lambda: (one / "second.json").exists() and (one / "second.json").read_text() == "[0, 1]")
+    os.kill(command.pid, number)
+    command.join()
+    assert command.exitcode == (-9 if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: has_ended(int((tmp_path / "pid").read_text())))
     assert statuses(tmp_path / "one") == {"first": "ok", "second": "cut"}
     go.touch()
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
-    output = [start(out, *have).communicate()[0] for out, *have in (("one",), ("two", "copy"), ("two", "copy"))]
+    run("one")
+    assert "first      ok       in --have" in run("two", "copy") and run("two", "copy") == ""
     assert log.read_text() == "first 0 1 2 3 2 3 "
-    assert "first      ok       in --have" in output[1] and "in --have" not in output[2]
     for out in ("one", "two"):
         assert statuses(tmp_path / out) == {"first": "ok", "second": "ok"}
-        assert json.loads((tmp_path / out / "rehearsal" / "second.json").read_text())["cells"] == [0, 1, 2, 3]
+        assert (tmp_path / out / "rehearsal" / "second.json").read_text() == "[0, 1, 2, 3]"
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    other = start("one", SPAT_COMMIT="b").communicate()[0]
-    assert "it holds other results (commit: a, now b)" in other
-    fresh = start("three", "copy", SPAT_COMMIT="b").communicate()[0]
-    assert "--have: nothing is taken over" in fresh and log.read_text().endswith(" 2 3 first 0 1 2 3 ")
+    monkeypatch.setenv("SPAT_COMMIT", "b")
+    with pytest.raises(SystemExit, match=r"gpu.json: it holds other results \(commit: a, now b\): move the file away"):
+        run("one")
+    assert "--have: nothing is taken over. " in run("three", "copy")
+    assert log.read_text().endswith(" 2 3 first 0 1 2 3 ")
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
