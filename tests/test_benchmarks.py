@@ -755,7 +755,7 @@ def test_rehearsal(tmp_path, tiny_npz):
         "bf16",
         "fp32",
     }
-    assert all(len(found["convolutions, limit 10"]) == 7 for found in keys["precisions"].values())
+    assert all(len(found["convolutions, limit 10"]) == 8 for found in keys["precisions"].values())
 
 
 def test_predictions_beside_measurements(tmp_path):
