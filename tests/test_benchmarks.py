@@ -1,6 +1,7 @@
 """The benchmarks race providers that compute the same, what breaks is recorded, and the results make tables and pictures."""
 
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tyro
 from torch.autograd import DeviceType
 
 from benchmarks import (
@@ -444,6 +446,15 @@ def test_results_of_elsewhere_are_neither_continued_nor_overwritten(tmp_path, mo
     assert out.read_bytes() == before
 
 
+def test_the_driver(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
+    assert measure.driver() == "for CUDA 13.1"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert measure.driver() == "580.95.05"
+
+
 def test_the_commit_names_the_changes(tmp_path, monkeypatch):
     monkeypatch.delenv("SPAT_COMMIT", raising=False)
     monkeypatch.setattr(measure, "ROOT", tmp_path)
@@ -508,7 +519,8 @@ def cut_questions(cut, out, measured, monkeypatch) -> None:
         cut((precision, conv))
         return dataclasses.asdict(conv) | {"tflops": {"forward": float(len(measured))}}
 
-    monkeypatch.setattr(questions, "shapes", lambda models, known=questions.shapes(["small-cnn"]): known)
+    convs = [workmodel.Conv(outs, outs, 3, 1, 1, 1, 8) for outs in (1, 2, 3)]
+    monkeypatch.setattr(questions, "shapes", lambda models: convs)
     monkeypatch.setattr(questions.multiprocessing, "get_context", lambda name: Here())
     monkeypatch.setattr(questions, "host_cost", lambda options: iter([cut("host") or {"add_": 1.0}]))
     monkeypatch.setattr(questions, "convolution", convolution)
@@ -714,6 +726,23 @@ def test_a_killed_command_goes_on(tmp_path, monkeypatch, capsys, number):
     assert "--have: nothing is taken over. " in run("three", "copy")
     assert log.read_text().endswith(" 2 3 first 0 1 2 3 ")
     assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+@pytest.mark.parametrize("step", gpu.STEPS + [gpu.STEPS[1].beside], ids=lambda step: step.name)
+def test_commands_of_the_steps_are_understood(step):
+    """Those for a GPU too, as far as can be seen without one."""
+    assert step.name != "warm-up" or "{out}" not in step.command
+    for command, device in ((step.command, "cuda"), (step.tiny, "cpu")):
+        words = dict.fromkeys(("python", "data", "out", "runs", "sanitizer"), "x") | {"device": device, "processes": 2}
+        parts = shlex.split(command.format(**words))
+        if parts[1:2] == ["-m"] and parts[2].startswith("benchmarks.") and step.name != "fused":
+            benchmark = importlib.import_module(parts[2])
+            options = tyro.cli(getattr(benchmark, "Options", None) or benchmark.Arguments, args=parts[3:])
+            if benchmark in (attack, training):
+                every = attack.providers(device) if benchmark is attack else training.providers(options)
+                assert set(options.providers) <= {p.name for p in every if p.precision in options.precisions}
+            if benchmark is table61:
+                assert not set(options.rows) - set(table61.TABLE.runs)
 
 
 def test_cards():
