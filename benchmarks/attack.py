@@ -458,6 +458,7 @@ def run(options: Options) -> Iterator[dict]:
                 prepared[model] = prepare(name, size, max(*options.batches, 128), options)
             judge, layers, x, y = prepared[model]
             records = compete(chosen, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
+            measure.synchronize(options.device)  # where ours broke the device, its rivals' failures are no results
             for record in records:
                 work = workmodel.Work(layers, batch, record["precision"])
                 record |= {"model": model, "batch": batch, "flops": work.flops, "bytes": work.bytes}

@@ -86,9 +86,9 @@ STEPS = [
          bench("questions", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
     Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}"), continues=False),
     Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", continues=False, needs="cudnn"),
-    Step("sanitizer", 200, "sh -c \"export PYTORCH_NO_CUDA_MEMORY_CACHING=1; "  # so that each tensor is an allocation
-         f'{{sanitizer}} --error-exitcode 86 --tool memcheck {KERNELS} && '
-         f'{{sanitizer}} --error-exitcode 86 --tool racecheck {KERNELS}"', continues=False, default=False),
+    Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
+         f'sh -c "for tool in memcheck racecheck; do {{sanitizer}} --error-exitcode 86 --tool $tool {KERNELS} || exit; done"',
+         continues=False, default=False),
     Step("kernels", 120, pytest("benchmarks --device {device} --benchmark-json {out}"),
          pytest("benchmarks --device {device} --benchmark-json {out} -k keep_best"), continues=False, default=False),
     Step("memory", 120, bench("attack", f"--models wrn-34-10 resnet-50 --batches 1024 --precisions fp32 bf16 --providers {LOOPS} "
@@ -222,11 +222,11 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
     def attempt(step: Step) -> None:
         end = min(deadline, time.monotonic() + step.cap)
         why = obstacle(step, words) or "no time was left" * (end - time.monotonic() < LEAST)
+        pair = [step] + [step.beside] * bool(step.beside and not why and status(step.beside) != "ok")
         if why and status(step) == "cut":  # it stays that
             return
         if why:
             record(step, {"status": "skipped", "reason": why})
-        pair = [step] + [step.beside] * bool(step.beside and not why and status(step.beside) != "ok")
         for each, child in [] if why else [(each, start(each)) for each in pair]:
             record(each, child.end(end, wish))
         for each in pair:

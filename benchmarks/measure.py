@@ -104,9 +104,8 @@ def continued(out: Path | None, fresh: dict) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SystemExit(f"{out}: these are no such results: move the file away, or give another --out") from None
     settings = {key: value for key, value in json.loads(json.dumps(fresh)).items() if key != "machine" and value not in ([], {})}
-    more = [settings.pop("settings", {}), before.get("settings", {})]
-    settings, earlier = settings | more[0], before | more[1]
-    if wrong := wrong or differences(earlier, settings, settings):
+    settings |= settings.pop("settings", {})
+    if wrong := wrong or differences(before | before.get("settings", {}), settings, settings):
         raise SystemExit(f"{out}: it holds other results ({wrong}): move the file away, or give another --out")
     return fresh | before
 
