@@ -85,7 +85,7 @@ STEPS = [
     Step("questions", 45, bench("questions", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 --seconds 0.02"),
          bench("questions", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
     Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}"), continues=False),
-    Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", continues=False, needs="cudnn"),
+    Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
     Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
          f'sh -c "for tool in memcheck racecheck; do {{sanitizer}} --error-exitcode 86 --tool $tool {KERNELS} || exit; done"',
          continues=False, default=False),
