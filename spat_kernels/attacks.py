@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .attacked import check_settings, usable, warn_of_nan
+from .attacked import check_settings, default_generator, drawing_undone, usable, warn_of_nan
 from .engine import check_precision
 from .graph import graphs
-from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
+from .losses import DLR, OURS, KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
 from .run import Batch, PGDRun
 
 
@@ -114,13 +114,37 @@ class PGD:
                 and is none.
         """
         self._check(model, x, y, start)
-        highest_label = checks.check_values(x, y, start, self.bounds)
         if x.numel() == 0:
             return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
-            x_adv, nan_seen = graphs.attack(self, model, self._batch(x, y, start), highest_label)
-            warn_of_nan(nan_seen)
+            values = checks.Values(x, y, start, self.bounds)
+            attack = self._attack_then_check if self._may_check_late(x) else self._check_then_attack
+            x_adv, unusable = attack(model, self._batch(x, y, start), values)
+            warn_of_nan(unusable, len(x))
         return x_adv
+
+    def _check_then_attack(self, model, batch: Batch, values: checks.Values) -> tuple[Tensor, int]:
+        (highest_label,) = values.read()
+        (x_adv, nan_seen), _ = graphs.attack(self, model, batch, highest_label)
+        return x_adv, int(nan_seen.sum())
+
+    def _attack_then_check(self, model, batch: Batch, values: checks.Values) -> tuple[Tensor, int]:
+        """The same with one wait, at the end: the device works from the first launch on. Wrong values are the same error, and
+        have drawn no random number."""
+        with drawing_undone(self.generator, default_generator(batch.x.device)):
+            try:
+                (x_adv, nan_seen), classes = graphs.attack(self, model, batch, highest_label=-1)
+            except Exception:
+                values.read()  # if these are wrong, that is the error
+                raise
+            highest_label, unusable = values.read(nan_seen.sum())
+            checks.check_classes(highest_label, classes)
+        return x_adv, unusable
+
+    def _may_check_late(self, x: Tensor) -> bool:
+        """On GPUs, where the kernels of our losses turn labels that are no classes into NaN; other code may fail on them."""
+        looks_up_targets = self.targeted and isinstance(self.loss, DLR)
+        return x.is_cuda and type(self.loss) in OURS and not looks_up_targets
 
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
@@ -134,7 +158,8 @@ class PGD:
         if x.numel() == 0:
             return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
         with torch.inference_mode(False), torch.no_grad():
-            return graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+            outcome, _ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+        return outcome
 
     def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:
         x, y = usable(x, y)

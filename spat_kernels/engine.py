@@ -98,7 +98,7 @@ def input_gradient(
         except CannotPlan as reason:
             if how == "plan":
                 raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'") from reason
-    return InputGradient(model, precision, highest_label)
+    return InputGradient(model, precision, highest_label, x)
 
 
 # ---- plans, made once for a model and an image size -------------------------------------------------------------------------
