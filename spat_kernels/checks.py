@@ -111,15 +111,16 @@ class Values:
     """
 
     def __init__(self, x: Tensor, y: Tensor | None, start: Tensor | None, bounds: tuple[float, float]):
-        self._bounds, self._box = tuple(bounds), box(bounds, x.dtype)
+        self._bounds, self._dtype = tuple(bounds), x.dtype
         self._has_labels, self._has_start = y is not None, start is not None
         given = [t.detach() for t in (x, y, start) if t is not None]
         self._extremes = torch.stack([v.double() for t in given for v in t.aminmax()])
 
     def read(self, *counts: Tensor) -> tuple[int, ...]:
         """Wait, and check: the largest label (-1 without labels), then `counts`, integers [], read in the same wait."""
-        x_min, x_max, *rest = torch.cat((self._extremes, *(c.double().view(1) for c in counts))).tolist()
-        lo, hi = self._box
+        values = torch.cat((self._extremes, *(c.double().view(1) for c in counts))) if counts else self._extremes
+        x_min, x_max, *rest = values.tolist()
+        lo, hi = box(self._bounds, self._dtype)
         if not (lo <= x_min and x_max <= hi):  # NaN fails too
             found = "NaN" if x_min != x_min else f"values from {x_min:g} to {x_max:g}"
             remedy = "divide 8-bit images by 255" if x_max > 2 else "normalise inside the model, or give the bounds"

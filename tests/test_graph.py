@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spat_kernels as sk
-from spat_kernels import PGD, attacks, losses
+from spat_kernels import PGD, attacks, checks, losses
 from spat_kernels import graph as graph_module
 from spat_kernels.graph import CudaGraph, Graphs
 from spat_kernels.trace import CannotPlan, _NoLooking
@@ -236,6 +236,21 @@ def test_nothing_looks_at_values_where_a_launched_attack_is_replayed(graphs):
             attack(model, x, y)
         x_adv, nan_seen = attack.launch(model, x, y)
     assert torch.equal(x_adv, expected) and not nan_seen.any() and len(graphs) == 1
+
+
+def test_a_replay_is_launched_before_values_are_looked_at(graphs, monkeypatch):
+    """As on a GPU, where that waits for it."""
+    model, (x, y), attack, events = cnn().eval(), batch(), PGD(EPS, graph=True), []
+    attack(model, x, y)
+    read, replay = checks.Values.read, FakeGraph.replay
+    monkeypatch.setattr(PGD, "_may_check_late", lambda self, x: True)
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: (replay(self), events.append("replayed")))
+    monkeypatch.setattr(checks.Values, "read", lambda self, *counts: (events.append("read"), read(self, *counts))[1])
+    attack(model, x, y)
+    assert events == ["replayed", "read"]
+    with _NoLooking(), pytest.raises(CannotPlan, match="looks at the values"):
+        attack(model, x, y)
+    assert events == ["replayed", "read"] * 2
 
 
 def change_eps_of_bn(model):
