@@ -177,7 +177,7 @@ class PGD:
 
     def _check(self, model, x, y, start) -> None:
         checks.check_images(x)
-        checks.check_model(model, x)
+        checks.check_callable(model)
         check_precision(self.precision, x)
         checks.check_per_sample("eps", self.eps, x)
         checks.check_per_sample("step_size", self.step_size, x)

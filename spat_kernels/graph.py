@@ -224,6 +224,7 @@ class Graphs:
 
     def _capture(self, entry: "_Entry", settings, model, batch: Batch, highest_label: int) -> Outcome:
         """Attack as ever, and on the way capture that into `entry`, or the reason why not."""
+        checks.check_model(model, batch.x)
         settled = entry.settled
         if settings.graph is True:
             entry.remember(model, settings)
@@ -330,6 +331,7 @@ class _Model:
 
 
 def _attack(settings, model, batch: Batch, highest_label: int) -> Outcome:
+    checks.check_model(model, batch.x)
     run = settings.run_class(settings, batch)
     with borrowed(model, settings.bn_mode):
         run.attack(model, settings.generator, batch.runs, highest_label)
