@@ -38,10 +38,13 @@ class PGD:
         restarts: runs from different random starts, of which the best is kept per sample. One forward more each.
         bounds: (lo, hi) of valid x.
         precision: what the model runs in: "fp32", "tf32", "bf16", "fp16" or "half" (fp16 on GPUs, bf16 on CPUs); None is the
-            caller's autocast, or the model's own dtype. Images, steps and projections stay in x's dtype.
+            caller's autocast, or the model's own dtype. Images, steps and projections stay in x's dtype. "fp32" and "tf32" set
+            PyTorch's `fp32_precision` switches on CUDA meanwhile: there code of the model must not read the older `allow_tf32`,
+            which PyTorch refuses while both are in use (RuntimeError), but `torch.backends.cuda.matmul.fp32_precision`.
         input_gradient: "plan" is the fused path through convolutional networks (see `explain`), "autograd" goes through any
-            model, "auto" takes the plan where the model allows it. Code of the model does not run in a plan: changes of modules,
-            attributes, modes and hooks are noticed; of globals, closures and the insides of other objects they are not.
+            model (in half precision in channels_last, where the model can read that), "auto" takes the plan where the model
+            allows it. Code of the model does not run in a plan: changes of modules, attributes, modes and hooks are noticed; of
+            globals, closures and the insides of other objects they are not.
         bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
             statistics never change.
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
@@ -112,6 +115,9 @@ class PGD:
         Warns:
             RuntimeWarning: the gradient was NaN (L2: or infinite) for some samples. It counts as 0, which looks like robustness
                 and is none.
+
+        On GPUs values in x, y and start are checked after everything has been launched, where no wrong one can do harm; an
+        error leaves the random generators as they were.
         """
         self._check(model, x, y, start)
         if x.numel() == 0:
