@@ -1102,6 +1102,20 @@ def test_gpu_launched_replays_wait_for_nothing(real):
 
 
 @pytest.mark.gpu
+def test_gpu_calls_wait_once(real):
+    model, (x, y), attack = cnn().eval().cuda(), on_gpu(*batch()), PGD(EPS, graph=True)
+    attack(model, x, y)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            attack(model, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.gpu
 def test_gpu_replay_launches_one_graph(real):
     model, (x, y) = cnn().eval().cuda(), on_gpu(*batch())
     attack = PGD(EPS, graph=True)
