@@ -92,10 +92,12 @@ def default_generator(device: torch.device) -> torch.Generator:
 @contextmanager
 def drawing_undone(*generators: torch.Generator | None):
     """Within: what raises leaves the states of `generators` as they were."""
-    states = [(g, g.get_state()) for g in generators if g is not None]
+    with drawing:
+        states = [(g, g.get_state()) for g in generators if g is not None]
     try:
         yield
     except BaseException:
-        for generator, state in states:
-            generator.set_state(state)
+        with drawing:
+            for generator, state in states:
+                generator.set_state(state)
         raise

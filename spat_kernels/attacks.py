@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checks
 from .attacked import check_settings, default_generator, drawing_undone, usable, warn_of_nan
-from .engine import check_precision
+from .engine import check_precision, is_planned
 from .graph import graphs
 from .losses import DLR, OURS, KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
 from .run import Batch, PGDRun
@@ -116,41 +116,35 @@ class PGD:
             RuntimeWarning: the gradient was NaN (L2: or infinite) for some samples. It counts as 0, which looks like robustness
                 and is none.
 
-        On GPUs values in x, y and start are checked after everything has been launched, where no wrong one can do harm; an
-        error leaves the random generators as they were.
+        On GPUs values in x, y and start are checked after everything has been launched, where wrong ones can do no harm. After
+        an error `generator` and the device's default one are as they were.
         """
         self._check(model, x, y, start)
         if x.numel() == 0:
             return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
             values = checks.Values(x, y, start, self.bounds)
-            attack = self._attack_then_check if self._may_check_late(x) else self._check_then_attack
-            x_adv, unusable = attack(model, self._batch(x, y, start), values)
+            highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
+            with drawing_undone(self.generator, default_generator(x.device)):
+                try:
+                    (x_adv, nan_seen), classes = graphs.attack(self, model, self._batch(x, y, start), highest_label)
+                except Exception:
+                    values.read()  # if these are wrong, that is the error
+                    raise
+                highest_label, unusable = values.read(nan_seen.sum())  # waits for the device
+                checks.check_classes(highest_label, classes)
             warn_of_nan(unusable, len(x))
         return x_adv
 
-    def _check_then_attack(self, model, batch: Batch, values: checks.Values) -> tuple[Tensor, int]:
-        (highest_label,) = values.read()
-        (x_adv, nan_seen), _ = graphs.attack(self, model, batch, highest_label)
-        return x_adv, int(nan_seen.sum())
+    def _may_check_late(self, model, x: Tensor) -> bool:
+        """Whether wrong values do no harm, so that a GPU need not wait until they are checked.
 
-    def _attack_then_check(self, model, batch: Batch, values: checks.Values) -> tuple[Tensor, int]:
-        """The same with one wait, at the end: the device works from the first launch on. Wrong values are the same error, and
-        have drawn no random number."""
-        with drawing_undone(self.generator, default_generator(batch.x.device)):
-            try:
-                (x_adv, nan_seen), classes = graphs.attack(self, model, batch, highest_label=-1)
-            except Exception:
-                values.read()  # if these are wrong, that is the error
-                raise
-            highest_label, unusable = values.read(nan_seen.sum())
-            checks.check_classes(highest_label, classes)
-        return x_adv, unusable
-
-    def _may_check_late(self, x: Tensor) -> bool:
-        """On GPUs, where the kernels of our losses turn labels that are no classes into NaN; other code may fail on them."""
+        They do none in a plan that has been made, and our losses turn labels that are no classes into NaN. Code of the model, and
+        of other losses, may fail on them: on a GPU for good.
+        """
+        planned = self.input_gradient != "autograd" and is_planned(model, x)
         looks_up_targets = self.targeted and isinstance(self.loss, DLR)
-        return x.is_cuda and type(self.loss) in OURS and not looks_up_targets
+        return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets
 
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.

@@ -91,6 +91,7 @@ class Plan:
     Attributes:
         steps: in the order of the forward.
         last: index of the value that holds the logits.
+        reads_rows: whether images are read with their channels innermost in memory.
         exact: values that stay fp32 in half precision: what is read off the image before the first convolution, and the head.
         all_exact: nothing would run in half precision: there is no convolution.
         no_half: why half precision is not possible, or None.
@@ -114,6 +115,7 @@ class Plan:
                 done |= self._add_step(i)
         self._move_shifts()
         self._note_frees()
+        self.reads_rows = any(0 in s.inputs and isinstance(s, (Conv, Pointwise)) for s in self.steps)
 
     # -- building -------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +281,7 @@ class PlannedGradient:
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Images in the memory format in which the plan reads them fastest."""
-        return _rows(x)
+        return _rows(x) if self.plan.reads_rows else x
 
     def release(self) -> None:
         """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""

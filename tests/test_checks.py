@@ -169,7 +169,7 @@ def test_bounds_are_what_x_is_held_to():
 def late(monkeypatch):
     """Attacks check values as they do on a GPU: they launch everything, then read once. The list of those reads."""
     reads, read = [], checks.Values.read
-    monkeypatch.setattr(PGD, "_may_check_late", lambda self, x: True)
+    monkeypatch.setattr(PGD, "_may_check_late", lambda self, model, x: True)
     monkeypatch.setattr(checks.Values, "read", lambda self, *counts: reads.append(len(counts)) or read(self, *counts))
     return reads
 
@@ -219,12 +219,19 @@ def test_late_checks_blame_values_before_the_model(late):
         PGD(EPS)(Untouched(), X, Y)
 
 
-def test_values_are_checked_first_where_a_wrong_one_could_do_harm():
-    on_gpu = SimpleNamespace(is_cuda=True)
+def test_values_are_checked_first_where_a_wrong_one_could_do_harm(monkeypatch):
+    """In code of the model, in a loss that looks something up by the labels, and before there is a plan."""
+    on_gpu, model = SimpleNamespace(is_cuda=True, shape=X.shape, dtype=X.dtype), cnn()
+    assert not PGD(EPS)._may_check_late(model, on_gpu)
+    PGD(EPS)(model, X, Y)
     for loss, late in (("ce", True), ("kl", True), ("margin", True), ("dlr", True), (lambda z, y: z[:, 0], False)):
-        assert PGD(EPS, loss=loss)._may_check_late(on_gpu) is late
-    assert not PGD(EPS, loss="dlr", targeted=True)._may_check_late(on_gpu)
-    assert not PGD(EPS)._may_check_late(X)
+        assert PGD(EPS, loss=loss)._may_check_late(model, on_gpu) is late
+    assert PGD(EPS)._may_check_late(nn.DataParallel(model), on_gpu)
+    assert not PGD(EPS, loss="dlr", targeted=True)._may_check_late(model, on_gpu)
+    assert not PGD(EPS, input_gradient="autograd")._may_check_late(model, on_gpu)
+    assert not PGD(EPS)._may_check_late(model, X) and not PGD(EPS)._may_check_late(lambda x: model(x), on_gpu)
+    model.register_forward_hook(lambda *_: None)
+    assert not PGD(EPS)._may_check_late(nn.DataParallel(model), on_gpu)
 
 
 @pytest.mark.gpu

@@ -225,6 +225,21 @@ def change_class(model):
     model.net[2].__class__ = nn.Sigmoid
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_replays_in_half_precision_read_changed_weights(graphs, precision):
+    model, (x, y) = cnn().eval(), batch()
+    settings = {"precision": precision, "input_gradient": "autograd"}
+    for seed in range(3):
+        found = []
+        for graph in (True, False):
+            torch.manual_seed(seed)
+            found.append(PGD(EPS, graph=graph, **settings)(model, x, y))
+        assert torch.equal(*found)
+        with torch.no_grad():
+            model[0].weight.mul_(-1)
+    assert len(graphs) == 1
+
+
 def test_nothing_looks_at_values_where_a_launched_attack_is_replayed(graphs):
     model, (x, y), attack = cnn().eval(), batch(), PGD(EPS, graph=True)
     attack(model, x, y)
@@ -243,7 +258,7 @@ def test_a_replay_is_launched_before_values_are_looked_at(graphs, monkeypatch):
     model, (x, y), attack, events = cnn().eval(), batch(), PGD(EPS, graph=True), []
     attack(model, x, y)
     read, replay = checks.Values.read, FakeGraph.replay
-    monkeypatch.setattr(PGD, "_may_check_late", lambda self, x: True)
+    monkeypatch.setattr(PGD, "_may_check_late", lambda self, model, x: True)
     monkeypatch.setattr(FakeGraph, "replay", lambda self: (replay(self), events.append("replayed")))
     monkeypatch.setattr(checks.Values, "read", lambda self, *counts: (events.append("read"), read(self, *counts))[1])
     attack(model, x, y)
