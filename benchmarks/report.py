@@ -58,8 +58,9 @@ def table(results: dict, records: Iterable[dict], heads: str, cells: str, *notes
         notes: below the table, of the results.
     """
     left, right = (len(part.split("|")) for part in heads.split("||"))
-    rows = [[filled(cell.strip(), Row(record, formulas)) for cell in cells.replace("||", "|").split("|")] for record in records]
-    lines = [f"| {' | '.join(row)} |" for row in [[head.strip() for head in heads.replace("||", "|").split("|")], *rows]]
+    heads, cells = ([part.strip() for part in texts.replace("||", "|").split("|")] for texts in (heads, cells))
+    rows = [[filled(cell, Row(record, formulas)).replace("|", r"\|") for cell in cells] for record in records]
+    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
     lines.insert(1, f"|{'---|' * left}{'---:|' * right}")
     return "\n".join([*lines, "", " ".join(filter(None, (filled(note, results) for note in notes)))]).strip()
 
@@ -347,7 +348,7 @@ def gpu(results: dict) -> str:
 
     def last(r: dict) -> str:
         lines = r["tail"].strip().splitlines() if "pytest" in r["command"] or r["status"] != "ok" else []
-        return lines[-1][:200].replace("|", "/")
+        return lines[-1][:200]
 
     rows = [r | {"name": name, "reason": f": {r['reason']}" if "reason" in r else ""} for name, r in results["steps"].items()]
     return table(
