@@ -513,7 +513,7 @@ def contents(files: list[Path], pages: list[Path]) -> tuple[dict[str, str], list
     for path in files or sorted(RESULTS.glob("*/*.json")):
         try:
             loaded[path] = load(path, None if files and not pages else path.parent.name)
-            texts[marker(path)] = tables(loaded[path], full=not pages)
+            texts[marker(path)] = tables(loaded[path], full=not pages or path.stem == "memory")  # in full it has the memory
         except (OSError, ValueError) as error:
             wrong.append(f"{path}: {error}")
     if not files:

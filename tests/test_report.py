@@ -230,6 +230,12 @@ def test_all_results_go_to_pages_that_share_their_markers(results):
     assert between(notes, "h100:plots").startswith("![throughput](results/h100/throughput.png)")
 
 
+def test_the_memory_of_large_batches_is_on_the_page(results):
+    save(results / "h100" / "memory.json", ATTACK)
+    report.main([], [page(results / "NOTES.md", *ALL, "h100:memory")])
+    assert "| peak MiB |" in between(results / "NOTES.md", "h100:memory")
+
+
 def test_a_result_without_a_marker_is_an_error_and_the_rest_is_written(results):
     notes = page(results / "NOTES.md", *ALL[1:])
     with pytest.raises(SystemExit, match="^there is no marker on .*NOTES.md for benchmarks:h100:attack$"):
