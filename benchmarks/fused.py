@@ -261,7 +261,7 @@ def build(name: str, batch: int, shape: str, card: str, variant: int, path: Path
 
 
 def ms(call: Callable[[], object]) -> float:
-    """Of the best of 3 rounds of 20 calls. The GPU sleeps first, so that it does not wait for launches after that."""
+    """Milliseconds a call, in the best of 3 rounds of 20. The GPU sleeps first, so that it never waits for a launch."""
     best = float("inf")
     for _ in range(3):
         call()

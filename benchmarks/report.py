@@ -84,7 +84,7 @@ def columns(names: Iterable[str], head: str, cell: str) -> tuple[str, str]:
 
 
 def ratio(above: str, below: str) -> Formula:
-    """Of the medians of two of the records under these keys; "" is the record itself."""
+    """The ratio of the medians of two records, each under its key; "" is the row's own."""
     return lambda r: (r[above] if above else r)["median"] / (r[below] if below else r)["median"]
 
 
