@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import measure
+from benchmarks import measure, report
 from spat_kernels import PGD, attacks
 from spat_kernels.graph import Graphs
 from spat_train.models import create
@@ -105,25 +105,24 @@ def host_us(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
 def main(options: Options) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    results = {"machine": measure.describe("cpu"), "launches": [], "host_us": {}}
+    machine = measure.describe("cpu")
+    results = {"machine": machine, "calls": [], "host": []}
     x, y = torch.rand(2, 3, 32, 32), torch.randint(10, (2,))
     for name in options.models:
-        model = create(name, 10).eval()
+        model, row = create(name, 10).eval(), {"commit": machine["commit"], "model": name}
         for precision in options.precisions:
             for path in ("plan", "autograd"):
                 counted = launches(model, x, y, precision=precision, input_gradient=path)
-                results["launches"].append({"model": name, "precision": precision, "path": path} | counted)
-                print(
-                    f"{name} {precision} {path}: {counted['step']:.0f} launches a step, {counted['once']:.0f} once a call",
-                    flush=True,
-                )
-        results["host_us"][name] = host_us(model, x, y)
-        print(name, {way: f"{us:.0f} us" for way, us in results["host_us"][name].items()}, flush=True)
+                results["calls"].append(row | {"precision": precision, "path": path} | counted)
+        results["host"].append(row | host_us(model, x, y))
+    if options.out and options.out.exists():
+        before = json.loads(options.out.read_text())
+        for key in ("calls", "host"):
+            rows = [r for r in before[key] if r["commit"] != machine["commit"]] + results[key]
+            results[key] = sorted(rows, key=lambda r: [r.get(k, "") for k in ("model", "precision", "path")])
     if options.out:
-        before = json.loads(options.out.read_text())["calls"] if options.out.exists() else []
-        others = [r for r in before if r["machine"]["commit"] != results["machine"]["commit"]]
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"calls": [*others, results]}, indent=1) + "\n")
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.calls(results))
 
 
 if __name__ == "__main__":

@@ -342,22 +342,13 @@ def thesis(results: dict) -> str:
 
 def calls(results: dict) -> str:
     """What a step launches and what a call costs the host, by commit."""
-    kinds = "model", "precision", "path"
-    launches = [r | {"commit": commit["machine"]["commit"][:7]} for commit in results["calls"] for r in commit["launches"]]
-    costs = [
-        {"commit": commit["machine"]["commit"][:7], "model": model, **us, "machine": commit["machine"]}
-        for commit in results["calls"] for model, us in commit["host_us"].items()
-    ]  # fmt: skip
-    counts = table(
-        results, sorted(launches, key=lambda r: [r.get(kind, "") for kind in kinds]),
-        "model | precision | path | commit || launches a step | launches a call besides",
-        "{model} | {precision} | {path} | {commit} || {step:.0f} | {once:.0f}",
-    )  # fmt: skip
-    host = table(
-        results, sorted(costs, key=lambda r: r["model"]), "host, in bf16 | commit || µs a call | µs a launch",
-        "{model} | {commit} || {call:.0f} | {launch:.0f}", where(results["calls"][-1]) if costs else "",
-    )  # fmt: skip
-    return f"{counts}\n\n{host}"
+    launches, host = ((r | {"commit": r.get("commit", "")[:7]} for r in results.get(key, ())) for key in ("calls", "host"))
+    return "\n\n".join([
+        table(results, launches, "model | precision | path | commit || launches a step | launches a call, besides",
+              "{model} | {precision} | {path} | {commit} || {step:.0f} | {once:.0f}"),
+        table(results, host, "host, in bf16 | commit || µs a call | µs a launch",
+              "{model} | {commit} || {call:.0f} | {launch:.0f}", where),
+    ])  # fmt: skip
 
 
 # --- on a GPU ---
@@ -495,8 +486,8 @@ def predictions(card: str, attacks: dict, trainings: dict) -> str:
 # A key of the results to their table.
 KINDS = {
     "cells": attack, "rows": precision, "steps": training, "loops": overhead, "paths": data, "trainings": evidence,
-    "thesis": thesis, "breakdown": breakdown, "host_us": questions, "precisions": questions, "fused": fused, "judges": judges, "calls": calls,
-    "autoattack": autoattack, "benchmarks": kernels,
+    "thesis": thesis, "breakdown": breakdown, "host_us": questions, "precisions": questions, "fused": fused, "judges": judges,
+    "calls": calls, "autoattack": autoattack, "benchmarks": kernels,
 }  # fmt: skip
 FULL = {attack: attack_table, training: training_table}
 
