@@ -5,7 +5,8 @@ python -m benchmarks.attack --models wrn-16-4 --batches 64 --out benchmarks/resu
 python -m benchmarks.workmodel --device cpu    operations, bytes and ceilings: how fast an attack could be
 python -m benchmarks.gpu --out DIR --minutes 9.5    what some minutes on a GPU can tell (--rehearse: tiny, on the CPU)
 python -m benchmarks.report [json ...] [--write README.md]    the tables
-python -m benchmarks.plots JSON --out DIR    throughput.png and roofline.png
+python -m benchmarks.plots JSON ...    throughput.png and roofline.png, beside each file of benchmarks.attack
+python -m benchmarks.fused both --out FILE    cuDNN's convolutions with the pointwise work in their epilogue, on an H100 or H200
 
 `pip install -e '.[bench,rivals]'` brings the rivals; those that are missing are left out, and recorded.
 """

@@ -1,6 +1,6 @@
 """Pictures of the attack results: throughput against batch, and the roofline, in the colours of Okabe and Ito.
 
-`python -m benchmarks.plots results/h200/attack.json --out DIR`
+`python -m benchmarks.plots benchmarks/results/h*00/attack.json` draws both beside each file.
 """
 
 import argparse
@@ -121,11 +121,13 @@ def _line(ax: Axes, points: dict[int, float], **style) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("json", nargs="+", type=Path, help="files of benchmarks.attack")
+    parser.add_argument("--out", type=Path, help="folder, by default that of each file")
     args = parser.parse_args()
-    data = json.loads(args.json.read_text())
-    data = data.get("results", data)
-    args.out.mkdir(parents=True, exist_ok=True)
-    throughput(data, args.out / "throughput.png")
-    roofline(data, args.out / "roofline.png")
+    for file in args.json:
+        folder, data = args.out or file.parent, json.loads(file.read_text())
+        if not any("median" in cell for cell in data["cells"]):
+            raise SystemExit(f"{file}: nothing was timed")
+        folder.mkdir(parents=True, exist_ok=True)
+        throughput(data, folder / "throughput.png")
+        roofline(data, folder / "roofline.png")

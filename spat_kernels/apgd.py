@@ -75,7 +75,9 @@ class APGDRun(Run):
     def attempt(self, captured: bool) -> None:
         drops = not captured and self._can_drop()
         periods = checkpoints(self.steps)
-        search = _Search(self.ball, self.y, self.reference, self.draws)
+        start = torch.empty_like(self.ball.x)
+        self.ball.surface_start_(start, self.draws)
+        search = _Search(self.inner, self.y, self.reference, self.inner.laid_out(start))
         with self.model.arithmetic(self.best.device.type):
             self._evaluate(search)
             for step in range(1, self.steps + 1):
@@ -121,14 +123,13 @@ class APGDRun(Run):
 class _Search:
     """The iterates of one run on n samples, and what is known of each sample so far."""
 
-    def __init__(self, ball: Ball, y: Tensor, reference, draws: tuple[Tensor, ...]):
+    def __init__(self, ball: Ball, y: Tensor, reference, start: Tensor):
         n, like = len(ball.x), ball.eps
         self.rows = None  # int64 [n], which samples of the run these are, or None: all
         self.ball, self.y, self.reference = copy(ball), y, reference
         self.ball.step_size = ball.step_size.expand(n).clone()
         self.unmoved = like.new_zeros(1)
-        self.x_adv, self.previous = torch.empty_like(ball.x), None
-        ball.surface_start_(self.x_adv, draws)
+        self.x_adv, self.previous = start, None
         self.grad = self.best_grad = None
         self.best, self.best_value = ball.x.clone(), like.new_full((n,), -torch.inf)
         self.broken = torch.zeros(n, dtype=torch.bool, device=like.device)
@@ -282,13 +283,14 @@ class APGD:
                     rows = robust.nonzero()[:, 0]
                     if not len(rows):
                         break
-                    found, nans, values, broken = graphs.attack(self, model, self._batch(x, y, targets, rows), highest_label)
+                    outcome, _ = graphs.attack(self, model, self._batch(x, y, targets, rows), highest_label)
+                    found, nans, values, broken = outcome
                     better = broken | (values > value[rows])
                     taken = rows[better]
                     x_adv[taken], value[taken] = found[better], values[better]
                     nan_seen[rows] |= nans
                     robust[rows] = ~broken
-            warn_of_nan(nan_seen)
+            warn_of_nan(int(nan_seen.sum()), len(x))
         return x_adv
 
     def kind(self) -> tuple:

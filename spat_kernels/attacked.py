@@ -32,7 +32,7 @@ def check_batch(attack, model, x, y) -> int:
     check_precision(attack.precision, x)
     checks.check_per_sample("eps", attack.eps, x)
     checks.check_labels(y, x)
-    return checks.check_values(x, y, None, attack.bounds)
+    return checks.Values(x, y, None, attack.bounds).read()[0] if x.numel() else -1
 
 
 def usable(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -44,11 +44,11 @@ def usable(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x, y
 
 
-def warn_of_nan(nan_seen: Tensor) -> None:
-    """Warn the caller of the attack that calls this, if some of `nan_seen`, uint8 [B], are not 0."""
-    if unusable := int(nan_seen.sum()):
+def warn_of_nan(unusable: int, samples: int) -> None:
+    """Warn the caller of the attack that calls this, if the gradients of some samples were not usable."""
+    if unusable:
         warnings.warn(
-            f"the input gradient was NaN for {unusable} of {len(nan_seen)} samples and counted as 0 there: they may look "
+            f"the input gradient was NaN for {unusable} of {samples} samples and counted as 0 there: they may look "
             "robust without being so. Look at the model's outputs, or attack in higher precision",
             RuntimeWarning,
             stacklevel=3,
@@ -83,3 +83,21 @@ def draw(method: str, *size: int, like: Tensor, generator: torch.Generator | Non
     empty = torch.empty(size, dtype=acc_dtype(like.dtype), device=device)
     with drawing:
         return getattr(empty, method)(generator=generator).to(like.device)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
+@contextmanager
+def drawing_undone(*generators: torch.Generator | None):
+    """Within: what raises leaves the states of `generators` as they were."""
+    with drawing:
+        states = [(g, g.get_state()) for g in generators if g is not None]
+    try:
+        yield
+    except BaseException:
+        with drawing:
+            for generator, state in states:
+                generator.set_state(state)
+        raise

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .attacked import check_settings, usable, warn_of_nan
-from .engine import check_precision
+from .attacked import check_settings, default_generator, drawing_undone, usable, warn_of_nan
+from .engine import check_precision, is_planned
 from .graph import graphs
-from .losses import KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
+from .losses import DLR, OURS, KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
 from .run import Batch, PGDRun
 
 
@@ -38,10 +38,13 @@ class PGD:
         restarts: runs from different random starts, of which the best is kept per sample. One forward more each.
         bounds: (lo, hi) of valid x.
         precision: what the model runs in: "fp32", "tf32", "bf16", "fp16" or "half" (fp16 on GPUs, bf16 on CPUs); None is the
-            caller's autocast, or the model's own dtype. Images, steps and projections stay in x's dtype.
+            caller's autocast, or the model's own dtype. Images, steps and projections stay in x's dtype. "fp32" and "tf32" set
+            PyTorch's `fp32_precision` switches on CUDA meanwhile: there code of the model must not read the older `allow_tf32`,
+            which PyTorch refuses while both are in use (RuntimeError), but `torch.backends.cuda.matmul.fp32_precision`.
         input_gradient: "plan" is the fused path through convolutional networks (see `explain`), "autograd" goes through any
-            model, "auto" takes the plan where the model allows it. Code of the model does not run in a plan: changes of modules,
-            attributes, modes and hooks are noticed; of globals, closures and the insides of other objects they are not.
+            model (in half precision in channels_last, where the model can read that), "auto" takes the plan where the model
+            allows it. Code of the model does not run in a plan: changes of modules, attributes, modes and hooks are noticed; of
+            globals, closures and the insides of other objects they are not.
         bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
             statistics never change.
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
@@ -112,15 +115,36 @@ class PGD:
         Warns:
             RuntimeWarning: the gradient was NaN (L2: or infinite) for some samples. It counts as 0, which looks like robustness
                 and is none.
+
+        On GPUs values in x, y and start are checked after everything has been launched, where wrong ones can do no harm. After
+        an error `generator` and the device's default one are as they were.
         """
         self._check(model, x, y, start)
-        highest_label = checks.check_values(x, y, start, self.bounds)
         if x.numel() == 0:
             return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
-            x_adv, nan_seen = graphs.attack(self, model, self._batch(x, y, start), highest_label)
-            warn_of_nan(nan_seen)
+            values = checks.Values(x, y, start, self.bounds)
+            highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
+            with drawing_undone(self.generator, default_generator(x.device)):
+                try:
+                    (x_adv, nan_seen), classes = graphs.attack(self, model, self._batch(x, y, start), highest_label)
+                except Exception:
+                    values.read()  # if these are wrong, that is the error
+                    raise
+                highest_label, unusable = values.read(nan_seen.sum())  # waits for the device
+                checks.check_classes(highest_label, classes)
+            warn_of_nan(unusable, len(x))
         return x_adv
+
+    def _may_check_late(self, model, x: Tensor) -> bool:
+        """Whether wrong values do no harm, so that a GPU need not wait until they are checked.
+
+        They do none in a plan that has been made, and our losses turn labels that are no classes into NaN. Code of the model, and
+        of other losses, may fail on them: on a GPU for good.
+        """
+        planned = self.input_gradient != "autograd" and is_planned(model, x)
+        looks_up_targets = self.targeted and isinstance(self.loss, DLR)
+        return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets
 
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
@@ -134,7 +158,8 @@ class PGD:
         if x.numel() == 0:
             return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
         with torch.inference_mode(False), torch.no_grad():
-            return graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+            outcome, _ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+        return outcome
 
     def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:
         x, y = usable(x, y)
@@ -152,7 +177,7 @@ class PGD:
 
     def _check(self, model, x, y, start) -> None:
         checks.check_images(x)
-        checks.check_model(model, x)
+        checks.check_callable(model)
         check_precision(self.precision, x)
         checks.check_per_sample("eps", self.eps, x)
         checks.check_per_sample("step_size", self.step_size, x)

@@ -58,6 +58,12 @@ class Ball:
         """`grad` with the strides of the images, as the kernels need it."""
         return grad if same_layout(grad, self.x) else torch.empty_like(self.x, dtype=grad.dtype).copy_(grad)
 
+    def around(self, x: Tensor) -> "Ball":
+        """The same ball with its images in another memory format: `x`. Radii, step sizes and flags are shared."""
+        ball = copy(self)
+        ball.x = x
+        return ball
+
     def part(self, rows: Tensor) -> "Ball":
         """The ball of the samples `rows`, int64 [n], with tensors of its own."""
         part, samples = copy(self), len(self.x)
@@ -93,6 +99,10 @@ class L2Ball(Ball):
     def __init__(self, *args):
         super().__init__(*args)
         self.seed = torch.zeros(2, dtype=torch.int64, device=self.x.device)  # of the directions of zero gradients
+
+    def around(self, x):
+        """Itself: the directions of zero gradients depend on the order of pixels in memory, and shall not on the model's path."""
+        return self
 
     def draw(self, generator, samples):
         seed = self._draw(generator, "random_", 2, dtype=torch.int64)

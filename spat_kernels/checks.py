@@ -90,9 +90,14 @@ def check_start(start, x: Tensor) -> None:
         raise ValueError(f"start must be a tensor like x ({kind(x)}), got {kind(start)}")
 
 
-def check_model(model, x: Tensor) -> None:
+def check_callable(model) -> None:
     if not callable(model):
         raise TypeError(f"model must be a module or a callable x -> logits, got {kind(model)}")
+
+
+def check_model(model, x: Tensor) -> None:
+    """Looks at every tensor of the model, so replays, which compare the model with the captured one, leave it out."""
+    check_callable(model)
     if isinstance(model, nn.Module):
         held = (tensors for m in model.modules() for tensors in (m._parameters, m._buffers))  # a third of parameters()' time
         tensors = [t for named in held for t in named.values() if t is not None]
@@ -104,28 +109,37 @@ def check_model(model, x: Tensor) -> None:
             raise ValueError(f"x is on {x.device} and model on {where}: move one of them by .to(device)")
 
 
-def check_values(x: Tensor, y: Tensor | None, start: Tensor | None, bounds: tuple[float, float]) -> int:
-    """Check what is in the tensors; return the largest label (-1 without labels). Waits for the device once."""
-    if x.numel() == 0:
-        return -1
-    tensors = [t for t in (x, y, start) if t is not None]
-    extremes = torch.stack([v.double() for t in tensors for v in t.detach().aminmax()]).tolist()
-    x_min, x_max = extremes[:2]
-    lo, hi = box(bounds, x.dtype)
-    if not (lo <= x_min and x_max <= hi):  # NaN fails too
-        found = "NaN" if x_min != x_min else f"values from {x_min:g} to {x_max:g}"
-        remedy = "divide 8-bit images by 255" if x_max > 2 else "normalise inside the model, or give the bounds"
-        raise ValueError(f"x must lie inside bounds={tuple(bounds)}, found {found}: {remedy}")
-    if start is not None and any(v - v != 0 for v in extremes[-2:]):
-        raise ValueError("start holds NaN or infinite values")
-    if y is None:
-        return -1
-    y_min, y_max = map(int, extremes[2:4])
-    if y_min < 0:
-        raise ValueError(f"y must hold class indices in [0, K), found {y_min}: drop ignored samples before the attack")
-    return y_max
+class Values:
+    """What is in x, y and start: their extremes, computed on the device where these are.
+
+    To `read` them waits for the device. So an attack whose kernels bear any values is launched before that.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor | None, start: Tensor | None, bounds: tuple[float, float]):
+        self._bounds, self._dtype = tuple(bounds), x.dtype
+        self._has_labels, self._has_start = y is not None, start is not None
+        given = [t.detach() for t in (x, y, start) if t is not None]
+        self._extremes = torch.stack([v.double() for t in given for v in t.aminmax()])
+
+    def read(self, *counts: Tensor) -> tuple[int, ...]:
+        """Wait, and check: the largest label (-1 without labels), then `counts`, integers [], read in the same wait."""
+        values = torch.cat((self._extremes, *(c.double().view(1) for c in counts))) if counts else self._extremes
+        x_min, x_max, *rest = values.tolist()
+        lo, hi = box(self._bounds, self._dtype)
+        if not (lo <= x_min and x_max <= hi):  # NaN fails too
+            found = "NaN" if x_min != x_min else f"values from {x_min:g} to {x_max:g}"
+            remedy = "divide 8-bit images by 255" if x_max > 2 else "normalise inside the model, or give the bounds"
+            raise ValueError(f"x must lie inside bounds={self._bounds}, found {found}: {remedy}")
+        y_min, y_max = map(int, rest[:2]) if self._has_labels else (0, -1)
+        rest = rest[2 * self._has_labels :]
+        if self._has_start and any(v - v != 0 for v in rest[:2]):
+            raise ValueError("start holds NaN or infinite values")
+        if y_min < 0:
+            raise ValueError(f"y must hold class indices in [0, K), found {y_min}: drop ignored samples before the attack")
+        return y_max, *map(int, rest[2 * self._has_start :])
 
 
-def check_classes(highest_label: int, classes: int) -> None:
-    if highest_label >= classes:
+def check_classes(highest_label: int, classes: int | None) -> None:
+    """None: no forward has run, so the number of classes is not known."""
+    if classes is not None and highest_label >= classes:
         raise ValueError(f"y holds class {highest_label}, outside [0, {classes}) of the model: check the labels")

@@ -98,7 +98,7 @@ def input_gradient(
         except CannotPlan as reason:
             if how == "plan":
                 raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'") from reason
-    return InputGradient(model, precision, highest_label)
+    return InputGradient(model, precision, highest_label, x)
 
 
 # ---- plans, made once for a model and an image size -------------------------------------------------------------------------
@@ -147,8 +147,21 @@ def _weights_dtype(model: nn.Module, x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def is_planned(model, x: Tensor) -> bool:
+    """Whether a plan has been made for images like `x`. Whether it still fits the model is not looked at."""
+    try:
+        plans = _plans.get(_inner(model), {}) if isinstance(model, nn.Module) else {}
+    except CannotPlan:  # it has hooks
+        return False
+    return isinstance(plans.get(_like(x), (None, None))[1], Plan)
+
+
+def _like(x: Tensor) -> tuple:
+    return tuple(x.shape[1:]), x.dtype
+
+
 def _plan(model: nn.Module, x: Tensor) -> Plan:
-    key = tuple(x.shape[1:]), x.dtype
+    key = _like(x)
     with _lock:
         structure, made = _plans.setdefault(model, {}).get(key, (None, None))
         if structure is None or not structure.matches(model):

@@ -106,7 +106,7 @@ class FAB:
             return x.detach().clone()
         with attacked(self, model, x, y, highest_label) as (gradient, x, y):
             x_adv, nan_seen = self._attack(gradient, x, y)
-        warn_of_nan(nan_seen)
+        warn_of_nan(int(nan_seen.sum()), len(x))
         return x_adv
 
     def _attack(self, gradient, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from .losses import OURS, Custom, Loss
 from .run import Batch, Run, drawing
 from .structure import Structure, freeze
 
+Outcome = tuple[tuple[Tensor, ...], int | None]
 # Attacks that were seen but not captured cost nothing but a key and some weak references.
 REMEMBERED = 128
 # Longer runs are captured only if they are told to be: each forward and backward is hundreds of kernels in the graph.
@@ -147,8 +148,8 @@ class Graphs:
             else:
                 self._models.pop(id(model), None)
 
-    def attack(self, settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
-        """The outcome of an attack: see `settings.run_class`, a class of runs.
+    def attack(self, settings, model, batch: Batch, highest_label: int) -> Outcome:
+        """The outcome of an attack (see `settings.run_class`, a class of runs), and the model's number of classes.
 
         With graph="auto" only what can be checked is captured: an nn.Module, and losses other than plain callables (either may
         read what is out of sight), outside of dispatch modes (which would not see a replay); and no run of more than PASSES
@@ -221,8 +222,9 @@ class Graphs:
             for known, key, _ in (*captured[self._capacity :], *entries[REMEMBERED:]):
                 known.entries.pop(key, None)
 
-    def _capture(self, entry: "_Entry", settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
+    def _capture(self, entry: "_Entry", settings, model, batch: Batch, highest_label: int) -> Outcome:
         """Attack as ever, and on the way capture that into `entry`, or the reason why not."""
+        checks.check_model(model, batch.x)
         settled = entry.settled
         if settings.graph is True:
             entry.remember(model, settings)
@@ -240,10 +242,10 @@ class Graphs:
                 entry.remember(model, settings)
                 if settled:  # before this attack there was another: it is not what a model makes on its first use
                     entry.refused = f"the model changes as it runs ({change})"
-                return outcome
+                return outcome, run.classes
             if _loss_key(settings.loss) != loss:
                 entry.refused = "the loss changes its attributes as it runs"
-                return outcome
+                return outcome, run.classes
 
             def everything():
                 with borrowed(model, settings.bn_mode):
@@ -259,11 +261,11 @@ class Graphs:
                 if host_random.restore(random_states) and entry.refused is None:
                     entry.refused = "random numbers were drawn on the host meanwhile, which a replay would not draw anew"
             if entry.refused is not None:
-                return outcome
+                return outcome, run.classes
         run.release()
         entry.graph, entry.run = graph, run
         entry.independent = run.model.independent_samples and type(settings.loss) in OURS
-        return outcome
+        return outcome, run.classes
 
 
 class _Entry:
@@ -286,9 +288,8 @@ class _Entry:
         except TypeError as error:
             self.refused = str(error)
 
-    def replay(self, settings, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
-        if self.run.classes is not None:
-            checks.check_classes(highest_label, self.run.classes)
+    def replay(self, settings, batch: Batch, highest_label: int) -> Outcome:
+        checks.check_classes(highest_label, self.run.classes)
         outcome = self.run.empty_outcome(batch.x)
         with self.graph.here():
             self.run.load(batch)
@@ -297,7 +298,7 @@ class _Entry:
                 with drawing:
                     self.graph.replay()
             _copy(outcome, self.run.outcome)
-        return outcome
+        return outcome, self.run.classes
 
 
 class _Model:
@@ -329,11 +330,12 @@ class _Model:
             )
 
 
-def _attack(settings, model, batch: Batch, highest_label: int) -> tuple[Tensor, ...]:
+def _attack(settings, model, batch: Batch, highest_label: int) -> Outcome:
+    checks.check_model(model, batch.x)
     run = settings.run_class(settings, batch)
     with borrowed(model, settings.bn_mode):
         run.attack(model, settings.generator, batch.runs, highest_label)
-    return run.outcome
+    return run.outcome, run.classes
 
 
 def _copy(outcome: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:

@@ -18,6 +18,7 @@ independent, only directions count, and neither the factors 1/B and 1 - p_y nor 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import torch
@@ -30,6 +31,7 @@ from .precision import HALVES, arithmetic
 from .trace import Node, Norm, Ref, Term
 
 CHANNELS_LAST = torch.channels_last
+ALIGNED = 4  # scales and shifts start at multiples of so many values: 16 bytes of fp32, which CUDA kernels read at once
 
 
 @dataclass
@@ -89,6 +91,7 @@ class Plan:
     Attributes:
         steps: in the order of the forward.
         last: index of the value that holds the logits.
+        reads_rows: whether images are read with their channels innermost in memory.
         exact: values that stay fp32 in half precision: what is read off the image before the first convolution, and the head.
         all_exact: nothing would run in half precision: there is no convolution.
         no_half: why half precision is not possible, or None.
@@ -112,6 +115,7 @@ class Plan:
                 done |= self._add_step(i)
         self._move_shifts()
         self._note_frees()
+        self.reads_rows = any(0 in s.inputs and isinstance(s, (Conv, Pointwise)) for s in self.steps)
 
     # -- building -------------------------------------------------------------------------------------------------------------
 
@@ -275,6 +279,10 @@ class PlannedGradient:
         """The context that `prepare`, `logits`, `forward` and `backward` are called in."""
         return arithmetic(self.precision, device_type, autocast=False)
 
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Images in the memory format in which the plan reads them fastest."""
+        return _rows(x) if self.plan.reads_rows else x
+
     def release(self) -> None:
         """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
         self._modules = None
@@ -314,18 +322,26 @@ class PlannedGradient:
         acc = acc_dtype(self.dtype)
         means = [self._of(n.mean) for n in norms]
         sizes = [len(m) for m in means]
-        device = means[0].device
+        padded = [-(-size // ALIGNED) * ALIGNED for size in sizes]  # else what follows odd channels would be read one by one
+        padding = self._constant("padding", lambda: torch.zeros(ALIGNED, dtype=means[0].dtype))
 
         def joined(refs, absent):
             parts = [torch.full_like(m, absent) if r is None else self._of(r) for r, m in zip(refs, means, strict=True)]
-            return torch.cat(parts).to(acc)
+            rests = [padding[: n - size] for n, size in zip(padded, sizes, strict=True)]
+            return torch.cat([t for pair in zip(parts, rests, strict=True) for t in pair if len(t)]).to(acc)
 
-        if "eps" not in self._constants:
-            eps = torch.tensor([n.eps for n in norms], dtype=acc).repeat_interleave(torch.tensor(sizes))
-            self._constants["eps"] = eps.to(device)
-        scale = (joined([n.var for n in norms], 1.0) + self._constants["eps"]).rsqrt_() * joined([n.weight for n in norms], 1.0)
-        shift = joined([n.bias for n in norms], 0.0) - torch.cat(means).to(acc) * scale
-        return dict(zip(norms, zip(scale.split(sizes), shift.split(sizes), strict=True), strict=True))
+        eps = [n.eps for n in norms]
+        eps = self._constant("eps", lambda: torch.tensor(eps, dtype=acc).repeat_interleave(torch.tensor(padded)))
+        scale = (joined([n.var for n in norms], 1.0) + eps).rsqrt_() * joined([n.weight for n in norms], 1.0)
+        shift = joined([n.bias for n in norms], 0.0) - joined([n.mean for n in norms], 0.0) * scale
+        parts = ([t[:size] for t, size in zip(joint.split(padded), sizes, strict=True)] for joint in (scale, shift))
+        return dict(zip(norms, zip(*parts, strict=True), strict=True))
+
+    def _constant(self, key, make) -> Tensor:
+        """What `make()` gave the first time, on the model's device."""
+        if key not in self._constants:
+            self._constants[key] = make().to(self.device)
+        return self._constants[key]
 
     def _scale_shift(self, maps: tuple[Norm | Term, ...], channels: int) -> tuple[Tensor | None, Tensor | None]:
         """The maps one after the other as one scale and one shift [C]; None for 1 and 0."""
@@ -342,14 +358,12 @@ class PlannedGradient:
         return scale, shift
 
     def _term(self, term: Term, channels: int) -> tuple[Tensor | None, Tensor | None]:
-        acc, device = acc_dtype(self.dtype), self.device
+        acc = acc_dtype(self.dtype)
         if isinstance(term.constant, Ref):
-            c = self._of(term.constant).to(device, acc).reshape(-1).expand(channels).contiguous()
+            c = self._of(term.constant).to(self.device, acc).reshape(-1).expand(channels).contiguous()
         else:
-            c = self._constants.get((term, channels))
-            if c is None:
-                c = torch.tensor(term.constant, dtype=torch.float64).to(acc).reshape(-1).expand(channels).contiguous().to(device)
-                self._constants[term, channels] = c
+            value = partial(torch.tensor, term.constant, dtype=torch.float64)
+            c = self._constant((term, channels), lambda: value().to(acc).reshape(-1).expand(channels).contiguous())
         if term.kind in ("mul", "div"):
             return (c if term.kind == "mul" else 1 / c), None
         if term.kind == "rsub":

@@ -52,6 +52,8 @@ class Run:
         batch: adopted without a copy, and never written before the first `load`.
 
     Attributes:
+        inner: the ball in which the iterates move: around the same images in the memory format that the model reads, so that no
+            step converts them. Random starts and outcomes are in the caller's, so that equal seeds give equal starts.
         classes: the number of classes K, or None as long as no forward has told.
     """
 
@@ -62,7 +64,7 @@ class Run:
         self.loss, self.how, self.precision = settings.loss, settings.input_gradient, settings.precision
         self.ball = BALLS[settings.norm](batch.x, batch.eps, batch.step_size, box(settings.bounds, batch.x.dtype))
         self.y, self.targets = batch.y, batch.targets
-        self.draws = self.model = self.reference = self.classes = None
+        self.draws = self.model = self.inner = self.reference = self.classes = None
 
     def load(self, batch: Batch) -> None:
         """Copy in a batch like the first one, or a shorter one: then what came before fills up the rest."""
@@ -105,13 +107,15 @@ class Run:
         self.attempt(captured=True)
 
     def begin(self) -> None:
-        """What all runs on a batch share: the model's weights made ready, and what the logits are held against."""
+        """What all runs on a batch share: the model's weights made ready, the images in the memory format that it reads, and what
+        the logits are held against."""
         with self.model.arithmetic(self.ball.x.device.type):
             self.model.prepare()
+            self.inner = self.ball.around(self.model.laid_out(self.ball.x))
             self.reference = self._reference()
 
     def _reference(self):
-        clean_logits = self.model.logits(self.ball.x) if self.loss.needs_clean_logits else None
+        clean_logits = self.model.logits(self.inner.x) if self.loss.needs_clean_logits else None
         return self.loss.reference(self.y if self.targets is None else self.targets, clean_logits, self.targeted)
 
     def attempt(self, captured: bool) -> None:
@@ -124,7 +128,7 @@ class Run:
         What was allocated during the capture may go: that memory is the graph's.
         """
         self.model.release()
-        self.loss = self.reference = None
+        self.loss = self.inner = self.reference = None
 
     @staticmethod
     def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
@@ -183,14 +187,17 @@ class PGDRun(Run):
             ball.random_start_(x_adv, self.draws)
         elif self.starts_at == "clean":
             x_adv.copy_(ball.x)
+        if self.steps == 0 and self.starts_at == "given":
+            ball.project_(x_adv)
         with self.model.arithmetic(x_adv.device.type):
+            iterate = self.inner.laid_out(x_adv)
             for _ in range(self.steps):
-                logits = self.model.forward(x_adv)
-                ball.step_(x_adv, self.model.backward(self._logit_gradient(logits, self.reference)))
-            if self.steps == 0 and self.starts_at == "given":
-                ball.project_(x_adv)
+                logits = self.model.forward(iterate)
+                self.inner.step_(iterate, self.model.backward(self._logit_gradient(logits, self.reference)))
+            if iterate is not x_adv:
+                x_adv.copy_(iterate)
             if self.best is not None:
-                self._keep_best()
+                self._keep_best(self.model.logits(iterate))
 
     @staticmethod
     def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
@@ -199,8 +206,7 @@ class PGDRun(Run):
     def _outcome(self) -> tuple[Tensor, ...]:
         return self.x_adv if self.best is None else self.best, self.ball.nan_seen
 
-    def _keep_best(self) -> None:
-        logits = self.model.logits(self.x_adv)
+    def _keep_best(self, logits: Tensor) -> None:
         value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
         self._logit_gradient(logits, self.reference, value)
         success = None if self.best_success is None else (logits.argmax(1) == self.y) == self.targeted

@@ -1,12 +1,15 @@
 """Bad input: an error of the right type that names the argument, its value and the remedy; and it comes before any work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import spat_kernels as sk
-from spat_kernels import PGD, losses
+from spat_kernels import PGD, checks, losses
 from tests.test_attacks import EPS, batch, cnn
+from tests.test_borrow import assert_same, snapshot
 
 X, Y = batch()
 
@@ -157,3 +160,88 @@ def test_bounds_are_what_x_is_held_to():
     assert (x_adv - x).abs().max() <= 8.001 and x_adv.min() >= 0 and x_adv.max() <= 255
     free = sk.pgd(cnn(), X - 0.5, Y, EPS, bounds=(-torch.inf, torch.inf))
     assert free.isfinite().all()
+
+
+# ---- values that are checked last, as on GPUs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Attacks check values as they do on a GPU: they launch everything, then read once. The list of those reads."""
+    reads, read = [], checks.Values.read
+    monkeypatch.setattr(PGD, "_may_check_late", lambda self, model, x: True)
+    monkeypatch.setattr(checks.Values, "read", lambda self, *counts: reads.append(len(counts)) or read(self, *counts))
+    return reads
+
+
+WRONG_VALUES = {
+    "8-bit images": ({"x": X * 255}, r"x must lie inside bounds=\(0.0, 1.0\).*divide 8-bit images by 255"),
+    "NaN": ({"x": X.where(X > 0.1, torch.nan)}, "found NaN"),
+    "negative labels": ({"y": Y - 20}, r"y must hold class indices in \[0, K\), found -"),
+    "labels beyond the classes": ({"y": Y.clamp(min=1) * 10}, r"y holds class \d+, outside \[0, 10\) of the model"),
+    "start": ({"start": X * torch.nan}, "start holds NaN"),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "margin", "restarts": 2}, {"loss": "kl"}, {"loss": "dlr"}, {"norm": "l2"}])
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_late_checks_raise_the_same_and_leave_no_trace(late, wrong, settings):
+    (given, message), model = WRONG_VALUES[wrong], cnn().train()
+    if "start" in given:
+        settings = {name: value for name, value in settings.items() if name != "restarts"}
+    arguments = {"x": X, "y": Y} | given
+    before, state = snapshot(model, X, Y), torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    for source in (None, generator):
+        with pytest.raises(ValueError, match=message):
+            PGD(EPS, generator=source, **settings)(model, **arguments)
+    assert len(late) == 2
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(
+        generator.get_state(), torch.Generator().manual_seed(3).get_state()
+    )
+    assert_same(snapshot(model, X, Y), before)
+
+
+def test_late_checks_read_once(late):
+    """The read takes the number of unusable gradients along."""
+    torch.manual_seed(1)
+    found = PGD(EPS)(cnn(), X, Y)
+    assert late == [1] and (found - X).abs().max() <= EPS + 1e-7
+    with pytest.warns(RuntimeWarning, match="NaN for 6 of 6"):
+        PGD(EPS)(lambda x: x.flatten(1)[:, :10] * torch.nan, X, Y)
+    assert late == [1, 1]
+
+
+def test_late_checks_blame_values_before_the_model(late):
+    with pytest.raises(ValueError, match="divide 8-bit images"):
+        PGD(EPS)(Untouched(), X * 255, Y)
+    with pytest.raises(AssertionError, match="must not run"):
+        PGD(EPS)(Untouched(), X, Y)
+
+
+def test_values_are_checked_first_where_a_wrong_one_could_do_harm(monkeypatch):
+    """In code of the model, in a loss that looks something up by the labels, and before there is a plan."""
+    on_gpu, model = SimpleNamespace(is_cuda=True, shape=X.shape, dtype=X.dtype), cnn()
+    assert not PGD(EPS)._may_check_late(model, on_gpu)
+    PGD(EPS)(model, X, Y)
+    for loss, late in (("ce", True), ("kl", True), ("margin", True), ("dlr", True), (lambda z, y: z[:, 0], False)):
+        assert PGD(EPS, loss=loss)._may_check_late(model, on_gpu) is late
+    assert PGD(EPS)._may_check_late(nn.DataParallel(model), on_gpu)
+    assert not PGD(EPS, loss="dlr", targeted=True)._may_check_late(model, on_gpu)
+    assert not PGD(EPS, input_gradient="autograd")._may_check_late(model, on_gpu)
+    assert not PGD(EPS)._may_check_late(model, X) and not PGD(EPS)._may_check_late(lambda x: model(x), on_gpu)
+    model.register_forward_hook(lambda *_: None)
+    assert not PGD(EPS)._may_check_late(nn.DataParallel(model), on_gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_late_checks_on_the_gpu(wrong, graph):
+    (given, message), model = WRONG_VALUES[wrong], cnn().eval().cuda()
+    arguments = {name: value.cuda() for name, value in ({"x": X, "y": Y} | given).items()}
+    for _ in range(2):
+        state = torch.cuda.get_rng_state()
+        with pytest.raises(ValueError, match=message):
+            PGD(EPS, graph=graph)(model, **arguments)
+        assert torch.equal(torch.cuda.get_rng_state(), state)

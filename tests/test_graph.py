@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spat_kernels as sk
-from spat_kernels import PGD, attacks, losses
+from spat_kernels import PGD, attacks, checks, losses
 from spat_kernels import graph as graph_module
 from spat_kernels.graph import CudaGraph, Graphs
 from spat_kernels.trace import CannotPlan, _NoLooking
@@ -225,6 +225,21 @@ def change_class(model):
     model.net[2].__class__ = nn.Sigmoid
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_replays_in_half_precision_read_changed_weights(graphs, precision):
+    model, (x, y) = cnn().eval(), batch()
+    settings = {"precision": precision, "input_gradient": "autograd"}
+    for seed in range(3):
+        found = []
+        for graph in (True, False):
+            torch.manual_seed(seed)
+            found.append(PGD(EPS, graph=graph, **settings)(model, x, y))
+        assert torch.equal(*found)
+        with torch.no_grad():
+            model[0].weight.mul_(-1)
+    assert len(graphs) == 1
+
+
 def test_nothing_looks_at_values_where_a_launched_attack_is_replayed(graphs):
     model, (x, y), attack = cnn().eval(), batch(), PGD(EPS, graph=True)
     attack(model, x, y)
@@ -236,6 +251,21 @@ def test_nothing_looks_at_values_where_a_launched_attack_is_replayed(graphs):
             attack(model, x, y)
         x_adv, nan_seen = attack.launch(model, x, y)
     assert torch.equal(x_adv, expected) and not nan_seen.any() and len(graphs) == 1
+
+
+def test_a_replay_is_launched_before_values_are_looked_at(graphs, monkeypatch):
+    """As on a GPU, where that waits for it."""
+    model, (x, y), attack, events = cnn().eval(), batch(), PGD(EPS, graph=True), []
+    attack(model, x, y)
+    read, replay = checks.Values.read, FakeGraph.replay
+    monkeypatch.setattr(PGD, "_may_check_late", lambda self, model, x: True)
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: (replay(self), events.append("replayed")))
+    monkeypatch.setattr(checks.Values, "read", lambda self, *counts: (events.append("read"), read(self, *counts))[1])
+    attack(model, x, y)
+    assert events == ["replayed", "read"]
+    with _NoLooking(), pytest.raises(CannotPlan, match="looks at the values"):
+        attack(model, x, y)
+    assert events == ["replayed", "read"] * 2
 
 
 def change_eps_of_bn(model):
@@ -548,6 +578,9 @@ def test_what_cannot_be_captured_runs_without(graphs, graph):
     assert "attacks on this Waits run without a CUDA graph" in str(warning.message)
     assert "operation not permitted when stream is capturing" in str(warning.message)
     assert warning.filename == attacks.__file__, "pgd, as with other warnings"
+    with pytest.warns(RuntimeWarning, match="run without a CUDA graph") as caught:
+        PGD(EPS, graph=True)(Waits().eval(), x, y)
+    assert caught[0].filename == __file__
     assert len(graphs) == 0 and not torch.is_inference_mode_enabled() and gc.isenabled()
 
 
@@ -1084,6 +1117,20 @@ def test_gpu_launched_replays_wait_for_nothing(real):
             attack(model, x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_calls_wait_once(real):
+    model, (x, y), attack = cnn().eval().cuda(), on_gpu(*batch()), PGD(EPS, graph=True)
+    attack(model, x, y)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            attack(model, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
 
 
 @pytest.mark.gpu
