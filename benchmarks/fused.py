@@ -310,14 +310,6 @@ def measured(o: Options, handle, name: str, shape: str) -> dict:
     return found | ({"best": best} if best else {})
 
 
-def earlier(out: Path, machine: dict) -> list[dict]:
-    """The rows of `out`, but for those without any plan."""
-    before = json.loads(out.read_text()) if out.exists() else {"machine": machine, "fused": []}
-    if any(before["machine"][key] != machine[key] for key in ("device", "commit")):
-        raise SystemExit(f"--out {out}: it is from another device or commit: move it away, or give another file")
-    return [r for r in before["fused"] if r["tried"]]
-
-
 def main(o: Options) -> None:
     if unknown := [name for name in o.graphs if name not in GRAPHS]:
         raise SystemExit(f"--graphs {' '.join(map(repr, unknown))}: choose from {', '.join(map(repr, GRAPHS))}")
@@ -331,8 +323,8 @@ def main(o: Options) -> None:
     cudnn()
     rows, results, handle = [(name, shape) for shape in o.shapes for name in o.graphs], None, None
     if o.what != "build":
-        machine = measure.describe("cuda")
-        results = {"machine": machine, "fused": earlier(o.out, machine)}
+        results = measure.continued(o.out, {"machine": measure.describe("cuda"), "fused": []})
+        results["fused"] = [r for r in results["fused"] if r["tried"]]  # the others had no plan yet
         done = {(r["graph"], r["shape"]) for r in results["fused"] if r["batch"] == o.batch}
         rows = [row for row in rows if row not in done]
         torch.backends.cudnn.benchmark = True
@@ -352,7 +344,7 @@ def main(o: Options) -> None:
                 print(f"{shape} {name}: {', '.join(f'{count} {what}' for what, count in outcomes.items())}", flush=True)
             if results:
                 results["fused"].append(measured(o, handle, name, shape))
-                o.out.write_text(json.dumps(results, indent=1) + "\n")
+                measure.write(o.out, results)
     finally:
         pool.shutdown(cancel_futures=True)
     if results:
