@@ -308,7 +308,7 @@ class Run:
         self.pending = None
         if arrived:
             arrived.synchronize()
-        warn_of_nan(nan_seen)
+        warn_of_nan(int(nan_seen.sum()), len(nan_seen))
         losses = dict(zip(names, values.tolist(), strict=True))
         if not values.isfinite().all():
             self.stop_at(losses, batch, epoch, step)
