@@ -1,10 +1,14 @@
-"""Seeds, devices and the implementations under test.
+"""Seeds, devices, worker processes and the implementations under test.
 
 Where there is no GPU, Triton interprets its kernels (TRITON_INTERPRET must be set before the first import of triton).
 """
 
 import os
 from importlib import import_module
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+os.environ["TEARDOWN_CUPTI"] = "0"  # CUPTI that starts a second time, after CUDA graphs, has crashed
 
 import numpy as np
 import torch
@@ -37,6 +41,18 @@ OPS = {
     "split_image": split_image,
     "crop_flip": crop_flip,
 }
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    """Without -n: a worker for each core, up to 8; one process on a GPU, as sanitizers and profilers look at no other."""
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:  # or in what a worker's test started
+        return
+    option = config.option
+    if option.numprocesses is None and not option.usepdb and not torch.cuda.is_available():
+        option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+    if option.numprocesses and option.dist == "no":
+        option.dist = "worksteal"
 
 
 def pytest_configure(config):

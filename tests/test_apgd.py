@@ -42,7 +42,7 @@ def assert_same_runs(model, ours, y, best, robust):
     """The same samples are broken, and the others end at the same images, but for one or two where the losses of two iterates
     are equal to the last bits, or where PyTorch's cross-entropy cancels, 1 - p being 1e-9."""
     assert torch.equal(model(ours).argmax(1) == y, robust)
-    assert ((ours - best).abs() <= 1e-6)[robust].double().mean() > 0.99
+    assert ((ours - best).abs() > 1e-6).flatten(1).any(1)[robust].sum() <= 2
 
 
 @pytest.mark.parametrize("input_gradient", ["plan", "autograd"])

@@ -34,6 +34,11 @@ def assert_same(a, b):
         assert torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v
 
 
+def assert_nearly_same(got, expected):
+    """Images by two ways of computing the gradient: equal but where it is so close to 0 that rounding decides its sign."""
+    assert ((got - expected).abs() > 1e-6).float().mean() < 0.01
+
+
 def mixed_model():
     """Some modules in train mode, some not; some parameters frozen, some with gradients already."""
     model = cnn()
@@ -166,7 +171,7 @@ def test_any_grad_mode(context):
             got = sk.pgd(model, x, y, EPS, random_start=False, loss=loss)
             assert torch.equal(got, images)
         own = sk.pgd(model, x, y, EPS, random_start=False, loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
-        torch.testing.assert_close(own, expected["ce"])
+        assert_nearly_same(own, expected["ce"])
         assert torch.is_grad_enabled() == (context is torch.enable_grad)
         assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
     (got * 1).requires_grad_()  # a normal tensor
@@ -202,7 +207,7 @@ def test_normalising_model():
 
 def test_plain_callable():
     model, (x, y) = cnn().eval(), batch()
-    assert torch.equal(sk.pgd(lambda x: model(x), x, y, EPS, random_start=False), sk.pgd(model, x, y, EPS, random_start=False))
+    assert_nearly_same(*(sk.pgd(m, x, y, EPS, random_start=False) for m in (lambda x: model(x), model)))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -215,7 +220,7 @@ def test_compiled_model():
         got = sk.pgd(compiled, x, y, EPS, random_start=False, bn_mode=bn_mode)
         want = sk.pgd(model, x, y, EPS, random_start=False, bn_mode=bn_mode)
         if bn_mode != "train":  # dropout
-            assert ((got - want).abs() > 1e-6).float().mean() < 0.01
+            assert_nearly_same(got, want)
     assert_same(before, snapshot(model, x, y))
 
 
@@ -259,7 +264,7 @@ def test_gradient_checkpointing(use_reentrant):
     model = Checkpointed(net)
     before = snapshot(model, x, y)
     got = sk.pgd(model, x, y, EPS, random_start=False)
-    assert torch.equal(got, sk.pgd(net, x, y, EPS, random_start=False))
+    assert_nearly_same(got, sk.pgd(net, x, y, EPS, random_start=False))
     assert_same(before, snapshot(model, x, y))
 
 

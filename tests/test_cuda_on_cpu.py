@@ -22,7 +22,7 @@ def sanitizes() -> bool:
     return Path(found.strip()).is_absolute()
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sanitizes(), reason=f"needs {COMPILER} and its libubsan")]
+pytestmark = pytest.mark.skipif(not sanitizes(), reason=f"needs {COMPILER} and its libubsan")
 
 
 def test_it_tells_what_a_gpu_would_not(tmp_path):
@@ -36,8 +36,8 @@ def test_it_tells_what_a_gpu_would_not(tmp_path):
 
 def test_the_ops_pass_on_the_cuda_kernels():
     """In a process of its own, which a misaligned access would end; without capture, so that it can say so."""
-    selection = ["tests/ops", "-k", "cpu and not triton", "-m", "not slow"]
-    command = [sys.executable, "-m", "pytest", "-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider", "-q", "-s", *selection]
+    plugins = ["-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", *plugins, "tests/ops", "-k", "compiled-cpu"]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
     result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=own | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -24,9 +24,18 @@ from spat_train.evaluate import TEST, accuracies
 from spat_train.images import InputError
 from spat_train.signals import Stopped
 from spat_train.train import Run, train
-from tests.test_train import assert_same, assert_same_run, interrupt, network, on_one_thread, processes, settings, weights
+from tests.test_train import (
+    TIMEOUT,
+    assert_same,
+    assert_same_run,
+    interrupt,
+    network,
+    on_one_thread,
+    processes,
+    settings,
+    weights,
+)
 
-TIMEOUT = 300
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

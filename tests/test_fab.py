@@ -1,5 +1,6 @@
 """FAB: exact projections, step by step what torchattacks does, and true to its settings."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -173,7 +174,11 @@ def test_result_is_misclassified_inside_ball_and_box_or_x_itself(norm, eps, targ
     x_adv = FAB(eps, norm=norm, steps=8, targets=targets, restarts=2, input_gradient=how)(model, x, y)
     assert x_adv.dtype == dtype and x_adv.min() >= 0 and x_adv.max() <= 1
     changed = (x_adv != x).flatten(1).any(1)
-    assert not changed[::6].any() and (model(x_adv).argmax(1) != y)[changed].all()
+    # The attack asked in other batches, for which convolutions may round otherwise: two logits there and two here are that wrong.
+    z = model(x_adv).double()
+    rounding = 4 * (z - copy.deepcopy(model).double()(x_adv.double())).abs().amax()
+    margin = z.gather(1, y[:, None])[:, 0] - z.scatter(1, y[:, None], -torch.inf).amax(1)
+    assert not changed[::6].any() and (margin <= rounding)[changed].all()
     assert 3 < changed.sum() < 20
     assert (distance(x_adv.double(), x.double(), norm) <= eps * (1 + 1e-6)).all()
 

@@ -32,6 +32,7 @@ from spat_train.signals import Stopped
 from spat_train.train import Run, TrainingError, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TIMEOUT = 600  # seconds: only a process that hangs takes as long
 
 
 def network(num_classes: int) -> nn.Module:
@@ -477,16 +478,16 @@ def in_child(config: Config, after: int = 10**6, seconds: float = 0.0) -> int:
 @pytest.mark.parametrize("options", [EVERYTHING, {"method": "trades", "optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle"}])
 def test_killed_at_any_moment_the_run_ends_bit_by_bit_alike(tmp_path, options):
     expected = settings(tmp_path / "expected", **options)
-    start = time.perf_counter()
     assert in_child(expected) == 0
-    step = (time.perf_counter() - start) / 20  # more than one lasts, for starting is in it
+    step = 32 / logs.read(tmp_path / "expected", "train")[-1]["images_per_second"]
     killed = replace(expected, out=tmp_path / "killed", resume=True, checkpoint_minutes=1e-9)  # after every step
     chance, kills, code = random.Random(1), 0, None
     while code != 0:
-        code = in_child(killed, chance.randrange(5), chance.uniform(0, 2 * step))
+        after = chance.randrange(5)
+        code = in_child(killed, after, chance.uniform(0, 2 * step) if kills else 0)  # the first dies early, however fast it is
         kills += code != 0
         assert code in (0, -signal.SIGKILL)
-    assert kills >= 2
+    assert kills
     assert_same_run(tmp_path / "killed", tmp_path / "expected")
 
 
@@ -569,7 +570,7 @@ def test_a_signal_to_the_group_does_not_kill_the_readers_before_the_save(tmp_pat
         assert child.is_alive()
         time.sleep(0.05)
     os.killpg(child.pid, signal.SIGTERM)
-    child.join(60)
+    child.join(TIMEOUT)
     assert child.exitcode == 143 and weights(tmp_path / "run")["progress"]["count"] >= 0
 
 
@@ -641,9 +642,9 @@ def test_readers_that_outlive_a_run_hold_no_lock(tmp_path):
     folder.claim()
     context = multiprocessing.get_context("fork")
     begun = context.Event()
-    reader = context.Process(target=lambda: begun.set() or time.sleep(60))
+    reader = context.Process(target=lambda: begun.set() or time.sleep(TIMEOUT), daemon=True)
     reader.start()
-    assert begun.wait(60)
+    assert begun.wait(TIMEOUT)
     with pytest.raises(InputError, match="another run is at work there"):
         again.claim()
     folder._unlock()  # as when the run is killed

@@ -1,7 +1,7 @@
 """The CUDA kernels as C++, in the place of the C++ kernels: their indices, tails, packets, shuffles, barriers and launches run
 where no GPU is. The tests of the ops take them by
 
-    python -m pytest -p tests.cuda_on_cpu.plugin tests/ops -k compiled-cpu
+    python -m pytest -p tests.cuda_on_cpu.plugin -n 0 tests/ops -k compiled-cpu
 
 CUDA is C++ with some more words, which cuda_runtime.h in this folder defines, and some syntax, which `as_cpp` rewrites.
 bindings.cpp calls `foo_cpu(args, begin, end)` for a part of the work; here the first such call does all of it, by `launch_foo`.
