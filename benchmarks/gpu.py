@@ -116,7 +116,7 @@ class Options:
     have: Path | None = None
     """The --out of an earlier command, or a copy of it."""
     rehearse: bool = False
-    """Tiny sizes on the CPU."""
+    """Tiny sizes on the CPU, with ten times as long for each step."""
 
 
 class Child:
@@ -196,7 +196,8 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
         raise SystemExit("there is no GPU here: rehearse with --rehearse")
     device = "cpu" if options.rehearse else "cuda"
     if options.rehearse:
-        every = [replace(s, command=s.tiny, beside=s.beside and replace(s.beside, command=s.beside.tiny)) for s in every]
+        tiny = [s.beside and replace(s.beside, command=s.beside.tiny) for s in every]
+        every = [replace(s, cap=10 * s.cap, command=s.tiny, beside=b) for s, b in zip(every, tiny, strict=True)]
     machine = measure.describe(device)
     name = "rehearsal" if options.rehearse else card(machine["device"])
     folder = options.out.absolute() / name

@@ -574,8 +574,8 @@ def test_statuses_of_steps(tmp_path, ready):
     steps = [
         fake("ok", "import sys; open(sys.argv[1], 'w').write('1')", "{out}"),
         fake("failed", "print('why'); raise SystemExit(3)", beside=fake("beside", "print('along')")),
-        fake("slow", SLOW, str(ready), cap=1, continues=False),
-        fake("stubborn", STUBBORN, str(ready), str(pids), cap=1, continues=False),
+        fake("slow", SLOW, str(ready), cap=0.1, continues=False),
+        fake("stubborn", STUBBORN, str(ready), str(pids), cap=0.1, continues=False),
         fake("modules", "", needs="no_such_module"),
         fake("data", "", "{data}"),
         gpu.Step("device", 60, "true"),
@@ -611,8 +611,8 @@ def test_steps_are_run_again_only_where_that_helps(tmp_path, ready):
     steps = [
         fake("ok", script, str(ran), "o"),
         fake("failed", f"{script} raise SystemExit(1)", str(ran), "f"),
-        fake("cut", f"{script} {wait}", str(ran), "c", str(ready), cap=1),
-        fake("tests", f"{script} {wait}", str(ran), "t", str(ready), cap=1, continues=False),
+        fake("cut", f"{script} {wait}", str(ran), "c", str(ready), cap=0.1),
+        fake("tests", f"{script} {wait}", str(ran), "t", str(ready), cap=0.1, continues=False),
     ]
 
     def run(minutes: float = 5.0, only: tuple = ()) -> str:
