@@ -183,8 +183,8 @@ Head head_of(const Tensor& images, const Tensor& weight, const Tensor& first, co
   STD_TORCH_CHECK(images.numel() > 0 || samples == 0, name, " must have at least one channel and one pixel");
   STD_TORCH_CHECK(shape.channels <= kMaxPooled, name, " must have at most ", kMaxPooled, " channels, got ", shape.channels);
   check_dtype(weight, acc_type(shape.dtype), "weight");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == shape.channels && weight.is_contiguous(), "weight must be contiguous [K, ",
-                  shape.channels, "]");
+  const bool fits = weight.dim() == 2 && weight.size(1) == shape.channels && weight.is_contiguous();
+  STD_TORCH_CHECK(fits, "weight must be contiguous [K, ", shape.channels, "]");
   check_device(weight, first, "weight");
   return {shape, samples, pixels, weight.size(0), weight.const_data_ptr()};
 }

@@ -1,5 +1,5 @@
-// Average pooling and the last linear layer on the CPU, and the way back. Samples go four at a time through the weights, which are
-// read from L2 once for all four; images are read and written once.
+// Average pooling and the last linear layer on the CPU, and the way back. Samples go four at a time through the weights, which come
+// from L2 once for all four. Images are read or written once.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -15,8 +15,8 @@ constexpr int64_t kSum = 16;  // classes that are added up before they meet the 
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-// f(first sample, sample count, vectors) over [begin, end), by fours as long as there are as many, then one by one: constants that
-// make a tile of eight sums, which fit the registers and hide the latency of an addition.
+// f(first sample, sample count, vectors) over [begin, end), by fours as long as there are as many, then one by one. Both counts are
+// constants: eight sums fit the registers and hide the latency of an addition.
 template <class F>
 SPAT_HD void for_each_tile(int64_t begin, int64_t end, F&& f) {
   for (; begin + 4 <= end; begin += 4) f(begin, Constant<4>{}, Constant<2>{});
@@ -51,10 +51,12 @@ struct Weights {
   int64_t width;
   const A* data;
   std::vector<A> copy;
-  SPAT_HD explicit Weights(const Head& h) : width((h.shape.channels + kLanes - 1) / kLanes * kLanes), data(static_cast<const A*>(h.weight)) {
-    if (width == h.shape.channels) return;
+  SPAT_HD explicit Weights(const Head& h) : data(static_cast<const A*>(h.weight)) {
+    const int64_t channels = h.shape.channels;
+    width = (channels + kLanes - 1) / kLanes * kLanes;
+    if (width == channels) return;
     copy.resize(h.classes * width);
-    for (int64_t k = 0; k < h.classes; ++k) std::copy_n(data + k * h.shape.channels, h.shape.channels, copy.data() + k * width);
+    for (int64_t k = 0; k < h.classes; ++k) std::copy_n(data + k * channels, channels, copy.data() + k * width);
     data = copy.data();
   }
 };

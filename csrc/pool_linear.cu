@@ -1,12 +1,12 @@
-// Average pooling and the last linear layer, and the way back. One block a sample, whose channels stay in shared memory: images are
-// read or written once, the weights come from L2. Both ways begin with a weighted sum of rows, of pixels or of classes.
+// Average pooling and the last linear layer, and the way back. One block a sample, whose channels stay in shared memory. Images are
+// read or written once, the weights come from L2. Both ways begin with a weighted sum of rows: of pixels, or of classes.
 #include "vec.cuh"
 
 namespace spat {
 namespace {
 
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kClasses = 4;  // of a warp at once: that many loads on their way, and the pooled features read from shared memory once
+constexpr int kClasses = 4;  // of a warp at once: more loads on their way, fewer reads of shared memory
 
 // A value for every channel of a sample, and before `add_up` has added them up, for every group of threads: 8 * kThreads at most.
 template <class A>
@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) pool_linear_grad_kernel(const PoolLi
   const int channels = int(h.shape.channels), octets = int(h.shape.octets);
   const int64_t sample = blockIdx.x;
   const A *dlogits = static_cast<const A*>(s.dlogits) + sample * h.classes, *scale = static_cast<const A*>(s.scale);
-  add_up<PACKETS ? kPacket<A> : 1>(static_cast<const A*>(h.weight), h.classes, channels, [=](int64_t k) { return dlogits[k]; }, grad);
+  add_up<PACKETS ? kPacket<A> : 1>(static_cast<const A*>(h.weight), h.classes, channels,
+                                   [=](int64_t k) { return dlogits[k]; }, grad);
   A largest = 0;
   if (s.factor) {
     for (int c = threadIdx.x; c < channels; c += kThreads) largest = larger_or_nan(magnitude(grad.v[c]), largest);

@@ -29,8 +29,9 @@ from ._common import EXACT, FLOATS, acc_dtype, as_rows, check, check_layout, che
 from .scale_shift_relu import check_mask, unpack_bits
 
 MAX_CHANNELS = 4096  # in the shared memory of a block, 32 KiB of fp64
-# A block reads all the weights for its sample, at most 256 KiB in fp32: 128 samples are 32 MiB of an L2's traffic, about 10 us.
-# Beyond that a matrix product, which reads them once for many samples, is faster than the launches that are saved.
+# A matrix product reads the weights once for many samples, these ops for one (CUDA) or four. On a CPU, at 128 samples of 512x4x4,
+# they are 1.2 (forward) and 1.6 times as fast as PyTorch's passes with 64 Ki weights, and 0.9 times with 500 Ki. On a GPU, 64 Ki
+# are 32 MiB from L2 for 128 samples.
 MAX_WEIGHTS = 64 * 1024
 TILE = 4096  # elements of the images or weights that a program holds at once
 
