@@ -276,6 +276,9 @@ SPAT_HD auto stopped(V v) {
 // What rounding v to `hi` left; 0 where `hi` is not finite.
 SPAT_HD float left_over(float v, float hi) { return hi - hi == 0 ? v - hi : 0.f; }
 
+// Sums of many terms are sums of sums of this many: less rounding.
+constexpr int kTerms = 16;
+
 // |v|, and the larger of two, NaN if either is. For A, or a vector of A.
 template <class V>
 SPAT_HD V magnitude(V v) {

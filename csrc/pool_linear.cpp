@@ -10,8 +10,6 @@
 namespace spat {
 namespace {
 
-constexpr int64_t kSum = 16;  // classes that are added up before they meet the sum: less rounding
-
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
@@ -159,9 +157,9 @@ SPAT_HD void pool_linear_grad(const PoolLinearGrad& s, int64_t begin, int64_t en
     const auto add = [&](int64_t c, auto count_) SPAT_INLINE {
       constexpr int count = count_;
       Lanes<A> total[samples][count] = {};
-      for (int64_t first_k = 0; first_k < classes; first_k += kSum) {
+      for (int64_t first_k = 0; first_k < classes; first_k += kTerms) {
         Lanes<A> g[samples][count] = {};
-        for (int64_t k = first_k; k < std::min(first_k + kSum, classes); ++k)
+        for (int64_t k = first_k; k < std::min(first_k + kTerms, classes); ++k)
           unrolled<count>([&](int v) SPAT_INLINE {
             const Lanes<A> row = load(w.data + k * w.width + c + v * kLanes);
             unrolled<samples>([&](int i) SPAT_INLINE { g[i][v] += dlogits[i * classes + k] * row; });

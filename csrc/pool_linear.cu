@@ -22,15 +22,22 @@ __device__ __forceinline__ void add_up(const T* rows, int64_t count, int channel
   const int packets = channels / N, groups = packets < kThreads ? kThreads / packets : 1;
   for (int i = threadIdx.x; i < groups * packets; i += kThreads) {
     const int group = i / packets, first = (i - group * packets) * N;
-    A v[N] = {};
-    for (int64_t row = group; row < count; row += groups) {
-      const A w = weight(row);
-      const Packet<T, N> p = load<N>(rows + row * channels + first);
+    A total[N] = {};
+    for (int64_t row = group; row < count;) {
+      const int64_t end = row + kTerms * groups < count ? row + kTerms * groups : count;
+      A v[N] = {};
+#pragma unroll 4
+      for (; row < end; row += groups) {
+        const A w = weight(row);
+        const Packet<T, N> p = load<N>(rows + row * channels + first);
 #pragma unroll
-      for (int j = 0; j < N; ++j) v[j] += w * to_acc(p.v[j]);
+        for (int j = 0; j < N; ++j) v[j] += w * to_acc(p.v[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[j] += v[j];
     }
 #pragma unroll
-    for (int j = 0; j < N; ++j) sums.v[group * channels + first + j] = v[j];
+    for (int j = 0; j < N; ++j) sums.v[group * channels + first + j] = total[j];
   }
   __syncthreads();
   for (int c = threadIdx.x; c < channels; c += kThreads) {

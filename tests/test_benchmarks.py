@@ -44,8 +44,8 @@ def test_case_names_differ():
 
 
 def test_report_renders_the_committed_results():
-    results = json.loads((report.RESULTS / "cpu" / "kernels.json").read_text())
-    table = report.kernels(results)
+    files = (json.loads(path.read_text()) for path in (report.RESULTS / "cpu").glob("*.json"))
+    table = "".join(report.kernels(results) for results in files if "benchmarks" in results)
     for case in CASES:
         if case.build:
             assert f"| {case.name} |" in table
