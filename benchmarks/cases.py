@@ -31,6 +31,8 @@ from spat_kernels.ops import (
     linf_step_,
     lsce_grad,
     margin_grad,
+    pool_linear,
+    pool_linear_grad,
     scale_shift_relu,
     scale_shift_relu_grad,
     split_image,
@@ -42,6 +44,7 @@ EPS, STEP = 8 / 255, 2 / 255
 IMAGES, SMALL_IMAGES = (128, 3, 32, 32), (4, 3, 32, 32)
 ROWS, SMALL_ROWS = ((512, 10), (128, 1000)), (5, 10)
 ACTIVATIONS, SMALL_ACTIVATIONS = (64, 64, 32, 32), (4, 16, 8, 8)
+FEATURES = ((128, 512, 4, 4), (128, 640, 8, 8))  # ResNet-18 and WRN-34-10 before their pooling
 COPY_MIB = 256
 
 
@@ -260,6 +263,44 @@ def split(shape) -> Work:
     return Work(lambda: split_image(x, out), {"eager": eager})
 
 
+def head(shape, classes) -> list[Tensor]:
+    """Weights, biases and gradients of logits as the plan has them, in fp32."""
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    return [torch.randn(size, generator=generator) for size in ((classes, shape[1]), (classes,), (shape[0], classes))]
+
+
+def head_forward(shape, dtype=torch.float32, classes=10) -> Work:
+    x, *_ = activations(shape, dtype)
+    weight, bias, logits = head(shape, classes)
+
+    def eager():
+        return F.linear(x.mean((2, 3), dtype=torch.float32), weight, bias)
+
+    return Work(lambda: pool_linear(x, weight, logits, bias=bias), {"eager": eager}, atol=1e-4)
+
+
+def head_backward(shape, dtype=torch.float32, classes=10) -> Work:
+    """Through the BatchNorm and ReLU in front of the pooling; in bf16 each sample is scaled."""
+    a, dx, scale, _, wide_scale, _, mask = activations(shape, dtype)
+    weight, _, dlogits = head(shape, classes)
+    activation = scale_shift_relu(a, torch.empty_like(a), mask=mask)
+    factor = torch.empty(shape[0]) if dtype == torch.bfloat16 else None
+
+    def eager():
+        g = dlogits @ weight
+        if dtype == torch.bfloat16:
+            largest = g.abs().amax(1).clamp_min(torch.finfo(g.dtype).tiny)
+            factor.copy_(largest / math.prod(shape[2:]))
+            g = (g / largest[:, None]).to(dtype)
+        else:
+            g = g / math.prod(shape[2:])
+        g = g[:, :, None, None].expand_as(a).contiguous(memory_format=torch.channels_last)
+        return torch.ops.aten.threshold_backward(g, activation, 0).mul_(wide_scale)
+
+    ours = partial(pool_linear_grad, dlogits, weight, dx, mask=mask, scale=scale, factor=factor)
+    return Work(ours, {"eager": eager}, atol=2**-7 if dtype == torch.bfloat16 else 1e-6)
+
+
 # --- training images ---
 
 
@@ -390,6 +431,12 @@ def _cases():
     for op, build in (("scale_shift_relu", forward), ("scale_shift_relu_grad", backward)):
         yield Case(op, ACTIVATIONS, "fp32", build, SMALL_ACTIVATIONS, **fp32)
         yield Case(op, ACTIVATIONS, "bf16", partial(build, dtype=torch.bfloat16), SMALL_ACTIVATIONS, **bf16)
+    for op, build, bits in (("pool_linear", head_forward, 0), ("pool_linear_grad", head_backward, 1 / 8)):
+        fp32, bf16 = ({"moved": size + bits, "held": size + bits} for size in (4, 2))
+        for shape in FEATURES:
+            yield Case(op, shape, "fp32", build, SMALL_ACTIVATIONS, **fp32)
+            yield Case(op, shape, "fp32 K=100", partial(build, classes=100), SMALL_ACTIVATIONS, **fp32)
+            yield Case(op, shape, "bf16", partial(build, dtype=torch.bfloat16), SMALL_ACTIVATIONS, **bf16)
     yield Case("split_image", IMAGES, "bf16", split, SMALL_IMAGES, moved=4 + 16 / 3, held=4 + 16 / 3)
     yield Case("crop_flip", IMAGES, "fp32", crops, SMALL_IMAGES, moved=1 + 4, held=1 + 4)
     bf16_nhwc = partial(crops, dtype=torch.bfloat16, memory_format=torch.channels_last)

@@ -159,12 +159,13 @@ void* channels_like(const std::optional<Tensor>& t, const Tensor& like, const ch
   return t->mutable_data_ptr();
 }
 
-const void* per_channel(const std::optional<Tensor>& t, int64_t channels, ScalarType dtype, const Tensor& like, const char* name) {
+// The data of a vector, or null.
+void* optional_vector(const std::optional<Tensor>& t, int64_t numel, ScalarType dtype, const Tensor& like, const char* name) {
   if (!t) return nullptr;
   check_dtype(*t, dtype, name);
-  STD_TORCH_CHECK(t->dim() == 1, name, " must be [", channels, "]");
-  check_vector(*t, channels, like, name);
-  return t->const_data_ptr();
+  STD_TORCH_CHECK(t->dim() == 1, name, " must be [", numel, "]");
+  check_vector(*t, numel, like, name);
+  return t->mutable_data_ptr();
 }
 
 uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Tensor& like) {
@@ -174,6 +175,26 @@ uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Te
   STD_TORCH_CHECK(fits, "mask must be contiguous [", shape.rows, ", ", shape.octets, "]");
   check_device(*t, like, "mask");
   return t->mutable_data_ptr<uint8_t>();
+}
+
+Head head_of(const Tensor& images, const Tensor& weight, const Tensor& first, const char* name) {
+  const Channels shape = channels_of(images, name);
+  const int64_t samples = images.size(0), pixels = samples ? shape.rows / samples : 0;
+  STD_TORCH_CHECK(images.numel() > 0 || samples == 0, name, " must have at least one channel and one pixel");
+  STD_TORCH_CHECK(shape.channels <= kMaxPooled, name, " must have at most ", kMaxPooled, " channels, got ", shape.channels);
+  check_dtype(weight, acc_type(shape.dtype), "weight");
+  const bool fits = weight.dim() == 2 && weight.size(1) == shape.channels && weight.is_contiguous();
+  STD_TORCH_CHECK(fits, "weight must be contiguous [K, ", shape.channels, "]");
+  check_device(weight, first, "weight");
+  return {shape, samples, pixels, weight.size(0), weight.const_data_ptr()};
+}
+
+// Logits or their gradients, [samples, classes].
+void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, const char* name) {
+  check_dtype(t, acc_type(head.shape.dtype), name);
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == head.samples && t.size(1) == head.classes && t.is_contiguous(), name,
+                  " must be contiguous [", head.samples, ", ", head.classes, "]");
+  check_device(t, first, name);
 }
 
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
@@ -294,8 +315,8 @@ void scale_shift_relu(Tensor a, std::optional<Tensor> b, std::optional<Tensor> s
   const ScaleShiftRelu args{shape,
                             a.const_data_ptr(),
                             channels_like(b, a, "b"),
-                            per_channel(scale, shape.channels, acc, a, "scale"),
-                            per_channel(shift, shape.channels, acc, a, "shift"),
+                            optional_vector(scale, shape.channels, acc, a, "scale"),
+                            optional_vector(shift, shape.channels, acc, a, "shift"),
                             channels_like(total, a, "total"),
                             channels_like(out, a, "out"),
                             mask_of(mask, shape, a),
@@ -310,7 +331,7 @@ void scale_shift_relu_grad(Tensor grad, std::optional<Tensor> grad2, std::option
                                 grad.const_data_ptr(),
                                 channels_like(grad2, grad, "grad2"),
                                 mask_of(mask, shape, grad),
-                                per_channel(scale, shape.channels, acc_type(shape.dtype), grad, "scale"),
+                                optional_vector(scale, shape.channels, acc_type(shape.dtype), grad, "scale"),
                                 channels_like(residual, grad, "residual"),
                                 channels_like(dx, grad, "dx")};
   SPAT_RUN(scale_shift_relu_grad, args, grad, shape.rows, shape.channels);
@@ -328,11 +349,37 @@ void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> sh
                   "out must be [", x.size(0), ", at least ", 2 * channels, ", ", x.size(2), ", ", x.size(3), "]");
   check_device(out, x, "out");
   const auto vector = [&](const std::optional<Tensor>& t, const char* name) {
-    return static_cast<const float*>(per_channel(t, channels, ScalarType::Float, x, name));
+    return static_cast<const float*>(optional_vector(t, channels, ScalarType::Float, x, name));
   };
   const SplitImage args{shape, x.const_data_ptr<float>(), channels, vector(scale, "scale"), vector(shift, "shift"),
                         out.mutable_data_ptr()};
   SPAT_RUN(split_image, args, x, shape.rows, shape.channels);
+}
+
+// A sample's work: its pixels, which are converted, and a row of the weights, read from L2, for every class.
+int64_t head_work(const Head& head) { return head.shape.channels * (head.pixels + head.classes); }
+
+void pool_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor logits) {
+  const Head head = head_of(x, weight, x, "x");
+  check_head_rows(logits, head, x, "logits");
+  const void* offset = optional_vector(bias, head.classes, acc_type(head.shape.dtype), x, "bias");
+  const PoolLinear args{head, x.const_data_ptr(), offset, logits.mutable_data_ptr()};
+  SPAT_RUN(pool_linear, args, x, head.samples, head_work(head));
+}
+
+void pool_linear_grad(Tensor dlogits, Tensor weight, std::optional<Tensor> mask, std::optional<Tensor> scale,
+                      std::optional<Tensor> factor, Tensor dx) {
+  const Head head = head_of(dx, weight, dlogits, "dx");
+  const ScalarType acc = acc_type(head.shape.dtype);
+  check_head_rows(dlogits, head, dlogits, "dlogits");
+  check_device(dx, dlogits, "dx");
+  const PoolLinearGrad args{head,
+                            dlogits.const_data_ptr(),
+                            mask_of(mask, head.shape, dlogits),
+                            optional_vector(scale, head.shape.channels, acc, dlogits, "scale"),
+                            optional_vector(factor, head.samples, acc, dlogits, "factor"),
+                            dx.mutable_data_ptr()};
+  SPAT_RUN(pool_linear_grad, args, dlogits, head.samples, head_work(head));
 }
 
 void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, int64_t pad, bool flip) {
@@ -383,6 +430,8 @@ void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, 
   m.impl("scale_shift_relu", TORCH_BOX(&scale_shift_relu));     \
   m.impl("scale_shift_relu_grad", TORCH_BOX(&scale_shift_relu_grad)); \
   m.impl("split_image", TORCH_BOX(&split_image));               \
+  m.impl("pool_linear", TORCH_BOX(&pool_linear));               \
+  m.impl("pool_linear_grad", TORCH_BOX(&pool_linear_grad));     \
   m.impl("crop_flip", TORCH_BOX(&crop_flip));
 
 STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) { SPAT_IMPLEMENT(m) }

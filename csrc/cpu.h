@@ -71,6 +71,28 @@ SPAT_HD void store_lanes(T* p, int64_t n, int64_t first, Lanes<acc_t<T>> v) {
   }
 }
 
+// Ops on images with channels innermost run through blocks of this many elements, pass after pass over arrays in L1 that the
+// compiler vectorises for every instruction set (explicit vectors of 16 bits it does not: GCC 12). Twice and half the size are
+// slower.
+constexpr int kBlock = 256;
+
+// One byte a channel, 0 where the bit is, in both directions. Octets are multiplied as a whole: no two bits meet.
+constexpr uint64_t kOnes = 0x0101010101010101u, kDiagonal = 0x8040201008040201u;
+
+SPAT_HD void pack_bits(uint8_t* mask, const uint8_t (&on)[kBlock], int n) {
+  for (int j = 0; j < n; j += kOctet) {
+    uint64_t octet;
+    memcpy(&octet, on + j, sizeof(octet));
+    mask[j / kOctet] = uint8_t(octet * kOnes >> 56);
+  }
+}
+SPAT_HD void unpack_bits(uint8_t (&on)[kBlock], const uint8_t* mask, int n) {
+  for (int j = 0; j < n; j += kOctet) {
+    const uint64_t octet = mask[j / kOctet] * kOnes & kDiagonal;
+    memcpy(on + j, &octet, sizeof(octet));
+  }
+}
+
 SPAT_HD void flag(uint8_t* seen, int64_t sample) {
   if (seen) __atomic_store_n(seen + sample, uint8_t(1), __ATOMIC_RELAXED);  // other threads may set it too
 }

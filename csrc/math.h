@@ -265,6 +265,8 @@ struct LsceRow {
 
 // ---- between convolutions --------------------------------------------------------------------------------------------------
 
+constexpr int kOctet = 8;  // channels that share a byte of a mask
+
 // What a ReLU stops: ±0 and less, so not NaN, as torch.relu. For A, or a vector of A.
 template <class V>
 SPAT_HD auto stopped(V v) {
@@ -273,6 +275,42 @@ SPAT_HD auto stopped(V v) {
 
 // What rounding v to `hi` left; 0 where `hi` is not finite.
 SPAT_HD float left_over(float v, float hi) { return hi - hi == 0 ? v - hi : 0.f; }
+
+// Sums of many terms are sums of sums of this many: less rounding.
+constexpr int kTerms = 16;
+
+// |v|, and the larger of two, NaN if either is. For A, or a vector of A.
+template <class V>
+SPAT_HD V magnitude(V v) {
+  return v < V{} ? -v : v;
+}
+template <class V>
+SPAT_HD V larger_or_nan(V a, V b) {
+  return (a > b) | (a != a) ? a : b;
+}
+
+template <class A>
+SPAT_HD A smallest_normal();
+template <>
+SPAT_HD float smallest_normal() {
+  return 0x1p-126f;
+}
+template <>
+SPAT_HD double smallest_normal() {
+  return 0x1p-1022;
+}
+
+// What the pooled features' gradient is divided by on its way to the pixels. `scaled`: by its largest magnitude, and `factor` is
+// what that left out, the pixels' share too.
+template <class A>
+struct PooledDivisor {
+  A divisor, factor;
+  SPAT_HD PooledDivisor(A largest, A pixels, bool scaled) {
+    const A usable = largest < smallest_normal<A>() ? smallest_normal<A>() : largest;  // NaN stays
+    divisor = scaled ? usable : pixels;
+    factor = usable / pixels;
+  }
+};
 
 // ---- training images -------------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,6 @@
 namespace spat {
 namespace {
 
-// These ops run through blocks of this many elements, pass after pass over arrays in L1 that the compiler vectorises for every
-// instruction set (explicit vectors of 16 bits it does not: GCC 12). Twice and half the size are slower.
-constexpr int kBlock = 256, kOctet = 8;
-
 // scale or shift for elements that run on from row to row, so that a block may begin at any channel; `absent` changes nothing.
 template <class A>
 std::vector<A> cyclic(const void* values, int64_t channels, int64_t size, A absent) {
@@ -47,23 +43,6 @@ SPAT_HD int64_t cycle(const Channels& shape, int64_t begin, int64_t end) {
 template <class T, class V>
 SPAT_HD T* from(V* p, int64_t first) {
   return p ? static_cast<T*>(p) + first : nullptr;
-}
-
-// One byte a channel, 0 where the bit is, in both directions. Octets are multiplied as a whole: no two bits meet.
-constexpr uint64_t kOnes = 0x0101010101010101u, kDiagonal = 0x8040201008040201u;
-
-SPAT_HD void pack_bits(uint8_t* mask, const uint8_t (&on)[kBlock], int n) {
-  for (int j = 0; j < n; j += kOctet) {
-    uint64_t octet;
-    memcpy(&octet, on + j, sizeof(octet));
-    mask[j / kOctet] = uint8_t(octet * kOnes >> 56);
-  }
-}
-SPAT_HD void unpack_bits(uint8_t (&on)[kBlock], const uint8_t* mask, int n) {
-  for (int j = 0; j < n; j += kOctet) {
-    const uint64_t octet = mask[j / kOctet] * kOnes & kDiagonal;
-    memcpy(on + j, &octet, sizeof(octet));
-  }
 }
 
 template <class T>

@@ -5,8 +5,6 @@
 namespace spat {
 namespace {
 
-constexpr int kOctet = 8;
-
 // Channels [channel, channel + kOctet) of one row, or those of them that exist.
 struct Octet {
   int64_t first;  // offset in the images

@@ -3,8 +3,8 @@
 // No torch and no CUDA header here, so nvcc alone compiles every kernel and bindings.cpp also builds where there is no CUDA.
 // Images are dense with the batch outermost (contiguous or channels_last): sample b owns [b * sample_numel, (b + 1) * sample_numel).
 // Logits, probabilities and logit gradients are contiguous [rows, classes]. Arithmetic is fp32, and fp64 for fp64 tensors.
-// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best, crop_flip) or rows (the others), so that
-// the caller splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
+// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best, pool_linear*, crop_flip) or rows (the
+// others), so that the caller splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
 #pragma once
 #include <cstdint>
 
@@ -124,6 +124,31 @@ struct SplitImage {
   void* out;
 };
 
+// The head of a network: average pooling over the pixels of each sample, and a linear layer. What lies between them, fp32 (fp64 for
+// fp64 images), stays on the chip: a sample's channels in a block's shared memory, so there is a limit to them.
+constexpr int64_t kMaxPooled = 4096;
+struct Head {
+  Channels shape;  // of the images: rows = samples * pixels
+  int64_t samples, pixels, classes;
+  const void* weight;  // [classes, channels]
+};
+
+struct PoolLinear {
+  Head head;
+  const void* x;
+  const void* bias;  // [classes], or null
+  void* logits;      // [samples, classes]
+};
+
+struct PoolLinearGrad {
+  Head head;
+  const void* dlogits;
+  const uint8_t* mask;  // mask, scale and factor may be null
+  const void* scale;    // [channels]
+  void* factor;         // [samples]
+  void* dx;
+};
+
 // Images are [count, height, width, channels], `out` is [samples, channels / inner, height, width, inner] in memory. A sample holds
 // fewer than 2^30 values and pad is less than 2^30, so that coordinates and offsets within one fit 32 bits.
 struct CropFlip {
@@ -153,6 +178,8 @@ SPAT_DECLARE(KeepBest, keep_best)
 SPAT_DECLARE(ScaleShiftRelu, scale_shift_relu)
 SPAT_DECLARE(ScaleShiftReluGrad, scale_shift_relu_grad)
 SPAT_DECLARE(SplitImage, split_image)
+SPAT_DECLARE(PoolLinear, pool_linear)
+SPAT_DECLARE(PoolLinearGrad, pool_linear_grad)
 SPAT_DECLARE(CropFlip, crop_flip)
 #undef SPAT_DECLARE
 

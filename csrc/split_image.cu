@@ -5,8 +5,6 @@
 namespace spat {
 namespace {
 
-constexpr int kOctet = 8;
-
 // THREE: three channels in eight, known to the compiler, which leaves each of them one load.
 template <class T, bool THREE, bool PACKETS>
 __global__ void __launch_bounds__(kThreads) split_image_kernel(const SplitImage s) {

@@ -6,6 +6,8 @@ model (trace.py) becomes a list of steps, in channels_last:
     Conv       by cuDNN or oneDNN. A BatchNorm that alone reads its output is folded into its weights.
     Pointwise  everything between convolutions in one pass (ops.scale_shift_relu): residual add, scale and shift, ReLU, mask out;
                backward: mask, scale, and the gradients of the residual branches.
+    PoolLinear the pooling and the linear layer at the end (ops.pool_linear), where its weights are few; backward, it also does
+               the pass of a Pointwise in front.
     Mean, Linear, Reshape, and Local (other functions, differentiated by autograd one by one)
 
 A pre-activation BatchNorm on a residual stream is not folded forward into the next convolution: zero padding would see its shift.
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from . import ops
 from .input_gradient import check_logits
 from .ops._common import acc_dtype
+from .ops.pool_linear import MAX_CHANNELS, MAX_WEIGHTS
 from .precision import HALVES, arithmetic
 from .trace import Node, Norm, Ref, Term
 
@@ -62,12 +65,18 @@ class Pointwise(Step):
     total: int | None = None  # the value inputs[0] (+ inputs[1]), where somebody else reads it
     shifts: tuple[int, ...] = ()  # steps whose bias moved here
     in_place: bool = False  # inputs[0] is a convolution's output that nobody else reads
+    in_head: bool = False  # its way back is done by the PoolLinear behind it
 
 
 @dataclass
 class Linear(Step):
     weight: Ref = None
     bias: Ref | None = None
+
+
+@dataclass
+class PoolLinear(Linear):
+    pointwise: int | None = None  # the step whose way back is done here
 
 
 @dataclass
@@ -113,6 +122,7 @@ class Plan:
         for i in range(len(nodes)):
             if i not in done:
                 done |= self._add_step(i)
+        self._fuse_head()
         self._move_shifts()
         self._note_frees()
         self.reads_rows = any(0 in s.inputs and isinstance(s, (Conv, Pointwise)) for s in self.steps)
@@ -204,6 +214,27 @@ class Plan:
         self.steps.append(step)
         return set(fused)
 
+    def _fuse_head(self) -> None:
+        """Mean, Reshape ..., Linear at the end become one step, where the weights are few.
+
+        Nobody else reads what lies between them, nor what a Pointwise in front reads or makes: that would not reach the logits,
+        and dead code has no node.
+        """
+        first = len(self.steps) - 2
+        while first >= 0 and isinstance(self.steps[first], Reshape):
+            first -= 1
+        if first < 0 or not (isinstance(self.steps[first], Mean) and isinstance(self.steps[-1], Linear)):
+            return
+        mean, linear = self.steps[first], self.steps[-1]
+        channels, classes = mean.shape[0], linear.shape[0]
+        if channels > MAX_CHANNELS or channels * classes > MAX_WEIGHTS:
+            return
+        head = PoolLinear(mean.inputs, linear.out, linear.name, linear.shape, weight=linear.weight, bias=linear.bias)
+        if first > 0 and isinstance(self.steps[first - 1], Pointwise):
+            head.pointwise = first - 1
+            self.steps[first - 1].in_head = True
+        self.steps[first:] = [head]
+
     def _move_shifts(self) -> None:
         """A convolution's folded bias moves into the ReLU pass behind it, where it costs nothing."""
         for step in self.steps:
@@ -233,6 +264,7 @@ class Plan:
             "folded into convolutions": sum(bool(s.after) for s in of[Conv]),
             "fused pointwise passes": len(of[Pointwise]),
             "linear layers": len(of[Linear]),
+            "of them with the pooling": sum(isinstance(s, PoolLinear) for s in self.steps),
             "left to autograd": len(of[Local]),
             "mask bytes per image": sum(prod(s.shape[1:]) * -(-s.shape[0] // 8) for s in of[Pointwise] if s.relu),
         }
@@ -299,7 +331,7 @@ class PlannedGradient:
                 self.bound[i] = self._bind_conv(step)
             elif isinstance(step, Linear):
                 dtype = acc_dtype(self.dtype) if step.out in self.plan.exact else self.dtype
-                self.bound[i] = [None if r is None else self._of(r).to(dtype) for r in (step.weight, step.bias)]
+                self.bound[i] = [None if r is None else self._of(r).to(dtype).contiguous() for r in (step.weight, step.bias)]
         for i, step in enumerate(self.plan.steps):
             if isinstance(step, Pointwise):
                 scale, shift = self._scale_shift(step.affine, self._channels(step))
@@ -544,6 +576,8 @@ def _pointwise_forward(run, step: Pointwise, bound, values, keep):
 
 
 def _pointwise_backward(run, step: Pointwise, bound, mask, grads):
+    if step.in_head:
+        return
     scale, _ = bound
     outs, grads[step.out] = grads[step.out], []
     if len(outs) > 2:
@@ -559,11 +593,13 @@ def _pointwise_backward(run, step: Pointwise, bound, mask, grads):
         reusable = [g for g, fresh in (*outs, (residual, residual_fresh)) if fresh]
         target = reusable[0] if reusable else torch.empty_like(grad)
         dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=scale, residual=residual), True
-    if len(step.inputs) == 1:
-        grads[stream] = [dx]
-    else:
-        for j in step.inputs:
-            grads[j].append((dx[0], False))
+    _give(step, *dx, grads)
+
+
+def _give(step: Pointwise, dx: Tensor, fresh: bool, grads) -> None:
+    """The gradient of the sum, before scale and shift, is that of each of its inputs."""
+    for j in step.inputs:
+        grads[j].append((dx, fresh and len(step.inputs) == 1))
 
 
 def _linear_forward(run, step: Linear, bound, values, keep):
@@ -576,6 +612,28 @@ def _linear_backward(run, step: Linear, bound, saved, grads):
     grad, _ = take(grads, step.out)
     dx = grad @ bound[0]
     grads[step.inputs[0]].append((run.into_network(dx) if run.enters(step) else dx, True))
+
+
+def _pool_linear_forward(run, step: PoolLinear, bound, values, keep):
+    weight, bias = bound
+    x = _rows(values[step.inputs[0]])
+    logits = torch.empty(len(x), len(weight), dtype=weight.dtype, device=x.device)
+    return ops.pool_linear(x, weight, logits, bias=bias), (x.shape, x.dtype)
+
+
+def _pool_linear_backward(run, step: PoolLinear, bound, saved, grads):
+    shape, dtype = saved
+    grad = take(grads, step.out)[0].contiguous()
+    dx = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=CHANNELS_LAST)
+    if run.dtype in HALVES and run.enters(step):  # scaled as in `into_network`
+        run.factor = torch.empty(len(grad), dtype=grad.dtype, device=grad.device)
+    if step.pointwise is None:
+        ops.pool_linear_grad(grad, bound[0], dx, factor=run.factor)
+        grads[step.inputs[0]].append((dx, True))
+    else:
+        mask, (scale, _) = run._saved[step.pointwise], run.bound[step.pointwise]
+        ops.pool_linear_grad(grad, bound[0], dx, mask=mask, scale=scale, factor=run.factor)
+        _give(run.plan.steps[step.pointwise], dx, True, grads)
 
 
 def _mean_forward(run, step: Mean, bound, values, keep):
@@ -626,10 +684,10 @@ def _local_backward(run, step: Local, bound, saved, grads):
 
 
 FORWARD = {
-    Conv: _conv_forward, Pointwise: _pointwise_forward, Linear: _linear_forward, Mean: _mean_forward,
-    Reshape: _reshape_forward, Local: _local_forward,
+    Conv: _conv_forward, Pointwise: _pointwise_forward, Linear: _linear_forward, PoolLinear: _pool_linear_forward,
+    Mean: _mean_forward, Reshape: _reshape_forward, Local: _local_forward,
 }  # fmt: skip
 BACKWARD = {
-    Conv: _conv_backward, Pointwise: _pointwise_backward, Linear: _linear_backward, Mean: _mean_backward,
-    Reshape: _reshape_backward, Local: _local_backward,
+    Conv: _conv_backward, Pointwise: _pointwise_backward, Linear: _linear_backward, PoolLinear: _pool_linear_backward,
+    Mean: _mean_backward, Reshape: _reshape_backward, Local: _local_backward,
 }  # fmt: skip

@@ -16,8 +16,8 @@ from triton.runtime.jit import JITFunction
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
 
 # The functions of these names hide their modules.
-crop_flip, scale_shift_relu, split_image = (
-    import_module(f"spat_kernels.ops.{name}") for name in ("crop_flip", "scale_shift_relu", "split_image")
+crop_flip, pool_linear, scale_shift_relu, split_image = (
+    import_module(f"spat_kernels.ops.{name}") for name in ("crop_flip", "pool_linear", "scale_shift_relu", "split_image")
 )
 
 TYPES = {
@@ -93,6 +93,13 @@ def launches(dtype: torch.dtype):
     yield (
         scale_shift_relu.scale_shift_relu_grad_kernel,
         lambda: scale_shift_relu.scale_shift_relu_grad_triton(a, a, mask, scale, a, a),
+    )
+    features, bits = torch.zeros(64, 4, 4, 512, dtype=dtype).movedim(-1, 1), torch.zeros(1024, 64).byte()
+    weight, bias, logits = (torch.zeros(*shape, dtype=acc) for shape in ((10, 512), (10,), (64, 10)))
+    yield pool_linear.pool_linear_kernel, lambda: pool_linear.pool_linear_triton(features, weight, bias, logits)
+    yield (
+        pool_linear.pool_linear_grad_kernel,
+        lambda: pool_linear.pool_linear_grad_triton(logits, weight, bits, weight[0].clone(), eps, features),
     )
     if dtype in (torch.float16, torch.bfloat16):
         image, wide = torch.zeros(4, 8, 8, 3), torch.zeros(4, 8, 8, 8, dtype=dtype)

@@ -23,8 +23,8 @@ import spat_kernels
 from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
 
 # The functions of these names hide their modules.
-crop_flip, scale_shift_relu, split_image = (
-    import_module(f"spat_kernels.ops.{name}") for name in ("crop_flip", "scale_shift_relu", "split_image")
+crop_flip, pool_linear, scale_shift_relu, split_image = (
+    import_module(f"spat_kernels.ops.{name}") for name in ("crop_flip", "pool_linear", "scale_shift_relu", "split_image")
 )
 
 OPS = {
@@ -39,6 +39,8 @@ OPS = {
     "scale_shift_relu": scale_shift_relu,
     "scale_shift_relu_grad": scale_shift_relu,
     "split_image": split_image,
+    "pool_linear": pool_linear,
+    "pool_linear_grad": pool_linear,
     "crop_flip": crop_flip,
 }
 

@@ -1,6 +1,7 @@
 """The input-gradient plan against autograd: equal in fp64 on every kind of network, honest about what it does not take."""
 
 import contextlib
+import copy
 import gc
 import random
 import threading
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spat_kernels as sk
-from spat_kernels import engine, precision, trace
+from spat_kernels import engine, plan, precision, trace
 from spat_kernels.input_gradient import InputGradient
-from spat_kernels.plan import PlannedGradient
+from spat_kernels.plan import Linear, PlannedGradient, PoolLinear
 from spat_train.models import SmallCNN, create
 
 EPS = 8 / 255
@@ -254,6 +255,126 @@ def test_keeps_a_bit_for_each_relu():
     assert logits.requires_grad and 350_000 < gradient.kept_bytes() < autograd / 32
 
 
+# ---- the head ------------------------------------------------------------------------------------------------------------------
+
+
+class Headed(nn.Module):
+    """A residual block, and a head of the caller's."""
+
+    def __init__(self, head, classes=5):
+        super().__init__()
+        self.conv1, self.conv2, self.bn = nn.Conv2d(3, 11, 3), nn.Conv2d(11, 11, 3, padding=1), nn.BatchNorm2d(11)
+        self.fc, self.gate, self.head = nn.Linear(11, classes), nn.Linear(11, 11), head
+
+    def forward(self, x):
+        x = self.conv1(x)
+        return self.head(self, F.relu(self.bn(x + self.conv2(x))))
+
+
+def pooled_by_module(m, x):
+    return m.fc(F.adaptive_avg_pool2d(x, 1).squeeze(3).flatten(1))
+
+
+def in_a_smooth_network(m, x):
+    return m.fc(F.silu(x).mean((2, 3)))
+
+
+def behind_a_sum(m, x):
+    return m.fc((x.relu() + F.max_pool2d(x, 3, 1, 1)).mean((2, 3)))
+
+
+def features_read_twice(m, x):
+    x = x.mean((2, 3))
+    return m.fc(x + m.gate(x).relu())
+
+
+def logits_go_on(m, x):
+    return m.fc(x.mean((2, 3))) / 3
+
+
+def two_linear_layers(m, x):
+    return m.fc(m.gate(x.mean((2, 3))).relu())
+
+
+def mean_of_rows(m, x):
+    return m.fc(x.mean(3).mean(2))
+
+
+def squeezed_and_excited(m, x):
+    return m.fc((x * torch.sigmoid(m.gate(x.mean((2, 3)))).unsqueeze(2).unsqueeze(3)).mean((2, 3)))
+
+
+def largest_pixel(m, x):
+    return m.fc(F.max_pool2d(F.avg_pool2d(x, 2), 3).flatten(1))
+
+
+HEADS = {  # is it one step, and does that do the way back of the pass in front?
+    pooled_by_module: (True, True),
+    in_a_smooth_network: (True, False),
+    behind_a_sum: (True, True),
+    squeezed_and_excited: (True, False),
+    features_read_twice: (False, False),
+    logits_go_on: (False, False),
+    two_linear_layers: (False, False),
+    mean_of_rows: (False, False),
+    largest_pixel: (False, False),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pooling_and_the_last_layer_are_one_step(head):
+    torch.manual_seed(0)
+    model, x = randomized(Headed(head)), images(3, 9)
+    gradient = planned(model, x)
+    last, one_step = gradient.plan.steps[-1], HEADS[head][0]
+    assert isinstance(last, PoolLinear) == one_step == sk.explain(model, x).plan["of them with the pooling"]
+    assert (getattr(last, "pointwise", None) is not None) == HEADS[head][1]
+    expected = logits_and_gradient(InputGradient(model), x)
+    for ours, theirs in zip(logits_and_gradient(gradient, x), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
+
+
+def test_a_head_of_many_weights_stays_a_matrix_product(monkeypatch):
+    x = images()
+    monkeypatch.setattr(plan, "MAX_WEIGHTS", 55)
+    assert type(planned(randomized(Headed(pooled_by_module)), x).plan.steps[-1]) is PoolLinear
+    monkeypatch.setattr(plan, "MAX_WEIGHTS", 54)
+    assert type(planned(randomized(Headed(pooled_by_module)), x).plan.steps[-1]) is Linear
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "MAX_CHANNELS", 10)
+    assert type(planned(randomized(Headed(pooled_by_module)), x).plan.steps[-1]) is Linear
+
+
+@pytest.mark.parametrize("head", [pooled_by_module, in_a_smooth_network, behind_a_sum])
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "fp16"])
+def test_one_step_gives_what_the_steps_gave(head, precision, monkeypatch):
+    """Logits, gradients and their factors, which lengths depend on, as often as the way back is gone."""
+    torch.manual_seed(0)
+    model, x = randomized(Headed(head), torch.float32 if precision else torch.float64), images(4, 9)
+    x, dlogits = x.to(model.fc.weight.dtype), torch.randn(4, 5, dtype=model.fc.weight.dtype)
+    dlogits *= torch.tensor([1.0, 0.0, 1e-6, 1e4])[:, None]
+    found = []
+    for most in (plan.MAX_WEIGHTS, 0):
+        monkeypatch.setattr(plan, "MAX_WEIGHTS", most)
+        gradient = planned(copy.deepcopy(model), x, precision)
+        assert isinstance(gradient.plan.steps[-1], PoolLinear) == (most > 0)
+        with torch.no_grad(), gradient.arithmetic("cpu"):
+            logits = gradient.forward(x)
+            first = gradient.backward(dlogits, keep=True)
+            factor = gradient.factor
+            again = gradient.backward(-2 * dlogits)
+        assert (factor is None) == (precision not in ("bf16", "fp16"))
+        length = 1 if factor is None else factor.view(-1, 1, 1, 1)
+        assert torch.equal(again * (1 if factor is None else gradient.factor.view(-1, 1, 1, 1)), -2 * (first * length))
+        found.append((logits, first.double(), factor))
+    (ours, dx, factor), (theirs, expected, expected_factor) = found
+    half = {"bf16": 2**-6, "fp16": 2**-9}.get(precision, 1e-6 if precision else 1e-14)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5 if precision else 1e-12, atol=1e-6 if precision else 1e-13)
+    assert ((dx - expected).flatten(1).norm(dim=1) <= half * expected.flatten(1).norm(dim=1)).all() and (dx[1] == 0).all()
+    if factor is not None:
+        torch.testing.assert_close(factor, expected_factor, rtol=1e-5, atol=0)
+
+
 # ---- half precision ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +402,10 @@ def test_odd_channels_leave_the_rest_aligned(channels):
     gradient = planned(model, x)
     with Launches() as launches:
         logits_and_gradient(gradient, x)
-    assert launches.packets == {("scale_shift_relu", True): 13, ("scale_shift_relu_grad", True): 13}
+    assert launches.packets == {
+        ("scale_shift_relu", True): 13,
+        ("scale_shift_relu_grad", True): 12,
+    }  # pool_linear_grad does the last
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -517,6 +641,7 @@ def test_explanation_reads_well():
     explanation = sk.explain(create("wrn-34-10"), images(dtype=torch.float32))
     assert explanation.path == "plan" and explanation.reason == ""
     assert explanation.plan["convolutions"] == 34 and explanation.plan["fused pointwise passes"] == 31
+    assert explanation.plan["linear layers"] == explanation.plan["of them with the pooling"] == 1
     assert explanation.plan["mask bytes per image"] < 400_000
     assert "34 convolutions" in str(explanation)
 

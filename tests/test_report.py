@@ -141,7 +141,8 @@ def test_questions_that_failed(key):
 
 
 def test_kernels_table():
-    table = report.kernels(json.loads((report.RESULTS / "cpu" / "kernels.json").read_text()))
+    files = [json.loads(path.read_text()) for path in (report.RESULTS / "cpu").glob("*.json")]
+    table = "".join(report.kernels(results) for results in files if "benchmarks" in results)
     for case in CASES:
         if case.build:
             assert f"| {case.name} |" in table

@@ -41,6 +41,11 @@ def sample_inputs(device="cpu"):
     x, wide = x.contiguous(memory_format=torch.channels_last), out[:, :8].to(torch.float16, memory_format=torch.channels_last)
     yield "split_image", (x, v[:3], v[:3], wide)
     yield "split_image", (x, None, None, wide)
+    w, factor = torch.rand(12, 16, device=device), torch.zeros(4, device=device)
+    yield "pool_linear", (a, w, q[0].clone(), dz)
+    yield "pool_linear", (a, w, None, dz)
+    yield "pool_linear_grad", (q, w, mask, v, factor, out)
+    yield "pool_linear_grad", (q, w, None, None, None, out)
     images, rows = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8, device=device), torch.tensor([5, 0, 5, 2], device=device)
     yield "crop_flip", (images, rows, y, seed, torch.empty_like(x), 2, True)
     yield "crop_flip", (images, rows, y, seed, x_adv.half(), 0, False)
@@ -65,18 +70,20 @@ def test_every_op_is_checked():
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_ops_between_convolutions_compile_in_one_graph(device, dynamic):
-    def there_and_back(x, wide, scale, mask):
+    def there_and_back(x, wide, scale, mask, weight):
         t = ops.split_image(x, wide).float()
         out = ops.scale_shift_relu(t, torch.empty_like(t), scale=scale, mask=mask)
-        return out, ops.scale_shift_relu_grad(out, torch.empty_like(out), mask=mask, scale=scale)
+        logits = ops.pool_linear(out, weight, out.new_empty(len(x), len(weight)))
+        dx = ops.pool_linear_grad(logits, weight, torch.empty_like(out), mask=mask, scale=scale)
+        return out, logits, ops.scale_shift_relu_grad(dx, torch.empty_like(out), mask=mask, scale=scale)
 
     compiled = torch.compile(there_and_back, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (4, 6):
         x = torch.randn(batch, 4, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
         wide = torch.empty(batch, 8, 8, 8, dtype=torch.float16, device=device).contiguous(memory_format=torch.channels_last)
         scale, mask = torch.randn(8, device=device), torch.zeros(batch * 64, 1, dtype=torch.uint8, device=device)
-        got, want = compiled(x, wide, scale, mask), there_and_back(x, wide, scale, mask)
-        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        arguments = x, wide, scale, mask, torch.randn(3, 8, device=device)
+        assert all(map(torch.equal, compiled(*arguments), there_and_back(*arguments)))
 
 
 @pytest.mark.slow
