@@ -121,7 +121,7 @@ def main(options: Options) -> None:
             rows = [r for r in before[key] if r["commit"] != machine["commit"]] + results[key]
             results[key] = sorted(rows, key=lambda r: [r.get(k, "") for k in ("model", "precision", "path")])
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        measure.write(options.out, results)
     print(report.calls(results))
 
 
