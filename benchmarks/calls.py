@@ -120,8 +120,7 @@ def main(options: Options) -> None:
         for key in ("calls", "host"):
             rows = [r for r in before[key] if r["commit"] != machine["commit"]] + results[key]
             results[key] = sorted(rows, key=lambda r: [r.get(k, "") for k in ("model", "precision", "path")])
-    if options.out:
-        measure.write(options.out, results)
+    measure.write(options.out, results)
     print(report.calls(results))
 
 

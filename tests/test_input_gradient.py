@@ -52,10 +52,10 @@ def test_iterates_are_laid_out_as_the_plan_reads_them(precision):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_autograd_in_half_precision_runs_in_channels_last(precision):
+def test_autograd_in_half_precision_runs_in_channels_last(precision, device):
     """Images and weights, which are cast once an attack."""
-    model, (x, y) = cnn(size=16).eval(), batch(size=16)
-    settings = {"precision": precision, "input_gradient": "autograd"}
+    model, (x, y) = cnn(size=16).eval().to(device), (t.to(device) for t in batch(size=16))
+    settings = {"precision": precision, "input_gradient": "autograd", "graph": False}
     few, many = (formats_of(PGD(EPS, steps=steps, **settings), model, x, y) for steps in (1, 5))
     assert set(many.seen) == {("convolution", "channels_last"), ("linf_step_", "channels_last")}
     assert many.conversions == few.conversions and many.casts == few.casts == 2
