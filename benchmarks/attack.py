@@ -18,6 +18,7 @@ the resident memory during the second call, in a process of its own.
 import copy
 import ctypes
 import gc
+import itertools
 import multiprocessing
 import re
 import statistics
@@ -443,21 +444,27 @@ def run(options: Options) -> Iterator[dict]:
     settings["providers"] = [f"{p.name}, {p.precision}" for p in chosen]  # a race has all of them
     fresh = {"machine": measure.describe(options.device), "settings": settings, "ceilings": {}, "cells": []}
     results = measure.continued(options.out, fresh)
-    done = {(record["model"], record["batch"]) for record in results["cells"]}
+    wrong = {cell_of(r) for r in results["cells"] if r["ours"] and r["status"] != "timed"}  # ours are raced again
+    done = {cell_of(r) for r in results["cells"]} - wrong
+    precisions = list(dict.fromkeys(p.precision for p in chosen))
+    # On a noisy CPU all take turns; on a GPU each precision is written when it is there.
+    races = [[precision] for precision in precisions] if options.device.startswith("cuda") else [precisions]
     if not results["ceilings"]:
         results["ceilings"] = measure.ceilings(options.device, options.precisions, small=options.small_ceilings)
     yield results
     prepared: dict[str, tuple[Judge, list[workmodel.Layer]]] = {}
     for batch in options.batches:
-        for model in options.models:
-            if (model, batch) in done:
+        for model, race in itertools.product(options.models, races):
+            cells = {(model, batch, precision) for precision in race}
+            if cells <= done:
                 continue
             name, _, size = model.partition("@")
             size = int(size or 32)
             if model not in prepared:
                 prepared[model] = prepare(name, size, max(*options.batches, 128), options)
             judge, layers, x, y = prepared[model]
-            records = compete(chosen, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
+            racing = [p for p in chosen if p.precision in race]
+            records = compete(racing, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
             measure.synchronize(options.device)  # where ours broke the device, its rivals' failures are no results
             for record in records:
                 work = workmodel.Work(layers, batch, record["precision"])
@@ -465,12 +472,16 @@ def run(options: Options) -> Iterator[dict]:
                 record["limit"] = work.limits(results["ceilings"])
             if options.memory and options.device == "cpu":
                 add_resident_growth(records, name, size, options.steps)
-            results["cells"] += records
+            results["cells"] = [r for r in results["cells"] if cell_of(r) not in cells] + records
             torch._dynamo.reset()
             if options.device.startswith("cuda"):
                 spat_kernels.graphs.free(judge.model)  # the next batch is to find the GPU's memory empty
             free(options.device)
             yield results
+
+
+def cell_of(record: dict) -> tuple[str, int, str]:
+    return record["model"], record["batch"], record["precision"]
 
 
 def prepare(name: str, size: int, count: int, options: Options) -> tuple[Judge, list[workmodel.Layer], Tensor, Tensor]:

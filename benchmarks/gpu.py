@@ -161,16 +161,20 @@ def obstacle(step: Step, words: dict) -> str:
         return {"data": "no --data", "sanitizer": "no compute-sanitizer on the PATH or in /usr/local/cuda/bin"}[missing[0]]
     try:
         importlib.import_module(step.needs)
-    except ImportError as error:
+    except Exception as error:  # cudnn raises others where it finds no library
         return measure.one_line(error)
     return "" if step.command else "it needs a GPU"
 
 
 def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
-    """The steps that `folder` tells of, and those of `have` that are new or further, whose files are copied."""
+    """The steps that `folder` tells of, and those of `have` that are new or further; files are copied of those that go on."""
     fresh = {"machine": machine, "steps": {}}
     steps = measure.continued(folder / "gpu.json", fresh)["steps"]
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.tmp"):  # of a write that was killed
+        leftover.unlink()
+    if have and not (have / "gpu.json").exists():
+        print(f"--have: nothing is taken over, for there is no {have / 'gpu.json'}", flush=True)
     try:
         theirs = measure.continued(have and have / "gpu.json", fresh)["steps"]
     except SystemExit as other:
@@ -179,7 +183,7 @@ def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
     for name, step in theirs.items():
         if name not in steps or (step["status"] == "ok" and steps[name]["status"] != "ok"):
             print(f"{name:<10} {step['status']:<8} in --have", flush=True)
-            if (source := have / f"{name}.json").exists():
+            if step["status"] != "ok" and (source := have / f"{name}.json").exists():
                 files.write(folder / source.name, source.read_bytes())
             steps[name] = step
     measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
@@ -194,6 +198,8 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
         raise SystemExit(f"--data {options.data}: there is no such file")
     if not options.rehearse and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: rehearse with --rehearse")
+    if not measure.commit():
+        raise SystemExit("there is no .git here: name the commit in SPAT_COMMIT")
     device = "cpu" if options.rehearse else "cuda"
     if options.rehearse:
         tiny = [s.beside and replace(s.beside, command=s.beside.tiny) for s in every]
@@ -217,14 +223,14 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
         measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
 
     def start(step: Step) -> Child:
-        record(step, {"status": "cut", "reason": "this command was killed"})
+        record(step, {"tail": steps.get(step.name, {}).get("tail", ""), "status": "cut", "reason": "this command was killed"})
         return Child([word.format(**words, out=folder / f"{step.name}.json") for word in shlex.split(step.command)])
 
     def attempt(step: Step) -> None:
         end = min(deadline, time.monotonic() + step.cap)
         why = obstacle(step, words) or "no time was left" * (end - time.monotonic() < LEAST)
         pair = [step] + [step.beside] * bool(step.beside and not why and status(step.beside) != "ok")
-        if why and status(step) == "cut":  # it stays that
+        if why and status(step) in ("cut", "failed"):  # it stays that
             return
         if why:
             record(step, {"status": "skipped", "reason": why})
@@ -239,7 +245,7 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
 
     todo = [step for step in every if (step.name in options.only if options.only else step.default)]
     todo = [step for step in todo if status(step) != "ok" and (status(step) != "failed" or options.only)]
-    with StopWish().heard() as wish:
+    with StopWish("stopping: what was measured is saved").heard() as wish:
         for step, again in [(step, False) for step in todo] + [(step, True) for step in todo if step.continues]:
             if not wish.number and (not again or status(step) == "cut"):  # what was cut has the minutes that are left
                 attempt(step)

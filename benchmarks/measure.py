@@ -79,7 +79,7 @@ def commit() -> str | None:
 
 # --- files of results ---
 
-SAME = "device", "driver", "torch", "cuda", "cudnn", "threads", "commit"  # of machines whose results may share a file
+SAME = "device", "torch", "cuda", "cudnn", "threads", "commit"  # of machines whose results may share a file
 
 
 def differences(before: dict, now: dict, keys: Iterable[str] = SAME) -> str:

@@ -29,6 +29,8 @@ from benchmarks.measure import DTYPES, seconds_per_call
 from spat_kernels.ops import linf
 from spat_train.models import create
 
+PATIENCE = 60.0  # seconds for a convolution, whose process may have died
+
 
 @dataclass
 class Options:
@@ -120,7 +122,7 @@ def convolutions(options: Options, pool: Pool, limit: int, precision: str, befor
     known = [{key: value for key, value in record.items() if key != "tflops"} for record in before]
     for conv in shapes(options.models):
         if dataclasses.asdict(conv) not in known:
-            found.append(pool.apply(with_engines, (limit, options, precision, conv)))
+            found.append(pool.apply_async(with_engines, (limit, options, precision, conv)).get(PATIENCE))
             yield found
 
 
@@ -190,10 +192,10 @@ def main(options: Options) -> None:
     if len(results["graph_nodes"]) < len(NODES):
         answer(results, "graph_nodes", graph_nodes(options) if cuda else [{"skipped": "no GPU"}])
     for limit in options.limits if cuda else options.limits[:1]:  # CPUs have no cuDNN
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            for precision in options.precisions:
-                found, name = results["precisions"].setdefault(precision, {}), f"convolutions, limit {limit}"
-                before = found[name] if isinstance(found.get(name), list) else []
+        for precision in options.precisions:
+            found, name = results["precisions"].setdefault(precision, {}), f"convolutions, limit {limit}"
+            before = found[name] if isinstance(found.get(name), list) else []
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # of its own: what breaks a device breaks no other answer
                 answer(found, name, convolutions(options, pool, limit, precision, before))
     print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
 

@@ -19,7 +19,8 @@ class InputGradient:
 
     Only the input is differentiated: no weight gradient is computed, and no `.grad` is written. In half precision convolutional
     models run in channels_last, for which GPUs have their fastest kernels: images come in it (`laid_out`), and convolutions get
-    copies of their weights, cast once an attack instead of in every forward (`_Convolutions`).
+    copies of their weights, cast once an attack instead of in every forward (`_Convolutions`). Models that fail on activations in
+    that format get contiguous ones; code that takes them for contiguous without noticing (as_strided) would compute nonsense.
 
     Args:
         model: module or callable, borrowed.

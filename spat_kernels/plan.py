@@ -227,7 +227,8 @@ class Plan:
             return
         mean, linear = self.steps[first], self.steps[-1]
         channels, classes = mean.shape[0], linear.shape[0]
-        if channels > MAX_CHANNELS or channels * classes > MAX_WEIGHTS:
+        exact = mean.inputs[0] in self.exact  # then its gradient is, in half precision, which the fused one would round
+        if exact or channels > MAX_CHANNELS or channels * classes > MAX_WEIGHTS:
             return
         head = PoolLinear(mean.inputs, linear.out, linear.name, linear.shape, weight=linear.weight, bias=linear.bias)
         if first > 0 and isinstance(self.steps[first - 1], Pointwise):

@@ -15,7 +15,14 @@ class Stopped(Exception):
 
 
 class StopWish:
-    number = 0  # of the signal that came, 0: none
+    """Says `text` when it hears one.
+
+    Attributes:
+        number: of the signal that came, 0: none.
+    """
+
+    def __init__(self, text: str = "spat-train: stopping after this step, to save"):
+        self.number, self.text = 0, text
 
     @contextmanager
     def heard(self):
@@ -30,7 +37,7 @@ class StopWish:
 
         def hear(number, frame):
             self.number = number
-            os.write(2, b"\nspat-train: stopping after this step, to save\n")
+            os.write(2, f"\n{self.text}\n".encode())
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
         for number in before:

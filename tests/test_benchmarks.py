@@ -468,8 +468,9 @@ def cut_questions(cut, out, measured, monkeypatch) -> None:
         def Pool(self, processes):
             return nullcontext(self)
 
-        def apply(self, call, arguments):
-            return call(*arguments)
+        def apply_async(self, call, arguments):
+            result = call(*arguments)
+            return SimpleNamespace(get=lambda seconds: result)
 
     def convolution(conv, precision, options):
         cut((precision, conv))

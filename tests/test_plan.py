@@ -470,6 +470,14 @@ def test_gradients_of_any_size_survive_half_precision(factor):
     assert (half == 0).float().mean() < 0.001
 
 
+def test_half_precision_without_convolutions_keeps_small_gradients():
+    """Such a network is all head, whose gradients stay fp32: nothing scales them."""
+    model = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).eval().half()
+    x = torch.rand(4, 16, 64, 64).half()
+    _, gradient = logits_and_gradient(planned(model, x), x, torch.full((4, 10), 1e-4))
+    assert (gradient != 0).float().mean() > 0.9
+
+
 def test_a_zero_gradient_stays_zero_and_nan_stays_nan():
     model, x = randomized(create("wrn-10-1"), torch.float32), images(2, dtype=torch.float32)
     dlogits = torch.zeros(2, 10)
