@@ -511,6 +511,28 @@ def test_a_cut_benchmark_goes_on_from_its_file(run, tmp_path, monkeypatch):
     assert out.read_bytes() == complete and len(measured) == len(cuts)
 
 
+def test_what_failed_of_ours_is_raced_again(tmp_path, monkeypatch):
+    """A rival's failure is a result, ours an accident that must not stay."""
+    failed, timed = (
+        {"provider": "p", "ours": True, "note": "", **end} for end in ({"status": "failed"}, {"status": "timed", "median": 1.0})
+    )
+    rival = failed | {"ours": False}
+    with_precision = lambda records: [r | {"precision": "fp32"} for r in records]  # noqa: E731
+    monkeypatch.setattr(measure, "ceilings", lambda *args, **options: {"copy_gbps": 1.0, "tflops": {"fp32": 1.0}})
+    monkeypatch.setattr(attack, "compete", lambda *args: with_precision(next(races)))
+    monkeypatch.setattr(attack, "prepare", lambda *args: (SimpleNamespace(model=None), [], torch.zeros(4), torch.zeros(4)))
+    options = attack.Options(["m"], [2], ["fp32"], ["loop"], "cpu", memory=False, out=tmp_path / "attack.json")
+    updates = training.Options("wrn-10-1", 4, ["mart"], ["fp32"], ["spat_train"], "cpu", out=tmp_path / "training.json")
+    monkeypatch.setattr(training.Options, "race", lambda self, method: with_precision(next(races)))
+    for command, out, key in ((lambda: attack.main(options), options.out, "cells"), (updates.main, updates.out, "steps")):
+        races = iter([[failed, rival], [timed, rival]])
+        with pytest.raises(SystemExit, match="p, fp32: failed"):
+            command()
+        for _ in range(2):  # the second time nothing is left
+            command()
+        assert [(r["ours"], r["status"]) for r in json.loads(out.read_text())[key]] == [(True, "timed"), (False, "failed")]
+
+
 # --- what some minutes on a GPU can tell ---
 
 
@@ -631,6 +653,7 @@ def test_steps_are_run_again_only_where_that_helps(tmp_path, ready):
     assert run() == "" and run(only=("failed", "ok")) == "f failed: failed"
     steps.append(fake("late", script, str(ran), "l"))
     assert run(minutes=0.0) == "" and statuses(tmp_path)["late"] == "skipped"
+    assert run(minutes=0.0, only=("failed",)) == " failed: failed" and statuses(tmp_path)["failed"] == "failed"
     assert run() == "l" and statuses(tmp_path)["late"] == "ok"
 
 
