@@ -1,6 +1,5 @@
 """Files that are whole or not there: written beside, flushed to the disk, then renamed."""
 
-import contextlib
 import io
 import os
 from pathlib import Path
@@ -31,8 +30,7 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
         kept = ""
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # some file systems do not take it
-                os.fsync(folder)  # else the rename may be lost with the power
+            os.fsync(folder)  # else the rename may be lost with the power
         finally:
             os.close(folder)
     except OSError as error:
