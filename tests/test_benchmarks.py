@@ -620,7 +620,7 @@ def test_statuses_of_steps(tmp_path, ready):
     }  # fmt: skip
     assert (found["failed"]["tail"], found["beside"]["tail"]) == ("why\n", "along\n")
     assert found["slow"]["tail"].startswith("so far")
-    assert shlex.split(found["ok"]["command"])[0::3] == ["python", "ok.json"]
+    assert shlex.split(found["ok"]["command"])[0::3] == [Path(sys.executable).name, "ok.json"]
     assert all({"status", "seconds", "command", "tail"} == step.keys() - {"reason"} for step in found.values())
     assert results["machine"]["commit"] == measure.commit() and results["machine"]["driver"] is None
     for pid in map(int, pids.read_text().split()):
