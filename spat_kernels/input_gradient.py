@@ -126,7 +126,7 @@ class InputGradient:
 
 
 def _convolution_weights(model) -> list[nn.Parameter]:
-    """Of the plain convolutions of `model`, where no compiler looks at what they are called with."""
+    """The weights of the model's plain convolutions. None where a compiler looks at what these are called with."""
     if not isinstance(model, nn.Module):
         return []
     modules = list(model.modules())

@@ -34,7 +34,7 @@ from .precision import HALVES, arithmetic
 from .trace import Node, Norm, Ref, Term
 
 CHANNELS_LAST = torch.channels_last
-ALIGNED = 4  # scales and shifts start at multiples of so many values: 16 bytes of fp32, which CUDA kernels read at once
+ALIGNED = 4  # scales and shifts start at multiples of 4 values, 16 bytes of fp32, which CUDA kernels read at once
 
 
 @dataclass
