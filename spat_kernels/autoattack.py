@@ -5,6 +5,7 @@ plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, AP
 rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
@@ -12,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, signs
 from .apgd import APGD
 from .attacked import attacked, check_batch, of_rows, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
+from .predictions import predictions
 from .square import Square, check_pixels
 
 VERSIONS = {
@@ -26,6 +28,7 @@ VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 ATTACKS = VERSIONS["plus"]
+GRADIENT_ATTACKS = tuple(name for name in ATTACKS if name != "square")
 LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 TARGETS = 9
 
@@ -120,7 +123,9 @@ class AutoAttack:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
 
         Warns:
-            RuntimeWarning: the gradient was NaN for some samples, as for `PGD`.
+            RuntimeWarning: a sign that the result may be too good (`signs.py`): outputs that are random (or, for "rand", not),
+                probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients do not.
+                The gradient was NaN for some samples, as for `PGD`.
         """
         *_, result = self.stages(model, x, y)
         return result
@@ -142,12 +147,14 @@ class AutoAttack:
         for rows in self._batches(result.robust):
             logits = self._logits(model, x[rows], highest_label)
             classes = logits.shape[1]
-            result.broken_by[rows[logits.argmax(1) != y[rows]]] = 0
+            result.broken_by[rows[predictions(logits) != y[rows]]] = 0
             if self.precision is not None:
                 with attacked(self, model, x[rows], y[rows], highest_label) as (way, images, labels):
-                    close[rows] = way.logits(images).argmax(1) != labels
-        if classes:
-            self._check_classes(classes)
+                    close[rows] = predictions(way.logits(images)) != labels
+            if rows[0] == 0:
+                self._check_classes(classes)
+                if result.robust[rows].any():
+                    self._warn_of_signs(model, x[rows], y[rows], logits, highest_label)
         yield result
         for number, name in enumerate(self.attacks, 1):
             # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
@@ -155,10 +162,39 @@ class AutoAttack:
                 for rows in self._batches(result.robust & chosen):
                     attack = self._attack(name, classes, of_rows(self.eps, rows), generator, precision)
                     found = attack(model, x[rows], y[rows])
-                    broken = self._logits(model, found, highest_label).argmax(1) != y[rows]
+                    broken = predictions(self._logits(model, found, highest_label)) != y[rows]
                     result.x_adv[rows[broken]] = found[broken]
                     result.broken_by[rows[broken]] = number
+            if name == "square" and {*GRADIENT_ATTACKS}.intersection(self.attacks[: number - 1]):
+                found = int((result.broken_by == number).sum())
+                if found > signs.SQUARE_SHARE * len(x):
+                    _warn(
+                        f"Square, which needs no gradients, broke {found} of {len(x)} images that the attacks by gradients left: "
+                        "the gradients may be masked, and the model less robust than it looks"
+                    )
             yield result
+
+    def _warn_of_signs(self, model, x: Tensor, y: Tensor, logits: Tensor, highest_label: int) -> None:
+        """Look for what the authors' code warns of, on images whose logits are known."""
+        if wrong := int(logits.isnan().any(1).sum()):
+            _warn(f"the logits of {wrong} of {len(x)} images are NaN: these count as misclassified")
+        if signs.are_probabilities(logits):
+            _warn("the model seems to return probabilities: give its logits, from which gradients do not vanish")
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            differ, allowed = signs.difference(logits, self._logits(model, x, highest_label))
+        if (differ > allowed) != (self.version == "rand"):
+            _warn(
+                "the model draws no random numbers: version='standard' is the stronger one for it" if self.version == "rand" else
+                f"the model seems to draw random numbers (logits of the same images differ by {differ:.2g}): use version='rand'"
+            )  # fmt: skip
+        if {*GRADIENT_ATTACKS}.intersection(self.attacks):
+            with attacked(self, model, x, y, highest_label) as (way, x, y):
+                zero = int(signs.without_gradient(way, x, y).sum())
+            if zero:
+                _warn(
+                    f"the gradient of the margin is 0 or NaN at {zero} of {len(x)} images: attacks by gradients cannot move "
+                    "them, and they may look robust without being so"
+                )
 
     def _attack(
         self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: str | None
@@ -193,3 +229,7 @@ class AutoAttack:
                     f"version={self.version!r}: the loss of {name} needs at least {LEAST_CLASSES[name]} classes, the model has "
                     f"{classes}: use version={tuple(fitting)!r}"
                 )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)

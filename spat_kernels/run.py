@@ -11,6 +11,7 @@ from .balls import BALLS, box, fill_
 from .engine import input_gradient
 from .losses import value_dtype
 from .ops._common import acc_dtype
+from .predictions import predictions
 
 if TYPE_CHECKING:
     from .attacks import PGD
@@ -209,6 +210,6 @@ class PGDRun(Run):
     def _keep_best(self, logits: Tensor) -> None:
         value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
         self._logit_gradient(logits, self.reference, value)
-        success = None if self.best_success is None else (logits.argmax(1) == self.y) == self.targeted
+        success = None if self.best_success is None else (predictions(logits) == self.y) == self.targeted
         value = value.to(self.best_value.dtype)
         ops.keep_best_(self.best, self.best_value, self.best_success, self.x_adv, value, success)

@@ -24,6 +24,7 @@ from torch import Tensor
 import spat_kernels
 from spat_kernels import losses, pgd
 from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, other_classes
 
 from .images import InputError
 
@@ -295,10 +296,7 @@ class PGD(Attack):
 
     def _targets(self, model, x: Tensor, y: Tensor, which: Tensor | None, run: int) -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
-        with torch.no_grad(), tf32_switches("fp32", x.device.type):
-            logits = model(x)
-        order = logits.scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True, stable=True)
-        wrong = order[:, 1:]  # the likeliest first
+        wrong, _ = other_classes(model_logits(model, x), y)
         if self.target == "random":
             return wrong.gather(1, (which * wrong.shape[1]).long()[:, None])[:, 0]
         return wrong[:, -1 if self.target == "least-likely" else run % wrong.shape[1]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, predictions
 
 from . import checks
 from .attacks import Attack, parse, parse_all
@@ -42,9 +42,7 @@ def validation(steps: int) -> dict[str, Attack]:
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Classes, int64 [B], by logits in full precision; -1 where one is NaN, which is no prediction."""
-    with torch.no_grad(), tf32_switches("fp32", x.device.type):
-        logits = model(x)
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+    return predictions(model_logits(model, x))
 
 
 def broken_by(

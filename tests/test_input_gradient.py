@@ -25,8 +25,10 @@ class Formats(TorchDispatchMode):
             contiguous = {t.is_contiguous() and not t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]}
             self.seen[name, "contiguous" if True in contiguous else "channels_last"] += 1
         self.casts += name == "_to_copy" and args[0].shape[2:] == (3, 3)
-        self.conversions += name in ("clone", "copy_") and args[0].shape[1:2] == (3,)
-        return function(*args, **kwargs)
+        out = function(*args, **kwargs)
+        if name in ("clone", "copy_") and args[0].shape[1:2] == (3,):
+            self.conversions += out.stride() != args[name == "copy_"].stride()
+        return out
 
 
 def formats_of(attack, model, x, y):
