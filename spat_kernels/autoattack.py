@@ -31,6 +31,7 @@ ATTACKS = VERSIONS["plus"]
 GRADIENT_ATTACKS = tuple(name for name in ATTACKS if name != "square")
 LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 TARGETS = 9
+CALLER = 5  # of `run`, as a level of the stack within `stages`
 
 
 class Result(NamedTuple):
@@ -153,8 +154,8 @@ class AutoAttack:
                     close[rows] = predictions(way.logits(images)) != labels
             if rows[0] == 0:
                 self._check_classes(classes)
-                if result.robust[rows].any():
-                    self._warn_of_signs(model, x[rows], y[rows], logits, highest_label)
+                for sign in self._signs(model, x[rows], y[rows], logits, highest_label):
+                    warnings.warn(sign, RuntimeWarning, stacklevel=CALLER)
         yield result
         for number, name in enumerate(self.attacks, 1):
             # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
@@ -168,32 +169,35 @@ class AutoAttack:
             if name == "square" and {*GRADIENT_ATTACKS}.intersection(self.attacks[: number - 1]):
                 found = int((result.broken_by == number).sum())
                 if found > signs.SQUARE_SHARE * len(x):
-                    _warn(
+                    warnings.warn(
                         f"Square, which needs no gradients, broke {found} of {len(x)} images that the attacks by gradients left: "
-                        "the gradients may be masked, and the model less robust than it looks"
+                        "the gradients may be masked, and the model less robust than it looks",
+                        RuntimeWarning,
+                        stacklevel=CALLER,
                     )
             yield result
 
-    def _warn_of_signs(self, model, x: Tensor, y: Tensor, logits: Tensor, highest_label: int) -> None:
-        """Look for what the authors' code warns of, on images whose logits are known."""
+    def _signs(self, model, x: Tensor, y: Tensor, logits: Tensor, highest_label: int) -> Iterator[str]:
+        """What the authors' code warns of, on images whose logits are known."""
         if wrong := int(logits.isnan().any(1).sum()):
-            _warn(f"the logits of {wrong} of {len(x)} images are NaN: these count as misclassified")
+            yield f"the logits of {wrong} of {len(x)} images are NaN, which counts as misclassified"
         if signs.are_probabilities(logits):
-            _warn("the model seems to return probabilities: give its logits, from which gradients do not vanish")
+            yield "the model seems to return probabilities: give its logits, whose gradients do not vanish"
+        if not (predictions(logits) == y).any():
+            return
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             differ, allowed = signs.difference(logits, self._logits(model, x, highest_label))
-        if (differ > allowed) != (self.version == "rand"):
-            _warn(
-                "the model draws no random numbers: version='standard' is the stronger one for it" if self.version == "rand" else
-                f"the model seems to draw random numbers (logits of the same images differ by {differ:.2g}): use version='rand'"
-            )  # fmt: skip
+        if differ > allowed and self.version != "rand":
+            yield f"the model seems to draw random numbers (logits of the same images differ by {differ:.2g}): use version='rand'"
+        if differ <= allowed and self.version == "rand":
+            yield "the model draws no random numbers: version='standard' is the stronger one for it"
         if {*GRADIENT_ATTACKS}.intersection(self.attacks):
             with attacked(self, model, x, y, highest_label) as (way, x, y):
                 zero = int(signs.without_gradient(way, x, y).sum())
             if zero:
-                _warn(
+                yield (
                     f"the gradient of the margin is 0 or NaN at {zero} of {len(x)} images: attacks by gradients cannot move "
-                    "them, and they may look robust without being so"
+                    "them, so they may look robust without being so"
                 )
 
     def _attack(
@@ -229,7 +233,3 @@ class AutoAttack:
                     f"version={self.version!r}: the loss of {name} needs at least {LEAST_CLASSES[name]} classes, the model has "
                     f"{classes}: use version={tuple(fitting)!r}"
                 )
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from contextlib import nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ CHECKPOINT = (
     "nn.Module that holds them, or checkpoint(..., use_reentrant=False)"
 )
 _contiguous_only: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that failed on activations in channels_last
+_only_reads: "weakref.WeakSet" = weakref.WeakSet()  # models that did not write on their input, when it was looked at
 
 
 class InputGradient:
@@ -108,13 +110,23 @@ class InputGradient:
             if self._tried:
                 raise
         else:
-            if differentiate and images._version != version:  # autograd would have raised
+            if differentiate and (images._version != version or self._wrote_unseen(images, x)):
                 warnings.warn(UNSEEN, RuntimeWarning, stacklevel=2)
             return images, outputs
         self._keep_contiguous()
         called = self._call(x, differentiate)  # an error now has nothing to do with the format
         _contiguous_only.add(self.model)
         return called
+
+    def _wrote_unseen(self, images: Tensor, x: Tensor) -> bool:
+        """Whether the model wrote on `images`, a copy of `x`, past PyTorch (`.data`, NumPy). Looked at once for each model: it
+        waits for the device."""
+        if not isinstance(self.model, (nn.Module, FunctionType)) or self.model in _only_reads:
+            return False
+        if torch.equal(images, x):
+            _only_reads.add(self.model)
+            return False
+        return True
 
     def _other_dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype of the model's parameters, if they have one in common and it is not that of `x`."""

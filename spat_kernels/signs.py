@@ -27,9 +27,8 @@ def difference(logits: Tensor, again: Tensor) -> tuple[float, float]:
 
 def are_probabilities(logits: Tensor) -> bool:
     """Whether all rows of `logits` [B, K] lie in [0, 1] and have the sum 1."""
-    rows = logits.double()
-    in_range = (rows >= -1e-5) & (rows <= 1 + 1e-5)
-    return bool(in_range.all() & ((rows.sum(1) - 1).abs() < 1e-3).all())
+    rows, rounding = logits.double(), 1e-5 + torch.finfo(logits.dtype).eps
+    return bool(((rows >= -rounding) & (rows <= 1 + rounding)).all() & ((rows.sum(1) - 1).abs() <= rounding).all())
 
 
 def without_gradient(gradient, x: Tensor, y: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
+from spat_train import alarms as module
 from spat_train.alarms import alarms, compare, sign_test
 from spat_train.images import InputError
 from tests.test_evaluate import Features, digits, fitted
@@ -17,7 +18,8 @@ from tests.test_evaluate import Features, digits, fitted
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = 0.15
 NAMES = [
-    "outputs are numbers", "outputs are logits", "outputs are deterministic", "outputs do not depend on the batch", "gradients are not zero", "noise is weaker than FGSM",
+    "outputs are numbers", "outputs are logits", "outputs are deterministic", "outputs do not depend on the batch",
+    "gradients are not zero", "noise is weaker than FGSM",
     "FGSM is weaker than PGD", "random search is weaker than PGD", "more steps break more", "larger eps break more",
     "unbounded attacks break all",
 ]  # fmt: skip
