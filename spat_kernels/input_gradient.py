@@ -20,8 +20,8 @@ UNSEEN = (
     "weak: let it work on x.clone(), outside of torch.no_grad()"
 )
 CUT_OFF = (
-    "model: its logits do not depend on x by differentiable operations (is there a detach, a no_grad, NumPy, 8-bit images or an "
-    "argmax inside?), so there is no gradient to follow: take it out, or attack by Square, which needs none"
+    "the model's logits do not depend on x by differentiable operations (is there a detach, a no_grad, NumPy, 8-bit images or an "
+    "argmax inside?), so there is no gradient to follow; Square needs none"
 )
 RECURRENT = (
     "model: cuDNN does not differentiate recurrent layers in eval mode: attack within "
@@ -123,7 +123,7 @@ class InputGradient:
         waits for the device."""
         if not isinstance(self.model, (nn.Module, FunctionType)) or self.model in _only_reads:
             return False
-        if torch.equal(images, x):
+        if not ((images != x) & (x == x)).any():  # that x holds no NaN is checked later
             _only_reads.add(self.model)
             return False
         return True

@@ -75,7 +75,7 @@ def alarms(
     checks.check_numbers(eps, 1.0, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    checks.check_models(model, source, images, images.labels[rows], memory_format)
+    checks.check_models(model, source, images, images.labels[rows], memory_format, {})
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
     how = {
         "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,

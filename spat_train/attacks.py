@@ -114,6 +114,7 @@ class Attack(ABC):
     family: ClassVar[str]
     random: ClassVar[bool] = True  # whether restarts differ
     in_parts: ClassVar[bool] = False  # whether `_attack` takes `between`
+    follows_gradients: ClassVar[bool] = True
 
     name: str = ""
     norm: str = _setting("linf", choice("linf", "l2"))
@@ -209,7 +210,7 @@ class Attack(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Clean(Attack):
-    family, random = "clean", False
+    family, random, follows_gradients = "clean", False, False
 
     def _attack(self, model, x, y, eps, draws, run, how):
         return x.clone()
@@ -259,6 +260,10 @@ class PGD(Attack):
     @property
     def random(self) -> bool:
         return self.start == "uniform" or self.target == "random"
+
+    @property
+    def follows_gradients(self) -> bool:
+        return self.steps > 0
 
     def runs(self, classes: int) -> int:
         return self.restarts * (classes - 1 if self.target == "all" else 1)
@@ -380,7 +385,7 @@ class FAB(_Engine):
 class Square(_Engine):
     """Random search by squares, without gradients."""
 
-    family = "square"
+    family, follows_gradients = "square", False
 
     queries: int = _setting(5000, positive)
 

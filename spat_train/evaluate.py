@@ -216,7 +216,7 @@ def evaluate(
     checks.check_numbers(eps, eps_l2, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    classes = checks.check_models(model, source, images, images.labels[rows], memory_format)
+    classes = checks.check_models(model, source, images, images.labels[rows], memory_format, attacks)
     checks.check_attacks(attacks, classes)
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)

@@ -458,3 +458,27 @@ def test_probabilities():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert signs.are_probabilities(logits.softmax(1).to(dtype))
         assert not signs.are_probabilities(logits.to(dtype)) and not signs.are_probabilities(logits.sigmoid().to(dtype))
+
+
+# ---- before a run begins
+
+
+def test_evaluate_says_so_before_any_work():
+    pytest.importorskip("tqdm")
+    from spat_train.evaluate import evaluate
+    from spat_train.images import InputError
+
+    net = linear(192)
+    x, y = attackable(net, 8, (3, 8, 8))
+
+    class Detached(Around):
+        def forward(self, x):
+            return self.net(x.detach())
+
+    for spec in ("pgd-10", "fgsm", "apgd", "fab-t", "autoattack"):
+        with pytest.raises(InputError, match="model: the model's logits do not depend on x"):
+            evaluate(Detached(net).eval(), (x, y), f"noise,{spec}", eps=EPS, bar=None)
+        evaluate(Detached(net).eval(), (x, y), "noise,square:queries=2", eps=EPS, bar=None)
+    with pytest.raises(InputError, match="source: the model's logits do not depend on x"):
+        evaluate(net, (x, y), "fgsm", eps=EPS, source=Detached(net).eval(), bar=None)
+    evaluate(Detached(net).eval(), (x, y), "fgsm", eps=EPS, source=net, bar=None)
