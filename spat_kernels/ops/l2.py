@@ -3,8 +3,8 @@
     v     <- x_adv + step_size * grad / ||grad||
     x_adv <- clamp(x + (v - x) * min(1, eps / ||v - x||), lo, hi)                         norms over each sample
 
-Arguments as in linf.py. A sample whose gradient is zero everywhere stays where it is, to the bit if that is inside the ball. Gradient
-elements that are NaN or infinite count as 0 and set nan_seen.
+Arguments as in linf.py. A sample whose gradient is zero everywhere stays where it is, to the bit if that is inside the ball.
+Gradient elements that are NaN or infinite count as 0 and set nan_seen.
 
 With d = x_adv - x one pass gives <g,g>, <g,d> and <d,d>, and from them ||v - x||: fp64 sums, so that the squares of the
 smallest fp32 gradients do not vanish (fp64 gradients should lie within 1e-150 and 1e150). A second pass, out of cache, moves.
