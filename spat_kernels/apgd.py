@@ -237,6 +237,7 @@ class APGD:
 
     def __post_init__(self):
         self.loss = as_loss(self.loss)
+        self.loss.check_targeted(self.targets is not None)
         check_settings(self)
         checks.check_graph(self.graph)
         for name in ("steps", "eot"):
@@ -275,6 +276,7 @@ class APGD:
             x, y = usable(x, y)
             with attacked(self, model, x, y, highest_label) as (way, _, _):
                 logits = way.logits(x)
+            self.loss.check_classes(logits.shape[1], self.targets is not None)
             robust, x_adv = logits.argmax(1) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)

@@ -27,8 +27,8 @@ class PGD:
 
     Args:
         eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
-        loss: what is maximised: "ce", "kl", "margin", "dlr", an object of `spat_kernels.losses`, or a callable
-            `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
+        loss: what is maximised: "ce", "kl", "margin", "dlr", or another name in `losses.LOSSES`; an object of
+            `spat_kernels.losses`; or a callable `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
         steps: gradient steps, >= 0.
         step_size: length of a step in the units of x, a number or [B]. None is eps / 4 for L-infinity (thesis, chapter 6) and
             2.5 * eps / steps for L2 (the same at 10 steps).
@@ -83,6 +83,7 @@ class PGD:
 
     def __post_init__(self):
         self.loss = as_loss(self.loss)
+        self.loss.check_targeted(self.targeted)
         check_settings(self)
         checks.check_choice("select", self.select, ("success", "loss"))
         checks.check_graph(self.graph)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, losses
 from .apgd import APGD
 from .attacked import attacked, check_batch, of_rows, usable
 from .borrow import borrowed
@@ -26,8 +26,13 @@ VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 ATTACKS = VERSIONS["plus"]
-LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr"}
 TARGETS = 9
+
+
+def fewest_classes(name: str) -> int:
+    """How many classes a model must have for the attack `name`."""
+    return losses.LOSSES[LOSS_OF[name]].fewest_classes(targeted=name.endswith("-t")) if name in LOSS_OF else 2
 
 
 class Result(NamedTuple):
@@ -173,8 +178,8 @@ class AutoAttack:
             return Square(eps, queries=self.queries, **common)
         if name.startswith("fab"):
             return FAB(eps, steps=self.steps, targets=targets, **common)
-        loss, eot = "ce" if name == "apgd-ce" else "dlr", 20 if self.version == "rand" else 1
-        return APGD(eps, loss=loss, steps=self.steps, targets=targets, eot=eot, graph=self.graph, **common)
+        eot = 20 if self.version == "rand" else 1
+        return APGD(eps, loss=LOSS_OF[name], steps=self.steps, targets=targets, eot=eot, graph=self.graph, **common)
 
     def _batches(self, robust: Tensor) -> list[Tensor]:
         """The samples still to be attacked, in batches of indices."""
@@ -186,10 +191,10 @@ class AutoAttack:
             return InputGradient(model, None, highest_label).logits(x)
 
     def _check_classes(self, classes: int) -> None:
-        fitting = [name for name in self.attacks if LEAST_CLASSES.get(name, 2) <= classes]
+        fitting = tuple(name for name in self.attacks if fewest_classes(name) <= classes)
         for name in self.attacks:
             if name not in fitting:
                 raise ValueError(
-                    f"version={self.version!r}: the loss of {name} needs at least {LEAST_CLASSES[name]} classes, the model has "
-                    f"{classes}: use version={tuple(fitting)!r}"
+                    f"version={self.version!r}: the loss of {name} needs at least {fewest_classes(name)} classes, the model has "
+                    f"{classes}: use version={fitting!r}"
                 )
