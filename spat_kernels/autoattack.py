@@ -18,9 +18,10 @@ from .attacked import attacked, check_batch, of_rows, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
+from .settings import AttackSettings, BNMode, GradientPath, Graph, Norm, Precision, Version
 from .square import Square, check_pixels
 
-VERSIONS = {
+VERSIONS: dict[Version, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
@@ -77,17 +78,17 @@ class AutoAttack:
 
     eps: float | Tensor
     _: KW_ONLY
-    norm: str = "linf"
-    version: str | tuple[str, ...] = "standard"
+    norm: Norm = "linf"
+    version: Version | tuple[str, ...] = "standard"
     steps: int = 100
     queries: int = 5000
     seed: int = 0
     batch_size: int | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
-    precision: str | None = None
-    input_gradient: str = "auto"
-    bn_mode: str = "eval"
-    graph: bool | str = "auto"
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
+    graph: Graph = "auto"
 
     def __post_init__(self):
         checks.check_count("seed", self.seed, 0)
@@ -166,10 +167,10 @@ class AutoAttack:
             yield result
 
     def _attack(
-        self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: str | None
+        self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: Precision | None
     ) -> APGD | FAB | Square:
         restarts = 5 if self.version == "plus" and name in ("apgd-ce", "apgd-dlr", "fab") else 1
-        common = {
+        common: AttackSettings = {
             "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
             "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
         }  # fmt: skip

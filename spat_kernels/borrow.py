@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-BN_MODES = ("eval", "train", "keep")
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 

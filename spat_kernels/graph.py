@@ -284,7 +284,7 @@ class _Entry:
     def remember(self, model: nn.Module, settings) -> None:
         self.settled = True
         try:
-            self.structure = Structure.of(model, training=settings.bn_mode == "keep")
+            self.structure = Structure(model, training=settings.bn_mode == "keep")
         except TypeError as error:
             self.refused = str(error)
 

@@ -258,7 +258,10 @@ def named(name: str, **settings: float) -> Loss:
     return kind(**settings)
 
 
-def as_loss(loss: "str | Loss | Callable[[Tensor, Tensor], Tensor]") -> Loss:
+LossLike = LossName | str | Loss | Callable[[Tensor, Tensor], Tensor]
+
+
+def as_loss(loss: LossLike) -> Loss:
     """The `Loss` behind a name, an object or a callable."""
     if isinstance(loss, Loss):
         return loss
