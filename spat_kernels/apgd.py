@@ -11,7 +11,6 @@ halved then and the best loss has not changed since. As in the authors' code the
 Everything is a tensor with a value per sample, so a run never waits for the device: the schedule knows no data.
 """
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
@@ -24,10 +23,11 @@ from . import checks, ops
 from .attacked import attacked, check_batch, check_settings, of_rows, usable, warn_of_nan
 from .balls import Ball
 from .graph import graphs
-from .losses import DLR, OURS, LabelSmoothedCE, Loss, as_loss, value_dtype
+from .losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
 from .ops._common import acc_dtype, broadcast
 from .predictions import other_classes, predictions
 from .run import Batch, Run
+from .settings import BNMode, GradientPath, Graph, Norm, Precision
 
 FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
 MOMENTUM = 0.75
@@ -220,24 +220,25 @@ class APGD:
 
     eps: float | Tensor
     _: KW_ONLY
-    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "ce"
+    loss: LossLike = "ce"
     steps: int = 100
-    norm: str = "linf"
+    norm: Norm = "linf"
     restarts: int = 1
     rho: float = 0.75
     eot: int = 1
     targets: int | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
-    precision: str | None = None
-    input_gradient: str = "auto"
-    bn_mode: str = "eval"
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
     generator: torch.Generator | None = None
-    graph: bool | str = "auto"
+    graph: Graph = "auto"
 
     run_class = APGDRun  # what `graphs` runs and captures
 
     def __post_init__(self):
-        self.loss = as_loss(self.loss)
+        self.loss = loss = as_loss(self.loss)
+        loss.check_targeted(self.targets is not None)
         check_settings(self)
         checks.check_graph(self.graph)
         for name in ("steps", "eot"):
@@ -276,6 +277,7 @@ class APGD:
             x, y = usable(x, y)
             with attacked(self, model, x, y, highest_label) as (way, _, _):
                 logits = way.logits(x)
+            as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
             robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)

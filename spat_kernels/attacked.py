@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .balls import BALLS, fill_
-from .borrow import BN_MODES, borrowed
+from .balls import fill_
+from .borrow import borrowed
 from .engine import check_path, check_precision, input_gradient
 from .ops._common import acc_dtype, is_dense
 from .run import drawing
+from .settings import BN_MODES, NORMS
 
 
 def check_settings(attack) -> None:
     """Of an attack with the fields eps, norm, restarts, bounds, precision, input_gradient, bn_mode and generator of `PGD`."""
-    checks.check_choice("norm", attack.norm, BALLS)
+    checks.check_choice("norm", attack.norm, NORMS)
     check_path(attack.precision, attack.input_gradient)
     checks.check_choice("bn_mode", attack.bn_mode, BN_MODES)
     checks.check_count("restarts", attack.restarts, 1)

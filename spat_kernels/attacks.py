@@ -7,18 +7,19 @@ Only the direction of the input gradient counts, so nothing else is computed: on
 model's backward to its input, one fused kernel for the step and both projections.
 """
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import checks
 from .attacked import check_settings, default_generator, drawing_undone, usable, warn_of_nan
 from .engine import check_precision, is_planned
 from .graph import graphs
-from .losses import DLR, OURS, KLDivergence, LabelSmoothedCE, Loss, Margin, as_loss
+from .losses import DLR, OURS, KLDivergence, LabelSmoothedCE, LossLike, Margin, as_loss
 from .run import Batch, PGDRun
+from .settings import SELECT, BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select
 
 
 @dataclass(eq=False)
@@ -27,8 +28,8 @@ class PGD:
 
     Args:
         eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
-        loss: what is maximised: "ce", "kl", "margin", "dlr", an object of `spat_kernels.losses`, or a callable
-            `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
+        loss: what is maximised: "ce", "kl", "margin", "dlr", or another name in `losses.LOSSES`; an object of
+            `spat_kernels.losses`; or a callable `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
         steps: gradient steps, >= 0.
         step_size: length of a step in the units of x, a number or [B]. None is eps / 4 for L-infinity (thesis, chapter 6) and
             2.5 * eps / steps for L2 (the same at 10 steps).
@@ -64,27 +65,28 @@ class PGD:
 
     eps: float | Tensor
     _: KW_ONLY
-    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "ce"
+    loss: LossLike = "ce"
     steps: int = 10
     step_size: float | Tensor | None = None
     random_start: bool = True
-    norm: str = "linf"
+    norm: Norm = "linf"
     targeted: bool = False
     restarts: int = 1
     bounds: tuple[float, float] = (0.0, 1.0)
-    precision: str | None = None
-    input_gradient: str = "auto"
-    bn_mode: str = "eval"
-    select: str = "success"
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
+    select: Select = "success"
     generator: torch.Generator | None = None
-    graph: bool | str = "auto"
+    graph: Graph = "auto"
 
     run_class = PGDRun  # what `graphs` runs and captures
 
     def __post_init__(self):
-        self.loss = as_loss(self.loss)
+        self.loss = loss = as_loss(self.loss)
+        loss.check_targeted(self.targeted)
         check_settings(self)
-        checks.check_choice("select", self.select, ("success", "loss"))
+        checks.check_choice("select", self.select, SELECT)
         checks.check_graph(self.graph)
         checks.check_count("steps", self.steps, 0)
         if self.step_size is not None:
@@ -176,6 +178,7 @@ class PGD:
         return self.steps + 2
 
     def _check(self, model, x, y, start) -> None:
+        loss = as_loss(self.loss)  # which it is since `__post_init__`
         checks.check_images(x)
         checks.check_callable(model)
         check_precision(self.precision, x)
@@ -183,13 +186,13 @@ class PGD:
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:
             checks.check_labels(y, x)
-        elif self.loss.uses_labels or (self.restarts > 1 and self.select == "success"):
+        elif loss.uses_labels or (self.restarts > 1 and self.select == "success"):
             raise TypeError("y=None, but the loss or the choice of restarts needs labels: give y, int64 [B]")
         if start is not None:
             checks.check_start(start, x)
             if self.restarts > 1:
                 raise ValueError(f"restarts={self.restarts} from one start repeat one run: leave out start, or restarts")
-        elif self.loss.needs_random_start and not self.random_start:
+        elif loss.needs_random_start and not self.random_start:
             raise ValueError(
                 "random_start=False, but the gradient of this loss is zero at x itself: set it True, or give a start"
             )
@@ -208,16 +211,16 @@ def pgd_ls(
     steps: int = 10,
     step_size: float | Tensor | None = None,
     random_start: bool = True,
-    norm: str = "linf",
+    norm: Norm = "linf",
     targeted: bool = False,
     restarts: int = 1,
     bounds: tuple[float, float] = (0.0, 1.0),
-    precision: str | None = None,
-    input_gradient: str = "auto",
-    bn_mode: str = "eval",
-    select: str = "success",
+    precision: Precision | None = None,
+    input_gradient: GradientPath = "auto",
+    bn_mode: BNMode = "eval",
+    select: Select = "success",
     generator: torch.Generator | None = None,
-    graph: bool | str = "auto",
+    graph: Graph = "auto",
     start: Tensor | None = None,
 ) -> Tensor:
     """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
@@ -236,28 +239,64 @@ def pgd_ls(
     return attack(model, x, y, start=start)
 
 
-def pgd(model, x: Tensor, y: Tensor | None, eps: float | Tensor, *, loss="ce", start: Tensor | None = None, **settings) -> Tensor:
+def pgd(
+    model,
+    x: Tensor,
+    y: Tensor | None,
+    eps: float | Tensor,
+    *,
+    loss: LossLike = "ce",
+    start: Tensor | None = None,
+    **settings: Unpack[PGDSettings],
+) -> Tensor:
     """PGD on `loss`: a name, an object of `losses`, or a callable. Everything else as in `PGD`, which `settings` go to."""
     return PGD(eps, loss=loss, **settings)(model, x, y, start=start)
 
 
-def pgd_kl(model, x: Tensor, y: Tensor | None, eps: float | Tensor, **settings) -> Tensor:
+def pgd_kl(
+    model, x: Tensor, y: Tensor | None, eps: float | Tensor, *, start: Tensor | None = None, **settings: Unpack[PGDSettings]
+) -> Tensor:
     """PGD on KL(p(x) || p(x_adv)), the inner attack of TRADES (arXiv 1901.08573). y may be None. `settings` as in `pgd`."""
-    return pgd(model, x, y, eps, loss=KLDivergence(), **settings)
+    return pgd(model, x, y, eps, loss=KLDivergence(), start=start, **settings)
 
 
-def fgsm(model, x: Tensor, y: Tensor, eps: float | Tensor, *, step_size=None, random_start: bool = False, **settings) -> Tensor:
+def fgsm(
+    model,
+    x: Tensor,
+    y: Tensor | None,
+    eps: float | Tensor,
+    *,
+    loss: LossLike = "ce",
+    step_size: float | Tensor | None = None,
+    random_start: bool = False,
+    start: Tensor | None = None,
+    **settings: Unpack[CommonSettings],
+) -> Tensor:
     """One step of length eps (or `step_size`), by default from x itself (Goodfellow et al., arXiv 1412.6572).
 
     `settings` as in `pgd`, except `steps`.
     """
     step_size = eps if step_size is None else step_size
-    return pgd(model, x, y, eps, steps=1, step_size=step_size, random_start=random_start, **settings)
+    attack = PGD(eps, loss=loss, steps=1, step_size=step_size, random_start=random_start, **settings)
+    return attack(model, x, y, start=start)
 
 
-def cw_linf(model, x: Tensor, y: Tensor, eps: float | Tensor, *, kappa: float = 50.0, steps: int = 30, **settings) -> Tensor:
+def cw_linf(
+    model,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    *,
+    kappa: float = 50.0,
+    steps: int = 30,
+    step_size: float | Tensor | None = None,
+    random_start: bool = True,
+    start: Tensor | None = None,
+    **settings: Unpack[CommonSettings],
+) -> Tensor:
     """C&W-infinity: PGD on the margin loss (Madry et al., section 5; the thesis runs it for 30 steps).
 
     kappa = 0 stops at the first misclassification; 50 goes on as the public code does. `settings` as in `pgd`.
     """
-    return pgd(model, x, y, eps, loss=Margin(kappa), steps=steps, **settings)
+    attack = PGD(eps, loss=Margin(kappa), steps=steps, step_size=step_size, random_start=random_start, **settings)
+    return attack(model, x, y, start=start)

@@ -13,25 +13,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, signs
+from . import checks, losses, signs
 from .apgd import APGD
 from .attacked import attacked, check_batch, of_rows, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
 from .predictions import predictions
+from .settings import AttackSettings, BNMode, GradientPath, Graph, Norm, Precision, Version
 from .square import Square, check_pixels
 
-VERSIONS = {
+VERSIONS: dict[Version, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 ATTACKS = VERSIONS["plus"]
 GRADIENT_ATTACKS = tuple(name for name in ATTACKS if name != "square")
-LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr"}
 TARGETS = 9
 CALLER = 5  # of `run`, as a level of the stack within `stages`
+
+
+def fewest_classes(name: str) -> int:
+    """How many classes a model must have for the attack `name`."""
+    return losses.LOSSES[LOSS_OF[name]].fewest_classes(targeted=name.endswith("-t")) if name in LOSS_OF else 2
 
 
 class Result(NamedTuple):
@@ -76,17 +82,17 @@ class AutoAttack:
 
     eps: float | Tensor
     _: KW_ONLY
-    norm: str = "linf"
-    version: str | tuple[str, ...] = "standard"
+    norm: Norm = "linf"
+    version: Version | tuple[str, ...] = "standard"
     steps: int = 100
     queries: int = 5000
     seed: int = 0
     batch_size: int | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
-    precision: str | None = None
-    input_gradient: str = "auto"
-    bn_mode: str = "eval"
-    graph: bool | str = "auto"
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
+    graph: Graph = "auto"
 
     def __post_init__(self):
         checks.check_count("seed", self.seed, 0)
@@ -201,10 +207,10 @@ class AutoAttack:
                 )
 
     def _attack(
-        self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: str | None
+        self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: Precision | None
     ) -> APGD | FAB | Square:
         restarts = 5 if self.version == "plus" and name in ("apgd-ce", "apgd-dlr", "fab") else 1
-        common = {
+        common: AttackSettings = {
             "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
             "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
         }  # fmt: skip
@@ -213,8 +219,8 @@ class AutoAttack:
             return Square(eps, queries=self.queries, **common)
         if name.startswith("fab"):
             return FAB(eps, steps=self.steps, targets=targets, **common)
-        loss, eot = "ce" if name == "apgd-ce" else "dlr", 20 if self.version == "rand" else 1
-        return APGD(eps, loss=loss, steps=self.steps, targets=targets, eot=eot, graph=self.graph, **common)
+        eot = 20 if self.version == "rand" else 1
+        return APGD(eps, loss=LOSS_OF[name], steps=self.steps, targets=targets, eot=eot, graph=self.graph, **common)
 
     def _batches(self, robust: Tensor) -> list[Tensor]:
         """The samples still to be attacked, in batches of indices."""
@@ -226,10 +232,10 @@ class AutoAttack:
             return InputGradient(model, None, highest_label).logits(x)
 
     def _check_classes(self, classes: int) -> None:
-        fitting = [name for name in self.attacks if LEAST_CLASSES.get(name, 2) <= classes]
+        fitting = tuple(name for name in self.attacks if fewest_classes(name) <= classes)
         for name in self.attacks:
             if name not in fitting:
                 raise ValueError(
-                    f"version={self.version!r}: the loss of {name} needs at least {LEAST_CLASSES[name]} classes, the model has "
-                    f"{classes}: use version={tuple(fitting)!r}"
+                    f"version={self.version!r}: the loss of {name} needs at least {fewest_classes(name)} classes, the model has "
+                    f"{classes}: use version={fitting!r}"
                 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .ops._common import acc_dtype, broadcast, same_layout
+from .settings import Norm
 
 
 class Ball:
@@ -122,7 +123,7 @@ def fill_(values: Tensor, value: float | Tensor) -> Tensor:
     return values.fill_(value)
 
 
-BALLS = {"linf": LinfBall, "l2": L2Ball}
+BALLS: dict[Norm, type[Ball]] = {"linf": LinfBall, "l2": L2Ball}
 
 
 def box(bounds: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .structure import PLAIN, UNREAD
 
-BN_MODES = ("eval", "train", "keep")
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 OBJECTS = 2  # how deep objects within objects are looked into for modules

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, host_random
-from .borrow import BN_MODES, borrowed
+from .borrow import borrowed
 from .input_gradient import InputGradient
 from .plan import Plan, PlannedGradient
-from .precision import HALVES, PRECISIONS, arithmetic, half_dtype
+from .precision import HALVES, arithmetic, half_dtype
+from .settings import BN_MODES, GRADIENT_PATHS, PRECISIONS, BNMode, GradientPath, Precision
 from .structure import Structure
 from .trace import CannotPlan, check_hooks, first_line, trace
 
-INPUT_GRADIENTS = ("auto", "plan", "autograd")
 IMAGE_SIZES = 16  # for which plans of a model are kept
 TRIES = 3  # at a trace during which nobody draws random numbers on the host: other threads may
 
@@ -45,7 +45,7 @@ class Explanation:
 
 
 def explain(
-    model, x: Tensor, *, precision: str | None = None, input_gradient: str = "auto", bn_mode: str = "eval"
+    model, x: Tensor, *, precision: Precision | None = None, input_gradient: GradientPath = "auto", bn_mode: BNMode = "eval"
 ) -> Explanation:
     """Which path an attack with these settings takes on `model` at images like `x` [B, ...], and why.
 
@@ -70,12 +70,12 @@ def explain(
     return Explanation("plan", "", dtype, plan.summary())
 
 
-def check_path(precision: str | None, input_gradient: str) -> None:
+def check_path(precision: Precision | None, input_gradient: str) -> None:
     checks.check_choice("precision", precision, (None, *PRECISIONS))
-    checks.check_choice("input_gradient", input_gradient, INPUT_GRADIENTS)
+    checks.check_choice("input_gradient", input_gradient, GRADIENT_PATHS)
 
 
-def check_precision(precision: str | None, x: Tensor) -> None:
+def check_precision(precision: Precision | None, x: Tensor) -> None:
     """That `precision` goes with the images."""
     if precision is not None and x.dtype != torch.float32:
         raise ValueError(f"precision={precision!r} is for float32 images, got {x.dtype}: use x.float(), or precision=None")
@@ -84,7 +84,7 @@ def check_precision(precision: str | None, x: Tensor) -> None:
 
 
 def input_gradient(
-    model, x: Tensor, how: str = "auto", precision: str | None = None, highest_label: int = -1
+    model, x: Tensor, how: str = "auto", precision: Precision | None = None, highest_label: int = -1
 ) -> InputGradient | PlannedGradient:
     """The way to differentiate `model`, which is borrowed (frozen, in the mode of the attack), at images like `x`.
 
@@ -107,7 +107,7 @@ _plans: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary
 _lock = threading.Lock()
 
 
-def _plan_and_dtype(model, x: Tensor, precision: str | None) -> tuple[Plan, torch.dtype]:
+def _plan_and_dtype(model, x: Tensor, precision: Precision | None) -> tuple[Plan, torch.dtype]:
     if not isinstance(model, nn.Module):
         raise CannotPlan("it is a plain callable and no torch.nn.Module")
     inner = _inner(model)
@@ -166,7 +166,7 @@ def _plan(model: nn.Module, x: Tensor) -> Plan:
         structure, made = _plans.setdefault(model, {}).get(key, (None, None))
         if structure is None or not structure.matches(model):
             try:
-                structure, made = Structure.of(model, addresses=False), _make_plan(model, x)
+                structure, made = Structure(model, addresses=False), _make_plan(model, x)
             except TypeError as error:
                 raise CannotPlan(str(error)) from error
             plans = _plans[model]

@@ -25,6 +25,7 @@ from .balls import box
 from .ops._common import acc_dtype
 from .predictions import other_classes, predictions
 from .run import FP16_SCALE
+from .settings import BNMode, GradientPath, Norm, Precision
 
 
 @dataclass(eq=False)
@@ -56,7 +57,7 @@ class FAB:
 
     eps: float | Tensor
     _: KW_ONLY
-    norm: str = "linf"
+    norm: Norm = "linf"
     steps: int = 100
     targets: int | None = 9
     restarts: int = 1
@@ -64,9 +65,9 @@ class FAB:
     eta: float = 1.05
     beta: float = 0.9
     bounds: tuple[float, float] = (0.0, 1.0)
-    precision: str | None = None
-    input_gradient: str = "auto"
-    bn_mode: str = "eval"
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
     generator: torch.Generator | None = None
 
     def __post_init__(self):

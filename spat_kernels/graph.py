@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from . import checks, host_random
 from .borrow import borrowed
-from .losses import OURS, Custom, Loss
+from .losses import OURS, AutogradLoss, Custom, Loss
 from .run import Batch, Run, drawing
 from .structure import Structure, freeze
 
@@ -151,9 +151,9 @@ class Graphs:
     def attack(self, settings, model, batch: Batch, highest_label: int) -> Outcome:
         """The outcome of an attack (see `settings.run_class`, a class of runs), and the model's number of classes.
 
-        With graph="auto" only what can be checked is captured: an nn.Module, and losses other than plain callables (either may
-        read what is out of sight), outside of dispatch modes (which would not see a replay); and no run of more than PASSES
-        forwards. With graph=True the caller vouches for the globals that a callable loss reads.
+        With graph="auto" only what can be checked is captured: an nn.Module, and losses other than callables and `AutogradLoss`
+        (Python code that may read what is out of sight), outside of dispatch modes (which would not see a replay); and no run of
+        more than PASSES forwards. With graph=True the caller vouches for the globals that such a loss reads.
 
         Raises:
             ValueError: graph=True, but x is not on a CUDA device, or the model is a plain callable.
@@ -195,7 +195,7 @@ class Graphs:
                     "make it an nn.Module (nn.Sequential(normalize, net)), or set graph='auto'"
                 )
             return True
-        if settings.passes > PASSES or isinstance(settings.loss, Custom):
+        if settings.passes > PASSES or isinstance(settings.loss, AutogradLoss):
             return False
         seen_by_a_mode = torch._C._len_torch_dispatch_stack() > 0
         return on_device and is_module and not seen_by_a_mode
@@ -284,7 +284,7 @@ class _Entry:
     def remember(self, model: nn.Module, settings) -> None:
         self.settled = True
         try:
-            self.structure = Structure.of(model, training=settings.bn_mode == "keep")
+            self.structure = Structure(model, training=settings.bn_mode == "keep")
         except TypeError as error:
             self.refused = str(error)
 

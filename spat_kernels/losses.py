@@ -1,26 +1,37 @@
 """What an attack maximises: the value of a loss per sample, and its gradient at the logits.
 
 Each loss here is one fused kernel. To bring your own, pass `pgd` a callable `loss(logits, y) -> [B]`; its gradient then comes
-from autograd. To bring a kernel, subclass `Loss`.
+from autograd. To give it a name, subclass `AutogradLoss` and `register` it: attacks, `spat-train evaluate` and
+`spat-train train --inner` know it from then on. To bring a kernel, subclass `Loss`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
 
+LossName = Literal["ce", "kl", "margin", "dlr"]  # of `PGD(loss=)`; `register` adds others
+
 
 class Loss:
     """Interface. An attack calls `reference` once a batch and `gradient` in every step."""
 
-    needs_clean_logits = False  # True: `reference` is given f(x) at the clean images
-    needs_random_start = False  # True: the gradient vanishes at the clean images
-    uses_labels = True  # False: y may be None
+    name: ClassVar[str] = ""  # in `pgd(loss=name)` and the like, if it is registered
+    title: ClassVar[str] = ""  # in reports; its name, if empty
+    needs_clean_logits: ClassVar[bool] = False  # True: `reference` is given f(x) at the clean images
+    needs_random_start: ClassVar[bool] = False  # True: the gradient vanishes at the clean images
+    uses_labels: ClassVar[bool] = True  # False: y may be None
+    has_targeted_form: ClassVar[bool] = True
+
+    @classmethod
+    def fewest_classes(cls, targeted: bool) -> int:
+        """The least number of classes K that it is defined for."""
+        return 2
 
     def reference(self, y: Tensor, clean_logits: Tensor | None, targeted: bool) -> Any:
         """What the logits are held against in every step: the labels, unless a subclass says otherwise.
@@ -42,13 +53,49 @@ class Loss:
         """
         raise NotImplementedError
 
+    def check_targeted(self, targeted: bool) -> None:
+        if targeted and not self.has_targeted_form:
+            raise ValueError(f"loss {self._called} has no targeted form: use loss='ce', or leave out targets")
 
+    def check_classes(self, classes: int, targeted: bool) -> None:
+        needed = self.fewest_classes(targeted)
+        if classes < needed:
+            raise ValueError(
+                f"loss {self._called} needs at least {needed} classes here, the model has {classes}: use loss='margin'"
+            )
+
+    def describe(self) -> str:
+        """Its title, with its settings."""
+        given = ", ".join(f"{name} {getattr(self, name):g}" for name in settings_of(type(self)))
+        return f"{self.title or self.name}{f' ({given})' if given else ''}"
+
+    @property
+    def _called(self) -> str:
+        return repr(self.name) if self.name else type(self).__name__
+
+
+LOSSES: dict[str, type[Loss]] = {}  # by name: see `register`
+ALIASES = {"ls": "ce", "lsce": "ce"}  # that loss with all its settings given: cross-entropy with an alpha
+Kind = TypeVar("Kind", bound=type[Loss])
+
+
+def register(kind: Kind) -> Kind:
+    """Make a loss known by its `name`, as a decorator of its class."""
+    if not kind.name or kind.name in (*LOSSES, *ALIASES):
+        raise ValueError(f"{kind.__name__}.name={kind.name!r}: give a name that no other loss has")
+    LOSSES[kind.name] = kind
+    return kind
+
+
+@register
 @dataclass(frozen=True)
 class LabelSmoothedCE(Loss):
     """Cross-entropy against 1 - alpha on the label and alpha / (K - 1) on every other class (thesis, Eq. 4.1-4.2).
 
     `F.cross_entropy(label_smoothing=s)` is the same at s = alpha * K / (K - 1). alpha is in [0, 1]; 0 is cross-entropy.
     """
+
+    name, title = "ce", "cross-entropy"
 
     alpha: float = 0.0
 
@@ -63,12 +110,16 @@ class LabelSmoothedCE(Loss):
         normalize = self.alpha == 0
         ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale, normalize=normalize)
 
+    def describe(self):
+        return self.title if self.alpha == 0 else f"label-smoothed {super().describe()}"
+
 
 def CrossEntropy() -> LabelSmoothedCE:
     """-log p_y: label-smoothed cross-entropy at alpha = 0."""
     return LabelSmoothedCE(0.0)
 
 
+@register
 @dataclass(frozen=True)
 class KLDivergence(Loss):
     """KL(softmax(f(x)) || softmax(f(x_adv))): the inner loss of TRADES (arXiv 1901.08573). The labels are not used.
@@ -76,25 +127,28 @@ class KLDivergence(Loss):
     Its gradient is zero at x itself, so it needs a random start; it has no targeted form.
     """
 
+    name, title = "kl", "KL"
     needs_clean_logits = True
     needs_random_start = True
     uses_labels = False
+    has_targeted_form = False
 
     def reference(self, y, clean_logits, targeted):
-        if targeted:
-            raise ValueError("targeted=True does not go with the KL loss, which knows no labels: use loss='ce'")
         return clean_logits.to(value_dtype(clean_logits)).softmax(1)
 
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
         ops.kl_grad(logits, reference, dlogits, value, scale=scale)
 
 
+@register
 @dataclass(frozen=True)
 class Margin(Loss):
     """min(max_{k != y} z_k - z_y, kappa), "C&W-infinity"; targeted: min(z_t - max_{k != t} z_k, kappa).
 
     kappa = 0 stops at the first misclassification, kappa = 50 is CW+ (arXiv 1706.06083, section 5). kappa must be >= 0.
     """
+
+    name, title = "margin", "the margin"
 
     kappa: float = 0.0
 
@@ -108,6 +162,7 @@ class Margin(Loss):
         ops.margin_grad(logits, reference, dlogits, value, kappa=self.kappa, targeted=targeted, scale=scale)
 
 
+@register
 @dataclass(frozen=True)
 class DLR(Loss):
     """Difference of logits ratio (AutoAttack, arXiv 2003.01690, Eq. 6; K >= 3). Targeted: Eq. 7 (K >= 4).
@@ -115,7 +170,12 @@ class DLR(Loss):
     The targeted form moves from a class to the target; the class is the likeliest other one for the clean image.
     """
 
+    name, title = "dlr", "DLR"
     needs_clean_logits = True
+
+    @classmethod
+    def fewest_classes(cls, targeted):
+        return 4 if targeted else 3
 
     def reference(self, y, clean_logits, targeted):
         if not targeted:
@@ -124,30 +184,28 @@ class DLR(Loss):
 
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
         labels, targets = reference
-        classes, needed = logits.shape[1], 4 if targeted else 3
-        if classes < needed:
-            raise ValueError(f"loss 'dlr' needs at least {needed} classes here, the model has {classes}: use loss='margin'")
         ops.dlr_grad(logits, labels, dlogits, value, targets=targets, scale=scale)
 
 
-@dataclass(frozen=True)
-class Custom(Loss):
-    """A callable `function(logits [B, K], y [B]) -> [B]`, differentiated by autograd; a targeted attack minimises it."""
+class AutogradLoss(Loss):
+    """A loss without a kernel: a subclass writes `value`, which autograd differentiates. A targeted attack minimises it."""
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    def value(self, logits: Tensor, reference: Any) -> Tensor:
+        """The loss per sample, [B], of logits [B, K] against `reference`, which is y [B] unless a subclass says otherwise."""
+        raise NotImplementedError
 
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            loss = self.function(leaf, reference)
+            loss = self.value(leaf, reference)
             if not isinstance(loss, Tensor) or loss.shape != logits.shape[:1]:
                 got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
-                    f"loss: {self.function} must return one value per sample, [{len(logits)}], got {got}; "
+                    f"loss: {self} must return one value per sample, [{len(logits)}], got {got}; "
                     "do not average over the batch (reduction='none')"
                 )
             if not loss.requires_grad:
-                raise ValueError(f"loss: {self.function} does not depend on the logits by differentiable operations")
+                raise ValueError(f"loss: {self} does not depend on the logits by differentiable operations")
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
         sign = -1.0 if targeted else 1.0
         dlogits.copy_(grad * (sign * scale))
@@ -155,20 +213,64 @@ class Custom(Loss):
             value.copy_(sign * loss.detach())
 
 
+@dataclass(frozen=True)
+class Custom(AutogradLoss):
+    """A callable `function(logits [B, K], y [B]) -> [B]`."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def value(self, logits, reference):
+        return self.function(logits, reference)
+
+
 OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR)  # frozen, and of each sample by itself
-NAMED = {"ce": CrossEntropy, "kl": KLDivergence, "margin": Margin, "dlr": DLR}
 
 
-def as_loss(loss: "str | Loss | Callable") -> Loss:
+# ---- losses by name
+
+
+def names() -> tuple[str, ...]:
+    return *LOSSES, *ALIASES
+
+
+def settings_of(kind: type[Loss]) -> dict[str, bool]:
+    """The names of its settings, the numbers among its dataclass fields, each with whether it must be given."""
+    found = fields(kind) if is_dataclass(kind) else ()
+    return {f.name: f.default is MISSING for f in found if f.type in (float, "float")}
+
+
+def named(name: str, **settings: float) -> Loss:
+    """The registered loss of that name.
+
+    Raises:
+        ValueError: there is none, or the settings are not its own.
+    """
+    kind = LOSSES.get(ALIASES.get(name, name))
+    if kind is None:
+        raise ValueError(f"loss={name!r}: give one of {', '.join(map(repr, LOSSES))}")
+    known = settings_of(kind)
+    for setting in settings.keys() - known:
+        owners = " and ".join(f"loss={other}" for other in LOSSES if setting in settings_of(LOSSES[other])) or "no loss"
+        raise ValueError(f"{setting} is a setting of {owners}, not of {name}")
+    for setting, required in known.items():
+        if setting not in settings and (required or name in ALIASES):
+            raise ValueError(f"loss={name!r}: {setting} must be given, in Python as losses.{kind.__name__}({setting}=...)")
+    return kind(**settings)
+
+
+LossLike = LossName | str | Loss | Callable[[Tensor, Tensor], Tensor]
+
+
+def as_loss(loss: LossLike) -> Loss:
     """The `Loss` behind a name, an object or a callable."""
     if isinstance(loss, Loss):
         return loss
-    if isinstance(loss, str) and loss in NAMED:
-        return NAMED[loss]()
+    if isinstance(loss, str):
+        return named(loss)
     if callable(loss) and not isinstance(loss, type):
         return Custom(loss)
     raise ValueError(
-        f"loss={loss!r}: give one of {', '.join(map(repr, NAMED))}, an object such as losses.LabelSmoothedCE(0.1), "
+        f"loss={loss!r}: give one of {', '.join(map(repr, LOSSES))}, an object such as losses.LabelSmoothedCE(0.1), "
         "or a callable (logits, y) -> [B]"
     )
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "half")
 HALVES = (torch.float16, torch.bfloat16)
 
 

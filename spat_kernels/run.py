@@ -145,7 +145,9 @@ class Run:
         raise NotImplementedError
 
     def _logit_gradient(self, logits: Tensor, reference, value: Tensor | None = None) -> Tensor:
-        self.classes = logits.shape[1]
+        if self.classes is None:
+            self.classes = logits.shape[1]
+            self.loss.check_classes(self.classes, self.targeted)
         dlogits = torch.empty_like(logits)
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         self.loss.gradient(logits, reference, dlogits, value, targeted=self.targeted, scale=scale)

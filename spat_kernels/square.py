@@ -20,6 +20,7 @@ from . import checks
 from .attacked import attacked, check_batch, check_settings, draw, per_sample
 from .balls import box
 from .predictions import predictions
+from .settings import BNMode, GradientPath, Norm, Precision
 from .windows import Windows
 
 # (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
@@ -53,14 +54,14 @@ class Square:
 
     eps: float | Tensor
     _: KW_ONLY
-    norm: str = "linf"
+    norm: Norm = "linf"
     queries: int = 5000
     restarts: int = 1
     p_init: float = 0.8
     bounds: tuple[float, float] = (0.0, 1.0)
-    precision: str | None = None
-    input_gradient: str = "auto"
-    bn_mode: str = "eval"
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
     generator: torch.Generator | None = None
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ are out of sight.
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from itertools import chain
 from numbers import Number
 from operator import attrgetter, is_, itemgetter
@@ -25,29 +26,27 @@ PLAIN = {bool, int, float, complex, str, bytes, type(None), slice, range, torch.
 
 
 class Structure:
-    """The structure of a model at one time: `Structure.of(model)`, later `matches(model)`.
+    """The structure of a model at one time: `Structure(model)`, later `matches(model)`.
+
+    Args:
+        training: whether the modes of the modules belong to it; False where they are set before the model is used.
+        addresses: whether the addresses of parameters, buffers and other tensors do; without, parameters and buffers may be
+            replaced by others of the same kind.
 
     Attributes:
         hooked: the name of a module with hooks that would run in a forward or backward, or None.
         devices: where its tensors are, attributes included.
+
+    Raises:
+        TypeError: the model cannot be looked into (TorchScript, tensors without storage).
     """
 
-    @classmethod
-    def of(cls, model: nn.Module, *, training: bool = True, addresses: bool = True) -> "Structure":
-        """Take the structure of `model`.
-
-        Args:
-            training: whether the modes of the modules belong to it; False where they are set before the model is used.
-            addresses: whether the addresses of parameters, buffers and other tensors do; without, parameters and buffers may be
-                replaced by others of the same kind.
-
-        Raises:
-            TypeError: the model cannot be looked into (TorchScript, tensors without storage).
-        """
-        self = cls()
-        self._training, self._addresses, self.devices = training, addresses, set()
-        self._names, modules, queue, known = [], [], deque([(type(model).__name__, model)]), set()
-        self._read_plain, self._plain, self._others = [], [], []
+    def __init__(self, model: nn.Module, *, training: bool = True, addresses: bool = True):
+        self._training, self._addresses, self.devices = training, addresses, set[torch.device]()
+        self._names, modules, queue, known = list[str](), list[nn.Module](), deque([(type(model).__name__, model)]), set[int]()
+        self._read_plain: list[Callable[[dict], tuple]] = []
+        self._plain: list[tuple] = []  # what these read
+        self._others: list[tuple[int, str, tuple | None, object]] = []
         while queue:  # an attribute may lead to modules that are not registered; they count as well
             name, module = queue.popleft()
             if id(module) not in known:
@@ -67,7 +66,6 @@ class Structure:
         ]
         hooked = (name for name, m in zip(self._names, modules, strict=True) if any(getattr(m, hooks) for hooks in HOOKS))
         self.hooked = "every module" if _global_hooks() else next(hooked, None)
-        return self
 
     def _add(self, name: str, module: nn.Module, queue: deque) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -120,7 +118,7 @@ class Structure:
                 return f"{self._names[i]}: attribute '{name}' changed"
         return "every module: its hooks changed" if _global_hooks() and self.hooked != "every module" else None
 
-    def _take(self, modules: list[nn.Module]) -> tuple[dict[str, list], ...]:
+    def _take(self, modules: list) -> tuple[dict[str, list], ...]:
         """Aspects that each module has, those of each tensor, and those of all together. Ids are of objects that are alive."""
         attributes = list(map(vars, modules))
         modes, children, parameters, buffers, *hooks = zip(*map(itemgetter(*OWN), attributes), strict=True)

@@ -6,7 +6,8 @@
     pgd-20:alpha=0.2:steps=50          with other settings
     pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255
 
-Lengths of steps are in units of eps. eps itself is the evaluation's, or given here, in the units of images in [0, 1].
+Lengths of steps are in units of eps. eps itself is the evaluation's, or given here, in the units of images in [0, 1]. Losses are
+those of `spat_kernels.losses`, each with its settings (alpha, kappa).
 """
 
 import difflib
@@ -16,20 +17,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import spat_kernels
 from spat_kernels import losses, pgd
+from spat_kernels.autoattack import VERSIONS, fewest_classes
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes
 
 from .images import InputError
 
 TARGETS = ("least-likely", "random", "all")
-LOSSES = {"ce": "cross-entropy", "ls": "label-smoothed cross-entropy", "kl": "KL", "dlr": "DLR", "margin": "the margin"}
 NAMED = {  # name: (what it is in the grammar, source)
     "clean": ("clean", "the images as they are"),
     "noise": ("pgd:steps=0", "uniform in the ball, a weak control (Goodfellow et al., 2015)"),
@@ -91,6 +92,10 @@ def choice(*choices: str):
         return text
 
     return read
+
+
+def loss_name(text: str) -> str:
+    return choice(*losses.names())(text)
 
 
 def _setting(default, read):
@@ -193,8 +198,17 @@ class Attack(ABC):
     @property
     def spec(self) -> str:
         """All its settings in the grammar, but for those that are at their defaults."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name" and getattr(self, f.name) != f.default}
-        return ":".join([self.family, *(f"{key}={value}" for key, value in values.items())])
+        parts: list[tuple[str, object]] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "name" and value != f.default:
+                parts += value if f.name == "settings" else [(f.name, value)]
+        return ":".join([self.family, *(f"{key}={value}" for key, value in parts)])
+
+    @classmethod
+    def readers(cls) -> dict[str, Callable[[str], Any]]:
+        """How to read each of its settings."""
+        return {f.name: f.metadata["read"] for f in fields(cls) if "read" in f.metadata}
 
     def describe(self) -> str:
         """Its settings in one line."""
@@ -215,6 +229,10 @@ class Clean(Attack):
     def _attack(self, model, x, y, eps, draws, run, how):
         return x.clone()
 
+    @classmethod
+    def readers(cls):
+        return {}
+
     def describe(self):
         return "no attack"
 
@@ -223,11 +241,41 @@ class Clean(Attack):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
+class _Ascent(Attack):
+    """An attack on a loss of `spat_kernels.losses`, by its name there, with the `settings` of it that are given."""
+
+    loss: str = _setting("ce", loss_name)
+    settings: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.maximised.check_targeted(self.targeted)
+
+    @property
+    def maximised(self) -> losses.Loss:
+        return losses.named(self.loss, **dict(self.settings))
+
+    @property
+    @abstractmethod
+    def targeted(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def least_classes(self) -> int:
+        return self.maximised.fewest_classes(self.targeted)
+
+    @classmethod
+    def readers(cls):
+        of_losses = {name: number for kind in losses.LOSSES.values() for name in losses.settings_of(kind)}
+        return of_losses | super().readers()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(_Ascent):
     """Projected gradient ascent, and with one step FGSM, with none noise.
 
     Args:
-        loss: ce, ls (label-smoothed with `alpha`, as PGD-LS), kl, margin (with `kappa`) or dlr.
+        loss: what is maximised; ls is ce with an `alpha` (PGD-LS).
         steps: 0 is a random point of the ball.
         step: length of a step in units of eps; None is 1/4, for L2 2.5 / steps.
         start: uniform in the ball, or clean.
@@ -236,9 +284,6 @@ class PGD(Attack):
 
     family = "pgd"
 
-    loss: str = _setting("ce", choice("ce", "ls", "kl", "margin", "dlr"))
-    alpha: float | None = _setting(None, number)
-    kappa: float | None = _setting(None, number)
     steps: int = _setting(10, count)
     step: float | None = _setting(None, number)
     start: str = _setting("uniform", choice("uniform", "clean"))
@@ -246,16 +291,10 @@ class PGD(Attack):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss == "ls" and self.alpha is None:
-            raise ValueError("alpha must be given, a label smoothing in [0, 1], as alpha=0.2")
-        if self.alpha is not None and not (self.loss in ("ce", "ls") and self.alpha <= 1):
-            raise ValueError("alpha is a label smoothing in [0, 1] of loss=ls")
-        if self.kappa is not None and self.loss != "margin":
-            raise ValueError("kappa is a setting of loss=margin")
         if self.steps == 0 and (self.start == "clean" or self.target != "none"):
             raise ValueError("of no steps there is noise alone: leave out start and target, or steps=0")
-        if self.loss == "kl" and (self.start == "clean" or self.target != "none"):
-            raise ValueError("the gradient of kl is 0 at a clean start, and it knows no targets: leave out start and target")
+        if self.maximised.needs_random_start and self.start == "clean":
+            raise ValueError(f"the gradient of {self.loss} is 0 at a clean start: leave out start")
 
     @property
     def random(self) -> bool:
@@ -269,8 +308,8 @@ class PGD(Attack):
         return self.restarts * (classes - 1 if self.target == "all" else 1)
 
     @property
-    def least_classes(self) -> int:
-        return 2 if self.loss != "dlr" else 3 if self.target == "none" else 4
+    def targeted(self) -> bool:
+        return self.target != "none"
 
     def _draw(self, x, y, eps, generator):
         start = x
@@ -285,19 +324,14 @@ class PGD(Attack):
         start, which = draws
         if self.steps == 0:
             return start.clone()
-        if self.target != "none":
+        if self.targeted:
             y = self._targets(model, x, y, which, run)
         step_size = None if self.step is None else self.step * eps
         where = {"random_start": False} if self.start == "clean" else {"start": start}
         return pgd(
-            model, x, y, eps, loss=self._loss(), steps=self.steps, step_size=step_size, norm=self.norm,
-            targeted=self.target != "none", **where, **how,
+            model, x, y, eps, loss=self.maximised, steps=self.steps, step_size=step_size, norm=self.norm,
+            targeted=self.targeted, **where, **how,
         )  # fmt: skip
-
-    def _loss(self):
-        if self.loss in ("ce", "ls"):
-            return losses.LabelSmoothedCE(self.alpha or 0.0)
-        return losses.Margin(self.kappa or 0.0) if self.loss == "margin" else self.loss
 
     def _targets(self, model, x: Tensor, y: Tensor, which: Tensor | None, run: int) -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
@@ -309,11 +343,6 @@ class PGD(Attack):
     def _describe(self):
         if self.steps == 0:
             return ["uniform noise"]
-        loss = LOSSES[self.loss]
-        if self.alpha is not None:
-            loss = f"label-smoothed cross-entropy (alpha {self.alpha:g})"
-        elif self.loss == "margin":
-            loss = f"the margin (kappa {self.kappa or 0:g})"
         length = (
             _length(self.step) if self.step is not None else "eps / 4" if self.norm == "linf" else f"{2.5 / self.steps:.4g} eps"
         )
@@ -322,7 +351,7 @@ class PGD(Attack):
         target = {"all": "towards all wrong classes in turn", "none": None}.get(self.target, f"towards the {self.target} class")
         if self.target == "random":
             target = "towards a random wrong class"
-        return [f"PGD on {loss}", steps, *([target] if target else [])]
+        return [f"PGD on {self.maximised.describe()}", steps, *([target] if target else [])]
 
 
 class _Engine(Attack):
@@ -333,29 +362,30 @@ class _Engine(Attack):
 
 
 @dataclass(frozen=True, kw_only=True)
-class APGD(_Engine):
+class APGD(_Ascent, _Engine):
     """AutoAttack's PGD, which chooses its steps itself; with `targets` n, towards the n likeliest wrong classes in turn."""
 
     family = "apgd"
 
-    loss: str = _setting("ce", choice("ce", "dlr", "margin"))
     steps: int = _setting(100, positive)
     targets: int | None = _setting(None, positive)
 
     @property
+    def targeted(self) -> bool:
+        return self.targets is not None
+
+    @property
     def least_classes(self) -> int:
-        if self.targets is None:
-            return 3 if self.loss == "dlr" else 2
-        return max(4 if self.loss == "dlr" else 2, self.targets + 1)
+        return max(super().least_classes, (self.targets or 0) + 1)
 
     def _attack(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.APGD(
-            eps, loss=self.loss, steps=self.steps, norm=self.norm, targets=self.targets, generator=_generator(draws), **how
+            eps, loss=self.maximised, steps=self.steps, norm=self.norm, targets=self.targets, generator=_generator(draws), **how
         )
         return attack(model, x, y)
 
     def _describe(self):
-        return [f"APGD on {LOSSES[self.loss]}", f"{self.steps} steps", *_towards(self.targets)]
+        return [f"APGD on {self.maximised.describe()}", f"{self.steps} steps", *_towards(self.targets)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,7 +439,7 @@ class AutoAttack(_Engine):
 
     @property
     def least_classes(self) -> int:
-        return 3 if self.version == "rand" else 4
+        return max(map(fewest_classes, VERSIONS[self.version]))
 
     def _attack(self, model, x, y, eps, draws, run, how):
         between = how.pop("between")
@@ -476,7 +506,7 @@ def parse(spec: "str | Attack") -> Attack:
             raise InputError(f"attack {spec}: {key} is given twice")
         given[key] = value
     values |= given
-    known = {f.name: f.metadata["read"] for f in fields(kind) if "read" in f.metadata} if kind is not Clean else {}
+    known = kind.readers()
     if unknown := next((key for key in values if key not in known), None):
         raise InputError(
             f"attack {spec}: {kind.family} has no setting {unknown}{_near(unknown, known)}: it has {', '.join(known) or 'none'}"
@@ -488,6 +518,9 @@ def parse(spec: "str | Attack") -> Attack:
         except (ValueError, ZeroDivisionError) as error:
             told = error if "give" in str(error) or "choose" in str(error) else "give a number, such as 0.1 or 1/10"
             raise InputError(f"attack {spec}: {key}={value}: {told}") from error
+    of_loss = tuple((key, read.pop(key)) for key in known if key in read and key not in kind.__dataclass_fields__)
+    if of_loss:
+        read["settings"] = of_loss
     try:
         return kind(name=":".join([name, *settings]), **read)
     except ValueError as error:

@@ -9,6 +9,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from spat_kernels import losses
+
 from .images import InputError
 
 Method = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]
@@ -44,8 +46,9 @@ class Config:
     """Epochs before --awp begins."""
 
     # ---- the attack inside the training
-    inner: Literal["lsce", "ce", "kl"] | None = None
-    """What the attack maximises. Default: lsce where alpha > 0, else kl for trades and rst, ce for the others."""
+    inner: str | None = None
+    """What the attack maximises, a loss by name (spat-train attacks lists them). Default: lsce, which is ce with --alpha, where
+    alpha > 0, else kl for trades and rst, ce for the others."""
     eps: float = 8.0
     """Radius of the L-infinity ball, in 1/255."""
     step_size: float | None = None
@@ -168,6 +171,11 @@ class Config:
         return "lsce" if self.alpha > 0 else "kl" if self.method in ("trades", "rst") else "ce"
 
     @property
+    def maximised(self) -> losses.Loss:
+        """The loss of that name."""
+        return losses.named(self.inner_loss, **({"alpha": self.alpha} if self.inner_loss in losses.ALIASES else {}))
+
+    @property
     def attack_settings(self) -> tuple[float, float, int, str]:
         """eps and step size for images in [0, 1], steps, start."""
         single = self.method == "fgsm"
@@ -254,11 +262,16 @@ def check(c: Config) -> None:
     for option, least in (("eps", 0.5), ("eval_eps", 0.5), ("step_size", 0.05)):
         fits = getattr(c, option) is None or least <= getattr(c, option) <= 255
         need(fits, option, f"it is in 1/255, from {least} to 255 (8 means 8/255, and 76.5 is 0.3)")
-    inner = c.inner_loss
-    need(inner == "lsce" or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha")
+    smoothed = c.inner_loss in losses.ALIASES
+    need(smoothed or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha")
+    try:
+        maximised = c.maximised
+    except ValueError as error:
+        raise InputError(f"--inner {c.inner}: {error}") from error
     need(c.method != "standard" or c.alpha == 0, "alpha", "standard training attacks nothing: choose another --method")
     start = c.attack_settings[3]
-    need(inner != "kl" or start != "clean", "start", "the gradient of kl is 0 at x itself: choose uniform or normal")
+    vanishes = maximised.needs_random_start and start == "clean"
+    need(not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform or normal")
     needs_extra = c.method == "rst" or c.preset.startswith("table6.3/")
     need(c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz")
     need(c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5")

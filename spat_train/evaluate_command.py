@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from spat_kernels import losses
+
 from .alarms import alarms as look_for_alarms
 from .alarms import rechecked
 from .attacks import NAMED, parse_all
@@ -146,3 +148,7 @@ def attacks_command() -> None:
     print(grammar)
     for name, (spec, source) in NAMED.items():
         print(f"{name:18}{spec:44}{source}")
+    print("\nlosses, and their settings:")
+    for name in losses.names():
+        kind = losses.LOSSES[losses.ALIASES.get(name, name)]
+        print(f"{name:18}{', '.join(losses.settings_of(kind)):44}{kind.title or name}")

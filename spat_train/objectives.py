@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spat_kernels import PGD
-from spat_kernels.losses import LabelSmoothedCE
 
 from .config import Config
 
@@ -99,7 +98,7 @@ def training_attack(config: Config) -> Callable[[nn.Module, Tensor, Tensor, torc
     eps, step_size, steps, start = config.attack_settings
     attack = PGD(
         eps,
-        loss=LabelSmoothedCE(config.alpha) if config.inner_loss == "lsce" else config.inner_loss,
+        loss=config.maximised,
         steps=steps,
         step_size=step_size,
         random_start=start == "uniform",

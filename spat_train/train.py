@@ -116,6 +116,10 @@ class Run:
         labels = data.train.labels
         if ((labels < 0) | (labels >= data.num_classes)).any():  # the attack does not look at them, nor do GPUs before they fail
             raise InputError(f"{data.name}: there are labels outside of 0 to {data.num_classes - 1}: give those of its classes")
+        try:
+            c.maximised.check_classes(data.num_classes, targeted=False)
+        except ValueError as error:
+            raise InputError(f"--inner {c.inner_loss}: {error}") from error
         if c.extra is None:
             return data, None
         return data, load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes)

@@ -532,7 +532,7 @@ def test_bad_calls():
         (lambda: APGD(torch.full((3,), EPS))(model, x, y), "eps has shape"),
         (lambda: APGD(EPS, loss="dlr", targets=10)(model, x, y), "targets=10, but the model has 10 classes: at most 9"),
         (lambda: APGD(EPS, graph=True)(model, x, y), "graph=True, but x is on cpu"),
-        (lambda: APGD(EPS, loss="kl", targets=1)(model, x, model(x).argmax(1)), "does not go with the KL loss"),
+        (lambda: APGD(EPS, loss="kl", targets=1)(model, x, model(x).argmax(1)), "loss 'kl' has no targeted form"),
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             call()

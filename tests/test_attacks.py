@@ -147,7 +147,7 @@ def test_targeted_dlr_pulls_away_from_the_runner_up_what_is_at_its_target():
 
 
 def test_targeted_kl_is_refused():
-    with pytest.raises(ValueError, match="targeted=True does not go with the KL loss"):
+    with pytest.raises(ValueError, match="loss 'kl' has no targeted form"):
         sk.pgd_kl(cnn(), *batch(), EPS, targeted=True)
 
 

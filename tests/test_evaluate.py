@@ -83,7 +83,7 @@ def test_named_attacks_are_those_of_the_sources(monkeypatch):
     calls = []
     monkeypatch.setattr(registry, "pgd", lambda model, x, y, eps, **how: calls.append(how) or x)
     x, y = digits(4)
-    ce, kl = spat_kernels.losses.LabelSmoothedCE(0.0), "kl"
+    ce, kl = spat_kernels.losses.CrossEntropy(), spat_kernels.losses.KLDivergence()
     cw, cw_plus = spat_kernels.losses.Margin(0.0), spat_kernels.losses.Margin(50.0)
     expected = {
         "fgsm": (1, 0.3, False, ce), "fgsm-rs": (1, 0.375, True, ce),
@@ -115,7 +115,8 @@ def test_the_grammar():
     attack = parse("pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255:norm=l2:start=clean:target=random")
     assert (attack.steps, attack.step, attack.loss, attack.restarts, attack.norm) == (50, 0.05, "margin", 5, "l2")
     assert (attack.eps, attack.start, attack.target) == (16 / 255, "clean", "random") and attack.runs(10) == 5
-    assert parse("pgd-20:alpha=0.2:steps=50").alpha == 0.2 and parse("pgd-20:alpha=0.2:steps=50").steps == 50
+    smoothed = parse("pgd-20:alpha=0.2:steps=50")
+    assert smoothed.settings == (("alpha", 0.2),) and smoothed.steps == 50 and smoothed.spec == "pgd:alpha=0.2:steps=50:step=0.1"
     twenty = parse("pgd-40x20")
     assert (twenty.restarts, twenty.steps, twenty.name) == (20, 40, "pgd-40x20")
     assert parse("pgd-40-least-likely").target == "least-likely" and parse("pgd-40-random").target == "random"
@@ -148,11 +149,15 @@ def test_the_grammar():
         ("pgd-20:step=x", "step=x: give a number, such as 0.1"),
         ("pgd-20:norm=l1", "norm=l1: choose one of linf, l2"),
         ("pgd-20:eps=8", "write eps=8/255"),
-        ("pgd-20:kappa=1", "kappa is a setting of loss=margin"),
-        ("cw-30:alpha=0.1", "alpha is a label smoothing"),
-        ("pgd-20:alpha=2", "alpha is a label smoothing"),
+        ("pgd-20:kappa=1", "kappa is a setting of loss=margin, not of ce"),
+        ("cw-30:alpha=0.1", "alpha is a setting of loss=ce, not of margin"),
+        ("square:alpha=0.1", "square has no setting alpha"),
+        ("pgd-20:alpha=2", r"alpha=2.0 is outside \[0, 1\]"),
         ("pgd-ls-20", "alpha must be given"),
         ("pgd-kl-20:start=clean", "the gradient of kl is 0 at a clean start"),
+        ("pgd-kl-20-all", "loss 'kl' has no targeted form"),
+        ("apgd:loss=kl:targets=2", "loss 'kl' has no targeted form"),
+        ("pgd:loss=cee", "loss=cee: choose one of ce, kl, margin, dlr, ls, lsce"),
         ("fab-tx2", "restarts would repeat one run"),
         ("fgsmx3", "restarts would repeat one run"),
         ("pgd-20:restarts=0", "restarts=0: give at least 1"),

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spat_kernels.borrow import BN_MODES, borrowed
+from spat_kernels.borrow import borrowed
+from spat_kernels.settings import BN_MODES
 from spat_kernels.structure import Structure, freeze
 
 
@@ -82,7 +83,7 @@ def hook_for_saving(net):
 )
 def test_the_same_model(change, addresses):
     net = Net()
-    structure = Structure.of(net, addresses=addresses)
+    structure = Structure(net, addresses=addresses)
     assert structure.difference(net) is None
     change(net)
     assert structure.difference(net) is None and structure.matches(net)
@@ -142,18 +143,18 @@ DIFFERENT = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_another_model(name, addresses):
     net = Net()
-    structure = Structure.of(net, addresses=addresses)
+    structure = Structure(net, addresses=addresses)
     DIFFERENT[name](net)
     if not addresses and name in ("parameter", "buffer", "hidden_module"):
         return  # another tensor of the same kind is no difference then: see test_moved_data_counts_where_addresses_do
     assert structure.difference(net) and not structure.matches(net)
-    assert Structure.of(net, addresses=addresses).matches(net)
+    assert Structure(net, addresses=addresses).matches(net)
 
 
 @pytest.mark.parametrize("of_attribute", [False, True])
 def test_moved_data_counts_where_addresses_do(of_attribute):
     net = Net()
-    by_address, without = Structure.of(net), Structure.of(net, addresses=False)
+    by_address, without = Structure(net), Structure(net, addresses=False)
     tensor = net.mean if of_attribute else net.conv.weight
     tensor.data = torch.rand_like(tensor)
     assert not by_address.matches(net) and without.matches(net)
@@ -161,7 +162,7 @@ def test_moved_data_counts_where_addresses_do(of_attribute):
 
 def test_an_address_is_all_that_a_capture_knows_of_a_parameter():
     net = Net()
-    by_address, without = Structure.of(net), Structure.of(net, addresses=False)
+    by_address, without = Structure(net), Structure(net, addresses=False)
     net.conv.weight = nn.Parameter(net.conv.weight.data)
     assert by_address.matches(net) and without.matches(net)
     net.conv.weight = nn.Parameter(torch.rand_like(net.conv.weight))
@@ -170,32 +171,32 @@ def test_an_address_is_all_that_a_capture_knows_of_a_parameter():
 
 def test_modes_can_be_left_out():
     net = Net()
-    structure = Structure.of(net, training=False)
+    structure = Structure(net, training=False)
     assert structure.matches(net.eval()) and structure.matches(net.train())
-    structure = Structure.of(net)
+    structure = Structure(net)
     assert structure.difference(net.eval()) == "Net: its mode (train, eval) changed"
 
 
 def test_differences_have_names():
     net = Net()
-    structure = Structure.of(net)
+    structure = Structure(net)
     net.bn.running_mean = torch.ones(4)
     assert structure.difference(net) == "Net.bn.running_mean: its address changed"
-    structure = Structure.of(net)
+    structure = Structure(net)
     net.blocks[1].p = 0.3
     assert structure.difference(net) == "Net.blocks.1: an attribute changed"
     net.nested.append(1)
-    assert Structure.of(net).hooked is None
+    assert Structure(net).hooked is None
     net.blocks[0].register_forward_hook(lambda *_: None)
-    assert Structure.of(net).hooked == "Net.blocks.0"
+    assert Structure(net).hooked == "Net.blocks.0"
 
 
 def test_global_hooks_count():
     net = Net()
-    structure = Structure.of(net)
+    structure = Structure(net)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert not structure.matches(net) and Structure.of(net).hooked == "every module"
+        assert not structure.matches(net) and Structure(net).hooked == "every module"
     finally:
         handle.remove()
     assert structure.matches(net)
@@ -203,14 +204,14 @@ def test_global_hooks_count():
 
 def test_forward_of_a_class_counts(monkeypatch):
     net = Net()
-    structure = Structure.of(net)
+    structure = Structure(net)
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x)
     assert structure.difference(net) == "Net: its forwards of classes changed"
 
 
 def test_copies_and_other_models_differ():
     net = Net()
-    structure = Structure.of(net)
+    structure = Structure(net)
     assert not structure.matches(copy.deepcopy(net)) and not structure.matches(nn.ReLU())
 
 
@@ -218,7 +219,7 @@ def test_shared_and_cyclic_modules():
     relu = nn.ReLU()
     net = nn.Sequential(relu, nn.Linear(2, 2), relu)
     object.__setattr__(net[1], "parent", net)
-    structure = Structure.of(net)
+    structure = Structure(net)
     assert structure.matches(net)
     net[2] = nn.ReLU()
     assert not structure.matches(net)
@@ -226,7 +227,7 @@ def test_shared_and_cyclic_modules():
 
 def test_nothing_is_kept_alive():
     net = Net()
-    structure = Structure.of(net), Structure.of(net, addresses=False)
+    structure = Structure(net), Structure(net, addresses=False)
     parts = [*net.modules(), *net.parameters(), *net.buffers(), net.mean, net.tensors[0], net.tensors[1]["t"], net.hidden[0]]
     parts = list(map(weakref.ref, [*parts, net.other]))
     del net
@@ -238,25 +239,25 @@ def test_nothing_is_kept_alive():
 def test_what_cannot_be_seen_is_refused():
     scripted = torch.jit.trace(nn.ReLU(), torch.ones(1))
     with pytest.raises(TypeError, match="TorchScript"):
-        Structure.of(nn.Sequential(scripted))
+        Structure(nn.Sequential(scripted))
     sparse = nn.Module()
     sparse.register_buffer("t", torch.eye(3).to_sparse())
     with pytest.raises(TypeError, match="has no address"):
-        Structure.of(sparse)
+        Structure(sparse)
 
 
 def test_tensors_that_lose_their_address():
     net = Net()
-    structure = Structure.of(net)
+    structure = Structure(net)
     net.bn.running_mean = torch.eye(4).to_sparse()
     assert "has no address" in structure.difference(net)
 
 
 def test_devices():
     net = Net()
-    assert Structure.of(net).devices == {torch.device("cpu")}
+    assert Structure(net).devices == {torch.device("cpu")}
     net.tensors.append(torch.ones(1, device="meta"))
-    assert torch.device("meta") in Structure.of(net).devices
+    assert torch.device("meta") in Structure(net).devices
 
 
 def test_freeze():
@@ -278,7 +279,7 @@ def test_checking_costs_little():
     def calls(blocks: int) -> int:
         layers = [layer for _ in range(blocks) for layer in (nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Dropout())]
         net = nn.Sequential(*layers)
-        structure, seen = Structure.of(net), []
+        structure, seen = Structure(net), []
         gc.disable()  # finalisers are Python functions too
         sys.setprofile(lambda frame, event, _: seen.append(frame) if event == "call" else None)
         try:

@@ -895,7 +895,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, where, error):
         ({"model": "tests.test_train:giving_a_dict"}, r"two images give dict: it must return logits \[2, 10\]"),
         ({"method": "xyz"}, "--method xyz: choose one of standard, madry"),
         ({"schedule": "cosin"}, "--schedule cosin: choose one of constant, piecewise"),
-        ({"inner": "xyz"}, "--inner xyz: choose one of lsce, ce, kl, None"),
+        ({"inner": "xyz"}, "--inner xyz: loss='xyz': give one of 'ce', 'kl'"),
         ({"milestones": (90, 75)}, "--milestones"),
         ({"patience": 3, "holdout": 0}, "--patience 3: it needs held-out images"),
         ({"epochs": 0}, "--epochs 0: give at least 1"),

@@ -1,0 +1,47 @@
+"""What attacks can be told: each choice once, for type checkers and for the checks of a call, and the arguments in common."""
+
+from typing import Literal, TypedDict, get_args
+
+import torch
+
+Norm = Literal["linf", "l2"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "half"]
+GradientPath = Literal["auto", "plan", "autograd"]
+BNMode = Literal["eval", "train", "keep"]
+Select = Literal["success", "loss"]
+Version = Literal["standard", "plus", "rand"]
+Graph = Literal["auto"] | bool
+
+NORMS: tuple[Norm, ...] = get_args(Norm)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+GRADIENT_PATHS: tuple[GradientPath, ...] = get_args(GradientPath)
+BN_MODES: tuple[BNMode, ...] = get_args(BNMode)
+SELECT: tuple[Select, ...] = get_args(Select)
+
+
+class AttackSettings(TypedDict, total=False):
+    """Keyword arguments of all attacks. `PGD` says what they mean."""
+
+    norm: Norm
+    restarts: int
+    bounds: tuple[float, float]
+    precision: Precision | None
+    input_gradient: GradientPath
+    bn_mode: BNMode
+    generator: torch.Generator | None
+
+
+class CommonSettings(AttackSettings, total=False):
+    """Of all functions that run `PGD`, but for what some of them set themselves."""
+
+    targeted: bool
+    select: Select
+    graph: Graph
+
+
+class PGDSettings(CommonSettings, total=False):
+    """Of `pgd` and `pgd_kl`: all that `PGD` takes beside eps and loss."""
+
+    steps: int
+    step_size: float | torch.Tensor | None
+    random_start: bool

@@ -1,0 +1,154 @@
+"""Losses by name. A loss without a kernel is one class: everything else knows it by its registration."""
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from spat_kernels import APGD, AutoAttack, losses, pgd
+from spat_kernels.autoattack import VERSIONS, fewest_classes
+from spat_train.attacks import parse
+from spat_train.config import Config, check
+from spat_train.data import load
+from spat_train.evaluate import evaluate
+from spat_train.evaluate_command import attacks_command
+from spat_train.images import InputError
+from spat_train.objectives import training_attack
+from spat_train.train import train
+from tests.test_attacks import EPS, batch, cnn
+
+
+@pytest.fixture
+def toy():
+    @losses.register
+    @dataclass(frozen=True)
+    class Toy(losses.AutogradLoss):
+        """The logit of the label, pushed down; of three classes or more."""
+
+        name, title = "toy", "the toy loss"
+        slope: float
+        offset: float = 0.5
+
+        @classmethod
+        def fewest_classes(cls, targeted):
+            return 4 if targeted else 3
+
+        def value(self, logits, y):
+            return self.offset - self.slope * logits.gather(1, y[:, None])[:, 0]
+
+    yield Toy
+    del losses.LOSSES["toy"]
+
+
+@pytest.fixture
+def plain():
+    @losses.register
+    class Plain(losses.AutogradLoss):
+        name = "plain"
+        needs_random_start = True
+        has_targeted_form = False
+
+        def value(self, logits, y):
+            return -logits.gather(1, y[:, None])[:, 0]
+
+    yield Plain
+    del losses.LOSSES["plain"]
+
+
+def reference(logits, y):
+    return -logits.gather(1, y[:, None])[:, 0]
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+def test_names_are_those_of_the_registry():
+    assert tuple(losses.LOSSES) == get_args(losses.LossName) == tuple(kind.name for kind in losses.OURS)
+    assert losses.named("ls", alpha=0.2) == losses.named("lsce", alpha=0.2) == losses.LabelSmoothedCE(0.2)
+    assert losses.named("ce") == losses.CrossEntropy() and losses.named("margin", kappa=3.0) == losses.Margin(3.0)
+    with pytest.raises(ValueError, match="loss='ls': alpha must be given, in Python as losses.LabelSmoothedCE"):
+        losses.as_loss("ls")
+    with pytest.raises(ValueError, match="kappa is a setting of loss=margin, not of ce"):
+        losses.named("ce", kappa=1.0)
+
+
+def test_a_name_is_taken_once(plain):
+    for name in ("plain", "ce", "ls", ""):
+        with pytest.raises(ValueError, match="give a name that no other loss has"):
+            losses.register(type("Other", (losses.AutogradLoss,), {"name": name}))
+    assert losses.LOSSES["plain"] is plain
+
+
+def test_attacks_know_a_registered_loss(toy, plain):
+    model, (x, y) = cnn().eval(), batch()
+    expected = pgd(model, x, y, EPS, loss=reference, generator=seeded())
+    assert not torch.equal(expected, pgd(model, x, y, EPS, generator=seeded()))
+    assert torch.equal(pgd(model, x, y, EPS, loss="plain", generator=seeded()), expected)
+    assert torch.equal(pgd(model, x, y, EPS, loss=toy(slope=1.0), generator=seeded()), expected)
+    apgd = [APGD(EPS, loss=loss, steps=5, generator=seeded())(model, x, y) for loss in ("plain", reference)]
+    assert torch.equal(*apgd)
+    with pytest.raises(ValueError, match="loss='toy': slope must be given, in Python as losses.Toy"):
+        pgd(model, x, y, EPS, loss="toy")
+    with pytest.raises(ValueError, match="loss='nothing': give one of 'ce', 'kl', 'margin', 'dlr', 'toy', 'plain'"):
+        pgd(model, x, y, EPS, loss="nothing")
+    for settings in ({"random_start": False}, {"targeted": True}):
+        with pytest.raises(ValueError, match="gradient of this loss is zero|loss 'plain' has no targeted form"):
+            pgd(model, x, y, EPS, loss="plain", **settings)
+
+
+def test_the_grammar_knows_a_registered_loss(toy, capsys):
+    attack = parse("pgd:loss=toy:slope=2:steps=4")
+    assert attack.spec == "pgd:loss=toy:slope=2.0:steps=4" and attack.least_classes == 3
+    assert attack.describe().startswith("PGD on the toy loss (slope 2, offset 0.5), 4 steps")
+    assert parse("pgd:loss=toy:slope=1:target=random").least_classes == 4
+    assert parse("apgd:offset=0:loss=toy:slope=1").maximised == toy(1.0, 0.0)
+    with pytest.raises(InputError, match="loss='toy': slope must be given"):
+        parse("apgd:loss=toy")
+    with pytest.raises(InputError, match="slope is a setting of loss=toy, not of ce"):
+        parse("pgd:slope=1")
+    attacks_command()
+    assert "toy               slope, offset" in capsys.readouterr().out
+
+    model, (x, y) = nn.Sequential(cnn()).eval(), batch(8)
+    found = evaluate(model, (x, y), "pgd:loss=toy:slope=1:steps=2,apgd:loss=toy:slope=1:steps=3", eps=EPS, bar=None)
+    assert len(found) == 8 and set(found.predicted) == {"clean", *list(found.attacks)[1:]}
+    with pytest.raises(InputError, match="attack pgd:loss=toy:slope=1: it needs 3 classes, the model has 2"):
+        evaluate(cnn(2).eval(), (x, y % 2), "pgd:loss=toy:slope=1", eps=EPS, bar=None)
+
+
+def test_the_trainer_knows_a_registered_loss(plain, toy):
+    model, (x, y) = cnn(), batch()
+    config = Config(method="madry", inner="plain", device="cpu")
+    check(config)
+    examples, _ = training_attack(config)(model, x, y, seeded())
+    assert torch.equal(examples, pgd(model, x, y, EPS, loss=reference, step_size=2 / 255, generator=seeded()))
+    for options, message in [
+        ({"inner": "toy"}, "--inner toy: loss='toy': slope must be given"),
+        ({"inner": "plain", "start": "clean"}, "--start clean: the gradient of plain is 0"),
+        ({"inner": "plain", "alpha": 0.1}, "--inner plain: alpha = 0.1 needs lsce"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check(Config(device="cpu", **options))
+    for name in ("ls", "lsce"):
+        assert Config(inner=name, alpha=0.3).maximised == Config(alpha=0.3).maximised == losses.LabelSmoothedCE(0.3)
+
+
+def test_fewest_classes(toy):
+    assert {version: max(map(fewest_classes, attacks)) for version, attacks in VERSIONS.items()} == {
+        "standard": 4, "plus": 4, "rand": 3,
+    }  # fmt: skip
+    model, (x, _) = cnn(2).eval(), batch()
+    y = model(x).argmax(1)
+    for attack in (APGD(EPS, loss=toy(1.0)), lambda *args: pgd(*args, EPS, loss=toy(1.0)), AutoAttack(EPS, version="rand")):
+        with pytest.raises(ValueError, match="needs at least 3 classes"):
+            attack(model, x, y)
+
+
+def test_the_trainer_counts_the_classes_first():
+    data = load("digits")
+    two = replace(data, train=replace(data.train, labels=data.train.labels % 2), classes=("0", "1"))
+    with pytest.raises(InputError, match="--inner dlr: loss 'dlr' needs at least 3 classes here, the model has 2"):
+        train(Config(inner="dlr", data="digits", device="cpu", model="tests.test_train:without_parameters"), two)
