@@ -156,6 +156,29 @@ def test_reentrant_checkpoints(registered):
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_losses_cut_off_from_the_logits_are_an_error():
+    x, y = attackable(linear())
+    weight = torch.ones(10, requires_grad=True)
+    for loss in (lambda z, y: z.detach().sum(1), lambda z, y: (z.detach() * weight).sum(1)):
+        with pytest.raises(ValueError, match="does not depend on the logits by differentiable operations"):
+            sk.pgd(linear(), x, y, EPS, loss=loss)
+
+
+def test_a_loss_that_writes_on_the_logits_does_not_change_predictions():
+    def writes(z, y):
+        loss = F.cross_entropy(z.clone(), y, reduction="none")
+        z.data.zero_()
+        return loss
+
+    net = linear()
+    x, y = attackable(net)
+    found = []
+    for loss in (writes, lambda z, y: F.cross_entropy(z, y, reduction="none")):
+        torch.manual_seed(1)
+        found.append(sk.APGD(EPS, loss=loss, steps=10)(net, x, y))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("x_dtype, model_dtype", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
 @pytest.mark.parametrize("layer", [nn.Linear(48, 10), nn.Sequential(nn.Conv2d(3, 10, 4), nn.Flatten())])
 def test_images_in_another_dtype_than_the_models(layer, x_dtype, model_dtype):
