@@ -235,8 +235,9 @@ def names() -> tuple[str, ...]:
 
 def settings_of(kind: type[Loss]) -> dict[str, bool]:
     """The names of its settings, the numbers among its dataclass fields, each with whether it must be given."""
-    found = fields(kind) if is_dataclass(kind) else ()
-    return {f.name: f.default is MISSING for f in found if f.type in (float, "float")}
+    if not is_dataclass(kind):
+        return {}
+    return {f.name: f.default is MISSING for f in fields(kind) if f.type in (float, "float")}
 
 
 def named(name: str, **settings: float) -> Loss:
