@@ -116,7 +116,7 @@ class Values:
     """
 
     def __init__(self, x: Tensor, y: Tensor | None, start: Tensor | None, bounds: tuple[float, float]):
-        self._bounds, self._dtype = tuple(bounds), x.dtype
+        self._bounds, self._dtype = (bounds[0], bounds[1]), x.dtype
         self._has_labels, self._has_start = y is not None, start is not None
         given = [t.detach() for t in (x, y, start) if t is not None]
         self._extremes = torch.stack([v.double() for t in given for v in t.aminmax()])
