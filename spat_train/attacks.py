@@ -26,6 +26,7 @@ import spat_kernels
 from spat_kernels import losses, pgd
 from spat_kernels.autoattack import VERSIONS, fewest_classes
 from spat_kernels.precision import tf32_switches
+from spat_kernels.settings import NORMS, Norm, Version
 
 from .images import InputError
 
@@ -116,11 +117,10 @@ class Attack(ABC):
     """
 
     family: ClassVar[str]
-    random: ClassVar[bool] = True  # whether restarts differ
     in_parts: ClassVar[bool] = False  # whether `_attack` takes `between`
 
     name: str = ""
-    norm: str = _setting("linf", choice("linf", "l2"))
+    norm: Norm = _setting("linf", choice(*NORMS))
     eps: float | None = _setting(None, number)
     restarts: int = _setting(1, positive)
 
@@ -135,6 +135,11 @@ class Attack(ABC):
     def runs(self, classes: int) -> int:
         """How many runs it is made of, for a model of so many classes."""
         return self.restarts
+
+    @property
+    def random(self) -> bool:
+        """Whether restarts differ."""
+        return True
 
     @property
     def least_classes(self) -> int:
@@ -430,7 +435,7 @@ class AutoAttack(_Engine):
 
     family, in_parts = "autoattack", True
 
-    version: str = _setting("standard", choice("standard", "plus", "rand"))
+    version: Version = _setting("standard", choice(*VERSIONS))
     steps: int = _setting(100, positive)
     queries: int = _setting(5000, positive)
 

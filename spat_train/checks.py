@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from spat_kernels.checks import check_graph
 from spat_kernels.engine import check_path, check_precision, explain
+from spat_kernels.settings import GradientPath, Graph, Precision
 
 from .attacks import Attack
 from .images import Floats, Folder, Images, InputError
@@ -74,7 +75,7 @@ def check_models(
     memory_format: torch.memory_format,
 ) -> int:
     """The number of classes, of modules in eval mode that take the images and agree on it."""
-    classes = None
+    classes = 0
     dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
     for name, each in (("model", model), ("source", source)):
         if each is None and name == "source":
@@ -87,7 +88,7 @@ def check_models(
             )
         try:
             with model_draws(device_of(each), name):
-                classes = try_on(each, images.image_shape, classes, memory_format, dtype)
+                classes = try_on(each, images.image_shape, classes or None, memory_format, dtype)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
     if source is not None and device_of(source) != device_of(model):
@@ -105,7 +106,9 @@ def check_attacks(attacks: dict[str, Attack], classes: int) -> None:
             raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
 
 
-def check_arithmetic(model: nn.Module, x: Tensor, precision: str | None, input_gradient: str, graph: bool | str) -> None:
+def check_arithmetic(
+    model: nn.Module, x: Tensor, precision: Precision | None, input_gradient: GradientPath, graph: Graph
+) -> None:
     """That attacks on `model` at images like `x` [B, C, H, W] can run so."""
     if x.device.type != "cuda" and precision == "tf32":
         raise InputError("precision='tf32': TF32 is for GPUs: use fp32 or bf16")
