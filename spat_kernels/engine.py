@@ -70,7 +70,7 @@ def explain(
     return Explanation("plan", "", dtype, plan.summary())
 
 
-def check_path(precision: Precision | None, input_gradient: str) -> None:
+def check_path(precision: Precision | None, input_gradient: GradientPath) -> None:
     checks.check_choice("precision", precision, (None, *PRECISIONS))
     checks.check_choice("input_gradient", input_gradient, GRADIENT_PATHS)
 

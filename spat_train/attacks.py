@@ -14,7 +14,7 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -85,7 +85,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def choice(*choices: str):
+def choice(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in choices:
             raise ValueError(f"choose one of {', '.join(choices)}")
@@ -98,7 +98,7 @@ def loss_name(text: str) -> str:
     return choice(*losses.names())(text)
 
 
-def _setting(default, read):
+def _setting(default, read: Callable[[str], object]) -> Any:
     return field(default=default, metadata={"read": read})
 
 
@@ -152,7 +152,7 @@ class Attack(ABC):
 
     def __call__(
         self,
-        model,
+        model: Callable[[Tensor], Tensor],
         x: Tensor,
         y: Tensor,
         eps: float,
@@ -161,7 +161,7 @@ class Attack(ABC):
         run: int = 0,
         only: Tensor | None = None,
         between: Callable[[str], object] = lambda part: None,
-        **how,
+        **how: Any,
     ) -> Tensor:
         """Adversarial images of one run.
 
@@ -559,7 +559,7 @@ def _near(name: str, names) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def parse_all(specs) -> dict[str, Attack]:
+def parse_all(specs: "Sequence[str | Attack] | str") -> dict[str, Attack]:
     """By name: "clean" first, then `specs` in their order.
 
     Raises:

@@ -157,6 +157,7 @@ def attacks_command() -> None:
     for name, (spec, source) in NAMED.items():
         print(f"{name:18}{spec:44}{source}")
     print("\nlosses, and their settings:")
-    for name in losses.names():
-        kind = losses.LOSSES[losses.ALIASES.get(name, name)]
+    for name, kind in losses.LOSSES.items():
         print(f"{name:18}{', '.join(losses.settings_of(kind)):44}{kind.title or name}")
+    for name, other in losses.ALIASES.items():
+        print(f"{name:18}{', '.join(losses.settings_of(losses.LOSSES[other])):44}{other}, with every setting given")
