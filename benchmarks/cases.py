@@ -171,7 +171,7 @@ def linf_random_start(shape) -> Work:
 
 def l2_step(shape) -> Work:
     x, x_adv, grad = images(shape)
-    eps, step, seed = torch.tensor([0.5]), torch.tensor([0.1]), torch.tensor([1, 2])
+    eps, step = torch.tensor([0.5]), torch.tensor([0.1])
 
     def torchattacks():  # PGDL2.forward
         norms = torch.norm(grad.view(len(x), -1), p=2, dim=1) + 1e-10
@@ -181,7 +181,7 @@ def l2_step(shape) -> Work:
         factor = torch.min(0.5 / norms, torch.ones_like(norms))
         return torch.clamp(x + delta * factor.view(-1, 1, 1, 1), min=0, max=1).detach()
 
-    return Work(lambda: l2_step_(x_adv, x, grad, eps, step, seed), {"torchattacks": torchattacks})
+    return Work(lambda: l2_step_(x_adv, x, grad, eps, step), {"torchattacks": torchattacks})
 
 
 def keep_best(shape) -> Work:

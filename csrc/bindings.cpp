@@ -244,10 +244,10 @@ void linf_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_siz
   SPAT_RUN(linf_step, args, x_adv, args.images.samples * args.images.sample_numel, 1);
 }
 
-void l2_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, Tensor seed, double lo, double hi,
+void l2_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, double lo, double hi,
               std::optional<Tensor> nan_seen) {
-  const L2Step args{step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen), int64_vector(seed, 2, x_adv, "seed")};
-  SPAT_RUN(l2_step, args, x_adv, args.step.images.samples, args.step.images.sample_numel);
+  const Step args = step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen);
+  SPAT_RUN(l2_step, args, x_adv, args.images.samples, args.images.sample_numel);
 }
 
 void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double alpha, bool targeted,

@@ -167,7 +167,6 @@ SPAT_HD Words philox(uint64_t key, uint64_t counter, uint64_t index) {
 
 // The odd multiples of 2^-24 in (-1, 1): symmetric, and exact in fp32.
 SPAT_HD float symmetric_unit(uint32_t word) { return float(int32_t(word >> 8) * 2 + 1 - (1 << 24)) * 0x1p-24f; }
-SPAT_HD float random_sign(uint32_t word) { return word >> 31 ? -1.f : 1.f; }
 
 template <class A>
 SPAT_HD A linf_random_start(A x, float unit, A eps, A lo, A hi) {
@@ -183,7 +182,8 @@ struct L2Sums {
   SPAT_HD void push(D g, D d) { gg += g * g, gd += g * d, dd += d * d; }
 };
 
-// x_adv' - x = shrink * (d + along * g): the normalised step, then the projection onto the ball.
+// The normalised step v = x_adv + along * g, then the projection x + shrink * (v - x) onto the ball. Written so that inside the
+// ball, where shrink is 1, a zero gradient leaves x_adv as it is to the bit.
 struct L2Move {
   double along, shrink;
   SPAT_HD L2Move(const L2Sums<double>& s, double eps, double step_size) {
@@ -193,8 +193,8 @@ struct L2Move {
     shrink = norm > eps ? eps / norm : 1.;
   }
   template <class D>
-  SPAT_HD D apply(D x, D d, D g) const {
-    return x + shrink * (d + along * g);
+  SPAT_HD D apply(D x, D x_adv, D g) const {
+    return shrink * (x_adv + along * g) + (1 - shrink) * x;
   }
 };
 

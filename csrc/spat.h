@@ -41,11 +41,6 @@ struct Step {
   uint8_t* nan_seen;  // [samples] or null: set to 1 where the gradient is not usable, never cleared
 };
 
-struct L2Step {
-  Step step;
-  const int64_t* seed;  // [2]: of the direction that a zero gradient is given
-};
-
 struct Rows {
   const void* logits;
   void* dlogits;
@@ -169,7 +164,7 @@ struct CropFlip {
 
 SPAT_DECLARE(LinfRandomStart, linf_random_start)
 SPAT_DECLARE(Step, linf_step)
-SPAT_DECLARE(L2Step, l2_step)
+SPAT_DECLARE(Step, l2_step)
 SPAT_DECLARE(LsceGrad, lsce_grad)
 SPAT_DECLARE(KlGrad, kl_grad)
 SPAT_DECLARE(MarginGrad, margin_grad)

@@ -25,6 +25,7 @@ from .balls import Ball
 from .graph import graphs
 from .losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
 from .ops._common import acc_dtype, broadcast
+from .predictions import other_classes, predictions
 from .run import Batch, Run
 from .settings import BNMode, GradientPath, Graph, Norm, Precision
 
@@ -114,7 +115,7 @@ class APGDRun(Run):
             more_logits, more_value, more_grad = self._pass(search, differentiate)
             logits, value = logits + more_logits, value + more_value
             grad = None if grad is None or more_grad is None else grad + more_grad
-        search.keep(value / passes if passes > 1 else value, logits.argmax(1) != search.y, grad)
+        search.keep(value / passes if passes > 1 else value, predictions(logits) != search.y, grad)
 
     def _pass(self, search: "_Search", differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         logits = self.model.forward(search.x_adv) if differentiate else self.model.logits(search.x_adv)
@@ -282,12 +283,12 @@ class APGD:
             with attacked(self, model, x, y, highest_label) as (way, _, _):
                 logits = way.logits(x)
             as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
-            robust, x_adv = logits.argmax(1) == y, x.clone()
+            robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)
-            for targets in self._targets(logits, y):
+            for targets, possible in self._targets(logits, y):
                 for _ in range(self.restarts):
-                    rows = robust.nonzero()[:, 0]
+                    rows = (robust & possible).nonzero()[:, 0]
                     if not len(rows):
                         break
                     outcome, _ = graphs.attack(self, model, self._batch(x, y, targets, rows), highest_label)
@@ -309,15 +310,15 @@ class APGD:
         """Forwards of a run, at most."""
         return (self.steps + 1) * self.eot
 
-    def _targets(self, logits: Tensor, y: Tensor) -> list[Tensor | None]:
-        """The classes to go to, int64 [B] each, the likeliest first; [None] where the attack is not targeted."""
+    def _targets(self, logits: Tensor, y: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+        """The classes to go to, int64 [B] each, the likeliest first, None where the attack is not targeted; and which of the
+        samples, bool [B], can go there."""
         classes = logits.shape[1]
         if self.targets is None:
-            return [None]
+            return [(None, torch.ones_like(y, dtype=torch.bool))]
         if self.targets >= classes:
             raise ValueError(f"targets={self.targets}, but the model has {classes} classes: at most {classes - 1} are wrong")
-        others = logits.scatter(1, y[:, None], -torch.inf)
-        return list(others.topk(self.targets, dim=1).indices.T.contiguous())
+        return list(zip(*(found[:, : self.targets].T.contiguous() for found in other_classes(logits, y)), strict=True))
 
     def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
         eps = self.eps

@@ -5,6 +5,7 @@ plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, AP
 rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
@@ -12,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, losses
+from . import checks, losses, signs
 from .apgd import APGD
 from .attacked import attacked, check_batch, of_rows, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
+from .predictions import predictions
 from .settings import AttackSettings, BNMode, GradientPath, Graph, Norm, Precision, Version
 from .square import Square, check_pixels
 
@@ -27,8 +29,10 @@ VERSIONS: dict[Version, tuple[str, ...]] = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 ATTACKS = VERSIONS["plus"]
+GRADIENT_ATTACKS = tuple(name for name in ATTACKS if name != "square")
 LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr"}
 TARGETS = 9
+CALLER = 5  # of `run`, as a level of the stack within `stages`
 
 
 def fewest_classes(name: str) -> int:
@@ -126,7 +130,9 @@ class AutoAttack:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
 
         Warns:
-            RuntimeWarning: the gradient was NaN for some samples, as for `PGD`.
+            RuntimeWarning: a sign that the result may be too good (`signs.py`): outputs that are random (or, for "rand", not),
+                probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients do not.
+                The gradient was NaN for some samples, as for `PGD`.
         """
         *_, result = self.stages(model, x, y)
         return result
@@ -148,12 +154,14 @@ class AutoAttack:
         for rows in self._batches(result.robust):
             logits = self._logits(model, x[rows], highest_label)
             classes = logits.shape[1]
-            result.broken_by[rows[logits.argmax(1) != y[rows]]] = 0
+            result.broken_by[rows[predictions(logits) != y[rows]]] = 0
             if self.precision is not None:
                 with attacked(self, model, x[rows], y[rows], highest_label) as (way, images, labels):
-                    close[rows] = way.logits(images).argmax(1) != labels
-        if classes:
-            self._check_classes(classes)
+                    close[rows] = predictions(way.logits(images)) != labels
+            if rows[0] == 0:
+                self._check_classes(classes)
+                for sign in self._signs(model, x[rows], y[rows], logits, highest_label):
+                    warnings.warn(sign, RuntimeWarning, stacklevel=CALLER)
         yield result
         for number, name in enumerate(self.attacks, 1):
             # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
@@ -161,10 +169,42 @@ class AutoAttack:
                 for rows in self._batches(result.robust & chosen):
                     attack = self._attack(name, classes, of_rows(self.eps, rows), generator, precision)
                     found = attack(model, x[rows], y[rows])
-                    broken = self._logits(model, found, highest_label).argmax(1) != y[rows]
+                    broken = predictions(self._logits(model, found, highest_label)) != y[rows]
                     result.x_adv[rows[broken]] = found[broken]
                     result.broken_by[rows[broken]] = number
+            if name == "square" and {*GRADIENT_ATTACKS}.intersection(self.attacks[: number - 1]):
+                alone = int((result.broken_by == number).sum())
+                if alone > signs.SQUARE_SHARE * len(x):
+                    warnings.warn(
+                        f"Square, which needs no gradients, broke {alone} of {len(x)} images that the attacks by gradients left: "
+                        "the gradients may be masked, and the model less robust than it looks",
+                        RuntimeWarning,
+                        stacklevel=CALLER,
+                    )
             yield result
+
+    def _signs(self, model, x: Tensor, y: Tensor, logits: Tensor, highest_label: int) -> Iterator[str]:
+        """What the authors' code warns of, on images whose logits are known."""
+        if wrong := int(logits.isnan().any(1).sum()):
+            yield f"the logits of {wrong} of {len(x)} images are NaN, which counts as misclassified"
+        if signs.are_probabilities(logits):
+            yield "the model seems to return probabilities: give its logits, whose gradients do not vanish"
+        if not (predictions(logits) == y).any():
+            return
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            differ, allowed = signs.difference(logits, self._logits(model, x, highest_label))
+        if differ > allowed and self.version != "rand":
+            yield f"the model seems to draw random numbers (logits of the same images differ by {differ:.2g}): use version='rand'"
+        if differ <= allowed and self.version == "rand":
+            yield "the model draws no random numbers: version='standard' is the stronger one for it"
+        if {*GRADIENT_ATTACKS}.intersection(self.attacks):
+            with attacked(self, model, x, y, highest_label) as (way, x, y):
+                zero = int(signs.without_gradient(way, x, y).sum())
+            if zero:
+                yield (
+                    f"the gradient of the margin is 0 or NaN at {zero} of {len(x)} images: attacks by gradients cannot move "
+                    "them, so they may look robust without being so"
+                )
 
     def _attack(
         self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: Precision | None

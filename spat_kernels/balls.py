@@ -101,33 +101,22 @@ class LinfBall(Ball):
 
 
 class L2Ball(Ball):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.seed = torch.zeros(2, dtype=torch.int64, device=self.x.device)  # of the directions of zero gradients
-
-    def around(self, x):
-        """Itself: the directions of zero gradients depend on the order of pixels in memory, and shall not on the model's path."""
-        return self
-
     def draw(self, generator, samples):
-        seed = self._draw(generator, "random_", 2, dtype=torch.int64)
-        return seed, self._draw(generator, "normal_", samples, *self.x.shape[1:]), self._draw(generator, "uniform_", samples)
+        return self._draw(generator, "normal_", samples, *self.x.shape[1:]), self._draw(generator, "uniform_", samples)
 
     def random_start_(self, x_adv, draws):
         """Uniform in the ball: one step of length eps * U^(1/n) in a uniformly random direction."""
-        self._throw_(x_adv, draws, self.eps * draws[2] ** (1 / self.x[0].numel()))
+        self._throw_(x_adv, draws, self.eps * draws[1] ** (1 / self.x[0].numel()))
 
     def surface_start_(self, x_adv, draws):
         self._throw_(x_adv, draws, self.eps)
 
     def _throw_(self, x_adv, draws, length):
-        seed, normal, _ = draws
-        self.seed.copy_(seed)
         x_adv.copy_(self.x)
-        self._move_(x_adv, torch.empty_like(self.x, dtype=self.eps.dtype).copy_(normal), length)
+        self._move_(x_adv, torch.empty_like(self.x, dtype=self.eps.dtype).copy_(draws[0]), length)
 
     def _move_(self, x_adv, grad, step_size):
-        ops.l2_step_(x_adv, self.x, grad, self.eps, step_size, self.seed, *self.bounds, self.nan_seen)
+        ops.l2_step_(x_adv, self.x, grad, self.eps, step_size, *self.bounds, self.nan_seen)
 
 
 def fill_(values: Tensor, value: float | Tensor) -> Tensor:

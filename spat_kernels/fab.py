@@ -23,6 +23,7 @@ from . import checks
 from .attacked import attacked, check_batch, check_settings, draw, per_sample, warn_of_nan
 from .balls import box
 from .ops._common import acc_dtype
+from .predictions import other_classes, predictions
 from .run import FP16_SCALE
 from .settings import BNMode, GradientPath, Norm, Precision
 
@@ -99,8 +100,8 @@ class FAB:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
 
         Warns:
-            RuntimeWarning: the gradient was NaN or infinite for some samples. It counts as 0, which looks like robustness
-                and is none.
+            RuntimeWarning: elements of the gradient were NaN or infinite for some samples. They count as 0, which may look like
+                robustness and be none.
         """
         highest_label = check_batch(self, model, x, y)
         if x.numel() == 0:
@@ -113,14 +114,14 @@ class FAB:
     def _attack(self, gradient, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x_adv, eps = x.clone(), per_sample(self.eps, x)
         logits = gradient.logits(x)
-        robust = logits.argmax(1) == y
+        robust = predictions(logits) == y
         nan_seen = torch.zeros_like(robust)
-        wrong = logits.scatter(1, y[:, None], -inf).argsort(1, descending=True)[:, :-1]  # [B, K - 1], likeliest first
-        runs = [wrong] if self.targets is None else wrong[:, : self.targets].split(1, dim=1)
-        for others in runs:
+        wrong = other_classes(logits, y)
+        runs = [wrong] if self.targets is None else zip(*(w[:, : self.targets].split(1, dim=1) for w in wrong), strict=True)
+        for others, possible in runs:
             for restart in range(self.restarts):
                 noise = self._noise(x) if restart else None
-                left = robust.nonzero()[:, 0]  # waits for the device
+                left = (robust & possible.any(1)).nonzero()[:, 0]  # waits for the device
                 if len(left) == 0:
                     break
                 search = _Search(self, gradient, x[left], y[left], others[left])
@@ -167,7 +168,7 @@ class _Search:
         point = self.x if start is None else self._rounded(self.x + start)
         for _ in range(self.settings.steps):
             point = self._step(point)
-            wrong = self.gradient.logits(self.images(point)).argmax(1) != self.y
+            wrong = predictions(self.gradient.logits(self.images(point))) != self.y
             distance = length(point - self.x, self.norm)
             nearer = wrong & (distance < self.distance)
             self.distance = torch.where(nearer, distance, self.distance)
@@ -198,9 +199,11 @@ class _Search:
             w_k = self.gradient.backward(dlogits, keep=i < self.others.shape[1]).flatten(1).to(point.dtype)
             w_k = w_k / scale if self.gradient.factor is None else w_k * (self.gradient.factor / scale)[:, None]
             gap_k = (logits.gather(1, k[:, None]) - logits.gather(1, self.y[:, None]))[:, 0].to(point.dtype)
+            usable = w_k.isfinite()
+            w_k = torch.where(usable, w_k, 0)
             steepness = length(w_k, "l1" if self.norm == "linf" else "l2")
             distance = gap_k.abs() / (steepness + 1e-12)
-            self.nan_seen |= ~(steepness.isfinite() & gap_k.isfinite())
+            self.nan_seen |= ~usable.all(1) | gap_k.isnan()  # a gap is infinite where a class is ruled out
             nearer = (distance < nearest) & steepness.isfinite()
             nearest, gap = torch.where(nearer, distance, nearest), torch.where(nearer, gap_k, gap)
             w = torch.where(nearer[:, None], w_k, w)

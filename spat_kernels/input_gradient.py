@@ -1,7 +1,10 @@
 """Logits, then d(logits) -> d(input): the one interface between an attack and the model it attacks, by autograd."""
 
+import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,25 @@ from .checks import check_classes
 from .precision import HALVES, arithmetic, half_dtype
 
 CHANNELS_LAST = torch.channels_last
+IN_PLACE = "model changes its input in place, and so the images: let it work on x.clone()"
+UNSEEN = (
+    "model changes its input in place where autograd does not see it: the gradient does not know of that, and attacks may be "
+    "weak: let it work on x.clone(), outside of torch.no_grad()"
+)
+CUT_OFF = (
+    "the model's logits do not depend on x by differentiable operations (is there a detach, a no_grad, NumPy, 8-bit images or an "
+    "argmax inside?), so there is no gradient to follow; Square needs none"
+)
+RECURRENT = (
+    "model: cuDNN does not differentiate recurrent layers in eval mode: attack within "
+    "torch.backends.cudnn.flags(enabled=False), or with bn_mode='train'"
+)
+CHECKPOINT = (
+    "model is a plain callable with re-entrant checkpoints, whose backward would write the .grad of its parameters: give an "
+    "nn.Module that holds them, or checkpoint(..., use_reentrant=False)"
+)
 _contiguous_only: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that failed on activations in channels_last
+_only_reads: "weakref.WeakSet" = weakref.WeakSet()  # models that did not write on their input, when it was looked at
 
 
 class InputGradient:
@@ -65,26 +86,52 @@ class InputGradient:
         self.model, self._weights, self._convolutions = None, [], nullcontext()
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of `x`, contiguous [B, K], without a graph. On a copy: a model may work in place."""
+        """Logits of `x`, contiguous [B, K], without a graph."""
         with torch.no_grad():
-            return check_logits(self._outputs(x.clone()), x, self.highest_label).contiguous()
+            return check_logits(self._call(x, False)[1], x, self.highest_label).contiguous()
 
-    def _outputs(self, x: Tensor):
-        """What the model returns; for contiguous images, if it fails on channels_last."""
+    def _call(self, x: Tensor, differentiate: bool) -> tuple[Tensor, Any]:
+        """What the model is given, a copy of `x` (it may write on it), and what it returns.
+
+        The copy is contiguous, if the model fails on channels_last.
+        """
+        images = x.clone(memory_format=self._format or torch.preserve_format).requires_grad_(differentiate)
+        version = images._version
         try:
             with self._convolutions:
-                return self.model(self.laid_out(x))
+                outputs = self.model(images)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if "a leaf Variable that requires grad" in str(error):
-                raise ValueError("model changes its input in place, and so the images: let it work on x.clone()") from error
+                raise ValueError(IN_PLACE) from error
+            if "type" in str(error) and (dtype := self._other_dtype(x)):
+                raise ValueError(f"x must be {dtype} like the model, got {x.dtype}: use x.to({dtype})") from error
             if self._tried:
                 raise
+        else:
+            if differentiate and (images._version != version or self._wrote_unseen(images, x)):
+                warnings.warn(UNSEEN, RuntimeWarning, stacklevel=2)
+            return images, outputs
         self._keep_contiguous()
-        outputs = self._outputs(x)  # an error now has nothing to do with the format
+        called = self._call(x, differentiate)  # an error now has nothing to do with the format
         _contiguous_only.add(self.model)
-        return outputs
+        return called
+
+    def _wrote_unseen(self, images: Tensor, x: Tensor) -> bool:
+        """Whether the model wrote on `images`, a copy of `x`, past PyTorch (`.data`, NumPy). Looked at once for each model: it
+        waits for the device."""
+        if not isinstance(self.model, (nn.Module, FunctionType)) or self.model in _only_reads:
+            return False
+        if not ((images != x) & (x == x)).any():  # that x holds no NaN is checked later
+            _only_reads.add(self.model)
+            return False
+        return True
+
+    def _other_dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype of the model's parameters, if they have one in common and it is not that of `x`."""
+        dtypes = {p.dtype for p in self.model.parameters()} if isinstance(self.model, nn.Module) else set()
+        return dtypes.pop() if len(dtypes) == 1 and x.dtype not in dtypes else None
 
     def _keep_contiguous(self) -> None:
         self._weights, self._convolutions, self._format, self._tried = [], nullcontext(), torch.contiguous_format, True
@@ -92,8 +139,8 @@ class InputGradient:
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
         with torch.enable_grad():
-            self._x = x.detach().requires_grad_()
-            self._logits = check_logits(self._outputs(self._x), x, self.highest_label)
+            self._x, logits = self._call(x.detach(), True)
+            self._logits = check_logits(logits, x, self.highest_label)
         return self._logits.detach().contiguous()
 
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
@@ -101,26 +148,28 @@ class InputGradient:
         x, logits = self._x, self._logits
         if not keep:
             del self._x, self._logits
-        if not logits.requires_grad:
-            raise ValueError(
-                "model: its logits do not depend on x by differentiable operations (is there a detach, a no_grad or an "
-                "argmax inside?), so there is no gradient to follow"
-            )
         try:
-            grad = self._to_leaf(logits, x, dlogits, keep)
-            self._tried = True
-            return grad
+            grad = self._to_leaf(logits, x, dlogits, keep) if logits.requires_grad else None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            if "RNN backward" in str(error):
+                raise ValueError(RECURRENT) from error
             # Re-entrant checkpointing refuses to be told for which inputs to differentiate.
             if self._to_leaf is _grad_to_leaf and "checkpoint" in str(error).lower():
+                if not isinstance(self.model, nn.Module):
+                    raise ValueError(CHECKPOINT) from error
                 self._to_leaf = _backward_to_leaf
             elif not self._tried:
                 self._keep_contiguous()
                 _contiguous_only.add(self.model)
             else:
                 raise
+        else:
+            if grad is None:  # autograd found no way from the logits to x, which is not a gradient of 0
+                raise ValueError(CUT_OFF)
+            self._tried = True
+            return grad
         self.forward(x)
         return self.backward(dlogits, keep)
 
@@ -173,12 +222,12 @@ def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:
     return logits
 
 
-def _grad_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor, keep: bool) -> Tensor:
-    (grad,) = torch.autograd.grad(logits, x, dlogits, retain_graph=keep, allow_unused=True, materialize_grads=True)
+def _grad_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor, keep: bool) -> Tensor | None:
+    (grad,) = torch.autograd.grad(logits, x, dlogits, retain_graph=keep, allow_unused=True)
     return grad
 
 
-def _backward_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor, keep: bool) -> Tensor:
+def _backward_to_leaf(logits: Tensor, x: Tensor, dlogits: Tensor, keep: bool) -> Tensor | None:
     x.grad = None
     torch.autograd.backward(logits, dlogits, retain_graph=keep)  # into x alone: `borrowed` has frozen the parameters
-    return torch.zeros_like(x) if x.grad is None else x.grad
+    return x.grad

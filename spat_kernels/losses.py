@@ -197,7 +197,7 @@ class AutogradLoss(Loss):
 
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
         with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
+            leaf = logits.detach().clone().requires_grad_()  # a copy: the loss may write on it
             loss = self.value(leaf, reference)
             if not isinstance(loss, Tensor) or loss.shape != logits.shape[:1]:
                 got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -205,9 +205,9 @@ class AutogradLoss(Loss):
                     f"loss: {self} must return one value per sample, [{len(logits)}], got {got}; "
                     "do not average over the batch (reduction='none')"
                 )
-            if not loss.requires_grad:
+            grad = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0] if loss.requires_grad else None
+            if grad is None:
                 raise ValueError(f"loss: {self} does not depend on the logits by differentiable operations")
-            (grad,) = torch.autograd.grad(loss.sum(), leaf)
         sign = -1.0 if targeted else 1.0
         dlogits.copy_(grad * (sign * scale))
         if value is not None:

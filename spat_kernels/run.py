@@ -13,6 +13,7 @@ from .input_gradient import InputGradient
 from .losses import Loss, value_dtype
 from .ops._common import acc_dtype
 from .plan import PlannedGradient
+from .predictions import predictions
 
 if TYPE_CHECKING:
     from .attacks import PGD
@@ -221,7 +222,7 @@ class PGDRun(Run):
     def _keep_best(self, best: Tensor, logits: Tensor) -> None:
         value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
         self._logit_gradient(logits, self.reference, value)
-        found = None if self.best_success is None or self.y is None else logits.argmax(1).eq(self.y)
+        found = None if self.best_success is None or self.y is None else predictions(logits).eq(self.y)
         success = found if found is None or self.targeted else ~found
         value = value.to(self.best_value.dtype)
         ops.keep_best_(best, self.best_value, self.best_success, self.x_adv, value, success)

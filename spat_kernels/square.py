@@ -20,6 +20,7 @@ from torch import Tensor
 from . import checks
 from .attacked import attacked, check_batch, check_settings, draw, per_sample
 from .balls import box
+from .predictions import predictions
 from .settings import BNMode, GradientPath, Norm, Precision
 from .windows import Windows
 
@@ -94,7 +95,7 @@ class Square:
             return x.detach().clone()
         with attacked(self, model, x, y, highest_label) as (gradient, x, y):
             x_adv, eps = x.clone(), per_sample(self.eps, x)
-            robust = gradient.logits(x).argmax(1) == y
+            robust = predictions(gradient.logits(x)) == y
             for _ in range(self.restarts):
                 if robust.any():
                     RUNS[self.norm](self, gradient, x, y, eps, robust)(x_adv, robust)
@@ -175,17 +176,17 @@ class _Run:
         return torch.cat([self.gradient.logits(c) for c in images.split(len(images) if self.waits else CHUNK)])
 
     def _margins(self, logits: Tensor, y: Tensor) -> Tensor:
-        """z_y - max_{k != y} z_k [n], below 0 where misclassified."""
+        """z_y - max_{k != y} z_k [n], below 0 where misclassified; NaN where a logit is, which is no prediction."""
         y = y[:, None]
         return (logits.gather(1, y) - logits.scatter(1, y, -torch.inf).amax(1, keepdim=True))[:, 0]
 
     def _better(self, margin: Tensor, which=slice(None)) -> Tensor:
         """Where proposals are taken. What is broken stays as it is until it is dropped, so that devices agree."""
         old = self.margin[which]
-        return (margin < old) & (old >= 0)
+        return ~(margin >= old) & (old >= 0)  # a NaN is better
 
     def _drop_broken(self, x_adv: Tensor, robust: Tensor) -> None:
-        broken = self.margin < 0
+        broken = ~(self.margin >= 0)
         if broken.any():
             x_adv[self.index[broken]] = self.best[broken]
             robust[self.index[broken]] = False

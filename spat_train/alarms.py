@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from spat_kernels import signs
+from spat_kernels.borrow import borrowed
+from spat_kernels.input_gradient import InputGradient
 from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, predictions
 from spat_kernels.settings import GradientPath, Graph, Precision
 
 from . import checks
@@ -27,8 +31,6 @@ from .randomness import model_draws
 IMAGES = 100
 LONG, UNBOUNDED = "pgd-10:steps=40", "pgd-10:steps=40:eps=1"
 SIGNIFICANT = 0.01
-# Of the largest logit. Sums in another order differ by some 1e-6 of it, also in deep networks.
-ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def alarms(
     checks.check_numbers(eps, 1.0, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    checks.check_models(model, source, images, images.labels[rows], memory_format)
+    checks.check_models(model, source, images, images.labels[rows], memory_format, {})
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
     how: Options = {
         "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,
@@ -117,25 +119,32 @@ def alarms(
 
 
 def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
-    """That logits are a function of one image."""
+    """That logits are numbers, and not probabilities, and a function of one image."""
 
     def logits(parts) -> Tensor:
-        with torch.no_grad(), tf32_switches("fp32", x.device.type):
-            return torch.cat([model(part) for part in parts if len(part)])
+        return torch.cat([model_logits(model, part) for part in parts if len(part)])
 
     once, again = (logits(x.split(batch_size)) for _ in range(2))
     even, odd = torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)
     apart = torch.empty_like(once)
     apart[torch.cat([even, odd])] = logits([*x[even].split(batch_size), *x[odd].split(batch_size)])
-    allowed = ROUNDING * float(once.abs().max())
+    unanswered = int((predictions(once) < 0).sum())
 
     def compare(name: str, other: Tensor, meaning: str) -> Alarm:
-        difference = float((other - once).abs().max())
-        changed = int((other.argmax(1) != once.argmax(1)).sum())
+        difference, allowed = signs.difference(once, other)
+        changed = int((predictions(other) != predictions(once)).sum())
         numbers = {"images": len(x), "largest difference": difference, "allowed": allowed, "other class": changed}
-        return Alarm(name, numbers, not difference <= allowed, meaning)
+        return Alarm(name, numbers, difference > allowed, meaning)
 
     return [
+        Alarm(
+            "outputs are numbers", {"images": len(x), "NaN": unanswered}, unanswered > 0,
+            "NaN is no prediction and counts as misclassified; a model that overflows has to be mended, or run in fp32.",
+        ),
+        Alarm(
+            "outputs are logits", {"smallest": float(once.min()), "largest": float(once.max())}, signs.are_probabilities(once),
+            "Gradients vanish behind a softmax: a model must return its logits.",
+        ),
         compare(
             "outputs are deterministic", again,
             "A model that draws at random has to be attacked on the average (autoattack-rand), and evaluated several times.",
@@ -149,7 +158,9 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor, unbroken: Tensor, batch_size: int) -> Alarm:
     """That the margin z_y - max_{k != y} z_k has a gradient at the images. It does not saturate, as cross-entropy does."""
-    zero = torch.cat([_without_gradient(model, *part) for part in zip(x.split(batch_size), y.split(batch_size), strict=True)])
+    with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"), tf32_switches("fp32", x.device.type):
+        batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        zero = torch.cat([signs.without_gradient(InputGradient(model), *batch) for batch in batches])
     both = int((zero & unbroken).sum())
     share = 100 * int(zero.sum()) / len(x)
     numbers = {"images": len(x), "zero or NaN, %": share, "of them not broken": both}
@@ -157,26 +168,6 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, unbroken: Tensor, batch_si
         "Gradient attacks cannot tell where to move an image whose gradient is zero or NaN: it looks robust without being tested."
     )
     return Alarm("gradients are not zero", numbers, both > 0, meaning)
-
-
-def _without_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """bool [B]: where it is NaN, or zero everywhere."""
-    wanted = [p.requires_grad for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), tf32_switches("fp32", x.device.type):
-            leaf, y = x.clone().requires_grad_(), y.clone()  # not of inference mode, which autograd refuses
-            logits = model(leaf)
-            others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-            margin = (logits.gather(1, y[:, None])[:, 0] - others).sum()
-            grad = torch.autograd.grad(margin, leaf, allow_unused=True)[0] if margin.requires_grad else None
-    finally:
-        for p, value in zip(model.parameters(), wanted, strict=True):
-            p.requires_grad_(value)
-    if grad is None:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    flat = grad.flatten(1)
-    return (flat == 0).all(1) | flat.isnan().any(1)
 
 
 def compared(ran: Evaluation, strong: str, weak: str, name: str, meaning: str) -> Alarm:

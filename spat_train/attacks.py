@@ -26,6 +26,7 @@ import spat_kernels
 from spat_kernels import losses, pgd
 from spat_kernels.autoattack import VERSIONS, fewest_classes
 from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, other_classes
 from spat_kernels.settings import NORMS, Norm, Version
 
 from .images import InputError
@@ -142,6 +143,11 @@ class Attack(ABC):
         return True
 
     @property
+    def follows_gradients(self) -> bool:
+        """Whether it differentiates the model."""
+        return True
+
+    @property
     def least_classes(self) -> int:
         """How many classes a model must have for it."""
         return 2
@@ -227,7 +233,7 @@ class Attack(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Clean(Attack):
-    family, random = "clean", False
+    family, random, follows_gradients = "clean", False, False
 
     def _attack(self, model, x, y, eps, draws, run, how):
         return x.clone()
@@ -303,6 +309,10 @@ class PGD(_Ascent):
     def random(self) -> bool:
         return self.start == "uniform" or self.target == "random"
 
+    @property
+    def follows_gradients(self) -> bool:
+        return self.steps > 0
+
     def runs(self, classes: int) -> int:
         return self.restarts * (classes - 1 if self.target == "all" else 1)
 
@@ -332,12 +342,9 @@ class PGD(_Ascent):
             targeted=self.targeted, **where, **how,
         )  # fmt: skip
 
-    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor | None, run: int) -> Tensor:
+    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int) -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
-        with torch.no_grad(), tf32_switches("fp32", x.device.type):
-            logits = model(x)
-        order = logits.scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True, stable=True)
-        wrong = order[:, 1:]  # the likeliest first
+        wrong, _ = other_classes(model_logits(model, x), y)
         if self.target == "random":
             return wrong.gather(1, (which * wrong.shape[1]).long()[:, None])[:, 0]
         return wrong[:, -1 if self.target == "least-likely" else run % wrong.shape[1]]
@@ -417,7 +424,7 @@ class FAB(_Engine):
 class Square(_Engine):
     """Random search by squares, without gradients."""
 
-    family = "square"
+    family, follows_gradients = "square", False
 
     queries: int = _setting(5000, positive)
 

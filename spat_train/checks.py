@@ -73,8 +73,9 @@ def check_models(
     images: Images | Folder | Floats,
     labels: Tensor,
     memory_format: torch.memory_format,
+    attacks: dict[str, Attack],
 ) -> int:
-    """The number of classes, of modules in eval mode that take the images and agree on it."""
+    """The number of classes, of modules in eval mode that take the images, agree on it, and that `attacks` can follow."""
     classes = 0
     dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
     for name, each in (("model", model), ("source", source)):
@@ -88,7 +89,8 @@ def check_models(
             )
         try:
             with model_draws(device_of(each), name):
-                classes = try_on(each, images.image_shape, classes or None, memory_format, dtype)
+                differentiate = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
+                classes = try_on(each, images.image_shape, classes or None, memory_format, dtype, differentiate=differentiate)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
     if source is not None and device_of(source) != device_of(model):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, predictions
 from spat_kernels.settings import GradientPath, Graph, Precision
 
 from . import checks
@@ -43,9 +43,7 @@ def validation(steps: int) -> dict[str, Attack]:
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Classes, int64 [B], by logits in full precision; -1 where one is NaN, which is no prediction."""
-    with torch.no_grad(), tf32_switches("fp32", x.device.type):
-        logits = model(x)
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+    return predictions(model_logits(model, x))
 
 
 def broken_by(
@@ -223,7 +221,7 @@ def evaluate(
     checks.check_numbers(eps, eps_l2, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    classes = checks.check_models(model, source, images, images.labels[rows], memory_format)
+    classes = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
     checks.check_attacks(parsed, classes)
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spat_kernels import pgd
 from spat_kernels.borrow import borrowed
 from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, predictions
 
 from .models import device_of
 from .randomness import derived_seed
@@ -31,8 +32,8 @@ def _exact(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """[B, K] of images [B, C, H, W], on the CPU."""
-    with torch.no_grad(), _exact(model, x):
-        return torch.cat([model(images).cpu() for images in x.split(CHUNK)])
+    with _exact(model, x):
+        return torch.cat([model_logits(model, images).cpu() for images in x.split(CHUNK)])
 
 
 def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def ascend(
                 with tf32_switches("fp32", x.device.type):
                     point = pgd(model, images, labels, eps, steps=1, step_size=step_size, start=point, graph=False)
         shape = count, len(x)
-        parts = torch.stack(losses, -1), logits.argmax(1), start.cpu(), point.cpu()
+        parts = torch.stack(losses, -1), predictions(logits), start.cpu(), point.cpu()
         found.append([part.unflatten(0, shape) for part in parts])
     return Ascents(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

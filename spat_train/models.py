@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spat_kernels.borrow import borrowed
+from spat_kernels.input_gradient import InputGradient
+
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel, to stand before a network: `nn.Sequential(OrderedDict(normalize=..., model=network))`.
@@ -345,11 +348,14 @@ def try_on(
     num_classes: int | None = None,
     memory_format: torch.memory_format = torch.channels_last,
     dtype: torch.dtype = torch.float32,
+    *,
+    differentiate: bool = False,
 ) -> int:
     """The number of classes, from two images of `dtype` through `model`, in the mode and on the device that it is in.
 
     Raises:
-        ValueError: it does not take such images, or does not return logits of `num_classes` (None: of two or more).
+        ValueError: it does not take such images, or does not return logits of `num_classes` (None: of two or more); or, where
+            it is to `differentiate` them, cannot.
     """
     x = torch.zeros(2, *image_shape, device=device_of(model), dtype=dtype).to(memory_format=memory_format)
     try:
@@ -363,6 +369,10 @@ def try_on(
     if isinstance(found, str) or len(found) != 2 or found[0] != 2 or found[1] < 2 or found[1] != (num_classes or found[1]):
         told = list(found) if isinstance(found, tuple) else found
         raise ValueError(f"two images give {told}: it must return logits [2, {num_classes or 'K'}]")
+    if differentiate:
+        with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"):
+            gradient = InputGradient(model)
+            gradient.backward(gradient.forward(x))
     return found[1]
 
 

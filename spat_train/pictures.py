@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from spat_kernels import cw_linf, pgd, pgd_ls
+from spat_kernels.predictions import predictions
 from spat_kernels.settings import PGDSettings
 
 from .figures import gradient_picture, look, picture_grid, save
@@ -31,7 +32,7 @@ def one_per_class(y: Tensor, count: int) -> list[int]:
 
 def examples(models: Sequence[nn.Module], x: Tensor, y: Tensor, count: int = ROWS) -> list[int]:
     """One image of each class that all models get right; of all where there is no such."""
-    right = torch.stack([logits_of(model, x).argmax(1) == y.cpu() for model in models]).all(0)
+    right = torch.stack([predictions(logits_of(model, x)) == y.cpu() for model in models]).all(0)
     among = right.nonzero()[:, 0] if right.any() else torch.arange(len(y))
     return among[one_per_class(y.cpu()[among], count)].tolist()
 
@@ -62,9 +63,10 @@ def attacked_grid(model: nn.Module, columns: dict[str, Tensor], y: Tensor, class
     numbers = {}
     for title, images in columns.items():
         logits = logits_of(model, images)
-        predicted, losses = logits.argmax(1), cross_entropies(logits, y)
-        captions[title] = [(classes[p], bool(p == label)) for p, label in zip(predicted, y.cpu(), strict=True)]
-        numbers[title] = {"predicted": [classes[p] for p in predicted], "loss": losses.tolist()}
+        predicted, losses = predictions(logits), cross_entropies(logits, y)
+        names = [classes[p] if p >= 0 else "NaN" for p in predicted.tolist()]
+        captions[title] = list(zip(names, (predicted == y.cpu()).tolist(), strict=True))
+        numbers[title] = {"predicted": names, "loss": losses.tolist()}
     return picture_grid(columns, [classes[label] for label in y], captions), numbers
 
 

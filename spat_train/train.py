@@ -185,7 +185,8 @@ class Run:
             raise InputError(f"--model {self.config.model}: it has no parameter to train")
         self.model.eval()
         try:
-            try_on(self.model, shape, classes, self.memory_format)
+            attacks = self.config.method != "standard"
+            try_on(self.model, shape, classes, self.memory_format, differentiate=attacks)
         except ValueError as error:
             raise InputError(f"--model {self.config.model}: for {self.config.data}, {error}") from error
         self.model.train()

@@ -83,7 +83,7 @@ def launches(dtype: torch.dtype):
     yield linf.linf_random_start_kernel, lambda: linf.linf_random_start_triton(x_adv, x, eps[:1], seed, 0.0, 1.0)
     yield linf.linf_step_kernel, lambda: linf.linf_step_triton(x_adv, x, grad, eps[:1], step, 0.0, 1.0, nan_seen)
     yield linf.linf_step_kernel, lambda: linf.linf_step_triton(x_adv, x, grad, eps, step, 0.0, 1.0, None)
-    yield l2.l2_step_kernel, lambda: l2.l2_step_triton(x_adv, x, grad, eps, step, seed, 0.0, 1.0, nan_seen)
+    yield l2.l2_step_kernel, lambda: l2.l2_step_triton(x_adv, x, grad, eps, step, 0.0, 1.0, nan_seen)
     yield keep_best.keep_best_kernel, lambda: keep_best.keep_best_triton(x, eps, success, x_adv, eps, success)
     a, mask, scale = torch.zeros(64, 16, dtype=dtype), torch.zeros(64, 2).byte(), torch.zeros(16, dtype=acc)
     yield (

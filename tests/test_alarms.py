@@ -18,7 +18,8 @@ from tests.test_evaluate import Features, digits, fitted
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = 0.15
 NAMES = [
-    "outputs are deterministic", "outputs do not depend on the batch", "gradients are not zero", "noise is weaker than FGSM",
+    "outputs are numbers", "outputs are logits", "outputs are deterministic", "outputs do not depend on the batch",
+    "gradients are not zero", "noise is weaker than FGSM",
     "FGSM is weaker than PGD", "random search is weaker than PGD", "more steps break more", "larger eps break more",
     "unbounded attacks break all",
 ]  # fmt: skip
@@ -79,6 +80,18 @@ class NaNGradient(Around):
         return self.inner(x) + (x * 0).sqrt().flatten(1).sum(1, keepdim=True)
 
 
+class Softmax(Around):
+    def forward(self, x):
+        return self.inner(x).softmax(1)
+
+
+class Overflowing(Around):
+    """NaN for some images. It draws no random numbers."""
+
+    def forward(self, x):
+        return self.inner(x).masked_fill((x.flatten(1)[:, 20] > 0.5)[:, None], torch.nan)
+
+
 class Detached(Around):
     def forward(self, x):
         return self.inner(x.detach())
@@ -106,10 +119,14 @@ def test_ordinary_models_raise_none():
         (Random, {"outputs are deterministic"}),
         (OfItsBatch, {"outputs do not depend on the batch"}),
         (NaNGradient, {"gradients are not zero", "unbounded attacks break all"}),
+        (Softmax, {"outputs are logits"}),
+        (Overflowing, {"outputs are numbers"}),
     ],
 )
 def test_models_that_hide_their_gradients(kind, expected):
-    assert expected <= raised(kind())
+    found = raised(kind())
+    assert expected <= found
+    assert kind is Random or "outputs are deterministic" not in found
 
 
 def test_a_black_box_that_is_the_better_one():
@@ -117,9 +134,9 @@ def test_a_black_box_that_is_the_better_one():
     assert name not in raised(fitted(0), source=fitted(1)) and name in raised(Quantised(), source=fitted(0))
 
 
-def test_a_model_without_a_graph_has_no_gradient():
-    x, y = digits(5)
-    assert module._without_gradient(Detached(), x, y).all() and not module._without_gradient(fitted(), x, y).any()
+def test_a_model_without_a_graph_cannot_be_attacked():
+    with pytest.raises(ValueError, match="do not depend on x"):
+        alarms(Detached(), digits(5), eps=EPS, bar=None)
 
 
 class Viewing(Around):

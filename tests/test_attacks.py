@@ -282,19 +282,20 @@ def strange_layouts(x):
     yield "flipped_memory", x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
-def test_any_layout_gives_the_same_images():
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_any_layout_gives_the_same_images(norm):
     model, (x, y) = cnn().double().eval(), batch()
     x = x.double()
     for name, view in strange_layouts(x):
-        expected = sk.pgd(model, view.contiguous(), y, EPS, random_start=False)
+        expected = sk.pgd(model, view.contiguous(), y, EPS, random_start=False, norm=norm)
         before = view.clone()
-        got = sk.pgd(model, view, y, EPS, random_start=False)
+        got = sk.pgd(model, view, y, EPS, random_start=False, norm=norm)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=name)
         assert torch.equal(view, before), "x is not written"
         if name in ("contiguous", "channels_last"):
             assert got.stride() == view.stride()
             recorder = Recorder(model)
-            sk.pgd(recorder, view, y, EPS)
+            sk.pgd(recorder, view, y, EPS, norm=norm)
             assert {s for _, s, _ in recorder.inputs} == {view.stride()}, "no copies on the way"
 
 
@@ -356,6 +357,54 @@ def test_own_loss_object_with_state_per_batch():
     x_adv = sk.pgd(model, x, None, EPS, loss=Distance())
     noise = sk.pgd(model, x, None, EPS, loss=Distance(), steps=0)
     assert ((model(x_adv) - model(x)).norm(dim=1) > (model(noise) - model(x)).norm(dim=1)).all()
+
+
+# ---- losses whose gradient ends at the boundary --------------------------------------------------------------------------------
+
+
+def breakable(n: int = 300):
+    """A network, images and the classes that it gives them: about half can be broken within 0.05 (L-infinity) or 0.4 (L2)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    x = torch.rand(n, 1, 8, 8)
+    return model, x, model(x).argmax(1)
+
+
+def hinge(z, y):
+    """A loss of one's own, differentiated by autograd, that is flat beyond the boundary."""
+    other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf).amax(1)
+    return (other - z.gather(1, y[:, None])[:, 0]).clamp(max=0)
+
+
+def accuracy(model, x, y, attack) -> float:
+    torch.manual_seed(1)
+    return (model(attack(model, x, y)).argmax(1) == y).float().mean().item()
+
+
+@pytest.mark.parametrize("input_gradient", ["auto", "autograd"])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.05), ("l2", 0.4)])
+def test_a_broken_image_stays_broken_where_its_gradient_is_zero(norm, eps, input_gradient):
+    """The margin with kappa = 0 is flat beyond the boundary: more steps must not walk back, with any number of restarts."""
+    model, x, y = breakable()
+    how = {"norm": norm, "input_gradient": input_gradient}
+    few = accuracy(model, x, y, PGD(eps, loss="margin", steps=5, **how))
+    for steps in (20, 100):
+        beyond = accuracy(model, x, y, PGD(eps, loss=losses.Margin(1.0), steps=steps, **how))
+        assert accuracy(model, x, y, PGD(eps, loss="margin", steps=steps, **how)) <= min(beyond + 0.02, few)
+    assert 0.1 < beyond < 0.9, "some of both"
+    for attack in (
+        PGD(eps, loss="margin", steps=20, restarts=3, **how),
+        PGD(eps, loss=hinge, steps=20, **how),
+        lambda *a: sk.cw_linf(*a, eps, kappa=0, **how),
+        sk.APGD(eps, loss="margin", steps=20, **how),
+    ):
+        assert accuracy(model, x, y, attack) <= few
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_wrong_already_is_left_alone_by_a_flat_loss(norm):
+    model, x, y = breakable(20)
+    assert torch.equal(sk.fgsm(model, x, (y + 1) % 4, 0.4, norm=norm, loss="margin"), x)
+    assert not torch.equal(sk.fgsm(model, x, y, 0.4, norm=norm, loss="margin"), x)
 
 
 # ---- launched ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import spat_kernels as sk
+from spat_kernels.borrow import parts
 from tests.test_attacks import EPS, Recorder, batch, cnn
 
 MODES = ["eval", "train", "keep"]
@@ -295,3 +296,160 @@ def test_no_synchronisation_in_the_loop():
 
     syncs(1)  # makes the plan, and compares it with the model
     assert syncs(2) == syncs(20)
+
+
+# ---- what train() does beside the flags
+
+
+class Merging(nn.Module):
+    """Merges its low-rank update into the weight for evaluation, as LoRA layers do."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5, requires_grad=False)
+        self.a, self.b = nn.Parameter(torch.randn(4, inputs) * 0.02), nn.Parameter(torch.randn(outputs, 4) * 0.02)
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.b @ self.a).data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return F.linear(x, self.weight if self.merged else self.weight + self.b @ self.a)
+
+
+@pytest.mark.parametrize("bn_mode", MODES)
+@pytest.mark.parametrize("modes", [(True, True), (False, False), (True, False), (False, True)])
+def test_what_train_does_is_undone_by_it(bn_mode, modes):
+    model, (x, y) = nn.Sequential(nn.Flatten(), Merging(192, 20), nn.ReLU(), Merging(20, 10)), batch()
+    for layer, mode in zip((model, model[3]), modes, strict=True):
+        layer.train(mode)
+    merged, before = [model[i].merged for i in (1, 3)], copy.deepcopy(model.state_dict())
+    sk.pgd_ls(model, x, y, EPS, 0.1, bn_mode=bn_mode)
+    assert [m.training for m in (model, model[1], model[3])] == [modes[0], modes[0], modes[1]]
+    assert [model[i].merged for i in (1, 3)] == merged
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, before[name], atol=1e-6), name
+    if modes == (True, True):
+        F.cross_entropy(model(x), y).backward()
+        assert model[1].a.grad is not None
+
+
+def test_layers_that_stay_frozen_in_training_mode_do():
+    class Frozen(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4).eval(), nn.Flatten(), nn.Linear(144, 10)), set()
+
+        def forward(self, x):
+            self.seen.add(tuple(m.training for m in self.net))
+            return self.net(x)
+
+    model, (x, y) = Seen(), batch()
+    sk.pgd(model, x, y, EPS, bn_mode="train")
+    assert model.seen == {(True, False, True, True)} and not model.net[1].training and model.training
+
+
+def test_modules_that_refuse_train_are_attacked_as_they_are_if_asked():
+    x, y = batch(4)
+    model = torch.export.export(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).eval(), (x,)).module()
+    model.training = True
+    with pytest.raises(ValueError, match="bn_mode='eval', but GraphModule refuses to change its mode.*use bn_mode='keep'"):
+        sk.pgd(model, x, y, EPS)
+    assert model.training
+    assert (sk.pgd(model, x, y, EPS, bn_mode="keep") != x).any() and model.training
+    for m in model.modules():
+        m.training = False  # they need not change
+    assert (sk.pgd(model, x, y, EPS) != x).any()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("bn_mode", MODES)
+def test_weights_that_are_computed_keep_their_graph(norm, bn_mode):
+    model, (x, y) = nn.Sequential(nn.Flatten(), norm(nn.Linear(192, 10))), batch()
+    model(x)
+    before, weight = snapshot(model, x, y), model[1].weight
+    sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
+    assert_same(before, snapshot(model, x, y))
+    assert model[1].weight.requires_grad and (model[1].weight is weight or "weight" not in vars(model[1]))
+    model[1].weight.sum().backward()  # a penalty
+    assert any(p.grad is not None for p in model[1].parameters())
+
+
+# ---- modules that are not registered
+
+
+class Holder:
+    def __init__(self, held):
+        self.held = held
+
+
+class Members(nn.Module):
+    """Its members are where nn.Module does not look."""
+
+    def __init__(self, kind: str, members):
+        super().__init__()
+        self.kind, (a, b) = kind, members
+        self.held = {
+            "list": [a, b],
+            "tuple": (a, (b,)),
+            "dict": {"a": a, "b": [b]},
+            "object": Holder({"a": a, "b": Holder(b)}),
+            "method": [a.forward, b.forward],
+        }[kind]
+        self.members = self.held if kind == "method" else lambda x: [m(x) for m in members]
+
+    def forward(self, x):
+        return sum(m(x) for m in self.members) if self.kind == "method" else sum(self.members(x))
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "object", "method"])
+@pytest.mark.parametrize("bn_mode", ["eval", "train"])
+def test_modules_that_are_not_registered_are_borrowed_too(kind, bn_mode):
+    def member():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(144, 10))
+
+    torch.manual_seed(0)
+    members, (x, y) = [member().train(), member().train()], batch(16)
+    members[1][1].eval()
+    registered = nn.ModuleList(members)
+    model, before = Members(kind, members).eval(), snapshot(registered, x, y)
+    torch.manual_seed(1)
+    x_adv = sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
+    assert_same(before, snapshot(registered, x, y))
+
+    class Registered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.members = registered
+
+        def forward(self, x):
+            return sum(m(x) for m in self.members)
+
+    torch.manual_seed(1)
+    assert_nearly_same(x_adv, sk.pgd(Registered(), x, y, EPS, bn_mode=bn_mode, input_gradient="autograd"))
+
+
+def test_parts_of_a_model():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.again, self.itself = [self.layer], [self]
+            self.loop = {"numbers": [1, 2.0, "three"], "none": None}
+            self.loop["loop"] = self.loop
+            self.hidden = Holder(Holder([nn.Sequential(nn.ReLU())]))
+            self.too_deep = Holder(Holder(Holder(nn.Tanh())))
+
+    model = Odd()
+    modules, roots = parts(model)
+    hidden = model.hidden.held.held[0]
+    assert roots == [model, hidden] and modules == [model, model.layer, hidden, hidden[0]]

@@ -385,6 +385,18 @@ def test_an_attack_that_leaves_the_ball_is_caught():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_more_steps_of_a_flat_loss_do_not_mend_what_is_broken(norm):
+    """The margin with kappa = 0 has no gradient beyond the boundary."""
+    steps = (3, 5, 20, 100)
+    names = [f"pgd:norm={norm}:loss=margin:kappa=0:start=clean:steps={n}:step=1/10" for n in steps]
+    found = quiet(fitted(), digits(120), names, eps=0.15, eps_l2=0.8)
+    broken = [found.correct("clean") & ~found.correct(name) for name in names]
+    assert 5 < broken[0].sum() < broken[-1].sum(), "some of both"
+    for fewer, more in zip(broken, broken[1:], strict=False):
+        assert (more | ~fewer).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_inside(norm):
     x = torch.full((4, 1, 8, 8), 0.5)
     far = {"linf": 0.1, "l2": 0.1 / 8}[norm]
@@ -677,7 +689,7 @@ def test_the_report(monkeypatch, capsys, a_run):
     assert {"spat_kernels", "torch"} <= told["versions"].keys() and told["attacks"]["fgsm"]["source"].startswith("Goodfellow")
     assert told["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
     assert told["results"][WORST]["accuracy"] == expected.worst_case()
-    assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 10
+    assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 12
     for i, sample in enumerate(told["samples"]):
         assert sample["predicted"] == {name: int(p[i]) for name, p in expected.predicted.items()}
         assert sample["broken_by"] == [name for name in expected.attacks if not expected.correct(name)[i]]

@@ -21,12 +21,14 @@ class Formats(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
-        if name in ("convolution", "linf_step_"):
+        if name in ("convolution", "linf_step_", "l2_step_"):
             contiguous = {t.is_contiguous() and not t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]}
             self.seen[name, "contiguous" if True in contiguous else "channels_last"] += 1
         self.casts += name == "_to_copy" and args[0].shape[2:] == (3, 3)
-        self.conversions += name in ("clone", "copy_") and args[0].shape[1:2] == (3,)
-        return function(*args, **kwargs)
+        out = function(*args, **kwargs)
+        if name in ("clone", "copy_") and args[0].shape[1:2] == (3,):
+            self.conversions += out.stride() != args[name == "copy_"].stride()
+        return out
 
 
 def formats_of(attack, model, x, y):
@@ -36,17 +38,19 @@ def formats_of(attack, model, x, y):
     return formats
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_iterates_are_laid_out_as_the_plan_reads_them(precision):
+def test_iterates_are_laid_out_as_the_plan_reads_them(precision, norm):
     model, (x, _) = cnn(size=16).eval(), batch(size=16)
-    y, settings = model(x).argmax(1), {"precision": precision, "input_gradient": "plan"}
+    y, settings = model(x).argmax(1), {"precision": precision, "input_gradient": "plan", "norm": norm}
     few, many, apgd = (
         formats_of(attack, model, x, y)
         for attack in (PGD(EPS, steps=1, **settings), PGD(EPS, steps=5, **settings), APGD(1 / 255, steps=4, **settings))
     )
+    step, starts = f"{norm}_step_", norm == "l2"  # a random start in the L2 ball is a step too, in the format of x
     for found in (few, many, apgd):
-        assert ("linf_step_", "contiguous") not in found.seen
-    assert many.seen["linf_step_", "channels_last"] == 5 and apgd.seen["linf_step_", "channels_last"] >= 4
+        assert found.seen[step, "contiguous"] == starts
+    assert many.seen[step, "channels_last"] == 5 and apgd.seen[step, "channels_last"] >= 4
     # In half precision the gradient of the split image is a slice, which is made dense; nothing else is converted.
     assert many.conversions - few.conversions == 4 * (precision == "bf16")
 

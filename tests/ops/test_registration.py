@@ -31,7 +31,7 @@ def sample_inputs(device="cpu"):
     yield "dlr_grad", (z, y, y.flip(0), dz, None, 1.0)
     for seen in (None, nan_seen):
         yield "linf_step_", (x_adv, x, grad, one, one, 0.0, 1.0, seen)
-        yield "l2_step_", (x_adv, x, grad, one, one, seed, 0.0, 1.0, seen)
+        yield "l2_step_", (x_adv, x, grad, one, one, 0.0, 1.0, seen)
     a, out, total = (torch.randn(4, 16, 8, 8, device=device).contiguous(memory_format=torch.channels_last) for _ in range(3))
     v, mask = torch.rand(16, device=device), torch.zeros(4 * 64, 2, dtype=torch.uint8, device=device)
     yield "scale_shift_relu", (a, a + 1, v, v - 1, total, out, mask, True)

@@ -1,0 +1,29 @@
+"""What logits say: the class that a model predicts, and the others by how likely they are.
+
+Every attack, and every count of what is misclassified, asks here.
+"""
+
+import torch
+from torch import Tensor
+
+from .precision import tf32_switches
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Classes, int64 [B], of logits [B, K]; -1 where one is NaN: that is no prediction, so it is wrong whatever the label."""
+    largest, classes = logits.max(1)  # NaN, if there is one
+    return classes.masked_fill_(largest.isnan(), -1)
+
+
+def other_classes(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """All classes but y, the likeliest first, int64 [B, K - 1]; and which of them are possible, bool: -inf rules a class out."""
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    y_last = (order == y[:, None]).byte().argsort(dim=1, stable=True)  # by its index: others may have y's logit, also -inf
+    others = order.gather(1, y_last)[:, :-1]
+    return others, logits.gather(1, others) > -torch.inf
+
+
+def model_logits(model, x: Tensor) -> Tensor:
+    """What `model` answers as the caller would ask it, in fp32 without TF32; on a copy of x, since it may write on its input."""
+    with torch.no_grad(), tf32_switches("fp32", x.device.type):
+        return model(x.clone())

@@ -1,0 +1,507 @@
+"""Models that could fool an attack into calling them robust: the attack is not fooled, raises, or says so."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import spat_kernels as sk
+from spat_kernels import APGD, FAB, PGD, AutoAttack, Square, signs
+from spat_kernels.predictions import model_logits, other_classes, predictions
+
+EPS = 0.1
+GRADIENT_ATTACKS = {
+    "pgd": PGD(EPS),
+    "pgd-l2": PGD(0.5, norm="l2"),
+    "restarts": PGD(EPS, restarts=2),
+    "apgd": APGD(EPS, steps=5),
+    "apgd-t": APGD(EPS, steps=5, loss="dlr", targets=3),
+    "fab": FAB(EPS, steps=5, targets=None),
+    "fab-t": FAB(EPS, steps=5),
+    "autoattack": AutoAttack(EPS, version=("square", "apgd-ce"), steps=5, queries=5),
+}
+gradient_attacks = pytest.mark.parametrize("attack", GRADIENT_ATTACKS.values(), ids=GRADIENT_ATTACKS)
+
+
+class Around(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+
+def linear(pixels: int = 48, classes: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes)).eval()
+
+
+def attackable(net, n: int = 16, shape=(3, 4, 4)):
+    x = torch.rand(n, *shape)
+    return x, net(x).argmax(1)
+
+
+def accuracy(model, x, y) -> float:
+    return (predictions(model(x)) == y).float().mean().item()
+
+
+# ---- a gradient that is not there
+
+
+def cut_off(kind: str, net):
+    """A callable whose logits need a gradient, that of its parameters, but not through x."""
+
+    class Module(Around):
+        def forward(self, x):
+            return self.net(x.detach()) + self.net[1].bias
+
+    class Unregistered(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                x = x * 1.0
+            return net(x)
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, grad):
+            return None
+
+    return {
+        "detach": lambda x: net(x.detach()),
+        "numpy": lambda x: net(torch.from_numpy(x.detach().numpy())),
+        "8 bits": lambda x: net((x * 255).round().to(torch.uint8).float() / 255),
+        "function": lambda x: net(NoGradient.apply(x)),
+        "module": Module(net).eval(),
+        "unregistered": Unregistered().eval(),
+        "constant": lambda x: net[1].bias.expand(len(x), -1),
+    }[kind]
+
+
+@gradient_attacks
+@pytest.mark.parametrize("kind", ["detach", "numpy", "8 bits", "function", "module", "unregistered", "constant"])
+def test_logits_cut_off_from_the_images_are_an_error(kind, attack):
+    net = linear()
+    x, y = attackable(net)
+    model = cut_off(kind, net)
+    with pytest.raises(ValueError, match="do not depend on x"):
+        attack(model, x, predictions(model(x)))
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_quantised_layers_are_an_error():
+    class Int8(torch.autograd.Function):
+        """As torch.ao's dynamically quantised layers: no backward."""
+
+        @staticmethod
+        def forward(context, x, weight):
+            context.mark_non_differentiable(out := F.linear(x, weight).round())
+            return out
+
+        @staticmethod
+        def backward(context, grad):
+            raise AssertionError("never called")
+
+    head, scale = torch.randn(10, 48), nn.Parameter(torch.ones(10))
+    x = torch.rand(4, 3, 4, 4)
+    with pytest.raises(ValueError, match="do not depend on x"):
+        sk.pgd(lambda x: Int8.apply(x.flatten(1), head) * scale, x, torch.zeros(4, dtype=torch.int64), EPS)
+
+
+def test_attacks_without_gradients_run_all_the_same():
+    net = linear()
+    x, y = attackable(net)
+    x_adv = Square(EPS, queries=200, generator=torch.Generator().manual_seed(0))(cut_off("8 bits", net), x, y)
+    assert accuracy(net, x_adv, y) < 0.7
+    alone = AutoAttack(EPS, version=("square",), queries=200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not alone.run(cut_off("detach", net), x, y).robust.all()
+        assert torch.equal(sk.pgd(cut_off("detach", net), x, y, EPS, steps=0, random_start=False), x)
+
+
+@gradient_attacks
+def test_a_gradient_that_is_zero_by_arithmetic_is_one(attack):
+    class Flat(Around):
+        def forward(self, x):
+            return self.net(x.round())
+
+    model = Flat(linear())
+    x, _ = attackable(model)
+    y = model(x).argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # AutoAttack's, which are tested below
+        x_adv = attack(model, x, y)
+    assert x_adv.shape == x.shape and x_adv.isfinite().all()
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_reentrant_checkpoints(registered):
+    net = linear()
+    x, y = attackable(net)
+
+    class Detached(Around):
+        def forward(self, x):
+            return checkpoint(self.net, x.detach().requires_grad_(), use_reentrant=True)
+
+    if registered:
+        with pytest.raises(ValueError, match="do not depend on x"):
+            sk.pgd(Detached(net), x, y, EPS)
+    else:  # whose backward would write .grad
+        with pytest.raises(ValueError, match="re-entrant checkpoints.*use_reentrant=False"):
+            sk.pgd(lambda x: checkpoint(net, x, use_reentrant=True), x, y, EPS)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_losses_cut_off_from_the_logits_are_an_error():
+    x, y = attackable(linear())
+    weight = torch.ones(10, requires_grad=True)
+    for loss in (lambda z, y: z.detach().sum(1), lambda z, y: (z.detach() * weight).sum(1)):
+        with pytest.raises(ValueError, match="does not depend on the logits by differentiable operations"):
+            sk.pgd(linear(), x, y, EPS, loss=loss)
+
+
+def test_a_loss_that_writes_on_the_logits_does_not_change_predictions():
+    def writes(z, y):
+        loss = F.cross_entropy(z.clone(), y, reduction="none")
+        z.data.zero_()
+        return loss
+
+    net = linear()
+    x, y = attackable(net)
+    found = []
+    for loss in (writes, lambda z, y: F.cross_entropy(z, y, reduction="none")):
+        torch.manual_seed(1)
+        found.append(sk.APGD(EPS, loss=loss, steps=10)(net, x, y))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("x_dtype, model_dtype", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("layer", [nn.Linear(48, 10), nn.Sequential(nn.Conv2d(3, 10, 4), nn.Flatten())])
+def test_images_in_another_dtype_than_the_models(layer, x_dtype, model_dtype):
+    model = (layer if isinstance(layer, nn.Sequential) else nn.Sequential(nn.Flatten(), layer)).to(model_dtype)
+    x, y = torch.rand(4, 3, 4, 4, dtype=x_dtype), torch.zeros(4, dtype=torch.int64)
+    state = torch.get_rng_state()
+    for attack in (PGD(EPS), APGD(EPS), FAB(EPS), Square(EPS), AutoAttack(EPS)):
+        with pytest.raises(
+            ValueError, match=rf"x must be {model_dtype} like the model, got {x_dtype}: use x.to\({model_dtype}\)"
+        ):
+            attack(model, x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    class Casts(Around):
+        def forward(self, x):
+            return self.net(x.to(model_dtype))
+
+    assert PGD(EPS)(Casts(model), x, y).dtype == x_dtype
+
+
+class Recurrent(nn.Module):
+    """Rows of the image, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(12, 16, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.transpose(1, 2).flatten(2))[0][:, -1])
+
+
+@pytest.mark.gpu
+def test_recurrent_layers_on_cudnn_are_told_a_way():
+    model, x, y = Recurrent().cuda().eval(), torch.rand(4, 3, 4, 4).cuda(), torch.zeros(4, dtype=torch.int64).cuda()
+    with pytest.raises(ValueError, match="recurrent layers in eval mode.*cudnn.flags.*bn_mode='train'"):
+        sk.pgd(model, x, y, EPS)
+    with torch.backends.cudnn.flags(enabled=False):
+        one = sk.pgd(model, x, y, EPS, random_start=False)
+    other = sk.pgd(model, x, y, EPS, random_start=False, bn_mode="train")
+    assert (one != x).any() and torch.allclose(one, other, atol=1e-5)
+
+
+def test_recurrent_layers_on_the_cpu():
+    model, x, y = Recurrent().eval(), torch.rand(4, 3, 4, 4), torch.zeros(4, dtype=torch.int64)
+    assert (sk.pgd(model, x, y, EPS) != x).any()
+
+    class Refuses(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, grad):
+            raise RuntimeError("cudnn RNN backward can only be called in training mode")
+
+    with pytest.raises(ValueError, match="recurrent layers in eval mode"):
+        sk.pgd(lambda x: model(Refuses.apply(x)), x, y, EPS)
+
+
+# ---- models that write on what they are given
+
+
+def writing(how: str, net):
+    class Writes(Around):
+        def forward(self, x):
+            if how == "data":
+                x.data.mul_(0.8)
+            elif how == "numpy":
+                x.detach().numpy()[...] *= 0.8
+            else:
+                with torch.no_grad():
+                    x.mul_(0.8)
+            return self.net(x)
+
+    class Reads(Around):
+        def forward(self, x):
+            return self.net(x * 0.8)
+
+    return Writes(net).eval(), Reads(net).eval()
+
+
+@pytest.mark.filterwarnings("ignore:model changes its input in place where autograd does not see it")
+@pytest.mark.parametrize("how", ["data", "numpy", "no_grad"])
+@gradient_attacks
+def test_models_that_write_on_their_input_write_on_a_copy(how, attack):
+    """By the sign of the gradient they are attacked as the model that does the same without writing."""
+    torch.manual_seed(0)
+    writes, reads = writing(how, linear(192))
+    x, y = attackable(reads, 60, (3, 8, 8))
+    before, found = x.clone(), []
+    for model in (writes, reads):
+        torch.manual_seed(1)
+        found.append(attack(model, x, y))
+    assert torch.equal(x, before)
+    for x_adv in found:
+        moved = (x_adv - x).flatten(1)
+        norm = moved.norm(dim=1) if getattr(attack, "norm", "") == "l2" else moved.abs().amax(1)
+        assert norm.max() <= (0.5 if getattr(attack, "norm", "") == "l2" else EPS) + 1e-6
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+    if not isinstance(attack, FAB):  # which goes by the length of the gradient too
+        assert torch.allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["data", "numpy", "no_grad"])
+def test_writing_where_autograd_does_not_see_it_is_said(how):
+    writes, reads = writing(how, linear())
+    x, y = attackable(reads)
+    for attack in (PGD(EPS, input_gradient="autograd"), FAB(EPS, steps=2)):
+        with pytest.warns(RuntimeWarning, match="changes its input in place where autograd does not see it"):
+            attack(writes, x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attack(reads, x, y)
+
+
+def test_predictions_leave_the_images_alone():
+    writes, reads = writing("no_grad", linear())
+    x, _ = attackable(reads)
+    before = x.clone()
+    assert torch.equal(model_logits(writes, x), model_logits(reads, x)) and torch.equal(x, before)
+
+
+# ---- what is no prediction, and what is no class
+
+
+def test_a_nan_is_no_prediction():
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[nan, nan, nan], [1, nan, 2], [nan, 1, 2], [1, 3, 2], [-inf, -inf, 0], [1, inf, 2], [2, 2, 1]])
+    assert predictions(logits).tolist() == [-1, -1, -1, 1, 2, 1, 0]
+    assert predictions(logits.half()).tolist() == [-1, -1, -1, 1, 2, 1, 0]
+
+
+class Overflows(Around):
+    """NaN away from grey, and class 0 there."""
+
+    def forward(self, x):
+        far = ((x - 0.5).abs().flatten(1).amax(1) > 0.01)[:, None]
+        return (self.net(x) + 50 * F.one_hot(torch.tensor(0), 4)).masked_fill(far, torch.nan)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD(EPS), PGD(EPS, restarts=3), APGD(EPS, steps=3), APGD(EPS, steps=3, restarts=2), AutoAttack(EPS, steps=3),
+        APGD(EPS, steps=3, targets=2, eot=2), Square(EPS, queries=20), Square(1.0, norm="l2", queries=20),
+        AutoAttack(EPS, version=("square",), queries=20),
+    ],
+    ids=lambda attack: f"{type(attack).__name__}-{getattr(attack, 'restarts', 1)}-{attack.norm}",
+)  # fmt: skip
+def test_images_with_nan_logits_are_not_robust(attack):
+    model, x, y = Overflows(linear(192, 4)).eval(), torch.full((6, 3, 8, 8), 0.5), torch.zeros(6, dtype=torch.int64)
+    assert (predictions(model(attack(model, x, y))) == -1).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_images_whose_logits_are_nan_as_they_are_count_as_misclassified():
+    model, x, y = Overflows(linear(192, 4)).eval(), torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
+    assert (AutoAttack(EPS, steps=3, queries=5).run(model, x, y).broken_by == 0).all()
+    for attack in (APGD(EPS, steps=3), FAB(EPS, steps=3), Square(EPS, queries=5)):
+        assert torch.equal(attack(model, x, y), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_classes_are_never_the_label(dtype):
+    inf = torch.inf
+    logits = torch.tensor([[1, -inf, 2, -inf], [-inf, -inf, 1, -inf], [inf, 1, inf, 0], [0, 0, 0, 0]], dtype=dtype)
+    for label in range(4):
+        y = torch.full((4,), label)
+        others, possible = other_classes(logits, y)
+        assert torch.equal(torch.cat((others, y[:, None]), 1).sort(1).values, torch.arange(4).expand(4, 4))
+        values = logits.gather(1, others)
+        assert (values[:, :-1] >= values[:, 1:]).all() and torch.equal(possible, values > -inf)
+
+
+class Masked(Around):
+    """Of 10 classes 5 are ruled out, as in subsets of ImageNet."""
+
+    def forward(self, x):
+        return self.net(x).masked_fill(torch.arange(10) >= 5, -torch.inf)
+
+
+class Subset(Around):
+    def forward(self, x):
+        return self.net(x)[:, :5]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        FAB(EPS, steps=10, targets=None), FAB(EPS, steps=10, targets=4), FAB(0.5, steps=10, targets=None, norm="l2"),
+        APGD(EPS, steps=10, targets=4), APGD(EPS, steps=10, loss="dlr", targets=4), APGD(EPS, steps=10),
+        PGD(EPS, restarts=2, loss="margin"), PGD(EPS, loss="kl"),
+    ],
+    ids=lambda attack: f"{type(attack).__name__}-{type(getattr(attack, 'loss', None)).__name__}-{attack.norm}",
+)  # fmt: skip
+def test_classes_that_are_ruled_out_change_nothing(attack):
+    """Neither what is found, nor what is said."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).double()
+    x = torch.rand(40, 1, 8, 8, dtype=torch.float64)
+    y, found = Subset(net)(x).argmax(1), []
+    for model in (Subset(net).eval(), Masked(net).eval()):
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append(attack(model, x, y))
+    assert torch.equal(found[0], found[1]) and accuracy(Subset(net), found[0], y) < 0.9
+
+
+def test_more_targets_than_classes_that_are_possible():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    x = torch.rand(40, 1, 8, 8)
+    y = Subset(net)(x).argmax(1)
+    for kind in (FAB, APGD):
+        left = []
+        for targets, model in ((4, Subset(net).eval()), (9, Masked(net).eval())):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                left.append(accuracy(Subset(net), kind(EPS, steps=10, targets=targets)(model, x, y), y))
+        assert abs(left[0] - left[1]) < 0.1 and max(left) < 0.9
+
+
+# ---- what AutoAttack says
+
+
+class ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, grad):
+        return torch.zeros_like(grad)
+
+
+class Masking(Around):
+    def forward(self, x):
+        return self.net(ZeroGradient.apply(x))
+
+
+class Noisy(Around):
+    def forward(self, x):
+        return self.net(x + 0.3 * torch.randn_like(x))
+
+
+class Softmax(Around):
+    def forward(self, x):
+        return (5 * self.net(x)).softmax(1)
+
+
+def said(model, version="standard", eps=0.05) -> list[str]:
+    net = getattr(model, "net", model)
+    x, y = attackable(net, 60, (3, 8, 8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AutoAttack(eps, version=version, steps=5, queries=100).run(model.eval(), x, y)
+    assert all(w.category is RuntimeWarning and w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught]
+
+
+def test_autoattack_says_what_its_authors_say():
+    net = linear(192)
+    assert said(net) == [] and said(Noisy(net), "rand") == []
+    (random,) = said(Noisy(net), ("apgd-ce",))
+    assert "seems to draw random numbers" in random and "version='rand'" in random
+    (determined,) = said(net, "rand")
+    assert "draws no random numbers: version='standard'" in determined
+    assert any("probabilities" in text for text in said(Softmax(net), ("apgd-ce",)))
+    zero, beaten = said(Masking(net), ("apgd-ce", "square"))
+    assert "the gradient of the margin is 0 or NaN at 60 of 60 images" in zero
+    assert beaten.startswith("Square, which needs no gradients, broke") and "of 60 images" in beaten
+    assert said(Masking(net), ("square",)) == []
+    assert any("are NaN" in text for text in said(Overflows(linear(192, 4)), ("apgd-ce",)))
+
+
+def test_the_check_for_randomness_draws_nothing_of_the_callers():
+    x, y = attackable(linear(192), 8, (3, 8, 8))
+    found = []
+    for difference in (signs.difference, lambda *logits: (0.0, 1.0)):
+        torch.manual_seed(3)
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch.setattr(signs, "difference", difference)
+            AutoAttack(EPS, version=("apgd-ce",), steps=2).run(Noisy(linear(192)), x, y)
+        found.append(torch.rand(1))
+    assert torch.equal(*found)
+
+
+def test_differences_of_logits():
+    a = torch.tensor([[1.0, torch.nan], [torch.inf, -2.0]])
+    assert signs.difference(a, a.clone()) == (0.0, 2 * signs.ROUNDING)
+    assert signs.difference(a, torch.tensor([[1.0, torch.nan], [torch.inf, -2.5]]))[0] == 0.5
+    assert signs.difference(a, torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
+
+
+def test_probabilities():
+    logits = torch.randn(5, 7)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert signs.are_probabilities(logits.softmax(1).to(dtype))
+        assert not signs.are_probabilities(logits.to(dtype)) and not signs.are_probabilities(logits.sigmoid().to(dtype))
+
+
+# ---- before a run begins
+
+
+def test_evaluate_says_so_before_any_work():
+    pytest.importorskip("tqdm")
+    from spat_train.evaluate import evaluate
+    from spat_train.images import InputError
+
+    net = linear(192)
+    x, y = attackable(net, 8, (3, 8, 8))
+
+    class Detached(Around):
+        def forward(self, x):
+            return self.net(x.detach())
+
+    for spec in ("pgd-10", "fgsm", "apgd", "fab-t", "autoattack"):
+        with pytest.raises(InputError, match="model: the model's logits do not depend on x"):
+            evaluate(Detached(net).eval(), (x, y), f"noise,{spec}", eps=EPS, bar=None)
+        evaluate(Detached(net).eval(), (x, y), "noise,square:queries=2", eps=EPS, bar=None)
+    with pytest.raises(InputError, match="source: the model's logits do not depend on x"):
+        evaluate(net, (x, y), "fgsm", eps=EPS, source=Detached(net).eval(), bar=None)
+    evaluate(Detached(net).eval(), (x, y), "fgsm", eps=EPS, source=net, bar=None)
