@@ -7,6 +7,7 @@ present: C++ at the CPU key, CUDA C++ at the CUDA key where nvcc built it, else 
 when TRITON_INTERPRET=1) or `reference`. The default is `auto`.
 """
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -33,9 +34,7 @@ def _load_compiled():
             raise ImportError(f"SPAT_KERNELS_BACKEND=compiled, but {what}")
         warnings.warn(f"{what}. Until then the slow references run", RuntimeWarning, stacklevel=2)
         return None
-    from . import _C
-
-    return _C
+    return importlib.import_module("spat_kernels._C")
 
 
 # Imported before the ops are declared: torch keeps kernels for ops that come later.

@@ -50,6 +50,8 @@ class APGDRun(Run):
     Its outcome: images, by the rule of `APGD`; nan_seen, uint8 [B]; their losses [B]; whether they were misclassified, bool [B].
     """
 
+    y: Tensor  # never None
+
     def __init__(self, settings: "APGD", batch: Batch):
         super().__init__(settings, batch)
         self.steps, self.rho, self.eot = settings.steps, settings.rho, settings.eot
@@ -89,7 +91,7 @@ class APGDRun(Run):
                     if drops and search.broken.any():
                         self._store(search)
                         search = search.part((~search.broken).nonzero()[:, 0])
-                        if not len(search.rows):
+                        if not len(search.y):
                             return
         self._store(search)
 
@@ -110,8 +112,9 @@ class APGDRun(Run):
         passes = 1 if self.model.deterministic else self.eot
         logits, value, grad = self._pass(search, differentiate)
         for _ in range(passes - 1):
-            more = self._pass(search, differentiate)
-            logits, value, grad = (a if a is None else a + b for a, b in zip((logits, value, grad), more, strict=True))
+            more_logits, more_value, more_grad = self._pass(search, differentiate)
+            logits, value = logits + more_logits, value + more_value
+            grad = None if grad is None or more_grad is None else grad + more_grad
         search.keep(value / passes if passes > 1 else value, predictions(logits) != search.y, grad)
 
     def _pass(self, search: "_Search", differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -126,18 +129,21 @@ class _Search:
 
     def __init__(self, ball: Ball, y: Tensor, reference, start: Tensor):
         n, like = len(ball.x), ball.eps
-        self.rows = None  # int64 [n], which samples of the run these are, or None: all
+        self.rows: Tensor | None = None  # int64 [n], which samples of the run these are, or None: all
         self.ball, self.y, self.reference = copy(ball), y, reference
         self.ball.step_size = ball.step_size.expand(n).clone()
         self.unmoved = like.new_zeros(1)
-        self.x_adv, self.previous = start, None
-        self.grad = self.best_grad = None
+        self.x_adv = start
+        self.previous: Tensor | None = None
+        self.grad: Tensor  # at x_adv; `keep` sets it
+        self.best_grad: Tensor
         self.best, self.best_value = ball.x.clone(), like.new_full((n,), -torch.inf)
         self.broken = torch.zeros(n, dtype=torch.bool, device=like.device)
         self.done = torch.zeros_like(self.broken)  # broken at the last checkpoint: `best` stays
         self.halved = torch.ones_like(self.broken)  # at the last checkpoint
         self.rises, self.last_value = torch.zeros_like(self.broken, dtype=torch.int32), like.new_zeros(n)
-        self.value_at_check = None
+        self.value_at_check: Tensor
+        self.begun = False
 
     def step(self) -> None:
         x_adv, ball = self.x_adv, self.ball
@@ -153,13 +159,12 @@ class _Search:
         value, wrong = value.to(self.best_value.dtype), wrong & ~self.done
         if grad is not None:
             self.grad = self.ball.laid_out(grad)
-            if self.best_grad is None:
+            if not self.begun:
                 self.best_grad = self.grad.clone()
-            best = self.best_grad, self.best_value.clone(), self.broken.clone()
-            ops.keep_best_(*best, self.grad, value, wrong)
+            ops.keep_best_(self.best_grad, self.best_value.clone(), self.broken.clone(), self.grad, value, wrong)
         ops.keep_best_(self.best, self.best_value, self.broken, self.x_adv, value, wrong)
-        if self.value_at_check is None:  # this is the start
-            self.value_at_check = self.best_value.clone()
+        if not self.begun:
+            self.begun, self.value_at_check = True, self.best_value.clone()
         else:
             self.rises += value > self.last_value
             self.last_value = value

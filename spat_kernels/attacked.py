@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -50,13 +51,16 @@ def check_batch(attack, model, x, y) -> int:
     return checks.Values(x, y, None, attack.bounds).read()[0] if x.numel() else -1
 
 
-def usable(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+Labels = TypeVar("Labels", Tensor, Tensor | None)
+
+
+def usable(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
     """Checked images and labels as runs want them: dense, and not made in inference mode, which autograd refuses."""
     x = x.detach()
     x = x if is_dense(x) else x.contiguous()
-    y = y if y is None else y.contiguous()
-    x, y = (t.clone() if t is not None and t.is_inference() else t for t in (x, y))
-    return x, y
+    if y is not None:
+        y = y.clone() if y.is_inference() else y.contiguous()
+    return x.clone() if x.is_inference() else x, y
 
 
 def warn_of_nan(unusable: int, samples: int) -> None:

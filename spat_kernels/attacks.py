@@ -160,8 +160,8 @@ class PGD:
         if x.numel() == 0:
             return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
         with torch.inference_mode(False), torch.no_grad():
-            outcome, _ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
-        return outcome
+            (x_adv, nan_seen), _ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+        return x_adv, nan_seen
 
     def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:
         x, y = usable(x, y)

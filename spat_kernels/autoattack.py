@@ -174,10 +174,10 @@ class AutoAttack:
                     result.x_adv[rows[broken]] = found[broken]
                     result.broken_by[rows[broken]] = number
             if name == "square" and {*GRADIENT_ATTACKS}.intersection(self.attacks[: number - 1]):
-                found = int((result.broken_by == number).sum())
-                if found > signs.SQUARE_SHARE * len(x):
+                alone = int((result.broken_by == number).sum())
+                if alone > signs.SQUARE_SHARE * len(x):
                     warnings.warn(
-                        f"Square, which needs no gradients, broke {found} of {len(x)} images that the attacks by gradients left: "
+                        f"Square, which needs no gradients, broke {alone} of {len(x)} images that the attacks by gradients left: "
                         "the gradients may be masked, and the model less robust than it looks",
                         RuntimeWarning,
                         stacklevel=CALLER,

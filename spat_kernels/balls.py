@@ -73,6 +73,9 @@ class Ball:
             setattr(part, name, values[rows] if len(values) == samples else values)
         return part
 
+    def _move_(self, x_adv: Tensor, grad: Tensor, step_size: Tensor) -> None:
+        raise NotImplementedError
+
     def project_(self, x_adv: Tensor) -> None:
         """Project `x_adv`, in place: a step of length 0."""
         self._move_(x_adv, torch.zeros_like(x_adv), torch.zeros_like(self.eps))
@@ -83,12 +86,13 @@ class LinfBall(Ball):
         return (self._draw(generator, "random_", 2, dtype=torch.int64),)
 
     def random_start_(self, x_adv, draws):
-        ops.linf_random_start_(x_adv, self.x, self.eps, *draws, *self.bounds)
+        (seed,) = draws
+        ops.linf_random_start_(x_adv, self.x, self.eps, seed, *self.bounds)
 
     def surface_start_(self, x_adv, draws):
         """Uniform noise, scaled for each sample to a largest element of eps."""
-        noise = torch.empty_like(self.x, dtype=self.eps.dtype)
-        ops.linf_random_start_(noise, torch.zeros_like(noise), torch.ones_like(self.eps), *draws, -1.0, 1.0)
+        (seed,), noise = draws, torch.empty_like(self.x, dtype=self.eps.dtype)
+        ops.linf_random_start_(noise, torch.zeros_like(noise), torch.ones_like(self.eps), seed, -1.0, 1.0)
         noise *= broadcast(self.eps / noise.abs().flatten(1).amax(1), noise)
         x_adv.copy_((self.x + noise).clamp_(*self.bounds))
 

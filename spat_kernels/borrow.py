@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 
@@ -98,7 +98,7 @@ def parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     `model.parameters()` know nothing of these, but a forward calls them.
     """
     found: dict[int, nn.Module] = {}
-    roots, candidates, seen = [], deque([model]), set()
+    roots, candidates, seen = list[nn.Module](), deque([model]), set[int]()
     while candidates:
         root = candidates.popleft()
         if id(root) not in found:
@@ -123,7 +123,7 @@ def _held(value, seen: set[int], depth: int) -> Iterator[nn.Module]:
         return
     if id(value) in seen:
         return
-    inner = ()
+    inner: Collection[object] = ()
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         inner = value
     elif isinstance(value, dict):

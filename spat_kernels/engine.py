@@ -70,7 +70,7 @@ def explain(
     return Explanation("plan", "", dtype, plan.summary())
 
 
-def check_path(precision: Precision | None, input_gradient: str) -> None:
+def check_path(precision: Precision | None, input_gradient: GradientPath) -> None:
     checks.check_choice("precision", precision, (None, *PRECISIONS))
     checks.check_choice("input_gradient", input_gradient, GRADIENT_PATHS)
 
@@ -129,9 +129,9 @@ def _inner(model: nn.Module) -> nn.Module:
     """The model inside of DDP, DataParallel and torch.compile, whose work an attack does not need."""
     while True:
         if type(model) in (nn.parallel.DistributedDataParallel, nn.DataParallel):
-            inner = model.module
+            inner = model.get_submodule("module")
         elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-            inner = model._orig_mod
+            inner = model.get_submodule("_orig_mod")
         else:
             return model
         check_hooks(model)

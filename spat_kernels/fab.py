@@ -260,5 +260,5 @@ def _wide(v: Tensor, x: Tensor) -> Tensor:
 def _check_number(name: str, value, fits: Callable[[float], bool], where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {where}, got {checks.kind(value)}")
-    if not fits(value):
+    if not fits(float(value)):
         raise ValueError(f"{name}={value} must be {where}")

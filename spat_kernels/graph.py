@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from . import checks, host_random
 from .borrow import borrowed
 from .losses import OURS, AutogradLoss, Custom, Loss
+from .precision import backends
 from .run import Batch, Run, drawing
 from .structure import Structure, freeze
 
@@ -56,7 +57,8 @@ class CudaGraph:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
-        self._graph = self._random = None
+        self._graph: torch.cuda.CUDAGraph
+        self._random: torch.Generator
 
     @contextmanager
     def here(self):
@@ -75,7 +77,8 @@ class CudaGraph:
         # replays on several streams would share its (seed, offset) on the device.
         generator = torch.cuda.default_generators[self.stream.device_index]
         state, lent = generator.graphsafe_get_state(), generator.clone_state()
-        graph, pool, failures = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), []
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        failures: list[BaseException] = []
         torch._C._cuda_clearCublasWorkspaces()  # it is to take its workspace from `pool`, where nobody else can free it
         generator.graphsafe_set_state(lent)
         try:
@@ -138,7 +141,7 @@ class Graphs:
 
     def __len__(self) -> int:
         """How many captures are held now."""
-        return sum(entry.graph is not None for _, _, entry in self._entries())
+        return sum(entry.captured is not None for _, _, entry in self._entries())
 
     def free(self, model: nn.Module | None = None) -> None:
         """Free the captures of `model`, or all; and forget what could not be captured, so that it is tried again."""
@@ -165,9 +168,9 @@ class Graphs:
         with entry.lock:
             if entry.refused is None:
                 unchanged = entry.structure is not None and entry.structure.matches(model)
-                if entry.graph is not None and unchanged:
-                    return entry.replay(settings, batch, highest_label)
-                entry.graph = entry.run = None
+                if entry.captured is not None and unchanged:
+                    return entry.replay(*entry.captured, settings, batch, highest_label)
+                entry.captured = None
                 if entry.samples == samples and (settings.graph is True or unchanged):
                     outcome = self._capture(entry, settings, model, batch, highest_label)
                     if entry.refused is not None:
@@ -177,7 +180,7 @@ class Graphs:
         result = _attack(settings, model, batch, highest_label)
         if entry.refused is None:
             with entry.lock:
-                if entry.graph is None:
+                if entry.captured is None:
                     entry.remember(model, settings)
             self._evict()
         return result
@@ -207,7 +210,7 @@ class Graphs:
                 models, i = self._models, id(model)
                 known = self._models[i] = _Model(weakref.ref(model, lambda _: models.pop(i, None)))
             entry = known.entries.get((key, samples))
-            if entry is None or entry.graph is None:
+            if entry is None or entry.captured is None:
                 entry = known.roomier(key, samples, model) or entry or known.entries.setdefault((key, samples), _Entry(samples))
             entry.used = next(self._clock)
         return known, entry
@@ -218,7 +221,7 @@ class Graphs:
     def _evict(self) -> None:
         with self._lock:
             entries = sorted(self._entries(), key=lambda found: -found[2].used)
-            captured = [found for found in entries if found[2].graph is not None]
+            captured = [found for found in entries if found[2].captured is not None]
             for known, key, _ in (*captured[self._capacity :], *entries[REMEMBERED:]):
                 known.entries.pop(key, None)
 
@@ -228,9 +231,10 @@ class Graphs:
         settled = entry.settled
         if settings.graph is True:
             entry.remember(model, settings)
-        if entry.refused is None:
-            entry.refused = _obstacle(model, entry.structure, batch.x)
-        if entry.refused is not None:
+        structure = entry.structure
+        if entry.refused is None and structure is not None:
+            entry.refused = _obstacle(model, structure, batch.x)
+        if entry.refused is not None or structure is None:
             return _attack(settings, model, batch, highest_label)
         graph, outcome, loss = self._graph(batch.x.device), settings.run_class.empty_outcome(batch.x), _loss_key(settings.loss)
         with graph.here():
@@ -238,7 +242,7 @@ class Graphs:
             with borrowed(model, settings.bn_mode):
                 run.attack(model, settings.generator, batch.runs, highest_label)
             _copy(outcome, run.outcome)
-            if change := entry.structure.difference(model):
+            if change := structure.difference(model):
                 entry.remember(model, settings)
                 if settled:  # before this attack there was another: it is not what a model makes on its first use
                     entry.refused = f"the model changes as it runs ({change})"
@@ -263,7 +267,7 @@ class Graphs:
             if entry.refused is not None:
                 return outcome, run.classes
         run.release()
-        entry.graph, entry.run = graph, run
+        entry.captured = graph, run
         entry.independent = run.model.independent_samples and type(settings.loss) in OURS
         return outcome, run.classes
 
@@ -274,8 +278,7 @@ class _Entry:
     def __init__(self, samples: int):
         self.samples, self.lock = samples, threading.RLock()
         self.structure: Structure | None = None
-        self.graph: CudaGraph | None = None
-        self.run: Run | None = None
+        self.captured: tuple[CudaGraph, Run] | None = None
         self.refused: str | None = None
         self.independent = False  # whether a shorter batch may be replayed
         self.settled = False  # whether an attack has run
@@ -288,23 +291,24 @@ class _Entry:
         except TypeError as error:
             self.refused = str(error)
 
-    def replay(self, settings, batch: Batch, highest_label: int) -> Outcome:
-        checks.check_classes(highest_label, self.run.classes)
-        outcome = self.run.empty_outcome(batch.x)
-        with self.graph.here():
-            self.run.load(batch)
+    @staticmethod
+    def replay(graph: CudaGraph, run: Run, settings, batch: Batch, highest_label: int) -> Outcome:
+        checks.check_classes(highest_label, run.classes)
+        outcome = run.empty_outcome(batch.x)
+        with graph.here():
+            run.load(batch)
             for _ in range(batch.runs):
-                self.run.draw(settings.generator)
+                run.draw(settings.generator)
                 with drawing:
-                    self.graph.replay()
-            _copy(outcome, self.run.outcome)
-        return outcome, self.run.classes
+                    graph.replay()
+            _copy(outcome, run.outcome)
+        return outcome, run.classes
 
 
 class _Model:
     """The attacks on one model, which is held weakly."""
 
-    def __init__(self, ref):
+    def __init__(self, ref: "weakref.ref[nn.Module]"):
         self.ref = ref
         self.entries: dict[tuple, _Entry] = {}
         self.warned: set[str] = set()
@@ -314,10 +318,10 @@ class _Model:
         fitting = [
             (n, entry)
             for (other, n), entry in list(self.entries.items())
-            if other == key and samples < n <= 2 * samples and entry.graph is not None and entry.independent
+            if other == key and samples < n <= 2 * samples and entry.captured is not None and entry.independent
         ]
-        entry = min(fitting, key=lambda found: found[0], default=(0, None))[1]
-        return entry if entry is not None and entry.structure.matches(model) else None
+        entry = min(fitting, key=lambda found: found[0])[1] if fitting else None
+        return entry if entry is not None and entry.structure is not None and entry.structure.matches(model) else None
 
     def warn(self, name: str, reason: str) -> None:
         if reason not in self.warned:
@@ -372,7 +376,7 @@ def _quiet_capture():
 
 def _key(settings, batch: Batch) -> tuple:
     """All that a captured attack takes for granted, apart from the model and the number of samples."""
-    x, cuda, cudnn = batch.x, torch.backends.cuda.matmul, torch.backends.cudnn
+    x, cuda, cudnn = batch.x, backends.cuda.matmul, backends.cudnn
     return (
         (x.shape[1:], x.dtype, x.device, x.is_contiguous()),
         (*(t is None for t in (batch.y, batch.start, batch.targets)),),

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -63,7 +63,7 @@ class InputGradient:
             self._half = half_dtype(precision, x.device.type) or (x.dtype if x.dtype in HALVES else None)
         if self._half and (weights := _convolution_weights(model)):
             self._weights, self._format = weights, CHANNELS_LAST
-        self._convolutions = nullcontext()
+        self._convolutions: AbstractContextManager = nullcontext()
         self._tried = self._format is None  # whether the model is known to bear the format
         if self._format and model in _contiguous_only:
             self._keep_contiguous()
@@ -74,7 +74,7 @@ class InputGradient:
 
     def prepare(self) -> None:
         """Called first in every run: take the weights as they are now."""
-        if self._weights:
+        if self._weights and self._half:
             self._convolutions = _Convolutions(self._weights, self._half)
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class InputGradient:
 
     def release(self) -> None:
         """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
-        self.model, self._weights, self._convolutions = None, [], None
+        self.model, self._weights, self._convolutions = None, [], nullcontext()
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], without a graph."""
@@ -147,7 +147,7 @@ class InputGradient:
         """Gradient at the x of the last `forward`, whose graph is freed, unless `keep`."""
         x, logits = self._x, self._logits
         if not keep:
-            self._x = self._logits = None
+            del self._x, self._logits
         try:
             grad = self._to_leaf(logits, x, dlogits, keep) if logits.requires_grad else None
         except torch.OutOfMemoryError:

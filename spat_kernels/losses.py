@@ -6,7 +6,7 @@ from autograd. To give it a name, subclass `AutogradLoss` and `register` it: att
 """
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -80,8 +80,9 @@ Kind = TypeVar("Kind", bound=type[Loss])
 
 
 def register(kind: Kind) -> Kind:
-    """Make a loss known by its `name`, as a decorator of its class."""
-    if not kind.name or kind.name in (*LOSSES, *ALIASES):
+    """Make a loss known by its `name`, as a decorator of its class. A class that is defined again replaces the old one."""
+    old = LOSSES.get(kind.name, kind)
+    if not kind.name or kind.name in ALIASES or (old.__module__, old.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(f"{kind.__name__}.name={kind.name!r}: give a name that no other loss has")
     LOSSES[kind.name] = kind
     return kind
@@ -233,10 +234,15 @@ def names() -> tuple[str, ...]:
     return *LOSSES, *ALIASES
 
 
+_settings: dict[type[Loss], dict[str, bool]] = {}  # what `settings_of` has found: every call of `pgd` asks for it
+
+
 def settings_of(kind: type[Loss]) -> dict[str, bool]:
     """The names of its settings, the numbers among its dataclass fields, each with whether it must be given."""
-    found = fields(kind) if is_dataclass(kind) else ()
-    return {f.name: f.default is MISSING for f in found if f.type in (float, "float")}
+    if kind not in _settings:
+        found: tuple[Field, ...] = fields(kind) if is_dataclass(kind) else ()
+        _settings[kind] = {f.name: f.default is MISSING for f in found if f.type in (float, "float")}
+    return _settings[kind]
 
 
 def named(name: str, **settings: float) -> Loss:
@@ -249,7 +255,7 @@ def named(name: str, **settings: float) -> Loss:
     if kind is None:
         raise ValueError(f"loss={name!r}: give one of {', '.join(map(repr, LOSSES))}")
     known = settings_of(kind)
-    for setting in settings.keys() - known:
+    for setting in settings.keys() - known.keys():
         owners = " and ".join(f"loss={other}" for other in LOSSES if setting in settings_of(LOSSES[other])) or "no loss"
         raise ValueError(f"{setting} is a setting of {owners}, not of {name}")
     for setting, required in known.items():

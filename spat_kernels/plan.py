@@ -19,9 +19,11 @@ pooled features on, values are fp32, and there the gradient of each sample is sc
 independent, only directions count, and neither the factors 1/B and 1 - p_y nor small weights can push it out of fp16's range.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +50,11 @@ class Step:
     frees: list[int] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Conv(Step):
-    weight: Ref = None
-    bias: Ref | None = None
-    conv: dict = None
+    weight: Ref
+    bias: Ref | None
+    conv: dict
     before: tuple = ()  # affine maps of the image, done while it is read
     after: tuple = ()  # affine maps folded into weight and bias
     shift_moves: bool = False  # the folded bias is added by the Pointwise that reads `out`
@@ -68,13 +70,13 @@ class Pointwise(Step):
     in_head: bool = False  # its way back is done by the PoolLinear behind it
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Linear(Step):
-    weight: Ref = None
-    bias: Ref | None = None
+    weight: Ref
+    bias: Ref | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PoolLinear(Linear):
     pointwise: int | None = None  # the step whose way back is done here
 
@@ -89,9 +91,13 @@ class Reshape(Step):
     pass
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Local(Step):
-    function: object = None
+    function: Callable[..., Tensor]
+
+
+Saved = Any  # what a step's forward keeps for its backward
+Grads = list[list[tuple[Tensor, bool]]]  # of each value: contributions of its readers, and whether their memory may be written to
 
 
 class Plan:
@@ -130,14 +136,14 @@ class Plan:
     # -- building -------------------------------------------------------------------------------------------------------------
 
     def _find_exact(self) -> tuple[set[int], str | None]:
-        before_conv = set()  # values from which a convolution is reached
+        before_conv: set[int] = set()  # values from which a convolution is reached
         for i in range(self.last, -1, -1):
             if self.nodes[i].kind == "conv" or i in before_conv:
                 before_conv.update(self.nodes[i].inputs)
         front, head, crossings, reason = {0}, set(), 0, None
         for i, node in enumerate(self.nodes[1:], 1):
             parts = {"front" if j in front else "head" if j in head else "middle" for j in node.inputs}
-            if node.kind == "conv":
+            if node.conv is not None:
                 if parts == {"front"} and node.conv["groups"] > 1:
                     reason = f"{node.name} is grouped and reads the image, which would be rounded"
                 continue
@@ -157,22 +163,27 @@ class Plan:
     def _add_step(self, i: int) -> set[int]:
         """Append the step that begins with node i; returns the nodes that it does."""
         node = self.nodes[i]
-        if node.kind == "conv":
-            return self._add_conv(i)
+        if node.conv is not None:
+            return self._add_conv(i, node.conv)
         if node.kind in ("add", "affine", "relu"):
             return self._add_pointwise(i)
-        kinds = {"linear": Linear, "mean": Mean, "reshape": Reshape, "local": Local}
-        fields = {"linear": ("weight", "bias"), "local": ("function",)}.get(node.kind, ())
-        self.steps.append(kinds[node.kind](node.inputs, i, node.name, node.shape, **{f: getattr(node, f) for f in fields}))
+        what = node.inputs, i, node.name, node.shape
+        if node.weight is not None:
+            self.steps.append(Linear(*what, weight=node.weight, bias=node.bias))
+        elif node.function is not None:
+            self.steps.append(Local(*what, function=node.function))
+        else:
+            self.steps.append({"mean": Mean, "reshape": Reshape}[node.kind](*what))
         return {i}
 
-    def _add_conv(self, i: int) -> set[int]:
+    def _add_conv(self, i: int, conv: dict) -> set[int]:
         node, affines = self.nodes[i], self._affines_after(i)
         out = affines[-1] if affines else i
-        step = Conv(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias, conv=node.conv)
+        assert node.weight is not None
+        step = Conv(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias, conv=conv)
         step.after = tuple(self.nodes[k].norm for k in affines)
         previous = self.steps[-1] if self.steps else None
-        if isinstance(previous, Pointwise) and self._normalises_image(previous, i):
+        if isinstance(previous, Pointwise) and conv["groups"] == 1 and self._normalises_image(previous, i):
             self.steps.pop()
             step.before, step.inputs = previous.affine, previous.inputs
         self.steps.append(step)
@@ -185,7 +196,6 @@ class Plan:
             and previous.out in self.nodes[conv].inputs
             and not previous.relu
             and len(self.users[previous.out]) == 1
-            and self.nodes[conv].conv["groups"] == 1
         )
 
     def _affines_after(self, i: int) -> list[int]:
@@ -231,9 +241,9 @@ class Plan:
         if exact or channels > MAX_CHANNELS or channels * classes > MAX_WEIGHTS:
             return
         head = PoolLinear(mean.inputs, linear.out, linear.name, linear.shape, weight=linear.weight, bias=linear.bias)
-        if first > 0 and isinstance(self.steps[first - 1], Pointwise):
-            head.pointwise = first - 1
-            self.steps[first - 1].in_head = True
+        before = self.steps[first - 1] if first > 0 else None
+        if isinstance(before, Pointwise):
+            head.pointwise, before.in_head = first - 1, True
         self.steps[first:] = [head]
 
     def _move_shifts(self) -> None:
@@ -259,15 +269,16 @@ class Plan:
 
     def summary(self) -> dict[str, int]:
         """Counts of what the plan consists of."""
-        of = {kind: [s for s in self.steps if isinstance(s, kind)] for kind in (Conv, Pointwise, Linear, Local)}
+        convolutions = [s for s in self.steps if isinstance(s, Conv)]
+        passes = [s for s in self.steps if isinstance(s, Pointwise)]
         return {
-            "convolutions": len(of[Conv]),
-            "folded into convolutions": sum(bool(s.after) for s in of[Conv]),
-            "fused pointwise passes": len(of[Pointwise]),
-            "linear layers": len(of[Linear]),
+            "convolutions": len(convolutions),
+            "folded into convolutions": sum(bool(s.after) for s in convolutions),
+            "fused pointwise passes": len(passes),
+            "linear layers": sum(isinstance(s, Linear) for s in self.steps),
             "of them with the pooling": sum(isinstance(s, PoolLinear) for s in self.steps),
-            "left to autograd": len(of[Local]),
-            "mask bytes per image": sum(prod(s.shape[1:]) * -(-s.shape[0] // 8) for s in of[Pointwise] if s.relu),
+            "left to autograd": sum(isinstance(s, Local) for s in self.steps),
+            "mask bytes per image": sum(prod(s.shape[1:]) * -(-s.shape[0] // 8) for s in passes if s.relu),
         }
 
 
@@ -318,7 +329,7 @@ class PlannedGradient:
 
     def release(self) -> None:
         """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
-        self._modules = None
+        self._modules = {}
 
     # -- weights --------------------------------------------------------------------------------------------------------------
 
@@ -326,13 +337,14 @@ class PlannedGradient:
         """Fold and cast the weights as they are now."""
         maps = [m for s in self.plan.steps for kind in ("before", "after", "affine") for m in getattr(s, kind, ())]
         self._norms = self._fold_norms([m for m in maps if isinstance(m, Norm)])
-        self.bound = [None] * len(self.plan.steps)
+        self.bound: list = [None] * len(self.plan.steps)
         for i, step in enumerate(self.plan.steps):
             if isinstance(step, Conv):
                 self.bound[i] = self._bind_conv(step)
             elif isinstance(step, Linear):
                 dtype = acc_dtype(self.dtype) if step.out in self.plan.exact else self.dtype
-                self.bound[i] = [None if r is None else self._of(r).to(dtype).contiguous() for r in (step.weight, step.bias)]
+                bias = None if step.bias is None else self._of(step.bias).to(dtype).contiguous()
+                self.bound[i] = self._of(step.weight).to(dtype).contiguous(), bias
         for i, step in enumerate(self.plan.steps):
             if isinstance(step, Pointwise):
                 scale, shift = self._scale_shift(step.affine, self._channels(step))
@@ -341,9 +353,8 @@ class PlannedGradient:
                     shift = moved if shift is None else shift if moved is None else shift + moved
                 self.bound[i] = scale, shift
 
-    def _of(self, ref: Ref | None) -> Tensor | None:
-        tensor = None if ref is None else ref.of(self._modules)
-        return None if tensor is None else tensor.detach()
+    def _of(self, ref: Ref) -> Tensor:
+        return ref.of(self._modules).detach()
 
     def _channels(self, step: Step) -> int:
         return self.plan.nodes[step.inputs[0]].shape[0]
@@ -363,8 +374,8 @@ class PlannedGradient:
             rests = [padding[: n - size] for n, size in zip(padded, sizes, strict=True)]
             return torch.cat([t for pair in zip(parts, rests, strict=True) for t in pair if len(t)]).to(acc)
 
-        eps = [n.eps for n in norms]
-        eps = self._constant("eps", lambda: torch.tensor(eps, dtype=acc).repeat_interleave(torch.tensor(padded)))
+        each = [n.eps for n in norms]
+        eps = self._constant("eps", lambda: torch.tensor(each, dtype=acc).repeat_interleave(torch.tensor(padded)))
         scale = (joined([n.var for n in norms], 1.0) + eps).rsqrt_() * joined([n.weight for n in norms], 1.0)
         shift = joined([n.bias for n in norms], 0.0) - joined([n.mean for n in norms], 0.0) * scale
         parts = ([t[:size] for t, size in zip(joint.split(padded), sizes, strict=True)] for joint in (scale, shift))
@@ -404,10 +415,10 @@ class PlannedGradient:
         return None, (c if term.kind == "add" else -c)
 
     def _bind_conv(self, step: Conv):
-        weight, bias = self._of(step.weight), self._of(step.bias)
+        weight = self._of(step.weight)
         scale, shift = self._scale_shift(step.after, len(weight))
-        if bias is not None:
-            bias = bias.to(acc_dtype(self.dtype))
+        if step.bias is not None:
+            bias = self._of(step.bias).to(acc_dtype(self.dtype))
             bias = bias if scale is None else bias * scale
             shift = bias if shift is None else bias + shift
         memory_format = self.layout(step)
@@ -444,7 +455,7 @@ class PlannedGradient:
         return self._forward(x, keep=True)
 
     def _forward(self, x: Tensor, keep: bool) -> Tensor:
-        values: list[Tensor | None] = [None] * len(self.plan.nodes)
+        values: list = [None] * len(self.plan.nodes)  # of Tensors, as long as somebody reads them
         values[0] = x
         for i, step in enumerate(self.plan.steps):
             result, saved = FORWARD[type(step)](self, step, self.bound[i], values, keep)
@@ -460,7 +471,7 @@ class PlannedGradient:
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
         """Gradient at the x of the last `forward`, to be multiplied by `factor`; what was kept is dropped, unless `keep`."""
         self.factor, self.keep = None, keep
-        grads: list[list[tuple[Tensor, bool]]] = [[] for _ in self.plan.nodes]
+        grads: Grads = [[] for _ in self.plan.nodes]
         grads[self.plan.last] = [(dlogits if self.plan.last in self.plan.exact else self.into_network(dlogits), False)]
         for i in reversed(range(len(self.plan.steps))):
             step, saved = self.plan.steps[i], self._saved[i]
@@ -504,15 +515,15 @@ def _rows(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=CHANNELS_LAST) if t.ndim == 4 else t.contiguous()
 
 
-def take(grads: list[list[tuple[Tensor, bool]]], value: int) -> tuple[Tensor | None, bool]:
+def take(grads: Grads, value: int) -> tuple[Tensor, bool]:
     """The gradient of `value`, summed over its readers, and whether its memory may be written to. It is dropped from `grads`."""
     contributions, grads[value] = grads[value], []
     return _sum(contributions)
 
 
-def _sum(contributions: list[tuple[Tensor, bool]]) -> tuple[Tensor | None, bool]:
-    if len(contributions) < 2:
-        return contributions[0] if contributions else (None, False)
+def _sum(contributions: list[tuple[Tensor, bool]]) -> tuple[Tensor, bool]:
+    if len(contributions) == 1:
+        return contributions[0]
     total = contributions[0][0] + contributions[1][0]
     for grad, _ in contributions[2:]:
         total += grad
@@ -584,20 +595,22 @@ def _pointwise_backward(run, step: Pointwise, bound, mask, grads):
     if len(outs) > 2:
         outs = [_sum(outs[1:]), outs[0]]
     stream = step.total if len(step.inputs) > 1 else step.inputs[0]  # the value before scale and shift
-    residual, residual_fresh = take(grads, stream) if stream is not None else (None, False)
+    residual, residual_fresh = take(grads, stream) if stream is not None and grads[stream] else (None, False)
     outs = [(_rows(g), fresh) for g, fresh in outs]
     if mask is None and scale is None and residual is None and len(outs) == 1:
-        dx = outs[0]  # a bare addition
+        dx, fresh = outs[0]  # a bare addition
     else:
-        residual = residual if residual is None else _rows(residual)
         (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
-        reusable = [g for g, fresh in (*outs, (residual, residual_fresh)) if fresh]
+        reusable = [g for g, fresh in outs if fresh]
+        if residual is not None:
+            residual = _rows(residual)
+            reusable += [residual] * residual_fresh
         target = reusable[0] if reusable else torch.empty_like(grad)
-        dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=scale, residual=residual), True
-    _give(step, *dx, grads)
+        dx, fresh = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=scale, residual=residual), True
+    _give(step, dx, fresh, grads)
 
 
-def _give(step: Pointwise, dx: Tensor, fresh: bool, grads) -> None:
+def _give(step: Step, dx: Tensor, fresh: bool, grads: Grads) -> None:
     """The gradient of the sum, before scale and shift, is that of each of its inputs."""
     for j in step.inputs:
         grads[j].append((dx, fresh and len(step.inputs) == 1))
@@ -684,11 +697,13 @@ def _local_backward(run, step: Local, bound, saved, grads):
         grads[j].append((dx, False))
 
 
-FORWARD = {
+# (run, step, what is bound to it, values, whether to keep what the backward needs) -> the step's value, what was kept
+FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
     Conv: _conv_forward, Pointwise: _pointwise_forward, Linear: _linear_forward, PoolLinear: _pool_linear_forward,
     Mean: _mean_forward, Reshape: _reshape_forward, Local: _local_forward,
 }  # fmt: skip
-BACKWARD = {
+# (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
+BACKWARD: dict[type[Step], Callable[..., None]] = {
     Conv: _conv_backward, Pointwise: _pointwise_backward, Linear: _linear_backward, PoolLinear: _pool_linear_backward,
     Mean: _mean_backward, Reshape: _reshape_backward, Local: _local_backward,
 }  # fmt: skip

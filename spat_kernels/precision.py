@@ -2,9 +2,11 @@
 
 import threading
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+backends: Any = torch.backends  # whose type hints do not know `fp32_precision`
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -36,7 +38,7 @@ def arithmetic(precision: str | None, device_type: str, *, autocast: bool = True
 
 _lock = threading.Lock()
 _open: dict[object, str] = {}  # contexts in all threads, as opened, with what each wants: the switches are the process's
-_back: dict[object, str] = {}  # what sets each switch back that one of them changed
+_back: dict[Any, str] = {}  # what sets each switch back that one of them changed
 
 
 @contextmanager
@@ -68,9 +70,9 @@ def _set_switches() -> None:
         _back.clear()
         return
     wanted = next(reversed(_open.values()))
-    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    for switch in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         value = switch.fp32_precision
         if value != wanted:
-            inherited = value in (torch.backends.fp32_precision, torch.backends.cudnn.fp32_precision)
+            inherited = value in (backends.fp32_precision, backends.cudnn.fp32_precision)
             _back.setdefault(switch, "none" if inherited else value)
             switch.fp32_precision = wanted

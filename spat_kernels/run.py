@@ -1,16 +1,18 @@
 """One batch's attack on tensors that stay where they are: run once as it is, or captured and replayed for other batches."""
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .balls import BALLS, box, fill_
+from .balls import BALLS, Ball, box, fill_
 from .engine import input_gradient
-from .losses import value_dtype
+from .input_gradient import InputGradient
+from .losses import Loss, value_dtype
 from .ops._common import acc_dtype
+from .plan import PlannedGradient
 from .predictions import predictions
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ class Batch(NamedTuple):
 
     def copy(self) -> "Batch":
         """With images and labels of its own; a run copies the rest by itself."""
-        x, y, targets = (None if t is None else t.clone() for t in (self.x, self.y, self.targets))
-        return self._replace(x=x, y=y, targets=targets)
+        y, targets = (None if t is None else t.clone() for t in (self.y, self.targets))
+        return self._replace(x=self.x.clone(), y=y, targets=targets)
 
 
 class Run:
@@ -60,18 +62,23 @@ class Run:
 
     random_start = True
     targeted = False
+    loss: Loss
+    model: InputGradient | PlannedGradient
+    inner: Ball
 
     def __init__(self, settings, batch: Batch):
         self.loss, self.how, self.precision = settings.loss, settings.input_gradient, settings.precision
         self.ball = BALLS[settings.norm](batch.x, batch.eps, batch.step_size, box(settings.bounds, batch.x.dtype))
         self.y, self.targets = batch.y, batch.targets
-        self.draws = self.model = self.inner = self.reference = self.classes = None
+        self.draws: tuple[Tensor, ...] = ()
+        self.reference: Any = None
+        self.classes: int | None = None
 
     def load(self, batch: Batch) -> None:
         """Copy in a batch like the first one, or a shorter one: then what came before fills up the rest."""
         n = len(batch.x)
         for ours, given in ((self.ball.x, batch.x), (self.y, batch.y), (self.targets, batch.targets)):
-            if ours is not None:
+            if ours is not None and given is not None:
                 ours[:n].copy_(given)
         fill_(self.ball.eps, batch.eps)
         fill_(self.ball.step_size, batch.step_size)
@@ -87,7 +94,7 @@ class Run:
             return
         with drawing:
             draws = self.ball.draw(generator, self.n)
-        if self.draws is None:
+        if not self.draws:
             self.draws = draws
         else:
             for ours, drawn in zip(self.draws, draws, strict=True):
@@ -117,7 +124,8 @@ class Run:
 
     def _reference(self):
         clean_logits = self.model.logits(self.inner.x) if self.loss.needs_clean_logits else None
-        return self.loss.reference(self.y if self.targets is None else self.targets, clean_logits, self.targeted)
+        labels: Any = self.y if self.targets is None else self.targets  # None only for a loss that uses none
+        return self.loss.reference(labels, clean_logits, self.targeted)
 
     def attempt(self, captured: bool) -> None:
         """One run from one start. Only if it is not `captured` may it look at values."""
@@ -129,7 +137,7 @@ class Run:
         What was allocated during the capture may go: that memory is the graph's.
         """
         self.model.release()
-        self.loss = self.inner = self.reference = None
+        del self.loss, self.inner, self.reference
 
     @staticmethod
     def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +174,9 @@ class PGDRun(Run):
         self.starts_at = "given" if batch.start is not None else "random" if settings.random_start else "clean"
         self.random_start = self.starts_at == "random"
         self.x_adv = torch.empty_like(batch.x)
-        self.best = self.best_value = self.best_success = None
+        self.best: Tensor | None = None  # with restarts
+        self.best_value: Tensor
+        self.best_success: Tensor | None = None
         if settings.restarts > 1:
             self.best = torch.empty_like(batch.x)
             self.best_value = batch.x.new_empty(len(batch.x), dtype=acc_dtype(batch.x.dtype))
@@ -200,7 +210,7 @@ class PGDRun(Run):
             if iterate is not x_adv:
                 x_adv.copy_(iterate)
             if self.best is not None:
-                self._keep_best(self.model.logits(iterate))
+                self._keep_best(self.best, self.model.logits(iterate))
 
     @staticmethod
     def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
@@ -209,9 +219,10 @@ class PGDRun(Run):
     def _outcome(self) -> tuple[Tensor, ...]:
         return self.x_adv if self.best is None else self.best, self.ball.nan_seen
 
-    def _keep_best(self, logits: Tensor) -> None:
+    def _keep_best(self, best: Tensor, logits: Tensor) -> None:
         value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
         self._logit_gradient(logits, self.reference, value)
-        success = None if self.best_success is None else (predictions(logits) == self.y) == self.targeted
+        found = None if self.best_success is None or self.y is None else predictions(logits).eq(self.y)
+        success = found if found is None or self.targeted else ~found
         value = value.to(self.best_value.dtype)
-        ops.keep_best_(self.best, self.best_value, self.best_success, self.x_adv, value, success)
+        ops.keep_best_(best, self.best_value, self.best_success, self.x_adv, value, success)

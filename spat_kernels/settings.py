@@ -1,4 +1,4 @@
-"""What attacks can be told: each choice once, for type checkers and for the checks of a call, and the arguments in common."""
+"""The choices and keyword arguments of attacks, each defined once: for type checkers, and for the checks at run time."""
 
 from typing import Literal, TypedDict, get_args
 

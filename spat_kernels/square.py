@@ -12,6 +12,7 @@ import math
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ class _Run:
         best: [n, C, H, W], their images with the smallest margins so far, [n], `margin`.
     """
 
-    per_sample = ("index", "x", "y", "eps", "best", "margin")
+    per_sample: tuple[str, ...] = ("index", "x", "y", "eps", "best", "margin")
     windows: Windows | None = None
 
     def __init__(self, settings: Square, gradient, x: Tensor, y: Tensor, eps: Tensor, robust: Tensor):
@@ -219,7 +220,7 @@ class _LinfRun(_Run):
             pays = {side: windows.share(side) <= WINDOWS_SHARE for side in set(map(self._side, range(queries)))}
             first = next((i for i in range(queries) if pays[self._side(i)]), queries)
         self._search(0, first, x_adv, robust)
-        if first == queries or len(self.index) == 0:
+        if windows is None or first == queries or len(self.index) == 0:
             return
         size = max(min(PART, PART_BYTES // windows.bytes_per_image), 1)
         for samples in torch.arange(len(self.index)).split(size):
@@ -234,14 +235,14 @@ class _LinfRun(_Run):
         self.lower, self.upper = ((x + side * self.eps).clamp(*self.bounds).to(self.x.dtype) for side in (-1, 1))
         return torch.where(self._signs(b, c, 1, w)[self.index] < 0, self.lower, self.upper)  # vertical stripes
 
-    def _side(self, i):
-        return min(super()._side(i), *self.batch[2:])
+    def _side(self, i, least=1):
+        return min(super()._side(i, least), *self.batch[2:])
 
     def _query(self, i):
         top, left, at = self._square(self._side(i), self.places[i])
         old = self.best[at]
         new = torch.where(self.signs[i] < 0, self.lower[at], self.upper[at])
-        which = slice(None)
+        which: Any = slice(None)
         if not self.waits:
             which = (new != old).flatten(1).any(1).nonzero()[:, 0]
             if len(which) == 0:
@@ -282,8 +283,8 @@ class _L2Run(_Run):
                 delta[at] = self._bump(side, turns[i][j]) * signs[i, j]
         return self._images(delta)
 
-    def _side(self, i):
-        side, largest = super()._side(i, least=3), min(self.batch[2:])
+    def _side(self, i, least=3):
+        side, largest = super()._side(i, least), min(self.batch[2:])
         return min(side + (side % 2 == 0), largest - (largest % 2 == 0))
 
     def _query(self, i):

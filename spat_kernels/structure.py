@@ -109,12 +109,12 @@ class Structure:
         # The very same objects nearly always; and no two are asked whether they are equal before their types are (one may be a
         # tensor by now).
         if not all(map(is_, chain.from_iterable(plain), chain.from_iterable(self._plain))):
-            for name, values, before in zip(self._names, plain, self._plain, strict=True):
-                if freeze(values) != freeze(before):
+            for name, values, known in zip(self._names, plain, self._plain, strict=True):
+                if freeze(values) != freeze(known):
                     return f"{name}: an attribute changed"
-        for value, (i, name, flat, before) in zip(others, self._others, strict=True):
+        for value, (i, name, flat, frozen) in zip(others, self._others, strict=True):
             same = flat is not None and type(value) is list and len(value) == len(flat) and all(map(is_, value, flat))
-            if not same and _freeze(value, self._signature) != before:
+            if not same and _freeze(value, self._signature) != frozen:
                 return f"{self._names[i]}: attribute '{name}' changed"
         return "every module: its hooks changed" if _global_hooks() and self.hooked != "every module" else None
 
@@ -124,8 +124,8 @@ class Structure:
         modes, children, parameters, buffers, *hooks = zip(*map(itemgetter(*OWN), attributes), strict=True)
         slots = [t for d in chain(parameters, buffers) if d for t in d.values()]
         tensors = [t for t in slots if t is not None]
-        classes = list(map(type, modules))
-        of_modules = {
+        classes: list[type[nn.Module]] = list(map(type, modules))
+        of_modules: dict[str, list] = {
             "class": list(map(id, classes)),
             "mode (train, eval)": list(modes) if self._training else [],
             "number of attributes": list(map(len, attributes)),
@@ -133,12 +133,12 @@ class Structure:
             "parameters": list(map(tuple, parameters)),
             "buffers": list(map(tuple, buffers)),
         }
-        of_tensors = {
+        of_tensors: dict[str, list] = {
             "address": self._addresses_of(tensors),
             "shape, dtype or device": list(map(attrgetter("shape", "dtype", "device"), tensors)),
             "strides": list(map(Tensor.stride, tensors)),
         }
-        of_model = {
+        of_model: dict[str, list] = {
             "forwards of classes": [_Same(kind.forward) for kind in dict.fromkeys(classes)],
             "modules": [id(child) for d in children if d for child in d.values()],
             "hooks": list(map(tuple, chain(*hooks))) if any(map(any, hooks)) else [],  # by ids, which are never used again
@@ -166,6 +166,7 @@ class _Same:
 
     def __init__(self, value):
         self._id = id(value), type(value)
+        self._ref: weakref.ref | None
         try:
             self._ref = weakref.ref(value)
         except TypeError:
@@ -174,7 +175,9 @@ class _Same:
     def __eq__(self, other):
         if type(other) is not _Same or self._id != other._id:
             return False
-        return self._ref is None or (self._ref() is not None and self._ref() is other._ref())
+        if self._ref is None or other._ref is None:
+            return self._ref is other._ref
+        return self._ref() is not None and self._ref() is other._ref()
 
     def __hash__(self):
         return hash(self._id)

@@ -35,7 +35,7 @@ class Ref:
     path: str
     name: str
 
-    def of(self, modules: dict[str, nn.Module]) -> Tensor | None:
+    def of(self, modules: dict[str, nn.Module]) -> Tensor:
         return getattr(modules[self.path], self.name)
 
 
@@ -83,7 +83,8 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     if nn.modules.module._has_any_global_hook():
         raise CannotPlan("global module hooks are registered, which the plan would not call")
     before = _State(model)
-    tracer, reader, reason = _Tracer(), None, None
+    tracer, reason = _Tracer(), None
+    reader: _Reader | None = None
     try:
         with torch.enable_grad(), _NoLooking():  # a no_grad inside is then seen
             reader = _Reader(model, tracer.trace(model, concrete_args=_defaults(model)))
@@ -94,7 +95,7 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     if changed := before.restore():
         reason = f"its forward changes {changed}, which the plan would not do"
     try:
-        if reason:
+        if reason or reader is None:
             raise CannotPlan(reason)
         return reader.read(x[torch.arange(PROBES, device=x.device) % len(x)])
     finally:  # fx's objects are full of cycles: they are not to keep the model alive until the next garbage collection
@@ -156,10 +157,10 @@ class _State:
                 changed = name
                 now.clear()
                 now.extend(before) if isinstance(now, list) else now.update(before)
-        for name, now, version, before in self._buffers:
-            if now._version != version:
+        for name, buffer, version, values in self._buffers:
+            if buffer._version != version:
                 changed = name
-                now.copy_(before)
+                buffer.copy_(values)
         return changed
 
 
@@ -261,7 +262,7 @@ class _Reader(torch.fx.Interpreter):
         return self.nodes
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        target = n.args[0] if n.args else None
+        target: Any = n.args[0] if n.args else None
         if _in_place(n, self.module) and not self.is_value(target) and isinstance(self.env.get(target), Tensor):
             raise CannotPlan(f"{n.name} changes a tensor of the model")
         if n.op == "call_method" and n.target in _NoLooking.names:
@@ -333,7 +334,7 @@ class _Reader(torch.fx.Interpreter):
         self.index[n] = self.index[source]
 
     def _read(self, n: torch.fx.Node) -> None:
-        if n.op == "call_module":
+        if n.op == "call_module" and isinstance(n.target, str):
             m = self.fetch_attr(n.target)
             rule = _normalize if _is_normalize(m) else MODULES.get(type(m))
             if rule is None:
@@ -367,7 +368,7 @@ class _Reader(torch.fx.Interpreter):
         """The parameter that an argument names."""
         if a is None:
             return None
-        if not isinstance(a, torch.fx.Node) or a.op != "get_attr":
+        if not isinstance(a, torch.fx.Node) or a.op != "get_attr" or not isinstance(a.target, str):
             raise CannotPlan(f"{a} is computed and no parameter or buffer of the model")
         path, _, name = a.target.rpartition(".")
         if name.startswith("_tensor_constant") and not hasattr(self._original(path), name):

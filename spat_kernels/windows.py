@@ -75,10 +75,10 @@ def _reach(step: Step, bound) -> Reach | None:
         return Reach() if len(step.shape) == 3 else None
     if not isinstance(step, Local):
         return None
-    if type(step.function) in ELEMENTWISE:
+    pool = step.function
+    if type(pool) in ELEMENTWISE:
         return Reach()
-    if type(step.function) in (nn.MaxPool2d, nn.AvgPool2d):
-        pool = step.function
+    if isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)) and type(pool) in (nn.MaxPool2d, nn.AvgPool2d):
         kernel, stride, padding, dilation = (
             (v, v) if isinstance(v, int) else tuple(v)
             for v in (pool.kernel_size, pool.stride, pool.padding, getattr(pool, "dilation", 1))
@@ -141,8 +141,8 @@ class Windows:
 
     def begin(self, images: Tensor) -> None:
         """Make `images` [n, C, H, W] the base."""
-        values: list[Tensor | None] = [None] * len(self.shapes)
-        values[0], self.base, self.samples = images, {}, len(images)
+        values: list = [None] * len(self.shapes)
+        values[0], self.base, self.samples = images, dict[int, Tensor](), len(images)
         for step, bound, _ in self.steps:
             values[step.out], _ = FORWARD[type(step)](self.gradient, step, bound, values, False)
             for j in step.frees:
@@ -166,24 +166,24 @@ class Windows:
         filled = min(-(-count // MULTIPLE) * MULTIPLE, self.samples)
         if filled > count:
             which, pixels = (torch.cat((t, t[-1:].expand(filled - count, *t.shape[1:]))) for t in (which, pixels))
-        which = which if count < self.samples else None
+        some = which if count < self.samples else None
         ways = zip(self._way(0, top, pixels.shape[2]), self._way(1, left, pixels.shape[3]), strict=True)
-        values: list[Tensor | None] = [None] * len(self.shapes)
+        values: list = [None] * len(self.shapes)
         values[0] = pixels
         self._new: dict[int, tuple[slice, slice, Tensor]] = {}  # what `adopt` writes into the base, and where
         if 0 in self.kept:
             self._new[0] = slice(top, top + pixels.shape[2]), slice(left, left + pixels.shape[3]), pixels
         for (step, bound, reach), (rows, columns) in zip(self.steps, ways, strict=True):
             inputs = values.copy()
-            for j, *legs in zip(step.inputs, rows.legs, columns.legs, strict=True):
-                if legs[0]:
-                    inputs[j] = self._surrounded(j, values[j], *legs, which)
+            for j, down, across in zip(step.inputs, rows.legs, columns.legs, strict=True):
+                if down and across:
+                    inputs[j] = self._surrounded(j, values[j], down, across, some)
             if reach and isinstance(step, Conv):
                 step, bound = _pad(step, bound, inputs, (*columns.padding, *rows.padding))
             inputs[step.out], _ = FORWARD[type(step)](self.gradient, step, bound, inputs, False)
             for j in _made(step):
                 values[j] = inputs[j]
-                if j in self.kept:
+                if rows.out and columns.out and j in self.kept:
                     self._new[j] = rows.out, columns.out, values[j]
             for j in step.frees:
                 values[j] = None
@@ -224,9 +224,8 @@ class Windows:
                 length = self.shapes[step.inputs[0]][1 + axis]
                 padding = max(-first, 0), max(last - length, 0)
                 wanted = dict.fromkeys(wanted, (max(first, 0), min(last, length)))
-            legs = [_leg(new[j], wanted[j]) if j in wanted else None for j in step.inputs]
-            if reach:
                 new |= dict.fromkeys(_made(step), out)
+            legs = [_leg(new[j], wanted[j]) if j in wanted else None for j in step.inputs]
             ways.append(Way(legs, padding, out and slice(*out)))
         return ways
 

@@ -19,10 +19,11 @@ from spat_kernels.borrow import borrowed
 from spat_kernels.input_gradient import InputGradient
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, predictions
+from spat_kernels.settings import GradientPath, Graph, Precision
 
 from . import checks
 from .evaluate import evaluate
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Options
 from .images import Floats, Folder, Images, floats
 from .models import device_of
 from .randomness import model_draws
@@ -56,9 +57,9 @@ def alarms(
     bar: str | None = "alarms",
     between: Callable[[], object] = lambda: None,
     memory_format: torch.memory_format = torch.channels_last,
-    precision: str | None = "fp32",
-    input_gradient: str = "auto",
-    graph: bool | str = "auto",
+    precision: Precision | None = "fp32",
+    input_gradient: GradientPath = "auto",
+    graph: Graph = "auto",
 ) -> list[Alarm]:
     """Look for masked gradients, under L-infinity attacks. Costs some 120 gradients an image.
 
@@ -77,7 +78,7 @@ def alarms(
     rows = checks.check_rows(rows, len(images))
     checks.check_models(model, source, images, images.labels[rows], memory_format, {})
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
-    how = {
+    how: Options = {
         "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,
         "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
     }  # fmt: skip
@@ -213,6 +214,6 @@ def black_box(ran: Evaluation, transferred: Evaluation) -> Alarm:
 
 def rechecked(ran: Evaluation) -> Alarm:
     """That what attacks made lies in the ball and the box."""
-    numbers = {name: found.outside for name, found in ran.rechecks.items()}
+    numbers: dict[str, float] = {name: found.outside for name, found in ran.rechecks.items()}
     meaning = "An attack that leaves the ball, or the box of valid pixels, says nothing about robustness in it."
     return Alarm("adversarial images are inside", {"outside": sum(numbers.values())} | numbers, any(numbers.values()), meaning)

@@ -14,7 +14,7 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from spat_kernels import losses, pgd
 from spat_kernels.autoattack import VERSIONS, fewest_classes
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes
+from spat_kernels.settings import NORMS, Norm, Version
 
 from .images import InputError
 
@@ -85,7 +86,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def choice(*choices: str):
+def choice(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in choices:
             raise ValueError(f"choose one of {', '.join(choices)}")
@@ -98,7 +99,7 @@ def loss_name(text: str) -> str:
     return choice(*losses.names())(text)
 
 
-def _setting(default, read):
+def _setting(default, read: Callable[[str], object]) -> Any:
     return field(default=default, metadata={"read": read})
 
 
@@ -117,12 +118,10 @@ class Attack(ABC):
     """
 
     family: ClassVar[str]
-    random: ClassVar[bool] = True  # whether restarts differ
     in_parts: ClassVar[bool] = False  # whether `_attack` takes `between`
-    follows_gradients: ClassVar[bool] = True
 
     name: str = ""
-    norm: str = _setting("linf", choice("linf", "l2"))
+    norm: Norm = _setting("linf", choice(*NORMS))
     eps: float | None = _setting(None, number)
     restarts: int = _setting(1, positive)
 
@@ -139,6 +138,16 @@ class Attack(ABC):
         return self.restarts
 
     @property
+    def random(self) -> bool:
+        """Whether restarts differ."""
+        return True
+
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether it differentiates the model."""
+        return True
+
+    @property
     def least_classes(self) -> int:
         """How many classes a model must have for it."""
         return 2
@@ -149,7 +158,7 @@ class Attack(ABC):
 
     def __call__(
         self,
-        model,
+        model: Callable[[Tensor], Tensor],
         x: Tensor,
         y: Tensor,
         eps: float,
@@ -158,7 +167,7 @@ class Attack(ABC):
         run: int = 0,
         only: Tensor | None = None,
         between: Callable[[str], object] = lambda part: None,
-        **how,
+        **how: Any,
     ) -> Tensor:
         """Adversarial images of one run.
 
@@ -333,7 +342,7 @@ class PGD(_Ascent):
             targeted=self.targeted, **where, **how,
         )  # fmt: skip
 
-    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor | None, run: int) -> Tensor:
+    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int) -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
         wrong, _ = other_classes(model_logits(model, x), y)
         if self.target == "random":
@@ -433,7 +442,7 @@ class AutoAttack(_Engine):
 
     family, in_parts = "autoattack", True
 
-    version: str = _setting("standard", choice("standard", "plus", "rand"))
+    version: Version = _setting("standard", choice(*VERSIONS))
     steps: int = _setting(100, positive)
     queries: int = _setting(5000, positive)
 
@@ -557,7 +566,7 @@ def _near(name: str, names) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def parse_all(specs) -> dict[str, Attack]:
+def parse_all(specs: "Sequence[str | Attack] | str") -> dict[str, Attack]:
     """By name: "clean" first, then `specs` in their order.
 
     Raises:

@@ -77,10 +77,10 @@ def load_model(path: str | Path, dataset: Dataset, name: str | None = None) -> t
         InputError: there is no such checkpoint, no run tells the architecture, or weights and data do not fit it.
     """
     file, config = checkpoint_file(path), run_config(path)
-    if name is None and config is None:
-        raise InputError(f"{path}: it does not say which architecture it is: give --model-name, such as wrn-34-10")
     activation = config.activation if config and name in (None, config.model) else "relu"
-    name = name or config.model
+    name = name or (config.model if config else None)
+    if name is None:
+        raise InputError(f"{path}: it does not say which architecture it is: give --model-name, such as wrn-34-10")
     where = f"{path} as {name} for {dataset.name} ({dataset.num_classes} classes, images {list(dataset.image_shape)})"
     try:
         with torch.random.fork_rng(devices=[]):  # initialising draws
@@ -130,7 +130,8 @@ def run_config(path: str | Path) -> Config | None:
     if not isinstance(content, dict):
         return None
     known = {f.name for f in dataclasses.fields(Config)}
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in known})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in known}
+    return Config(**values)
 
 
 def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
@@ -173,8 +174,8 @@ def _read(path: str | Path) -> Any:
 def _select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: give 'auto', 'model' or 'ema'")
-    averaged = content if isinstance(content, dict) else {}
-    averaged = next((found for key in EMA_KEYS for found in _state_dicts(averaged.get(key))), None)
+    entries = content if isinstance(content, dict) else {}
+    averaged = next((found for key in EMA_KEYS for found in _state_dicts(entries.get(key))), None)
     if weights == "ema" and averaged is None:
         raise InputError(f"checkpoint {path}: it holds no averaged weights: use weights='model' or 'auto'")
     found = averaged if averaged is not None and weights != "model" else next(_state_dicts(content), None)

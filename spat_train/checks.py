@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spat_kernels.checks import check_graph, check_range, check_reach
 from spat_kernels.engine import check_path, check_precision, explain
+from spat_kernels.settings import GradientPath, Graph, Precision
 
 from .attacks import Attack
 from .images import Floats, Folder, Images, InputError
@@ -83,7 +84,7 @@ def check_models(
     attacks: dict[str, Attack],
 ) -> int:
     """The number of classes, of modules in eval mode that take the images, agree on it, and that `attacks` can follow."""
-    classes = None
+    classes = 0
     dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
     for name, each in (("model", model), ("source", source)):
         if each is None and name == "source":
@@ -97,7 +98,7 @@ def check_models(
         try:
             with model_draws(device_of(each), name):
                 differentiate = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
-                classes = try_on(each, images.image_shape, classes, memory_format, dtype, differentiate=differentiate)
+                classes = try_on(each, images.image_shape, classes or None, memory_format, dtype, differentiate=differentiate)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
     if source is not None and device_of(source) != device_of(model):
@@ -119,7 +120,9 @@ def check_attacks(attacks: dict[str, Attack], classes: int, eps: float, eps_l2: 
                 check_reach(own, attack.radius(eps, eps_l2), (0, 1), math.prod(image_shape))
 
 
-def check_arithmetic(model: nn.Module, x: Tensor, precision: str | None, input_gradient: str, graph: bool | str) -> None:
+def check_arithmetic(
+    model: nn.Module, x: Tensor, precision: Precision | None, input_gradient: GradientPath, graph: Graph
+) -> None:
     """That attacks on `model` at images like `x` [B, C, H, W] can run so."""
     if x.device.type != "cuda" and precision == "tf32":
         raise InputError("precision='tf32': TF32 is for GPUs: use fp32 or bf16")

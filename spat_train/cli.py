@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def table(
         print(f"{path} written")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable] = {
     "evaluate": evaluate_command, "attacks": attacks_command, "figure": figure, "table": table, "presets": presets, "plot": plot,
     "demo": demo,
 }  # fmt: skip

@@ -47,7 +47,7 @@ class Config:
 
     # ---- the attack inside the training
     inner: str | None = None
-    """What the attack maximises, a loss by name (spat-train attacks lists them). Default: lsce, which is ce with --alpha, where
+    """What the attack maximises, a loss by name (spat-train attacks lists them). Default: lsce (ce with --alpha) where
     alpha > 0, else kl for trades and rst, ce for the others."""
     eps: float = 8.0
     """Radius of the L-infinity ball, in 1/255."""

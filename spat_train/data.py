@@ -142,7 +142,7 @@ def _folders(path: Path, image_size: int | None) -> Dataset:
     for source in (train, test):
         files = [str(Path(file).relative_to(source.root)) for file, _ in source.samples]
         splits.append(Folder(Path(source.root), files, torch.tensor(source.targets), image_size))
-    return Dataset(path.resolve().name, *splits, tuple(train.classes))
+    return Dataset(path.resolve().name, splits[0], splits[1], tuple(train.classes))
 
 
 # --- .npz files ---
@@ -184,8 +184,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                     f"--data {path}: no array {', '.join(missing)} (it has {', '.join(archive) or 'none'}): "
                     f"save {', '.join(ARRAYS)} with numpy.savez"
                 )
-            arrays = {name: map_npz(archive.zip, name, check=True) for name in ("x_train", "x_test")}
-            arrays = {name: array for name, array in arrays.items() if array is not None}
+            assert archive.zip is not None  # until it is closed
+            found = {name: map_npz(archive.zip, name, check=True) for name in ("x_train", "x_test")}
+            arrays = {name: array for name, array in found.items() if array is not None}
             return {name: archive[name] for name in (*ARRAYS, "classes") if name in archive and name not in arrays} | arrays
     except InputError:
         raise

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spat_kernels.predictions import model_logits, predictions
+from spat_kernels.settings import GradientPath, Graph, Precision
 
 from . import checks
 from .attacks import Attack, parse, parse_all
@@ -91,6 +92,10 @@ def broken_by(
     return predicted, images
 
 
+def _always(value: int) -> Callable[[int], int]:
+    return lambda run: value
+
+
 # ---- a few numbers
 
 
@@ -140,7 +145,7 @@ def accuracies(
             x, y = floats(images, batches[number] if number < len(batches) else rows[:0], device, memory_format)
             for name, attack in attacks.items():
                 if len(x):
-                    predicted, _ = broken_by(attack, model, x, y, eps, lambda run, number=number: seed + number, **how)
+                    predicted, _ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
                     correct[name] += int((predicted == y).sum())
                     progress.update(len(x))
                 between()
@@ -179,9 +184,9 @@ def evaluate(
     bar: str | None = "evaluate",
     between: Callable[[], object] = lambda: None,
     memory_format: torch.memory_format = torch.channels_last,
-    precision: str | None = "fp32",
-    input_gradient: str = "auto",
-    graph: bool | str = "auto",
+    precision: Precision | None = "fp32",
+    input_gradient: GradientPath = "auto",
+    graph: Graph = "auto",
 ) -> Evaluation:
     """Attack `model` at `images`, batch by batch, and keep what became of each.
 
@@ -212,12 +217,12 @@ def evaluate(
         InputError: an argument does not fit, or `folder` holds another evaluation.
         SaveError: the disk is full.
     """
-    attacks = parse_all(attacks)
+    parsed = parse_all(attacks)
     checks.check_numbers(eps, eps_l2, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    classes = checks.check_models(model, source, images, images.labels[rows], memory_format, attacks)
-    checks.check_attacks(attacks, classes, eps, eps_l2, images.image_shape)
+    classes = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
+    checks.check_attacks(parsed, classes, eps, eps_l2, images.image_shape)
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
     if save_images and folder is None:
@@ -228,15 +233,15 @@ def evaluate(
         "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
     }  # fmt: skip
-    work = _Work(model, source or model, classes, attacks, settings, memory_format, graph)
+    work = _Work(model, source or model, classes, parsed, settings, memory_format, graph)
     place = RunFolder(Path(folder) if folder is not None else None)
     place.claim()
     try:
-        with closing(Samples(place.path, settings, {name: attack.spec for name, attack in attacks.items()})) as samples:
+        with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()})) as samples:
             work.all(samples, images, rows, bar, between)
     finally:
         place.release()
-    return _collect(samples, settings, attacks, rows, images.labels[rows])
+    return _collect(samples, settings, parsed, rows, images.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ class _Work:
     attacks: dict[str, Attack]
     settings: dict
     memory_format: torch.memory_format
-    graph: bool | str
+    graph: Graph
 
     def all(self, samples: Samples, images, rows: Tensor, bar: str | None, between: Callable[[], object]) -> None:
         """What is not among the samples yet."""

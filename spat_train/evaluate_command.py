@@ -13,9 +13,10 @@ from .alarms import rechecked
 from .attacks import NAMED, parse_all
 from .checkpoints import checkpoint_file, load_model, run_config
 from .checks import check_numbers
-from .config import check_device
+from .config import Config, check_device
 from .data import load
 from .evaluate import evaluate
+from .evaluation import Options
 from .images import InputError
 from .models import is_out_of_memory
 from .report import summary, write_report
@@ -101,11 +102,11 @@ def evaluate_command(
     if limit is not None and limit < count:
         rows = torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit])
     about = {
-        "model": str(checkpoint_file(model)), "network": model_name or config.model, "data": data,
+        "model": str(checkpoint_file(model)), "network": _architecture(model_name, config), "data": data,
         "test images": f"{len(rows)} of {count}",
     }  # fmt: skip
     if source:
-        about |= {"source": str(checkpoint_file(source)), "source's network": source_name or other_config.model}
+        about |= {"source": str(checkpoint_file(source)), "source's network": _architecture(source_name, other_config)}
 
     with StopWish().heard() as wish:
 
@@ -113,16 +114,18 @@ def evaluate_command(
             if wish.number:
                 raise Stopped(wish.number, f"stopped by signal {wish.number}: the same command goes on where {out} ends")
 
-        how = {
-            "eps": eps / 255, "source": other and other.to(where), "rows": rows, "seed": seed, "batch_size": batch_size,
-            "precision": precision, "input_gradient": input_gradient, "graph": graph == "auto" and "auto", "between": between,
+        how: Options = {
+            "eps": eps / 255, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between,
+            "precision": precision, "input_gradient": input_gradient, "graph": "auto" if graph == "auto" else False,
         }  # fmt: skip
         network.to(where)
+        other = other and other.to(where)
         try:
             evaluation = evaluate(
                 network,
                 dataset.test,
                 attacks,
+                source=other,
                 eps_l2=eps_l2,
                 attack_wrong=attack_wrong,
                 folder=out,
@@ -131,7 +134,7 @@ def evaluate_command(
             )
             found = [rechecked(evaluation)]
             if alarms:
-                found = [*look_for_alarms(network, dataset.test, folder=out / "alarms", **how), *found]
+                found = [*look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how), *found]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -139,6 +142,11 @@ def evaluate_command(
     write_report(out, evaluation, dataset.test, dataset.classes, found, about)
     print(summary(evaluation, found))
     print(f"{out / 'report.html'} written")
+
+
+def _architecture(name: str | None, config: Config | None) -> str:
+    """As `load_model` takes it."""
+    return name or (config.model if config else "")
 
 
 def attacks_command() -> None:
@@ -149,6 +157,7 @@ def attacks_command() -> None:
     for name, (spec, source) in NAMED.items():
         print(f"{name:18}{spec:44}{source}")
     print("\nlosses, and their settings:")
-    for name in losses.names():
-        kind = losses.LOSSES[losses.ALIASES.get(name, name)]
+    for name, kind in losses.LOSSES.items():
         print(f"{name:18}{', '.join(losses.settings_of(kind)):44}{kind.title or name}")
+    for name, other in losses.ALIASES.items():
+        print(f"{name:18}{', '.join(losses.settings_of(losses.LOSSES[other])):44}{other}, with every setting given")

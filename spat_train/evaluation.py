@@ -1,12 +1,15 @@
 """What an evaluation found: what became of every image under every attack, and the numbers that follow from it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+from spat_kernels.settings import GradientPath, Graph, Precision
 
 from .attacks import Attack
 
@@ -14,11 +17,26 @@ WORST = "worst case"
 Z95 = 1.959963984540054  # of a standard normal, two-sided 95 %
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Example:
     """An image that an attack broke: its place among the evaluated ones, and uint8 [H, W, C] after rounding."""
 
     index: int
     image: Tensor
+
+
+class Options(TypedDict, total=False):
+    """What `evaluate` and `alarms` take alike."""
+
+    eps: float
+    rows: Tensor | None
+    seed: int
+    batch_size: int
+    between: Callable[[], object]
+    memory_format: torch.memory_format
+    precision: Precision | None
+    input_gradient: GradientPath
+    graph: Graph
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: in
     except Exception as error:  # unpickling and unzipping what is none of either raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{where} cannot be read as .npz or pickle ({reason}): give one with {EXPECTED}") from error
-    pixels = torch.from_numpy(pixels)
-    return Images(pixels if pixels.ndim == 4 else pixels[..., None], torch.from_numpy(labels.astype(np.int64)))
+    images = torch.from_numpy(pixels)
+    return Images(images if images.ndim == 4 else images[..., None], torch.from_numpy(labels.astype(np.int64)))
 
 
 def _open(path: Path, check: Callable[..., None]) -> tuple[np.ndarray, np.ndarray]:
@@ -86,8 +86,8 @@ def _open(path: Path, check: Callable[..., None]) -> tuple[np.ndarray, np.ndarra
             with archive.open(f"{pixels_name}.npy") as file:
                 check(*npy_header(file), labels)
             # No checksum: that would read all of it.
-            if (pixels := map_npz(archive, pixels_name, check=False)) is not None:
-                return pixels, labels
+            if (mapped := map_npz(archive, pixels_name, check=False)) is not None:
+                return mapped, labels
             if (copy := _read_copy(path, stamp)) is None:
 
                 def unpack(copy: BinaryIO) -> None:
@@ -159,7 +159,8 @@ def _unpickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(content, dict):
         raise InputError(f"--extra {path}: it holds a {type(content).__name__}: save a dictionary with {EXPECTED}")
     pixels, labels = (content[name] for name in _chosen(path, content))
-    return tuple(v.array if isinstance(v, _Array) else np.asarray(v) for v in (pixels, labels))
+    pixels, labels = (v.array if isinstance(v, _Array) else np.asarray(v) for v in (pixels, labels))
+    return pixels, labels
 
 
 class _Dtype:

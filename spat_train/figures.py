@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,7 @@ HATCHES = ("", "////", "....", "xxxx")
 WRONG = COLOURS[1]
 LEAST = 1e-4  # losses that are drawn on log scales
 NUMBERS = FuncFormatter(lambda value, _: f"{value:g}")  # 0.01, not 10 to the -2
-LOOK = {
+LOOK: dict[Any, Any] = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.handlelength": 3.0, "figure.titlesize": 8,
     "lines.linewidth": 1.3, "lines.markersize": 4, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5,
@@ -89,7 +90,7 @@ def picture_grid(columns: dict[str, Tensor], rows: Sequence[str], captions: dict
     """
     side = 0.86
     figure = new_figure(side * len(columns) + 0.25, (side + 0.2 * bool(captions)) * len(rows) + 0.25)
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.01)
+    figure.set_layout_engine("constrained", w_pad=0.015, h_pad=0.015, wspace=0.02, hspace=0.01)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for j, (title, images) in enumerate(columns.items()):
         axes[0, j].set_title(title, parse_math=False)
@@ -264,7 +265,7 @@ def ascents(models: dict[str, np.ndarray], images: Sequence[Tensor], names: Sequ
 def maxima(numbers: dict[str, dict], names: Sequence[str]) -> Figure:
     """Madry et al., Figure 5 and Appendix B. Of each model what `landscape.compare` gives; names of the images."""
     figure = new_figure(PAGE, 4.0)
-    top, bottom = figure.subfigures(2, 1)
+    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     finals = [np.asarray(each["losses"]).clip(LEAST) for each in numbers.values()]
     bins = np.geomspace(min(f.min() for f in finals) / 1.5, max(f.max() for f in finals) * 1.5, 60)
     axes = top.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)[0]

@@ -11,7 +11,7 @@ class SaveError(RuntimeError):
     """Something could not be written. What was there before still is."""
 
 
-def write(path: Path, content: bytes, keep: Path | None = None) -> None:
+def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:
     """Replace `path` by `content` in one step; what was there before goes to `keep`, if given.
 
     Raises:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -144,21 +144,23 @@ def training_loss(b: Bench) -> Drawing:
 def landscapes(b: Bench) -> Drawing:
     x, y, rows = b.examples()
     names = [b.classes[label] for label in y]
-    how = {"restarts": b.extent.restarts, "steps": b.extent.ascent_steps, "step_size": 2.5 * b.eps / b.extent.ascent_steps}
-    found = {name: landscape.ascend(model, x, y, b.eps, seed=b.options.seed, **how) for name, model in b.models.items()}
+    restarts, steps, step_size = b.extent.restarts, b.extent.ascent_steps, 2.5 * b.eps / b.extent.ascent_steps
+    ascend = partial(landscape.ascend, restarts=restarts, steps=steps, step_size=step_size)
+    found = {name: ascend(model, x, y, b.eps, seed=b.options.seed) for name, model in b.models.items()}
     hardest = int(next(reversed(found.values())).losses[..., -1].mean(0).argmax())  # of the last model, for the slice
     maxima, slices = {}, {}
     for name, model in b.models.items():
         maxima[name] = landscape.compare(model, x, y, b.eps, found[name], b.options.seed)
         slices[name] = landscape.surface(model, x[hardest], y[hardest], b.eps, points=41, seed=b.options.seed)
     drawn = {
-        "curves": figures.ascents({name: each.losses.numpy() for name, each in found.items()}, x, names),
+        "curves": figures.ascents({name: each.losses.numpy() for name, each in found.items()}, list(x), names),
         "maxima": figures.maxima(maxima, names),
         "surface": figures.surfaces(slices, told(255 * b.eps)),
     }
     meaning = {name: landscape.meaning(numbers) for name, numbers in maxima.items()}
     losses = {name: each.losses.tolist() for name, each in found.items()}
     many = {"losses": losses, "maxima": maxima, "surfaces": {"row": rows[hardest], **slices}}
+    how = {"restarts": restarts, "steps": steps, "step_size": step_size}
     return drawn, {"rows": rows, "labels": names, **how, "meaning": meaning} | _rounded(many)
 
 

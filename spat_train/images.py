@@ -61,7 +61,8 @@ class Floats:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.x.shape[1:])
+        channels, height, width = self.x.shape[1:]
+        return channels, height, width
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,17 +154,17 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def fingerprint(images: Images | Floats | Folder) -> str:
     """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names and sizes."""
     digest = hashlib.sha256(repr((len(images), images.image_shape)).encode())
-    digest.update(images.labels.contiguous().numpy())
+    digest.update(images.labels.contiguous().numpy().data)
     if isinstance(images, Folder):
         for name in images.files:
             digest.update(f"{name}\0{(images.root / name).stat().st_size}\0".encode())
     elif isinstance(images, Floats):
-        digest.update(images.x.cpu().contiguous().numpy())
+        digest.update(images.x.cpu().contiguous().numpy().data)
     else:
         count = len(images) if images.pixels.nbytes <= HASHED else min(SAMPLED, len(images))
         rows = torch.arange(count) * (len(images) - 1) // max(count - 1, 1)
         for part in rows.split(SAMPLED):
-            digest.update(images.batch(part).numpy())
+            digest.update(images.batch(part).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -174,7 +174,7 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float, found: Ascents, 
         of the same for random points and random corners of the ball; between, the mean over images of `between`.
     """
     final = found.losses[..., -1]
-    groups = {"": [], "random_": [], "corner_": []}
+    groups: dict[str, list[tuple[Tensor, ...]]] = {"": [], "random_": [], "corner_": []}
     lines = []
     for n, (image, label) in enumerate(zip(x.cpu(), y.cpu(), strict=True)):
         points = found.ends[:, n], found.starts[:, n], corners(image, eps, len(final), derived_seed(seed, "corners", n))

@@ -67,8 +67,8 @@ class Order:
         labelled = round(self.batch_size * (1 - self.extra_fraction))
         # A share close to 1 takes more rows than there are: the last batch goes on in a second permutation.
         rounds = math.ceil(self.steps * labelled / len(self.rows))
-        order = [self.rows[torch.randperm(len(self.rows), generator=generator)] for _ in range(rounds)]
-        order = torch.cat([self.rows[:0], *order])[: self.steps * labelled].view(self.steps, labelled)
+        orders = [self.rows[torch.randperm(len(self.rows), generator=generator)] for _ in range(rounds)]
+        order = torch.cat([self.rows[:0], *orders])[: self.steps * labelled].view(self.steps, labelled)
         extra = torch.randint(self.extra, (self.steps, self.batch_size - labelled), generator=generator)
         return list(zip(order, extra, strict=True))
 
@@ -118,6 +118,7 @@ class Loader:
         """The batches of an epoch from `first_step` on. Worker processes end with the iterator."""
         parts = self._parts(number)[first_step:]
         reader = _Reader(self.sources, self.resident, parts)
+        arrivals: Iterable
         if all(pixels is not None for pixels in self.resident):
             arrivals = repeat([None, None])
         else:
@@ -149,12 +150,12 @@ class Loader:
 
     def _batches(self, parts: list[Parts], first: int, arrivals: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
         # Rows, ids and labels of all batches go over in one copy.
-        table = [
+        columns = [
             torch.stack([rows, rows + first_id, source.labels[rows]])
             for step in parts
             for source, first_id, rows in zip(self.sources, self.first_ids, step, strict=False)
         ]
-        table = torch.cat([torch.empty(3, 0, dtype=torch.int64), *table], 1).to(self.device)
+        table = torch.cat([torch.empty(3, 0, dtype=torch.int64), *columns], 1).to(self.device)
         seeds = torch.tensor([[self.order.seed, first + i] for i in range(len(parts))]).to(self.device)
         end = 0
         for step, seed, arrived in zip(parts, seeds, arrivals, strict=False):

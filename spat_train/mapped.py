@@ -3,12 +3,12 @@
 import struct
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Literal
 
 import numpy as np
 
 
-def npy_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
+def npy_header(file: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
     """The dtype, shape and order ("C" or "F") of the .npy array that begins where `file` is; its bytes follow."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -26,7 +26,7 @@ def map_npy(path: str | Path, offset: int = 0) -> tuple[np.ndarray, int]:
         if 0 in shape:
             return np.empty(shape, dtype), file.tell()
         # Copy-on-write: torch takes only writable memory, and nothing may reach the file.
-        array = np.memmap(file, dtype, "c", file.tell(), shape, order)
+        array = np.memmap(path, dtype, "c", file.tell(), shape, order)
     return array, array.offset + array.nbytes
 
 
@@ -38,6 +38,7 @@ def map_npz(archive: zipfile.ZipFile, name: str, check: bool) -> np.ndarray | No
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
         return None
+    assert archive.filename is not None  # it was opened by its name
     if check:
         with archive.open(info) as file:
             while file.read(1 << 20):

@@ -114,9 +114,12 @@ def measured(
             if wish.number:
                 raise Stopped(wish.number, f"stopped by signal {wish.number}: the same command goes on from there")
 
-        how = {"source": source, "rows": images.rows, "folder": folder, "bar": subject.name, "between": between}
         try:
-            found = evaluate(subject.model, images.dataset.test, attacks, **how, **settings)
+            found = evaluate(
+                subject.model, images.dataset.test, attacks, eps=eps, source=source, attack_wrong=attack_wrong,
+                rows=images.rows, seed=options.seed, batch_size=options.eval_batch_size, folder=folder, bar=subject.name,
+                between=between,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

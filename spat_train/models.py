@@ -35,6 +35,9 @@ class Normalize(nn.Module):
         ValueError: they are not.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         if len(mean) != len(std) or not all(s > 0 for s in std):
@@ -332,7 +335,8 @@ def create(
         raise ValueError(f"image_shape={image_shape}: give (channels, height, width)")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: give {_alternatives(ACTIVATIONS)}")
-    model = _create(name, num_classes, tuple(image_shape))
+    channels, height, width = image_shape
+    model = _create(name, num_classes, (channels, height, width))
     if activation != "relu":
         _replace_relus(model, name, activation)
     return model

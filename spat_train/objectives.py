@@ -14,12 +14,15 @@ fp32, from logits that are cast up. Plain PyTorch, since all of it is less than 
 """
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spat_kernels import PGD
+from spat_kernels.settings import Precision
 
 from .config import Config
 
@@ -83,7 +86,7 @@ class Objective(nn.Module):
         adv = self.logits(x_adv) if self.reads_adv else None
         with torch.autocast(y.device.type, enabled=False):
             terms = self.head(clean, adv, y, **self.settings)
-            return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+            return reduce(add, terms.values()), {name: term.detach() for name, term in terms.items()}
 
     def logits(self, x: Tensor) -> Tensor:
         z = self.model(x)
@@ -118,5 +121,5 @@ def training_attack(config: Config) -> Callable[[nn.Module, Tensor, Tensor, torc
     return perturb
 
 
-def attack_precision(config: Config) -> str:
+def attack_precision(config: Config) -> Precision:
     return config.attack_precision or config.precision

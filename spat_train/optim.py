@@ -62,9 +62,11 @@ class Average:
     def update(self, model: nn.Module) -> None:
         pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
         averaged, counters = ([pair for pair in pairs if pair[0].is_floating_point() == kind] for kind in (True, False))
-        torch._foreach_lerp_(*_columns(averaged), 1 - self.decay if self.count else 1.0)
+        ours, theirs = _columns(averaged)
+        torch._foreach_lerp_(ours, theirs, 1 - self.decay if self.count else 1.0)
         if counters:
-            torch._foreach_copy_(*_columns(counters))
+            ours, theirs = _columns(counters)
+            torch._foreach_copy_(ours, theirs)
         self.count += 1
 
 
@@ -72,8 +74,8 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], ...]:
-    return tuple(map(list, zip(*pairs, strict=True)))
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
 
 
 @contextmanager
@@ -82,17 +84,17 @@ def perturbed_weights(model: nn.Module, size: float):
 
     w + size ||w|| g / ||g||, with g read from `.grad`. Afterwards the weights are as before, bit for bit.
     """
-    weights = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
-    before = [p.detach().clone() for p in weights]
+    weights = [(p, p.grad) for p in model.parameters() if p.ndim > 1 and p.grad is not None]
+    before = [p.detach().clone() for p, _ in weights]
     with torch.no_grad():
-        for p in weights:
-            grad = p.grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
+        for p, grad in weights:
+            grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
             p.add_(grad * (size * p.norm() / (grad.norm() + 1e-12)))
     try:
         yield
     finally:
         with torch.no_grad():
-            for p, saved in zip(weights, before, strict=True):
+            for (p, _), saved in zip(weights, before, strict=True):
                 p.copy_(saved)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spat_kernels import cw_linf, pgd, pgd_ls
 from spat_kernels.predictions import predictions
+from spat_kernels.settings import PGDSettings
 
 from .figures import gradient_picture, look, picture_grid, save
 from .images import Dataset, floats
@@ -38,7 +39,7 @@ def examples(models: Sequence[nn.Module], x: Tensor, y: Tensor, count: int = ROW
 
 def smoothed_attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> dict[str, Tensor]:
     """The columns of Figure 5.2."""
-    settings = {"steps": 50, "step_size": eps / 10, "generator": torch.Generator().manual_seed(seed)}
+    settings: PGDSettings = {"steps": 50, "step_size": eps / 10, "generator": torch.Generator().manual_seed(seed)}
     return {
         "original": x,
         "PGD-CE": pgd(model, x, y, eps, **settings),
@@ -58,7 +59,8 @@ def margin_attacks(model: nn.Module, x: Tensor, y: Tensor, radii: dict[str, floa
 
 def attacked_grid(model: nn.Module, columns: dict[str, Tensor], y: Tensor, classes: Sequence[str]) -> tuple[Figure, dict]:
     """Images as they were attacked, each with the class that the model sees; and, by column, classes and losses."""
-    captions, numbers = {}, {}
+    captions: dict[str, Sequence[tuple[str, bool]]] = {}
+    numbers = {}
     for title, images in columns.items():
         logits = logits_of(model, images)
         predicted, losses = predictions(logits), cross_entropies(logits, y)

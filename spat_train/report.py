@@ -46,7 +46,7 @@ class Section(NamedTuple):
     title: str
     text: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def write_report(
@@ -178,7 +178,8 @@ def picture(e: Evaluation, name: str, example: Example, clean: Tensor, classes: 
     true, predicted = (int(t[example.index]) for t in (e.labels, e.predicted[name]))
     became = classes[predicted] if predicted >= 0 else "NaN"
     caption = f"image {int(e.rows[example.index])}: {classes[true]}, predicted {became}; difference x {factor}"
-    return Picture(name, caption, tuple(png((255 * image).round().to(torch.uint8)) for image in shown))
+    original, adversarial, difference = (png((255 * image).round().to(torch.uint8)) for image in shown)
+    return Picture(name, caption, (original, adversarial, difference))
 
 
 def png(image: Tensor) -> str:

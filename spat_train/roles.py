@@ -49,12 +49,12 @@ class Role:
                 )
             found = find_runs(options.runs)
             options = replace(options, data=options.data or self._data(found, options))
-            here = [run for run in found if data_name(run.config.data) == data_name(options.data)]
+            here = [run for run in found if data_name(run.config.data) == options.data_name]
             if options.scale.model:
                 here = [run for run in here if family(run.config.model) == family(options.scale.model)]
             runs = self.pick(here, options)
             kinds = ", ".join(sorted({f"{title(run.config)} {run.config.model}" for run in here})) or "nothing"
-            where = f"--runs {options.runs} has {kinds} on {data_name(options.data)}"
+            where = f"--runs {options.runs} has {kinds} on {options.data_name}"
             remedy = "name folders, or add --train"
         if not runs or not self.fits(runs):
             raise InputError(f"figure {figure}: it needs {self.words}: {where}: {remedy}")
@@ -85,14 +85,14 @@ def _nearest(runs: Sequence[Run], wanted: Wanted, options: Options, model: str |
 
 
 def _robust(runs: list[Run], options: Options) -> list[Run]:
-    source = ROBUST_SOURCE.get(data_name(options.data), ROBUST_SOURCE["cifar10"])
+    source = ROBUST_SOURCE.get(options.data_name, ROBUST_SOURCE["cifar10"])
     run = _nearest(runs, Wanted(source), options)
     return [run] if run else []
 
 
 def _pair(runs: list[Run], options: Options) -> list[Run]:
     robust = _robust(runs, options)
-    source = STANDARD_SOURCE.get(data_name(options.data), STANDARD_SOURCE["cifar10"])
+    source = STANDARD_SOURCE.get(options.data_name, STANDARD_SOURCE["cifar10"])
     standard = _nearest(runs, Wanted(source), options, robust[0].config.model if robust else None)
     return [standard, *robust] if standard else robust
 
@@ -120,7 +120,7 @@ def grid(figure: str, data: str) -> Role:
         if options.train:
             share = (options.eps or 8.0) / 8.0  # --eps is what 8/255 is there
             options = replace(options, eps=None)
-            wants = [Wanted(replace(c, eps=c.eps * share, eval_eps=c.eval_eps * share)) for c in sources]
+            wants = [Wanted(replace(c, eps=c.eps * share, eval_eps=c.evaluation_eps * share)) for c in sources]
             return [completed(closest(runs, want, options), want, None, options) for want in wants]
         runs = _largest(runs, lambda run: run.config.model)
         places = dict.fromkeys((run.config.eps, run.config.alpha) for run in runs)
@@ -157,7 +157,7 @@ def _without_width(model: str) -> str:
 
 
 def _widths(runs: list[Run], options: Options) -> list[Run]:
-    data = data_name(options.data)
+    data = options.data_name
     standard, robust = (s.get(data, s["cifar10"]) for s in (STANDARD_SOURCE, ROBUST_SOURCE))
     plain = [r for r in runs if width(r.config.model) and r.config.method in ("standard", "madry") and not r.config.alpha]
     if options.train:

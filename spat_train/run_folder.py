@@ -18,16 +18,24 @@ FORMAT = "spat_train 2"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
 
 _locks: set[int] = set()  # descriptors that processes forked from here close: a reader that outlives its run holds no lock
-os.register_at_fork(after_in_child=lambda: [os.close(_locks.pop()) for _ in range(len(_locks))])
+
+
+def _close_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 class RunFolder:
     """`path` None keeps nothing."""
 
     def __init__(self, path: Path | None):
-        self.path, self.lock = path, None
+        self.path = path
+        self.lock: int | None = None
         self.made = False  # by this run
-        self.best = None  # the validation whose weights are in best.pt
+        self.best: dict | None = None  # the validation whose weights are in best.pt
 
     def open(self, resume: bool) -> dict | None:
         """The checkpoint to go on from, or None.
@@ -72,7 +80,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Let others in; a folder that this run made and was refused before it wrote anything goes."""
-        if self.made:
+        if self.made and self.path is not None:
             with suppress(OSError):  # rmdir's, of a folder that holds something
                 self.path.rmdir()
         self._unlock()
@@ -92,7 +100,7 @@ class RunFolder:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises almost anything on a damaged file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            previous = self.path / "previous.pt"
+            previous = path.with_name("previous.pt")
             goes_on = path != previous and previous.exists()
             remedy = f"remove it, and --resume goes on from {previous}" if goes_on else "start anew in another --out"
             raise InputError(f"--resume: {path} is damaged ({reason[:120]}): {remedy}") from error
@@ -102,12 +110,14 @@ class RunFolder:
 
     def save(self, state: dict) -> None:
         """Write last.pt, and best.pt as a part of it: whatever happens between the two, going on writes it anew."""
+        if self.path is None:
+            return
         state = {"format": FORMAT, "id": uuid.uuid4().hex} | state
         files.write_torch(self.path / "last.pt", state, keep=self.path / "previous.pt")
         self.write_best(state)
 
     def write_best(self, state: dict) -> None:
-        if state["best"] is not None and self.best != state["progress"]["best"]:
+        if self.path is not None and state["best"] is not None and self.best != state["progress"]["best"]:
             best = {"format": FORMAT, "config": state["config"], "model": state["best"], "ema": None}
             files.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
             self.best = state["progress"]["best"]
@@ -123,11 +133,12 @@ class RunFolder:
 
 def random_state() -> dict:
     """Of every generator that a model may draw from, as what torch.load(weights_only=True) reads."""
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002
+    state = np.random.get_state(legacy=False)  # noqa: NPY002
+    words = torch.from_numpy(state["state"]["key"].astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
+        "numpy": (state["bit_generator"], words, state["state"]["pos"], state["has_gauss"], state["gauss"]),
         "python": random.getstate(),
     }
 

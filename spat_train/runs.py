@@ -81,6 +81,18 @@ class Options:
     """Train what is missing, into --runs, where it goes on after any interruption."""
     scale: Scale = field(default_factory=Scale)
 
+    @property
+    def home(self) -> Path:
+        """Where runs are trained."""
+        if self.runs is None:
+            raise InputError("--train: give the folder that what is missing gets trained into, by --runs")
+        return self.runs
+
+    @property
+    def data_name(self) -> str:
+        """ "" without --data."""
+        return data_name(self.data) if self.data else ""
+
 
 def named(kind: str, name: str, known: dict[str, T]) -> T:
     """`known[name]`, a table or a figure.
@@ -101,8 +113,8 @@ def check(options: Options, out: Path) -> None:
     for option, value in (("runs", options.runs), ("root", options.root)):
         if value is not None and not value.is_dir() and not (option == "runs" and options.train):
             raise InputError(f"--{option} {value}: there is no such folder")
-    if options.train and options.runs is None:
-        raise InputError("--train: give the folder that what is missing gets trained into, by --runs")
+    if options.train:
+        _ = options.home
     for option in ("test_images", "eval_batch_size"):
         value = getattr(options, option)
         if value is not None and value < 1:
@@ -157,7 +169,9 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder}: no config.json there: give the folder of a run")
     if not _has_checkpoint(folder):
         raise InputError(f"{folder}: neither {' nor '.join(CHECKPOINTS)} there: give the folder of a run that has trained")
-    return Run(folder, run_config(folder))
+    if (config := run_config(folder)) is None:
+        raise InputError(f"{folder / 'config.json'}: it is no run's: give the folder of a run")
+    return Run(folder, config)
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -338,7 +352,8 @@ def _apart(a: str, b: str) -> float:
 
 def choose(wanted: dict[str, Wanted], options: Options, given: dict[str, Path] | None = None) -> dict[str, Run | None]:
     """For each key the run in `given`, else the closest in --runs, else (with --train) one that is trained now, else None."""
-    runs, chosen = find_runs(options.runs), {}
+    runs = find_runs(options.runs)
+    chosen: dict[str, Run | None] = {}
     for key, want in wanted.items():
         if given and key in given:
             chosen[key] = read_run(given[key])
@@ -358,15 +373,15 @@ def completed(run: Run | None, wanted: Wanted, original: Run | None, options: Op
     """`run`, or where it is missing, or is this training and was interrupted: trained now."""
     if original:
         c = original.config
-        out = options.runs / f"{original.folder.name}-seed{c.seed + 1}"
+        out = options.home / f"{original.folder.name}-seed{c.seed + 1}"
         config = replace(c, seed=c.seed + 1, device=options.device, test=False, resume=True, out=out)
     else:
         config = scaled(wanted, options)
-    if run and (run.epochs >= run.config.epochs or run.folder != config.out):
+    if run and (run.epochs >= run.config.epochs or run.folder != config.folder):
         return run
-    print(f"training {wanted.words(options)} into {config.out}")
+    print(f"training {wanted.words(options)} into {config.folder}")
     train(config)
-    return read_run(config.out)
+    return read_run(config.folder)
 
 
 def scaled(wanted: Wanted, options: Options) -> Config:
@@ -385,4 +400,4 @@ def scaled(wanted: Wanted, options: Options) -> Config:
     parts = [source.preset or title(source)]
     parts += [data_name(c.data)] * (not wanted.own(options)) + [c.model] * (c.model != source.model or wanted.fixed)
     name = "-".join([*parts, f"seed{c.seed}"])
-    return replace(c, out=options.runs / "".join(s if s.isalnum() or s in "-+._" else "-" for s in name))
+    return replace(c, out=options.home / "".join(s if s.isalnum() or s in "-+._" else "-" for s in name))

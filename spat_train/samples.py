@@ -7,6 +7,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ class Samples:
 
     def __init__(self, folder: Path | None, settings: dict, attacks: dict[str, str]):
         self.records: dict[tuple[str, int], dict] = {}
-        self.folder, self.file = folder, None
+        self.folder = folder
+        self.file: BinaryIO | None = None
         if folder is None:
             return
         self.path = folder / "samples.jsonl"
@@ -43,7 +45,7 @@ class Samples:
         files.write(folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
         try:
             self.file = open(self.path, "a+b")  # noqa: SIM115  (until close)
-            self._read()
+            self._read(self.file)
         except OSError as error:
             raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, or choose another --out") from error
 
@@ -67,10 +69,10 @@ class Samples:
             )
         return known
 
-    def _read(self) -> None:
-        self.file.seek(0)
+    def _read(self, file: BinaryIO) -> None:
+        file.seek(0)
         whole = 0
-        for line in self.file.read().splitlines(keepends=True):
+        for line in file.read().splitlines(keepends=True):
             try:
                 record = json.loads(line)
             except ValueError:
@@ -79,7 +81,7 @@ class Samples:
                 break
             whole += len(line)
             self.records[record["attack"], record["batch"]] = record
-        self.file.truncate(whole)
+        file.truncate(whole)
 
     def add(self, record: dict) -> None:
         """Keep the record of `record["attack"]` on `record["batch"]`."""
@@ -96,7 +98,9 @@ class Samples:
     def save(self, attack: str, batch: int, **arrays: Tensor) -> None:
         """Write images/ATTACK/BATCH.npz; before the record, so that what has a record has its images."""
         content = io.BytesIO()
-        np.savez(content, **{name: np.ascontiguousarray(t.cpu().numpy()) for name, t in arrays.items()})
+        copies = {name: np.ascontiguousarray(t.cpu().numpy()) for name, t in arrays.items()}
+        np.savez(content, **copies)  # type: ignore[arg-type]  # NumPy's hints take one of them for allow_pickle
+        assert self.folder is not None  # else there is nothing to save for
         folder = self.folder / "images" / file_name(attack)
         files.make_folder(folder)
         files.write(folder / f"{batch:05}.npz", content.getbuffer())

@@ -44,7 +44,7 @@ def against_budget(subjects: Sequence[Subject], images: TestImages, options: Opt
     quarter = float(f"{eps * math.sqrt(pixels) * L2_CORNER / 4:.1g}")  # a round number
     l2 = [round(4 * share * quarter, 9) for share in SHARES]
     trained = any(not s.run.standard for s in subjects)
-    panels = {
+    panels: dict[str, dict] = {
         "L∞": {"attack": "PGD-20", "spec": "pgd-20", "radii": radii, "trained": eps if trained else None},
         "L2": {"attack": "PGD-20", "spec": "pgd-l2-20", "radii": l2, "trained": None},
     }

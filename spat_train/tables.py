@@ -23,10 +23,12 @@ class Entry:
 
     @property
     def half_width(self) -> float:
+        assert self.ours is not None
         return (self.ours["high"] - self.ours["low"]) / 2
 
     @property
     def difference(self) -> float:
+        assert self.ours is not None
         return self.ours["accuracy"] - self.cell.accuracy
 
 
@@ -180,14 +182,14 @@ def _notes(filled: Filled) -> list[str]:
                 alike.setdefault(", ".join(changes), []).append(key)
         notes += [f"{', '.join(keys)}: {changes};" for changes, keys in alike.items()]
         notes = [" ".join(notes).rstrip(";") + ".", ""]
-    notes.append("Runs: " + ", ".join(_chosen(filled, key) for key, run in filled.runs.items() if run) + ".")
+    notes.append("Runs: " + ", ".join(_chosen(filled, key, run) for key, run in filled.runs.items() if run) + ".")
     if missing := [key for key, run in filled.runs.items() if run is None]:
         notes += ["", f"Missing: {', '.join(missing)}."]
     return notes
 
 
-def _chosen(filled: Filled, key: str) -> str:
-    run, count = filled.runs[key], filled.candidates.get(key, 1)
+def _chosen(filled: Filled, key: str, run: Run) -> str:
+    count = filled.candidates.get(key, 1)
     several = f", the closest of {count}" if count > 1 and not filled.table.runs[key].copy_of else ""
     return f"{key}: {run.folder} ({title(run.config)}, {run.config.model}{several})"
 

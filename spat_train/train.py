@@ -10,10 +10,12 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +104,9 @@ class Run:
         self.make_loader()
         self.make_model()
         self.progress = Progress()
-        self.log = self.pending = self.best_weights = None
+        self.log: Log | None = None
+        self.pending: tuple | None = None  # what `settle` reads of the last step
+        self.best_weights: dict[str, Tensor] | None = None
         self.fingerprints = [fingerprint(images) for images in (self.dataset.train, self.extra) if images is not None]
         if saved is not None:
             self.restore(saved)
@@ -154,7 +158,7 @@ class Run:
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
         self.try_model(shape, classes)  # first: lazy layers have no weights before
-        self.model.to(memory_format=self.memory_format)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's hints do not know this form
         if config.sync_bn:
             if self.world.size == 1:
                 raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")
@@ -163,7 +167,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.ema = Average(self.model, config.ema) if config.ema else None
-        self.objective = self.world.wrap(Objective(self.model, config))
+        self.objective: Callable[..., Any] = self.world.wrap(Objective(self.model, config))
         if config.compile:
             self.objective = torch.compile(self.objective)
         self.attack = training_attack(config)
@@ -343,8 +347,8 @@ class Run:
         """Log; save where it is time; stop where a signal asks for it."""
         if self.progress.count >= self.config.log_every:
             self.write_losses()
-        due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
-        signal, due = self.world.agree(self.wish.number, due and self.world.main)
+        late = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+        signal, due = self.world.agree(self.wish.number, late and self.world.main)
         if signal:
             self.stop(int(signal))
         elif due:
@@ -422,7 +426,8 @@ class Run:
             raise TrainingError(
                 f"weights are not finite; {self.folder.kept()}: train anew with a lower --lr, or --precision bf16 or fp32"
             )
-        self.progress.log_bytes = self.log.position()
+        if self.log:
+            self.progress.log_bytes = self.log.position()
         state = {
             "config": self.config.to_dict(),
             "data": self.fingerprints,

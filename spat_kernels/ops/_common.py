@@ -87,6 +87,7 @@ def check_channels(**images: Tensor | None) -> None:
     """Alike and with channels innermost. The first is the model of the others, which may be absent."""
     check_layout(**images)
     (first, like), *others = images.items()
+    assert like is not None
     check(like.dtype in FLOATS, f"{first} must be float32, float16, bfloat16 or float64, got {like.dtype}")
     for name, t in others:
         if t is not None:
