@@ -380,9 +380,10 @@ struct DlrRow {
   SPAT_HD DlrRow(const Ranked<A> (&rank)[4], Ranked<A> label_, Ranked<A> up_, bool targeted) : label(label_.k), up(up_.k) {
     first = rank[0].k, third = rank[2].k, fourth = targeted ? rank[3].k : -1;
     const A d = (targeted ? rank[0].z - (rank[2].z + rank[3].z) / 2 : rank[0].z - rank[2].z) + A(1e-12);
-    loss = (up_.z - label_.z) / d;
-    up_slope = 1 / d;
-    ratio = loss / d;
+    const bool defined = d - d == 0;  // else too few classes are possible (-inf rules them out): the margin is left
+    up_slope = defined ? 1 / d : A(1);
+    loss = (up_.z - label_.z) / (defined ? d : A(1));
+    ratio = defined ? loss / d : A(0);
   }
   SPAT_HD A grad(int64_t k, A scale) const {
     A g = 0;

@@ -1,6 +1,5 @@
 """What attacks other than PGD begin with: settings and batch checked, the model borrowed and ready to be differentiated."""
 
-import warnings
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -64,13 +63,11 @@ def usable(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
 
 
 def warn_of_nan(unusable: int, samples: int) -> None:
-    """Warn the caller of the attack that calls this, if the gradients of some samples were not usable."""
+    """If elements of some samples' gradients were not usable."""
     if unusable:
-        warnings.warn(
+        checks.warn(
             f"the input gradient was NaN for {unusable} of {samples} samples and counted as 0 there: they may look "
-            "robust without being so. Look at the model's outputs, or attack in higher precision",
-            RuntimeWarning,
-            stacklevel=3,
+            "robust without being so. Look at the model's outputs, or attack in higher precision"
         )
 
 

@@ -5,7 +5,6 @@ plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, AP
 rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
@@ -29,10 +28,8 @@ VERSIONS: dict[Version, tuple[str, ...]] = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 ATTACKS = VERSIONS["plus"]
-GRADIENT_ATTACKS = tuple(name for name in ATTACKS if name != "square")
 LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr"}
 TARGETS = 9
-CALLER = 5  # of `run`, as a level of the stack within `stages`
 
 
 def fewest_classes(name: str) -> int:
@@ -120,7 +117,7 @@ class AutoAttack:
     def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 
-        The model, x, y and the global random states are afterwards as they were.
+        The model, x, y and the global random states are afterwards as they were, but for what the model draws.
 
         Args:
             model: module or callable, x -> logits [B, K], with K >= 4 for "standard" and "plus", 3 for "rand".
@@ -151,18 +148,25 @@ class AutoAttack:
         x, y = usable(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))
-        classes, close = 0, torch.zeros_like(y, dtype=torch.bool)
+        classes, unanswered, probabilities = 0, 0, True
+        close = torch.zeros_like(y, dtype=torch.bool)
         for rows in self._batches(result.robust):
             logits = self._logits(model, x[rows], highest_label)
-            classes = logits.shape[1]
+            if not classes:
+                classes = logits.shape[1]
+                self._check_classes(classes)
+            unanswered += int(logits.isnan().any(1).sum())
+            probabilities = probabilities and signs.are_probabilities(logits)
             result.broken_by[rows[predictions(logits) != y[rows]]] = 0
             if self.precision is not None:
                 with attacked(self, model, x[rows], y[rows], highest_label) as (way, images, labels):
                     close[rows] = predictions(way.logits(images)) != labels
-            if rows[0] == 0:
-                self._check_classes(classes)
-                for sign in self._signs(model, x[rows], y[rows], logits, highest_label):
-                    warnings.warn(sign, RuntimeWarning, stacklevel=CALLER)
+        if unanswered:
+            checks.warn(f"the logits of {unanswered} of {len(x)} images are NaN, which counts as misclassified")
+        if classes and probabilities:
+            checks.warn("the model seems to return probabilities: give its logits, whose gradients do not vanish")
+        for rows in self._batches(result.robust & ~close)[:1]:
+            self._warn_of_signs(model, x[rows], y[rows], highest_label)
         yield result
         for number, name in enumerate(self.attacks, 1):
             # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
@@ -173,36 +177,28 @@ class AutoAttack:
                     broken = predictions(self._logits(model, found, highest_label)) != y[rows]
                     result.x_adv[rows[broken]] = found[broken]
                     result.broken_by[rows[broken]] = number
-            if name == "square" and {*GRADIENT_ATTACKS}.intersection(self.attacks[: number - 1]):
+            if name == "square" and number > 1:
                 alone = int((result.broken_by == number).sum())
                 if alone > signs.SQUARE_SHARE * len(x):
-                    warnings.warn(
+                    checks.warn(
                         f"Square, which needs no gradients, broke {alone} of {len(x)} images that the attacks by gradients left: "
-                        "the gradients may be masked, and the model less robust than it looks",
-                        RuntimeWarning,
-                        stacklevel=CALLER,
+                        "the gradients may be masked, and the model less robust than it looks"
                     )
             yield result
 
-    def _signs(self, model, x: Tensor, y: Tensor, logits: Tensor, highest_label: int) -> Iterator[str]:
-        """What the authors' code warns of, on images whose logits are known."""
-        if wrong := int(logits.isnan().any(1).sum()):
-            yield f"the logits of {wrong} of {len(x)} images are NaN, which counts as misclassified"
-        if signs.are_probabilities(logits):
-            yield "the model seems to return probabilities: give its logits, whose gradients do not vanish"
-        if not (predictions(logits) == y).any():
-            return
+    def _warn_of_signs(self, model, x: Tensor, y: Tensor, highest_label: int) -> None:
+        """What the authors' code warns of, looked for on images that are correct."""
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            differ, allowed = signs.difference(logits, self._logits(model, x, highest_label))
+            differ, allowed = signs.difference(*(self._logits(model, x, highest_label) for _ in range(2)))
         if differ > allowed and self.version != "rand":
-            yield f"the model seems to draw random numbers (logits of the same images differ by {differ:.2g}): use version='rand'"
+            checks.warn(f"the model seems to draw random numbers (its logits differ by {differ:.2g}): use version='rand'")
         if differ <= allowed and self.version == "rand":
-            yield "the model draws no random numbers: version='standard' is the stronger one for it"
-        if {*GRADIENT_ATTACKS}.intersection(self.attacks):
-            with attacked(self, model, x, y, highest_label) as (way, x, y):
-                zero = int(signs.without_gradient(way, x, y).sum())
+            checks.warn("the model draws no random numbers: version='standard' is the stronger one for it")
+        if self.attacks != ("square",):
+            with attacked(self, model, x, y, highest_label) as (way, images, labels):
+                zero = int(signs.without_gradient(way, images, labels).sum())
             if zero:
-                yield (
+                checks.warn(
                     f"the gradient of the margin is 0 or NaN at {zero} of {len(x)} images: attacks by gradients cannot move "
                     "them, so they may look robust without being so"
                 )

@@ -3,8 +3,9 @@
 import threading
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MethodType
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from .structure import PLAIN, UNREAD
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
-OBJECTS = 2  # how deep objects within objects are looked into for modules
+# How deep objects in objects are looked into for modules that are not registered, and the size of the largest container that is.
+OBJECTS, LARGEST = 2, 1000
 
 
 @contextmanager
@@ -37,11 +39,17 @@ def borrowed(model, bn_mode: str):
         return
     with _lock:
         lock = _locks.setdefault(model, threading.RLock())
-    modules, roots = parts(model)
     with lock, ExitStack() as give_back:  # runs every callback, also after one that raises
+        registered, *others = parts(model)
+        modules = [m for tree in (registered, *others) for m in tree]
         modes = [(m, m.training) for m in modules]
+
+        def undo_train(kind, error, trace) -> None:
+            if (failure := _undo_train(modes)) and error is None:
+                raise failure
+
         give_back.callback(_set_flags, modes)
-        give_back.callback(_undo_train, modes)
+        give_back.push(undo_train)
         for m in modules:
             if isinstance(m, DistributedDataParallel):
                 for flag in ("require_backward_grad_sync", "require_forward_param_sync"):
@@ -49,9 +57,10 @@ def borrowed(model, bn_mode: str):
                     setattr(m, flag, False)
             if m._forward_pre_hooks:  # they may compute tensors: `weight` of torch.nn.utils.weight_norm, which has a graph
                 give_back.callback(vars(m).update, {name: t for name, t in vars(m).items() if isinstance(t, Tensor)})
-        if bn_mode != "keep" and any(m.training != (bn_mode == "train") for m in modules):
-            for root in roots:
-                _train(root, bn_mode)
+        if bn_mode != "keep":
+            _switch(registered, bn_mode)
+        if bn_mode == "eval":
+            _eval(others)
         if any(m.training for m in modules):  # then a forward may write statistics
             for m in modules:
                 for name, buffer in m._buffers.items():
@@ -66,9 +75,13 @@ def borrowed(model, bn_mode: str):
         yield
 
 
-def _train(root: nn.Module, bn_mode: str) -> None:
+def _switch(tree: list[nn.Module], bn_mode: str) -> None:
+    """Put the modules of a tree, the root first, into a mode."""
+    root, training = tree[0], bn_mode == "train"
+    if all(m.training == training for m in tree):
+        return
     try:
-        root.train(bn_mode == "train")
+        root.train(training)
     except Exception as error:
         raise ValueError(
             f"bn_mode={bn_mode!r}, but {type(root).__name__} refuses to change its mode ({error}): use bn_mode='keep', which "
@@ -76,10 +89,27 @@ def _train(root: nn.Module, bn_mode: str) -> None:
         ) from error
 
 
-def _undo_train(modes: list[tuple[nn.Module, bool]]) -> None:
-    for m, training in modes:  # parents first: their train() is their children's too
-        if m.training != training:
-            m.train(training)
+def _eval(trees: list[list[nn.Module]]) -> None:
+    """Put modules into eval mode that the model does not know of. (Into training mode its `train()` does not put them either.)"""
+    for tree in trees:
+        modes = [(m, m.training) for m in tree]
+        try:
+            _switch(tree, "eval")
+        except ValueError:  # its mode is its own, as of those of torch.export
+            _set_flags(modes)
+
+
+def _undo_train(modes: list[tuple[nn.Module, bool]]) -> Exception | None:
+    """Undo what `train(other)` did besides setting flags, by `train(as_it_was)`; what that raised, if it did."""
+    failure = None
+    for _ in range(2):  # what two modules share is set wrong by the second one
+        for m, training in modes:  # parents first: their train() is their children's too
+            if m.training != training:
+                try:
+                    m.train(training)
+                except Exception as error:
+                    failure = error
+    return failure
 
 
 def _set_flags(modes: list[tuple[nn.Module, bool]]) -> None:
@@ -91,49 +121,54 @@ def _set_flags(modes: list[tuple[nn.Module, bool]]) -> None:
 # ---- what a model consists of
 
 
-def parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """All modules of `model`, parents first, and the roots of their trees.
+def parts(model: nn.Module) -> list[list[nn.Module]]:
+    """All modules of `model`, as trees, each with the parents first: those that are registered; then what these hold in lists,
+    dicts, bound methods, partials and other objects: a forward may call them, but `model.train()` and `model.parameters()` know
+    nothing of them. What closures, slots and containers of more than `LARGEST` elements hold is not seen."""
+    found: set[int] = set()
+    trees, roots = [], deque([model])
+    seen: dict[int, int] = {}
+    while roots:
+        root = roots.popleft()
+        if id(root) in found:
+            continue
+        tree, stack = [], [root]
+        while stack:
+            m = stack.pop()
+            if id(m) not in found:
+                found.add(id(m))
+                tree.append(m)
+                stack += [child for child in m._modules.values() if child is not None]
+                if not type(m).__module__.startswith("torch.nn.modules"):  # their forwards use nothing else
+                    roots.extend(_held([v for name, v in vars(m).items() if type(v) not in PLAIN and name not in UNREAD], seen))
+        trees.append(tree)
+    return trees
 
-    Roots are `model`, and what its modules hold in lists, dicts, other objects and bound methods: `model.train()` and
-    `model.parameters()` know nothing of these, but a forward calls them.
-    """
-    found: dict[int, nn.Module] = {}
-    roots, candidates, seen = list[nn.Module](), deque([model]), set[int]()
-    while candidates:
-        root = candidates.popleft()
-        if id(root) not in found:
-            roots.append(root)
-            stack = [root]
-            while stack:
-                m = stack.pop()
-                if id(m) not in found:
-                    found[id(m)] = m
-                    stack += [child for child in m._modules.values() if child is not None]
-                    if not type(m).__module__.startswith("torch.nn.modules"):  # their forwards use nothing else
-                        for name, value in vars(m).items():
-                            if type(value) not in PLAIN and name not in UNREAD:
-                                candidates.extend(_held(value, seen, OBJECTS))
-    return list(found.values()), roots
+
+def _held(values: Iterable, seen: dict[int, int]) -> Iterator[nn.Module]:
+    """Modules in `values`. `seen`: how deep objects inside of what has been looked into were looked into, by id."""
+    queue = deque((value, OBJECTS) for value in values)
+    while queue:
+        value, depth = queue.popleft()
+        if isinstance(value, nn.Module):
+            yield value
+        elif seen.get(id(value), -1) < depth:
+            inner, depth = _inside(value, depth)
+            if 0 < len(inner) <= LARGEST:
+                seen[id(value)] = depth
+                queue.extend((v, depth) for v in inner if type(v) not in PLAIN)
 
 
-def _held(value, seen: set[int], depth: int) -> Iterator[nn.Module]:
-    """Modules in `value`. `seen` are the ids of what has been looked into, all of it alive."""
-    if isinstance(value, nn.Module):
-        yield value
-        return
-    if id(value) in seen:
-        return
-    inner: Collection[object] = ()
+def _inside(value, depth: int) -> tuple[Collection, int]:
+    """What `value` holds, and how deep objects in that are looked into."""
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        inner = value
-    elif isinstance(value, dict):
-        inner = value.values()
-    elif isinstance(value, MethodType):
-        inner = (value.__self__,)
-    elif depth and hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("builtins", "torch", "numpy"):
-        inner, depth = vars(value).values(), depth - 1
-    if inner:
-        seen.add(id(value))
-        for v in inner:
-            if type(v) not in PLAIN:
-                yield from _held(v, seen, depth)
+        return value, depth
+    if isinstance(value, dict):
+        return value.values(), depth
+    if isinstance(value, MethodType):
+        return (value.__self__,), depth
+    if isinstance(value, partial):
+        return (value.func, *value.args, *value.keywords.values()), depth
+    if depth and hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in ("builtins", "torch", "numpy"):
+        return vars(value).values(), depth - 1
+    return (), depth

@@ -1,6 +1,8 @@
 """Checks of what a caller gives to an attack: each error names the argument, its value and the remedy."""
 
 import math
+import sys
+import warnings
 from numbers import Real
 
 import torch
@@ -8,6 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .balls import box
+
+
+def warn(text: str) -> None:
+    """A RuntimeWarning, shown at the line of the caller's code that called into this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("spat_kernels", "torch", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def kind(value) -> str:

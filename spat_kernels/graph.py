@@ -20,7 +20,6 @@ for copies are copied in the graph. What cannot be seen this way is kept out: se
 import atexit
 import gc
 import threading
-import warnings
 import weakref
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -326,11 +325,9 @@ class _Model:
     def warn(self, name: str, reason: str) -> None:
         if reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(
+            checks.warn(
                 f"attacks on this {name} run without a CUDA graph, which is slower for small batches: {reason}. "
-                "graph=False says that this is fine",
-                RuntimeWarning,
-                stacklevel=4,
+                "graph=False says that this is fine"
             )
 
 

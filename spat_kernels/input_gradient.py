@@ -1,16 +1,14 @@
 """Logits, then d(logits) -> d(input): the one interface between an attack and the model it attacks, by autograd."""
 
-import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checks import check_classes
+from .checks import check_classes, warn
 from .precision import HALVES, arithmetic, half_dtype
 
 CHANNELS_LAST = torch.channels_last
@@ -20,8 +18,8 @@ UNSEEN = (
     "weak: let it work on x.clone(), outside of torch.no_grad()"
 )
 CUT_OFF = (
-    "the model's logits do not depend on x by differentiable operations (is there a detach, a no_grad, NumPy, 8-bit images or an "
-    "argmax inside?), so there is no gradient to follow; Square needs none"
+    "the model's logits do not depend on x by differentiable operations (is there a detach, a no_grad or inference_mode, NumPy, "
+    "8-bit images or an argmax inside?), so there is no gradient to follow; Square needs none"
 )
 RECURRENT = (
     "model: cuDNN does not differentiate recurrent layers in eval mode: attack within "
@@ -31,8 +29,14 @@ CHECKPOINT = (
     "model is a plain callable with re-entrant checkpoints, whose backward would write the .grad of its parameters: give an "
     "nn.Module that holds them, or checkpoint(..., use_reentrant=False)"
 )
+EXPLAINED = {  # what PyTorch says, and what it means for an attack
+    "a leaf Variable that requires grad": IN_PLACE,
+    "Can't call numpy() on Tensor that requires grad": CUT_OFF,
+    "Inference tensors cannot be saved for backward": CUT_OFF,
+    "RNN backward can only be called in training mode": RECURRENT,
+}
 _contiguous_only: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that failed on activations in channels_last
-_only_reads: "weakref.WeakSet" = weakref.WeakSet()  # models that did not write on their input, when it was looked at
+_only_read: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that did not write on their input, when it was looked at
 
 
 class InputGradient:
@@ -57,7 +61,7 @@ class InputGradient:
     def __init__(self, model, precision: str | None = None, highest_label: int = -1, x: Tensor | None = None):
         self.model, self.precision = model, precision
         self.highest_label = highest_label
-        self._to_leaf = _grad_to_leaf
+        self._to_leaf, self._looked = _grad_to_leaf, False
         self._half, self._weights, self._format = None, [], None
         if x is not None and x.ndim == 4:
             self._half = half_dtype(precision, x.device.type) or (x.dtype if x.dtype in HALVES else None)
@@ -96,42 +100,45 @@ class InputGradient:
         The copy is contiguous, if the model fails on channels_last.
         """
         images = x.clone(memory_format=self._format or torch.preserve_format).requires_grad_(differentiate)
-        version = images._version
         try:
             with self._convolutions:
                 outputs = self.model(images)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if "a leaf Variable that requires grad" in str(error):
-                raise ValueError(IN_PLACE) from error
-            if "type" in str(error) and (dtype := self._other_dtype(x)):
-                raise ValueError(f"x must be {dtype} like the model, got {x.dtype}: use x.to({dtype})") from error
+            if explanation := self._explanation(error, x.dtype):
+                raise ValueError(explanation) from error
             if self._tried:
                 raise
         else:
-            if differentiate and (images._version != version or self._wrote_unseen(images, x)):
-                warnings.warn(UNSEEN, RuntimeWarning, stacklevel=2)
+            if differentiate:
+                self._look_for_writes(images, x)
             return images, outputs
         self._keep_contiguous()
         called = self._call(x, differentiate)  # an error now has nothing to do with the format
         _contiguous_only.add(self.model)
         return called
 
-    def _wrote_unseen(self, images: Tensor, x: Tensor) -> bool:
-        """Whether the model wrote on `images`, a copy of `x`, past PyTorch (`.data`, NumPy). Looked at once for each model: it
-        waits for the device."""
-        if not isinstance(self.model, (nn.Module, FunctionType)) or self.model in _only_reads:
-            return False
-        if not ((images != x) & (x == x)).any():  # that x holds no NaN is checked later
-            _only_reads.add(self.model)
-            return False
-        return True
+    def _look_for_writes(self, images: Tensor, x: Tensor) -> None:
+        """Warn if the model wrote on `images`, its copy of `x`: autograd has not seen that. It waits for the device, so it is
+        done once an attack, and once at all for a module that does not write."""
+        known = self._looked or (isinstance(self.model, nn.Module) and self.model in _only_read)
+        if known or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self._looked = True
+        if ((images != x) & (x == x)).any():  # that x holds no NaN may be checked later
+            warn(UNSEEN)
+        elif isinstance(self.model, nn.Module):
+            _only_read.add(self.model)
 
-    def _other_dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype of the model's parameters, if they have one in common and it is not that of `x`."""
-        dtypes = {p.dtype for p in self.model.parameters()} if isinstance(self.model, nn.Module) else set()
-        return dtypes.pop() if len(dtypes) == 1 and x.dtype not in dtypes else None
+    def _explanation(self, error: Exception, dtype: torch.dtype) -> str | None:
+        """What an error of the model at images of `dtype` means, if that is known."""
+        text = str(error)
+        if isinstance(error, RuntimeError) and isinstance(self.model, nn.Module):
+            own = {p.dtype for p in self.model.parameters()}
+            if len(own) == 1 and dtype not in own and any(t in text for t in ("dtype", "scalar type", "Input type")):
+                return f"x must be {(wanted := own.pop())} like the model, got {dtype}: use x.to({wanted})"
+        return next((meaning for said, meaning in EXPLAINED.items() if said in text), None)
 
     def _keep_contiguous(self) -> None:
         self._weights, self._convolutions, self._format, self._tried = [], nullcontext(), torch.contiguous_format, True
@@ -139,22 +146,23 @@ class InputGradient:
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
         with torch.enable_grad():
-            self._x, logits = self._call(x.detach(), True)
+            self._given = x.detach()
+            self._x, logits = self._call(self._given, True)
             self._logits = check_logits(logits, x, self.highest_label)
         return self._logits.detach().contiguous()
 
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
         """Gradient at the x of the last `forward`, whose graph is freed, unless `keep`."""
-        x, logits = self._x, self._logits
+        given, x, logits = self._given, self._x, self._logits
         if not keep:
-            del self._x, self._logits
+            del self._given, self._x, self._logits
         try:
             grad = self._to_leaf(logits, x, dlogits, keep) if logits.requires_grad else None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if "RNN backward" in str(error):
-                raise ValueError(RECURRENT) from error
+            if explanation := self._explanation(error, x.dtype):
+                raise ValueError(explanation) from error
             # Re-entrant checkpointing refuses to be told for which inputs to differentiate.
             if self._to_leaf is _grad_to_leaf and "checkpoint" in str(error).lower():
                 if not isinstance(self.model, nn.Module):
@@ -170,7 +178,7 @@ class InputGradient:
                 raise ValueError(CUT_OFF)
             self._tried = True
             return grad
-        self.forward(x)
+        self.forward(given)
         return self.backward(dlogits, keep)
 
 

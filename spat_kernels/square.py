@@ -182,7 +182,8 @@ class _Run:
     def _margins(self, logits: Tensor, y: Tensor) -> Tensor:
         """z_y - max_{k != y} z_k [n], below 0 where misclassified; NaN where a logit is, which is no prediction."""
         y = y[:, None]
-        return (logits.gather(1, y) - logits.scatter(1, y, -torch.inf).amax(1, keepdim=True))[:, 0]
+        own, other = logits.gather(1, y), logits.scatter(1, y, -torch.inf).amax(1, keepdim=True)
+        return (own - other).masked_fill_(own == other, 0)[:, 0]  # also where both are infinite
 
     def _better(self, margin: Tensor, which=slice(None)) -> Tensor:
         """Where proposals are taken. What is broken stays as it is until it is dropped, so that devices agree."""

@@ -344,10 +344,10 @@ class PGD(_Ascent):
 
     def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int) -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
-        wrong, _ = other_classes(model_logits(model, x), y)
-        if self.target == "random":
-            return wrong.gather(1, (which * wrong.shape[1]).long()[:, None])[:, 0]
-        return wrong[:, -1 if self.target == "least-likely" else run % wrong.shape[1]]
+        wrong, possible = other_classes(model_logits(model, x), y)
+        count = possible.sum(1).clamp_min(1)  # these come first
+        place = (which * count).long() if self.target == "random" else count - 1 if self.target == "least-likely" else run % count
+        return wrong.gather(1, place[:, None])[:, 0]
 
     def _describe(self):
         if self.steps == 0:

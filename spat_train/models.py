@@ -370,9 +370,14 @@ def try_on(
         told = list(found) if isinstance(found, tuple) else found
         raise ValueError(f"two images give {told}: it must return logits [2, {num_classes or 'K'}]")
     if differentiate:
-        with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"):
-            gradient = InputGradient(model)
-            gradient.backward(gradient.forward(x))
+        try:
+            with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"):
+                gradient = InputGradient(model)
+                gradient.backward(gradient.forward(x))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"autograd fails on it: {_first_line(error)}") from error
     return found[1]
 
 

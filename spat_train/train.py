@@ -185,8 +185,7 @@ class Run:
             raise InputError(f"--model {self.config.model}: it has no parameter to train")
         self.model.eval()
         try:
-            attacks = self.config.method != "standard"
-            try_on(self.model, shape, classes, self.memory_format, differentiate=attacks)
+            try_on(self.model, shape, classes, self.memory_format, differentiate=True)
         except ValueError as error:
             raise InputError(f"--model {self.config.model}: for {self.config.data}, {error}") from error
         self.model.train()

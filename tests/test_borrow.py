@@ -1,6 +1,9 @@
 """The caller's world: whatever happens in an attack, nothing of it changes."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -412,7 +415,7 @@ class Members(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["list", "tuple", "dict", "object", "method"])
-@pytest.mark.parametrize("bn_mode", ["eval", "train"])
+@pytest.mark.parametrize("bn_mode", MODES)
 def test_modules_that_are_not_registered_are_borrowed_too(kind, bn_mode):
     def member():
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(144, 10))
@@ -435,21 +438,82 @@ def test_modules_that_are_not_registered_are_borrowed_too(kind, bn_mode):
             return sum(m(x) for m in self.members)
 
     torch.manual_seed(1)
-    assert_nearly_same(x_adv, sk.pgd(Registered(), x, y, EPS, bn_mode=bn_mode, input_gradient="autograd"))
+    expected = "eval" if bn_mode == "eval" else "keep"  # `train()` would not reach them
+    assert_nearly_same(x_adv, sk.pgd(Registered(), x, y, EPS, bn_mode=expected, input_gradient="autograd"))
 
 
 def test_parts_of_a_model():
-    class Odd(nn.Module):
+    model, first, second, third, fourth = nn.Module(), nn.Identity(), nn.Softplus(), nn.Sigmoid(), nn.Sequential(nn.ReLU())
+    model.layer = nn.Linear(2, 2)
+    model.again, model.itself = [model.layer], [model]
+    model.loop = {"numbers": [1, 2.0, "three"], "none": None}
+    model.loop["loop"] = model.loop
+    model.bound, model.partial = first.forward, partial(map, second)
+    shared = Holder(third)
+    model.far, model.near = Holder(Holder(shared)), shared  # first too deep to look into, then not
+    model.hidden, model.too_deep = Holder(Holder([fourth])), Holder(Holder(Holder(nn.Tanh())))
+    model.data, model.deep = [(i,) for i in range(100_000)], []
+    for _ in range(5000):
+        model.deep = [model.deep]
+    registered, *others = parts(type("Of its own", (nn.Module,), {})())
+    assert len(registered) == 1 and not others
+    model.__class__ = type("Model", (nn.Module,), {})
+    registered, *others = parts(model)
+    assert registered == [model, model.layer]
+    assert {tuple(tree) for tree in others} == {(first,), (second,), (third,), (fourth, fourth[0])}
+
+
+def test_modes_of_modules_that_are_shared_or_refuse():
+    """In eval mode all but those that refuse, in training mode what `train()` reaches; afterwards as they were."""
+    x, y = batch(4)
+    fixed = torch.export.export(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).eval(), (x,)).module()
+    shared = Merging(192, 192)
+
+    class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(2, 2)
-            self.again, self.itself = [self.layer], [self]
-            self.loop = {"numbers": [1, 2.0, "three"], "none": None}
-            self.loop["loop"] = self.loop
-            self.hidden = Holder(Holder([nn.Sequential(nn.ReLU())]))
-            self.too_deep = Holder(Holder(Holder(nn.Tanh())))
+            self.a, self.b = nn.Sequential(nn.Flatten(), shared), nn.Sequential(nn.Flatten(), shared)
+            self.teacher, self.dropout = [fixed], [nn.Dropout().eval()]
+            self.seen = set()
 
-    model = Odd()
-    modules, roots = parts(model)
-    hidden = model.hidden.held.held[0]
-    assert roots == [model, hidden] and modules == [model, model.layer, hidden, hidden[0]]
+        def forward(self, x):
+            self.seen.add((self.a.training, shared.training, self.dropout[0].training))
+            return self.teacher[0](self.dropout[0](self.a(x) + self.b(x)).view_as(x))
+
+    for before in ((True, True, False), (False, True, True), (True, False, True)):  # of a, b and what they share
+        model = Model()
+        for m, training in zip((model.a, model.b, shared), before, strict=True):
+            m.train(training)
+        merged, modes = shared.merged, [m.training for m in (*model.modules(), *fixed.modules())]
+        for bn_mode, seen in (("eval", {(False, False, False)}), ("train", {(True, True, False)})):
+            model.seen.clear()
+            sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
+            assert model.seen == seen and shared.merged == merged
+            assert [m.training for m in (*model.modules(), *fixed.modules())] == modes
+
+    behind = nn.Sequential(nn.Identity(), shared.train(), fixed)  # its train() fails at the last one
+    with pytest.raises(ValueError, match="bn_mode='eval', but Sequential refuses to change its mode.*use bn_mode='keep'"):
+        sk.pgd(behind, x, y, EPS)
+    assert behind.training and behind[0].training and shared.training and not shared.merged
+
+
+def test_threads_attack_a_model_that_writes_on_itself():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.cache = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), {}
+
+        def forward(self, x):
+            self.cache[len(self.cache) % 50] = [x.sum()]
+            self.cache.pop(len(self.cache) // 2, None)
+            return self.net(x)
+
+    model, (x, y) = Caching(), batch()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            attacks = [pool.submit(sk.pgd, model, x, y, EPS, steps=3, input_gradient="autograd") for _ in range(40)]
+            assert all(a.result().shape == x.shape for a in attacks)
+    finally:
+        sys.setswitchinterval(interval)

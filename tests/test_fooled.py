@@ -505,3 +505,158 @@ def test_evaluate_says_so_before_any_work():
     with pytest.raises(InputError, match="source: the model's logits do not depend on x"):
         evaluate(net, (x, y), "fgsm", eps=EPS, source=Detached(net).eval(), bar=None)
     evaluate(Detached(net).eval(), (x, y), "fgsm", eps=EPS, source=net, bar=None)
+
+
+# ---- neighbours
+
+
+def test_square_goes_on_where_logits_overflow_together():
+    """Two logits of +inf are a tie, as predictions have it, and no NaN."""
+
+    class Bright(Around):
+        def forward(self, x):
+            z = self.net(x)
+            return torch.cat((z[:, :2].masked_fill(x.flatten(1).mean(1, keepdim=True) > 0.5, torch.inf), z[:, 2:]), 1)
+
+    torch.manual_seed(0)
+    model = Bright(linear(192)).eval()
+    x = torch.rand(64, 3, 8, 8)
+    y = predictions(model(x))
+    x_adv = Square(EPS, queries=100, generator=torch.Generator().manual_seed(0))(model, x, y)
+    moved = (x_adv != x).flatten(1).any(1)
+    assert moved.any() and torch.equal(moved, predictions(model(x_adv)) != y)
+
+
+@pytest.mark.parametrize("possible", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "attack", [APGD(0.3, loss="dlr", steps=20), PGD(0.3, loss="dlr"), APGD(0.3, loss="dlr", steps=20, targets=9)]
+)
+def test_dlr_of_few_possible_classes_is_the_margin(attack, possible):
+    class Few(Around):
+        def forward(self, x):
+            return self.net(x).masked_fill(torch.arange(10) >= possible, -torch.inf)
+
+    torch.manual_seed(0)
+    net = linear(192)
+    model, x = Few(net).eval(), torch.rand(40, 3, 8, 8)
+    y = predictions(model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left = accuracy(model, attack(model, x, y), y)
+    assert left == 1 if possible == 1 else left < 0.5
+
+
+def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
+    net = linear(192, 4)
+
+    class NaNAt(Around):
+        def forward(self, x):
+            return self.net(x).masked_fill((x[:, 0, 0, 0] > 2)[:, None], torch.nan)
+
+    def said_of(model, x, y, **how):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            AutoAttack(0.05, version=("apgd-ce",), steps=2, bounds=(0, 3), **how).run(model.eval(), x, y)
+        return [str(w.message) for w in caught]
+
+    x, y = attackable(net, 6, (3, 8, 8))
+    x[4, 0, 0, 0] = 2.5
+    for batch_size in (None, 2):
+        assert said_of(NaNAt(net), x, y, batch_size=batch_size) == [
+            "the logits of 1 of 6 images are NaN, which counts as misclassified"
+        ]
+    y[:2] = (y[:2] + 1) % 4  # wrong as they are
+    (random,) = said_of(Noisy(net), x, y, batch_size=1)
+    assert "random numbers" in random
+
+    class FlatAt(Around):
+        """Without a gradient at images that are misclassified."""
+
+        def forward(self, x):
+            return torch.where((x[:, 0, 0, 0] > 2)[:, None], self.net(x.round()), self.net(x))
+
+    x[:2, 0, 0, 0] = 2.5
+    y = predictions(FlatAt(net)(x))
+    y[[0, 1, 4]] = (y[[0, 1, 4]] + 1) % 4
+    assert said_of(FlatAt(net), x, y) == []
+
+
+def test_errors_that_have_nothing_to_do_with_the_dtype_stay_what_they_are():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear().to(torch.bfloat16)
+
+        def forward(self, x):
+            raise KeyError("unknown block type 'foo'")
+
+    x, y = attackable(linear())
+    with pytest.raises(KeyError, match="unknown block type"):
+        sk.pgd(Wrapper(), x, y, EPS)
+
+
+@pytest.mark.parametrize("kind", ["numpy of a leaf", "inference_mode"])
+def test_other_ways_to_cut_off(kind):
+    net = linear()
+
+    def model(x):
+        if kind == "numpy of a leaf":
+            return net(torch.from_numpy(x.numpy()))
+        with torch.inference_mode():
+            x = x * 1
+        return net(x)
+
+    x, y = attackable(net)
+    for attack in (PGD(EPS), APGD(EPS), FAB(EPS, steps=2)):
+        with pytest.raises(ValueError, match="do not depend on x"):
+            attack(model, x, y)
+
+
+def test_warnings_name_the_callers_line():
+    net = linear()
+    x, y = attackable(net)
+    writes, _ = writing("no_grad", net)
+
+    class Root(Around):
+        def forward(self, x):
+            return self.net(x + (x * 0).sqrt())
+
+    attacks = {
+        "changes its input": lambda: sk.pgd(writes, x, y, EPS, input_gradient="autograd"),
+        "was NaN": lambda: sk.pgd(Root(net), x, y, EPS),
+        "draws no random": lambda: AutoAttack(EPS, version="rand", steps=2)(net, x, y),
+    }
+    for text, attack in attacks.items():
+        with pytest.warns(RuntimeWarning, match=text) as caught:
+            attack()
+        assert {w.filename for w in caught} == {__file__}
+
+
+def test_writing_what_is_there_already_is_no_change():
+    class Clamps(Around):
+        def forward(self, x):
+            with torch.no_grad():
+                x.clamp_(0, 1)
+            return self.net(x)
+
+    x, y = attackable(linear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sk.pgd(Clamps(linear()), x, y, EPS, input_gradient="autograd")
+
+
+def test_targets_of_an_evaluation_are_possible_classes():
+    pytest.importorskip("tqdm")
+    from spat_train.attacks import parse
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    x, seen = torch.rand(40, 1, 8, 8), set()
+    y, which = Subset(net)(x).argmax(1), torch.rand(40)
+    for name, runs in (("pgd-10-least-likely", 1), ("pgd-10-random", 1), ("pgd-10-all", 9)):
+        attack = parse(name)
+        for run in range(runs):
+            targets = attack._targets(Masked(net), x, y, which, run)
+            assert (targets < 5).all() and (targets != y).all()
+            assert torch.equal(targets, attack._targets(Subset(net), x, y, which, run))
+            seen |= set(targets.tolist())
+    assert seen == set(range(5))
