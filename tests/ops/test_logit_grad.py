@@ -253,6 +253,26 @@ def test_ties_go_by_index(impl):
     assert dlogits[0].sign().tolist() == [1.0, 0.0, 0.0, -1.0, 0.0]
 
 
+@pytest.mark.parametrize("possible", [1, 2, 3, 4])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_dlr_of_few_possible_classes_is_the_margin(impl, possible, targeted):
+    """-inf rules classes out: with fewer left than the denominator takes, it counts as 1."""
+    for dtype in impl.dtypes:
+        z = torch.full((2, 7), -torch.inf, dtype=dtype, device=impl.device)
+        z[:, [5, 0, 3, 2][:possible]] = torch.tensor([1.0, 3.0, -2.0, 0.5], dtype=dtype, device=impl.device)[:possible]
+        y, t = (torch.tensor(labels, device=impl.device) for labels in ([0, 5], [5, 0]))
+        if possible == 1:
+            y, t = torch.full_like(y, 5), torch.full_like(t, 0)
+        dlogits, value = torch.full_like(z, torch.nan), torch.empty(2, dtype=acc(dtype), device=impl.device)
+        impl("dlr_grad")(z, y, t if targeted else None, dlogits, value, 1.0)
+        margin = torch.where(y == 0, -2.0, 2.0) if possible > 1 else torch.tensor([-torch.inf] * 2, device=impl.device)
+        if possible < (4 if targeted else 3):
+            assert torch.equal(value, margin.to(value)) and torch.equal(dlogits.gather(1, y[:, None]), -torch.ones_like(z[:, :1]))
+            assert (dlogits == 1).sum() == 2 and (dlogits == 0).sum() == 10
+        else:
+            assert value.isfinite().all() and (value.sign() == margin.sign()).all() and dlogits.isfinite().all()
+
+
 def test_labels_outside_the_classes_are_nan_and_harmless(impl):
     for name, (_, _, call) in LOSSES.items():
         if name == "kl":
