@@ -18,13 +18,27 @@ from .settings import BN_MODES, NORMS
 
 def check_settings(attack) -> None:
     """Of an attack with the fields eps, norm, restarts, bounds, precision, input_gradient, bn_mode and generator of `PGD`."""
-    checks.check_choice("norm", attack.norm, NORMS)
+    check_ball(attack)
     check_path(attack.precision, attack.input_gradient)
     checks.check_choice("bn_mode", attack.bn_mode, BN_MODES)
     checks.check_count("restarts", attack.restarts, 1)
     checks.check_generator(attack.generator)
-    checks.check_length("eps", attack.eps)
-    checks.check_bounds(attack.bounds, attack.norm, attack.eps)
+
+
+def check_ball(attack) -> None:
+    """Of an attack with the fields norm, eps and bounds; sets `largest_eps`, so that no call waits for the device of eps."""
+    checks.check_choice("norm", attack.norm, NORMS)
+    attack.largest_eps = checks.check_length("eps", attack.eps)
+    attack.bounds = checks.check_bounds(attack.bounds)
+    if attack.norm == "linf":
+        checks.check_reach("eps", attack.largest_eps, attack.bounds)
+
+
+def check_radius(attack, x: Tensor) -> None:
+    """That eps goes with the images `x`."""
+    checks.check_per_sample("eps", attack.eps, x)
+    if attack.norm == "l2" and x.numel():
+        checks.check_reach("eps", attack.largest_eps, attack.bounds, x[0].numel())
 
 
 def check_batch(attack, model, x, y) -> int:
@@ -32,7 +46,7 @@ def check_batch(attack, model, x, y) -> int:
     checks.check_images(x)
     checks.check_model(model, x)
     check_precision(attack.precision, x)
-    checks.check_per_sample("eps", attack.eps, x)
+    check_radius(attack, x)
     checks.check_labels(y, x)
     return checks.Values(x, y, None, attack.bounds).read()[0] if x.numel() else -1
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks
-from .attacked import check_settings, default_generator, drawing_undone, usable, warn_of_nan
+from .attacked import check_radius, check_settings, default_generator, drawing_undone, usable, warn_of_nan
 from .engine import check_precision, is_planned
 from .graph import graphs
 from .losses import DLR, OURS, KLDivergence, LabelSmoothedCE, LossLike, Margin, as_loss
@@ -182,7 +182,7 @@ class PGD:
         checks.check_images(x)
         checks.check_callable(model)
         check_precision(self.precision, x)
-        checks.check_per_sample("eps", self.eps, x)
+        check_radius(self, x)
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:
             checks.check_labels(y, x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checks, losses, signs
 from .apgd import APGD
-from .attacked import attacked, check_batch, of_rows, usable
+from .attacked import attacked, check_ball, check_batch, of_rows, usable
 from .borrow import borrowed
 from .fab import FAB
 from .input_gradient import InputGradient
@@ -95,6 +95,7 @@ class AutoAttack:
     graph: Graph = "auto"
 
     def __post_init__(self):
+        check_ball(self)
         checks.check_count("seed", self.seed, 0)
         if self.batch_size is not None:
             checks.check_count("batch_size", self.batch_size, 1)
@@ -146,7 +147,7 @@ class AutoAttack:
         """
         highest_label = check_batch(self, model, x, y)
         if "square" in self.attacks:
-            check_pixels(x, self.norm)
+            check_pixels(x, self.norm, self.attacks)
         x, y = usable(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))

@@ -1,9 +1,11 @@
 """Checks of what a caller gives to an attack: each error names the argument, its value and the remedy."""
 
+import math
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .balls import box
 
@@ -32,15 +34,17 @@ def check_count(name: str, value, least: int) -> None:
         raise ValueError(f"{name}={value} must be at least {least}")
 
 
-def check_length(name: str, value) -> None:
-    """A number or a tensor of numbers, finite and >= 0."""
+def check_length(name: str, value) -> float:
+    """The largest of a number or a tensor of numbers, finite and >= 0. Waits for the device of a tensor."""
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor with one value per sample, got {kind(value)}")
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         raise TypeError(f"{name} must be a tensor of numbers, got {kind(value)}")
-    values = torch.as_tensor(value)
-    if not bool((values.isfinite() & (values >= 0)).all()):
+    values = torch.as_tensor(value, dtype=torch.float64)
+    least, most = torch.stack(values.aminmax()).tolist() if values.numel() else (0.0, 0.0)
+    if not 0 <= least <= most < math.inf:  # NaN fails too
         raise ValueError(f"{name}={value} must be finite and >= 0, in the units of x (8/255 for images in [0, 1])")
+    return most
 
 
 def check_generator(generator) -> None:
@@ -48,13 +52,41 @@ def check_generator(generator) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {kind(generator)}: torch.Generator().manual_seed(0)")
 
 
-def check_bounds(bounds, norm: str, eps) -> None:
-    numbers = isinstance(bounds, (tuple, list)) and all(isinstance(b, Real) for b in bounds)
-    if not numbers or len(bounds) != 2 or not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds={bounds} must be two numbers (lo, hi) with lo < hi")
-    width = bounds[1] - bounds[0]
-    if norm == "linf" and bool((torch.as_tensor(eps) > width).any()):
-        raise ValueError(f"eps={eps} exceeds the width of bounds={bounds}: it is in the units of x (8/255 for images in [0, 1])")
+def check_bounds(bounds) -> tuple[float, float]:
+    """Two numbers, which may come as tensors without dimensions."""
+    found = bounds if isinstance(bounds, (tuple, list)) else ()
+    found = tuple(b.item() if isinstance(b, Tensor) and b.ndim == 0 else b for b in found)
+    if len(found) != 2 or not all(isinstance(b, Real) for b in found) or not found[0] < found[1]:
+        raise ValueError(f"bounds must be two numbers (lo, hi) with lo < hi, got {kind(bounds)}: use .item() on tensors")
+    return found
+
+
+def check_reach(name: str, eps: float, bounds: tuple[float, float], values: int = 1) -> None:
+    """That `eps` does not exceed the diagonal of a box of so many values: of all of a sample for L2, of one for L-infinity."""
+    reach = (bounds[1] - bounds[0]) * math.sqrt(values)
+    if eps > reach:
+        size = "width" if values == 1 else f"diagonal, {reach:g},"
+        raise ValueError(
+            f"{name}={eps:g} exceeds the {size} of bounds={bounds}: it is in the units of x ({eps:g}/255 for images in [0, 1])"
+        )
+
+
+def check_range(low: float, high: float, bounds: tuple[float, float], dtype: torch.dtype, fixed: bool = False) -> None:
+    """That images of `dtype` with values from `low` to `high` lie inside `bounds`, which are the caller's unless `fixed`."""
+    lo, hi = box(bounds, dtype)
+    if lo <= low and high <= hi:
+        return
+    over = max(lo - low, high - hi)
+    if over <= 1e-3 * (hi - lo) < math.inf:
+        raise ValueError(f"x exceeds bounds={bounds} by {over:.2g}, as de-normalising does: use x.clamp{bounds}")
+    found, remedy = f"values from {low:g} to {high:g}", "normalise inside the model, nn.Sequential(normalize, net)"
+    if low != low:
+        found, remedy = "NaN", "repair or leave out those samples"
+    elif low >= 0 and high > 2 >= hi:
+        remedy = "divide 8-bit images by 255"
+    elif low >= 0 and not fixed:
+        remedy += ", or give the bounds"
+    raise ValueError(f"x must lie inside bounds={bounds}, found {found}: {remedy}")
 
 
 def check_images(x) -> None:
@@ -68,16 +100,20 @@ def check_images(x) -> None:
 
 def check_labels(y, x: Tensor) -> None:
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError(
-            f"y must be an int64 tensor of class indices, got {kind(y)}: use y.long(), or y.argmax(1) on one-hot labels"
-        )
+        raise TypeError(f"y must be an int64 tensor of class indices, got {kind(y)}: {_as_indices(y)}")
     if y.shape != x.shape[:1]:
-        raise ValueError(
-            f"y must have shape [{len(x)}] like the batch of x, got {list(y.shape)}: "
-            "give class indices (y.argmax(1) of one-hot labels), and a batch of images (x[None] of one)"
-        )
+        raise ValueError(f"y must have shape [{len(x)}] like the batch of x, got {list(y.shape)}: {_as_indices(y)}")
     if y.device != x.device:
         raise ValueError(f"y is on {y.device} and x on {x.device}: move one of them by .to(device)")
+
+
+def _as_indices(y) -> str:
+    if not isinstance(y, Tensor) or y.ndim < 2:
+        return "use y.long(), one label for each sample (and x[None] if x is one image)"
+    if y.shape[1] == 1:
+        return "use y[:, 0].long()"
+    own = "loss=lambda z, _: F.cross_entropy(z, y, reduction='none')"
+    return f"use y.argmax(1), and for soft or multi-label targets a loss of your own in pgd, such as {own}"
 
 
 def check_per_sample(name: str, value, x: Tensor) -> None:
@@ -101,6 +137,8 @@ def check_model(model, x: Tensor) -> None:
     if isinstance(model, nn.Module):
         held = (tensors for m in model.modules() for tensors in (m._parameters, m._buffers))  # a third of parameters()' time
         tensors = [t for named in held for t in named.values() if t is not None]
+        if any(map(is_lazy, tensors)):
+            raise ValueError("model has lazy layers, whose weights have no shape yet: call model(x) once first")
         if any(t.is_inference() for t in tensors):
             raise ValueError("model was made inside torch.inference_mode(), so autograd refuses it: make or load it outside")
         devices = {t.device for t in tensors}
@@ -116,7 +154,7 @@ class Values:
     """
 
     def __init__(self, x: Tensor, y: Tensor | None, start: Tensor | None, bounds: tuple[float, float]):
-        self._bounds, self._dtype = (bounds[0], bounds[1]), x.dtype
+        self._bounds, self._dtype = bounds, x.dtype
         self._has_labels, self._has_start = y is not None, start is not None
         given = [t.detach() for t in (x, y, start) if t is not None]
         self._extremes = torch.stack([v.double() for t in given for v in t.aminmax()])
@@ -125,11 +163,7 @@ class Values:
         """Wait, and check: the largest label (-1 without labels), then `counts`, integers [], read in the same wait."""
         values = torch.cat((self._extremes, *(c.double().view(1) for c in counts))) if counts else self._extremes
         x_min, x_max, *rest = values.tolist()
-        lo, hi = box(self._bounds, self._dtype)
-        if not (lo <= x_min and x_max <= hi):  # NaN fails too
-            found = "NaN" if x_min != x_min else f"values from {x_min:g} to {x_max:g}"
-            remedy = "divide 8-bit images by 255" if x_max > 2 else "normalise inside the model, or give the bounds"
-            raise ValueError(f"x must lie inside bounds={self._bounds}, found {found}: {remedy}")
+        check_range(x_min, x_max, self._bounds, self._dtype)
         y_min, y_max = map(int, rest[:2]) if self._has_labels else (0, -1)
         rest = rest[2 * self._has_labels :]
         if self._has_start and any(v - v != 0 for v in rest[:2]):

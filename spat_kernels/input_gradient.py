@@ -215,7 +215,9 @@ def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone")
     if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
-        raise ValueError(f"model must return logits [B, K] with B={x.shape[0]} and K >= 2, got shape {tuple(logits.shape)}")
+        one_logit = {(len(x),): "torch.stack([-z, z], 1)", (len(x), 1): "torch.cat([-z, z], 1)"}.get(tuple(logits.shape))
+        remedy = f": return {one_logit} for a logit z of two classes" if one_logit else ""
+        raise ValueError(f"model must return logits [B, K] with B={len(x)} and K >= 2, got shape {tuple(logits.shape)}{remedy}")
     if logits.device != x.device:
         raise ValueError(f"model returned logits on {logits.device} for x on {x.device}: put both on one device")
     check_classes(highest_label, logits.shape[1])

@@ -1,11 +1,12 @@
 """What is asked of the arguments of an evaluation, before any work: errors name argument, value and remedy."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from spat_kernels.checks import check_graph
+from spat_kernels.checks import check_graph, check_range, check_reach
 from spat_kernels.engine import check_path, check_precision, explain
 from spat_kernels.settings import GradientPath, Graph, Precision
 
@@ -13,6 +14,14 @@ from .attacks import Attack
 from .images import Floats, Folder, Images, InputError
 from .models import device_of, try_on
 from .randomness import model_draws
+
+
+@contextmanager
+def _as_input_error(what: str):
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def check_numbers(eps: float, eps_l2: float, seed: int, batch_size: int) -> None:
@@ -43,9 +52,8 @@ def check_images(images: object) -> Images | Folder | Floats:
     elif isinstance(images, Floats):
         _check_pixels(images.x, (torch.float32, torch.float64), "[N, C, H, W]", len(labels))
         low, high = (float(v) for v in images.x.aminmax())
-        if not (low >= 0 and high <= 1):  # NaN fails too
-            remedy = "divide 8-bit images by 255" if high > 2 else "normalise inside the model"
-            raise InputError(f"images: values go from {low:g} to {high:g}: give them in [0, 1], {remedy}")
+        with _as_input_error("images"):
+            check_range(low, high, (0, 1), images.x.dtype, fixed=True)
     return images
 
 
@@ -101,11 +109,15 @@ def check_models(
     return classes
 
 
-def check_attacks(attacks: dict[str, Attack], classes: int) -> None:
+def check_attacks(attacks: dict[str, Attack], classes: int, eps: float, eps_l2: float, image_shape: tuple[int, int, int]) -> None:
     for name, attack in attacks.items():
         if classes < attack.least_classes:
             remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
             raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
+        if attack.norm == "l2":
+            with _as_input_error(f"attack {name}"):
+                own = "eps_l2" if attack.eps is None else "eps"
+                check_reach(own, attack.radius(eps, eps_l2), (0, 1), math.prod(image_shape))
 
 
 def check_arithmetic(

@@ -222,7 +222,7 @@ def evaluate(
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
     classes = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
-    checks.check_attacks(parsed, classes)
+    checks.check_attacks(parsed, classes, eps, eps_l2, images.image_shape)
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
     if save_images and folder is None:

@@ -502,7 +502,7 @@ def test_long_runs_are_captured_only_if_told(graphs):
     "settings, message",
     [
         ({"eps": -1.0}, "eps=-1.0 must be finite"),
-        ({"eps": 2.0}, "eps=2.0 exceeds the width of bounds"),
+        ({"eps": 2.0}, "eps=2 exceeds the width of bounds"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"steps": 2.5}, "steps must be an int"),
         ({"restarts": 0}, "restarts=0 must be at least 1"),

@@ -1,6 +1,7 @@
 """AutoAttack: which attack broke what, on what is left alone, reproducibly; and no more robust than by torchattacks."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -171,7 +172,7 @@ def test_few_classes(classes):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"norm": "l1"}, "norm='l1': choose one of"),
         ({"graph": 1}, "graph=1: choose one of"),
-        ({"eps": 3.0}, "eps=3.0 exceeds the width of bounds"),
+        ({"eps": 3.0}, "eps=3 exceeds the width of bounds"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -185,12 +186,28 @@ def test_bad_calls():
         (lambda: AutoAttack(0.1)(model, x * 2, y), "x must lie inside bounds"),
         (lambda: AutoAttack(0.1)(model, x, y + 10), r"outside \[0, 10\)"),
         (lambda: AutoAttack(0.1)(nn.Identity(), x, y), r"model must return logits \[B, K\]"),
-        (lambda: AutoAttack(0.1)(nn.Linear(192, 10), x.flatten(1), y), r"x must be images \[B, C, H, W\] of at least 1x1 pixels"),
+        (
+            lambda: AutoAttack(0.1)(nn.Linear(192, 10), x.flatten(1), y),
+            r"\[B, C, H, W\] of at least 1x1.*shape \[6, 192\]: leave Square",
+        ),
+        (lambda: AutoAttack(0.1, version=("square",))(nn.Linear(192, 10), x.flatten(1), y), r"got shape \[6, 192\]$"),
+        (lambda: AutoAttack(14.0, norm="l2")(model, x, y), "eps=14 exceeds the diagonal, 13.8564, of bounds"),
         (lambda: AutoAttack(0.1, norm="l2")(model, x[..., :4], y), "of at least 5x5 pixels for norm="),
         (lambda: AutoAttack(torch.full((3,), 0.1))(model, x, y), "eps has shape"),
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             call()
+
+
+def test_vectors_are_attacked_without_square():
+    """By the version that the error names."""
+    model, x = nn.Linear(20, 5).eval(), torch.rand(8, 20)
+    y = model(x).argmax(1)
+    with pytest.raises(ValueError, match="leave Square out by version=") as error:
+        AutoAttack(0.1, **QUICK)(model, x, y)
+    version = tuple(re.findall(r"'([a-z-]+)'", str(error.value).split("version=")[1]))
+    assert version == ("apgd-ce", "apgd-t", "fab-t")
+    assert AutoAttack(0.1, version=version, **QUICK).run(model, x, y).broken_by.max() > 0
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.4)])

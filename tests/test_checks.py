@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import spat_kernels as sk
@@ -23,7 +24,9 @@ class Untouched(nn.Module):
     ("x", "y", "error", "message"),
     [
         (X * 255, Y, ValueError, r"x must lie inside bounds=\(0.0, 1.0\).*divide 8-bit images by 255"),
-        (X * 2 - 1, Y, ValueError, "x must lie inside.*normalise inside the model"),
+        (X * 2 - 1, Y, ValueError, r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\)$"),
+        (X * 5 - 2.1, Y, ValueError, r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\)$"),
+        (X * 1.9, Y, ValueError, r"found values from .*: normalise inside the model.*, or give the bounds$"),
         (X.where(X > 0.1, torch.nan), Y, ValueError, "x must lie inside.*found NaN"),
         (X.where(X > 0.1, torch.inf), Y, ValueError, "x must lie inside"),
         ((X * 255).byte(), Y, TypeError, r"x must be a floating-point tensor, got torch.uint8.*/ 255"),
@@ -32,9 +35,12 @@ class Untouched(nn.Module):
         (X.to(torch.float8_e5m2), Y, TypeError, r"x must be float32.*x.float\(\)"),
         (X[0, 0, 0], Y, ValueError, r"x must be a batch.*unsqueeze"),
         (X, Y.int(), TypeError, r"y must be an int64.*y.long\(\)"),
-        (X, Y.float(), TypeError, r"y must be an int64"),
+        (X, Y.float(), TypeError, r"y must be an int64.*torch.float32 \[6\].*use y.long\(\)"),
+        (X, Y[:, None], ValueError, r"y must have shape \[6\].*got \[6, 1\]: use y\[:, 0\]"),
+        (X, Y[:, None].float(), TypeError, r"y must be an int64.*use y\[:, 0\].long\(\)"),
+        (X, torch.rand(6, 10), TypeError, r"y must be an int64.*\[6, 10\].*use y.argmax\(1\), and for soft.*loss=lambda z, _: F"),
         (X, Y.tolist(), TypeError, "y must be an int64"),
-        (X, nn.functional.one_hot(Y, 10), ValueError, r"y must have shape \[6\].*got \[6, 10\]"),
+        (X, nn.functional.one_hot(Y, 10), ValueError, r"y must have shape \[6\].*got \[6, 10\]: use y.argmax\(1\)"),
         (X, Y[:-1], ValueError, r"y must have shape \[6\]"),
         (X, Y - 20, ValueError, r"y must hold class indices in \[0, K\), found -"),
         (X, None, TypeError, "y=None, but the loss"),
@@ -64,9 +70,13 @@ def test_bad_images_and_labels(x, y, error, message):
         ({"norm": "l1"}, ValueError, "norm='l1': choose one of 'linf', 'l2'"),
         ({"bn_mode": "test"}, ValueError, "bn_mode='test': choose one of"),
         ({"select": "best"}, ValueError, "select='best': choose one of"),
-        ({"bounds": (1.0, 0.0)}, ValueError, "bounds=.*lo < hi"),
-        ({"bounds": None}, ValueError, "bounds=None must be two numbers"),
-        ({"bounds": ("0", "1")}, ValueError, "bounds=.*must be two numbers"),
+        ({"bounds": (1.0, 0.0)}, ValueError, r"bounds must be two numbers \(lo, hi\) with lo < hi, got tuple \(1.0, 0.0\)"),
+        ({"bounds": None}, ValueError, "bounds must be two numbers.*got NoneType"),
+        ({"bounds": ("0", "1")}, ValueError, r"bounds must be two numbers.*got tuple \('0', '1'\)"),
+        ({"bounds": (0.0, 1.0, 2.0)}, ValueError, "bounds must be two numbers"),
+        ({"bounds": (torch.zeros(3, 1, 1), torch.ones(3, 1, 1))}, ValueError, r"bounds must be two numbers.*use .item\(\)"),
+        ({"bounds": torch.tensor([0.0, 1.0])}, ValueError, r"bounds must be two numbers.*use .item\(\)"),
+        ({"eps": torch.tensor([0.1, 8.0])}, ValueError, "eps=8 exceeds the width of bounds"),
         ({"norm": ["l2"]}, ValueError, "norm=.*choose one of"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int 3"),
         ({"loss": "cross_entropy"}, ValueError, "loss='cross_entropy': give one of 'ce', 'kl', 'margin', 'dlr'"),
@@ -121,7 +131,8 @@ def test_kl_needs_a_start_away_from_x():
     ("model", "error", "message"),
     [
         (lambda x: x.flatten(), ValueError, r"model must return logits \[B, K\] with B=6.*got shape \(1152,\)"),
-        (lambda x: x.flatten(1)[:, :1], ValueError, "K >= 2"),
+        (lambda x: x.flatten(1)[:, :1], ValueError, r"K >= 2, got shape \(6, 1\): return torch.cat\(\[-z, z\], 1\)"),
+        (lambda x: x.flatten(1)[:, 0], ValueError, r"K >= 2, got shape \(6,\): return torch.stack\(\[-z, z\], 1\)"),
         (lambda x: x.flatten(1)[:3], ValueError, "B=6"),
         (lambda x: (x.flatten(1), 0), TypeError, "got tuple: wrap it"),
         (lambda x: x.flatten(1).long(), TypeError, "floating-point tensor of logits.*torch.int64"),
@@ -160,6 +171,62 @@ def test_bounds_are_what_x_is_held_to():
     assert (x_adv - x).abs().max() <= 8.001 and x_adv.min() >= 0 and x_adv.max() <= 255
     free = sk.pgd(cnn(), X - 0.5, Y, EPS, bounds=(-torch.inf, torch.inf))
     assert free.isfinite().all()
+
+
+IMAGENET = (-2.1179039301310043, 2.6400000000000006)  # no number of fp32
+
+
+@pytest.mark.parametrize(
+    "bounds, value, by",
+    [
+        ((0.0, 1.0), 1 + 2**-22, "2.4e-07"), ((0, 1), -3e-7, "3e-07"), ((0.0, 1.0), 1.0009, "0.0009"),
+        (IMAGENET, -2.118, "9.6e-05"), (IMAGENET, 2.64001, "1e-05"),
+    ],
+)  # fmt: skip
+def test_a_rounding_error_outside_the_bounds_is_to_be_clamped(bounds, value, by):
+    x = X.clone()
+    x[0, 0, 0, 0] = value
+    with pytest.raises(ValueError) as error:
+        sk.pgd(Untouched(), x, Y, EPS, bounds=bounds)
+    assert str(error.value) == f"x exceeds bounds={bounds} by {by}, as de-normalising does: use x.clamp{bounds}"
+    sk.pgd(cnn(), x.clamp(*bounds), Y, EPS, bounds=bounds)
+
+
+def test_bounds_may_be_tensors_without_dimensions():
+    for attack in (PGD, sk.APGD, sk.FAB, sk.Square, sk.AutoAttack):
+        assert attack(EPS, bounds=(X.min() * 0, X.max() * 0 + 1)).bounds == (0.0, 1.0)
+        assert attack(EPS, bounds=[0, 1]).bounds == (0, 1)
+
+
+@pytest.mark.parametrize("attack", [PGD, sk.APGD, sk.FAB, sk.Square, sk.AutoAttack])
+def test_an_l2_radius_beyond_the_box(attack):
+    message = r"eps=128 exceeds the diagonal, 13.8564, of bounds=\(0.0, 1.0\).*\(128/255 for images in \[0, 1\]\)"
+    for eps in (128, torch.tensor([0.1, 128.0, 0.1, 0.1, 0.1, 0.1])):
+        with pytest.raises(ValueError, match=message):
+            attack(eps, norm="l2")(Untouched(), X, Y)
+    if attack is PGD:
+        with pytest.raises(ValueError, match=message):
+            attack(128, norm="l2").launch(Untouched(), X, Y)
+    assert attack(128.0, norm="l2")(Untouched(), X[:0], Y[:0]).shape == X[:0].shape
+    with pytest.raises(AssertionError, match="must not run"):
+        attack(13.8, norm="l2", input_gradient="autograd")(Untouched(), X, Y)
+
+
+def test_lazy_layers_are_told_to_be_called_first():
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    for call in (PGD(EPS), sk.APGD(EPS), lambda *a: sk.explain(*a[:2])):
+        with pytest.raises(ValueError, match=r"model has lazy layers.*call model\(x\) once first"):
+            call(model, X, Y)
+    model(X)
+    PGD(EPS)(model, X, Y)
+
+
+def test_soft_targets_go_through_a_loss_of_ones_own():
+    """What the error about labels advises."""
+    model, soft = cnn().eval(), torch.rand(6, 10).softmax(1)
+    value = lambda x: F.cross_entropy(model(x), soft).item()  # noqa: E731
+    x_adv = sk.pgd(model, X, soft.argmax(1), EPS, loss=lambda z, _: F.cross_entropy(z, soft, reduction="none"))
+    assert value(x_adv) > value(X)
 
 
 # ---- values that are checked last, as on GPUs ---------------------------------------------------------------------------------

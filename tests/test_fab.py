@@ -447,7 +447,7 @@ def test_no_weight_gradient_is_computed():
     ({"beta": float("nan")}, ValueError, "beta=nan"),
     ({"eps": -0.1}, ValueError, "eps=-0.1 must be finite and >= 0"),
     ({"eps": 2}, ValueError, "eps=2 exceeds the width"),
-    ({"bounds": (1, 0)}, ValueError, "bounds="),
+    ({"bounds": (1, 0)}, ValueError, "bounds must be two numbers"),
     ({"precision": "int8"}, ValueError, "precision='int8'"),
     ({"input_gradient": "x"}, ValueError, "input_gradient='x'"),
     ({"bn_mode": "x"}, ValueError, "bn_mode='x'"),

@@ -393,7 +393,7 @@ def test_nothing_changes(bn_mode, norm):
     ({"p_init": "x"}, ValueError, "p_init='x' must be a number"),
     ({"eps": -0.1}, ValueError, "eps=-0.1 must be finite and >= 0"),
     ({"eps": 2}, ValueError, "eps=2 exceeds the width"),
-    ({"bounds": (1, 0)}, ValueError, "bounds="),
+    ({"bounds": (1, 0)}, ValueError, "bounds must be two numbers"),
     ({"bn_mode": "x"}, ValueError, "bn_mode='x'"),
     ({"generator": 3}, TypeError, "generator must be"),
 ], ids=str)  # fmt: skip
