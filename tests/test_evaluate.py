@@ -117,6 +117,12 @@ def test_the_grammar():
     assert (attack.eps, attack.start, attack.target) == (16 / 255, "clean", "random") and attack.runs(10) == 5
     smoothed = parse("pgd-20:alpha=0.2:steps=50")
     assert smoothed.settings == (("alpha", 0.2),) and smoothed.steps == 50 and smoothed.spec == "pgd:alpha=0.2:steps=50:step=0.1"
+    for name, spec in (  # what evaluations have kept
+        ("pgd-ls-20:alpha=1/4:eps=1/8", "pgd:eps=0.125:loss=ls:alpha=0.25:steps=20:step=0.1"),
+        ("cw-40:step=1/8", "pgd:loss=margin:kappa=0.0:steps=40:step=0.125"),
+        ("apgd-t", "apgd:loss=dlr:targets=9"),
+    ):
+        assert parse(name).spec == spec
     twenty = parse("pgd-40x20")
     assert (twenty.restarts, twenty.steps, twenty.name) == (20, 40, "pgd-40x20")
     assert parse("pgd-40-least-likely").target == "least-likely" and parse("pgd-40-random").target == "random"
