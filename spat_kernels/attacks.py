@@ -151,7 +151,8 @@ class PGD:
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
 
-        Nobody looks at the values in x, y and start, which must be such as a call asks for, and nothing warns.
+        Nobody looks at the values in x, y and start, which must be such as a call asks for. The first attack on a model through
+        autograd does wait once, to see whether the model writes on its input, and warns if it does.
 
         Returns:
             tuple: adversarial images, as of a call; uint8 [B], 1 for samples that met an unusable gradient.

@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ EXPLAINED = {  # what PyTorch says, and what it means for an attack
     "RNN backward can only be called in training mode": RECURRENT,
 }
 _contiguous_only: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that failed on activations in channels_last
-_only_read: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that did not write on their input, when it was looked at
+_only_read: "weakref.WeakSet[nn.Module | FunctionType]" = weakref.WeakSet()  # models that did not write on their input
 
 
 class InputGradient:
@@ -121,15 +122,16 @@ class InputGradient:
 
     def _look_for_writes(self, images: Tensor, x: Tensor) -> None:
         """Warn if the model wrote on `images`, its copy of `x`: autograd has not seen that. It waits for the device, so it is
-        done once an attack, and once at all for a module that does not write."""
-        known = self._looked or (isinstance(self.model, nn.Module) and self.model in _only_read)
-        if known or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        done once an attack, and once at all for a module or function that does not write."""
+        owner = getattr(self.model, "__self__", self.model)  # of a bound method, which is another object each time
+        lasting = isinstance(owner, (nn.Module, FunctionType))
+        if self._looked or (lasting and owner in _only_read) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self._looked = True
         if ((images != x) & (x == x)).any():  # that x holds no NaN may be checked later
             warn(UNSEEN)
-        elif isinstance(self.model, nn.Module):
-            _only_read.add(self.model)
+        elif lasting:
+            _only_read.add(owner)
 
     def _explanation(self, error: Exception, dtype: torch.dtype) -> str | None:
         """What an error of the model at images of `dtype` means, if that is known."""
