@@ -153,10 +153,10 @@ def _held(values: Iterable, seen: dict[int, int]) -> Iterator[nn.Module]:
         if isinstance(value, nn.Module):
             yield value
         elif seen.get(id(value), -1) < depth:
-            inner, depth = _inside(value, depth)
+            inner, below = _inside(value, depth)
             if 0 < len(inner) <= LARGEST:
                 seen[id(value)] = depth
-                queue.extend((v, depth) for v in inner if type(v) not in PLAIN)
+                queue.extend((v, below) for v in inner if type(v) not in PLAIN)
 
 
 def _inside(value, depth: int) -> tuple[Collection, int]:
