@@ -383,7 +383,7 @@ struct DlrRow {
     const bool defined = d - d == 0;  // else too few classes are possible (-inf rules them out): the margin is left
     up_slope = defined ? 1 / d : A(1);
     loss = (up_.z - label_.z) / (defined ? d : A(1));
-    ratio = defined ? loss / d : A(0);
+    ratio = defined && loss - loss == 0 ? loss / d : A(0);
   }
   SPAT_HD A grad(int64_t k, A scale) const {
     A g = 0;

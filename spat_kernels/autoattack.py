@@ -199,8 +199,8 @@ class AutoAttack:
                 zero = int(signs.without_gradient(way, images, labels).sum())
             if zero:
                 checks.warn(
-                    f"the gradient of the margin is 0 or NaN at {zero} of {len(x)} images: attacks by gradients cannot move "
-                    "them, so they may look robust without being so"
+                    f"the gradient of the margin is 0 or NaN at {zero} of the first {len(x)} images: attacks by gradients cannot "
+                    "move them, so they may look robust without being so"
                 )
 
     def _attack(

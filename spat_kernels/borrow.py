@@ -11,6 +11,7 @@ from types import MethodType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checks import warn
 from .structure import PLAIN, UNREAD
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
@@ -46,7 +47,7 @@ def borrowed(model, bn_mode: str):
 
         def undo_train(kind, error, trace) -> None:
             if (failure := _undo_train(modes)) and error is None:
-                raise failure
+                warn(f"{type(model).__name__} changed its mode for the attack, but train() fails on the way back: {failure}")
 
         give_back.callback(_set_flags, modes)
         give_back.push(undo_train)
@@ -95,8 +96,10 @@ def _eval(trees: list[list[nn.Module]]) -> None:
         modes = [(m, m.training) for m in tree]
         try:
             _switch(tree, "eval")
-        except ValueError:  # its mode is its own, as of those of torch.export
+        except ValueError as refusal:  # as of those of torch.export, whose mode is fixed
             _set_flags(modes)
+            name = type(tree[0]).__name__
+            warn(f"{name}, which the model holds without registering it, is attacked in its own mode: {refusal.__cause__}")
 
 
 def _undo_train(modes: list[tuple[nn.Module, bool]]) -> Exception | None:

@@ -15,7 +15,7 @@ from .balls import box
 def warn(text: str) -> None:
     """A RuntimeWarning, shown at the line of the caller's code that called into this package."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("spat_kernels", "torch", "contextlib"):
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("spat_kernels", "torch", "contextlib"):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
@@ -76,9 +76,8 @@ def check_reach(name: str, eps: float, bounds: tuple[float, float], values: int 
     reach = (bounds[1] - bounds[0]) * math.sqrt(values)
     if eps > reach:
         size = "width" if values == 1 else f"diagonal, {reach:g},"
-        raise ValueError(
-            f"{name}={eps:g} exceeds the {size} of bounds={bounds}: it is in the units of x ({eps:g}/255 for images in [0, 1])"
-        )
+        meant = f" ({eps:g}/255 for images in [0, 1])" if 1 < eps < 256 and tuple(bounds) == (0, 1) else ""
+        raise ValueError(f"{name}={eps:g} exceeds the {size} of bounds={bounds}: it is in the units of x{meant}")
 
 
 def check_range(low: float, high: float, bounds: tuple[float, float], dtype: torch.dtype, fixed: bool = False) -> None:
@@ -94,7 +93,7 @@ def check_range(low: float, high: float, bounds: tuple[float, float], dtype: tor
         found, remedy = "NaN", "repair or leave out those samples"
     elif low >= 0 and high > 2 >= hi:
         remedy = "divide 8-bit images by 255"
-    elif low >= 0 and not fixed:
+    elif not fixed:
         remedy += ", or give the bounds"
     raise ValueError(f"x must lie inside bounds={bounds}, found {found}: {remedy}")
 
@@ -118,7 +117,9 @@ def check_labels(y, x: Tensor) -> None:
 
 
 def _as_indices(y) -> str:
-    if not isinstance(y, Tensor) or y.ndim < 2:
+    if not isinstance(y, Tensor):
+        return "use torch.as_tensor(y).long()"
+    if y.ndim < 2:
         return "use y.long(), one label for each sample (and x[None] if x is one image)"
     if y.shape[1] == 1:
         return "use y[:, 0].long()"

@@ -231,10 +231,12 @@ class Graphs:
         if settings.graph is True:
             entry.remember(model, settings)
         structure = entry.structure
-        if entry.refused is None and structure is not None:
+        if entry.refused is None:
+            assert structure is not None
             entry.refused = _obstacle(model, structure, batch.x)
-        if entry.refused is not None or structure is None:
+        if entry.refused is not None:
             return _attack(settings, model, batch, highest_label)
+        assert structure is not None
         graph, outcome, loss = self._graph(batch.x.device), settings.run_class.empty_outcome(batch.x), _loss_key(settings.loss)
         with graph.here():
             run = settings.run_class(settings, batch.copy())

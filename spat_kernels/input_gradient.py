@@ -22,6 +22,10 @@ CUT_OFF = (
     "the model's logits do not depend on x by differentiable operations (is there a detach, a no_grad or inference_mode, NumPy, "
     "8-bit images or an argmax inside?), so there is no gradient to follow; Square needs none"
 )
+INFERENCE = (
+    "model computes with tensors made in torch.inference_mode(), which autograd refuses: take x through none inside of it, and "
+    "make or clone its weights outside"
+)
 RECURRENT = (
     "model: cuDNN does not differentiate recurrent layers in eval mode: attack within "
     "torch.backends.cudnn.flags(enabled=False), or with bn_mode='train'"
@@ -33,11 +37,12 @@ CHECKPOINT = (
 EXPLAINED = {  # what PyTorch says, and what it means for an attack
     "a leaf Variable that requires grad": IN_PLACE,
     "Can't call numpy() on Tensor that requires grad": CUT_OFF,
-    "Inference tensors cannot be saved for backward": CUT_OFF,
+    "Inference tensors cannot be saved for backward": INFERENCE,
     "RNN backward can only be called in training mode": RECURRENT,
 }
 _contiguous_only: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that failed on activations in channels_last
-_only_read: "weakref.WeakSet[nn.Module | FunctionType]" = weakref.WeakSet()  # models that did not write on their input
+# Modules and functions that did not write on their input, by mode.
+_only_read: "dict[bool, weakref.WeakSet]" = {False: weakref.WeakSet(), True: weakref.WeakSet()}
 
 
 class InputGradient:
@@ -123,15 +128,14 @@ class InputGradient:
     def _look_for_writes(self, images: Tensor, x: Tensor) -> None:
         """Warn if the model wrote on `images`, its copy of `x`: autograd has not seen that. It waits for the device, so it is
         done once an attack, and once at all for a module or function that does not write."""
-        owner = getattr(self.model, "__self__", self.model)  # of a bound method, which is another object each time
-        lasting = isinstance(owner, (nn.Module, FunctionType))
-        if self._looked or (lasting and owner in _only_read) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        known = _only_read[getattr(self.model, "training", False)] if isinstance(self.model, (nn.Module, FunctionType)) else ()
+        if self._looked or self.model in known or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self._looked = True
         if ((images != x) & (x == x)).any():  # that x holds no NaN may be checked later
             warn(UNSEEN)
-        elif lasting:
-            _only_read.add(owner)
+        elif isinstance(known, weakref.WeakSet):
+            known.add(self.model)
 
     def _explanation(self, error: Exception, dtype: torch.dtype) -> str | None:
         """What an error of the model at images of `dtype` means, if that is known."""

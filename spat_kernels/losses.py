@@ -8,14 +8,12 @@ from autograd. To give it a name, subclass `AutogradLoss` and `register` it: att
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
-
-LossName = Literal["ce", "kl", "margin", "dlr"]  # of `PGD(loss=)`; `register` adds others
 
 
 class Loss:
@@ -253,18 +251,19 @@ def named(name: str, **settings: float) -> Loss:
     """
     kind = LOSSES.get(ALIASES.get(name, name))
     if kind is None:
-        raise ValueError(f"loss={name!r}: give one of {', '.join(map(repr, LOSSES))}")
+        raise ValueError(f"loss={name!r}: give one of {', '.join(map(repr, names()))}")
     known = settings_of(kind)
     for setting in settings.keys() - known.keys():
         owners = " and ".join(f"loss={other}" for other in LOSSES if setting in settings_of(LOSSES[other])) or "no loss"
         raise ValueError(f"{setting} is a setting of {owners}, not of {name}")
     for setting, required in known.items():
         if setting not in settings and (required or name in ALIASES):
-            raise ValueError(f"loss={name!r}: {setting} must be given, in Python as losses.{kind.__name__}({setting}=...)")
+            in_python = f"in Python losses.{kind.__name__}({setting}=0.2)"
+            raise ValueError(f"loss={name!r}: {setting} must be given, as {setting}=0.2; {in_python}")
     return kind(**settings)
 
 
-LossLike = LossName | str | Loss | Callable[[Tensor, Tensor], Tensor]
+LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 
 
 def as_loss(loss: LossLike) -> Loss:

@@ -6,6 +6,7 @@ Every attack, and every count of what is misclassified, asks here.
 import torch
 from torch import Tensor
 
+from .borrow import borrowed
 from .precision import tf32_switches
 
 
@@ -24,6 +25,6 @@ def other_classes(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def model_logits(model, x: Tensor) -> Tensor:
-    """What `model` answers as the caller would ask it, in fp32 without TF32; on a copy of x, since it may write on its input."""
-    with torch.no_grad(), tf32_switches("fp32", x.device.type):
+    """What `model` answers in eval mode, in fp32 without TF32; on a copy of x, since it may write on its input."""
+    with torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"):
         return model(x.clone())

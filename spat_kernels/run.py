@@ -78,7 +78,8 @@ class Run:
         """Copy in a batch like the first one, or a shorter one: then what came before fills up the rest."""
         n = len(batch.x)
         for ours, given in ((self.ball.x, batch.x), (self.y, batch.y), (self.targets, batch.targets)):
-            if ours is not None and given is not None:
+            if ours is not None:
+                assert given is not None
                 ours[:n].copy_(given)
         fill_(self.ball.eps, batch.eps)
         fill_(self.ball.step_size, batch.step_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .run import FP16_SCALE
 
-ROUNDING = 1e-4  # of the largest logit. Sums in another order differ by some 1e-6 of it, also in deep networks.
+ROUNDING = 1e-4  # of the largest logit that differs. Sums in another order differ by some 1e-6 of it, also in deep networks.
 SQUARE_SHARE = 0.002  # of the images: so many that Square alone breaks are more than bad luck
 
 
@@ -18,11 +18,12 @@ def difference(logits: Tensor, again: Tensor) -> tuple[float, float]:
 
     A NaN is no different from another; of a NaN and a number the difference is infinite.
     """
+    rounding = max(ROUNDING, 2 * torch.finfo(logits.dtype).eps)
     logits, again = logits.double(), again.double()
     same = (logits == again) | (logits.isnan() & again.isnan())
     largest = (logits - again).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()
-    scale = logits.masked_fill(~logits.isfinite(), 0).abs().max()
-    return float(largest), ROUNDING * float(scale)
+    scale = logits.masked_fill(same | ~logits.isfinite(), 0).abs().max()  # without what rules classes out, such as -1e9
+    return float(largest), rounding * float(scale)
 
 
 def are_probabilities(logits: Tensor) -> bool:

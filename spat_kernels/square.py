@@ -221,8 +221,9 @@ class _LinfRun(_Run):
             pays = {side: windows.share(side) <= WINDOWS_SHARE for side in set(map(self._side, range(queries)))}
             first = next((i for i in range(queries) if pays[self._side(i)]), queries)
         self._search(0, first, x_adv, robust)
-        if windows is None or first == queries or len(self.index) == 0:
+        if first == queries or len(self.index) == 0:
             return
+        assert windows is not None
         size = max(min(PART, PART_BYTES // windows.bytes_per_image), 1)
         for samples in torch.arange(len(self.index)).split(size):
             part = copy(self)

@@ -95,8 +95,9 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     if changed := before.restore():
         reason = f"its forward changes {changed}, which the plan would not do"
     try:
-        if reason or reader is None:
+        if reason:
             raise CannotPlan(reason)
+        assert reader is not None
         return reader.read(x[torch.arange(PROBES, device=x.device) % len(x)])
     finally:  # fx's objects are full of cycles: they are not to keep the model alive until the next garbage collection
         for holder in (tracer, *([reader.module, reader] if reader else [])):

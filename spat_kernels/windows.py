@@ -78,7 +78,7 @@ def _reach(step: Step, bound) -> Reach | None:
     pool = step.function
     if type(pool) in ELEMENTWISE:
         return Reach()
-    if isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)) and type(pool) in (nn.MaxPool2d, nn.AvgPool2d):
+    if isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)):
         kernel, stride, padding, dilation = (
             (v, v) if isinstance(v, int) else tuple(v)
             for v in (pool.kernel_size, pool.stride, pool.padding, getattr(pool, "dilation", 1))
@@ -183,7 +183,8 @@ class Windows:
             inputs[step.out], _ = FORWARD[type(step)](self.gradient, step, bound, inputs, False)
             for j in _made(step):
                 values[j] = inputs[j]
-                if rows.out and columns.out and j in self.kept:
+                if j in self.kept:
+                    assert rows.out and columns.out
                     self._new[j] = rows.out, columns.out, values[j]
             for j in step.frees:
                 values[j] = None

@@ -276,7 +276,10 @@ class _Ascent(Attack):
     @classmethod
     def readers(cls):
         of_losses = {name: number for kind in losses.LOSSES.values() for name in losses.settings_of(kind)}
-        return of_losses | super().readers()
+        own = super().readers()
+        if clash := next(iter(of_losses.keys() & own.keys()), None):
+            raise InputError(f"attack {cls.family}: {clash} is a setting of its own and of a loss: rename that of the loss")
+        return of_losses | own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from spat_kernels.borrow import parts
 from spat_kernels.checks import check_graph, check_range, check_reach
 from spat_kernels.engine import check_path, check_precision, explain
 from spat_kernels.settings import GradientPath, Graph, Precision
@@ -95,11 +94,6 @@ def check_models(
         if training := next((at or type(m).__name__ for at, m in each.named_modules() if m.training), None):
             raise InputError(
                 f"{name}: {training} is in training mode, so that outputs depend on the batch or on chance: call {name}.eval()"
-            )
-        if training := next((type(m).__name__ for tree in parts(each)[1:] for m in tree if m.training), None):
-            raise InputError(
-                f"{name}: a {training} that it holds without registering it is in training mode, so that outputs depend on the "
-                "batch or on chance: call eval() of that too, or hold it in an nn.ModuleList"
             )
         try:
             with model_draws(device_of(each), name):

@@ -359,7 +359,7 @@ def try_on(
     """
     x = torch.zeros(2, *image_shape, device=device_of(model), dtype=dtype).to(memory_format=memory_format)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), borrowed(model, "keep"):
             logits = model(x)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):

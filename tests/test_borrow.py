@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -487,7 +488,13 @@ def test_modes_of_modules_that_are_shared_or_refuse():
         merged, modes = shared.merged, [m.training for m in (*model.modules(), *fixed.modules())]
         for bn_mode, seen in (("eval", {(False, False, False)}), ("train", {(True, True, False)})):
             model.seen.clear()
-            sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
+            said = (
+                "GraphModule, which the model holds without registering it, is attacked in its own mode: Calling train() is not"
+            )
+            assert [str(w.message).startswith(said) for w in caught] == ([True] if bn_mode == "eval" else [])
             assert model.seen == seen and shared.merged == merged
             assert [m.training for m in (*model.modules(), *fixed.modules())] == modes
 
@@ -495,6 +502,26 @@ def test_modes_of_modules_that_are_shared_or_refuse():
     with pytest.raises(ValueError, match="bn_mode='eval', but Sequential refuses to change its mode.*use bn_mode='keep'"):
         sk.pgd(behind, x, y, EPS)
     assert behind.training and behind[0].training and shared.training and not shared.merged
+
+
+def test_an_attack_is_not_lost_where_train_fails_on_the_way_back():
+    class ForInference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+        def train(self, mode=True):
+            if mode:
+                raise RuntimeError("this model is for inference")
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.net(x)
+
+    model, (x, y) = ForInference(), batch()
+    with pytest.warns(RuntimeWarning, match="ForInference changed its mode.*fails on the way back: this model is for inference"):
+        x_adv = sk.pgd(model, x, y, EPS)
+    assert (x_adv != x).any() and all(m.training for m in model.modules())
 
 
 def test_threads_attack_a_model_that_writes_on_itself():

@@ -24,8 +24,18 @@ class Untouched(nn.Module):
     ("x", "y", "error", "message"),
     [
         (X * 255, Y, ValueError, r"x must lie inside bounds=\(0.0, 1.0\).*divide 8-bit images by 255"),
-        (X * 2 - 1, Y, ValueError, r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\)$"),
-        (X * 5 - 2.1, Y, ValueError, r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\)$"),
+        (
+            X * 2 - 1,
+            Y,
+            ValueError,
+            r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\), or give the bounds$",
+        ),
+        (
+            X * 5 - 2.1,
+            Y,
+            ValueError,
+            r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\), or give the bounds$",
+        ),
         (X * 1.9, Y, ValueError, r"found values from .*: normalise inside the model.*, or give the bounds$"),
         (X.where(X > 0.1, torch.nan), Y, ValueError, "x must lie inside.*found NaN"),
         (X.where(X > 0.1, torch.inf), Y, ValueError, "x must lie inside"),

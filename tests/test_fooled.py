@@ -450,7 +450,7 @@ def test_autoattack_says_what_its_authors_say():
     assert "draws no random numbers: version='standard'" in determined
     assert any("probabilities" in text for text in said(Softmax(net), ("apgd-ce",)))
     zero, beaten = said(Masking(net), ("apgd-ce", "square"))
-    assert "the gradient of the margin is 0 or NaN at 60 of 60 images" in zero
+    assert "the gradient of the margin is 0 or NaN at 60 of the first 60 images" in zero
     assert beaten.startswith("Square, which needs no gradients, broke") and "of 60 images" in beaten
     assert said(Masking(net), ("square",)) == []
     assert any("are NaN" in text for text in said(Overflows(linear(192, 4)), ("apgd-ce",)))
@@ -470,9 +470,12 @@ def test_the_check_for_randomness_draws_nothing_of_the_callers():
 
 
 def test_differences_of_logits():
-    a = torch.tensor([[1.0, torch.nan], [torch.inf, -2.0]])
-    assert signs.difference(a, a.clone()) == (0.0, 2 * signs.ROUNDING)
-    assert signs.difference(a, torch.tensor([[1.0, torch.nan], [torch.inf, -2.5]]))[0] == 0.5
+    a = torch.tensor([[1.0, torch.nan], [torch.inf, -2.0], [-1e9, 0.0]])
+    assert signs.difference(a, a.clone()) == (0.0, 0.0)
+    b = torch.tensor([[1.0, torch.nan], [torch.inf, -2.5], [-1e9, 0.0]])
+    assert signs.difference(a, b) == (0.5, 2 * signs.ROUNDING), "what rules a class out does not count"
+    assert signs.difference(a.bfloat16(), b.bfloat16()) == (0.5, 4 * torch.finfo(torch.bfloat16).eps)
+    a, b = a[:2], b[:2]
     assert signs.difference(a, torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
 
 
@@ -525,6 +528,16 @@ def test_square_goes_on_where_logits_overflow_together():
     x_adv = Square(EPS, queries=100, generator=torch.Generator().manual_seed(0))(model, x, y)
     moved = (x_adv != x).flatten(1).any(1)
     assert moved.any() and torch.equal(moved, predictions(model(x_adv)) != y)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+def test_labels_that_are_ruled_out_are_misclassified_in_silence(loss):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    x, y = torch.rand(8, 1, 8, 8), torch.full((8,), 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x_adv = sk.pgd(Masked(net).eval(), x, y, EPS, loss=loss)
+    assert x_adv.isfinite().all()
 
 
 @pytest.mark.parametrize("possible", [1, 2, 3, 4])
@@ -607,9 +620,43 @@ def test_other_ways_to_cut_off(kind):
         return net(x)
 
     x, y = attackable(net)
+    message = "do not depend on x" if kind == "numpy of a leaf" else "tensors made in torch.inference_mode"
     for attack in (PGD(EPS), APGD(EPS), FAB(EPS, steps=2)):
-        with pytest.raises(ValueError, match="do not depend on x"):
+        with pytest.raises(ValueError, match=message):
             attack(model, x, y)
+
+
+def test_what_only_reads_in_one_mode_or_method_may_write_in_another():
+    class Writes(Around):
+        def forward(self, x):
+            if self.training:
+                x.data.mul_(0.5)
+            return self.net(x)
+
+        def dirty(self, x):
+            x.data.mul_(0.5)
+            return self.net(x)
+
+    x, y = attackable(linear())
+    model, said_by = Writes(linear()), []
+    for attacked, bn_mode in ((model, "eval"), (model, "train"), (model.forward, "keep"), (model.dirty, "keep"), (model, "eval")):
+        model.eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sk.pgd(attacked, x, y, EPS, bn_mode=bn_mode, input_gradient="autograd")
+        said_by.append(len(caught))
+    assert said_by == [0, 1, 0, 1, 0]
+
+
+def test_warnings_reach_callers_without_a_name():
+    net = linear()
+    x, y = attackable(net)
+    writes, _ = writing("no_grad", net)
+    source = "x_adv = pgd(model, x, y, 0.1, input_gradient='autograd')"
+    scope = {"pgd": sk.pgd, "model": writes, "x": x, "y": y}
+    with pytest.warns(RuntimeWarning, match="changes its input"):
+        exec(source, scope)
+    assert scope["x_adv"].shape == x.shape
 
 
 def test_warnings_name_the_callers_line():
@@ -643,6 +690,28 @@ def test_writing_what_is_there_already_is_no_change():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sk.pgd(Clamps(linear()), x, y, EPS, input_gradient="autograd")
+
+
+def test_evaluation_and_attacks_see_one_model():
+    """What it holds unregistered is in eval mode for both, and keeps its statistics and its mode."""
+    pytest.importorskip("tqdm")
+    from spat_train.evaluate import evaluate
+
+    class Held(Around):
+        def __init__(self, net):
+            super().__init__(net)
+            self.held = [nn.BatchNorm2d(3), nn.Dropout(0.9), nn.CrossEntropyLoss()]
+
+        def forward(self, x):
+            return self.net(self.held[1](self.held[0](x)))
+
+    model = Held(linear(192)).eval()
+    model.held[0].running_mean.fill_(0.3)
+    x = torch.rand(20, 3, 8, 8)
+    y = predictions(model_logits(model, x))
+    ran = evaluate(model, (x, y), "noise,pgd-10", eps=1e-6, bar=None)
+    assert ran.accuracy("clean") == ran.accuracy("noise") == ran.accuracy("pgd-10") == 100
+    assert (model.held[0].running_mean == 0.3).all() and all(m.training for m in model.held)
 
 
 def test_targets_of_an_evaluation_are_possible_classes():

@@ -4,7 +4,7 @@
     L = -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2 + 1e-12)                with a target t
 
 Equal logits are sorted by index. Invariant to shifts and positive scales of the logits. Where the denominator is not finite, as
--inf leaves fewer classes than it takes, it counts as 1: what is left is the margin.
+-inf leaves fewer classes than it takes, it counts as 1, and where the numerator is not, as constant: what is left is the margin.
 
 logits: [B, K] contiguous in {fp32, bf16, fp16, fp64}, K >= 3, with targets K >= 4; labels, targets: int64 [B] or targets None;
 dlogits: like logits, scale * dL/dz; loss: fp32 [B] (fp64 for fp64) or None. A label or target outside [0, K) or a NaN logit
@@ -42,7 +42,7 @@ def dlr_grad_ref(
     defined = denominator.isfinite()
     denominator = denominator.where(defined, 1)
     value = (z.gather(1, up) - z.gather(1, y)) / denominator
-    ratio = torch.where(defined, value / denominator, 0)
+    ratio = torch.where(defined & value.isfinite(), value / denominator, 0)
     grad = torch.zeros_like(z).scatter_add_(1, up, 1 / denominator).scatter_add_(1, y, -1 / denominator)
     grad.scatter_add_(1, top[:, :1], -ratio)
     if targets is None:
@@ -89,7 +89,7 @@ def dlr_grad_kernel(
     defined = b_d - b_d == 0
     b_d = tl.where(defined, b_d, 1.0)
     b_loss = (z_up - b_zy) / b_d
-    b_slope, b_ratio = (1.0 / b_d)[:, None], tl.where(defined, b_loss / b_d, 0.0)[:, None]
+    b_slope, b_ratio = (1.0 / b_d)[:, None], tl.where(defined & (b_loss - b_loss == 0), b_loss / b_d, 0.0)[:, None]
     for first in range(0, K, BLOCK_K):
         i_k = first + tl.arange(0, BLOCK_K)[None, :]
         b_g = tl.where(i_k == k_up[:, None], b_slope, 0.0) - tl.where(i_k == b_y[:, None], b_slope, 0.0)

@@ -22,7 +22,8 @@ def keep_best_ref(
 ) -> None:
     check_keep_best(best, best_loss, best_success, x_adv, loss, success)
     better = loss > best_loss
-    if success is not None and best_success is not None:
+    if success is not None:
+        assert best_success is not None
         better = torch.where(success.eq(best_success), better, success)
         best_success.copy_(success.where(better, best_success))
     best_loss.copy_(loss.where(better, best_loss))

@@ -273,6 +273,17 @@ def test_dlr_of_few_possible_classes_is_the_margin(impl, possible, targeted):
             assert value.isfinite().all() and (value.sign() == margin.sign()).all() and dlogits.isfinite().all()
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_dlr_of_a_label_that_is_ruled_out_is_finite(impl, targeted):
+    for dtype in impl.dtypes:
+        z = torch.tensor([[1.0, 3.0, -2.0, 0.5, -torch.inf]], dtype=dtype, device=impl.device)
+        y, t = (torch.tensor([label], device=impl.device) for label in (4, 1))
+        dlogits, value = torch.full_like(z, torch.nan), torch.empty(1, dtype=acc(dtype), device=impl.device)
+        impl("dlr_grad")(z, y, t if targeted else None, dlogits, value, 1.0)
+        assert value.item() == torch.inf
+        assert dlogits.isfinite().all() and dlogits[0].sign().tolist() == [0.0, 1.0, 0.0, 0.0, -1.0]
+
+
 def test_labels_outside_the_classes_are_nan_and_harmless(impl):
     for name, (_, _, call) in LOSSES.items():
         if name == "kl":
