@@ -99,7 +99,9 @@ def check_range(low: float, high: float, bounds: tuple[float, float], dtype: tor
 
 
 def check_images(x) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a floating-point tensor, got {kind(x)}: use torch.as_tensor(x)")
+    if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {kind(x)}: convert 8-bit images by x.float() / 255")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}: use x.float()")
@@ -119,7 +121,9 @@ def check_labels(y, x: Tensor) -> None:
 def _as_indices(y) -> str:
     if not isinstance(y, Tensor):
         return "use torch.as_tensor(y).long()"
-    if y.ndim < 2:
+    if y.ndim == 0:
+        return "use y[None].long(), and x[None] if x is one image"
+    if y.ndim == 1:
         return "use y.long(), one label for each sample (and x[None] if x is one image)"
     if y.shape[1] == 1:
         return "use y[:, 0].long()"

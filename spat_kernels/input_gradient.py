@@ -34,10 +34,14 @@ CHECKPOINT = (
     "model is a plain callable with re-entrant checkpoints, whose backward would write the .grad of its parameters: give an "
     "nn.Module that holds them, or checkpoint(..., use_reentrant=False)"
 )
+OTHER_SHAPE = (
+    "model was exported for images of another shape than x, or for one number of them: export it with dynamic_shapes, or pad x"
+)
 EXPLAINED = {  # what PyTorch says, and what it means for an attack
     "a leaf Variable that requires grad": IN_PLACE,
     "Can't call numpy() on Tensor that requires grad": CUT_OFF,
     "Inference tensors cannot be saved for backward": INFERENCE,
+    "Guard failed: ": OTHER_SHAPE,
     "RNN backward can only be called in training mode": RECURRENT,
 }
 _contiguous_only: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that failed on activations in channels_last
@@ -229,7 +233,7 @@ def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model must return a floating-point tensor of logits [B, K], got {got}: wrap it to return that alone")
     if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
-        one_logit = {(len(x),): "torch.stack([-z, z], 1)", (len(x), 1): "torch.cat([-z, z], 1)"}.get(tuple(logits.shape))
+        one_logit = {(len(x),): "torch.stack([-z, z], 1) / 2", (len(x), 1): "torch.cat([-z, z], 1) / 2"}.get(tuple(logits.shape))
         remedy = f": return {one_logit} for a logit z of two classes" if one_logit else ""
         raise ValueError(f"model must return logits [B, K] with B={len(x)} and K >= 2, got shape {tuple(logits.shape)}{remedy}")
     if logits.device != x.device:

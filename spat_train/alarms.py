@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spat_kernels import signs
 from spat_kernels.borrow import borrowed
-from spat_kernels.input_gradient import InputGradient
+from spat_kernels.input_gradient import CUT_OFF, InputGradient
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, predictions
 from spat_kernels.settings import GradientPath, Graph, Precision
@@ -31,6 +31,7 @@ from .randomness import model_draws
 IMAGES = 100
 LONG, UNBOUNDED = "pgd-10:steps=40", "pgd-10:steps=40:eps=1"
 SIGNIFICANT = 0.01
+NOT_ZERO = "gradients are not zero"
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,19 @@ def alarms(
         "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
     }  # fmt: skip
     x, y = floats(images, rows, device_of(model), memory_format)
+    with model_draws(x.device, seed, "alarms"):
+        found = outputs(model, x, batch_size)
+        try:
+            zero = without_gradient(model, x, y, batch_size)
+        except ValueError as error:
+            if str(error) != CUT_OFF:
+                raise
+            return [*found, Alarm(NOT_ZERO, {"images": len(x), "zero or NaN, %": 100.0}, True, f"Here {CUT_OFF}.")]
     radii = {f"pgd-10:eps={radius!r}": radius for radius in (2 * float(eps), 4 * float(eps)) if radius < 1}
     ran = evaluate(model, images, ["noise", "noisex20", "fgsm", "pgd-10", LONG, *radii, UNBOUNDED], folder=folder, bar=bar, **how)
     unbroken = torch.stack([ran.correct(name) for name in ("fgsm", "pgd-10", LONG)]).all(0).to(x.device)
-    with model_draws(x.device, seed, "alarms"):
-        found = [*outputs(model, x, batch_size), gradients(model, x, y, unbroken, batch_size)]
     found += [
+        gradients(zero, unbroken),
         compared(
             ran, "fgsm", "noise", "noise is weaker than FGSM",
             "One step along the gradient must do more than noise of the same size, or the gradient points nowhere.",
@@ -119,7 +127,7 @@ def alarms(
 
 
 def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
-    """That logits are numbers, and not probabilities, and a function of one image."""
+    """That logits are numbers, and not probabilities, and a function of one image, which is only read."""
 
     def logits(parts) -> Tensor:
         return torch.cat([model_logits(model, part) for part in parts if len(part)])
@@ -128,7 +136,12 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
     even, odd = torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)
     apart = torch.empty_like(once)
     apart[torch.cat([even, odd])] = logits([*x[even].split(batch_size), *x[odd].split(batch_size)])
-    unanswered = int((predictions(once) < 0).sum())
+    unanswered, finite = int((predictions(once) < 0).sum()), once[once.isfinite()]
+    given = x.clone()
+    with torch.no_grad(), borrowed(model, "eval"):
+        for part in given.split(batch_size):
+            model(part)
+    written = int((given != x).flatten(1).any(1).sum())
 
     def compare(name: str, other: Tensor, meaning: str) -> Alarm:
         difference, allowed = signs.difference(once, other)
@@ -142,7 +155,11 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
             "NaN is no prediction and counts as misclassified; a model that overflows has to be mended, or run in fp32.",
         ),
         Alarm(
-            "outputs are logits", {"smallest": float(once.min()), "largest": float(once.max())}, signs.are_probabilities(once),
+            "images are only read", {"images": len(x), "written on": written}, written > 0,
+            "Gradients know nothing of what a model writes on its input, so that attacks are weaker than they could be.",
+        ),
+        Alarm(
+            "outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, signs.are_probabilities(once),
             "Gradients vanish behind a softmax: a model must return its logits.",
         ),
         compare(
@@ -156,18 +173,22 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
     ]  # fmt: skip
 
 
-def gradients(model: nn.Module, x: Tensor, y: Tensor, unbroken: Tensor, batch_size: int) -> Alarm:
-    """That the margin z_y - max_{k != y} z_k has a gradient at the images. It does not saturate, as cross-entropy does."""
-    with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"), tf32_switches("fp32", x.device.type):
+def without_gradient(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """bool [B]: where the margin has no gradient that an attack could follow."""
+    with torch.inference_mode(False), torch.no_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-        zero = torch.cat([signs.without_gradient(InputGradient(model), *batch) for batch in batches])
+        return torch.cat([signs.without_gradient(InputGradient(model), *batch) for batch in batches])
+
+
+def gradients(zero: Tensor, unbroken: Tensor) -> Alarm:
+    """That images have a gradient; of those that have none, bool [B], and those that attacks did not break."""
     both = int((zero & unbroken).sum())
-    share = 100 * int(zero.sum()) / len(x)
-    numbers = {"images": len(x), "zero or NaN, %": share, "of them not broken": both}
+    share = 100 * int(zero.sum()) / len(zero)
+    numbers = {"images": len(zero), "zero or NaN, %": share, "of them not broken": both}
     meaning = (
         "Gradient attacks cannot tell where to move an image whose gradient is zero or NaN: it looks robust without being tested."
     )
-    return Alarm("gradients are not zero", numbers, both > 0, meaning)
+    return Alarm(NOT_ZERO, numbers, both > 0, meaning)
 
 
 def compared(ran: Evaluation, strong: str, weak: str, name: str, meaning: str) -> Alarm:

@@ -12,6 +12,7 @@ import torch
 from spat_kernels import losses
 
 from .images import InputError
+from .models import import_own
 
 Method = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]
 # What may differ when a run goes on: where things are and how they are shown, but nothing that changes the weights.
@@ -262,6 +263,10 @@ def check(c: Config) -> None:
     for option, least in (("eps", 0.5), ("eval_eps", 0.5), ("step_size", 0.05)):
         fits = getattr(c, option) is None or least <= getattr(c, option) <= 255
         need(fits, option, f"it is in 1/255, from {least} to 255 (8 means 8/255, and 76.5 is 0.3)")
+    try:
+        import_own(c.model)  # it may register the loss
+    except ValueError as error:
+        raise InputError(f"--model {c.model}: {error}") from error
     smoothed = c.inner_loss in losses.ALIASES
     need(smoothed or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha")
     try:

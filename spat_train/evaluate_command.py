@@ -18,7 +18,7 @@ from .data import load
 from .evaluate import evaluate
 from .evaluation import Options
 from .images import InputError
-from .models import is_out_of_memory
+from .models import import_own, is_out_of_memory
 from .report import summary, write_report
 from .signals import Stopped, StopWish
 
@@ -78,11 +78,15 @@ def evaluate_command(
         out: folder for evaluation.json, report.md, report.html and samples.jsonl. Default: evaluation/ in the run, or beside the
             checkpoint.
     """
+    config = run_config(model)
+    try:
+        import_own(_architecture(model_name, config))  # it may register losses
+    except ValueError as error:
+        raise InputError(f"--model-name {_architecture(model_name, config)}: {error}") from error
     parse_all(attacks)
     check_device(device)
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: give at least 1 image, or leave it out for all")
-    config = run_config(model)
     data = data or (config.data if config else None)
     if data is None:
         raise InputError(f"--data: {model} does not tell which it was trained on: give cifar10, an .npz file, ...")

@@ -14,6 +14,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -438,17 +439,29 @@ def _timm(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
 
 
-def _own(name: str, num_classes: int) -> nn.Module:
-    """What factory(num_classes=K) of "package.module:factory" returns; errors inside the factory are its own."""
-    module_name, _, attribute = name.partition(":")
+def import_own(name: str) -> ModuleType | None:
+    """The module of "package.module:factory", which may register losses; None for other names.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    module_name, colon, _ = name.partition(":")
+    if not colon or module_name == "timm":
+        return None
     with _working_directory_importable():
         try:
-            module = importlib.import_module(module_name)
+            return importlib.import_module(module_name)
         except Exception as error:  # whatever a module's own code raises
             raise ValueError(
                 f"name={name!r}: {module_name!r} cannot be imported ({_first_line(error)}): "
                 "give package.module:factory, installed or in the current directory"
             ) from error
+
+
+def _own(name: str, num_classes: int) -> nn.Module:
+    """What factory(num_classes=K) of "package.module:factory" returns; errors inside the factory are its own."""
+    module, (module_name, _, attribute) = import_own(name), name.partition(":")
+    with _working_directory_importable():
         if not callable(factory := getattr(module, attribute, None)):
             public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
             raise ValueError(

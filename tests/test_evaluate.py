@@ -700,7 +700,7 @@ def test_the_report(monkeypatch, capsys, a_run):
     assert {"spat_kernels", "torch"} <= told["versions"].keys() and told["attacks"]["fgsm"]["source"].startswith("Goodfellow")
     assert told["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
     assert told["results"][WORST]["accuracy"] == expected.worst_case()
-    assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 12
+    assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 13
     for i, sample in enumerate(told["samples"]):
         assert sample["predicted"] == {name: int(p[i]) for name, p in expected.predicted.items()}
         assert sample["broken_by"] == [name for name in expected.attacks if not expected.correct(name)[i]]

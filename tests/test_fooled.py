@@ -608,6 +608,22 @@ def test_errors_that_have_nothing_to_do_with_the_dtype_stay_what_they_are():
         sk.pgd(Wrapper(), x, y, EPS)
 
 
+def test_models_exported_for_one_number_of_images():
+    x, y = attackable(linear(), 8)
+    model = torch.export.export(linear(), (x,)).module()
+    assert sk.pgd(model, x, y, EPS, bn_mode="keep").shape == x.shape
+    with pytest.raises(ValueError, match="exported for images of another shape than x, or for one number of them"):
+        sk.pgd(model, x[:3], y[:3], EPS, bn_mode="keep")
+
+
+def test_the_remedy_for_one_logit_keeps_its_probability():
+    z = torch.randn(5, 1)
+    assert torch.allclose((torch.cat([-z, z], 1) / 2).softmax(1)[:, 1:], z.sigmoid())
+    for shape, remedy in (((5, 1), r"torch.cat\(\[-z, z\], 1\) / 2"), ((5,), r"torch.stack\(\[-z, z\], 1\) / 2")):
+        with pytest.raises(ValueError, match=remedy):
+            sk.pgd(lambda x, shape=shape: x.flatten(1).sum(1).view(shape), torch.rand(5, 3, 2, 2), torch.zeros(5).long(), EPS)
+
+
 @pytest.mark.parametrize("kind", ["numpy of a leaf", "inference_mode"])
 def test_other_ways_to_cut_off(kind):
     net = linear()

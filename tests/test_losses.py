@@ -1,5 +1,7 @@
 """Losses by name. A loss without a kernel is one class: everything else knows it by its registration."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -166,3 +168,43 @@ def test_a_setting_is_not_called_as_one_of_the_attack():
             parse("pgd:loss=stepped:steps=5")
     finally:
         del losses.LOSSES["stepped"]
+
+
+def test_commands_import_the_module_of_the_model_which_may_register_losses(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "from spat_kernels import losses\n"
+        "@losses.register\n"
+        "class Entropy(losses.AutogradLoss):\n"
+        "    name = 'entropy'\n"
+        "    def value(self, logits, y):\n"
+        "        return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+
+    def command(*words):
+        words = [sys.executable, "-m", "spat_train.cli", *words]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    small = (
+        "--epochs",
+        "1",
+        "--limit",
+        "64",
+        "--steps",
+        "1",
+        "--val-steps",
+        "1",
+        "--no-tensorboard",
+        "--no-test",
+        "--out",
+        "run",
+    )
+    trained = command("train", "--data", "digits", "--model", "mine:net", "--inner", "entropy", *small)
+    assert trained.returncode == 0, trained.stderr
+    attacks = "pgd:loss=entropy:steps=2"
+    evaluated = command("evaluate", "run", "--attacks", attacks, "--limit", "20", "--no-alarms", "--device", "cpu")
+    assert evaluated.returncode == 0 and attacks in evaluated.stdout, evaluated.stderr
+    missing = command("train", "--data", "digits", "--model", "none:net", "--inner", "entropy")
+    assert missing.returncode == 2 and "--model none:net" in missing.stderr and "cannot be imported" in missing.stderr
