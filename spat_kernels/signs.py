@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .run import FP16_SCALE
 
-ROUNDING = 1e-4  # of the largest logit that differs. Sums in another order differ by some 1e-6 of it, also in deep networks.
+ROUNDING = 1e-4  # of the largest logit. Sums in another order differ by some 1e-6 of it, also in deep networks.
+RULED_OUT = 1e3  # Constants larger than others by this, such as -1e9, rule classes out and say nothing of the logits' size.
 SQUARE_SHARE = 0.002  # of the images: so many that Square alone breaks are more than bad luck
 
 
@@ -22,7 +23,9 @@ def difference(logits: Tensor, again: Tensor) -> tuple[float, float]:
     logits, again = logits.double(), again.double()
     same = (logits == again) | (logits.isnan() & again.isnan())
     largest = (logits - again).abs().nan_to_num(torch.inf).masked_fill(same, 0).max()
-    scale = logits.masked_fill(same | ~logits.isfinite(), 0).abs().max()  # without what rules classes out, such as -1e9
+    sizes = logits.masked_fill(~logits.isfinite(), 0).abs()
+    differing = sizes.masked_fill(same, 0).max()
+    scale = sizes.masked_fill(same & (sizes > RULED_OUT * differing), 0).max()
     return float(largest), rounding * float(scale)
 
 

@@ -475,7 +475,9 @@ def test_differences_of_logits():
     b = torch.tensor([[1.0, torch.nan], [torch.inf, -2.5], [-1e9, 0.0]])
     assert signs.difference(a, b) == (0.5, 2 * signs.ROUNDING), "what rules a class out does not count"
     assert signs.difference(a.bfloat16(), b.bfloat16()) == (0.5, 4 * torch.finfo(torch.bfloat16).eps)
-    a, b = a[:2], b[:2]
+    small = torch.tensor([[20.0, 0.1, -3.0]])
+    assert signs.difference(small, small + torch.tensor([0.0, 1e-6, 0.0]))[1] == 20 * signs.ROUNDING, "the largest is no mask"
+    a = a[:2]
     assert signs.difference(a, torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
 
 
