@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from spat_kernels.borrow import borrowed
 from spat_kernels.input_gradient import InputGradient
@@ -359,8 +360,9 @@ def try_on(
             it is to `differentiate` them, cannot.
     """
     x = torch.zeros(2, *image_shape, device=device_of(model), dtype=dtype).to(memory_format=memory_format)
+    lazy = any(map(is_lazy, [*model.parameters(), *model.buffers()]))  # then this makes its weights
     try:
-        with torch.no_grad(), borrowed(model, "keep"):
+        with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"):
             logits = model(x)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
