@@ -16,7 +16,7 @@ from .settings import BN_MODES, NORMS
 
 
 def check_settings(attack) -> None:
-    """Of an attack with the fields eps, norm, restarts, bounds, precision, input_gradient, bn_mode and generator of `PGD`."""
+    """Check the fields eps, norm, restarts, bounds, precision, input_gradient, bn_mode and generator of an attack: see `PGD`."""
     check_ball(attack)
     check_path(attack.precision, attack.input_gradient)
     checks.check_choice("bn_mode", attack.bn_mode, BN_MODES)
@@ -25,7 +25,7 @@ def check_settings(attack) -> None:
 
 
 def check_ball(attack) -> None:
-    """Of an attack with the fields norm, eps and bounds; sets `largest_eps`, so that no call waits for the device of eps."""
+    """Check norm, eps and bounds of an attack; keep the largest eps, so that no call waits for the device that eps is on."""
     checks.check_choice("norm", attack.norm, NORMS)
     attack.largest_eps = checks.check_length("eps", attack.eps)
     attack.bounds = checks.check_bounds(attack.bounds)

@@ -72,7 +72,7 @@ def check_bounds(bounds) -> tuple[float, float]:
 
 
 def check_reach(name: str, eps: float, bounds: tuple[float, float], values: int = 1) -> None:
-    """That `eps` does not exceed the diagonal of a box of so many values: of all of a sample for L2, of one for L-infinity."""
+    """Check `eps` against the diagonal of the box. `values`: how many a sample has, for L2; 1 for L-infinity."""
     reach = (bounds[1] - bounds[0]) * math.sqrt(values)
     if eps > reach:
         size = "width" if values == 1 else f"diagonal, {reach:g},"

@@ -97,7 +97,7 @@ class Local(Step):
 
 
 Saved = Any  # what a step's forward keeps for its backward
-Grads = list[list[tuple[Tensor, bool]]]  # of each value: contributions of its readers, and whether their memory may be written to
+Grads = list[list[tuple[Tensor, bool]]]  # for each value: what its readers contribute, and whether that memory may be written to
 
 
 class Plan:
@@ -455,7 +455,7 @@ class PlannedGradient:
         return self._forward(x, keep=True)
 
     def _forward(self, x: Tensor, keep: bool) -> Tensor:
-        values: list = [None] * len(self.plan.nodes)  # of Tensors, as long as somebody reads them
+        values: list = [None] * len(self.plan.nodes)  # Tensors, as long as a step still reads them
         values[0] = x
         for i, step in enumerate(self.plan.steps):
             result, saved = FORWARD[type(step)](self, step, self.bound[i], values, keep)

@@ -32,7 +32,7 @@ class AttackSettings(TypedDict, total=False):
 
 
 class CommonSettings(AttackSettings, total=False):
-    """Of all functions that run `PGD`, but for what some of them set themselves."""
+    """Keyword arguments that all functions which run `PGD` take."""
 
     targeted: bool
     select: Select
@@ -40,7 +40,7 @@ class CommonSettings(AttackSettings, total=False):
 
 
 class PGDSettings(CommonSettings, total=False):
-    """Of `pgd` and `pgd_kl`: all that `PGD` takes beside eps and loss."""
+    """Keyword arguments of `pgd` and `pgd_kl`: all of `PGD` but eps and loss."""
 
     steps: int
     step_size: float | torch.Tensor | None
