@@ -1,29 +1,67 @@
 """Build csrc/ into spat_kernels/_C.abi3.so: CPU code always, CUDA code wherever nvcc is found (no GPU is needed).
 
-CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the architectures ("8.0;9.0;10.0+PTX"), SPAT_CUDA=0 leaves CUDA out.
+CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the architectures ("8.0;9.0;10.0+PTX"), MAX_JOBS the number of compilers at
+once. SPAT_CUDA=0 leaves CUDA out, SPAT_CUDA=1 insists on it.
 """
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+import torch
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 SOURCES = sorted(map(str, Path("csrc").iterdir()))  # the headers and .cu files too, for the sdist
 TORCH_TARGET = "0x020b000000000000"  # runs on torch 2.11 and later
-PLACES = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-NVCC = None if os.environ.get("SPAT_CUDA") == "0" else shutil.which("nvcc", path=os.pathsep.join(PLACES))
+WITHOUT = "or build without CUDA kernels by SPAT_CUDA=0"
+
+
+def need(condition, message):
+    """Leave with one line where `condition` does not hold."""
+    if not condition:
+        sys.exit(f"spat_kernels cannot be built: {message}")
+
+
+def find_nvcc():
+    wish, home = os.environ.get("SPAT_CUDA", ""), os.environ.get("CUDA_HOME")
+    need(wish in ("", "0", "1"), f"SPAT_CUDA={wish}: give 0, 1, or leave it out")
+    if wish == "0":
+        return None
+    places = [f"{home}/bin"] if home else ["/usr/local/cuda/bin", *os.get_exec_path()]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    need(found or not home, f"CUDA_HOME={home}: there is no bin/nvcc: name the CUDA toolkit, unset it, {WITHOUT}")
+    need(found or wish != "1", "SPAT_CUDA=1, but there is no nvcc: name the CUDA toolkit by CUDA_HOME, or leave SPAT_CUDA out")
+    return found
+
+
+def nvcc(*arguments):
+    """What nvcc prints."""
+    try:
+        done = subprocess.run([NVCC, *arguments], capture_output=True, text=True)
+        answer, failed = done.stdout + done.stderr, done.returncode
+    except OSError as error:
+        answer, failed = str(error), True
+    reason = (answer.strip().splitlines() or ["no output"])[-1]
+    need(not failed, f"{NVCC} {' '.join(arguments)} fails ({reason}): mend it, name another toolkit by CUDA_HOME, {WITHOUT}")
+    return answer
 
 
 def gencode():
     """nvcc's flags for TORCH_CUDA_ARCH_LIST, and their short names."""
-    codes = []
-    for arch in re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS):
+    known, codes = set(re.findall(r"sm_(\d+)", nvcc("--list-gpu-code"))), []
+    default = "8.0;9.0;10.0+PTX" if "100" in known else "8.0;9.0+PTX"
+    for arch in re.findall(r"[^\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or default):
         number = arch.removesuffix("+PTX").replace(".", "")
+        need(
+            number.rstrip("af") in known,
+            f"TORCH_CUDA_ARCH_LIST: {NVCC} has no architecture {arch}: give some of "
+            f"{', '.join(f'{n[:-1]}.{n[-1]}' for n in sorted(known, key=int))}, such as {default}, {WITHOUT}",
+        )
         codes += [(number, f"sm_{number}")] + [(number, f"compute_{number}")] * arch.endswith("+PTX")
     return [f"-gencode=arch=compute_{n},code={c}" for n, c in codes], " ".join(c for _, c in codes)
 
@@ -33,7 +71,7 @@ class Build(BuildExtension):
 
     def build_extension(self, ext):
         print(f"spat_kernels: CPU kernels, and {f'CUDA {CUDA} by {NVCC}' if NVCC else 'no CUDA kernels (no nvcc found)'}")
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:  # as many as torch's build takes
+        with ThreadPoolExecutor(int(JOBS)) as pool:  # as many as torch's build takes
             ext.extra_objects += pool.map(self.compile_cuda, sorted(Path("csrc").glob("*.cu")) if NVCC else [])
         super().build_extension(ext)
 
@@ -41,22 +79,32 @@ class Build(BuildExtension):
         target = Path(self.build_temp, source.name).with_suffix(".cu.o").absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         flags = ["-O3", "-std=c++20", "-fmad=false", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
-        subprocess.check_call([NVCC, *flags, *gencode()[0], "-c", str(source), "-o", str(target)])
+        failed = subprocess.call([NVCC, *flags, *ARCHS, "-c", str(source), "-o", str(target)])
+        need(not failed, f"nvcc fails on {source}, as it says above: name another toolkit by CUDA_HOME, {WITHOUT}")
         return str(target)
 
+
+JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+need(JOBS.isdecimal() and int(JOBS), f"MAX_JOBS={JOBS}: give the number of compilers at once, at least 1, or unset it")
+releases = [tuple(map(int, re.findall(r"\d+", module.__version__)[:2])) for module in (setuptools, torch)]
+need(releases[0] >= (77, 0), f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
+need(releases[1] >= (2, 11), f"torch {torch.__version__} is too old: pip install 'torch>=2.11'")
+compiler = os.environ.get("CXX", "c++").split()[0]
+need(shutil.which(compiler), f"there is no C++ compiler {compiler}: install g++, or name one by CXX")
 
 target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000"]
 compile_args = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi", *target]
 link_args = ["-Wl,--no-as-needed", "-ltorch"]  # keeps libtorch_cuda, where there is one, within reach of the weak symbol
-if NVCC:
-    plan = subprocess.run([NVCC, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    toolkit = Path(re.search(r"_HERE_=(.*)", plan)[1]).parent  # NVCC itself may be a wrapper script
-    release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([NVCC, "--version"], text=True)).groups()
-    DEFAULT_ARCHS = "8.0;9.0;10.0+PTX" if tuple(map(int, release)) >= (12, 8) else "8.0;9.0+PTX"
-    CUDA = f"{'.'.join(release)} {gencode()[1]}"
+if NVCC := find_nvcc():
+    release = re.search(r"release (\d+)\.(\d+)", nvcc("--version"))
+    need(release, f"{NVCC} --version names no release: name a CUDA toolkit by CUDA_HOME, {WITHOUT}")
+    need(int(release[1]) >= 12, f"{NVCC} is of CUDA {release[1]}.{release[2]}: give 12.0 or later by CUDA_HOME, {WITHOUT}")
+    toolkit = Path(re.search(r"_HERE_=(.*)", nvcc("--dryrun", "-x", "cu", os.devnull))[1]).parent  # NVCC may be a wrapper script
+    ARCHS, names = gencode()
+    CUDA = f"{release[1]}.{release[2]} {names}"
     compile_args.append(f'-DSPAT_CUDA="{CUDA}"')
     link_args += [f"-L{toolkit}/lib64", f"-L{toolkit}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 extension = CppExtension("spat_kernels._C", [f for f in SOURCES if f.endswith(".cpp")], py_limited_api=True, depends=SOURCES,
                          extra_compile_args=compile_args, extra_link_args=link_args)  # fmt: skip
-setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

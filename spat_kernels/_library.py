@@ -10,7 +10,6 @@ when TRITON_INTERPRET=1) or `reference`. The default is `auto`.
 import importlib
 import importlib.util
 import os
-import warnings
 
 import torch
 import triton
@@ -25,15 +24,14 @@ served: dict[str, dict[str, str]] = {}  # op name -> dispatch key -> what serves
 
 
 def _load_compiled():
-    """The extension module, or None where the package was installed without one. A broken one raises."""
+    """The extension module; None where SPAT_KERNELS_BACKEND does without. A missing or broken one raises."""
     if BACKEND in ("triton", "reference"):
         return None
     if importlib.util.find_spec("spat_kernels._C") is None:
-        what = f"{os.path.dirname(__file__)} holds no compiled extension (_C): in a checkout, run `pip install -e .`"
-        if BACKEND == "compiled":
-            raise ImportError(f"SPAT_KERNELS_BACKEND=compiled, but {what}")
-        warnings.warn(f"{what}. Until then the slow references run", RuntimeWarning, stacklevel=2)
-        return None
+        raise ImportError(
+            f"{os.path.dirname(__file__)} is a checkout, not the installed spat_kernels, and holds no compiled extension: "
+            "leave its folder, or run `pip install -e .` in it (SPAT_KERNELS_BACKEND=reference runs the slow references)"
+        )
     return importlib.import_module("spat_kernels._C")
 
 

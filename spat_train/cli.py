@@ -4,8 +4,10 @@ import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import tyro
 
 from . import gallery, tables
@@ -119,12 +121,20 @@ COMMANDS: dict[str, Callable] = {
 
 def main() -> None:
     """Exit codes: 0 done; 1 the run cannot go on; 2 an option, the data or a checkpoint does not fit; 128 + n: signal n."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     try:
-        if sys.argv[1:2] == ["train"]:
+        if command == "--version":
+            print(f"spat_kernels {version('spat_kernels')}, torch {torch.__version__}")
+        elif command == "train":
             train(sys.argv[2:])
+        elif not command.startswith("-") and command not in COMMANDS:
+            names = ["train", *COMMANDS]
+            near = get_close_matches(command, names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"{command}: there is no such command: {hint}there are {', '.join(names)}")
         else:
             # "train" stands here for the list of commands; its options depend on the preset.
-            tyro.extras.subcommand_cli_from_dict({"train": Config} | COMMANDS, prog="spat-train")
+            tyro.extras.subcommand_cli_from_dict({"train": Config} | COMMANDS, prog="spat-train", args=[command, *sys.argv[2:]])
     except InputError as error:
         _leave(f"error: {error}", 2)
     except (TrainingError, SaveError) as error:

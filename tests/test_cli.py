@@ -151,6 +151,10 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
     assert err.startswith("spat-train: error: ") and re.search(message, err)
 
 
+def test_a_mistyped_command(monkeypatch, capsys):
+    assert "evalaute: there is no such command: did you mean evaluate? " in error(monkeypatch, capsys, "evalaute", "runs/mine")
+
+
 def test_plot_refuses(monkeypatch, capsys, tmp_path):
     assert "name at least one folder" in error(monkeypatch, capsys, "plot")
     assert "no log.jsonl there" in error(monkeypatch, capsys, "plot", tmp_path)
