@@ -210,7 +210,7 @@ def evaluate(
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz in the folder.
         bar: the name of a progress bar; None shows none.
         between: called after every attack on a batch, and before its runs and parts (to stop by an exception).
-        memory_format: of the images.
+        memory_format: of the images. A model that fails on it gets contiguous ones, which `settings` then say.
         precision, input_gradient, graph: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
 
     Raises:
@@ -221,7 +221,7 @@ def evaluate(
     checks.check_numbers(eps, eps_l2, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    classes = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
+    classes, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
     checks.check_attacks(parsed, classes, eps, eps_l2, images.image_shape)
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
@@ -232,6 +232,7 @@ def evaluate(
         "data": fingerprint(images), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
         "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
+        "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
     work = _Work(model, source or model, classes, parsed, settings, memory_format, graph)
     place = RunFolder(Path(folder) if folder is not None else None)
@@ -241,7 +242,7 @@ def evaluate(
             work.all(samples, images, rows, bar, between)
     finally:
         place.release()
-    return _collect(samples, settings, parsed, rows, images.labels[rows])
+    return _collect(samples, settings, parsed, classes, rows, images.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -318,12 +319,14 @@ def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) 
     return box & (moved.abs() <= eps + slack).all(1)
 
 
-def _collect(samples: Samples, settings: dict, attacks: dict[str, Attack], rows: Tensor, labels: Tensor) -> Evaluation:
+def _collect(
+    samples: Samples, settings: dict, attacks: dict[str, Attack], classes: int, rows: Tensor, labels: Tensor
+) -> Evaluation:
     batches = range(-(-len(rows) // settings["batch_size"]))
     records = {name: [samples.records[name, number] for number in batches] for name in attacks}
     attacked = {name: found for name, found in records.items() if name != "clean"}
     return Evaluation(
-        settings, attacks, rows, labels,
+        settings, attacks, classes, rows, labels,
         predicted={name: torch.tensor([p for r in found for p in r["predicted"]]) for name, found in records.items()},
         rechecks={
             name: Recheck(*(sum(r[key] for r in found) for key in ("adversarial", "outside", "rounded")))

@@ -9,7 +9,7 @@ import torch
 from spat_kernels import losses
 
 from .alarms import alarms as look_for_alarms
-from .alarms import rechecked
+from .alarms import beyond_chance, rechecked
 from .attacks import NAMED, parse_all
 from .checkpoints import checkpoint_file, load_model, run_config
 from .checks import check_numbers
@@ -73,7 +73,7 @@ def evaluate_command(
         graph: whether CUDA graphs replay attacks.
         device: default: cuda where there is one, else cpu.
         seed: of the random starts, and of --limit.
-        alarms: look for signs of masked gradients, on 100 of the images.
+        alarms: look for signs of masked gradients, on 100 of the images. An accuracy no better than chance is told in any case.
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz.
         out: folder for evaluation.json, report.md, report.html and samples.jsonl. Default: evaluation/ in the run, or beside the
             checkpoint.
@@ -136,9 +136,9 @@ def evaluate_command(
                 save_images=save_images,
                 **how,
             )
-            found = [rechecked(evaluation)]
+            found = [beyond_chance(evaluation), rechecked(evaluation)]
             if alarms:
-                found = [*look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how), *found]
+                found[1:1] = look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -56,6 +56,7 @@ class Evaluation:
     Attributes:
         settings: all that the results depend on but the attacks.
         attacks: by name, "clean" first.
+        classes: K.
         rows: int64 [N], which images of the data set. labels: int64 [N].
         predicted: by attack, int64 [N]: the wrong class that an image was brought to, else its label; -1 where logits were NaN.
         rechecks: by attack but "clean".
@@ -64,6 +65,7 @@ class Evaluation:
 
     settings: dict
     attacks: dict[str, Attack]
+    classes: int
     rows: Tensor
     labels: Tensor
     predicted: dict[str, Tensor]

@@ -87,7 +87,7 @@ def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
     """For the terminal."""
     raised = [alarm for alarm in found if alarm.raised]
     lines = [evaluation.table()]
-    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}" for alarm in raised]
+    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}. {alarm.meaning}" for alarm in raised]
     return "\n".join(lines)
 
 
@@ -115,9 +115,9 @@ def alarm_section(found: Sequence[Alarm]) -> list[Section]:
     rows = [("ALARM" if alarm.raised else "ok", alarm.name, _numbers(alarm), alarm.meaning) for alarm in found]
     raised = sum(alarm.raised for alarm in found)
     text = f"{raised} of {len(found)} checks raise an alarm" + (
-        ": the accuracies may not be those of a robust model." if raised else "."
+        ": the accuracies may not be what they seem." if raised else "."
     )
-    return [Section("Signs of masked gradients", text, ("", "expected", "found", "why"), rows)]
+    return [Section("Alarms", text, ("", "expected", "found", "why"), rows)]
 
 
 def recheck_section(e: Evaluation) -> Section:
