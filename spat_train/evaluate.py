@@ -57,9 +57,9 @@ def broken_by(
     clean: Tensor | None = None,
     source: nn.Module | None = None,
     classes: int = 0,
-    between: Callable[[str], object] = lambda what: None,
+    between: Callable[[str, int], object] = lambda what, done: None,
     **how,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """All runs of `attack` on a batch, each on what is not broken yet.
 
     Args:
@@ -70,26 +70,32 @@ def broken_by(
             every image, and what counts is where that ends.
         source: the model that adversarial images are made on; None is `model`.
         classes: K, where the attack goes through targets.
-        between: called before every run and every part of AutoAttack with what comes (to show it, or to stop by an exception).
+        between: called before every part of every run with what comes, and with how many parts of all runs are done (to show
+            it, or to stop by an exception).
         how: of `Attack.__call__`.
 
     Returns:
         predicted: int64 [B], the first wrong class that an image was brought to, else y.
         x_adv: like x, the image with that prediction.
+        part: int64 [B], index in `attack.parts` of what brought it there, else -1.
     """
     predicted = torch.full_like(y, -1) if clean is None else clean.clone()
     images, left = x.clone(), torch.ones_like(y, dtype=torch.bool) if clean is None else clean == y
-    runs = attack.runs(classes)
+    part, runs = torch.full_like(y, -1), attack.runs(classes)
     for run in range(runs):
-        if not left.any():
-            break
-        between(f"run {run + 1} of {runs}" if runs > 1 else "")
         generator = torch.Generator().manual_seed(seed(run))
-        x_adv = attack(source or model, x, y, eps, generator, run=run, only=left, between=between, **how)
-        predicted[left] = predict(model, x_adv[left])
-        images[left] = x_adv[left]
-        left = left & (predicted == y)
-    return predicted, images
+        stages = attack.stages(source or model, x, y, eps, generator, run=run, only=left, **how)
+        for number, name in enumerate(attack.parts):
+            if not left.any():
+                return predicted, images, part
+            shown = [f"run {run + 1} of {runs}"] * (runs > 1) + [name] * bool(name)
+            between(" ".join(shown), run * len(attack.parts) + number)
+            x_adv = next(stages)
+            predicted[left] = predict(model, x_adv[left])
+            images[left] = x_adv[left]
+            part[left & (predicted != y)] = number
+            left = left & (predicted == y)
+    return predicted, images, part
 
 
 def _always(value: int) -> Callable[[int], int]:
@@ -145,7 +151,7 @@ def accuracies(
             x, y = floats(images, batches[number] if number < len(batches) else rows[:0], device, memory_format)
             for name, attack in attacks.items():
                 if len(x):
-                    predicted, _ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
+                    predicted, *_ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
                     correct[name] += int((predicted == y).sum())
                     progress.update(len(x))
                 between()
@@ -257,29 +263,34 @@ class _Work:
 
     def all(self, samples: Samples, images, rows: Tensor, bar: str | None, between: Callable[[], object]) -> None:
         """What is not among the samples yet."""
-        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
-        total = len(rows) * len(self.attacks)
-        with tqdm(total=total, desc=bar, unit="img", disable=bar is None, mininterval=often) as progress:
+        live = sys.stderr.isatty()
+        often = 0.5 if live else 30.0  # seconds; in a file each time is a line
+        parts = {name: attack.runs(self.classes) * len(attack.parts) for name, attack in self.attacks.items()}
+        with tqdm(
+            total=len(rows) * sum(parts.values()), desc=bar, unit="img", disable=bar is None, mininterval=often
+        ) as progress:
             for number, batch in enumerate(rows.split(self.settings["batch_size"])):
                 missing = [name for name in self.attacks if (name, number) not in samples.records]
-                progress.update(len(batch) * (len(self.attacks) - len(missing)))
+                progress.update(len(batch) * sum(count for name, count in parts.items() if name not in missing))
                 if not missing:
                     continue
                 x, y = floats(images, batch, device_of(self.model), self.memory_format)
                 for name in missing:
+                    begun = progress.n
                     progress.set_postfix_str(name, refresh=False)
                     with model_draws(x.device, self.settings["seed"], name, number):
                         if name == "clean":
                             found = {"predicted": predict(self.model, x).tolist()}
                         else:
 
-                            def tell(what: str, name=name) -> None:
-                                progress.set_postfix_str(f"{name} {what}".strip())
+                            def tell(what: str, done: int, name=name, begun=begun, count=len(batch)) -> None:
+                                progress.set_postfix_str(f"{name} {what}".strip(), refresh=live)
+                                progress.update(begun + count * done - progress.n)
                                 between()
 
                             found = self.attack(samples, name, number, batch, x, y, tell)
                     samples.add({"attack": name, "batch": number} | found)
-                    progress.update(len(batch))
+                    progress.update(begun + len(batch) * parts[name] - progress.n)
                     between()
 
     def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor, between) -> dict:
@@ -287,7 +298,7 @@ class _Work:
         attack, settings = self.attacks[name], self.settings
         eps = attack.radius(settings["eps"], settings["eps_l2"])
         clean = torch.tensor(samples.records["clean", number]["predicted"], device=y.device)
-        predicted, x_adv = broken_by(
+        predicted, x_adv, part = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], name, number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
             between=between, precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
@@ -305,7 +316,7 @@ class _Work:
             "predicted": predicted.tolist(),
             "adversarial": int(broken.sum()), "outside": int(outside.sum()), "rounded": int(still.sum()),
             "examples": [{"index": at + i, "image": encoded(pixels[i])} for i in broken.nonzero()[:wanted, 0].tolist()],
-        }  # fmt: skip
+        } | ({"part": part.where(broken, -1).tolist()} if len(attack.parts) > 1 else {})  # fmt: skip
 
 
 def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) -> Tensor:
@@ -328,6 +339,10 @@ def _collect(
     return Evaluation(
         settings, attacks, classes, rows, labels,
         predicted={name: torch.tensor([p for r in found for p in r["predicted"]]) for name, found in records.items()},
+        part={
+            name: torch.tensor([p for r in found for p in r["part"]])
+            for name, found in attacked.items() if all("part" in r for r in found)
+        },
         rechecks={
             name: Recheck(*(sum(r[key] for r in found) for key in ("adversarial", "outside", "rounded")))
             for name, found in attacked.items()

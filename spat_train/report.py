@@ -18,7 +18,7 @@ import spat_kernels
 from . import files
 from .alarms import Alarm
 from .attacks import NAMED, published
-from .evaluation import WORST, Evaluation, Example
+from .evaluation import WORST, Evaluation, Example, interval, percent
 from .images import Floats, Folder, Images, floats
 
 FORMAT = "spat_train evaluation 1"
@@ -93,11 +93,9 @@ def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
 
 def accuracy_section(e: Evaluation) -> Section:
     rows = []
-    for name in (*e.attacks, WORST):
-        low, high = e.interval(name)
-        what = e.attacks[name].describe() if name in e.attacks else "broken by any of the above"
-        broken = str(int((~e.correct(name)).sum()))
-        rows.append((name, f"{e.accuracy(name):.2f}", f"{low:.2f} to {high:.2f}", broken, what))
+    for name, correct, what in e.lines():
+        low, high = interval(correct)
+        rows.append((name, f"{percent(correct):.2f}", f"{low:.2f} to {high:.2f}", str(int((~correct).sum())), what))
     wrong = "Images that the model gets wrong are attacked too." if e.settings["attack_wrong"] else (
         "Images that the model gets wrong as they are count as broken by every attack, and are not attacked."
     )  # fmt: skip
@@ -199,10 +197,9 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
         name: {"spec": attack.spec, "settings": attack.describe(), "source": NAMED.get(published(name)[0], ("", ""))[1]}
         for name, attack in e.attacks.items()
     }
-    results = {
-        name: {"accuracy": e.accuracy(name), "interval": e.interval(name), "broken": int((~e.correct(name)).sum())}
-        for name in (*e.attacks, WORST)
-    }
+    results: dict[str, dict] = {name: _result(e.correct(name)) for name in (*e.attacks, WORST)}
+    for name in e.part:
+        results[name]["after"] = {part: _result(left) for part, left in e.after(name).items()}
     content = {
         "format": FORMAT, "about": about, "settings": e.settings, "versions": versions(), "classes": list(classes),
         "attacks": attacks, "results": results, "checked": {name: vars(r) for name, r in e.rechecks.items()},
@@ -219,6 +216,10 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
     ]  # fmt: skip
     lines = ",\n  ".join(map(json.dumps, samples))  # a line for each image
     return f'{json.dumps(content, indent=1)[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'
+
+
+def _result(correct: Tensor) -> dict:
+    return {"accuracy": percent(correct), "interval": interval(correct), "broken": int((~correct).sum())}
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
