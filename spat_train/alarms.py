@@ -239,7 +239,7 @@ def beyond_chance(ran: Evaluation) -> Alarm:
     chance = 100 / ran.classes
     numbers = {"clean, %": ran.accuracy("clean"), "at least, %": low, "at most, %": high, "chance, %": chance}
     meaning = (
-        "Perhaps the network wants normalised images (--mean, --std), is another architecture than the one its weights are for, or "
+        "Perhaps the network wants normalised images (--mean, --std), is another architecture than its weights are for, or "
         "numbers the classes in another order; or these are too few images to tell."
     )
     return Alarm("clean accuracy is beyond chance", numbers, low <= chance, meaning)

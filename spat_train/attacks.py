@@ -6,6 +6,7 @@
     pgd-20:alpha=0.2:steps=50          with other settings
     pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255
 
+Names may be in capitals (AutoAttack, PGD-20, AA), and so may the values that are names (norm=L2).
 Lengths of steps are in units of eps. eps itself is the evaluation's, or given here, in the units of images in [0, 1]. Losses are
 those of `spat_kernels.losses`, each with its settings (alpha, kappa).
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 import spat_kernels
 from spat_kernels import losses, pgd
 from spat_kernels.autoattack import VERSIONS, fewest_classes
+from spat_kernels.checks import as_norm
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes
 from spat_kernels.settings import NORMS, Norm, Version
@@ -87,12 +89,19 @@ def positive(text: str) -> int:
 
 
 def choice(*choices: str) -> Callable[[str], str]:
+    """In capitals or not, but where choices differ by that alone."""
+
     def read(text: str) -> str:
-        if text not in choices:
+        found = [text] if text in choices else [each for each in choices if each.lower() == text.lower()]
+        if len(found) != 1:
             raise ValueError(f"choose one of {', '.join(choices)}")
-        return text
+        return found[0]
 
     return read
+
+
+def norm_name(text: str) -> str:
+    return choice(*NORMS)(as_norm(text))
 
 
 def loss_name(text: str) -> str:
@@ -120,7 +129,7 @@ class Attack(ABC):
     family: ClassVar[str]
 
     name: str = ""
-    norm: Norm = _setting("linf", choice(*NORMS))
+    norm: Norm = _setting("linf", norm_name)
     eps: float | None = _setting(None, number)
     restarts: int = _setting(1, positive)
 
@@ -534,6 +543,7 @@ def parse(spec: "str | Attack") -> Attack:
     if isinstance(spec, Attack):
         return spec
     name, *settings = spec.strip().split(":")
+    name = name.lower()
     name = ALIASES.get(name, name)
     kind, values = _named(name)
     given = {}

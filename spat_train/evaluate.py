@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -219,6 +220,20 @@ def evaluate(
         memory_format: of the images. A model that fails on it gets contiguous ones, which `settings` then say.
         precision, input_gradient, graph: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
 
+    In the folder, for batches of B images:
+
+        settings.json            what the results depend on, and the attacks
+        samples.jsonl            a line for each attack on each batch
+        images/ATTACK/BATCH.npz  x_adv: uint8 [B, H, W, C]; y, predicted, rows: int64 [B]
+        evaluation.json          by `spat-train evaluate`:
+            about, settings, versions, classes
+            attacks              by name: spec, settings in words, source
+            results              by name, and "worst case": accuracy and interval in percent, broken (wrong ones included);
+                                 of AutoAttack "after": the same after each of its parts
+            checked              by name: adversarial, outside, rounded (`spat_train.evaluation.Recheck`)
+            alarms               name, numbers, raised, meaning
+            samples              by image: row in the data set, label, broken_by (names), predicted (by name; -1 is NaN)
+
     Raises:
         InputError: an argument does not fit, or `folder` holds another evaluation.
         SaveError: the disk is full.
@@ -269,6 +284,12 @@ class _Work:
         with tqdm(
             total=len(rows) * sum(parts.values()), desc=bar, unit="img", disable=bar is None, mininterval=often
         ) as progress:
+
+            def show(name: str, begun: int, size: int, what: str, done: int) -> None:
+                progress.set_postfix_str(f"{name} {what}".strip(), refresh=live and bool(what))
+                progress.update(begun + size * done - progress.n)
+                between()
+
             for number, batch in enumerate(rows.split(self.settings["batch_size"])):
                 missing = [name for name in self.attacks if (name, number) not in samples.records]
                 progress.update(len(batch) * sum(count for name, count in parts.items() if name not in missing))
@@ -276,22 +297,14 @@ class _Work:
                     continue
                 x, y = floats(images, batch, device_of(self.model), self.memory_format)
                 for name in missing:
-                    begun = progress.n
-                    progress.set_postfix_str(name, refresh=False)
+                    tell = partial(show, name, progress.n, len(batch))
                     with model_draws(x.device, self.settings["seed"], name, number):
                         if name == "clean":
                             found = {"predicted": predict(self.model, x).tolist()}
                         else:
-
-                            def tell(what: str, done: int, name=name, begun=begun, count=len(batch)) -> None:
-                                progress.set_postfix_str(f"{name} {what}".strip(), refresh=live)
-                                progress.update(begun + count * done - progress.n)
-                                between()
-
                             found = self.attack(samples, name, number, batch, x, y, tell)
                     samples.add({"attack": name, "batch": number} | found)
-                    progress.update(begun + len(batch) * parts[name] - progress.n)
-                    between()
+                    tell("", parts[name])
 
     def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor, between) -> dict:
         """What became of a batch, and its adversarial images looked at again."""

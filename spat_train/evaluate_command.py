@@ -1,5 +1,8 @@
 """`spat-train evaluate`: a checkpoint, a data set and the names of attacks in; tables, alarms and a report out."""
 
+import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +22,7 @@ from .evaluate import evaluate
 from .evaluation import Options
 from .images import InputError
 from .models import import_own, is_out_of_memory
-from .report import summary, write_report
+from .report import hardware, summary, write_report
 from .signals import Stopped, StopWish
 
 
@@ -74,9 +77,10 @@ def evaluate_command(
         device: default: cuda where there is one, else cpu.
         seed: of the random starts, and of --limit.
         alarms: look for signs of masked gradients, on 100 of the images. An accuracy no better than chance is told in any case.
-        save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz.
-        out: folder for evaluation.json, report.md, report.html and samples.jsonl. Default: evaluation/ in the run, or beside the
-            checkpoint.
+        save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz: x_adv, uint8 [B, H, W, C], and
+            y, predicted and rows, int64 [B].
+        out: folder for evaluation.json (`help(spat_train.evaluate.evaluate)` says what is in it), report.md, report.html and
+            samples.jsonl. Default: evaluation/ in the run, or beside the checkpoint; with --source evaluation-from-NAME/.
     """
     config = run_config(model)
     try:
@@ -100,7 +104,7 @@ def evaluate_command(
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
     network, config = load_model(model, dataset, model_name)
     other, other_config = load_model(source, dataset, source_name) if source else (None, None)
-    out = out or (model / "evaluation" if model.is_dir() else model.with_name(f"{model.stem}-evaluation"))
+    out = out or default_folder(model, source)
     count = len(dataset.test)
     rows = torch.arange(count)
     if limit is not None and limit < count:
@@ -111,6 +115,10 @@ def evaluate_command(
     }  # fmt: skip
     if source:
         about |= {"source": str(checkpoint_file(source)), "source's network": _architecture(source_name, other_config)}
+    about |= {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "hardware": hardware(where),
+        "command": shlex.join(["spat-train", *sys.argv[1:]]),
+    }  # fmt: skip
 
     with StopWish().heard() as wish:
 
@@ -121,6 +129,7 @@ def evaluate_command(
         how: Options = {
             "eps": eps / 255, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between,
             "precision": precision, "input_gradient": input_gradient, "graph": "auto" if graph == "auto" else False,
+            "memory_format": config.memory_format if config else torch.channels_last,
         }  # fmt: skip
         network.to(where)
         other = other and other.to(where)
@@ -142,10 +151,18 @@ def evaluate_command(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(f"--batch-size {batch_size}: out of memory on {where}: lower it, in another --out") from error
+            begun = ", in another --out" if (out / "samples.jsonl").exists() else ""
+            raise InputError(f"--batch-size {batch_size}: out of memory on {where}: lower it{begun}") from error
     write_report(out, evaluation, dataset.test, dataset.classes, found, about)
     print(summary(evaluation, found))
     print(f"{out / 'report.html'} written")
+
+
+def default_folder(model: Path, source: Path | None) -> Path:
+    name = "evaluation"
+    if source:
+        name += f"-from-{source.resolve().name if source.is_dir() else source.stem}"
+    return model / name if model.is_dir() else model.with_name(f"{model.stem}-{name}")
 
 
 def _architecture(name: str | None, config: Config | None) -> str:
