@@ -103,6 +103,8 @@ def evaluate_command(
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
     network, config = load_model(model, dataset, model_name)
+    if source and not (source_name or run_config(source)):
+        raise InputError(f"--source {source}: it does not say which architecture it is: give --source-name, as --model-name")
     other, other_config = load_model(source, dataset, source_name) if source else (None, None)
     out = out or default_folder(model, source)
     count = len(dataset.test)

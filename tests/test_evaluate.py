@@ -886,6 +886,9 @@ def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
     command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options, "--model-name", "tests.test_evaluate:Features")
     told = json.loads((tmp_path / "theirs-evaluation" / "evaluation.json").read_text())
     assert told["settings"]["eps"] == 8 / 255 and told["results"]["clean"]["accuracy"] > 80
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "evaluate", a_run, *options[2:], "--source", tmp_path / "theirs.pth")
+    assert "theirs.pth: it does not say which architecture it is: give --source-name" in capsys.readouterr().err
     command(monkeypatch, "evaluate", a_run / "best.pt", *options[2:], "--out", tmp_path / "file")  # a run's knows
     assert json.loads((tmp_path / "file" / "evaluation.json").read_text())["settings"]["eps"] == EPS
 
