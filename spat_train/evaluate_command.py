@@ -76,7 +76,7 @@ def evaluate_command(
         graph: whether CUDA graphs replay attacks.
         device: default: cuda where there is one, else cpu.
         seed: of the random starts, and of --limit.
-        alarms: look for signs of masked gradients, on 100 of the images. An accuracy no better than chance is told in any case.
+        alarms: look for signs of masked gradients, on 100 of the images. Clean accuracy is compared with chance in any case.
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz: x_adv, uint8 [B, H, W, C], and
             y, predicted and rows, int64 [B].
         out: folder for evaluation.json (`help(spat_train.evaluate.evaluate)` says what is in it), report.md, report.html and

@@ -110,7 +110,7 @@ class Samples:
         files.write(folder / f"{batch:05}.npz", content.getbuffer())
 
     def close(self) -> None:
-        """And leave nothing of an evaluation that found out nothing: other settings may follow."""
+        """Close the file; without any record remove it, so that an evaluation with other settings may follow."""
         if self.file:
             with suppress(OSError):  # of a line that could not be written, which `add` has told
                 self.file.close()
@@ -124,14 +124,14 @@ def changes(before: dict, now: dict) -> list[str]:
     names = [name for name in now | before if before.get(name) != now.get(name)]
     if {"images", "seed", "data"} & set(names):  # which images are chosen follows from these
         names = [name for name in names if name != "rows"]
-    return [DIFFER.get(name) or f"{_option(name)} was {_told(name, before)}, now {_told(name, now)}" for name in names]
+    return [DIFFER.get(name) or f"{_option(name)} was {_shown(name, before)}, now {_shown(name, now)}" for name in names]
 
 
 def _option(name: str) -> str:
     return "--limit" if name == "images" else f"--{name.replace('_', '-')}"
 
 
-def _told(name: str, settings: dict) -> str:
+def _shown(name: str, settings: dict) -> str:
     value = settings.get(name)
     return f"{255 * value:.6g}" if name == "eps" and value is not None else str(value)
 

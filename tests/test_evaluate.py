@@ -34,6 +34,7 @@ from spat_train.checkpoints import load_model
 from spat_train.config import Config
 from spat_train.data import load
 from spat_train.evaluate import TEST, accuracies, evaluate, validation, wilson
+from spat_train.evaluate_command import default_folder
 from spat_train.evaluation import WORST
 from spat_train.files import SaveError
 from spat_train.images import Folder, Images, InputError, floats
@@ -867,6 +868,7 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
     command(
         monkeypatch, "evaluate", a_run, *OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "other", "--device", "cpu"
     )
+    assert default_folder(tmp_path / "a.pth", tmp_path / "b.pth") == tmp_path / "a-evaluation-from-b"
     report = (a_run / "evaluation-from-other" / "report.md").read_text()
     assert (
         not (a_run / "evaluation").exists()
