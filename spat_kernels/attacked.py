@@ -26,6 +26,7 @@ def check_settings(attack) -> None:
 
 def check_ball(attack) -> None:
     """Check norm, eps and bounds of an attack; keep the largest eps, so that no call waits for the device that eps is on."""
+    attack.norm = checks.as_norm(attack.norm)
     checks.check_choice("norm", attack.norm, NORMS)
     attack.largest_eps = checks.check_length("eps", attack.eps)
     attack.bounds = checks.check_bounds(attack.bounds)

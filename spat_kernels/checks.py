@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .balls import box
+from .settings import NORMS
 
 
 def warn(text: str) -> None:
@@ -30,6 +31,12 @@ def kind(value) -> str:
 def check_choice(name: str, value, choices) -> None:
     if value not in tuple(choices):
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def as_norm(value):
+    """ "linf" or "l2" of what other libraries call them, "Linf", "L2" and "L∞"; other values as they are."""
+    name = value.lower().replace("∞", "inf") if isinstance(value, str) else value
+    return name if name in NORMS else value
 
 
 def check_graph(value) -> None:

@@ -77,7 +77,7 @@ def alarms(
     checks.check_numbers(eps, 1.0, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    checks.check_models(model, source, images, images.labels[rows], memory_format, {})
+    _, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, {})
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
     how: Options = {
         "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,
@@ -231,6 +231,18 @@ def black_box(ran: Evaluation, transferred: Evaluation) -> Alarm:
     numbers, raised = compare(ran.correct(LONG), transferred.correct(LONG), "white box", "black box")
     meaning = "If another model's gradients break more than the model's own, its own are masked."
     return Alarm("black box is weaker than white box", numbers, raised, meaning)
+
+
+def beyond_chance(ran: Evaluation) -> Alarm:
+    """That clean images are classified better than by chance."""
+    low, high = ran.interval("clean")
+    chance = 100 / ran.classes
+    numbers = {"clean, %": ran.accuracy("clean"), "at least, %": low, "at most, %": high, "chance, %": chance}
+    meaning = (
+        "Perhaps the network wants normalised images (--mean, --std), is another architecture than its weights are for, or "
+        "numbers the classes in another order; or these are too few images to tell."
+    )
+    return Alarm("clean accuracy is beyond chance", numbers, low <= chance, meaning)
 
 
 def rechecked(ran: Evaluation) -> Alarm:

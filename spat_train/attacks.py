@@ -6,6 +6,7 @@
     pgd-20:alpha=0.2:steps=50          with other settings
     pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255
 
+Names may be in capitals (AutoAttack, PGD-20, AA), and so may the values that are names (norm=L2).
 Lengths of steps are in units of eps. eps itself is the evaluation's, or given here, in the units of images in [0, 1]. Losses are
 those of `spat_kernels.losses`, each with its settings (alpha, kappa).
 """
@@ -14,7 +15,7 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from torch import Tensor
 import spat_kernels
 from spat_kernels import losses, pgd
 from spat_kernels.autoattack import VERSIONS, fewest_classes
+from spat_kernels.checks import as_norm
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes
 from spat_kernels.settings import NORMS, Norm, Version
@@ -87,12 +89,19 @@ def positive(text: str) -> int:
 
 
 def choice(*choices: str) -> Callable[[str], str]:
+    """In capitals or not, but where choices differ by that alone."""
+
     def read(text: str) -> str:
-        if text not in choices:
+        found = [text] if text in choices else [each for each in choices if each.lower() == text.lower()]
+        if len(found) != 1:
             raise ValueError(f"choose one of {', '.join(choices)}")
-        return text
+        return found[0]
 
     return read
+
+
+def norm_name(text: str) -> str:
+    return choice(*NORMS)(as_norm(text))
 
 
 def loss_name(text: str) -> str:
@@ -118,10 +127,9 @@ class Attack(ABC):
     """
 
     family: ClassVar[str]
-    in_parts: ClassVar[bool] = False  # whether `_attack` takes `between`
 
     name: str = ""
-    norm: Norm = _setting("linf", choice(*NORMS))
+    norm: Norm = _setting("linf", norm_name)
     eps: float | None = _setting(None, number)
     restarts: int = _setting(1, positive)
 
@@ -136,6 +144,11 @@ class Attack(ABC):
     def runs(self, classes: int) -> int:
         """How many runs it is made of, for a model of so many classes."""
         return self.restarts
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what a run consists of: AutoAttack's attacks. Others are one part without a name."""
+        return ("",)
 
     @property
     def random(self) -> bool:
@@ -166,10 +179,25 @@ class Attack(ABC):
         *,
         run: int = 0,
         only: Tensor | None = None,
-        between: Callable[[str], object] = lambda part: None,
         **how: Any,
     ) -> Tensor:
-        """Adversarial images of one run.
+        """Adversarial images of one run: the last of its `stages`."""
+        *_, x_adv = self.stages(model, x, y, eps, generator, run=run, only=only, **how)
+        return x_adv
+
+    def stages(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        generator: torch.Generator,
+        *,
+        run: int = 0,
+        only: Tensor | None = None,
+        **how: Any,
+    ) -> Iterator[Tensor]:
+        """Adversarial images of one run, after each of its parts.
 
         Args:
             model: images [B, C, H, W] in [0, 1] -> logits [B, K].
@@ -179,29 +207,32 @@ class Attack(ABC):
                 draw for the images that they attack.
             run: which of `runs` it is: targets go by it.
             only: bool [B], which images to attack; None is all.
-            between: called before every part of AutoAttack, with its name.
             how: `precision`, `input_gradient`, `graph` as in `spat_kernels.PGD`.
 
-        Returns:
+        Yields:
             Tensor: like x; images that are not attacked are as they were.
         """
         draws = self._draw(x, y, eps, generator)
-        if self.in_parts:
-            how["between"] = between
         if only is None or bool(only.all()):
-            return self._attack(model, x, y, eps, draws, run, how)
-        x_adv = x.clone()
-        if bool(only.any()):
+            yield from self._stages(model, x, y, eps, draws, run, how)
+        elif bool(only.any()):
             chosen = [t[only] if isinstance(t, Tensor) else t for t in draws]
-            x_adv[only] = self._attack(model, x[only], y[only], eps, chosen, run, how)
-        return x_adv
+            for found in self._stages(model, x[only], y[only], eps, chosen, run, how):
+                x_adv = x.clone()
+                x_adv[only] = found
+                yield x_adv
+        else:
+            yield x.clone()
 
     def _draw(self, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> list:
         """What is random about a run on a whole batch: tensors with one entry per image, or others for all of them."""
         return []
 
-    @abstractmethod
+    def _stages(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, how: dict) -> Iterator[Tensor]:
+        yield self._attack(model, x, y, eps, draws, run, how)
+
     def _attack(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, how: dict) -> Tensor:
+        """What attacks of one part define; others `_stages`."""
         raise NotImplementedError
 
     @property
@@ -443,7 +474,7 @@ class Square(_Engine):
 class AutoAttack(_Engine):
     """The ensemble: `steps` of APGD and FAB, `queries` of Square."""
 
-    family, in_parts = "autoattack", True
+    family = "autoattack"
 
     version: Version = _setting("standard", choice(*VERSIONS))
     steps: int = _setting(100, positive)
@@ -453,18 +484,23 @@ class AutoAttack(_Engine):
     def least_classes(self) -> int:
         return max(map(fewest_classes, VERSIONS[self.version]))
 
-    def _attack(self, model, x, y, eps, draws, run, how):
-        between = how.pop("between")
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return VERSIONS[self.version]
+
+    def _stages(self, model, x, y, eps, draws, run, how):
         attack = spat_kernels.AutoAttack(
             eps, norm=self.norm, version=self.version, steps=self.steps, queries=self.queries, seed=draws[0], **how
         )
-        with tf32_switches("fp32", x.device.type):  # it asks what is misclassified as `evaluate` does, not by the user's TF32
-            stages = attack.stages(model, x, y)
-            found = next(stages)
-            for part in attack.attacks:
-                between(part)
-                found = next(stages)
-        return found.x_adv
+        stages = attack.stages(model, x, y)
+
+        def following() -> Tensor:
+            with tf32_switches("fp32", x.device.type):  # it asks what is misclassified as `evaluate` does, not by the user's TF32
+                return next(stages).x_adv
+
+        following()  # without an attack
+        for _ in self.parts:
+            yield following()
 
     def _describe(self):
         queries = [] if self.version == "rand" else [f"{self.queries} queries"]
@@ -507,6 +543,7 @@ def parse(spec: "str | Attack") -> Attack:
     if isinstance(spec, Attack):
         return spec
     name, *settings = spec.strip().split(":")
+    name = name.lower()
     name = ALIASES.get(name, name)
     kind, values = _named(name)
     given = {}

@@ -82,8 +82,9 @@ def check_models(
     labels: Tensor,
     memory_format: torch.memory_format,
     attacks: dict[str, Attack],
-) -> int:
-    """The number of classes, of modules in eval mode that take the images, agree on it, and that `attacks` can follow."""
+) -> tuple[int, torch.memory_format]:
+    """Of modules in eval mode that take the images, agree on their classes, and that `attacks` can follow: the number of
+    classes, and the format of images that all of them take, `memory_format` where they do."""
     classes = 0
     dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
     for name, each in (("model", model), ("source", source)):
@@ -98,7 +99,9 @@ def check_models(
         try:
             with model_draws(device_of(each), name):
                 differentiate = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
-                classes = try_on(each, images.image_shape, classes or None, memory_format, dtype, differentiate=differentiate)
+                classes, memory_format = try_on(
+                    each, images.image_shape, classes or None, memory_format, dtype, differentiate=differentiate
+                )
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
     if source is not None and device_of(source) != device_of(model):
@@ -106,7 +109,7 @@ def check_models(
     if labels.min() < 0 or labels.max() >= classes:
         wrong = int(labels.min() if labels.min() < 0 else labels.max())
         raise InputError(f"images: there is a label {wrong}, and the model has classes 0 to {classes - 1}: give those labels")
-    return classes
+    return classes, memory_format
 
 
 def check_attacks(attacks: dict[str, Attack], classes: int, eps: float, eps_l2: float, image_shape: tuple[int, int, int]) -> None:

@@ -126,6 +126,7 @@ class Config:
     graph: Literal["auto", "never"] = "auto"
     """Whether CUDA graphs replay the attack."""
     channels_last: bool = True
+    """Images and weights in that format; a model that fails on it gets contiguous ones."""
     compile: bool = False
     """torch.compile for the update."""
     sync_bn: bool = False
@@ -191,6 +192,10 @@ class Config:
     @property
     def evaluation_batch(self) -> int:
         return self.eval_batch_size or min(4 * self.batch_size, 256)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def kl_weight(self) -> float:

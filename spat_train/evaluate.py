@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,9 +58,9 @@ def broken_by(
     clean: Tensor | None = None,
     source: nn.Module | None = None,
     classes: int = 0,
-    between: Callable[[str], object] = lambda what: None,
+    between: Callable[[str, int], object] = lambda what, done: None,
     **how,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """All runs of `attack` on a batch, each on what is not broken yet.
 
     Args:
@@ -70,26 +71,32 @@ def broken_by(
             every image, and what counts is where that ends.
         source: the model that adversarial images are made on; None is `model`.
         classes: K, where the attack goes through targets.
-        between: called before every run and every part of AutoAttack with what comes (to show it, or to stop by an exception).
+        between: called before every part of every run with what comes, and with how many parts of all runs are done (to show
+            it, or to stop by an exception).
         how: of `Attack.__call__`.
 
     Returns:
         predicted: int64 [B], the first wrong class that an image was brought to, else y.
         x_adv: like x, the image with that prediction.
+        part: int64 [B], index in `attack.parts` of what brought it there, else -1.
     """
     predicted = torch.full_like(y, -1) if clean is None else clean.clone()
     images, left = x.clone(), torch.ones_like(y, dtype=torch.bool) if clean is None else clean == y
-    runs = attack.runs(classes)
+    part, runs = torch.full_like(y, -1), attack.runs(classes)
     for run in range(runs):
-        if not left.any():
-            break
-        between(f"run {run + 1} of {runs}" if runs > 1 else "")
         generator = torch.Generator().manual_seed(seed(run))
-        x_adv = attack(source or model, x, y, eps, generator, run=run, only=left, between=between, **how)
-        predicted[left] = predict(model, x_adv[left])
-        images[left] = x_adv[left]
-        left = left & (predicted == y)
-    return predicted, images
+        stages = attack.stages(source or model, x, y, eps, generator, run=run, only=left, **how)
+        for number, name in enumerate(attack.parts):
+            if not left.any():
+                return predicted, images, part
+            shown = [f"run {run + 1} of {runs}"] * (runs > 1) + [name] * bool(name)
+            between(" ".join(shown), run * len(attack.parts) + number)
+            x_adv = next(stages)
+            predicted[left] = predict(model, x_adv[left])
+            images[left] = x_adv[left]
+            part[left & (predicted != y)] = number
+            left = left & (predicted == y)
+    return predicted, images, part
 
 
 def _always(value: int) -> Callable[[int], int]:
@@ -145,7 +152,7 @@ def accuracies(
             x, y = floats(images, batches[number] if number < len(batches) else rows[:0], device, memory_format)
             for name, attack in attacks.items():
                 if len(x):
-                    predicted, _ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
+                    predicted, *_ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
                     correct[name] += int((predicted == y).sum())
                     progress.update(len(x))
                 between()
@@ -210,8 +217,22 @@ def evaluate(
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz in the folder.
         bar: the name of a progress bar; None shows none.
         between: called after every attack on a batch, and before its runs and parts (to stop by an exception).
-        memory_format: of the images.
+        memory_format: of the images. A model that fails on it gets contiguous ones, which `settings` then say.
         precision, input_gradient, graph: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
+
+    In the folder, for batches of B images:
+
+        settings.json            what the results depend on, and the attacks
+        samples.jsonl            a line for each attack on each batch
+        images/ATTACK/BATCH.npz  x_adv: uint8 [B, H, W, C]; y, predicted, rows: int64 [B]
+        evaluation.json          by `spat-train evaluate`:
+            about, settings, versions, classes
+            attacks              by name: spec, settings in words, source
+            results              by name, and "worst case": accuracy and interval in percent, broken (wrong ones included);
+                                 of AutoAttack "after": the same after each of its parts
+            checked              by name: adversarial, outside, rounded (`spat_train.evaluation.Recheck`)
+            alarms               name, numbers, raised, meaning
+            samples              by image: row in the data set, label, broken_by (names), predicted (by name; -1 is NaN)
 
     Raises:
         InputError: an argument does not fit, or `folder` holds another evaluation.
@@ -221,7 +242,7 @@ def evaluate(
     checks.check_numbers(eps, eps_l2, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
-    classes = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
+    classes, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
     checks.check_attacks(parsed, classes, eps, eps_l2, images.image_shape)
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
@@ -232,6 +253,7 @@ def evaluate(
         "data": fingerprint(images), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
         "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
+        "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
     work = _Work(model, source or model, classes, parsed, settings, memory_format, graph)
     place = RunFolder(Path(folder) if folder is not None else None)
@@ -241,7 +263,7 @@ def evaluate(
             work.all(samples, images, rows, bar, between)
     finally:
         place.release()
-    return _collect(samples, settings, parsed, rows, images.labels[rows])
+    return _collect(samples, settings, parsed, classes, rows, images.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -256,37 +278,40 @@ class _Work:
 
     def all(self, samples: Samples, images, rows: Tensor, bar: str | None, between: Callable[[], object]) -> None:
         """What is not among the samples yet."""
-        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
-        total = len(rows) * len(self.attacks)
-        with tqdm(total=total, desc=bar, unit="img", disable=bar is None, mininterval=often) as progress:
+        live = sys.stderr.isatty()
+        often = 0.5 if live else 30.0  # seconds; in a file each time is a line
+        parts = {name: attack.runs(self.classes) * len(attack.parts) for name, attack in self.attacks.items()}
+        with tqdm(
+            total=len(rows) * sum(parts.values()), desc=bar, unit="img", disable=bar is None, mininterval=often
+        ) as progress:
+
+            def show(name: str, begun: int, size: int, what: str, done: int) -> None:
+                progress.set_postfix_str(f"{name} {what}".strip(), refresh=live and bool(what))
+                progress.update(begun + size * done - progress.n)
+                between()
+
             for number, batch in enumerate(rows.split(self.settings["batch_size"])):
                 missing = [name for name in self.attacks if (name, number) not in samples.records]
-                progress.update(len(batch) * (len(self.attacks) - len(missing)))
+                progress.update(len(batch) * sum(count for name, count in parts.items() if name not in missing))
                 if not missing:
                     continue
                 x, y = floats(images, batch, device_of(self.model), self.memory_format)
                 for name in missing:
-                    progress.set_postfix_str(name, refresh=False)
+                    tell = partial(show, name, progress.n, len(batch))
                     with model_draws(x.device, self.settings["seed"], name, number):
                         if name == "clean":
                             found = {"predicted": predict(self.model, x).tolist()}
                         else:
-
-                            def tell(what: str, name=name) -> None:
-                                progress.set_postfix_str(f"{name} {what}".strip())
-                                between()
-
                             found = self.attack(samples, name, number, batch, x, y, tell)
                     samples.add({"attack": name, "batch": number} | found)
-                    progress.update(len(batch))
-                    between()
+                    tell("", parts[name])
 
     def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor, between) -> dict:
         """What became of a batch, and its adversarial images looked at again."""
         attack, settings = self.attacks[name], self.settings
         eps = attack.radius(settings["eps"], settings["eps_l2"])
         clean = torch.tensor(samples.records["clean", number]["predicted"], device=y.device)
-        predicted, x_adv = broken_by(
+        predicted, x_adv, part = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], name, number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
             between=between, precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
@@ -304,7 +329,7 @@ class _Work:
             "predicted": predicted.tolist(),
             "adversarial": int(broken.sum()), "outside": int(outside.sum()), "rounded": int(still.sum()),
             "examples": [{"index": at + i, "image": encoded(pixels[i])} for i in broken.nonzero()[:wanted, 0].tolist()],
-        }  # fmt: skip
+        } | ({"part": part.where(broken, -1).tolist()} if len(attack.parts) > 1 else {})  # fmt: skip
 
 
 def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) -> Tensor:
@@ -318,13 +343,19 @@ def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) 
     return box & (moved.abs() <= eps + slack).all(1)
 
 
-def _collect(samples: Samples, settings: dict, attacks: dict[str, Attack], rows: Tensor, labels: Tensor) -> Evaluation:
+def _collect(
+    samples: Samples, settings: dict, attacks: dict[str, Attack], classes: int, rows: Tensor, labels: Tensor
+) -> Evaluation:
     batches = range(-(-len(rows) // settings["batch_size"]))
     records = {name: [samples.records[name, number] for number in batches] for name in attacks}
     attacked = {name: found for name, found in records.items() if name != "clean"}
     return Evaluation(
-        settings, attacks, rows, labels,
+        settings, attacks, classes, rows, labels,
         predicted={name: torch.tensor([p for r in found for p in r["predicted"]]) for name, found in records.items()},
+        part={
+            name: torch.tensor([p for r in found for p in r["part"]])
+            for name, found in attacked.items() if all("part" in r for r in found)
+        },
         rechecks={
             name: Recheck(*(sum(r[key] for r in found) for key in ("adversarial", "outside", "rounded")))
             for name, found in attacked.items()

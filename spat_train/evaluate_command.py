@@ -1,5 +1,8 @@
 """`spat-train evaluate`: a checkpoint, a data set and the names of attacks in; tables, alarms and a report out."""
 
+import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +12,7 @@ import torch
 from spat_kernels import losses
 
 from .alarms import alarms as look_for_alarms
-from .alarms import rechecked
+from .alarms import beyond_chance, rechecked
 from .attacks import NAMED, parse_all
 from .checkpoints import checkpoint_file, load_model, run_config
 from .checks import check_numbers
@@ -19,7 +22,7 @@ from .evaluate import evaluate
 from .evaluation import Options
 from .images import InputError
 from .models import import_own, is_out_of_memory
-from .report import summary, write_report
+from .report import hardware, summary, write_report
 from .signals import Stopped, StopWish
 
 
@@ -73,10 +76,11 @@ def evaluate_command(
         graph: whether CUDA graphs replay attacks.
         device: default: cuda where there is one, else cpu.
         seed: of the random starts, and of --limit.
-        alarms: look for signs of masked gradients, on 100 of the images.
-        save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz.
-        out: folder for evaluation.json, report.md, report.html and samples.jsonl. Default: evaluation/ in the run, or beside the
-            checkpoint.
+        alarms: look for signs of masked gradients, on 100 of the images. Clean accuracy is compared with chance in any case.
+        save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz: x_adv, uint8 [B, H, W, C], and
+            y, predicted and rows, int64 [B].
+        out: folder for evaluation.json (`help(spat_train.evaluate.evaluate)` says what is in it), report.md, report.html and
+            samples.jsonl. Default: evaluation/ in the run, or beside the checkpoint; with --source evaluation-from-NAME/.
     """
     config = run_config(model)
     try:
@@ -99,8 +103,10 @@ def evaluate_command(
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
     network, config = load_model(model, dataset, model_name)
+    if source and not (source_name or run_config(source)):
+        raise InputError(f"--source {source}: it does not say which architecture it is: give --source-name, as --model-name")
     other, other_config = load_model(source, dataset, source_name) if source else (None, None)
-    out = out or (model / "evaluation" if model.is_dir() else model.with_name(f"{model.stem}-evaluation"))
+    out = out or default_folder(model, source)
     count = len(dataset.test)
     rows = torch.arange(count)
     if limit is not None and limit < count:
@@ -111,6 +117,10 @@ def evaluate_command(
     }  # fmt: skip
     if source:
         about |= {"source": str(checkpoint_file(source)), "source's network": _architecture(source_name, other_config)}
+    about |= {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "hardware": hardware(where),
+        "command": shlex.join(["spat-train", *sys.argv[1:]]),
+    }  # fmt: skip
 
     with StopWish().heard() as wish:
 
@@ -121,6 +131,7 @@ def evaluate_command(
         how: Options = {
             "eps": eps / 255, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between,
             "precision": precision, "input_gradient": input_gradient, "graph": "auto" if graph == "auto" else False,
+            "memory_format": config.memory_format if config else torch.channels_last,
         }  # fmt: skip
         network.to(where)
         other = other and other.to(where)
@@ -136,16 +147,24 @@ def evaluate_command(
                 save_images=save_images,
                 **how,
             )
-            found = [rechecked(evaluation)]
+            found = [beyond_chance(evaluation), rechecked(evaluation)]
             if alarms:
-                found = [*look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how), *found]
+                found[1:1] = look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(f"--batch-size {batch_size}: out of memory on {where}: lower it, in another --out") from error
+            begun = ", in another --out" if (out / "samples.jsonl").exists() else ""
+            raise InputError(f"--batch-size {batch_size}: out of memory on {where}: lower it{begun}") from error
     write_report(out, evaluation, dataset.test, dataset.classes, found, about)
     print(summary(evaluation, found))
     print(f"{out / 'report.html'} written")
+
+
+def default_folder(model: Path, source: Path | None) -> Path:
+    name = "evaluation"
+    if source:
+        name += f"-from-{source.resolve().name if source.is_dir() else source.stem}"
+    return model / name if model.is_dir() else model.with_name(f"{model.stem}-{name}")
 
 
 def _architecture(name: str | None, config: Config | None) -> str:

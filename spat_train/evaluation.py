@@ -56,17 +56,21 @@ class Evaluation:
     Attributes:
         settings: all that the results depend on but the attacks.
         attacks: by name, "clean" first.
+        classes: K.
         rows: int64 [N], which images of the data set. labels: int64 [N].
         predicted: by attack, int64 [N]: the wrong class that an image was brought to, else its label; -1 where logits were NaN.
+        part: by attack that has several (`Attack.parts`: AutoAttack's), int64 [N]: the index of what broke an image, else -1.
         rechecks: by attack but "clean".
         examples: by attack, the first images that were right and that it broke.
     """
 
     settings: dict
     attacks: dict[str, Attack]
+    classes: int
     rows: Tensor
     labels: Tensor
     predicted: dict[str, Tensor]
+    part: dict[str, Tensor]
     rechecks: dict[str, Recheck] = field(default_factory=dict)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     folder: Path | None = None
@@ -80,14 +84,18 @@ class Evaluation:
             return torch.stack([self.correct(each) for each in self.attacks]).all(0)
         return self.predicted[name] == self.labels
 
+    def after(self, name: str) -> dict[str, Tensor]:
+        """By part of the attack, bool [N]: right before it, and not broken up to that part. {} where it has but one."""
+        right, by = self.correct("clean"), self.part.get(name)
+        return {} if by is None else {p: right & ((by < 0) | (by > k)) for k, p in enumerate(self.attacks[name].parts)}
+
     def accuracy(self, name: str) -> float:
         """In percent."""
-        return 100 * int(self.correct(name).sum()) / len(self)
+        return percent(self.correct(name))
 
     def interval(self, name: str) -> tuple[float, float]:
         """Wilson's 95 % interval of the accuracy, in percent."""
-        low, high = wilson(int(self.correct(name).sum()), len(self))
-        return 100 * low, 100 * high
+        return interval(self.correct(name))
 
     def worst_case(self) -> float:
         """Percent of the images that no attack broke."""
@@ -95,13 +103,33 @@ class Evaluation:
 
     def table(self) -> str:
         """Attacks down: accuracy and its interval in percent."""
-        names = [*self.attacks, WORST]
-        width = max(map(len, ["accuracy, %", *names]))
+        width = max(len(name) for name, _, _ in [("accuracy, %", "", None), *self.lines()])
         lines = [f"{'accuracy, %':<{width}}           95 % interval"]
-        for name in names:
-            low, high = self.interval(name)
-            lines.append(f"{name:<{width}}  {self.accuracy(name):6.2f}   {low:6.2f} to {high:6.2f}")
+        for name, correct, _ in self.lines():
+            low, high = interval(correct)
+            lines.append(f"{name:<{width}}  {percent(correct):6.2f}   {low:6.2f} to {high:6.2f}")
         return "\n".join(lines)
+
+    def lines(self) -> list[tuple[str, Tensor, str]]:
+        """What a table has: attacks, the parts of those that have several below them, the worst case; each with its `correct`,
+        and what it is."""
+        found = []
+        for name, attack in self.attacks.items():
+            found.append((name, self.correct(name), attack.describe()))
+            for number, (part, left) in enumerate(self.after(name).items()):
+                found.append((f"  after {part}", left, f"{part} broke {int((self.part[name] == number).sum())}"))
+        return [*found, (WORST, self.correct(WORST), "broken by any of the above")]
+
+
+def percent(correct: Tensor) -> float:
+    """Of bool [N]."""
+    return 100 * int(correct.sum()) / len(correct)
+
+
+def interval(correct: Tensor) -> tuple[float, float]:
+    """Wilson's 95 % interval of `percent`."""
+    low, high = wilson(int(correct.sum()), len(correct))
+    return 100 * low, 100 * high
 
 
 def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:

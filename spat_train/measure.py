@@ -118,7 +118,7 @@ def measured(
             found = evaluate(
                 subject.model, images.dataset.test, attacks, eps=eps, source=source, attack_wrong=attack_wrong,
                 rows=images.rows, seed=options.seed, batch_size=options.eval_batch_size, folder=folder, bar=subject.name,
-                between=between,
+                between=between, memory_format=subject.run.config.memory_format,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -352,14 +352,28 @@ def try_on(
     dtype: torch.dtype = torch.float32,
     *,
     differentiate: bool = False,
-) -> int:
-    """The number of classes, from two images of `dtype` through `model`, in the mode and on the device that it is in.
+) -> tuple[int, torch.memory_format]:
+    """Two images of `dtype` through `model`, in the mode and on the device that it is in.
+
+    Returns:
+        tuple: the number of classes, and the format of the images that the model takes: `memory_format`, or contiguous where
+            it fails on that one, as code with `x.view(B, -1)` on a feature map does.
 
     Raises:
         ValueError: it does not take such images, or does not return logits of `num_classes` (None: of two or more); or, where
             it is to `differentiate` them, cannot.
     """
-    x = torch.zeros(2, *image_shape, device=device_of(model), dtype=dtype).to(memory_format=memory_format)
+    x = torch.zeros(2, *image_shape, device=device_of(model), dtype=dtype)
+    try:
+        return _classes(model, x.to(memory_format=memory_format), num_classes, differentiate), memory_format
+    except ValueError:
+        if memory_format == torch.contiguous_format:
+            raise
+    return _classes(model, x, num_classes, differentiate), torch.contiguous_format
+
+
+def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate: bool) -> int:
+    """What `try_on` tries."""
     lazy = any(map(is_lazy, [*model.parameters(), *model.buffers()]))  # then this makes its weights
     try:
         with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"):
@@ -367,7 +381,7 @@ def try_on(
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        raise ValueError(f"it does not take images {list(image_shape)}: {_first_line(error)}") from error
+        raise ValueError(f"it does not take images {list(x.shape[1:])}: {_first_line(error)}") from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if isinstance(found, str) or len(found) != 2 or found[0] != 2 or found[1] < 2 or found[1] != (num_classes or found[1]):
         told = list(found) if isinstance(found, tuple) else found

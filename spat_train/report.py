@@ -18,19 +18,21 @@ import spat_kernels
 from . import files
 from .alarms import Alarm
 from .attacks import NAMED, published
-from .evaluation import WORST, Evaluation, Example
+from .evaluation import WORST, Evaluation, Example, interval, percent
 from .images import Floats, Folder, Images, floats
 
 FORMAT = "spat_train evaluation 1"
 STYLE = """
-body { font: 15px/1.5 sans-serif; color: #222; max-width: 70em; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 sans-serif; color: #222; max-width: 70em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; overflow-wrap: normal; }
+pre { white-space: pre-wrap; background: #f5f5f5; padding: .5em .8em; }
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { text-align: left; padding: .25em .8em; border-bottom: 1px solid #ddd; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .ALARM { color: #fff; background: #b3261e; padding: 0 .4em; font-weight: bold; }
 figure { display: inline-block; margin: .5em 1.5em .5em 0; }
 figcaption { font-size: 13px; color: #555; }
-img { width: 112px; height: 112px; image-rendering: pixelated; border: 1px solid #ddd; }
+img { width: min(112px, 28vw); height: min(112px, 28vw); image-rendering: pixelated; border: 1px solid #ddd; }
 """
 
 
@@ -45,8 +47,9 @@ HASHES = {
 class Section(NamedTuple):
     title: str
     text: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    header: tuple[str, ...] = ()
+    rows: Sequence[tuple[str, ...]] = ()
+    code: str = ""
 
 
 def write_report(
@@ -62,7 +65,7 @@ def write_report(
     Args:
         images: those that were evaluated. classes: the names of the K classes.
         found: what `alarms` returned.
-        about: what the report says of the model and the data.
+        about: what the report says of the model, the data and the machine; `command` is what was typed.
 
     Raises:
         SaveError: the disk is full.
@@ -74,6 +77,7 @@ def write_report(
         *alarm_section(found),
         recheck_section(evaluation),
         settings_section(evaluation, about),
+        *([Section("Command", "", code=about["command"])] if "command" in about else []),
     ]
     files.write(folder / "evaluation.json", to_json(evaluation, classes, found, about).encode())
     files.write(folder / "report.md", markdown(title, sections).encode())
@@ -87,17 +91,15 @@ def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
     """For the terminal."""
     raised = [alarm for alarm in found if alarm.raised]
     lines = [evaluation.table()]
-    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}" for alarm in raised]
+    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}. {alarm.meaning}" for alarm in raised]
     return "\n".join(lines)
 
 
 def accuracy_section(e: Evaluation) -> Section:
     rows = []
-    for name in (*e.attacks, WORST):
-        low, high = e.interval(name)
-        what = e.attacks[name].describe() if name in e.attacks else "broken by any of the above"
-        broken = str(int((~e.correct(name)).sum()))
-        rows.append((name, f"{e.accuracy(name):.2f}", f"{low:.2f} to {high:.2f}", broken, what))
+    for name, correct, what in e.lines():
+        low, high = interval(correct)
+        rows.append((name, f"{percent(correct):.2f}", f"{low:.2f} to {high:.2f}", str(int((~correct).sum())), what))
     wrong = "Images that the model gets wrong are attacked too." if e.settings["attack_wrong"] else (
         "Images that the model gets wrong as they are count as broken by every attack, and are not attacked."
     )  # fmt: skip
@@ -114,10 +116,8 @@ def alarm_section(found: Sequence[Alarm]) -> list[Section]:
         return []
     rows = [("ALARM" if alarm.raised else "ok", alarm.name, _numbers(alarm), alarm.meaning) for alarm in found]
     raised = sum(alarm.raised for alarm in found)
-    text = f"{raised} of {len(found)} checks raise an alarm" + (
-        ": the accuracies may not be those of a robust model." if raised else "."
-    )
-    return [Section("Signs of masked gradients", text, ("", "expected", "found", "why"), rows)]
+    text = f"{raised} of {len(found)} checks raise an alarm" + (": the accuracies may not be what they seem." if raised else ".")
+    return [Section("Alarms", text, ("", "expected", "found", "why"), rows)]
 
 
 def recheck_section(e: Evaluation) -> Section:
@@ -131,13 +131,22 @@ def recheck_section(e: Evaluation) -> Section:
 
 def settings_section(e: Evaluation, about: dict[str, str]) -> Section:
     told = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
-    values = about | {HASHES.get(name, name): value for name, value in told.items()} | versions()
+    values = {name: value for name, value in about.items() if name != "command"}
+    values |= {HASHES.get(name, name): value for name, value in told.items()} | versions()
     return Section("Settings", "", ("", ""), [(name, str(value)) for name, value in values.items()])
 
 
 def versions() -> dict[str, str]:
     config = spat_kernels.config()
     return {"spat_kernels": config["version"], "torch": config["torch"], "python": platform.python_version()}
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 
 def _length(eps: float) -> str:
@@ -199,10 +208,9 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
         name: {"spec": attack.spec, "settings": attack.describe(), "source": NAMED.get(published(name)[0], ("", ""))[1]}
         for name, attack in e.attacks.items()
     }
-    results = {
-        name: {"accuracy": e.accuracy(name), "interval": e.interval(name), "broken": int((~e.correct(name)).sum())}
-        for name in (*e.attacks, WORST)
-    }
+    results: dict[str, dict] = {name: _result(e.correct(name)) for name in (*e.attacks, WORST)}
+    for name in e.part:
+        results[name]["after"] = {part: _result(left) for part, left in e.after(name).items()}
     content = {
         "format": FORMAT, "about": about, "settings": e.settings, "versions": versions(), "classes": list(classes),
         "attacks": attacks, "results": results, "checked": {name: vars(r) for name, r in e.rechecks.items()},
@@ -221,6 +229,10 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
     return f'{json.dumps(content, indent=1)[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'
 
 
+def _result(correct: Tensor) -> dict:
+    return {"accuracy": percent(correct), "interval": interval(correct), "broken": int((~correct).sum())}
+
+
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
     """JSON knows no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -229,9 +241,10 @@ def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
 def markdown(title: str, sections: Sequence[Section]) -> str:
     lines = [f"# {title}"]
     for section in sections:
-        cells = [section.header, ("---",) * len(section.header), *section.rows]
-        rows = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
-        lines += ["", f"## {section.title}", "", *([section.text, ""] if section.text else []), *rows]
+        lines += ["", f"## {section.title}", "", *([section.text, ""] if section.text else [])]
+        cells = [section.header, ("---",) * len(section.header), *section.rows] if section.rows else []
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+        lines += ["```", section.code, "```"] if section.code else []
     return "\n".join(lines) + "\n"
 
 
@@ -242,11 +255,13 @@ def web_page(title: str, sections: Sequence[Section], shown: Sequence[Picture]) 
         parts += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.text)}</p>" if section.text else ""]
         header = "".join(f"<th>{html.escape(cell)}</th>" for cell in section.header)
         rows = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in section.rows)
-        parts.append(f"<table>\n<tr>{header}</tr>\n{rows}\n</table>")
+        parts += [f'<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>'] if section.rows else []
+        parts += [f"<pre>{html.escape(section.code)}</pre>"] if section.code else []
         if section.title == "Accuracy":
             parts += _gallery(shown)
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
+    phones = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">\n{phones}\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 

@@ -18,6 +18,11 @@ from .files import SaveError
 from .images import InputError
 
 FORMAT = "spat_train evaluation 1"
+DIFFER = {  # settings whose values say nothing to a reader
+    "format": "another version made it", "weights": "the model's weights differ", "source_weights": "--source differs",
+    "data": "the images or labels of --data differ", "rows": "the chosen images differ",
+    "memory_format": "the memory format differs",
+}  # fmt: skip
 
 
 class Samples:
@@ -60,12 +65,11 @@ class Samples:
             before, known = content["settings"], content["attacks"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
-        changed = [f"{n}: {before.get(n)} -> {settings.get(n)}" for n in settings | before if before.get(n) != settings.get(n)]
-        changed += [f"attack {n}: {known[n]} -> {what}" for n, what in attacks.items() if known.get(n, what) != what]
+        changed = changes(before, settings)
+        changed += [f"attack {n} was {known[n]}, now {what}" for n, what in attacks.items() if known.get(n, what) != what]
         if changed:
             raise InputError(
-                f"--out {path.parent}: it holds an evaluation with other settings ({'; '.join(changed)}): give the same, or "
-                "choose another --out"
+                f"--out {path.parent}: it holds another evaluation ({'; '.join(changed)}): give the same, or choose another --out"
             )
         return known
 
@@ -106,9 +110,30 @@ class Samples:
         files.write(folder / f"{batch:05}.npz", content.getbuffer())
 
     def close(self) -> None:
+        """Close the file; without any record remove it, so that an evaluation with other settings may follow."""
         if self.file:
             with suppress(OSError):  # of a line that could not be written, which `add` has told
                 self.file.close()
+            if not self.records:
+                self.path.unlink(missing_ok=True)
+                self.path.with_name("settings.json").unlink(missing_ok=True)
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """How settings differ, by the options of `spat-train evaluate`."""
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    if {"images", "seed", "data"} & set(names):  # which images are chosen follows from these
+        names = [name for name in names if name != "rows"]
+    return [DIFFER.get(name) or f"{_option(name)} was {_shown(name, before)}, now {_shown(name, now)}" for name in names]
+
+
+def _option(name: str) -> str:
+    return "--limit" if name == "images" else f"--{name.replace('_', '-')}"
+
+
+def _shown(name: str, settings: dict) -> str:
+    value = settings.get(name)
+    return f"{255 * value:.6g}" if name == "eps" and value is not None else str(value)
 
 
 def file_name(attack: str) -> str:

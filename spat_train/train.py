@@ -101,8 +101,8 @@ class Run:
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         saved = self.find_saved()
         self.dataset, self.extra = processes.in_turn(lambda: self.load(dataset))
-        self.make_loader()
         self.make_model()
+        self.make_loader()
         self.progress = Progress()
         self.log: Log | None = None
         self.pending: tuple | None = None  # what `settle` reads of the last step
@@ -175,19 +175,17 @@ class Run:
         if self.world.rank:
             seed_generators(config.seed + self.world.rank)  # from here on for dropout and its like
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.config.channels_last else torch.contiguous_format
-
     def try_model(self, shape: tuple[int, int, int], classes: int) -> None:
         """Two images through the model, so that one that does not fit them says so before any work."""
         if not any(p.requires_grad for p in self.model.parameters()):
             raise InputError(f"--model {self.config.model}: it has no parameter to train")
         self.model.eval()
         try:
-            try_on(self.model, shape, classes, self.memory_format, differentiate=True)
+            _, self.memory_format = try_on(self.model, shape, classes, self.config.memory_format, differentiate=True)
         except ValueError as error:
             raise InputError(f"--model {self.config.model}: for {self.config.data}, {error}") from error
+        if self.memory_format != self.config.memory_format and self.world.main:
+            print(f"spat-train: --model {self.config.model} fails on channels_last: it gets contiguous images", file=sys.stderr)
         self.model.train()
 
     @property

@@ -180,6 +180,15 @@ def test_bad_settings(settings, message):
         AutoAttack(**({"eps": 0.1} | settings))
 
 
+@pytest.mark.parametrize("kind", [sk.PGD, APGD, FAB, Square, AutoAttack])
+def test_norms_as_other_libraries_write_them(kind):
+    for written, norm in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf"), ("LINF", "linf"), ("l2", "l2")):
+        assert kind(0.1, norm=written).norm == norm
+    for written in ("L1", "inf", 2, float("inf"), None, ["l2"]):
+        with pytest.raises(ValueError, match=r"norm=.*: choose one of 'linf', 'l2'$"):
+            kind(0.1, norm=written)
+
+
 def test_bad_calls():
     model, (x, y) = cnn().eval(), batch()
     for call, message in [

@@ -1,13 +1,16 @@
 """Evaluations: attacks with the settings of their sources, the truth about every image, files that any kill leaves whole."""
 
 import base64
+import html
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from multiprocessing import connection
@@ -25,17 +28,19 @@ pytest.importorskip("tqdm")
 import spat_kernels
 from spat_train import attacks as registry
 from spat_train import evaluate as module
-from spat_train.alarms import rechecked
+from spat_train.alarms import alarms, rechecked
 from spat_train.attacks import NAMED, Attack, parse, parse_all
 from spat_train.checkpoints import load_model
 from spat_train.config import Config
 from spat_train.data import load
 from spat_train.evaluate import TEST, accuracies, evaluate, validation, wilson
+from spat_train.evaluate_command import default_folder
 from spat_train.evaluation import WORST
 from spat_train.files import SaveError
 from spat_train.images import Folder, Images, InputError, floats
 from spat_train.randomness import derived_seed
 from spat_train.samples import file_name
+from spat_train.train import train
 from tests.test_train import on_one_thread, processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,6 +132,11 @@ def test_the_grammar():
     assert (twenty.restarts, twenty.steps, twenty.name) == (20, 40, "pgd-40x20")
     assert parse("pgd-40-least-likely").target == "least-likely" and parse("pgd-40-random").target == "random"
     assert parse("pgd-7-allx2").runs(10) == 18 and parse("aa").name == "autoattack" and parse("autoattack-rand").version == "rand"
+    for name, plain in (("AA", "autoattack"), ("AutoAttack", "autoattack"), ("PGD-40X20", "pgd-40x20"), ("APGD-T", "apgd-t")):
+        assert parse(name) == parse(plain) and parse(name).name == plain
+    for norm, plain in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf")):
+        assert parse(f"pgd:norm={norm}").norm == plain
+    assert parse("pgd:loss=CE:start=Clean").spec == "pgd:start=clean" and parse("AA:version=Rand").version == "rand"
     assert list(parse_all("pgd-20,fgsm")) == ["clean", "pgd-20", "fgsm"] and list(parse_all(["clean"])) == ["clean"]
     for name in NAMED:
         attack = parse(name + ":alpha=0.1" * (name == "pgd-ls-20"))
@@ -140,6 +150,7 @@ def test_the_grammar():
     [
         ("pgd-21", r"attack pgd-21: there is none \(did you mean pgd-20"),
         ("autoatack", "did you mean autoattack"),
+        ("Auto-Attack", "did you mean autoattack"),
         ("", "there is none: see spat-train attacks"),
         ("fgsmm", "did you mean fgsm"),
         ("pgd-20-most-likely", "there is none"),
@@ -221,6 +232,48 @@ def test_the_trainer_uses_the_same_attacks():
 
 
 # ---- the truth about every image
+
+
+def test_autoattack_by_parts(monkeypatch, capsys):
+    """What each broke, by its own record, batch for batch; and a bar that moves with them."""
+    seen = []
+
+    class Bar(module.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append((self.postfix, self.n))
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    model, (x, y) = fitted(), digits(120)
+    name = "autoattack:steps=2:queries=60"
+    found = quiet(model, (x, y), f"fgsm,{name},pgd-7x3", batch_size=50, eps=0.12, bar="bar")
+    parts = [(f"{name} {part}", 100 + 50 * i) for i, part in enumerate(("apgd-ce", "apgd-t", "fab-t", "square"))]
+    at = seen.index(parts[0])
+    runs = [(f"pgd-7x3 run {run} of 3", 250 + 50 * run) for run in (1, 2, 3)]
+    assert seen[at : at + 9] == [*parts, (name, 300), *runs, ("pgd-7x3", 450)]
+    assert seen[-1] == ("pgd-7x3", 120 * 9) and "1080/1080" in capsys.readouterr().err
+    expected = []
+    for number, rows in enumerate(torch.arange(120).split(50)):
+        generator = torch.Generator().manual_seed(derived_seed(0, name, number, 0))
+        keep = (model(x[rows]).argmax(1) == y[rows]).nonzero()[:, 0]
+        seed = int(torch.randint(2**31 - 1, (), generator=generator))
+        run = spat_kernels.AutoAttack(0.12, steps=2, queries=60, seed=seed, precision="fp32")
+        by = torch.full((len(rows),), -1)
+        by[keep] = run.run(model, x[rows][keep], y[rows][keep]).broken_by.sub(1).clamp(min=-1)
+        expected.append(by)
+    expected = torch.cat(expected)
+    assert torch.equal(found.part[name], expected) and found.part.keys() == {name}
+    after = found.after(name)
+    assert list(after) == ["apgd-ce", "apgd-t", "fab-t", "square"] and len(expected.unique()) > 3, "several broke some"
+    right = found.correct("clean")
+    for number, left in enumerate(after.values()):
+        assert torch.equal(left, right & ~((expected >= 0) & (expected <= number)))
+    assert torch.equal(left, found.correct(name)) and found.after("fgsm") == {}
+    lines = found.table().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(name))
+    assert [line.split()[:3] for line in lines[at + 1 : at + 5]] == [
+        ["after", part, f"{100 * int(left.sum()) / 120:.2f}"] for part, left in after.items()
+    ]
 
 
 def brute_force(model, source, x, y, attack, eps, seed, batch_size) -> torch.Tensor:
@@ -323,6 +376,45 @@ def test_nothing_else_is_changed():
     assert torch.equal(x, copies[0]) and torch.equal(y, copies[1]) and not model.training
     assert not model.features.weight.requires_grad and bool((model.classifier.weight.grad == 1).all())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+class Maps(nn.Module):
+    """Convolutions, and the map of the last one as a vector by `view`, which takes contiguous ones alone."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.maps = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        self.classifier = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = self.maps(x)
+        return self.classifier(x.view(len(x), -1))
+
+
+def test_models_that_take_contiguous_images_alone(tmp_path):
+    model, reshaped = Maps().eval(), Maps().eval()
+    reshaped.load_state_dict(model.state_dict())
+    reshaped.forward = lambda x: reshaped.classifier(reshaped.maps(x).flatten(1))
+    names, images = "fgsm,square:queries=5,autoattack:steps=2:queries=5", digits(40)
+    found, expected = quiet(model, images, names), quiet(reshaped, images, names, memory_format=torch.contiguous_format)
+    assert all(torch.equal(found.predicted[name], expected.predicted[name]) for name in found.attacks)
+    formats = [quiet(reshaped, images, "fgsm", source=source).settings["memory_format"] for source in (None, model)]
+    assert found.settings["memory_format"] == "contiguous" and formats == [None, "contiguous"]
+    assert len(alarms(model, images, eps=EPS, bar=None)) > 10
+    with pytest.raises(InputError, match=r"model: it does not take images \[1, 9, 9\]"):
+        quiet(model, (torch.rand(4, 1, 9, 9), torch.arange(4)), "fgsm")
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_run_of_such_a_model(tmp_path, monkeypatch, capsys, channels_last):
+    config = Config(
+        data="digits", model="tests.test_evaluate:Maps", method="fgsm", limit=100, epochs=1, milestones=(1,), device="cpu",
+        test=False, tensorboard=False, channels_last=channels_last, out=tmp_path / "run",
+    )  # fmt: skip
+    train(config)
+    assert ("fails on channels_last: it gets contiguous images" in capsys.readouterr().err) is channels_last
+    command(monkeypatch, "evaluate", tmp_path / "run", "--attacks", "fgsm", "--limit", 20, "--no-alarms", "--device", "cpu")
+    assert "| memory format | contiguous |" in (tmp_path / "run" / "evaluation" / "report.md").read_text()
 
 
 def test_images_as_they_come():
@@ -440,7 +532,7 @@ def test_saved_images(tmp_path):
 # ---- interruptions
 
 
-ATTACKS = "fgsm,pgd-10x3,pgd-7-random,square:queries=10"
+ATTACKS = "fgsm,pgd-10x3,pgd-7-random,AutoAttack:steps=2:queries=10"
 
 
 def work(folder: Path, between=lambda: None):
@@ -487,6 +579,8 @@ def test_killed_and_called_again_it_ends_with_the_same_files(tmp_path):
     again = work(tmp_path / "killed")
     assert contents(tmp_path / "killed") == expected
     assert all(torch.equal(again.predicted[name], found.predicted[name]) for name in found.attacks)
+    ((name, part),) = found.part.items()
+    assert torch.equal(again.part[name], part) and int((part >= 0).sum()) > 3
     work(tmp_path / "killed", lambda: pytest.fail("nothing was left to do"))
     assert contents(tmp_path / "killed") == expected
     with open(tmp_path / "killed" / "samples.jsonl", "r+b") as file:  # as a lost power may leave it
@@ -506,16 +600,27 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
     before = contents(tmp_path)
     changed = Images(images.pixels ^ 1, images.labels)
     for message, arguments, options in (
-        (r"eps: 0.06\d* -> 0.2", (model, images, "fgsm"), {"eps": 0.2}),
-        ("seed: 0 -> 1", (model, images, "fgsm"), {"seed": 1}),
-        (r"rows: \w+ -> \w+; images: 40 -> 39", (model, images, "fgsm"), {"rows": torch.arange(39)}),
-        (r"weights: \w+ -> \w+\)", (fitted(1), images, "fgsm"), {}),
-        (r"source_weights: None -> \w+", (model, images, "fgsm"), {"source": model}),
-        (r"data: \w+ -> \w+", (model, changed, "fgsm"), {}),
+        ("--eps was 15.3, now 51", (model, images, "fgsm"), {"eps": 0.2}),
+        ("--seed was 0, now 1", (model, images, "fgsm"), {"seed": 1, "rows": torch.arange(1, 41)}),
+        ("--limit was 40, now 39", (model, images, "fgsm"), {"rows": torch.arange(39)}),
+        ("the chosen images differ", (model, images, "fgsm"), {"rows": torch.arange(1, 41)}),
+        ("the model's weights differ", (fitted(1), images, "fgsm"), {}),
+        ("--source differs", (model, images, "fgsm"), {"source": model}),
+        ("the images or labels of --data differ", (model, changed, "fgsm"), {}),
+        (
+            "--eps-l2 was 0.5, now 1.0; --attack-wrong was False, now True",
+            (model, images, "fgsm"),
+            {"eps_l2": 1.0, "attack_wrong": True},
+        ),
+        (
+            "--batch-size was 20, now 10; --precision was fp32, now bf16",
+            (model, images, "fgsm"),
+            {"batch_size": 10, "precision": "bf16"},
+        ),
     ):
-        with pytest.raises(InputError, match=f"it holds an evaluation with other settings .*{message}"):
+        with pytest.raises(InputError, match=re.escape(f"it holds another evaluation ({message}): give the same, or choose")):
             quiet(*arguments, **how | options)
-    with pytest.raises(InputError, match="attack fgsm: pgd:steps=1:step=1.0:start=clean -> escaping"):
+    with pytest.raises(InputError, match="attack fgsm was pgd:steps=1:step=1.0:start=clean, now escaping"):
         quiet(model, images, [Escaping(name="fgsm")], **how)
     assert contents(tmp_path) == before
     (tmp_path / "settings.json").unlink()
@@ -700,7 +805,10 @@ def test_the_report(monkeypatch, capsys, a_run):
     assert {"spat_kernels", "torch"} <= told["versions"].keys() and told["attacks"]["fgsm"]["source"].startswith("Goodfellow")
     assert told["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
     assert told["results"][WORST]["accuracy"] == expected.worst_case()
-    assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 13
+    assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 14
+    typed = shlex.join(["spat-train", "evaluate", *map(str, (a_run, *OPTIONS))])
+    assert told["about"]["command"] == typed and time.strptime(told["about"]["date"], "%Y-%m-%d %H:%M UTC")
+    assert told["about"]["hardware"].endswith("1 threads")
     for i, sample in enumerate(told["samples"]):
         assert sample["predicted"] == {name: int(p[i]) for name, p in expected.predicted.items()}
         assert sample["broken_by"] == [name for name in expected.attacks if not expected.correct(name)[i]]
@@ -709,10 +817,13 @@ def test_the_report(monkeypatch, capsys, a_run):
     for name in (*expected.attacks, WORST):
         low, high = expected.interval(name)
         assert f"| {name} | {expected.accuracy(name):.2f} | {low:.2f} to {high:.2f} |" in report
+    assert f"```\n{typed}\n```" in report and f"| date | {told['about']['date']} |" in report
 
     text = (folder / "report.html").read_text()
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert '<meta name="viewport" content="width=device-width' in text and f"<pre>{html.escape(typed)}</pre>" in text
+    assert page.tags.count("table") == text.count('<div class="wide"><table>') == 4
     assert "http" not in text and "url(" not in text and "@import" not in text
     examples = [(name, e) for name, found in expected.examples.items() for e in found]
     assert len(examples) >= 8 and len(page.pictures) == 3 * len(examples)
@@ -743,7 +854,12 @@ def test_stopped_the_command_goes_on(monkeypatch, capsys, a_run, tmp_path):
     assert exit_info.value.code == 143 and "the same command goes on" in capsys.readouterr().err
     assert len((tmp_path / "stopped" / "samples.jsonl").read_bytes().splitlines()) == 4
     command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "stopped")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "expected")
+    stopped, expected = (contents(tmp_path / name) for name in ("stopped", "expected"))
+    for kept in (stopped, expected):  # the date and the command differ
+        told = json.loads(kept.pop("evaluation.json"))
+        kept["results"] = {name: value for name, value in told.items() if name != "about"}
+        del kept["report.md"], kept["report.html"]
+    assert stopped == expected
 
 
 def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
@@ -752,8 +868,14 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
     command(
         monkeypatch, "evaluate", a_run, *OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "other", "--device", "cpu"
     )
-    report = (a_run / "evaluation" / "report.md").read_text()
-    assert "black box" in report and "black box is weaker than white box" in report and str(tmp_path / "other") in report
+    assert default_folder(tmp_path / "a.pth", tmp_path / "b.pth") == tmp_path / "a-evaluation-from-b"
+    report = (a_run / "evaluation-from-other" / "report.md").read_text()
+    assert (
+        not (a_run / "evaluation").exists()
+        and "black box" in report
+        and "black box is weaker than white box" in report
+        and str(tmp_path / "other") in report
+    )
     assert "ALARM" not in capsys.readouterr().out
 
 
@@ -766,8 +888,27 @@ def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
     command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options, "--model-name", "tests.test_evaluate:Features")
     told = json.loads((tmp_path / "theirs-evaluation" / "evaluation.json").read_text())
     assert told["settings"]["eps"] == 8 / 255 and told["results"]["clean"]["accuracy"] > 80
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "evaluate", a_run, *options[2:], "--source", tmp_path / "theirs.pth")
+    assert "theirs.pth: it does not say which architecture it is: give --source-name" in capsys.readouterr().err
     command(monkeypatch, "evaluate", a_run / "best.pt", *options[2:], "--out", tmp_path / "file")  # a run's knows
     assert json.loads((tmp_path / "file" / "evaluation.json").read_text())["settings"]["eps"] == EPS
+
+
+class Normalised(Features):
+    """Takes images that were normalised; then it is as good as `fitted`."""
+
+    def forward(self, x):
+        return super().forward(0.1 * x - 0.4)
+
+
+def test_an_accuracy_of_chance_is_an_alarm_in_any_case(monkeypatch, capsys, a_run, tmp_path):
+    options = ("--limit", 100, "--attacks", "fgsm", "--no-alarms", "--device", "cpu", "--model-name")
+    command(monkeypatch, "evaluate", a_run, *options, "tests.test_evaluate:Normalised", "--out", tmp_path / "out")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert line.startswith("ALARM: expected that clean accuracy is beyond chance; found clean ") and "chance 10 %" in line
+    assert "(--mean, --std)" in line and "| ALARM | clean accuracy is beyond chance |" in report
 
 
 @pytest.mark.parametrize(
@@ -815,7 +956,12 @@ def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):
     monkeypatch.setattr(module, "broken_by", no_memory)
     with pytest.raises(SystemExit) as exit_info:
         command(monkeypatch, "evaluate", a_run, "--device", "cpu", "--limit", 10)
-    assert exit_info.value.code == 2 and "--batch-size 256: out of memory" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and capsys.readouterr().err.endswith("lower it, in another --out\n")
+    monkeypatch.setattr(module, "predict", no_memory)
+    with pytest.raises(SystemExit):  # of the first batch as it is: nothing is left behind
+        command(monkeypatch, "evaluate", a_run, "--device", "cpu", "--limit", 10, "--out", a_run / "none")
+    assert capsys.readouterr().err.endswith("--batch-size 256: out of memory on cpu: lower it\n")
+    assert not (a_run / "none").exists()
 
 
 def test_the_list_of_attacks(monkeypatch, capsys):
