@@ -1,5 +1,6 @@
 """`python -m spat_train`, and the `spat-train` command, which needs the packages of an extra."""
 
+import os
 import sys
 
 EXTRA = {"matplotlib", "sklearn", "torchvision", "tqdm", "tyro"}
@@ -10,10 +11,14 @@ def main() -> None:
         from .cli import main as command
 
         command()
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
         sys.exit(f"spat-train: error: {error.name} is not installed: pip install 'spat_kernels[train]'")
+    except BrokenPipeError:  # whatever reads the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":

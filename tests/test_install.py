@@ -158,3 +158,13 @@ def test_the_command_is_a_module_too(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["spat-train", "--version"])
     runpy.run_module("spat_train", run_name="__main__")
     assert capsys.readouterr().out == f"spat_kernels {version('spat_kernels')}, torch {torch.__version__}\n"
+
+
+def test_the_command_whose_reader_leaves():
+    """As in `spat-train attacks | head`."""
+    pytest.importorskip("tyro")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "spat_train", "attacks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 141
