@@ -651,7 +651,7 @@ def a_run(tmp_path):
     config = Config(data="digits", model="tests.test_evaluate:Features", eps=15.3)
     (folder / "config.json").write_text(config.to_json())
     torch.save(
-        {"format": "spat_train 2", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
+        {"format": "spat_train 3", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
     )
     return folder
 
