@@ -5,7 +5,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def load(
         image_size: H and W that pictures in folders are resized and cropped to.
         limit: number of training images, and the most test images, drawn at random by `seed`. Default: all.
         skip_broken: decode every picture of a folder now, and leave out those that cannot be.
-        test_only: leave the training set empty; files and folders need not have one.
+        test_only: read the test images of a file or folder alone; it need not have others.
 
     Raises:
         InputError: an argument, or what is in the files, does not fit.
@@ -133,10 +133,11 @@ def _folders(path: Path, image_size: int | None, splits: tuple[str, ...], skip_b
         raise InputError(
             f"--image-size {image_size}: give the size, {MIN_SIZE} or more, that the pictures in {path} are brought to"
         )
-    test = next((name for name in ("test", "val") if (path / name).is_dir()), "")
+    test = next((name for name in ("test", "val") if os.path.isdir(path / name)), "")
     folders = [path / (test if split == "test" else split) for split in splits]
-    if not test or not folders[0].is_dir():
-        raise InputError(f"{where}: the folder has no train/ and test/ (or val/): give one with both, each a folder per class")
+    if not test or not os.path.isdir(folders[0]):
+        needed = " and ".join("test/ (or val/)" if split == "test" else f"{split}/" for split in splits)
+        raise InputError(f"{where}: the folder has no {needed}: give one that has, with a folder per class in each")
     try:
         first, classes = ([e.name for e in _entries(folder) if e.is_dir()] for folder in (folders[0], folders[-1]))
         if first != classes:
@@ -159,7 +160,8 @@ def _by_class(root: Path, classes: list[str], size: int, skip_broken: bool) -> F
     images = Folder(root, [name for names in files for name in names], labels, size)
     if skip_broken:
         images = _readable(images)
-    if empty := _missing(images.labels, len(classes)):
+    empty = _missing(images.labels, len(classes))
+    if empty and (root.name == "train" or len(empty) == len(classes)):
         folder = root / classes[empty[0]]
         raise InputError(f"--data: {folder} has no picture ({', '.join(PICTURES)}): put some there, or remove it")
     return images
@@ -206,8 +208,8 @@ def _readable(images: Folder) -> Folder:
             return False
         return True
 
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(decodes, range(len(images)))
+    with ThreadPool() as pool:
+        done = pool.imap(decodes, range(len(images)), chunksize=16)
         good = torch.tensor(list(tqdm(done, f"decoding {images.root}", len(images), leave=False, disable=None)), dtype=torch.bool)
     broken = [images.files[row] for row in (~good).nonzero()[:, 0]]
     if broken and os.environ.get("RANK", "0") == "0":
@@ -250,7 +252,7 @@ def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset
 
 
 def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"--data {path}: there is no such file: give an .npz file with {', '.join(names)}")
     try:
         archive = np.load(path, allow_pickle=False)

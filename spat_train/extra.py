@@ -38,7 +38,7 @@ def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: in
         InputError: the file does not fit, or the copy of its pixels cannot be written.
     """
     where = f"--extra {path}:"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{where} there is no such file: give an .npz file or a pickle with {EXPECTED}")
 
     def check(dtype: np.dtype, shape: tuple[int, ...], order: str, labels: np.ndarray) -> None:

@@ -122,7 +122,8 @@ class Run:
     def load(self, dataset: Dataset | None) -> tuple[Dataset, Images | None]:
         c = self.config
         data = dataset or load(
-            c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed, skip_broken=c.skip_broken,
+            c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed,
+            skip_broken=c.skip_broken,
         )  # fmt: skip
         labels = data.train.labels
         if ((labels < 0) | (labels >= data.num_classes)).any():  # the attack does not look at them, nor do GPUs before they fail
