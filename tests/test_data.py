@@ -422,6 +422,12 @@ def test_kinds_of_pictures(tmp_path, mode, suffix):
     assert np.array_equal(read_picture(path, 16), np.broadcast_to(expected, (16, 16, 3)))
 
 
+def test_16_bits_where_white_is_0(tmp_path):
+    pytest.importorskip("PIL")
+    picture("I;16").save(tmp_path / "0.tiff", tiffinfo={262: 0})
+    assert read_picture(tmp_path / "0.tiff", 16)[[0, -1], [0, -1]].tolist() == [[255] * 3, [0] * 3]
+
+
 def test_16_bits_of_colours(tmp_path):
     """Their high bytes, as those of grey pictures."""
     pytest.importorskip("PIL")
