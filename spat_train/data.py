@@ -235,7 +235,7 @@ def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset
         InputError: the file or an array in it does not fit.
     """
     arrays = _read(path, [f"{name}_{split}" for split in splits for name in "xy"])
-    named = "classes" in arrays
+    named, trained = "classes" in arrays, "y_train" in arrays
     classes = arrays["classes"] if named else _numbered([array for name, array in arrays.items() if name[0] == "y"])
     if classes.ndim != 1 or len(classes) < 2 or classes.dtype.kind not in "Uiu":
         raise InputError(f"--data {path}: classes is {kind(classes)}: save two or more class names as an array of strings")
@@ -248,7 +248,7 @@ def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset
             f"--data {path}: y_train has no {missing[0]}, of 0 to {len(classes) - 1}: number classes from 0 without gaps, or "
             "save classes, a name for each"
         )
-    return _dataset(path.stem, found, map(str, classes), named or len(found) == 2)
+    return _dataset(path.stem, found, map(str, classes), named or trained)
 
 
 def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -268,7 +268,9 @@ def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
             assert archive.zip is not None  # until it is closed
             found = {name: map_npz(archive.zip, name, check=True) for name in names if name[0] == "x"}
             arrays = {name: array for name, array in found.items() if array is not None}
-            return {name: archive[name] for name in (*names, "classes") if name in archive and name not in arrays} | arrays
+            return {
+                name: archive[name] for name in (*names, "y_train", "classes") if name in archive and name not in arrays
+            } | arrays
     except InputError:
         raise
     except Exception as error:  # zip files may be encrypted, damaged, or packed by methods that are not here

@@ -802,6 +802,15 @@ def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
     assert not (a_run / "evaluation").exists()
 
 
+def test_test_images_alone_leave_the_number_of_classes_to_the_model(monkeypatch, a_run):
+    data = load("digits").test
+    some = data.labels < 3
+    np.savez(a_run / "test.npz", x_test=data.pixels[some], y_test=data.labels[some].to(torch.uint8))
+    command(monkeypatch, "evaluate", a_run, "--data", a_run / "test.npz", *OPTIONS)
+    told = json.loads((a_run / "evaluation" / "evaluation.json").read_text())
+    assert told["classes"] == list("0123456789") and told["results"]["clean"]["accuracy"] > 80
+
+
 def test_a_run_that_is_none(tmp_path):
     for path, message in ((tmp_path, "no best.pt or last.pt"), (tmp_path / "x", "there is no such run")):
         with pytest.raises(InputError, match=message):
