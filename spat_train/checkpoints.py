@@ -102,7 +102,7 @@ def with_classes_of(path: str | Path, dataset: Dataset) -> Dataset:
     if dataset.all_classes:
         return dataset
     last = [len(tensor) for tensor in read_weights(checkpoint_file(path)).values() if tensor.ndim][-1:]
-    return dataclasses.replace(dataset, classes=tuple(map(str, range(max(dataset.num_classes, *last)))))
+    return dataclasses.replace(dataset, classes=tuple(map(str, range(max([dataset.num_classes, *last])))))
 
 
 def checkpoint_file(path: str | Path) -> Path:

@@ -172,7 +172,7 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.test.image_shape
+        return self.train.image_shape
 
     @property
     def num_classes(self) -> int:
