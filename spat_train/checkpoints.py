@@ -97,6 +97,14 @@ def load_model(path: str | Path, dataset: Dataset, name: str | None = None) -> t
     return model, config
 
 
+def with_classes_of(path: str | Path, dataset: Dataset) -> Dataset:
+    """`dataset`; where it does not tell how many classes there are, with those of the last layer in the run or file `path`."""
+    if dataset.all_classes:
+        return dataset
+    last = [len(tensor) for tensor in read_weights(checkpoint_file(path)).values() if tensor.ndim][-1:]
+    return dataclasses.replace(dataset, classes=tuple(map(str, range(max([dataset.num_classes, *last])))))
+
+
 def checkpoint_file(path: str | Path) -> Path:
     """`path`, or in the folder of a run its best checkpoint."""
     path = Path(path)

@@ -15,11 +15,12 @@ from .images import InputError
 from .models import import_own
 
 Method = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]
-# What may differ when a run goes on: where things are and how they are shown, but nothing that changes the weights.
+# What may differ when a run goes on: where things are (the images themselves are compared) and how they are shown, but nothing
+# that changes the weights.
 # (At most by rounding, where a batch is read or a graph replayed; and by validation's random starts, which --eval-batch-size
 # deals out: an out-of-memory error asks for a smaller one.)
 FREE_ON_RESUME = (
-    "out", "resume", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
+    "out", "resume", "data", "extra", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
     "checkpoint_minutes", "log_every", "tensorboard", "test",
 )  # fmt: skip
 
@@ -75,6 +76,8 @@ class Config:
     """Fetch torchvision's data sets."""
     image_size: int | None = None
     """Side of the images of a folder: short side resized, centre cropped."""
+    skip_broken: bool = False
+    """Leave out pictures of a folder that cannot be decoded: every process decodes all of them once before the first step."""
     limit: int | None = None
     """Use at most so many training and test images, drawn at random."""
     holdout: int | None = None

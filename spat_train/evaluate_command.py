@@ -14,7 +14,7 @@ from spat_kernels import losses
 from .alarms import alarms as look_for_alarms
 from .alarms import beyond_chance, rechecked
 from .attacks import NAMED, parse_all
-from .checkpoints import checkpoint_file, load_model, run_config
+from .checkpoints import checkpoint_file, load_model, run_config, with_classes_of
 from .checks import check_numbers
 from .config import Config, check_device
 from .data import load
@@ -41,6 +41,7 @@ def evaluate_command(
     root: Path = Path("data"),
     download: bool = False,
     image_size: int | None = None,
+    skip_broken: bool = False,
     batch_size: int = 256,
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32",
     input_gradient: Literal["auto", "plan", "autograd"] = "auto",
@@ -57,7 +58,7 @@ def evaluate_command(
 
     Args:
         model: the folder of a run, or a checkpoint.
-        data: as in `spat-train train`. Default: that of the run.
+        data: as in `spat-train train`, but test images alone will do (x_test, y_test; test/). Default: that of the run.
         attacks: names, split at commas (`spat-train attacks` lists them), or with settings of their own:
             pgd-40x20,cw-30:kappa=0,pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255. Clean images are always among them.
         eps: radius of the L-infinity ball, in 1/255. Default: that of the run, else 8.
@@ -70,6 +71,7 @@ def evaluate_command(
         root: where torchvision's data sets are, or go.
         download: fetch them.
         image_size: side of the images of a folder. Default: that of the run.
+        skip_broken: leave out pictures of a folder that cannot be decoded: all are decoded once first. Default: as the run.
         batch_size: images attacked at once; random starts depend on it.
         precision: of the attacks. Predictions are fp32.
         input_gradient: how attacks differentiate the model (`spat_kernels.explain`).
@@ -98,7 +100,10 @@ def evaluate_command(
     if not 0.5 <= eps <= 255:
         raise InputError(f"--eps {eps:g}: it is in 1/255, from 0.5 to 255 (8 means 8/255, and 76.5 is 0.3)")
     check_numbers(eps / 255, eps_l2, seed, batch_size)
-    dataset = load(data, root=root, download=download, image_size=image_size or (config.image_size if config else None))
+    image_size = image_size or (config.image_size if config else None)
+    skip_broken = skip_broken or (config is not None and config.skip_broken)
+    dataset = load(data, root=root, download=download, image_size=image_size, skip_broken=skip_broken, test_only=True)
+    dataset = with_classes_of(model, dataset)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .data import kind
-from .images import Images, InputError
+from .data import class_labels
+from .images import Images, InputError, first_line
 from .mapped import map_npy, map_npz, npy_header
 
 NAMES = (("image", "label"), ("data", "extrapolated_targets"), ("x_train", "y_train"))  # generated; RST's; as --data
@@ -28,7 +28,7 @@ EXPECTED = " or ".join(f"({pixels}, {labels})" for pixels, labels in NAMES)
 def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: int) -> Images:
     """The images in `path`: RST's pickle, or an .npz file, of (image, label), (data, extrapolated_targets) or (x_train, y_train).
 
-    Pixels are uint8 [N, H, W, C] (or [N, H, W], of grey images) and stay in the file; labels are integers [N].
+    Pixels are uint8 [N, H, W, C] (or [N, H, W], of grey images) and stay in the file; labels are whole numbers [N].
 
     Args:
         image_shape: (C, H, W) that the images must have.
@@ -38,7 +38,7 @@ def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: in
         InputError: the file does not fit, or the copy of its pixels cannot be written.
     """
     where = f"--extra {path}:"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{where} there is no such file: give an .npz file or a pickle with {EXPECTED}")
 
     def check(dtype: np.dtype, shape: tuple[int, ...], order: str, labels: np.ndarray) -> None:
@@ -52,19 +52,14 @@ def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: in
             raise InputError(f"{where} images are in Fortran order: save numpy.ascontiguousarray of them")
         if shape[0] == 0:
             raise InputError(f"{where} it is empty: give at least one image")
-        if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-            raise InputError(f"{where} labels are {kind(labels)}: save {shape[0]} integers, one per image")
-        for wrong in (labels.min(), labels.max()):
-            if not 0 <= wrong < num_classes:
-                raise InputError(f"{where} labels contain {wrong}: save labels from 0 to {num_classes - 1}")
+        class_labels(f"{where} the array of labels", labels, shape[0], num_classes)
 
     try:
         pixels, labels = _open(path, check)
     except InputError:
         raise
     except Exception as error:  # unpickling and unzipping what is none of either raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{where} cannot be read as .npz or pickle ({reason}): give one with {EXPECTED}") from error
+        raise InputError(f"{where} cannot be read as .npz or pickle ({first_line(error)}): give one with {EXPECTED}") from error
     images = torch.from_numpy(pixels)
     return Images(images if images.ndim == 4 else images[..., None], torch.from_numpy(labels.astype(np.int64)))
 
@@ -159,53 +154,64 @@ def _unpickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(content, dict):
         raise InputError(f"--extra {path}: it holds a {type(content).__name__}: save a dictionary with {EXPECTED}")
     pixels, labels = (content[name] for name in _chosen(path, content))
-    pixels, labels = (v.array if isinstance(v, _Array) else np.asarray(v) for v in (pixels, labels))
+    pixels, labels = (v.array() if isinstance(v, _Array) else np.asarray(v) for v in (pixels, labels))
     return pixels, labels
 
 
 class _Dtype:
-    """Stands for numpy.dtype: integers only."""
+    """Stands for numpy.dtype."""
 
     def __init__(self, code: str, *_: Any):
-        if not re.fullmatch("[iu][1248]", code):
-            raise pickle.UnpicklingError(f"an array of dtype {code}")
-        self.dtype = np.dtype(code)
+        self.code = code
 
     def __setstate__(self, state: tuple):
-        self.dtype = self.dtype.newbyteorder(state[1])
+        self.code = state[1] + self.code  # the byte order
+
+    def array(self, content: Any) -> np.ndarray:
+        """[N], a view of `content`, bytes or what Python 2 wrote for them."""
+        if not re.fullmatch("[<>=|]?([iuf][1248]|b1)", self.code):
+            raise pickle.UnpicklingError(f"an array of dtype {self.code}")
+        content = content.encode("latin1") if isinstance(content, str) else content
+        return np.frombuffer(content, np.dtype(self.code))
 
 
 class _Array:
-    """Stands for numpy.ndarray: a view of the bytes in the pickle, which are not copied."""
+    """Stands for numpy.ndarray: looked at only where it is asked for, as files hold other things beside."""
 
     def __init__(self, *_: Any):
-        self.array = np.empty(0, np.uint8)
+        self.state: tuple = (0, _Dtype("u1"), False, b"")
 
     def __setstate__(self, state: tuple):
-        _, shape, dtype, fortran, content = state
-        content = content.encode("latin1") if isinstance(content, str) else content
-        self.array = np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+        self.state = state[1:]
+
+    def array(self) -> np.ndarray:
+        shape, dtype, fortran, content = self.state
+        return dtype.array(content).reshape(shape, order="F" if fortran else "C")
 
 
-def _frombuffer(content: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
-    array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", content))
-    return array
+class _Buffer(_Array):
+    """Stands for what numpy's _frombuffer makes, in protocol 5."""
+
+    def __init__(self, content: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None):
+        self.state, self.axes = (shape, dtype, order == "F", content), axes  # axes come with the order K: in memory it is C
+
+    def array(self) -> np.ndarray:
+        return super().array() if self.axes is None else super().array().transpose(self.axes)
 
 
-def _scalar(dtype: _Dtype, content: bytes) -> int:
-    return int(np.frombuffer(content, dtype.dtype)[0])
+def _scalar(dtype: _Dtype, content: Any) -> Any:
+    return dtype.array(content)[0]
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes arrays of integers, and calls nothing but the stand-ins above, whatever the pickle names."""
+    """Makes arrays of numbers, and calls nothing but the stand-ins above, whatever the pickle names."""
 
     STANDINS = {
         "numpy.dtype": _Dtype,
         "numpy.ndarray": _Array,
         "numpy.core.multiarray._reconstruct": _Array,
         "numpy.core.multiarray.scalar": _scalar,
-        "numpy.core.numeric._frombuffer": _frombuffer,
+        "numpy.core.numeric._frombuffer": _Buffer,
         "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how protocol 2 writes bytes
     }
 

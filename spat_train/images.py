@@ -1,8 +1,10 @@
 """Labelled images as uint8, [N, H, W, C], wherever they lie, and what is asked of any of them."""
 
 import hashlib
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,10 @@ SAMPLED = 4096
 
 class InputError(ValueError):
     """What the user gave does not fit. The message is one line: argument, value, remedy."""
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +73,7 @@ class Floats:
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """Pictures in files, decoded when asked for: the short side resized to `size`, the square in the middle, RGB.
+    """Pictures in files, decoded when asked for by `read_picture`.
 
     Args:
         root: the folder that `files` are relative to.
@@ -90,21 +96,68 @@ class Folder:
 
     def batch(self, rows: Tensor) -> Tensor:
         """The images `rows` as uint8 [B, H, W, 3] on the CPU."""
-        from PIL import Image
-        from torchvision.transforms import functional as pictures
-
         batch = torch.empty((len(rows), self.size, self.size, 3), dtype=torch.uint8)
         for pixels, row in zip(batch, rows.tolist(), strict=True):
-            try:
-                with Image.open(self.root / self.files[row]) as file:
-                    picture = pictures.center_crop(pictures.resize(file.convert("RGB"), self.size), self.size)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, for broken files
-                raise InputError(f"--data: {self.root / self.files[row]} cannot be decoded: repair or remove it") from error
-            pixels.copy_(torch.from_numpy(np.array(picture)))
+            pixels.copy_(torch.from_numpy(read_picture(self.root / self.files[row], self.size)))
         return batch
 
     def subset(self, rows: Tensor) -> "Folder":
         return Folder(self.root, [self.files[row] for row in rows.tolist()], self.labels[rows], self.size)
+
+    def bytes(self) -> Tensor:
+        """The sizes of the files, int64 [N]."""
+        return torch.tensor([os.stat(self.root / name).st_size for name in self.files], dtype=torch.int64)
+
+
+def read_picture(path: Path, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: the short side resized to `size`, the square in the middle, RGB.
+
+    Of 16 bits the high 8 are kept. As for torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the
+    first picture of an animation is taken.
+
+    Raises:
+        InputError: the file cannot be decoded, or has 32 bits a value, whose range is not known.
+    """
+    from PIL import Image
+
+    try:
+        if not path.is_file():  # opening a FIFO would wait for ever
+            raise OSError("there is no such file" if not path.exists() else "it is no regular file")
+        with Image.open(path) as file:
+            return _square(_rgb(file), size)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's parsers raise anything on broken files
+        raise InputError(
+            f"--data: {path} cannot be decoded ({first_line(error)}): repair or remove it, or start with --skip-broken; a run "
+            "that is under way goes on when it is repaired"
+        ) from error
+
+
+def _rgb(picture: Any) -> Any:
+    from PIL import Image
+
+    grey16 = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if grey16:  # PIL's convert clips it to 255; of 16-bit colours PIL keeps the high byte
+        levels = (np.asarray(picture) >> 8).astype(np.uint8)
+        white_is_0 = picture.format == "TIFF" and picture.tag_v2.get(262) == 0  # PIL minds it for 8 bits alone
+        picture = Image.fromarray(255 - levels if white_is_0 else levels)
+    elif picture.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a value, of an unknown range: save it with 8 or 16")
+    return picture.convert("RGB")
+
+
+def _square(picture: Any, size: int) -> np.ndarray:
+    """As torchvision's Resize and CenterCrop, to one level, but not by way of the whole resized picture: a thin one's is huge."""
+    from PIL import Image
+
+    def middle(side: int) -> tuple[float, float]:
+        resized = int(size * side / min(picture.size))
+        start = round((resized - size) / 2)
+        return start * side / resized, (start + size) * side / resized
+
+    (left, right), (top, bottom) = map(middle, picture.size)
+    return np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +168,7 @@ class Dataset:
     train: Images | Folder
     test: Images | Folder
     classes: tuple[str, ...]
+    all_classes: bool = True  # False: there may be more, the labels of test images are all that is known
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -126,7 +180,7 @@ class Dataset:
 
     def limited(self, limit: int | None, seed: int) -> "Dataset":
         """At most `limit` random images of each split, chosen by `seed`."""
-        return Dataset(self.name, _limited(self.train, limit, seed), _limited(self.test, limit, seed), self.classes)
+        return replace(self, train=_limited(self.train, limit, seed), test=_limited(self.test, limit, seed))
 
 
 def _limited(images: Images | Folder, limit: int | None, seed: int) -> Images | Folder:
@@ -152,12 +206,12 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def fingerprint(images: Images | Floats | Folder) -> str:
-    """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names and sizes."""
+    """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names."""
     digest = hashlib.sha256(repr((len(images), images.image_shape)).encode())
     digest.update(images.labels.contiguous().numpy().data)
     if isinstance(images, Folder):
         for name in images.files:
-            digest.update(f"{name}\0{(images.root / name).stat().st_size}\0".encode())
+            digest.update(os.fsencode(name) + b"\0")
     elif isinstance(images, Floats):
         digest.update(images.x.cpu().contiguous().numpy().data)
     else:

@@ -58,7 +58,9 @@ def open_images(runs: Iterable[Run], options: Options) -> TestImages:
         raise InputError(f"--data: the runs were trained on different data ({told}): give runs of one, or name the data")
     c = next(iter(configs.values()))
     root = options.root or c.root
-    dataset = load(options.data or c.data, root=root, download=options.download, image_size=c.image_size)
+    dataset = load(
+        options.data or c.data, root=root, download=options.download, image_size=c.image_size, skip_broken=c.skip_broken
+    )
     drawn = np.random.default_rng(options.seed).permutation(len(dataset.test))[: options.test_images]
     return TestImages(dataset, torch.from_numpy(drawn))
 

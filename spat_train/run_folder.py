@@ -14,7 +14,7 @@ import torch
 from . import files
 from .images import InputError
 
-FORMAT = "spat_train 2"
+FORMAT = "spat_train 3"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
 
 _locks: set[int] = set()  # descriptors that processes forked from here close: a reader that outlives its run holds no lock

@@ -101,13 +101,18 @@ class Run:
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         saved = self.find_saved()
         self.dataset, self.extra = processes.in_turn(lambda: self.load(dataset))
+        self.images: dict[str, Images | Folder] = {"train": self.dataset.train, "test": self.dataset.test}
+        self.images |= {"extra": self.extra} if self.extra else {}
+        self.fingerprints = {name: fingerprint(images) for name, images in self.images.items()}
+        self.file_sizes = {name: images.bytes() for name, images in self.images.items() if isinstance(images, Folder)}
+        if saved is not None:
+            self.compare_images(saved)
         self.make_model()
         self.make_loader()
         self.progress = Progress()
         self.log: Log | None = None
         self.pending: tuple | None = None  # what `settle` reads of the last step
         self.best_weights: dict[str, Tensor] | None = None
-        self.fingerprints = [fingerprint(images) for images in (self.dataset.train, self.extra) if images is not None]
         if saved is not None:
             self.restore(saved)
         self.saved_at = time.monotonic()
@@ -116,7 +121,10 @@ class Run:
 
     def load(self, dataset: Dataset | None) -> tuple[Dataset, Images | None]:
         c = self.config
-        data = dataset or load(c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed)
+        data = dataset or load(
+            c.data, root=c.root, download=c.download, image_size=c.image_size, limit=c.limit, seed=c.seed,
+            skip_broken=c.skip_broken,
+        )  # fmt: skip
         labels = data.train.labels
         if ((labels < 0) | (labels >= data.num_classes)).any():  # the attack does not look at them, nor do GPUs before they fail
             raise InputError(f"{data.name}: there are labels outside of 0 to {data.num_classes - 1}: give those of its classes")
@@ -428,6 +436,7 @@ class Run:
         state = {
             "config": self.config.to_dict(),
             "data": self.fingerprints,
+            "file_sizes": self.file_sizes,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "averaged": self.ema.count if self.ema else 0,
@@ -455,12 +464,26 @@ class Run:
             )
         return saved
 
-    def restore(self, saved: dict) -> None:
-        if saved["data"] != self.fingerprints:
+    def compare_images(self, saved: dict) -> None:
+        """Refuse others than the run began with. Files of another size may have been repaired: they are told of alone."""
+        before, now = saved["data"], self.fingerprints
+        if changed := [kind for kind in {**before, **now} if before.get(kind) != now.get(kind)]:
+            given = ", ".join(f"--{name} {saved['config'][name]}" for name in ("data", "extra") if saved["config"][name])
             raise InputError(
-                f"--resume: the images or labels of --data {self.config.data} (or --extra) differ from those that "
-                f"{self.folder.path} was trained on: restore them, or choose another --out"
+                f"--resume: {' and '.join(changed)} images or labels differ from those that {self.folder.path} was trained on "
+                f"({given}): give those, or choose another --out"
             )
+        for kind, images in self.images.items():
+            if isinstance(images, Folder) and self.world.main:
+                others = (self.file_sizes[kind] != saved["file_sizes"][kind]).nonzero()[:, 0].tolist()
+                if others:
+                    print(
+                        f"spat-train: {len(others)} of {len(images)} {kind} pictures, {images.files[others[0]]} the first, have "
+                        "another size than before: right if they were repaired",
+                        file=sys.stderr,
+                    )
+
+    def restore(self, saved: dict) -> None:
         try:
             self.model.load_state_dict(saved["model"])
         except RuntimeError as error:

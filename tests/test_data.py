@@ -1,17 +1,20 @@
 """Where images come from, what is refused on the way, and what is asked of any set of them."""
 
 import gzip
+import os
 import pickle
 import re
+import shutil
 import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
 from spat_train.data import load, load_npz
-from spat_train.images import Folder, Images, InputError, fingerprint, floats, hold_out
+from spat_train.images import Folder, Images, InputError, fingerprint, floats, hold_out, read_picture
 
 RNG = np.random.default_rng(0)
 
@@ -50,11 +53,18 @@ def resident_bytes() -> int:
         ({"x_train": np.zeros((40, 144), np.uint8)}, r"x_train is uint8 \[40, 144\]: save \[N, H, W\]"),
         ({"x_test": np.zeros((20, 3, 12, 12), np.uint8)}, r"x_test is uint8 \[20, 3, 12, 12\]: save \[N, H, W\]"),
         ({"x_train": np.zeros((40, 4, 4), np.uint8)}, "at least 8"),
-        ({"x_test": np.zeros((20, 16, 16), np.uint8)}, r"x_test has images \(16, 16\), x_train \(12, 12\)"),
+        ({"x_test": np.zeros((20, 16, 16), np.uint8)}, r"x_test has images \[16, 16\], x_train \[12, 12\]"),
+        ({"x_test": np.zeros((20, 12, 12, 3), np.uint8)}, r"x_test has images \[12, 12, 3\], x_train \[12, 12\]"),
+        ({"x_train": np.zeros((40, 12, 12, 2), np.uint8)}, r"x_train is uint8 \[40, 12, 12, 2\]: save \[N, H, W\], "),
         ({"x_train": np.zeros((0, 12, 12), np.uint8), "y_train": np.zeros(0, np.int64)}, "x_train .* is empty"),
         ({"x_test": np.zeros((0, 12, 12), np.uint8), "y_test": np.zeros(0, np.int64)}, "x_test .* is empty"),
-        ({"y_train": np.zeros(40, np.int32)}, r"y_train is int32 \[40\]: save labels as int64"),
-        ({"y_train": np.zeros((40, 3), np.int64)}, r"y_train is int64 \[40, 3\]"),
+        ({"y_train": np.full(40, 0.5)}, r"y_train is float64 \[40\]: save class indices as integers"),
+        ({"y_train": np.full(40, np.nan)}, r"y_train is float64 \[40\]: save class indices as integers"),
+        ({"y_train": np.full(40, "a")}, r"y_train is <U1 \[40\]: save class indices as integers"),
+        ({"y_train": np.zeros((40, 3), np.int64)}, r"y_train is int64 \[40, 3\]: save class indices as integers \[N\]"),
+        ({"y_train": np.arange(40) % 3 + 1, "classes": None}, "y_train has no 0, of 0 to 3: number classes from 0 without gaps"),
+        ({"y_train": np.arange(40) % 2 * 5, "classes": None}, "y_train has no 1, of 0 to 5: .* or save classes, a name for each"),
+        ({"y_test": np.full(20, 7), "classes": None}, "y_train has no 3, of 0 to 7"),
         ({"y_train": np.zeros(39, np.int64)}, "39 labels for 40 images"),
         ({"y_test": np.full(20, 3)}, "y_test contains 3: save labels from 0 to 2"),
         ({"y_test": np.full(20, -1)}, "y_test contains -1"),
@@ -80,6 +90,15 @@ def test_unreadable_file(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"cannot be read as \.npz"):
         load(str(path))
+
+
+@pytest.mark.parametrize(("field", "value"), [(8, 1), (10, 99)])  # flags: encrypted; method: none that there is
+def test_zip_files_of_other_kinds(tmp_path, field, value):
+    content = bytearray(saved(tmp_path).read_bytes())
+    content[content.find(b"PK\1\2") + field] |= value
+    (tmp_path / "data.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read as \.npz \(.+\): write it"):
+        load_npz(tmp_path / "data.npz")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -113,6 +132,31 @@ def test_npz(tmp_path, save, order, shape):
         assert images.pixels.is_contiguous() and images.pixels.ndim == 4
         assert np.array_equal(images.pixels.numpy().reshape(source[f"x_{split}"].shape), source[f"x_{split}"])
         assert np.array_equal(images.labels, source[f"y_{split}"])
+
+
+@pytest.mark.parametrize("labels", [np.uint8, np.int32, ">i2", np.uint64, np.float64])
+@pytest.mark.parametrize("shape", [(12, 12), (12, 12, 1)])
+def test_labels_of_any_integers_and_grey_images_of_either_shape(tmp_path, labels, shape):
+    source = arrays()
+    changes = {name: source[name].astype(labels) for name in ("y_train", "y_test")} | {"classes": None}
+    data = load(str(saved(tmp_path, x_train=source["x_train"].reshape(-1, *shape), **changes)))
+    assert data.image_shape == data.train.image_shape == (1, 12, 12) and data.num_classes == 3
+    assert data.train.labels.dtype == torch.int64 and data.train.labels.tolist() == source["y_train"].tolist()
+
+
+def test_named_classes_may_lack_images(tmp_path):
+    assert load_npz(saved(tmp_path, y_train=np.ones(40, int))).num_classes == 3
+
+
+def test_test_images_alone(tmp_path):
+    path = saved(tmp_path, x_train=None, y_train=None)
+    with pytest.raises(InputError, match="no array x_train, y_train"):
+        load(str(path))
+    data = load(str(path), test_only=True)
+    assert (len(data.train), len(data.test), data.image_shape, data.classes) == (0, 20, (1, 12, 12), ("a", "b", "c"))
+    assert data.all_classes and len(data.limited(5, 0).test) == 5
+    data = load(str(saved(tmp_path, x_train=None, y_train=None, classes=None, y_test=np.ones(20, int))), test_only=True)
+    assert data.num_classes == 2 and not data.all_classes  # there may be more
 
 
 def test_class_names_are_optional(tmp_path):
@@ -286,22 +330,132 @@ def test_folder_limit(pictures):
         assert limited.labels[i] == images.labels[images.files.index(file)]
 
 
+def test_folder_of_test_images_alone(pictures):
+    (pictures / "train").rename(pictures / "other")
+    with pytest.raises(InputError, match=r"the folder has no train/ and test/ \(or val/\)"):
+        load(str(pictures), image_size=16)
+    data = load(str(pictures), image_size=16, test_only=True)
+    assert (len(data.train), len(data.test), data.classes, data.image_shape) == (0, 4, ("cat", "dog"), (3, 16, 16))
+    with pytest.raises(InputError, match=r"the folder has no test/ \(or val/\)"):
+        load(str(pictures / "val"), image_size=16, test_only=True)
+
+
 def test_folder_errors(pictures):
-    data = load(str(pictures), image_size=16)
-    (pictures / "train" / "cat" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"cat/0.png cannot be decoded"):
-        data.train.batch(torch.tensor([0]))
     with pytest.raises(InputError, match="--image-size None: give the size"):
         load(str(pictures))
     (pictures / "val" / "emu").mkdir()
-    (pictures / "val" / "emu" / "0.png").touch()
     with pytest.raises(InputError, match="train/ and val/ differ in class emu"):
         load(str(pictures), image_size=16)
-    (pictures / "train" / "fox").mkdir()
-    with pytest.raises(InputError, match="cannot be read .*fox"):
+    (pictures / "train" / "emu").mkdir()
+    with pytest.raises(InputError, match="train/emu has no picture .*: put some there, or remove it"):
         load(str(pictures), image_size=16)
-    with pytest.raises(InputError, match=r"has no train/ and test/ \(or val/\)"):
-        load(str(pictures / "train"), image_size=16)
+    (pictures / "train" / "cat" / "0.png").rename(pictures / "train" / "emu" / "0.png")
+    assert load(str(pictures), image_size=16).test.labels.tolist() == [0, 0, 1, 1]  # test images may lack a class
+    (pictures / "train" / "fox").symlink_to("nowhere")
+    with pytest.raises(InputError, match="train/fox is a link to nothing"):
+        load(str(pictures), image_size=16)
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "../dog"])
+def test_links_that_go_in_circles(pictures, target):
+    (pictures / "train" / "cat" / "link").symlink_to(target)
+    if target == "../dog":
+        assert len(load(str(pictures), image_size=16).train) == 9  # no circle
+        (pictures / "train" / "dog" / "back").symlink_to("../cat")
+    with pytest.raises(InputError, match="is a link to a folder around it: remove it"):
+        load(str(pictures), image_size=16)
+
+
+BROKEN = {
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("no picture"),
+    "cut short": lambda path: path.write_bytes(path.with_name("1.png").read_bytes()[:300]),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "FIFO": os.mkfifo,
+    "floats": lambda path: picture("F").save(path, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_pictures(pictures, capsys, kind):
+    path = pictures / "train" / "cat" / "0.png"
+    path.unlink()
+    BROKEN[kind](path)
+    remedy = "repair or remove it, or start with --skip-broken" if path.is_file() else "remove it, or add --skip-broken"
+    with pytest.raises(InputError, match=f"^--data: {path} .*: {remedy}") as error:
+        load(str(pictures), image_size=16).train.batch(torch.tensor([0]))
+    assert "\n" not in str(error.value)
+    data = load(str(pictures), image_size=16, skip_broken=True)
+    assert data.train.files == [f"{name}.png" for name in ("cat/1", "cat/2", "dog/0", "dog/1", "dog/2")]
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 1] and len(data.test) == 4
+    assert f"1 of 6 pictures in {pictures / 'train'} are left out: cat/0.png\n" in capsys.readouterr().err
+
+
+def picture(mode, size=(16, 16)):
+    from PIL import Image
+
+    levels = np.linspace(0, 65535, size[0] * size[1]).astype(np.uint16).reshape(size[::-1])
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, size, levels.astype(">u2" if mode.endswith("B") else "<u2").tobytes())
+    if mode in ("I", "F"):
+        return Image.fromarray(levels.astype({"I": np.int32, "F": np.float32}[mode]))
+    return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("I;16", "png"), ("I;16", "tiff"), ("I;16B", "tiff"), ("I", "pgm"),  # 16 bits
+        ("L", "png"), ("RGB", "bmp"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "tiff"), ("1", "png"),
+    ],
+)  # fmt: skip
+def test_kinds_of_pictures(tmp_path, mode, suffix):
+    pytest.importorskip("PIL")
+    path = tmp_path / f"0.{suffix}"
+    source = picture(mode)
+    if mode in ("LA", "RGBA"):
+        source.putalpha(0)
+    source.save(path)
+    expected = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16, 1) >> 8
+    if mode in ("1", "P"):
+        expected = np.array(source.convert("RGB"))
+    assert np.array_equal(read_picture(path, 16), np.broadcast_to(expected, (16, 16, 3)))
+
+
+def test_16_bits_where_white_is_0(tmp_path):
+    pytest.importorskip("PIL")
+    picture("I;16").save(tmp_path / "0.tiff", tiffinfo={262: 0})
+    assert read_picture(tmp_path / "0.tiff", 16)[[0, -1], [0, -1]].tolist() == [[255] * 3, [0] * 3]
+
+
+def test_16_bits_of_colours(tmp_path):
+    """Their high bytes, as those of grey pictures."""
+    pytest.importorskip("PIL")
+    levels = np.arange(16 * 16 * 3, dtype=np.uint16).reshape(16, 16, 3) * 80
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert np.array_equal(read_picture(tmp_path / "0.png", 16), levels >> 8)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (61, 40), (33, 90), (16, 200), (9, 10)])
+def test_pictures_are_resized_and_cropped_as_torchvision_does(tmp_path, size):
+    transforms = pytest.importorskip("torchvision.transforms.functional", exc_type=Exception)
+    source = picture("RGB", size)
+    source.save(tmp_path / "0.png")
+    expected = np.array(transforms.center_crop(transforms.resize(source, 16), 16)).astype(int)
+    assert abs(read_picture(tmp_path / "0.png", 16) - expected).max() <= (size[0] != size[1])
+
+
+def test_a_thin_picture_takes_no_memory(tmp_path):
+    """Resized as a whole it would have 1,000 x 200,000,000 pixels."""
+    picture("L", (1, 200_000)).save(tmp_path / "0.png")
+    assert read_picture(tmp_path / "0.png", 1000).shape == (1000, 1000, 3)
 
 
 # --- any images ---
@@ -367,7 +521,11 @@ def test_fingerprint_of_a_folder(pictures):
     before = value()
     assert value() == before
     assert value(image_size=20) != before
-    (pictures / "train" / "dog" / "0.png").rename(pictures / "train" / "dog" / "7.png")
+    shutil.copy(pictures / "train" / "dog" / "2.png", pictures / "train" / "dog" / "0.png")
+    assert value() == before  # of another size: it may have been repaired
+    path = (pictures / "train" / "dog" / "0.png").rename(pictures / "train" / "dog" / "7.png")
+    assert value() != before
+    os.rename(path, os.fsencode(path.parent) + b"/caf\xe9.png")  # not UTF-8
     assert value() != before
 
 

@@ -756,7 +756,7 @@ def a_run(tmp_path):
     config = Config(data="digits", model="tests.test_evaluate:Features", eps=15.3)
     (folder / "config.json").write_text(config.to_json())
     torch.save(
-        {"format": "spat_train 2", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
+        {"format": "spat_train 3", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
     )
     return folder
 
@@ -941,6 +941,15 @@ def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
     out, err = capsys.readouterr()
     assert exit_info.value.code == 2 and out == "" and err.count("\n") == 1 and re.search(message, err)
     assert not (a_run / "evaluation").exists()
+
+
+def test_test_images_alone_leave_the_number_of_classes_to_the_model(monkeypatch, a_run):
+    data = load("digits").test
+    some = data.labels < 3
+    np.savez(a_run / "test.npz", x_test=data.pixels[some], y_test=data.labels[some].to(torch.uint8))
+    command(monkeypatch, "evaluate", a_run, "--data", a_run / "test.npz", *OPTIONS)
+    told = json.loads((a_run / "evaluation" / "evaluation.json").read_text())
+    assert told["classes"] == list("0123456789") and told["results"]["clean"]["accuracy"] > 80
 
 
 def test_a_run_that_is_none(tmp_path):

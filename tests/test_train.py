@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from multiprocessing import connection
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,10 @@ def network(num_classes: int) -> nn.Module:
 
 def for_colour(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))
+
+
+def for_8x8(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
 
 
 def for_three_classes(num_classes: int) -> nn.Module:
@@ -391,13 +396,14 @@ def test_attacks_get_the_options_of_the_engine(monkeypatch):
 
 
 class Untouchable:
-    """A test set that must not be looked at."""
+    """A test set that must not be looked at, but for its fingerprint."""
 
     def __getattr__(self, name):
         raise AssertionError(f"the test set was asked for {name}")
 
 
-def test_nothing_is_selected_by_the_test_set(tmp_path):
+def test_nothing_is_selected_by_the_test_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "fingerprint", lambda images: "")
     data = load("digits", limit=150)
     train(settings(tmp_path / "run", epochs=2), Dataset("digits", data.train, Untouchable(), data.classes))
 
@@ -761,12 +767,54 @@ def test_changed_options_are_refused(tmp_path):
     train(settings(tmp_path / "run", epochs=1, resume=True, log_every=7))  # which changes no weight
 
 
-def test_changed_data_is_refused(tmp_path):
-    config, data = settings(tmp_path / "run", epochs=1), load("digits", limit=150)
+@pytest.mark.parametrize("changed", [("train",), ("test",), ("extra",), ("train", "test", "extra")])
+def test_changed_images_are_refused(tmp_path, changed):
+    data, extra = load("digits", limit=150), tmp_path / "extra.npz"
+    np.savez(extra, image=data.train.pixels, label=data.train.labels)
+    config = settings(tmp_path / "run", epochs=1, extra=extra)
     train(config, data)
-    data.train.pixels[3, 2, 2, 0] ^= 1
-    with pytest.raises(InputError, match="images or labels of --data digits"):
+    for name in changed:
+        if name == "extra":
+            np.savez(extra, image=data.train.pixels, label=9 - data.train.labels)
+        else:
+            getattr(data, name).pixels[3, 2, 2, 0] ^= 1
+    with pytest.raises(
+        InputError, match=rf"{' and '.join(changed)} images or labels differ .*\(--data digits, --extra {extra}\)"
+    ):
         train(replace(config, resume=True), data)
+    if changed == ("extra",):
+        with pytest.raises(InputError, match="extra images or labels differ"):
+            train(replace(config, extra=None, resume=True), data)
+
+
+def test_moved_images_are_the_same(tmp_path):
+    data, first, second = load("digits", limit=150), tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    arrays = {f"{xy}_{s}": t for s in ("train", "test") for xy, t in zip("xy", vars(getattr(data, s)).values(), strict=True)}
+    np.savez(first / "data.npz", **arrays)
+    np.savez_compressed(first / "extra.npz", image=data.train.pixels, label=data.train.labels)
+    config = settings(tmp_path / "run", epochs=1, data=str(first / "data.npz"), extra=first / "extra.npz")
+    train(config)
+    first.rename(second)
+    train(replace(config, resume=True, data=str(second / "data.npz"), extra=second / "extra.npz"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(second / "data.npz")
+
+
+def test_a_run_goes_on_when_a_broken_picture_is_repaired(tmp_path, pictures, capsys):
+    path = pictures / "train" / "dog" / "2.png"
+    config = settings(
+        tmp_path / "run", data=str(pictures), image_size=8, model="tests.test_train:for_8x8", batch_size=2, holdout=0, epochs=2,
+        limit=None, workers=0, checkpoint_minutes=1e-9, resume=True,
+    )  # fmt: skip
+    train(replace(config, out=tmp_path / "expected"))
+    good = path.read_bytes()
+    path.write_bytes(b"broken")
+    with pytest.raises(InputError, match="dog/2.png cannot be decoded .*: repair or remove it"):
+        train(config)
+    path.write_bytes(good)
+    train(config)
+    assert "1 of 6 train pictures, dog/2.png the first, have another size than before" in capsys.readouterr().err
+    assert_same(weights(tmp_path / "run")["model"], weights(tmp_path / "expected")["model"])
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])
