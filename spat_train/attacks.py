@@ -39,7 +39,7 @@ NAMED = {  # name: (what it is in the grammar, source)
     "fgsm-rs": ("pgd:steps=1:step=1.25", "Wong et al., 2020"),
     "pgd-7": ("pgd:steps=7:step=1/4", "Madry et al., 2018, CIFAR-10"),
     "pgd-10": ("pgd:steps=10:step=1/4", "thesis, chapter 6: the attack in training"),
-    "pgd-20": ("pgd:steps=20:step=1/10", "thesis, Tables 6.1 to 6.4; TRADES; MART"),
+    "pgd-20": ("pgd:steps=20:step=1/10", "thesis, Tables 6.1, 6.2 and 6.4; TRADES; MART"),
     "pgd-20-rst": (
         "pgd:steps=20:step=7/31:start=clean:correct_at=every",
         "Carmon et al., 2019 (RST): steps of 0.007 at eps 0.031, right only if right at every iterate; thesis, Table 6.3",
@@ -344,20 +344,15 @@ class PGD(_Ascent):
         if self.steps == 0:
             return start.clone()
         labels = self._targets(model, x, y, which, run) if self.targeted else y
-
-        def ascend(steps: int, **where: Any) -> Tensor:
-            return pgd(
-                model, x, labels, eps, loss=self.maximised, steps=steps, step_size=self.length * eps, norm=self.norm,
-                targeted=self.targeted, **where, **how,
-            )  # fmt: skip
-
+        how = {"loss": self.maximised, "norm": self.norm, "targeted": self.targeted} | how
         if self.correct_at == "last":
+            step_size = None if self.step is None else self.step * eps
             where = {"random_start": False} if self.start == "clean" else {"start": start}
-            return ascend(self.steps, **where)
+            return pgd(model, x, labels, eps, steps=self.steps, step_size=step_size, **where, **how)
         point = found = start
         right = torch.ones_like(y, dtype=torch.bool)
         for _ in range(self.steps):
-            point = ascend(1, start=point)
+            point = pgd(model, x, labels, eps, steps=1, step_size=self.length * eps, start=point, **how)
             found = torch.where(right.view(-1, *[1] * (x.ndim - 1)), point, found)
             right = right & (predictions(model_logits(model, point)) == y)
         return found
