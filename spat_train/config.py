@@ -113,7 +113,7 @@ class Config:
     schedule: Literal["constant", "piecewise", "cosine", "one-cycle"] = "piecewise"
     """cosine changes lr from epoch to epoch, as the code of RST; one-cycle from update to update."""
     milestones: tuple[int, ...] | None = None
-    """Epochs, counted from 1, from which on piecewise multiplies lr by gamma. Default: 75 and 90 of 100 epochs, and in proportion."""
+    """Epochs, counted from 1, from which on piecewise multiplies lr by gamma. Default: at 75 % and 90 % of the epochs."""
     gamma: float = 0.1
     warmup: float = 0.0
     """Epochs of linear warm-up; one-cycle has its own."""
@@ -307,7 +307,7 @@ def check(c: Config) -> None:
     need(c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs")
     need(list(c.lr_drops) == sorted(set(c.lr_drops)), "milestones", "give rising epochs, such as 75 90")
     late = c.schedule == "piecewise" and max(c.lr_drops, default=0) > c.epochs
-    need(not late, "milestones", f"not all are reached in {c.epochs} epochs: give others, or None for 75 % and 90 % of the epochs")
+    need(not late, "milestones", f"not all are within {c.epochs} epochs: give others, or None for 75 % and 90 % of them")
     need(c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout")
     need(c.ema < 1, "ema", "give a decay below 1, such as 0.9995")
 

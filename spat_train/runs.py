@@ -237,7 +237,7 @@ READINGS = {  # how the settings that change the weights are told
     "start": _attack(lambda c: c.attack_settings[3]),
     "inner loss": _attack(lambda c: c.inner_loss),
     "mode in attacks": _attack(lambda c: c.bn_mode),
-    "forwards": lambda c: c.forwards if c.method in ("fgsm", "trades", "rst", "mart") else "one",
+    "forwards": lambda c: c.forwards,
     "beta": lambda c: f"{c.kl_weight:g}" if c.method in ("trades", "rst", "mart") else "none",
     "optimiser": lambda c: c.optimizer,
     "lr": lambda c: f"{c.peak_lr:g}",
@@ -396,6 +396,8 @@ def scaled(wanted: Wanted, options: Options) -> Config:
         scale.pop("model", None)
     c = replace(source, test=False, resume=True, seed=options.seed, download=options.download, device=options.device, **scale)
     c = replace(c, data=options.data or c.data, root=options.root or c.root)
+    if c.limit or not wanted.own(options):  # the source's numbers are for all of its own images
+        c = replace(c, pad=None, holdout=None if c.holdout else c.holdout)
     if options.eps:
         c = replace(c, eps=options.eps, eval_eps=None, step_size=c.step_size and c.step_size * options.eps / source.eps)
     if c.epochs != source.epochs:

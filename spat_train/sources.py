@@ -1,4 +1,5 @@
-"""What the sources report: the thesis's Tables 5.1, 5.2 and 6.1-6.4 and the text to its Figure 6.1, and Madry et al.'s Tables 1 and 2 (arXiv 1706.06083).
+"""What the sources report: the thesis's Tables 5.1, 5.2 and 6.1-6.4 and what its text says of Figure 6.1; Madry et al.'s Tables 1
+and 2 (arXiv 1706.06083).
 
 Accuracies in percent, on whole test sets. A table names the runs behind its numbers by a key, and the attacks as
 `spat_train.attacks` does.
