@@ -41,7 +41,7 @@ NAMED = {  # name: (what it is in the grammar, source)
     "pgd-10": ("pgd:steps=10:step=1/4", "thesis, chapter 6: the attack in training"),
     "pgd-20": ("pgd:steps=20:step=1/10", "thesis, Tables 6.1, 6.2 and 6.4; TRADES; MART"),
     "pgd-20-rst": (
-        "pgd:steps=20:step=7/31:start=clean:correct_at=every",
+        "pgd:steps=20:step=7/31:start=clean:right_at=every",
         "Carmon et al., 2019 (RST): steps of 0.007 at eps 0.031, right only if right at every iterate; thesis, Table 6.3",
     ),
     "pgd-40": ("pgd:steps=40:step=1/30", "Madry et al., 2018, MNIST: steps of 0.01 at eps 0.3"),
@@ -296,7 +296,7 @@ class PGD(_Ascent):
         step: length of a step in units of eps; None is 1/4, for L2 2.5 / steps.
         start: uniform in the ball, or clean.
         target: none, or towards the least likely class of the clean image, a random wrong one, or all wrong ones in turn.
-        correct_at: the iterates that a prediction must be right at, the last or every one. At every one, the first wrong one is
+        right_at: the iterates at which a prediction must be right, the last or every one. At every one, the first wrong one is
             what comes out.
     """
 
@@ -306,12 +306,12 @@ class PGD(_Ascent):
     step: float | None = _setting(None, number)
     start: str = _setting("uniform", choice("uniform", "clean"))
     target: str = _setting("none", choice("none", *TARGETS))
-    correct_at: str = _setting("last", choice("last", "every"))
+    right_at: str = _setting("last", choice("last", "every"))
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps == 0 and (self.start == "clean" or self.target != "none" or self.correct_at == "every"):
-            raise ValueError("of no steps there is noise alone: leave out start, target and correct_at, or steps=0")
+        if self.steps == 0 and (self.start == "clean" or self.target != "none" or self.right_at == "every"):
+            raise ValueError("of no steps there is noise alone: leave out start, target and right_at, or steps=0")
         if self.maximised.needs_random_start and self.start == "clean":
             raise ValueError(f"the gradient of {self.loss} is 0 at a clean start: leave out start")
 
@@ -345,7 +345,7 @@ class PGD(_Ascent):
             return start.clone()
         labels = self._targets(model, x, y, which, run) if self.targeted else y
         how = {"loss": self.maximised, "norm": self.norm, "targeted": self.targeted} | how
-        if self.correct_at == "last":
+        if self.right_at == "last":
             step_size = None if self.step is None else self.step * eps
             where = {"random_start": False} if self.start == "clean" else {"start": start}
             return pgd(model, x, labels, eps, steps=self.steps, step_size=step_size, **where, **how)
@@ -377,7 +377,7 @@ class PGD(_Ascent):
         target = {"all": "towards all wrong classes in turn", "none": None}.get(self.target, f"towards the {self.target} class")
         if self.target == "random":
             target = "towards a random wrong class"
-        every = ["right only if right at every iterate"] if self.correct_at == "every" else []
+        every = ["right only if right at every iterate"] if self.right_at == "every" else []
         return [f"PGD on {self.maximised.describe()}", steps, *([target] if target else []), *every]
 
 

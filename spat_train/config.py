@@ -307,7 +307,7 @@ def check(c: Config) -> None:
     need(c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs")
     need(list(c.lr_drops) == sorted(set(c.lr_drops)), "milestones", "give rising epochs, such as 75 90")
     late = c.schedule == "piecewise" and max(c.lr_drops, default=0) > c.epochs
-    need(not late, "milestones", f"not all are within {c.epochs} epochs: give others, or None for 75 % and 90 % of them")
+    need(not late, "milestones", f"not all come by epoch {c.epochs}: give others, or None for 75 % and 90 % of the epochs")
     need(c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout")
     need(c.ema < 1, "ema", "give a decay below 1, such as 0.9995")
 
