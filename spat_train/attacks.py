@@ -359,7 +359,7 @@ class PGD(_Ascent):
 
     @property
     def length(self) -> float:
-        """Of a step, in units of eps."""
+        """Length of a step in units of eps."""
         return self.step if self.step is not None else 1 / 4 if self.norm == "linf" else 2.5 / self.steps
 
     def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int) -> Tensor:

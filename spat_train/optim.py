@@ -35,7 +35,7 @@ def learning_rate(config: Config, epoch: int, part: float) -> float:
     if config.schedule == "piecewise":
         factor = config.gamma ** sum(epoch + 1 >= drop for drop in config.lr_drops)
     elif config.schedule == "cosine":
-        factor = _cosine(1, 0, epoch / config.epochs)  # so that neither the first nor the last update is without its rate
+        factor = _cosine(1, 0, epoch / config.epochs)  # by epochs, as RST's code: above 0 in the last
     elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
         peak = 0.3 * config.epochs
         factor = _cosine(1 / 25, 1, t / peak) if t < peak else _cosine(1, 1 / 25e4, (t - peak) / (config.epochs - peak))

@@ -18,7 +18,7 @@ _TABLE_63 = Config(
     data="cifar10", model="wrn-28-10", batch_size=256, epochs=200, schedule="cosine", nesterov=True, weight_decay=5e-4,
     eps=0.031 * 255, step_size=0.007 * 255, start="normal", holdout=0,
 )  # fmt: skip
-# Of 5,000 training images a twentieth is held out.
+# A twentieth of the 5,000 training images is held out.
 _TABLE_64 = replace(_TABLE_61, data="stl10", model="resnet-18", batch_size=32, epochs=200, pad=4, holdout=250)
 # Madry's code: 100,000 steps of 50 images; 80,000 steps of 128, lr divided at 40,000 and 60,000. Without the held-out images
 # there are 1,180 and 383 steps in an epoch.
@@ -36,7 +36,7 @@ _MADRY_CIFAR = Config(
 )  # fmt: skip
 
 
-# As in the code of each, by their order of forwards too.
+# Both with the order of forwards of the authors' code; MART's is the default.
 def _trades(table: Config, alpha: float = 0.0) -> Config:
     return replace(table, method="trades", forwards="clean-adv-clean", alpha=alpha)
 
