@@ -138,7 +138,7 @@ def only_ticks(ax: Axes, at: Sequence[float], names: Sequence[str] | None = None
 
 
 def log_ticks(axis: Axis, most: int) -> None:
-    """Up to `most` ticks: at 1, 2 and 5 times powers of ten, else at powers of ten alone, else (a short range) at round values."""
+    """Up to `most` ticks: at 1, 2 and 5 times powers of ten, else at powers of ten, else (a short range) at round values."""
     low, high = axis.get_view_interval()
     powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     sets = [[sub * power for power in powers for sub in (1, 2, 5)], powers, powers[::2], powers[1::2], powers[::3], powers[1::3]]

@@ -87,10 +87,11 @@ FIGURE_61 = {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}  # what the tex
 def _broken(about: str) -> Table:
     """The one point of Figure 6.1 that has numbers."""
     config = PRESETS["figure6.1/eps8-alpha1"]
-    cells = [Cell(title(config), column, FIGURE_61[key][0], attack, "alpha1") for column, attack, key in (
-        ("natural", "clean", "clean"), ("PGD-20", "pgd-20", "robust")
-    )]  # fmt: skip
-    return Table(about, "defence", 8.0, {"alpha1": Wanted(config)}, tuple(cells))
+    cells = (
+        Cell(title(config), "natural", FIGURE_61["clean"][0], "clean", "alpha1"),
+        Cell(title(config), "PGD-20", FIGURE_61["robust"][0], "pgd-20", "alpha1"),
+    )
+    return Table(about, "defence", 8.0, {"alpha1": Wanted(config)}, cells)
 
 
 # ---- Madry et al.: a row an attack, on one robust model
