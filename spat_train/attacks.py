@@ -28,7 +28,7 @@ from spat_kernels import losses, pgd
 from spat_kernels.autoattack import VERSIONS, fewest_classes
 from spat_kernels.checks import as_norm
 from spat_kernels.precision import tf32_switches
-from spat_kernels.predictions import model_logits, other_classes
+from spat_kernels.predictions import model_logits, other_classes, predictions
 from spat_kernels.settings import NORMS, Norm, Version
 
 from .images import InputError
@@ -41,7 +41,11 @@ NAMED = {  # name: (what it is in the grammar, source)
     "fgsm-rs": ("pgd:steps=1:step=1.25", "Wong et al., 2020"),
     "pgd-7": ("pgd:steps=7:step=1/4", "Madry et al., 2018, CIFAR-10"),
     "pgd-10": ("pgd:steps=10:step=1/4", "thesis, chapter 6: the attack in training"),
-    "pgd-20": ("pgd:steps=20:step=1/10", "thesis, Tables 6.1 to 6.4; TRADES; MART"),
+    "pgd-20": ("pgd:steps=20:step=1/10", "thesis, Tables 6.1, 6.2 and 6.4; TRADES; MART"),
+    "pgd-20-rst": (
+        "pgd:steps=20:step=7/31:start=clean:right_at=every",
+        "Carmon et al., 2019 (RST): steps of 0.007 at eps 0.031, right only if right at every iterate; thesis, Table 6.3",
+    ),
     "pgd-40": ("pgd:steps=40:step=1/30", "Madry et al., 2018, MNIST: steps of 0.01 at eps 0.3"),
     "pgd-100": ("pgd:steps=100:step=1/30", "Madry et al., 2018, MNIST"),
     "pgd-kl-20": ("pgd:loss=kl:steps=20:step=1/10", "thesis, Tables 5.1 and 5.2; the inner attack of TRADES"),
@@ -323,6 +327,8 @@ class PGD(_Ascent):
         step: length of a step in units of eps; None is 1/4, for L2 2.5 / steps.
         start: uniform in the ball, or clean.
         target: none, or towards the least likely class of the clean image, a random wrong one, or all wrong ones in turn.
+        right_at: the iterates at which a prediction must be right, the last or every one. At every one, the first wrong one is
+            what comes out.
     """
 
     family = "pgd"
@@ -331,11 +337,12 @@ class PGD(_Ascent):
     step: float | None = _setting(None, number)
     start: str = _setting("uniform", choice("uniform", "clean"))
     target: str = _setting("none", choice("none", *TARGETS))
+    right_at: str = _setting("last", choice("last", "every"))
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps == 0 and (self.start == "clean" or self.target != "none"):
-            raise ValueError("of no steps there is noise alone: leave out start and target, or steps=0")
+        if self.steps == 0 and (self.start == "clean" or self.target != "none" or self.right_at == "every"):
+            raise ValueError("of no steps there is noise alone: leave out start, target and right_at, or steps=0")
         if self.maximised.needs_random_start and self.start == "clean":
             raise ValueError(f"the gradient of {self.loss} is 0 at a clean start: leave out start")
 
@@ -367,14 +374,24 @@ class PGD(_Ascent):
         start, which = draws
         if self.steps == 0:
             return start.clone()
-        if self.targeted:
-            y = self._targets(model, x, y, which, run)
-        step_size = None if self.step is None else self.step * eps
-        where = {"random_start": False} if self.start == "clean" else {"start": start}
-        return pgd(
-            model, x, y, eps, loss=self.maximised, steps=self.steps, step_size=step_size, norm=self.norm,
-            targeted=self.targeted, **where, **how,
-        )  # fmt: skip
+        labels = self._targets(model, x, y, which, run) if self.targeted else y
+        how = {"loss": self.maximised, "norm": self.norm, "targeted": self.targeted} | how
+        if self.right_at == "last":
+            step_size = None if self.step is None else self.step * eps
+            where = {"random_start": False} if self.start == "clean" else {"start": start}
+            return pgd(model, x, labels, eps, steps=self.steps, step_size=step_size, **where, **how)
+        point = found = start
+        right = torch.ones_like(y, dtype=torch.bool)
+        for _ in range(self.steps):
+            point = pgd(model, x, labels, eps, steps=1, step_size=self.length * eps, start=point, **how)
+            found = torch.where(right.view(-1, *[1] * (x.ndim - 1)), point, found)
+            right = right & (predictions(model_logits(model, point)) == y)
+        return found
+
+    @property
+    def length(self) -> float:
+        """Length of a step in units of eps."""
+        return self.step if self.step is not None else 1 / 4 if self.norm == "linf" else 2.5 / self.steps
 
     def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int) -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
@@ -386,15 +403,13 @@ class PGD(_Ascent):
     def _describe(self):
         if self.steps == 0:
             return ["uniform noise"]
-        length = (
-            _length(self.step) if self.step is not None else "eps / 4" if self.norm == "linf" else f"{2.5 / self.steps:.4g} eps"
-        )
         where = {"uniform": "a uniform random start", "clean": "the image"}[self.start]
-        steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {length} from {where}"
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {_length(self.length)} from {where}"
         target = {"all": "towards all wrong classes in turn", "none": None}.get(self.target, f"towards the {self.target} class")
         if self.target == "random":
             target = "towards a random wrong class"
-        return [f"PGD on {self.maximised.describe()}", steps, *([target] if target else [])]
+        every = ["right only if right at every iterate"] if self.right_at == "every" else []
+        return [f"PGD on {self.maximised.describe()}", steps, *([target] if target else []), *every]
 
 
 class _Engine(Attack):

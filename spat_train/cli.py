@@ -100,7 +100,7 @@ def table(
     """Fill a table of the papers from finished runs, ours beside theirs; without a name, list them all and their runs.
 
     Args:
-        name: 5.1, 5.2, 6.1, 6.2, 6.3, 6.4, madry-mnist or madry-cifar10.
+        name: 5.1, 5.2, 6.1, 6.2, 6.3, 6.4, figure-6.1, madry-mnist or madry-cifar10.
         run: KEY=FOLDER, the run to take for KEY instead of looking in --runs; several may follow.
         out: folder that table-NAME.md and .json go to.
     """

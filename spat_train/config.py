@@ -42,6 +42,9 @@ class Config:
     """Weight of the KL term. Default: 6 for trades and rst, 5 for mart."""
     label_smoothing: float = 0.0
     """Of the outer cross-entropy, spread over all classes as in PyTorch. Not the alpha of SPAT."""
+    forwards: Literal["clean-adv", "adv-clean", "clean-adv-clean"] = "clean-adv"
+    """Order of an update's forwards, by which the statistics of batch norm differ. MART's code: clean-adv; RST's: adv-clean;
+    TRADES's: clean-adv-clean, whose third changes these statistics alone."""
     awp: float = 0.0
     """Adversarial weight perturbation (Wu et al., 2020): its relative size, such as 0.005; 0 is off."""
     awp_warmup: int = 0
@@ -111,8 +114,9 @@ class Config:
     decay_norm: bool = True
     """Decay biases and batch norm too; --no-decay-norm: convolutions and linear weights alone."""
     schedule: Literal["constant", "piecewise", "cosine", "one-cycle"] = "piecewise"
-    milestones: tuple[int, ...] = (75, 90)
-    """Epochs, counted from 1, from which on piecewise multiplies lr by gamma."""
+    """cosine changes lr from epoch to epoch, as the code of RST; one-cycle from update to update."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs, counted from 1, from which on piecewise multiplies lr by gamma. Default: at 75 % and 90 % of the epochs."""
     gamma: float = 0.1
     warmup: float = 0.0
     """Epochs of linear warm-up; one-cycle has its own."""
@@ -209,13 +213,24 @@ class Config:
         return self.lr * self.batch_size / 128 if self.scale_lr else self.lr
 
     @property
+    def lr_drops(self) -> tuple[int, ...]:
+        """The epochs, counted from 1, from which on piecewise multiplies lr by gamma; never the first."""
+        if self.milestones is not None:
+            return self.milestones
+        return tuple(sorted({-(-self.epochs * percent // 100) for percent in (75, 90)} - {1}))
+
+    @property
+    def label(self) -> str:
+        """The method in a word: mart, mart+spat0.3."""
+        return self.method + (f"+spat{self.alpha:g}" if self.alpha else "")
+
+    @property
     def folder(self) -> Path:
         if self.out is not None:
             return self.out
         if self.preset:
             return Path("runs") / f"{self.preset.replace('/', '-')}-seed{self.seed}"
-        spat = f"+spat{self.alpha:g}" if self.alpha else ""
-        name = f"{Path(self.data).stem}-{self.model}-{self.method}{spat}-seed{self.seed}"
+        name = f"{Path(self.data).stem}-{self.model}-{self.label}-seed{self.seed}"
         return Path("runs") / "".join(c if c.isalnum() or c in "-+._" else "-" for c in name)
 
     def to_json(self) -> str:
@@ -291,12 +306,16 @@ def check(c: Config) -> None:
     labelled = round(c.batch_size * (1 - c.extra_fraction))
     need(c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none")
     need(c.beta is None or c.method in ("trades", "rst", "mart"), "beta", f"{c.method} has no KL term: leave it out")
+    single = c.method in ("standard", "madry")
+    need(not single or c.forwards == "clean-adv", "forwards", f"{c.method} has one forward: leave it out")
     need(c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp")
     need(c.momentum < 1, "momentum", "give a number below 1")
     need(not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0")
     need(c.schedule != "one-cycle" or c.warmup == 0, "warmup", "one-cycle warms up by itself: leave it out")
     need(c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs")
-    need(list(c.milestones) == sorted(set(c.milestones)), "milestones", "give rising epochs, such as 75 90")
+    need(list(c.lr_drops) == sorted(set(c.lr_drops)), "milestones", "give rising epochs, such as 75 90")
+    late = c.schedule == "piecewise" and max(c.lr_drops, default=0) > c.epochs
+    need(not late, "milestones", f"not all come by epoch {c.epochs}: give others, or None for 75 % and 90 % of the epochs")
     need(c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout")
     need(c.ema < 1, "ema", "give a decay below 1, such as 0.9995")
 

@@ -183,7 +183,7 @@ def attacks_command() -> None:
 
     print(grammar)
     for name, (spec, source) in NAMED.items():
-        print(f"{name:18}{spec:44}{source}")
+        print(f"{name:18}{spec:50}{source}")
     print("\nlosses, and their settings:")
     for name, kind in losses.LOSSES.items():
         print(f"{name:18}{', '.join(losses.settings_of(kind)):44}{kind.title or name}")

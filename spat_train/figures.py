@@ -1,6 +1,7 @@
 """How figures look, and each of them drawn from its numbers, in colours of Okabe and Ito; in grey markers and lines differ."""
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
 from . import files, logs
@@ -135,13 +137,21 @@ def only_ticks(ax: Axes, at: Sequence[float], names: Sequence[str] | None = None
     ax.set_xticks(at, [f"{value:g}" for value in at] if names is None else names)
 
 
+def log_ticks(axis: Axis, most: int) -> None:
+    """Up to `most` ticks: at 1, 2 and 5 times powers of ten, else at powers of ten, else (a short range) at round values."""
+    low, high = axis.get_view_interval()
+    powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    sets = [[sub * power for power in powers for sub in (1, 2, 5)], powers, powers[::2], powers[1::2], powers[::3], powers[1::3]]
+    seen = ([tick for tick in ticks if low <= tick <= high] for ticks in sets)
+    axis.set_major_locator(FixedLocator(next((s for s in seen if 1 < len(s) <= most), MaxNLocator(most).tick_values(low, high))))
+    axis.set_major_formatter(NUMBERS)
+    axis.set_minor_locator(NullLocator())
+
+
 def log_y(ax: Axes) -> None:
-    """Of what is drawn, with ticks at powers of ten, or where there are few of them at 1, 2 and 5 times these."""
+    """A log scale for what has been drawn."""
     ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    ax.yaxis.set_major_formatter(NUMBERS)
-    ax.yaxis.set_minor_locator(NullLocator())
+    log_ticks(ax.yaxis, 5)
 
 
 def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
@@ -164,17 +174,19 @@ def against_alpha(models: dict[str, dict]) -> Figure:
     return figure
 
 
-def trained_with_alpha(lines: dict[str, dict]) -> Figure:
-    """Figures 6.1 and 6.2. Of each radius of training: alphas, clean and robust (a point for each)."""
+def trained_with_alpha(lines: dict[str, dict], reported: dict[str, list[float]] | None = None) -> Figure:
+    """Figures 6.1 and 6.2. Of each radius of training: alphas, clean and robust (a point for each); `reported`: the thesis's."""
     figure = new_figure(PAGE, 2.7)
     axes = figure.subplots(1, 2)
     for ax, kind in zip(axes, ("clean", "robust"), strict=True):
         for style, (name, numbers) in zip(styles(), lines.items(), strict=False):
             curve(ax, numbers["alphas"], numbers[kind], label=name, **style)
+        if reported:
+            ax.plot(reported["alphas"], reported[kind], "k*", markersize=8, label="thesis, its text: ε = 8/255")
         percent(ax, f"{kind} accuracy", "label smoothing α of the training", "accuracy, %")
         ax.autoscale(axis="y")
         only_ticks(ax, sorted({alpha for numbers in lines.values() for alpha in numbers["alphas"]}))
-    legend_below(figure, axes[0], len(lines))
+    legend_below(figure, axes[0], len(lines) + bool(reported))
     return figure
 
 
@@ -257,6 +269,8 @@ def ascents(models: dict[str, np.ndarray], images: Sequence[Tensor], names: Sequ
             ax.plot(losses[:, j].T.clip(LEAST), color=style["color"], linewidth=0.6, alpha=0.6)
         log_y(row[0])
         row[0].set_ylabel(f"loss, {name}", parse_math=False)
+    for ax in axes[1:].flat:
+        ax.xaxis.set_major_locator(MaxNLocator(max(1, 10 // len(names)), integer=True, steps=[1, 2, 5, 10]))
     for ax in axes[-1]:
         ax.set_xlabel("PGD step")
     return figure
@@ -274,7 +288,7 @@ def maxima(numbers: dict[str, dict], names: Sequence[str]) -> Figure:
             ax.hist(final[:, j], bins, color=style["color"], alpha=0.7, hatch=hatch, edgecolor="white", linewidth=0.2)
         ax.set(xscale="log", xlabel="final loss")
         ax.set_title(name, parse_math=False)
-        ax.xaxis.set_major_formatter(NUMBERS)
+    log_ticks(axes[0].xaxis, max(2, 15 // len(names)))  # of all
     axes[0].set_ylabel("restarts")
 
     left, middle, right = bottom.subplots(1, 3)
@@ -313,7 +327,7 @@ def surfaces(models: dict[str, dict], radius: str) -> Figure:
         ax.set(xlabel=f"along the gradient's sign, in ε = {radius}", aspect="equal", xticks=ticks, yticks=ticks)
         ax.set_title(name, parse_math=False)
         ax.grid(False)
-        figure.colorbar(filled, ax=ax, shrink=0.9, format="%.3g", ticks=MaxNLocator(5), label="loss")
+        figure.colorbar(filled, ax=ax, shrink=0.9, format=NUMBERS, ticks=MaxNLocator(5), label="loss")
     axes[0].set_ylabel("along a random sign, in ε")
     boundary, centre = (
         Line2D([], [], color="0.6", label="the class changes"),

@@ -15,6 +15,7 @@ from .measure import Subject, TestImages, open_images, open_models, radius
 from .models import device_of
 from .roles import ANY, PAIR, ROBUST, TRAININGS, WIDTHS, Role, grid
 from .runs import Options, Run, check, named, told
+from .sources import FIGURE_61
 from .sources import ROBUST as SOURCE
 
 Drawing = tuple[dict[str, Figure], dict]  # by the name of a part, "" where there is one; and the numbers in them
@@ -114,7 +115,8 @@ def trained_with_alpha(b: Bench) -> Drawing:
     own = b.images.dataset.name in SOURCE and b.images.dataset.name.startswith("cifar")
     eps = (b.options.eps or (8.0 if own else radii[len(radii) // 2])) / 255  # the middle one of the trainings', as 8 of 4, 8, 16
     numbers = sweeps.trained_with_alpha(b.runs, b.images, b.options, eps)
-    return {"": figures.trained_with_alpha(numbers)}, {"eps": eps, "lines": numbers}
+    reported = FIGURE_61 if b.images.dataset.name == "cifar10" and eps == 8 / 255 else None
+    return {"": figures.trained_with_alpha(numbers, reported)}, {"eps": eps, "lines": numbers, "source": reported}
 
 
 def budget(b: Bench) -> Drawing:
@@ -235,6 +237,7 @@ def draw(name: str, given: Sequence[Path], options: Options, extent: Extent, out
 
 def write(name: str, drawn: dict[str, Figure], numbers: dict, out: Path) -> list[Path]:
     """What was written."""
+    files.make_folder(out)
     paths = []
     for part, figure in drawn.items():
         stem = f"figure-{name}-{part}" if part else f"figure-{name}"

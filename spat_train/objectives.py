@@ -78,14 +78,21 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, config: Config):
         super().__init__()
         self.model = model
-        self.head, self.reads_clean, self.reads_adv = HEADS[config.method]
+        self.head, reads_clean, reads_adv = HEADS[config.method]
+        self.order = [kind for kind in config.forwards.split("-") if (reads_clean if kind == "clean" else reads_adv)]
         self.settings = {"beta": config.kl_weight, "label_smoothing": config.label_smoothing}
 
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        clean = self.logits(x) if self.reads_clean else None
-        adv = self.logits(x_adv) if self.reads_adv else None
+        z: dict[str, Tensor] = {}
+        for kind in self.order:
+            images = x if kind == "clean" else x_adv
+            if kind not in z:
+                z[kind] = self.logits(images)
+            else:  # the logits are the same again: only the statistics of batch norm move
+                with torch.no_grad():
+                    self.model(images)
         with torch.autocast(y.device.type, enabled=False):
-            terms = self.head(clean, adv, y, **self.settings)
+            terms = self.head(z.get("clean"), z.get("adv"), y, **self.settings)
             return reduce(add, terms.values()), {name: term.detach() for name, term in terms.items()}
 
     def logits(self, x: Tensor) -> Tensor:

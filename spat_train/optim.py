@@ -33,9 +33,9 @@ def learning_rate(config: Config, epoch: int, part: float) -> float:
     """In epoch `epoch`, of which `part` in (0, 1] is done when the update is. A function of time alone: nothing to save."""
     t = epoch + part
     if config.schedule == "piecewise":
-        factor = config.gamma ** sum(epoch + 1 >= milestone for milestone in config.milestones)
+        factor = config.gamma ** sum(epoch + 1 >= drop for drop in config.lr_drops)
     elif config.schedule == "cosine":
-        factor = _cosine(1, 0, t / config.epochs)
+        factor = _cosine(1, 0, epoch / config.epochs)  # by epochs, as RST's code: above 0 in the last
     elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
         peak = 0.3 * config.epochs
         factor = _cosine(1 / 25, 1, t / peak) if t < peak else _cosine(1, 1 / 25e4, (t - peak) / (config.epochs - peak))

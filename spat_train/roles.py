@@ -40,6 +40,10 @@ class Role:
             if options.train:
                 raise InputError(f"--train: figure {figure} has its runs named ({given[0]}, ...): leave out one or the other")
             runs = [read_run(folder) for folder in given]
+            robust = [run for run in runs if not run.standard]
+            if not self.fits(runs) and self.fits(robust):
+                print(f"figure {figure}: standard runs are left out, it needs {self.words}")
+                runs = robust
             where = ", ".join(f"{run.folder} ({title(run.config)}, {run.config.model})" for run in runs)
             remedy = "name others"
         else:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -108,7 +109,7 @@ def named(kind: str, name: str, known: dict[str, T]) -> T:
 
 
 def check(options: Options, out: Path) -> None:
-    """Make the folder `out`, and raise InputError for an option that does not fit."""
+    """Raise InputError for an option that does not fit, or where the folder `out` is not and cannot be made."""
     check_device(options.device)
     for option, value in (("runs", options.runs), ("root", options.root)):
         if value is not None and not value.is_dir() and not (option == "runs" and options.train):
@@ -129,13 +130,10 @@ def check(options: Options, out: Path) -> None:
             f"--{given[0].replace('_', '-')}: it says how to train what is missing: add --train, or leave it out "
             "(--test-images says how many are tested)"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(out, os.W_OK) else "it is not writable"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise InputError(f"--out {out}: cannot be written to ({reason}): give another folder")
+    there = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    reason = "it is not writable" if there.is_dir() else "it is no folder"
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"--out {out}: cannot be written to ({there}: {reason}): give another folder")
 
 
 # ---- runs
@@ -179,11 +177,17 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def find_runs(folder: Path | None) -> list[Run]:
-    """All runs in `folder` that have a checkpoint, by name."""
+    """All runs in `folder` that have a checkpoint, by name. One that cannot be read is left out, and said on stderr."""
     if folder is None or not folder.is_dir():
         return []
-    folders = (path.parent for path in sorted(folder.glob("*/config.json")))
-    return [read_run(folder) for folder in folders if _has_checkpoint(folder)]
+    runs = []
+    for path in sorted(folder.glob("*/config.json")):
+        if _has_checkpoint(path.parent):
+            try:
+                runs.append(read_run(path.parent))
+            except InputError as error:
+                print(f"spat-train: left out {path.parent}: {error}", file=sys.stderr)
+    return runs
 
 
 def data_name(data: str) -> str:
@@ -233,6 +237,7 @@ READINGS = {  # how the settings that change the weights are told
     "start": _attack(lambda c: c.attack_settings[3]),
     "inner loss": _attack(lambda c: c.inner_loss),
     "mode in attacks": _attack(lambda c: c.bn_mode),
+    "forwards": lambda c: c.forwards,
     "beta": lambda c: f"{c.kl_weight:g}" if c.method in ("trades", "rst", "mart") else "none",
     "optimiser": lambda c: c.optimizer,
     "lr": lambda c: f"{c.peak_lr:g}",
@@ -350,12 +355,11 @@ def _apart(a: str, b: str) -> float:
     return sum(map(_ratio, *sizes)) if len(sizes[0]) == len(sizes[1]) else math.inf
 
 
-def choose(wanted: dict[str, Wanted], options: Options, given: dict[str, Path] | None = None) -> dict[str, Run | None]:
-    """For each key the run in `given`, else the closest in --runs, else (with --train) one that is trained now, else None."""
-    runs = find_runs(options.runs)
+def choose(wanted: dict[str, Wanted], options: Options, given: dict[str, Path], runs: list[Run]) -> dict[str, Run | None]:
+    """For each key the run in `given`, else the closest of `runs`, else (with --train) one that is trained now, else None."""
     chosen: dict[str, Run | None] = {}
     for key, want in wanted.items():
-        if given and key in given:
+        if key in given:
             chosen[key] = read_run(given[key])
             continue
         original = chosen[want.copy_of] if want.copy_of else None
@@ -392,11 +396,13 @@ def scaled(wanted: Wanted, options: Options) -> Config:
         scale.pop("model", None)
     c = replace(source, test=False, resume=True, seed=options.seed, download=options.download, device=options.device, **scale)
     c = replace(c, data=options.data or c.data, root=options.root or c.root)
+    if c.limit or not wanted.own(options):  # the source's numbers are for all of its own images
+        c = replace(c, pad=None, holdout=None if c.holdout else c.holdout)
     if options.eps:
         c = replace(c, eps=options.eps, eval_eps=None, step_size=c.step_size and c.step_size * options.eps / source.eps)
     if c.epochs != source.epochs:
-        shrunk = {max(1, round(epoch * c.epochs / source.epochs)) for epoch in source.milestones}
-        c = replace(c, milestones=tuple(sorted(shrunk)))
+        shrunk = {max(2, round(epoch * c.epochs / source.epochs)) for epoch in source.lr_drops}
+        c = replace(c, milestones=tuple(sorted(epoch for epoch in shrunk if epoch <= c.epochs)))
     parts = [source.preset or title(source)]
     parts += [data_name(c.data)] * (not wanted.own(options)) + [c.model] * (c.model != source.model or wanted.fixed)
     name = "-".join([*parts, f"seed{c.seed}"])

@@ -1,4 +1,5 @@
-"""What the sources report: the thesis's Tables 5.1, 5.2 and 6.1-6.4, and Madry et al.'s Tables 1 and 2 (arXiv 1706.06083).
+"""What the sources report: the thesis's Tables 5.1, 5.2 and 6.1-6.4 and what its text says of Figure 6.1; Madry et al.'s Tables 1
+and 2 (arXiv 1706.06083).
 
 Accuracies in percent, on whole test sets. A table names the runs behind its numbers by a key, and the attacks as
 `spat_train.attacks` does.
@@ -79,6 +80,18 @@ def _trainings(number: str, about: str, eps: float, columns: dict[str, str], row
 
 _FOUR = {"natural": "clean", "FGSM": "fgsm", "PGD-20": "pgd-20", "C&W-inf": "cw-30"}
 _TWO = {"natural": "clean", "PGD-20": "pgd-20"}
+_RST = {"natural": "clean", "PGD-20": "pgd-20-rst"}  # "settings in [39]": as RST's code looks at models while it trains them
+FIGURE_61 = {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}  # what the text says, trained with 8/255
+
+
+def _broken(about: str) -> Table:
+    """The one point of Figure 6.1 that has numbers."""
+    config = PRESETS["figure6.1/eps8-alpha1"]
+    cells = (
+        Cell(title(config), "natural", FIGURE_61["clean"][0], "clean", "alpha1"),
+        Cell(title(config), "PGD-20", FIGURE_61["robust"][0], "pgd-20", "alpha1"),
+    )
+    return Table(about, "defence", 8.0, {"alpha1": Wanted(config)}, cells)
 
 
 # ---- Madry et al.: a row an attack, on one robust model
@@ -115,7 +128,7 @@ TABLES = {
         "trades+spat": (55.54, 33.35, 31.20, 28.14),
         "mart+spat": (60.28, 36.91, 34.66, 30.93),
     }),
-    "6.3": _trainings("6.3", "WRN-28-10 on CIFAR-10 and 500,000 pseudo-labelled images", 0.031 * 255, _TWO, {
+    "6.3": _trainings("6.3", "WRN-28-10 on CIFAR-10 and 500,000 pseudo-labelled images", 0.031 * 255, _RST, {
         "rst": (89.65, 63.00),
         "mart": (89.81, 63.06),
         "rst+spat": (89.52, 63.47),
@@ -127,6 +140,7 @@ TABLES = {
         "trades+spat": (69.24, 43.33),
         "mart+spat": (67.85, 45.19),
     }),
+    "figure-6.1": _broken("Thesis, section 6.2: ResNet-50 on CIFAR-10, trained at α = 1"),
     "madry-mnist": _attacks(
         1, "MNIST", 76.5,
         {"A": Wanted(_MNIST), "A'": Wanted(_MNIST, copy_of="A"), "B": _B},

@@ -77,7 +77,7 @@ def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Fill
 
     Args:
         given: runs by key, instead of searching.
-        out: the folder that it will be written to, which is made.
+        out: the folder that it will be written to.
 
     Raises:
         InputError: no such table, or no run of it; an option, a run or the data do not fit.
@@ -86,7 +86,8 @@ def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Fill
     check(options, out)
     if unknown := next((key for key in given if key not in table.runs), None):
         raise InputError(f"--run {unknown}={given[unknown]}: table {name} has no run {unknown}: it has {', '.join(table.runs)}")
-    runs = choose(table.runs, options, given)
+    there = find_runs(options.runs)
+    runs = choose(table.runs, options, given, there)
     if all(runs[cell.target] is None for cell in table.cells):
         where = f"in --runs {options.runs}" if options.runs else "without --runs"
         looked = "; ".join(f"{key}: {want.words(options)}" for key, want in table.runs.items())
@@ -98,7 +99,6 @@ def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Fill
     eps = options.eps or (table.eps if own else max(run.config.evaluation_eps for run in here.values()))
     entries = tuple(_entries(table, subjects, images, options, eps / 255))
     changes = {key: differences(run, table.runs[key].config) for key, run in here.items()}
-    there = find_runs(options.runs)
     candidates = {key: sum(fits(run, table.runs[key], options) for run in there) for key in here if key not in given}
     return Filled(name, table, entries, eps, images.dataset.name, runs, changes, candidates, len(images), images.total)
 
@@ -214,6 +214,7 @@ def as_json(filled: Filled) -> dict:
 
 def write(filled: Filled, out: Path) -> list[Path]:
     """table-NAME.md and .json in the folder `out`."""
+    files.make_folder(out)
     contents = {".md": markdown(filled), ".json": json.dumps(as_json(filled), indent=1) + "\n"}
     paths = [out / f"table-{filled.name}{ending}" for ending in contents]
     for path, content in zip(paths, contents.values(), strict=True):

@@ -211,7 +211,7 @@ class Run:
             done = progress.epoch * sum(sizes) + sum(sizes[: progress.step])
             self.log = Log(
                 self.folder.path, total=config.epochs * sum(sizes), done=done, position=progress.log_bytes,
-                step=self.global_step, tensorboard=config.tensorboard, name=config.preset or config.method,
+                step=self.global_step, tensorboard=config.tensorboard, name=config.preset or config.label,
             )  # fmt: skip
             where = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(sizes)}
             self.log.write("start", **where, **self.environment())

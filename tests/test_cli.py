@@ -1,8 +1,11 @@
 """The command: presets are the thesis's settings, options override them, errors are one line, runs end in files and curves."""
 
 import json
+import math
 import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +15,15 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 from spat_train import cli, logs
-from spat_train.config import Config
+from spat_train.config import Config, check
+from spat_train.loader import Order
+from spat_train.optim import learning_rate
 from spat_train.presets import PRESETS
 
 SMALL = [
     "--data", "digits", "--model", "small-cnn", "--eps", "51", "--epochs", "2", "--limit", "120", "--batch-size", "32",
     "--lr", "0.05", "--device", "cpu", "--no-tensorboard", "--val-steps", "2", "--preset", "table6.1/mart+spat",
+    "--milestones", "None",
 ]  # fmt: skip
 
 
@@ -47,8 +53,10 @@ def test_presets_are_the_settings_of_the_sources():
         "table6.4/trades+spat": ("trades", 0.1), "table6.4/mart+spat": ("mart", 0.2),
     }  # fmt: skip
     assert {name: (c.method, c.alpha) for name, c in PRESETS.items() if name.startswith("table")} == tables
+    forwards = {"trades": "clean-adv-clean", "rst": "adv-clean", "mart": "clean-adv"}
     for name, c in PRESETS.items():
-        assert c.preset == name
+        check(replace(c, extra=Path("500k.pickle")) if name.startswith("table6.3") else c)
+        assert c.preset == name and c.forwards == forwards.get(c.method, "clean-adv")
         eps, step_size, steps, start = c.attack_settings
         if name.startswith(("table6.1", "table6.2", "table6.4", "figure")):
             assert c.lr == 0.1 and c.momentum == 0.9 and c.optimizer == "sgd" and start == "uniform" and steps == 10
@@ -58,21 +66,29 @@ def test_presets_are_the_settings_of_the_sources():
             assert c.milestones == (75, 90) and c.epochs == 90
         if name.startswith("table6.2"):
             assert (c.model, c.data, c.weight_decay) == ("wrn-34-10", "cifar100", 7e-4 if c.method == "mart" else 2e-4)
-            assert (c.epochs, c.milestones) == ((90, (75, 90)) if c.method == "mart" else (76, (75,)))
+            assert (c.epochs, c.milestones, c.batch_size) == (90, (75, 90), 128)  # "same settings except for weight decay"
         if name.startswith("table6.3"):
             assert (c.model, c.batch_size, c.epochs, c.schedule) == ("wrn-28-10", 256, 200, "cosine")
+            assert (start, steps, c.holdout, c.extra_fraction) == ("normal", 10, 0, 0.5)
+            assert len(Order(torch.arange(50_000), c.batch_size, 0, 500_000, c.extra_fraction).epoch(0)) == 196
+            rates = [0.05 * (1 + math.cos((epoch - 1) / 200 * math.pi)) for epoch in range(1, 201)]  # RST's code counts from 1
+            assert [learning_rate(c, epoch, 1.0) for epoch in range(200)] == pytest.approx(rates, rel=1e-12)
             assert c.nesterov and c.weight_decay == 5e-4 and (eps, step_size) == (pytest.approx(0.031), pytest.approx(0.007))
         if name.startswith("table6.4"):
-            assert (c.model, c.data, c.batch_size, c.epochs) == ("resnet-18", "stl10", 32, 200)
+            assert (c.model, c.data, c.batch_size, c.epochs, c.pad, c.holdout) == ("resnet-18", "stl10", 32, 200, 4, 250)
         if name.startswith("figure"):
             assert c.evaluation_eps == 8 and c.milestones == (75, 90)
         if name.startswith("madry-mnist"):
             assert (c.optimizer, c.lr, eps, step_size, steps) == ("adam", 1e-4, 0.3, pytest.approx(0.01), 40)
-            assert (c.model, c.batch_size, c.epochs * 60_000 // 50 // 1000, c.weight_decay) == ("mnist-cnn", 50, 100, 0)
+            assert (c.model, c.batch_size, c.epochs * 59_000 // 50 // 1000, c.weight_decay) == ("mnist-cnn", 50, 100, 0)
         if name.startswith("madry-cifar10"):
             assert (c.model, c.data, eps, c.weight_decay, c.lr) == ("wrn-34-10", "cifar10", 8 / 255, 2e-4, 0.1)
-            assert (step_size, steps, c.batch_size, c.epochs * 50_000 // 128) == (pytest.approx(2 / 255), 7, 128, 80_078)
-            assert [round(m * 50_000 / 128, -3) for m in c.milestones] == [40_000, 60_000]
+            assert (step_size, steps, c.batch_size, c.bn_mode, c.decay_norm) == (pytest.approx(2 / 255), 7, 128, "train", False)
+            updates = math.ceil(49_000 / 128)
+            assert [round(epochs * updates, -3) for epochs in (c.milestones[0] - 1, c.milestones[1] - 1, c.epochs)] == [
+                40_000, 60_000, 80_000
+            ]  # fmt: skip
+            assert c.pad == 2  # 32 of 36 pixels
     figures = {name: c for name, c in PRESETS.items() if name.startswith("figure")}
     grid = {(c.data, c.eps, c.alpha) for c in figures.values() if c.model == "resnet-50" and c.method == "madry"}
     assert len(figures) == 36

@@ -80,9 +80,11 @@ def test_end_to_end_on_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["spat-train", "demo", "--epochs", "1", "--limit", "200"])
     cli.main()
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     rows = accuracies(out)
     assert list(rows) == ["standard", "Madry", "Madry+SPAT"]
+    bars = set(re.findall(r"^\s*([\w+.]+): +\d+%", err.replace("\r", "\n"), re.MULTILINE))
+    assert bars == {"standard", "madry", "madry+spat0.2"}
     assert all(len(row) == 4 for row in rows.values())
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
     cli.main()

@@ -78,7 +78,11 @@ def in_two(function, *arguments) -> list[int]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "fgsm"}, {"method": "trades", "inner": "ce", "start": "clean"}, {"method": "mart", "start": "clean", "ema": 0.9}],
+    [
+        {"method": "fgsm"},
+        {"method": "trades", "inner": "ce", "start": "clean", "forwards": "clean-adv-clean"},
+        {"method": "mart", "start": "clean", "ema": 0.9},
+    ],
 )
 def test_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, options):
     """Without momentum a step is the gradient; the last batch, of 7, is shared 4 to 3."""

@@ -33,7 +33,7 @@ from spat_train.attacks import NAMED, Attack, parse, parse_all
 from spat_train.checkpoints import load_model
 from spat_train.config import Config
 from spat_train.data import load
-from spat_train.evaluate import TEST, accuracies, evaluate, validation, wilson
+from spat_train.evaluate import TEST, accuracies, evaluate, predict, validation, wilson
 from spat_train.evaluate_command import default_folder
 from spat_train.evaluation import WORST
 from spat_train.files import SaveError
@@ -116,6 +116,49 @@ def test_named_attacks_are_those_of_the_sources(monkeypatch):
     assert engines["apgd-ce"]["loss"] == "ce" and engines["apgd-dlr"]["loss"] == engines["apgd-t"]["loss"] == "dlr"
 
 
+class Wavy(nn.Module):
+    """Steps along its gradients go past its boundaries and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).double())
+
+    def forward(self, x):
+        return torch.sin(12 * x.flatten(1) @ self.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("spec", "eps", "steps", "step_size"),
+    [
+        ("pgd-20-rst", 0.031, 20, 0.007),
+        ("pgd:steps=8:right_at=every", 0.031, 8, 0.031 / 4),
+        ("pgd-l2-10:right_at=every", 0.2, 10, 0.05),
+    ],
+)
+def test_right_only_if_right_at_every_iterate(spec, eps, steps, step_size):
+    model, (x, _), attack = Wavy(), digits(200, torch.float64), parse(spec)
+    y = predict(model, x)
+    point = attack._draw(x, y, eps, torch.Generator().manual_seed(1))[0]
+    assert torch.equal(point, x) == (spec == "pgd-20-rst")
+    points, rights = [], []
+    for _ in range(steps):
+        leaf = point.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+        if attack.norm == "linf":
+            point = (point + step_size * grad.sign()).clamp(x - eps, x + eps)
+        else:
+            moved = point + step_size * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1) - x
+            point = x + moved * (eps / moved.flatten(1).norm(dim=1).clamp(min=eps)).view(-1, 1, 1, 1)
+        point = point.clamp(0, 1)
+        points.append(point)
+        rights.append(model(point).argmax(1) == y)
+    every = torch.stack(rights).all(0)
+    first_wrong = torch.stack(rights).byte().argmin(0).where(~every, steps - 1)
+    found = attack(model, x, y, eps, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found, torch.stack(points)[first_wrong, torch.arange(len(x))], rtol=0, atol=1e-9)
+    assert torch.equal(predict(model, found) == y, every) and (rights[-1] & ~every).any()  # right again at the end
+
+
 def test_the_grammar():
     attack = parse("pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255:norm=l2:start=clean:target=random")
     assert (attack.steps, attack.step, attack.loss, attack.restarts, attack.norm) == (50, 0.05, "margin", 5, "l2")
@@ -166,6 +209,8 @@ def test_the_grammar():
         ("pgd-20:step=x", "step=x: give a number, such as 0.1"),
         ("pgd-20:norm=l1", "norm=l1: choose one of linf, l2"),
         ("pgd-20:eps=8", "write eps=8/255"),
+        ("pgd-20:right_at=first", "right_at=first: choose one of last, every"),
+        ("noise:right_at=every", "of no steps there is noise alone"),
         ("pgd-20:kappa=1", "kappa is a setting of loss=margin, not of ce"),
         ("cw-30:alpha=0.1", "alpha is a setting of loss=ce, not of margin"),
         ("square:alpha=0.1", "square has no setting alpha"),

@@ -16,6 +16,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 import matplotlib
+import numpy as np
 
 from spat_train import cli, figures, gallery, landscape, pictures, roles, sweeps
 from spat_train.checkpoints import load_model
@@ -293,7 +294,7 @@ def test_losses_are_means_of_epochs(tmp_path):
 # ---- which runs a figure takes
 
 
-def test_roles_in_a_folder(folder):
+def test_roles_in_a_folder(folder, capsys):
     options = Options(runs=folder)
 
     def names(role, given=(), **changes):
@@ -302,6 +303,8 @@ def test_roles_in_a_folder(folder):
     assert names(roles.PAIR) == ["wide-standard", "wide"] and names(roles.ROBUST) == ["wide"]  # nearer to Madry's width of 16
     assert names(roles.WIDTHS) == ["madry", "standard", "wide", "wide-standard"]
     assert names(roles.ANY, [folder / "b", folder / "wide"]) == ["b", "wide"]
+    assert names(roles.ROBUST, [folder / "standard", folder / "madry"]) == ["madry"]
+    assert capsys.readouterr().out == "figure x: standard runs are left out, it needs one robust run\n"
     with pytest.raises(
         InputError, match="figure x: it needs one standard and one robust run: .*b .standard, mnist-b.: name others"
     ):
@@ -411,6 +414,43 @@ def test_a_grid_of_trainings(tmp_path, monkeypatch):
     assert again["lines"] == content["lines"]
 
 
+def test_the_thesis_s_point_of_figure_61(folder, tmp_path, monkeypatch):
+    _, images, options = subjects_of(folder, "madry")
+    own = replace(images, dataset=replace(images.dataset, name="cifar10"))
+    runs = [replace(read_run(folder / "madry"), config=Config(eps=e, alpha=a)) for e in (4.0, 8.0) for a in (0.0, 1.0)]
+    bench = gallery.Bench(runs, own, options, FEW, 8 / 255)
+    drawn, numbers = gallery.trained_with_alpha(bench)
+    assert numbers["source"] == {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}
+    for ax, value in zip(drawn[""].axes, (32.44, 0.0), strict=True):
+        (theirs,) = [line for line in ax.lines if line.get_label().startswith("thesis")]
+        assert theirs.get_xydata().tolist() == [[1.0, value]]
+    _, numbers = gallery.trained_with_alpha(replace(bench, images=images))  # other data
+    assert numbers["source"] is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "count"), [(1e-4, 10, 5), (1.36, 2.4, 5), (0.5, 30, 5), (1.0, 50, 10), (1.37, 1.375, 1), (3, 4, 3)]
+)
+def test_labels_of_the_landscape_do_not_overlap(low, high, count):
+    generator = np.random.default_rng(0)
+    spread = min(0.3, math.log(high / low) / 10)
+    models = {name: loss * np.exp(spread * generator.normal(size=(20, count))) for name, loss in (("a", low), ("b", high))}
+    pairs = {"distances": generator.normal(5, 1, 99), "cosines": generator.normal(0.5, 0.1, 99), "between": [1, 0.9, 1]}
+    random = {f"{kind}_{name}": 0.2 for kind in ("random", "corner") for name in ("distance", "cosine")}
+    names = [f"class {i}" for i in range(count)]
+    ends = {name: {"losses": losses, **pairs, **random} for name, losses in models.items()}
+    ways = {name: losses[..., None] * np.linspace(0.9, 1, 101) for name, losses in models.items()}
+    with figures.look():
+        for figure in (figures.maxima(ends, names), figures.ascents(ways, [torch.rand(3, 4, 4)] * count, names)):
+            figure.draw_without_rendering()
+            for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+                start, end = sorted(axis.get_view_interval())
+                labels = [t.label1 for t in axis.get_major_ticks() + axis.get_minor_ticks() if start <= t.get_loc() <= end]
+                boxes = [label.get_window_extent() for label in labels if label.get_text() and label.get_visible()]
+                assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+        assert len(figures.maxima(ends, names).subfigs[0].axes[0].get_xticks()) > 1
+
+
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     figure = figures.new_figure(2, 2)
     figure.subplots().plot([1, 2])
@@ -461,6 +501,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
             "figure 5.3: it needs one standard and one robust run: .*madry .Madry, mnist-cnn/1.: name others",
         ),
         (["5.2", "RUNS/standard"], "figure 5.2: it needs one robust run"),
+        (["5.2", "RUNS/madry", "RUNS/wide"], "figure 5.2: it needs one robust run: .*madry .Madry.*wide .Madry.*: name others"),
         (["training-loss", "RUNS/standard"], "it needs robust runs, one or more"),
         (["capacity", "RUNS/madry", "RUNS/b"], "it needs runs of wrn-DEPTH-WIDTH"),
         (["6.1", "--runs", "RUNS", "--data", "mnist"], "figure 6.1: it needs Madry runs that differ in alpha"),
@@ -480,6 +521,7 @@ def test_errors_come_before_any_work(folder, tmp_path, monkeypatch, capsys, argu
         command(monkeypatch, "figure", *(argument.replace("RUNS", str(folder)) for argument in arguments))
     _, err = capsys.readouterr()
     assert exit_info.value.code == 2 and err.count("\n") == 1 and re.search(message, err), err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_on_different_data(folder):

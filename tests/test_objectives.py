@@ -85,6 +85,30 @@ def test_loss_and_every_gradient_are_those_of_the_formula(method, smoothing):
         torch.testing.assert_close(b, c, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("forwards", ["clean-adv", "adv-clean", "clean-adv-clean"])
+@pytest.mark.parametrize("method", ["trades", "rst", "mart", "fgsm"])
+def test_forwards_move_the_statistics_in_the_order_asked_for(method, forwards):
+    """As written out: every forward in training mode, all of them differentiated, as in the code of TRADES, RST and MART."""
+    ours, theirs = network(), network()
+    x, x_adv, y = batch()
+    loss, _ = Objective(ours, Config(method=method, beta=BETA, forwards=forwards))(x, x_adv, y)
+    loss.backward()
+    z = [(kind, theirs(x if kind == "clean" else x_adv)) for kind in forwards.split("-")]
+    (adv,) = (logits for kind, logits in z if kind == "adv")
+    clean = [logits for kind, logits in z if kind == "clean"]
+    first, last = (HEADS[method][0](logits, adv, y, beta=BETA) for logits in (clean[0], clean[-1]))
+    expected = sum((first | {"kl": last["kl"]} if "kl" in last else first).values())  # TRADES: CE of the first, KL of the last
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
+    for b, c in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(b, c)
+    other = network()
+    Objective(other, Config(method=method, forwards="clean-adv"))(x, x_adv, y)
+    assert torch.equal(ours[1].running_mean, other[1].running_mean) == (forwards == "clean-adv")
+
+
 @pytest.mark.parametrize("method", HEADS)
 def test_losses_are_fp32_under_autocast(method):
     """MART's 1.0001 and 1e-12 vanish in half precision: the head must see fp32, and give what fp32 gives on the same logits."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 from spat_train import cli, runs, tables
 from spat_train.checkpoints import load_model
-from spat_train.config import Config
+from spat_train.config import Config, check
 from spat_train.data import load
 from spat_train.evaluate import evaluate
 from spat_train.images import InputError
@@ -46,6 +47,7 @@ PRINTED = {
     "6.2": """Madry 61.77 34.42 31.51 30.1 / TRADES 57.13 32.9 31.02 28.07 / MART 58.56 36.46 34.12 30.16
         / TRADES+SPAT(.1) 55.54 33.35 31.20 28.14 / MART+SPAT(.2) 60.28 36.91 34.66 30.93""",
     "6.3": "RST 89.65 63.00 / MART 89.81 63.06 / RST+SPAT(.1) 89.52 63.47 / MART+SPAT(.1) 89.44 63.37",
+    "figure-6.1": "Madry+SPAT(1) 32.44 0",
     "6.4": "TRADES 70.15 42.16 / MART 67.89 44.24 / TRADES+SPAT(.1) 69.24 43.33 / MART+SPAT(.2) 67.85 45.19",
     "5.1": """PGD-KL 47.51 / PGD-LS(1e-2) 80.04 / PGD-LS(1e-3) 69.23 / PGD-LS(1e-4) 51.28 / PGD-LS(5e-5) 44.16
         / PGD-LS(1e-5) 25.3""",
@@ -58,7 +60,7 @@ PRINTED = {
     "madry-cifar10": """natural 87.3 / FGSM, A 56.1 / PGD-7, A 50.0 / PGD-20, A 45.8 / CW-30, A 46.8 / FGSM, A' 67.0
         / PGD-7, A' 64.2 / CW-30, A' 78.7 / FGSM, A_nat 85.6 / PGD-7, A_nat 86.0""",
 }
-COLUMNS = {"6.1": 4, "6.2": 4, "6.3": 2, "6.4": 2}
+COLUMNS = {"6.1": 4, "6.2": 4, "6.3": 2, "6.4": 2, "figure-6.1": 2}
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_tables_are_measured_by_their_own_attacks(monkeypatch):
     monkeypatch.undo()
     attacks = {name: list(dict.fromkeys(cell.attack for cell in table.cells)) for name, table in TABLES.items()}
     assert attacks["6.1"] == attacks["6.2"] == ["clean", "fgsm", "pgd-20", "cw-30"]
-    assert attacks["6.3"] == attacks["6.4"] == ["clean", "pgd-20"]
+    assert attacks["6.4"] == attacks["figure-6.1"] == ["clean", "pgd-20"] and attacks["6.3"] == ["clean", "pgd-20-rst"]
     assert attacks["5.2"] == ["pgd-kl-20", *(f"pgd-ls-20:alpha=0.{a}" for a in range(1, 6))]
     assert {name: table.eps for name, table in TABLES.items() if table.eps != 8} == {
         "6.3": pytest.approx(7.905),
@@ -222,6 +224,19 @@ def test_runs_in_a_folder(folder, tmp_path):
         runs.read_run(tmp_path)
 
 
+@pytest.mark.parametrize(("config", "reason"), [('{"method": "mad', "cannot be read"), ("[1]", "is no run's")])
+def test_a_run_that_cannot_be_read_is_left_out_and_said(folder, tmp_path, capsys, config, reason):
+    for name in ("broken", "madry"):
+        shutil.copytree(folder / "madry", tmp_path / "runs" / name)
+    (tmp_path / "runs" / "broken" / "config.json").write_text(config)
+    filled = fill("5.2", tmp_path / "runs", tmp_path, data=str(folder.parent / "mnist.npz"))
+    assert filled.runs["robust"].folder.name == "madry"
+    err = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(err) == 1 and f"{tmp_path}/runs/broken" in err[0] and reason in err[0]
+    with pytest.raises(InputError, match=reason):
+        fill("5.2", None, tmp_path, {"robust": tmp_path / "runs" / "broken"})
+
+
 # ---- ours beside theirs
 
 
@@ -314,6 +329,10 @@ def test_the_scale_changes_a_preset(tmp_path):
         source, limit=500, epochs=9, model="wrn-10-2", milestones=(8, 9), test=False, resume=True,
         out=tmp_path / "table6.1-mart+spat-wrn-10-2-seed0",
     )  # fmt: skip
+    for epochs, drops in ((1, ()), (2, (2,)), (30, (25, 30)), (180, (150, 180))):
+        config = scaled(Wanted(source), replace(options, scale=Scale(epochs=epochs)))
+        assert config.milestones == drops
+        check(config)
     mnist = scaled(Wanted(PRESETS["madry-mnist/madry"]), Options(runs=tmp_path, train=True, eps=51.0, data="digits"))
     assert (mnist.eps, mnist.step_size, mnist.data) == (51.0, pytest.approx(2.55 * 51 / 76.5), "digits")
     fixed = scaled(TABLES["madry-mnist"].runs["B"], replace(options, data="mnist"))
@@ -406,7 +425,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
         (["6.1", "--eps", "0.03"], "--eps 0.03: it is in 1/255"),
         (["6.1", "--test-images", "0"], "--test-images 0: give at least 1"),
         (["6.1", "--device", "tpu"], "--device tpu: give cpu"),
-        (["6.1", "--out", "file"], "--out file: cannot be written to .File exists"),
+        (["6.1", "--out", "file"], "--out file: cannot be written to .file: it is no folder"),
         (["madry-mnist", "--run", "A=RUNS/madry", "--data", "digits"], "as mnist-cnn/1 for digits .10 classes"),
     ],
 )
@@ -418,6 +437,7 @@ def test_errors_come_before_any_work(folder, tmp_path, monkeypatch, capsys, argu
         command(monkeypatch, "table", *(argument.replace("RUNS", str(folder)) for argument in arguments))
     out, err = capsys.readouterr()
     assert exit_info.value.code == 2 and out == "" and err.count("\n") == 1 and re.search(message, err), err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_global_generators_are_left_alone(folder, tmp_path):

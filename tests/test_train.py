@@ -24,7 +24,7 @@ pytest.importorskip("tqdm")
 from spat_kernels.trace import _NoLooking
 from spat_train import files, logs
 from spat_train import train as module
-from spat_train.config import Config
+from spat_train.config import Config, check
 from spat_train.data import load
 from spat_train.files import SaveError
 from spat_train.images import Dataset, InputError
@@ -286,13 +286,29 @@ def test_schedules():
     piecewise = rates(schedule="piecewise", milestones=(75, 90))
     # "At epoch 75": the 75th is the first with the lower rate, as in the public code, which counts from 1.
     assert piecewise[73] == 1 and piecewise[74] == pytest.approx(0.1) and piecewise[89] == pytest.approx(0.01)
-    cosine = rates(schedule="cosine")
-    assert cosine[49] == pytest.approx(0.5) and cosine[99] == pytest.approx(0) and sorted(cosine, reverse=True) == cosine
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    for rate in rates(schedule="cosine"):
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9) and rate > 0
+        optimizer.step()
+        scheduler.step()
+    assert learning_rate(Config(lr=1.0, epochs=100, schedule="cosine"), 0, 0.01) == 1
     cycle = rates(schedule="one-cycle")
-    assert cycle[29] == pytest.approx(1) and cycle[0] < 0.06 and cycle[99] == pytest.approx(1 / 25e4)
+    assert cycle[29] == pytest.approx(1) and 0.04 < cycle[0] < 0.06 and cycle[99] == pytest.approx(1 / 25e4)
     warm = rates(schedule="constant", warmup=10.0)
-    assert warm[4] == pytest.approx(0.5) and warm[9:] == [1.0] * 91
+    assert warm[0] == pytest.approx(0.1) and warm[4] == pytest.approx(0.5) and warm[9:] == [1.0] * 91
     assert Config(lr=0.1, batch_size=512, scale_lr=True).peak_lr == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "drops"), [(1, ()), (2, (2,)), (5, (4, 5)), (10, (8, 9)), (30, (23, 27)), (100, (75, 90)), (200, (150, 180))]
+)
+def test_the_rate_drops_within_the_run(epochs, drops):
+    config = Config(epochs=epochs, data="digits")
+    check(config)
+    assert config.lr_drops == drops
+    rates = [learning_rate(config, epoch, 0.5) for epoch in range(epochs)]
+    assert rates == pytest.approx([0.1 * 0.1 ** sum(epoch >= drop for drop in drops) for epoch in range(1, epochs + 1)])
 
 
 def test_ragged_last_batch_of_one_image():
@@ -346,13 +362,13 @@ def test_a_first_step_that_overflows_leaves_no_trace(optimizer, device):
 
 @pytest.mark.slow
 def test_compiled_update_is_the_eager_one(device):
-    config = settings(method="trades", model="small-cnn", epochs=1, holdout=0, device=device)
+    config = settings(method="trades", forwards="clean-adv-clean", model="small-cnn", epochs=1, holdout=0, device=device)
     torch._dynamo.utils.counters.clear()
     eager = train(config, save=False).model
     assert not torch._dynamo.utils.counters["frames"]
     compiled = train(replace(config, compile=True), save=False).model
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
-    for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
+    for p, q in zip(eager.state_dict().values(), compiled.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
@@ -945,6 +961,9 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, where, error):
         ({"schedule": "cosin"}, "--schedule cosin: choose one of constant, piecewise"),
         ({"inner": "xyz"}, "--inner xyz: loss='xyz': give one of 'ce', 'kl'"),
         ({"milestones": (90, 75)}, "--milestones"),
+        ({"schedule": "piecewise", "milestones": (2, 5)}, r"--milestones \(2, 5\): not all come by epoch 4: give others"),
+        ({"method": "madry", "forwards": "adv-clean"}, "--forwards adv-clean: madry has one forward: leave it out"),
+        ({"forwards": "adv"}, "--forwards adv: choose one of clean-adv, adv-clean, clean-adv-clean"),
         ({"patience": 3, "holdout": 0}, "--patience 3: it needs held-out images"),
         ({"epochs": 0}, "--epochs 0: give at least 1"),
         ({"alpha": float("nan")}, "--alpha nan: give a number in"),
