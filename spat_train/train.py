@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from spat_kernels.attacked import warn_of_nan
 from spat_kernels.precision import tf32_switches
 
+from .checkpoints import checkpoint_file, load_checkpoint
 from .config import Config, check
 from .data import load
 from .distributed import World, world
@@ -102,7 +103,7 @@ class Run:
         saved = self.find_saved()
         self.dataset, self.extra = processes.in_turn(lambda: self.load(dataset))
         self.make_loader()
-        self.make_model()
+        self.make_model(resumed=saved is not None)
         self.progress = Progress()
         self.log: Log | None = None
         self.pending: tuple | None = None  # what `settle` reads of the last step
@@ -149,15 +150,22 @@ class Run:
             memory_format=self.memory_format,
         )  # fmt: skip
 
-    def make_model(self) -> None:
+    def make_model(self, resumed: bool) -> None:
         config, device = self.config, self.world.device
         seed_generators(config.seed)  # alike in all processes, for equal weights
         shape, classes = self.dataset.image_shape, self.dataset.num_classes
         try:
-            self.model = create(config.model, classes, shape, activation=config.activation).to(device)
+            self.model = create(config.model, classes, shape, activation=config.activation, mean=config.mean, std=config.std).to(
+                device
+            )
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
         self.try_model(shape, classes)  # first: lazy layers have no weights before
+        if config.init and not resumed:
+            try:
+                load_checkpoint(self.model, checkpoint_file(config.init))
+            except InputError as error:
+                raise InputError(f"--init: {error}") from error
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's hints do not know this form
         if config.sync_bn:
             if self.world.size == 1:
