@@ -238,7 +238,7 @@ class _Match:
 
     def _is_copy(self, name: str) -> bool:
         """Whether it is another name for a weight that has its place, as in files of robustness, which hold each twice."""
-        places = (self.source.get(self.ours + rest) for _, rest in _splits(name))
+        places = (self.source.get(self.ours + rest) for alias in (name, _as_torchvision(name)) for _, rest in _splits(alias))
         return any(at is not None and _same(self.file[at], self.file[name]) for at in places)
 
     def _one_normalisation(self, names: Iterable[str]) -> tuple[str, str] | None:
@@ -267,7 +267,7 @@ def _prefixes(file: Iterable[str], own: Iterable[str]) -> tuple[str, str]:
             places.setdefault(rest, []).append(prefix)
     agree = Counter((theirs, ours) for name in file for theirs, rest in _splits(name) for ours in places.get(rest, ()))
     best = max(agree, key=lambda pair: (agree[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
-    return best if 2 * agree[best] >= min(len(file), len(own)) else ("", "")  # fewer agree by chance
+    return best if 2 * agree[best] > min(len(file), len(own)) else ("", "")  # fewer agree by chance
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
@@ -311,8 +311,8 @@ def _check_function(model: nn.Module, config: Config | None, path: str | Path, m
             # RobustBench's networks of this layout with a mean and std are all activated; fast_adversarial's files have none.
             where = f"checkpoint {path}: it does not say whether its 1x1 shortcuts read relu(bn1(x)) or x itself"
             if match.numbers is None:
-                raise InputError(f"{where}: create {PREACT}")
-            warn(f"{where}, and is taken as activated: to be sure, create {PREACT}")
+                raise InputError(f"{where}: name the model {PREACT}")
+            warn(f"{where}, and is taken as activated: to be sure, name the model {PREACT}")
 
 
 # ---- what keeps weights out

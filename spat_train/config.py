@@ -68,7 +68,7 @@ class Config:
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
     mean: tuple[float, ...] | None = None
-    """Of a normalisation (x - mean) / std in the model: a number for each channel, for images in [0, 1]. Default: none, or timm's."""
+    """For (x - mean) / std in the model: a number for each channel, for images in [0, 1]. Default: none, or timm's."""
     std: tuple[float, ...] | None = None
     """See --mean."""
     init: Path | None = None

@@ -115,8 +115,8 @@ def evaluate_command(
     if limit is not None and limit < count:
         rows = torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit])
     about = {
-        "model": str(checkpoint_file(model)), "network": f"{name} with {activation}" if activation else name, "normalisation": normalisation(network) or "none", "data": data,
-        "test images": f"{len(rows)} of {count}",
+        "model": str(checkpoint_file(model)), "network": f"{name} with {activation}" if activation else name,
+        "normalisation": normalisation(network) or "none", "data": data, "test images": f"{len(rows)} of {count}",
     }  # fmt: skip
     if source:
         told = chosen_name(source, other_config, source_name, "--source-name")

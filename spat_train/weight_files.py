@@ -123,7 +123,8 @@ def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
     entries = content if isinstance(content, dict) else {}
     unread = [key for key, value in entries.items() if AVERAGED.search(str(key)) and isinstance(value, (dict, list, _Ignored))]
     if weights != "model" and not averaged and any(entries[key] for key in unread):
-        raise _refused(path, f"no weights are found in {unread[0]!r}, for averaged ones: weights='model' takes the others")
+        what = f"its {unread[0]!r}, for averaged weights, has none with names"
+        raise _refused(path, f"{what}: save the weights that you mean, or use weights='model'")
     if weights == "ema" and not averaged:
         raise _refused(path, "it holds no averaged weights: use weights='model' or 'auto'")
     candidates = averaged if averaged and weights != "model" else {k: s for k, s in found.items() if k not in averaged}
