@@ -101,9 +101,10 @@ class Run:
     def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: StopWish, folder: RunFolder):
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         saved = self.find_saved()
+        self.resumed = saved is not None
         self.dataset, self.extra = processes.in_turn(lambda: self.load(dataset))
         self.make_loader()
-        self.make_model(resumed=saved is not None)
+        self.make_model()
         self.progress = Progress()
         self.log: Log | None = None
         self.pending: tuple | None = None  # what `settle` reads of the last step
@@ -150,7 +151,7 @@ class Run:
             memory_format=self.memory_format,
         )  # fmt: skip
 
-    def make_model(self, resumed: bool) -> None:
+    def make_model(self) -> None:
         config, device = self.config, self.world.device
         seed_generators(config.seed)  # alike in all processes, for equal weights
         shape, classes = self.dataset.image_shape, self.dataset.num_classes
@@ -161,7 +162,7 @@ class Run:
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
         self.try_model(shape, classes)  # first: lazy layers have no weights before
-        if config.init and not resumed:
+        if config.init and not self.resumed:
             try:
                 load_checkpoint(self.model, checkpoint_file(config.init))
             except InputError as error:
