@@ -63,8 +63,8 @@ class Config:
 
     # ---- model and data
     model: str = "wrn-34-10"
-    """wrn-DEPTH-WIDTH, preactresnet-18, resnet-18, resnet-50, mnist-cnn, mnist-b, mnist-trades, small-cnn, timm:NAME, or
-    package.module:factory."""
+    """wrn-DEPTH-WIDTH, preactresnet-18 (or /raw), resnet-18, resnet-50, mnist-cnn, mnist-b, mnist-trades, small-cnn, timm:NAME,
+    or package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
     mean: tuple[float, ...] | None = None

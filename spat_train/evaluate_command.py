@@ -119,8 +119,8 @@ def evaluate_command(
         "normalisation": normalisation(network) or "none", "data": data, "test images": f"{len(rows)} of {count}",
     }  # fmt: skip
     if source:
-        told = chosen_name(source, other_config, source_name, "--source-name")
-        about |= {"source": str(checkpoint_file(source)), "source's network": told}
+        other_name = chosen_name(source, other_config, source_name, "--source-name")
+        about |= {"source": str(checkpoint_file(source)), "source's network": other_name}
 
     with StopWish().heard() as wish:
 

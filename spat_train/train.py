@@ -156,11 +156,10 @@ class Run:
         seed_generators(config.seed)  # alike in all processes, for equal weights
         shape, classes = self.dataset.image_shape, self.dataset.num_classes
         try:
-            self.model = create(config.model, classes, shape, activation=config.activation, mean=config.mean, std=config.std).to(
-                device
-            )
+            model = create(config.model, classes, shape, activation=config.activation, mean=config.mean, std=config.std)
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
+        self.model = model.to(device)
         self.try_model(shape, classes)  # first: lazy layers have no weights before
         if config.init and not self.resumed:
             try:

@@ -70,8 +70,8 @@ def read_file(path: str | Path) -> Any:
                 f"it holds an object of {unsafe[1]}, which was refused: only weights are read, since other objects can run "
                 "code. If you trust the file, load it with torch.load(weights_only=False) and save its state_dict",
             ) from error
-        told = isinstance(error, (OSError, RuntimeError)) and str(error)  # others tell about the unpickler
-        reason = told.splitlines()[0].split(". ")[0][:200] if told else type(error).__name__
+        text = isinstance(error, (OSError, RuntimeError)) and str(error)  # those of others are about the unpickler
+        reason = text.splitlines()[0].split(". ")[0][:200] if text else type(error).__name__
         remedy = "give a whole file that torch.save wrote, of weights or dicts of them"
         raise _refused(path, f"cannot be read ({reason}): {remedy}") from error
 
