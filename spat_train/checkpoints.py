@@ -221,7 +221,7 @@ class _Match:
         self.numbers = self._one_normalisation({*left, *(self.source[name] for name in optional & self.source.keys())})
         if optional and self.numbers:
             mean, std = self.numbers
-            self.source |= {name: std if name.endswith("std") else mean for name in optional - self.source.keys()}
+            self.source |= {name: std if name.endswith("std") else mean for name in sorted(optional - self.source.keys())}
             self.unexpected = [name for name in self.unexpected if not NUMBERS.search(name)]
         may_lack = optional | {name for name in self.own if name.endswith("num_batches_tracked")}
         self.missing = [name for name in self.own if name not in self.source and name not in may_lack]
