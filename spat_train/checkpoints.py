@@ -1,39 +1,50 @@
-"""Weights from files: this package's own, and the public ones of TRADES, MART, RST, RobustBench and the like.
+"""Weights into models: from this package's own files, and the public ones of TRADES, MART, RST, RobustBench and the like.
 
-Files are read with `weights_only=True`: no code in them runs. A file cannot tell that its network was trained on images that were
-normalised outside of it, as some public ones were: such a network needs a `Normalize` before it, with those numbers.
+No code in a file runs. And no file tells everything: networks that were trained on images normalised outside of them need a
+`Normalize` with those numbers, and activations, the stem of a ResNet ("/cifar" or "/stl10") and the shortcut of a PreActResNet
+leave no trace in the weights either. The runs of this package record all of these in their config.
 """
 
-import argparse
 import dataclasses
 import json
 import re
-import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from spat_kernels.checks import warn
 
 from .config import Config
 from .images import Dataset, InputError
-from .models import Normalize, create, try_on
+from .models import Normalize, PreActResNet18, create, full_name, normalized, try_on
+from .weight_files import listed, read_file, select
 
-WEIGHTS = ("auto", "model", "ema")
-# Names that public code saves weights under, averaged ones apart.
-MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights", "params", "last")
-EMA_KEYS = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict")
-WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+")  # DataParallel, nn.Sequential(normalize=..., model=...), torch.compile
-LISTED = 8
+UNUSED = re.compile(r"(^|\.)(n_averaged$|sub_block1\.)")  # AveragedModel's counter; layers of TRADES that no forward uses
+NUMBERS = re.compile(r"(?:^|\.)(?:new_)?(?:(mean|mu)|std|sigma)$")  # those of a normalisation; group 1: of the mean
+NORMALIZE = "put a spat_train.models.Normalize with the mean and std of its training before the model, or give --mean and --std"
+PREACT = "'preactresnet-18/activated' (as in robust_overfitting) or 'preactresnet-18/raw' (as in fast_adversarial)"
+
+
+class Misfit(InputError):
+    """Weights that do not fit. `sizes`: only shapes differ, as where images or classes are others."""
+
+    def __init__(self, message: str, sizes: bool):
+        super().__init__(message)
+        self.sizes = sizes
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "auto") -> None:
     """Fill `model` with the weights in `path`, all of them or none: device, dtype, mode and requires_grad stay as they are.
 
-    Names may differ by wrappers, "module.", "model." and "_orig_mod.", on either side. `sub_block1` in files of TRADES and MART
-    is left out (no forward uses it), `num_batches_tracked` may be missing, and so may the numbers of a `Normalize`: the model's
-    then stay.
+    What wraps the network makes no difference, on either side: nn.Sequential, DataParallel, torch.compile, AveragedModel, the
+    AttackerModel of "robustness". The mean and std of a normalisation, under any usual names, go into the `Normalize` of the
+    model; where the file has none, the model's stay. `num_batches_tracked` may be missing. kuangliu's ResNets (MART's and
+    robustness') fit those of torchvision.
 
     Args:
         path: a file of `read_weights`.
@@ -43,57 +54,79 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "auto"
         InputError: the file cannot be read or does not fit; `model` is unchanged.
         ValueError: `weights` is not one of the three.
     """
-    content = _read(path)
-    file = _select(content, weights, path)
-    own = model.state_dict(keep_vars=True)
-    source, unexpected = _match(file, own)
-
-    optional = {f"{at}.{name}" for at, m in model.named_modules() if isinstance(m, Normalize) for name in ("mean", "std")}
-    missing = [name for name in own if name not in source and name not in optional and not name.endswith("num_batches_tracked")]
-    misshaped = [(name, file[at].shape, own[name].shape) for name, at in source.items() if file[at].shape != own[name].shape]
-    if missing or unexpected or misshaped:
-        shapes = [f"{name} {list(theirs)} (the model has {list(ours)})" for name, theirs, ours in misshaped]
-        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        what = "; ".join(f"{kind}: {_listed(names)}" for kind, names in lists if names)
-        raise InputError(f"checkpoint {path}: it does not fit the model: {what}: {_hint(missing, unexpected, misshaped, source)}")
-    if not optional and content.get("normalize_input"):  # RST's files say so
-        raise InputError(
-            f"checkpoint {path}: its network normalises images itself (normalize_input), the model does not: "
-            "put a spat_train.models.Normalize with the mean and std of its training before the model"
-        )
-    with torch.no_grad():
-        for name, at in source.items():
-            own[name].copy_(file[at])
+    _fill(model, read_file(path), path, weights)
 
 
-def load_model(path: str | Path, dataset: Dataset, name: str | None = None) -> tuple[nn.Module, Config | None]:
+def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
+    """The state dict in `path`, on the CPU, with the names that it has there.
+
+    Args:
+        path: what `torch.save` wrote: a state dict, or dicts around one, under a usual name ("model", "state_dict", "net", ...)
+            or as the only one; or a .safetensors file.
+        weights: "model" and "ema" (averaged weights) insist, "auto" takes "ema" where there is one.
+
+    Raises:
+        InputError: it is no such file, or has no such weights.
+        ValueError: `weights` is not one of the three.
+    """
+    # Copied from the mapped file, which the caller may want to write to.
+    return {name: tensor.clone() for name, tensor in select(read_file(path), weights, path).items()}
+
+
+# ---- models of runs and files
+
+
+def load_model(
+    path: str | Path,
+    dataset: Dataset,
+    name: str | None = None,
+    *,
+    activation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    option: str = "--model-name",
+) -> tuple[nn.Module, Config | None]:
     """The model in `path`, for the images and classes of `dataset`, in eval mode on the CPU; and the config of its run.
+
+    Where the file holds the mean and std of a normalisation, the model has a `Normalize` with them.
 
     Args:
         path: the folder of a run, of which best.pt is taken, else last.pt; or a file of `read_weights`.
         name: the architecture, as `spat_train.models.create` takes it. None is that of the run.
+        activation, mean, std: as `create` takes them, where neither a run nor the file tells.
+        option: what gives `name` on the command line, for messages.
 
     Raises:
-        InputError: there is no such checkpoint, no run tells the architecture, or weights and data do not fit it.
+        InputError: there is no such checkpoint, nothing tells the architecture, the run names code and `name` does not repeat
+            it, or weights and data do not fit.
     """
     file, config = checkpoint_file(path), run_config(path)
-    activation = config.activation if config and name in (None, config.model) else "relu"
-    name = name or (config.model if config else None)
-    if name is None:
-        raise InputError(f"{path}: it does not say which architecture it is: give --model-name, such as wrn-34-10")
-    where = f"{path} as {name} for {dataset.name} ({dataset.num_classes} classes, images {list(dataset.image_shape)})"
+    name = chosen_name(path, config, name, option)
+    own = config is not None and name == config.model
+    if config is not None and own:
+        if activation or mean or std:
+            raise InputError(f"--activation, --mean, --std: {path} is a run, whose config says them: leave them out")
+        activation, mean, std = config.activation, config.mean, config.std
+    content, shape, classes = read_file(file), dataset.image_shape, dataset.num_classes
+    tried = False
     try:
         with torch.random.fork_rng(devices=[]):  # initialising draws
-            model = create(name, dataset.num_classes, dataset.image_shape, activation=activation).eval()
-            try_on(model, dataset.image_shape, dataset.num_classes)  # lazy layers have no weights before
-        load_checkpoint(model, file)
+            model = create(name, classes, shape, activation=activation or "relu", mean=mean, std=std).eval()
+            try_on(model, shape, classes)  # lazy layers have no weights before
+        tried = True
+        numbers = _Match(select(content, "auto", file), model).values()
+        if numbers and mean and not own:
+            raise InputError(f"--mean, --std: {file} holds its own ({_numbers(*numbers)}): leave them out")
+        if numbers and not _normalizes(model):
+            model = normalized(model, *numbers, shape[0]).eval()
+        _fill(model, content, file, "auto")
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        if config and name == config.model:  # it fits what it was trained on
+        if config is not None and not own:
+            reason = f"the run is a {config.model}: give that as {option} ({reason})"
+        elif config is not None and (error.sizes if isinstance(error, Misfit) else not tried and not reason.startswith("name=")):
             reason = f"it was trained on {config.data}, and these images or classes are others: give other --data ({reason})"
-        elif config:
-            reason = f"the run is a {config.model}: leave out --model-name ({reason})"
-        raise InputError(f"{where}: {reason}") from error
+        raise InputError(f"{path} as {name} for {dataset.name} ({classes} classes, images {list(shape)}): {reason}") from error
     return model, config
 
 
@@ -103,6 +136,35 @@ def with_classes_of(path: str | Path, dataset: Dataset) -> Dataset:
         return dataset
     last = [len(tensor) for tensor in read_weights(checkpoint_file(path)).values() if tensor.ndim][-1:]
     return dataclasses.replace(dataset, classes=tuple(map(str, range(max([dataset.num_classes, *last])))))
+
+
+def chosen_name(path: str | Path, config: Config | None, name: str | None, option: str) -> str:
+    """The architecture of the run or checkpoint `path`: `name`, which `option` gave, else that of its config.
+
+    Raises:
+        InputError: neither tells; or the config alone names code, which would run.
+    """
+    if name is not None:
+        return name
+    if config is None:
+        raise InputError(f"{path}: it does not say which architecture it is: give {option}, such as wrn-34-10")
+    if ":" in config.model and not config.model.startswith("timm:"):
+        raise InputError(f"{path}: it names code, {config.model}, which would run: if you trust it, give {option} {config.model}")
+    return config.model
+
+
+def normalisation(model: nn.Module) -> str:
+    """The numbers of its first `Normalize`; "" without."""
+    return next((_numbers(n.mean.flatten().tolist(), n.std.flatten().tolist()) for n in _normalizes(model).values()), "")
+
+
+def _numbers(mean: Sequence[float], std: Sequence[float]) -> str:
+    mean_text, std_text = (" ".join(f"{number:.4g}" for number in numbers) for numbers in (mean, std))
+    return f"mean {mean_text}, std {std_text}"
+
+
+def _normalizes(model: nn.Module) -> dict[str, Normalize]:
+    return {at: m for at, m in model.named_modules() if isinstance(m, Normalize)}
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -127,14 +189,20 @@ def run_config(path: str | Path) -> Config | None:
         InputError: it cannot be read.
     """
     path = Path(path)
-    if path.is_dir() and (path / "config.json").is_file():
-        try:
-            content = json.loads((path / "config.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path / 'config.json'} cannot be read ({type(error).__name__}): restore it") from error
-    else:
-        content = _read(checkpoint_file(path))
-        content = content.get("config") if isinstance(content, dict) and "format" in content else None
+    if not path.is_dir() or not (path / "config.json").is_file():
+        return _config_beside(read_file(checkpoint_file(path)))
+    try:
+        return _config(json.loads((path / "config.json").read_bytes()))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / 'config.json'} cannot be read ({type(error).__name__}): restore it") from error
+
+
+def _config_beside(content: Any) -> Config | None:
+    """The config that a run put beside its weights."""
+    return _config(content.get("config")) if isinstance(content, dict) and "format" in content else None
+
+
+def _config(content: Any) -> Config | None:
     if not isinstance(content, dict):
         return None
     known = {f.name for f in dataclasses.fields(Config)}
@@ -142,101 +210,180 @@ def run_config(path: str | Path) -> Config | None:
     return Config(**values)
 
 
-def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
-    """The state dict in `path`, on the CPU, with the names that it has there.
-
-    Args:
-        path: what `torch.save` wrote: a state dict, or a dict with one under a usual name ("model", "state_dict", "net", ...), at
-            most two levels down.
-        weights: "model" and "ema" (averaged weights) insist, "auto" takes "ema" where there is one.
-
-    Raises:
-        InputError: it is no such file, or has no such weights.
-        ValueError: `weights` is not one of the three.
-    """
-    # Copied from the mapped file, which the caller may want to write to.
-    return {name: tensor.clone() for name, tensor in _select(_read(path), weights, path).items()}
+# ---- weights into a model
 
 
-def _read(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise InputError(f"checkpoint {path}: there is no such file: give one that torch.save wrote")
-    try:
-        # Namespace holds the command line in many files, and does nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # on files that are none, the unpickler fails in any way
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise InputError(
-                f"checkpoint {path}: it holds an object of {refused[1]}, which was refused: only weights are read, since other "
-                "objects can run code. If you trust the file, load it with torch.load(weights_only=False) and save its state_dict"
-            ) from error
-        told = isinstance(error, (OSError, RuntimeError)) and str(error)  # others tell about the unpickler
-        reason = told.splitlines()[0].split(". ")[0][:200] if told else type(error).__name__
-        raise InputError(
-            f"checkpoint {path}: cannot be read ({reason}): give a whole file that torch.save wrote, of weights or dicts of them"
-        ) from error
+class _Match:
+    """Where the weights of a file go in a model. What wraps the network on either side, a prefix, is found by matching."""
+
+    def __init__(self, file: dict[str, Tensor], model: nn.Module):
+        self.file = file
+        self.own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        self.theirs, self.ours = _prefixes(file, self.own)
+        self.source: dict[str, str] = {}  # the model's names -> the file's
+        left = [name for name in file if not self._placed(name, name)]
+        left = [name for name in left if not self._placed(name, _as_torchvision(name))]
+        self.unexpected = [name for name in left if not UNUSED.search(name) and not self._is_copy(name)]
+
+        optional = {f"{at}.{name}".lstrip(".") for at in _normalizes(model) for name in ("mean", "std")}
+        self.numbers = self._one_normalisation({*left, *(self.source[name] for name in optional & self.source.keys())})
+        if optional and self.numbers:
+            mean, std = self.numbers
+            self.source |= {name: std if name.endswith("std") else mean for name in sorted(optional - self.source.keys())}
+            self.unexpected = [name for name in self.unexpected if not NUMBERS.search(name)]
+        may_lack = optional | {name for name in self.own if name.endswith("num_batches_tracked")}
+        self.missing = [name for name in self.own if name not in self.source and name not in may_lack]
+        shapes = [(name, file[at].shape, self.own[name].shape) for name, at in self.source.items()]
+        # The numbers of a normalisation are [C, 1, 1] here and [1, C, 1, 1] elsewhere.
+        self.misshaped = [(n, a, b) for n, a, b in shapes if (a.numel() != b.numel() if n in optional else a != b)]
+
+    def _placed(self, name: str, alias: str) -> bool:
+        target = self.ours + alias.removeprefix(self.theirs)
+        fits = alias.startswith(self.theirs) and target in self.own and target not in self.source
+        if fits:
+            self.source[target] = name
+        return fits
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether it is another name for a weight that has its place, as in files of robustness, which hold each twice."""
+        places = (self.source.get(self.ours + rest) for alias in (name, _as_torchvision(name)) for _, rest in _splits(alias))
+        return any(at is not None and _same(self.file[at], self.file[name]) for at in places)
+
+    def _one_normalisation(self, names: Iterable[str]) -> tuple[str, str] | None:
+        """Among these names of the file, those of mean and std, where there is one normalisation, whatever its names."""
+        found = [(name, kind) for name in sorted(names) if (kind := NUMBERS.search(name))]
+        means, stds = ([name for name, kind in found if bool(kind[1]) is is_mean] for is_mean in (True, False))
+        if not means or not stds:
+            return None
+        one = all(_same(self.file[group[0]], self.file[name]) for group in (means, stds) for name in group)
+        return (means[0], stds[0]) if one else None
+
+    def values(self) -> tuple[list[float], list[float]] | None:
+        """Mean and std of the file's normalisation."""
+        if self.numbers is None:
+            return None
+        mean, std = (self.file[name].flatten().tolist() for name in self.numbers)
+        return mean, std
 
 
-def _select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r}: give 'auto', 'model' or 'ema'")
-    entries = content if isinstance(content, dict) else {}
-    averaged = next((found for key in EMA_KEYS for found in _state_dicts(entries.get(key))), None)
-    if weights == "ema" and averaged is None:
-        raise InputError(f"checkpoint {path}: it holds no averaged weights: use weights='model' or 'auto'")
-    found = averaged if averaged is not None and weights != "model" else next(_state_dicts(content), None)
-    if found is None:
-        kind = f"its entries: {_listed(list(map(str, content)))}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise InputError(f"checkpoint {path}: it holds no weights ({kind}): save model.state_dict(), alone or as 'state_dict'")
-    return found
+def _prefixes(file: Iterable[str], own: Iterable[str]) -> tuple[str, str]:
+    """What stands before the names of the network in the file and in the model: the two without which most names agree."""
+    file, own = list(file), list(own)
+    places: dict[str, list[str]] = {}
+    for name in own:
+        for prefix, rest in _splits(name):
+            places.setdefault(rest, []).append(prefix)
+    agree = Counter((theirs, ours) for name in file for theirs, rest in _splits(name) for ours in places.get(rest, ()))
+    best = max(agree, key=lambda pair: (agree[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
+    return best if 2 * agree[best] > min(len(file), len(own)) else ("", "")  # fewer agree by chance
 
 
-def _state_dicts(content: Any, levels: int = 2) -> Iterator[dict[str, Tensor]]:
-    if not isinstance(content, dict):
-        return
-    if content and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        yield content
-    elif levels:
-        for key in MODEL_KEYS:
-            yield from _state_dicts(content.get(key), levels - 1)
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """ "a.b" into ("", "a.b") and ("a.", "b")."""
+    at = 0
+    while at <= len(name):
+        yield name[:at], name[at:]
+        at = name.find(".", at) + 1 or len(name) + 1
 
 
-def _match(file: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, str], list[str]]:
-    """The model's names -> the file's, and what the file has besides."""
-    source = {name: name for name in file if name in own}
-    bare = {WRAPPERS.sub("", name): name for name in own}
-    unexpected = []
-    for name in file:
-        if name in own:
-            continue
-        target = bare.get(WRAPPERS.sub("", name))
-        if target is not None and target not in source:
-            source[target] = name
-        elif not WRAPPERS.sub("", name).startswith("sub_block1."):
-            unexpected.append(name)
-    return source, unexpected
+def _as_torchvision(name: str) -> str:
+    """A name in kuangliu's ResNets as torchvision has it."""
+    return re.sub(r"(^|\.)linear\.", r"\1fc.", re.sub(r"(^|\.)shortcut\.", r"\1downsample.", name))
 
 
-def _hint(missing: list[str], unexpected: list[str], misshaped: list[tuple], fitting: dict[str, str]) -> str:
+def _fill(model: nn.Module, content: Any, path: str | Path, weights: str) -> None:
+    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        raise InputError(f"checkpoint {path}: the model has lazy layers, without weights as yet: give it images first")
+    match = _Match(select(content, weights, path), model)
+    if reason := _misfit(match):
+        sizes = bool(match.misshaped) and not match.missing and not match.unexpected
+        raise Misfit(f"checkpoint {path}: it does not fit the model: {reason}", sizes)
+    if isinstance(content, dict) and content.get("normalize_input") and not _normalizes(model):  # RST's files say so
+        raise InputError(f"checkpoint {path}: its network normalises images (normalize_input), the model does not: {NORMALIZE}")
+    _check_function(model, _config_beside(content), path, match)
+    with torch.inference_mode():  # else what was made in that mode could not be written
+        for name, at in match.source.items():
+            match.own[name].copy_(match.file[at].reshape(match.own[name].shape))
+
+
+def _check_function(model: nn.Module, config: Config | None, path: str | Path, match: _Match) -> None:
+    """Raise where the weights fit several functions, unless the model's is known to be theirs."""
+    for m in model.modules():
+        if config is not None and (made := getattr(m, "made_as", None)):
+            full, activation, shape = made
+            run = full_name(config.model, shape), config.activation
+            if run != (full, activation):
+                theirs, ours = (f"{name} with {kind}" for name, kind in (run, (full, activation)))
+                raise InputError(f"checkpoint {path}: it is a {theirs}, the model a {ours}: create it as the file's")
+        elif config is None and isinstance(m, PreActResNet18) and m.block is None:
+            # RobustBench's networks of this layout with a mean and std are all activated; fast_adversarial's files have none.
+            where = f"checkpoint {path}: it does not say whether its 1x1 shortcuts read relu(bn1(x)) or x itself"
+            if match.numbers is None:
+                raise InputError(f"{where}: name the model {PREACT}")
+            warn(f"{where}, and is taken as activated: to be sure, name the model {PREACT}")
+
+
+# ---- what keeps weights out
+
+
+def _misfit(match: _Match) -> str:
+    """What does not fit, and the remedy; "" where all can be copied."""
+    shapes = [f"{name} {list(theirs)} (the model has {list(ours)})" for name, theirs, ours in match.misshaped]
+    pairs = [(name, match.file[at], match.own[name]) for name, at in match.source.items()]
+    odd = [f"{name} ({why})" for name, theirs, ours in pairs if (why := _uncopied(theirs, ours))]
+    fixed = [f"{name} ({why})" for name, _, ours in pairs if (why := _unwritable(ours))]
+    lists = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": shapes, "no such numbers": odd,
+             "fixed in the model": fixed}  # fmt: skip
+    what = "; ".join(f"{kind}: {listed(names)}" for kind, names in lists.items() if names)
+    if match.missing or match.unexpected or shapes:
+        return f"{what}: {_hint(match)}"
+    remedy = "save dense tensors of the model's kind of numbers" if odd else "give each weight of the model memory of its own"
+    return f"{what}: {remedy}" if what else ""
+
+
+def _odd(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else ""
+
+
+def _uncopied(theirs: Tensor, ours: Tensor) -> str:
+    alike = (theirs.is_floating_point(), theirs.is_complex()) == (ours.is_floating_point(), ours.is_complex())
+    return _odd(theirs) or ("" if alike else f"{theirs.dtype}, the model has {ours.dtype}".replace("torch.", ""))
+
+
+def _unwritable(ours: Tensor) -> str:
+    expanded = not _odd(ours) and any(step == 0 and n > 1 for step, n in zip(ours.stride(), ours.shape, strict=True))
+    return _odd(ours) or ("expanded" if expanded else "")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return not _odd(a) and not _odd(b) and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _hint(match: _Match) -> str:
     """What the model probably should have been."""
-    if any(re.search(r"(^|\.)(new_)?(mean|std|mu|sigma)$", name) for name in unexpected):
-        return "the file's network normalises its images: put a spat_train.models.Normalize before the model"
-    if missing or unexpected:
-        kinds, others = (
-            {re.sub(r"\d+", "#", WRAPPERS.sub("", name)) for name in names} for names in (fitting, missing + unexpected)
+    missing = {name.removeprefix(match.ours) for name in match.missing}
+    unexpected = {name.removeprefix(match.theirs) for name in match.unexpected}
+    if unexpected and not missing and all(map(NUMBERS.search, unexpected)):
+        return f"the file's network normalises its images: {NORMALIZE}"
+    if missing and not unexpected and all(map(NUMBERS.search, missing)):
+        return "the file has no normalisation: use a spat_train.models.Normalize, which keeps its numbers"
+    if {"init_conv.weight", "logits.weight"} <= unexpected:
+        return (
+            "the file looks like DeepMind's WRN, another function, which pads its convolutions of stride 2 on one side: give its "
+            "own code, as package.module:factory"
         )
+    if missing or unexpected:
+        fitting = {name.removeprefix(match.ours) for name in match.source}
+        kinds, others = ({re.sub(r"\d+", "#", name) for name in names} for names in (fitting, missing | unexpected))
         if not others <= kinds:
             return "the file looks like another architecture: create that one"
-        return "the file looks like this architecture in another depth" + (" or width" if misshaped else "") + ": create that one"
-    _, theirs, ours = misshaped[0]
-    if len(misshaped) <= 2 and all(a and b and a[1:] == b[1:] and a[0] == theirs[0] for _, a, b in misshaped):
+        depth = "the file looks like this architecture in another depth"
+        return depth + (" or width" if match.misshaped else "") + ": create that one"
+    _, theirs, ours = match.misshaped[0]
+    if len(match.misshaped) <= 2 and all(a and b and a[1:] == b[1:] and a[0] == theirs[0] for _, a, b in match.misshaped):
         return f"the file looks like {theirs[0]} classes, the model has {ours[0]}: create it with num_classes={theirs[0]}"
-    if len(misshaped) == 1:
+    if len(match.misshaped) == 1:
         return "the file looks like images of another shape or another stem: create the model for those"
     return "the file looks like this architecture in another width: create that one"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

@@ -67,10 +67,16 @@ class Config:
 
     # ---- model and data
     model: str = "wrn-34-10"
-    """wrn-DEPTH-WIDTH, preactresnet-18, resnet-18, resnet-50, mnist-cnn, mnist-b, small-cnn, timm:NAME, or
-    package.module:factory."""
+    """wrn-DEPTH-WIDTH, preactresnet-18 (or /raw), resnet-18, resnet-50, mnist-cnn, mnist-b, mnist-trades, small-cnn, timm:NAME,
+    or package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
+    mean: tuple[float, ...] | None = None
+    """For (x - mean) / std in the model: a number for each channel, for images in [0, 1]. Default: none, or timm's."""
+    std: tuple[float, ...] | None = None
+    """See --mean."""
+    init: Path | None = None
+    """Start from the weights of this run or checkpoint, for fine-tuning. Default: at random."""
     data: str = "cifar10"
     """cifar10, cifar100, stl10, mnist, digits, an .npz of x_train, y_train, x_test, y_test, or a folder with train/ and test/."""
     root: Path = Path("data")
@@ -167,7 +173,7 @@ class Config:
     """Write TensorBoard files too, where it is installed."""
 
     def __post_init__(self):
-        for name in ("root", "extra", "out"):
+        for name in ("root", "extra", "out", "init"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))
 

@@ -369,8 +369,8 @@ def _collect(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A short hash of all parameters and buffers with their names."""
-    digest = hashlib.sha256()
+    """A short hash of all parameters and buffers with their names, and of the kinds of modules: activations have no weights."""
+    digest = hashlib.sha256(" ".join(type(m).__name__ for m in model.modules()).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -14,9 +14,9 @@ from spat_kernels import losses
 from .alarms import alarms as look_for_alarms
 from .alarms import beyond_chance, rechecked
 from .attacks import NAMED, parse_all
-from .checkpoints import checkpoint_file, load_model, run_config, with_classes_of
+from .checkpoints import checkpoint_file, chosen_name, load_model, normalisation, run_config, with_classes_of
 from .checks import check_numbers
-from .config import Config, check_device
+from .config import check_device
 from .data import load
 from .evaluate import evaluate
 from .evaluation import Options
@@ -35,6 +35,9 @@ def evaluate_command(
     eps_l2: float = 0.5,
     limit: int | None = None,
     model_name: str | None = None,
+    activation: Literal["relu", "silu", "gelu", "softplus"] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     source: Path | None = None,
     source_name: str | None = None,
     attack_wrong: bool = False,
@@ -64,7 +67,12 @@ def evaluate_command(
         eps: radius of the L-infinity ball, in 1/255. Default: that of the run, else 8.
         eps_l2: radius of the L2 ball, for images in [0, 1].
         limit: so many test images, drawn at random by --seed. Default: all.
-        model_name: the architecture, as --model in `spat-train train`. Default: that of the run.
+        model_name: the architecture, as --model in `spat-train train`. Default: that of the run. Where that is code, as
+            package.module:factory, it has to be given again: it would run.
+        activation: what replaces every ReLU of the model, where it is no run's. The weights do not tell.
+        mean: of the normalisation that the model was trained with, a number for each channel, for images in [0, 1]. Default:
+            that of the run, or that in the file.
+        std: see --mean.
         source: make the adversarial images on this run or checkpoint, and count what they do to the model (black box).
         source_name: its architecture. Default: that of its run.
         attack_wrong: attack the images that the model gets wrong too, and count what that ends at. Else they count as broken.
@@ -85,10 +93,11 @@ def evaluate_command(
             samples.jsonl. Default: evaluation/ in the run, or beside the checkpoint; with --source evaluation-from-NAME/.
     """
     config = run_config(model)
+    name = chosen_name(model, config, model_name, "--model-name")
     try:
-        import_own(_architecture(model_name, config))  # it may register losses
+        import_own(name)  # it may register losses
     except ValueError as error:
-        raise InputError(f"--model-name {_architecture(model_name, config)}: {error}") from error
+        raise InputError(f"--model-name {name}: {error}") from error
     parse_all(attacks)
     check_device(device)
     if limit is not None and limit < 1:
@@ -107,21 +116,20 @@ def evaluate_command(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
-    network, config = load_model(model, dataset, model_name)
-    if source and not (source_name or run_config(source)):
-        raise InputError(f"--source {source}: it does not say which architecture it is: give --source-name, as --model-name")
-    other, other_config = load_model(source, dataset, source_name) if source else (None, None)
+    network, _ = load_model(model, dataset, model_name, activation=activation, mean=mean, std=std)
+    other, other_config = load_model(source, dataset, source_name, option="--source-name") if source else (None, None)
     out = out or default_folder(model, source)
     count = len(dataset.test)
     rows = torch.arange(count)
     if limit is not None and limit < count:
         rows = torch.from_numpy(np.random.default_rng(seed).permutation(count)[:limit])
     about = {
-        "model": str(checkpoint_file(model)), "network": _architecture(model_name, config), "data": data,
-        "test images": f"{len(rows)} of {count}",
+        "model": str(checkpoint_file(model)), "network": f"{name} with {activation}" if activation else name,
+        "normalisation": normalisation(network) or "none", "data": data, "test images": f"{len(rows)} of {count}",
     }  # fmt: skip
     if source:
-        about |= {"source": str(checkpoint_file(source)), "source's network": _architecture(source_name, other_config)}
+        other_name = chosen_name(source, other_config, source_name, "--source-name")
+        about |= {"source": str(checkpoint_file(source)), "source's network": other_name}
     about |= {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "hardware": hardware(where),
         "command": shlex.join(["spat-train", *sys.argv[1:]]),
@@ -162,6 +170,8 @@ def evaluate_command(
             raise InputError(f"--batch-size {batch_size}: out of memory on {where}: lower it{begun}") from error
     write_report(out, evaluation, dataset.test, dataset.classes, found, about)
     print(summary(evaluation, found))
+    if normalisation(network):
+        print(f"the model normalises images: {normalisation(network)}")
     print(f"{out / 'report.html'} written")
 
 
@@ -170,11 +180,6 @@ def default_folder(model: Path, source: Path | None) -> Path:
     if source:
         name += f"-from-{source.resolve().name if source.is_dir() else source.stem}"
     return model / name if model.is_dir() else model.with_name(f"{model.stem}-{name}")
-
-
-def _architecture(name: str | None, config: Config | None) -> str:
-    """As `load_model` takes it."""
-    return name or (config.model if config else "")
 
 
 def attacks_command() -> None:

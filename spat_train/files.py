@@ -2,7 +2,9 @@
 
 import io
 import os
+import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -55,3 +57,15 @@ def write_torch(path: Path, value: object, keep: Path | None = None) -> None:
     content = io.BytesIO()
     torch.save(value, content)
     write(path, content.getbuffer(), keep)
+
+
+def check_sums(file: Path | BinaryIO) -> None:
+    """Compare the parts of a zip, such as torch.save writes, with the checksums beside them, which torch.load does not.
+
+    Raises:
+        zipfile.BadZipFile: one differs, or it is no whole zip. Flipped bits may raise other exceptions too.
+    """
+    with zipfile.ZipFile(file) as parts:
+        written = any(part.CRC for part in parts.infolist())  # torch.serialization.set_crc32_options(False) leaves them all 0
+        if written and (part := parts.testzip()):
+            raise zipfile.BadZipFile(f"{part} differs from its checksum")

@@ -78,7 +78,8 @@ def open_models(runs: Sequence[Run], images: TestImages, options: Options) -> li
 
 def open_model(run: Run, images: TestImages, options: Options, name: str = "") -> Subject:
     """Called `name`, else as its folder."""
-    model, _ = load_model(run.folder, images.dataset)
+    repeated = options.scale.model if options.scale.model == run.config.model else None  # which code needs, to run
+    model, _ = load_model(run.folder, images.dataset, repeated, option="--model")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Subject(run, model.to(device), name or run.folder.name)
 

@@ -152,6 +152,41 @@ class MnistB(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
+class TradesCNN(nn.Module):
+    """TRADES' network for MNIST (its code calls it SmallCNN): four 3x3 convolutions, two max-pools and three dense layers.
+
+    Parameters have the names of its public checkpoint. PyTorch's initialisation.
+
+    Args:
+        image_shape: (C, H, W) of one image, at least 16x16.
+        num_classes: K.
+
+    Raises:
+        ValueError: the images are too small for its convolutions.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):
+        super().__init__()
+        channels, *sides = image_shape
+        left = [((side - 4) // 2 - 4) // 2 for side in sides]
+        if min(left) < 1:
+            raise ValueError(f"image_shape={image_shape}: mnist-trades needs images of at least 16x16")
+        self.feature_extractor = nn.Sequential(OrderedDict(
+            conv1=nn.Conv2d(channels, 32, 3), relu1=nn.ReLU(), conv2=nn.Conv2d(32, 32, 3), relu2=nn.ReLU(),
+            maxpool1=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(32, 64, 3), relu3=nn.ReLU(), conv4=nn.Conv2d(64, 64, 3), relu4=nn.ReLU(),
+            maxpool2=nn.MaxPool2d(2),
+        ))  # fmt: skip
+        self.classifier = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(64 * left[0] * left[1], 200), relu1=nn.ReLU(), drop=nn.Dropout(0.5),
+            fc2=nn.Linear(200, 200), relu2=nn.ReLU(), fc3=nn.Linear(200, num_classes),
+        ))  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, K]."""
+        return self.classifier(self.feature_extractor(x).flatten(1))
+
+
 class WideBlock(nn.Module):
     """BN-ReLU-conv twice, added to the input; where the channels change, to a 1x1 convolution of the activated input."""
 
@@ -245,21 +280,37 @@ class PreActBlock(nn.Module):
         return out + shortcut
 
 
+class RawPreActBlock(PreActBlock):
+    """The same with a 1x1 convolution of the input itself, which has not been through BN and ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        out = self.conv1(self.relu1(self.bn1(x)))
+        return self.conv2(self.relu2(self.bn2(out))) + shortcut
+
+
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18 (He et al., arXiv 1603.05027) for small images, with the BatchNorm that ends the last group.
 
-    The layout of "Fast is better than free" and "Overfitting in adversarially robust deep learning".
+    block          | its 1x1 shortcuts read | as in the code of
+    PreActBlock    | relu(bn1(x))           | "Overfitting in adversarially robust deep learning"
+    RawPreActBlock | x                      | "Fast is better than free"
+
+    The state dicts of both are alike, the functions are not.
 
     Args:
         num_classes: K.
         channels: C of the images.
+        block: one of the two. None is a PreActBlock that takes no weights from files that leave open which they are for.
     """
 
-    def __init__(self, num_classes: int = 10, channels: int = 3):
+    def __init__(self, num_classes: int = 10, channels: int = 3, block: type[PreActBlock] | None = None):
         super().__init__()
+        self.block = block
 
         def group(ins: int, outs: int, stride: int) -> nn.Module:
-            return nn.Sequential(PreActBlock(ins, outs, stride), PreActBlock(outs, outs, 1))
+            kind = block or PreActBlock
+            return nn.Sequential(kind(ins, outs, stride), kind(outs, outs, 1))
 
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         self.layer1, self.layer2 = group(64, 64, 1), group(64, 128, 2)
@@ -296,7 +347,10 @@ def resnet(depth: int, num_classes: int = 10, channels: int = 3, stem: str = "ci
 
 # ---- by name ----------------------------------------------------------------------------------------------------------------
 
-NAMES = ("wrn-34-10", "wrn-28-10", "preactresnet-18", "resnet-18", "resnet-50", "mnist-cnn", "mnist-b", "small-cnn")
+PREACTS = {"preactresnet-18": None, "preactresnet-18/activated": PreActBlock, "preactresnet-18/raw": RawPreActBlock}
+NAMES = (
+    "wrn-34-10", "wrn-28-10", *PREACTS, "resnet-18", "resnet-50", "mnist-cnn", "mnist-b", "mnist-trades", "small-cnn",
+)  # fmt: skip
 STEMS = ("cifar", "stl10", "imagenet")
 IMAGENET_SIDE = 128  # from here on the stem halves the image twice
 
@@ -310,23 +364,31 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def create(
-    name: str, num_classes: int = 10, image_shape: tuple[int, int, int] = (3, 32, 32), *, activation: str = "relu"
+    name: str,
+    num_classes: int = 10,
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+    *,
+    activation: str = "relu",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> nn.Module:
     """The network called `name`, newly initialised: images [B, *image_shape] in [0, 1] -> logits [B, num_classes].
 
     Args:
         name: one of
             "wrn-DEPTH-WIDTH", such as "wrn-34-10";
-            "preactresnet-18";
+            "preactresnet-18/activated" (the same as "preactresnet-18"), "preactresnet-18/raw": by what the 1x1 shortcuts read
+                (see `PreActResNet18`);
             "resnet-18", "resnet-50": with the CIFAR stem for images below 128x128 (STL-10's 96x96 included), with the ImageNet
                 stem from there on; "/cifar", "/stl10" or "/imagenet" after the name picks one (see `resnet`);
-            "mnist-cnn": Madry's, also with "/1" to "/16" for its width (see `MnistCNN`); "mnist-b": Tramèr's B; "small-cnn": the
-                demo's;
+            "mnist-cnn": Madry's, also with "/1" to "/16" for its width (see `MnistCNN`); "mnist-b": Tramèr's B; "mnist-trades":
+                that of TRADES; "small-cnn": the demo's;
             "package.module:factory": factory(num_classes=K) of an importable module, one in the current directory included;
             "timm:NAME": a model of timm, not pretrained, with the normalisation of its own configuration before it.
         num_classes: K, at least 2.
         image_shape: (C, H, W) of one image.
         activation: what takes the place of every `nn.ReLU` module: "relu", "silu", "gelu" or "softplus" (with beta 10).
+        mean, std: those of a `Normalize` before the network, a number for each channel; in place of timm's own.
 
     Raises:
         ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -341,7 +403,29 @@ def create(
     model = _create(name, num_classes, (channels, height, width))
     if activation != "relu":
         _replace_relus(model, name, activation)
+    if ":" not in name:
+        model.made_as = (full_name(name, image_shape), activation, image_shape)  # type: ignore[assignment]  # what a run's config is compared with
+    if mean is not None or std is not None:
+        model = normalized(model.get_submodule("model") if name.startswith("timm:") else model, mean, std, channels)
     return model
+
+
+def full_name(name: str, image_shape: Sequence[int]) -> str:
+    """`name` with what it leaves open: the shortcut of a PreActResNet, the stem of a ResNet, which goes by the images."""
+    if name in ("resnet-18", "resnet-50"):
+        return f"{name}/{'imagenet' if min(image_shape[1:]) >= IMAGENET_SIDE else 'cifar'}"
+    return {"preactresnet-18": "preactresnet-18/activated", "mnist-cnn": "mnist-cnn/16"}.get(name, name)
+
+
+def normalized(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> nn.Module:
+    """`model` with a `Normalize` before it.
+
+    Raises:
+        ValueError: one of the two is missing, or they do not fit images of so many `channels` in [0, 1].
+    """
+    if mean is None or std is None or len(mean) != channels or not all(0 <= m <= 1 for m in mean):
+        raise ValueError(f"mean={mean}, std={std}: give both one number a channel ({channels}), for images in [0, 1]")
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
 
 
 def try_on(
@@ -409,28 +493,29 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _create(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    channels, height, width = image_shape
+    channels = image_shape[0]
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), num_classes, image_shape)
     if ":" in name:
         return _own(name, num_classes)
     if wide := re.fullmatch(r"wrn-(\d+)-([1-9]\d*)", name):
         return WideResNet(int(wide[1]), int(wide[2]), num_classes, channels=channels)
-    if residual := re.fullmatch(rf"resnet-(18|50)(?:/({'|'.join(STEMS)}))?", name):
-        stem = residual[2] or ("imagenet" if min(height, width) >= IMAGENET_SIDE else "cifar")
-        return resnet(int(residual[1]), num_classes, channels, stem)
-    if name == "preactresnet-18":
-        return PreActResNet18(num_classes, channels)
-    if madry := re.fullmatch(r"mnist-cnn(?:/([1-9]\d*))?", name):
-        return MnistCNN(image_shape, num_classes, int(madry[1] or 16))
+    if residual := re.fullmatch(rf"resnet-(18|50)/({'|'.join(STEMS)})", full_name(name, image_shape)):
+        return resnet(int(residual[1]), num_classes, channels, residual[2])
+    if name in PREACTS:
+        return PreActResNet18(num_classes, channels, PREACTS[name])
+    if madry := re.fullmatch(r"mnist-cnn/([1-9]\d*)", full_name(name, image_shape)):
+        return MnistCNN(image_shape, num_classes, int(madry[1]))
     if name == "mnist-b":
         return MnistB(image_shape, num_classes)
+    if name == "mnist-trades":
+        return TradesCNN(image_shape, num_classes)
     if name == "small-cnn":
         return SmallCNN(image_shape, num_classes)
     raise ValueError(
         f"name={name!r}: there is no such model{_nearest(name, NAMES)}: give wrn-DEPTH-WIDTH (such as wrn-34-10), "
-        "preactresnet-18, resnet-18 or resnet-50 (also with /cifar, /stl10 or /imagenet), mnist-cnn (also with /WIDTH), mnist-b, "
-        "small-cnn, timm:NAME or package.module:factory"
+        "preactresnet-18 (also with /activated or /raw), resnet-18 or resnet-50 (also with /cifar, /stl10 or /imagenet), "
+        "mnist-cnn (also with /WIDTH), mnist-b, mnist-trades, small-cnn, timm:NAME or package.module:factory"
     )
 
 

@@ -97,6 +97,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"--resume: {path} cannot be read ({error.strerror}): try again when it can") from error
         try:
+            files.check_sums(io.BytesIO(content))
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises almost anything on a damaged file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

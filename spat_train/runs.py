@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from . import logs
-from .checkpoints import run_config
+from .checkpoints import chosen_name, run_config
 from .config import Config, check_device
 from .images import InputError
 from .train import train
@@ -248,6 +248,8 @@ READINGS = {  # how the settings that change the weights are told
     "AWP": lambda c: f"{c.awp:g}",
     "label smoothing": lambda c: f"{c.label_smoothing:g}",
     "activation": lambda c: c.activation,
+    "normalisation": lambda c: "none" if c.mean is None else f"{c.mean}, {c.std}",
+    "first weights": lambda c: "random" if c.init is None else f"{c.init}",
     "precision": lambda c: c.precision,
 }
 
@@ -377,6 +379,7 @@ def completed(run: Run | None, wanted: Wanted, original: Run | None, options: Op
     """`run`, or where it is missing, or is this training and was interrupted: trained now."""
     if original:
         c = original.config
+        chosen_name(original.folder, c, options.scale.model if options.scale.model == c.model else None, "--model")
         out = options.home / f"{original.folder.name}-seed{c.seed + 1}"
         config = replace(c, seed=c.seed + 1, device=options.device, test=False, resume=True, out=out)
     else:

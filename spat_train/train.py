@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from spat_kernels.attacked import warn_of_nan
 from spat_kernels.precision import tf32_switches
 
+from .checkpoints import checkpoint_file, load_checkpoint
 from .config import Config, check
 from .data import load
 from .distributed import World, world
@@ -100,6 +101,7 @@ class Run:
     def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: StopWish, folder: RunFolder):
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         saved = self.find_saved()
+        self.resumed = saved is not None
         self.dataset, self.extra = processes.in_turn(lambda: self.load(dataset))
         self.images: dict[str, Images | Folder] = {"train": self.dataset.train, "test": self.dataset.test}
         self.images |= {"extra": self.extra} if self.extra else {}
@@ -162,10 +164,16 @@ class Run:
         seed_generators(config.seed)  # alike in all processes, for equal weights
         shape, classes = self.dataset.image_shape, self.dataset.num_classes
         try:
-            self.model = create(config.model, classes, shape, activation=config.activation).to(device)
+            model = create(config.model, classes, shape, activation=config.activation, mean=config.mean, std=config.std)
         except ValueError as error:
             raise InputError(f"--model {config.model}: {error}") from error
+        self.model = model.to(device)
         self.try_model(shape, classes)  # first: lazy layers have no weights before
+        if config.init and not self.resumed:
+            try:
+                load_checkpoint(self.model, checkpoint_file(config.init))
+            except InputError as error:
+                raise InputError(f"--init: {error}") from error
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's hints do not know this form
         if config.sync_bn:
             if self.world.size == 1:

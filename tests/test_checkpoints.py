@@ -244,19 +244,20 @@ def test_truncated(tmp_path, kept, old_format):
     path = saved(tmp_path, network(1).state_dict(), _use_new_zipfile_serialization=not old_format)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    assert "cannot be read" in refusal(network(2), path)
+    reason = "it is empty" if kept == 0 else "cannot be read" if old_format else "it is cut short or damaged"
+    assert reason in refusal(network(2), path)
 
 
-@pytest.mark.parametrize("content", [b"not weights at all", b"PK\x03\x04 cut short", b"\x80\x02]q\x00."])
+@pytest.mark.parametrize("content", [b"not weights at all", b"\x80\x02]q\x00."])
 def test_not_written_by_torch(tmp_path, content):
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
     assert "cannot be read" in refusal(network(2), path)
 
 
-@pytest.mark.parametrize("name", ["nowhere.pt", "."])
-def test_no_such_file(tmp_path, name):
-    assert "there is no such file" in refusal(network(2), tmp_path / name)
+@pytest.mark.parametrize(("name", "reason"), [("nowhere.pt", "there is no such file"), (".", "it is a folder")])
+def test_no_such_file(tmp_path, name, reason):
+    assert reason in refusal(network(2), tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -793,12 +793,15 @@ def test_what_does_not_fit_is_told_before_any_work(tmp_path, monkeypatch, argume
 # ---- the command
 
 
+FEATURES = "tests.test_evaluate:Features"
+
+
 @pytest.fixture
 def a_run(tmp_path):
     """A folder as a run leaves it, of a model that is fitted."""
     folder = tmp_path / "run"
     folder.mkdir()
-    config = Config(data="digits", model="tests.test_evaluate:Features", eps=15.3)
+    config = Config(data="digits", model=FEATURES, eps=15.3)
     (folder / "config.json").write_text(config.to_json())
     torch.save(
         {"format": "spat_train 3", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
@@ -809,6 +812,8 @@ def a_run(tmp_path):
 def command(monkeypatch, *arguments) -> None:
     from spat_train import cli  # takes seconds, and the children above need it not
 
+    if "evaluate" in arguments and "--model-name" not in arguments:
+        arguments += ("--model-name", FEATURES)  # code that a run names has to be repeated
     monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
     cli.main()
 
@@ -838,7 +843,7 @@ def test_the_report(monkeypatch, capsys, a_run):
     names = {"evaluation.json", "report.html", "report.md", "samples.jsonl", "settings.json", "alarms"}
     assert {path.name for path in folder.iterdir()} == names and f"{folder / 'report.html'} written" in out
 
-    model, config = load_model(a_run, load("digits"))
+    model, config = load_model(a_run, load("digits"), FEATURES)
     rows = torch.from_numpy(np.random.default_rng(0).permutation(450)[:60])
     expected = evaluate(
         model, load("digits").test, OPTIONS[3], eps=EPS, eps_l2=1.0, rows=rows, batch_size=32, bar=None
@@ -911,8 +916,9 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
     shutil.copytree(a_run, tmp_path / "other")
     torch.save(fitted(1).state_dict(), tmp_path / "other" / "best.pt")
     command(
-        monkeypatch, "evaluate", a_run, *OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "other", "--device", "cpu"
-    )
+        monkeypatch, "evaluate", a_run, *OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "other", "--device", "cpu",
+        "--source-name", FEATURES,
+    )  # fmt: skip
     assert default_folder(tmp_path / "a.pth", tmp_path / "b.pth") == tmp_path / "a-evaluation-from-b"
     report = (a_run / "evaluation-from-other" / "report.md").read_text()
     assert (
@@ -927,10 +933,9 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
 def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
     torch.save({"state_dict": fitted().state_dict()}, tmp_path / "theirs.pth")
     options = ("--data", "digits", "--limit", 20, "--attacks", "fgsm", "--no-alarms", "--device", "cpu")
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options)
-    assert "it does not say which architecture it is: give --model-name" in capsys.readouterr().err
-    command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options, "--model-name", "tests.test_evaluate:Features")
+    with pytest.raises(InputError, match="it does not say which architecture it is: give --model-name"):
+        load_model(tmp_path / "theirs.pth", load("digits"))
+    command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options)
     told = json.loads((tmp_path / "theirs-evaluation" / "evaluation.json").read_text())
     assert told["settings"]["eps"] == 8 / 255 and told["results"]["clean"]["accuracy"] > 80
     with pytest.raises(SystemExit):

@@ -42,7 +42,7 @@ def test_sizes(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "preactresnet-18", "resnet-18"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "preactresnet-18", "preactresnet-18/raw", "resnet-18"])
 def test_every_parameter_gets_a_gradient(name):
     model = build(name, 7)
     logits = model(torch.rand(2, 3, 32, 32))
@@ -107,6 +107,7 @@ def test_wide_resnet_depths():
         ({"activation": "relu6"}, "activation='relu6': give relu, silu, gelu or softplus"),
         ({"name": "mnist-cnn", "image_shape": (1, 30, 30)}, r"image_shape=\(1, 30, 30\): .*divisible by 4"),
         ({"name": "mnist-b", "image_shape": (1, 27, 28)}, "mnist-b needs images of at least 28x28"),
+        ({"name": "mnist-trades", "image_shape": (1, 15, 28)}, "mnist-trades needs images of at least 16x16"),
     ],
 )
 def test_other_arguments(arguments, message):
@@ -329,11 +330,13 @@ def test_missing_package(monkeypatch, name, package):
 PLANNED = [
     "wrn-10-1",
     "preactresnet-18",
+    "preactresnet-18/raw",
     "resnet-18",
     "resnet-18/stl10",
     "resnet-50/imagenet",
     "mnist-cnn",
     "mnist-b",
+    "mnist-trades",
     "small-cnn",
     "timm:resnet18",
 ]
