@@ -458,7 +458,8 @@ def test_a_run_of_such_a_model(tmp_path, monkeypatch, capsys, channels_last):
     )  # fmt: skip
     train(config)
     assert ("fails on channels_last: it gets contiguous images" in capsys.readouterr().err) is channels_last
-    command(monkeypatch, "evaluate", tmp_path / "run", "--attacks", "fgsm", "--limit", 20, "--no-alarms", "--device", "cpu")
+    options = ("--attacks", "fgsm", "--limit", 20, "--no-alarms", "--device", "cpu", "--model-name", config.model)
+    command(monkeypatch, "evaluate", tmp_path / "run", *options)
     assert "| memory format | contiguous |" in (tmp_path / "run" / "evaluation" / "report.md").read_text()
 
 
@@ -856,7 +857,7 @@ def test_the_report(monkeypatch, capsys, a_run):
     assert told["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
     assert told["results"][WORST]["accuracy"] == expected.worst_case()
     assert [s["row"] for s in told["samples"]] == rows.tolist() and len(told["alarms"]) == 14
-    typed = shlex.join(["spat-train", "evaluate", *map(str, (a_run, *OPTIONS))])
+    typed = shlex.join(["spat-train", "evaluate", *map(str, (a_run, *OPTIONS)), "--model-name", FEATURES])
     assert told["about"]["command"] == typed and time.strptime(told["about"]["date"], "%Y-%m-%d %H:%M UTC")
     assert told["about"]["hardware"].endswith("1 threads")
     for i, sample in enumerate(told["samples"]):
