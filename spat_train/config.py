@@ -148,9 +148,11 @@ class Config:
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None
-    """Folder of the run: config.json, log.jsonl, last.pt, result.json and, with validation, best.pt. Default: in runs/."""
+    """Folder of the run: config.json, log.jsonl, last.pt (and previous.pt, the checkpoint before it, should last.pt be damaged),
+    result.json and, with validation, best.pt. Default: in runs/."""
     resume: bool = False
-    """Go on with the run in --out where there is one; the same command again."""
+    """Go on with the run in --out where there is one; the same command again. More --epochs extend a constant or piecewise
+    schedule."""
     checkpoint_minutes: float = 10.0
     """Save so often within an epoch too; every epoch is saved."""
     log_every: int = 50
@@ -218,10 +220,16 @@ class Config:
         return json.loads(self.to_json())
 
     def differences(self, saved: dict) -> list[str]:
-        """How a saved config differs in what changes the weights: one "name: saved -> now" each."""
+        """How a saved config differs in what changes the weights: one "name: saved -> now" each.
+
+        More epochs do not where learning rates are not spread over all of them.
+        """
         now = self.to_dict()
-        names = [name for name in {**now, **saved} if name not in FREE_ON_RESUME]
-        return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
+        names = [name for name in {**now, **saved} if name not in FREE_ON_RESUME and saved.get(name) != now.get(name)]
+        if "epochs" in names and self.epochs > saved.get("epochs", 0) and self.schedule in ("constant", "piecewise"):
+            names.remove("epochs")
+        why = {"epochs": f", which --schedule {self.schedule} cannot change" if self.epochs > saved.get("epochs", 0) else ""}
+        return [f"{n}: {saved.get(n)} -> {now.get(n)}{why.get(n, '')}" for n in names]
 
 
 def _choices(kind: object) -> tuple:
