@@ -121,7 +121,11 @@ def world(device: str | None):
     if size == 1:
         yield World(0, 1, where)
         return
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    except dist.DistError as error:
+        address, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        raise InputError(f"the {size} processes cannot meet at {address} ({reason[:120]}): start them by torchrun") from error
     yield World(rank, size, where, local, dist.new_group(backend="gloo"))
     # Not after an error: it would wait for the other processes, which torchrun ends once this one has left.
     dist.destroy_process_group()

@@ -40,17 +40,22 @@ class StopWish:
             yield self  # Python delivers signals to the main thread alone
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        first, end = 0.0, threading.Timer(LONGEST, os._exit, [128 + signal.SIGTERM])
-        end.daemon = True
+        first = 0.0
+
+        def end(number):
+            os.write(2, b"\nspat-train: ended by a second signal; what was saved before is whole\n")
+            os._exit(128 + number)
+
+        later = threading.Timer(LONGEST, end, [signal.SIGTERM])
+        later.daemon = True
 
         def hear(number, frame):
             nonlocal first
             if self.number:
                 if time.monotonic() - first > COPY:
-                    os.write(2, b"\nspat-train: ended by a second signal; what was saved before is whole\n")
-                    os._exit(128 + number)
-                if not end.ident:
-                    end.start()
+                    end(number)
+                elif not later.ident:
+                    later.start()
                 return
             self.number, first = number, time.monotonic()
             signal.signal(signal.SIGINT, before[signal.SIGINT])
@@ -65,4 +70,4 @@ class StopWish:
         finally:
             for n, handler in before.items():
                 signal.signal(n, handler)
-            end.cancel()
+            later.cancel()

@@ -160,8 +160,8 @@ class Run:
         )  # fmt: skip
         if max(self.batch_sizes()) < self.smallest_batch:
             raise InputError(
-                f"--data {config.data}: {len(rows)} images to train on ({count} held out) are no batch of at least "
-                f"{self.smallest_batch}: give more images, or hold out fewer (--holdout)"
+                f"--data {config.data}: no batch would have {self.smallest_batch} images, the fewest to train on; "
+                f"of {len(train)} training images {count} are held out: give more, or a lower --holdout"
             )
 
     def make_model(self) -> None:
@@ -523,7 +523,8 @@ class Run:
         if self.world.main:
             self.folder.write_best(saved)
         was, now = saved.get("arithmetic", {}), self.arithmetic()
-        if changed := [f"{name} {value}, now {now[name]}" for name, value in was.items() if value != now[name]]:
+        changed = [f"{name} {value}, now {now[name]}" for name, value in was.items() if value != now[name]]
+        if changed and not self.finished:
             self.say(f"saved with {'; '.join(changed)}: going on is equal but for rounding")
         own = saved["processes"][self.world.rank % len(saved["processes"])]
         set_random_state(own["random"])
