@@ -145,9 +145,7 @@ def test_a_tensorboard_that_does_not_work_is_left_out(monkeypatch, capsys, tmp_p
 
     monkeypatch.setattr(tensorboard, "SummaryWriter", broken)
     run(monkeypatch, "train", *(a for a in SMALL if a != "--no-tensorboard"), "--no-test", "--out", tmp_path / "run")
-    line = (
-        "spat-train: TensorBoard does not work here (TypeError: Descriptors cannot be created directly.): the run goes on without"
-    )
+    line = "spat-train: TensorBoard does not work here (TypeError: Descriptors cannot be created directly.): the run goes on"
     assert capsys.readouterr().err.count(line) == 1
 
 

@@ -218,6 +218,9 @@ def test_every_process_has_an_image_where_labelled_and_extra_ones_are_few(tmp_pa
     assert in_two(train, config) == [0, 0]
 
 
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29544"}
+
+
 @pytest.mark.parametrize(("device", "size", "place"), [(None, 1, "cuda:0"), ("cuda:1", 1, "cuda:1"), (None, 2, "cuda:1")])
 def test_each_process_has_its_gpu(monkeypatch, device, size, place):
     seen = []
@@ -227,26 +230,17 @@ def test_each_process_has_its_gpu(monkeypatch, device, size, place):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: seen.append(backend))
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    for name, value in {
-        "WORLD_SIZE": size,
-        "RANK": size - 1,
-        "LOCAL_RANK": size - 1,
-        "MASTER_ADDR": "a",
-        "MASTER_PORT": 1,
-    }.items():
+    for name, value in (LAUNCHED | {"WORLD_SIZE": size, "RANK": size - 1, "LOCAL_RANK": size - 1}).items():
         monkeypatch.setenv(name, str(value))
     with world(device) as processes:
         assert str(processes.device) == place
     assert seen == [torch.device(place).index] + ["nccl"] * (size > 1)
 
 
-LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29544"}
-
-
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE=2 is set, but not RANK, LOCAL_RANK: start.*torchrun"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "=2 is set, but not RANK, LOCAL_RANK: .*torchrun"),
         (LAUNCHED | {"MASTER_PORT": ""}, "is set, but not MASTER_PORT: "),
         (LAUNCHED | {"RANK": "2"}, "RANK=2: with WORLD_SIZE=2 it is a number from 0 to 1: "),
         (LAUNCHED | {"LOCAL_RANK": "one"}, "LOCAL_RANK=one: "),
@@ -292,12 +286,8 @@ def test_buffers_are_not_broadcast_and_torch_does_not_warn():
 
 
 def test_a_bar_counts_the_images_of_all_processes_once(monkeypatch):
-    bars = []
-    monkeypatch.setattr(
-        "spat_train.logs.bar", lambda total, *_, **how: bars.append(SimpleNamespace(total=total, n=0)) or bars[-1]
-    )
-    monkeypatch.setattr(SimpleNamespace, "update", lambda bar, n: setattr(bar, "n", bar.n + n), raising=False)
-    monkeypatch.setattr(SimpleNamespace, "close", lambda bar: None, raising=False)
+    bars, kind = [], logs.bar
+    monkeypatch.setattr(logs, "bar", lambda total, *_, **how: bars.append(kind(total, "shared", **how)) or bars[-1])
     data, model = load("digits", limit=50), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     for rank in range(2):
         shared = SimpleNamespace(rank=rank, size=2, add=lambda *numbers: list(numbers))
