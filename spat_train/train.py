@@ -228,6 +228,8 @@ class Run:
             )  # fmt: skip
             where = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(sizes)}
             self.log.write("start", **where, **self.environment())
+            if progress.best:
+                self.log.show(best_pgd=progress.best["pgd"])
         try:
             while not self.finished:
                 self.epoch()
