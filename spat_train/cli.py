@@ -1,6 +1,5 @@
 """The `spat-train` command."""
 
-import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -37,8 +36,8 @@ def train(arguments: list[str]) -> None:
         Config, args=arguments, default=PRESETS.get(chosen, Config()), prog="spat-train train", description=description
     )
     result = run(config)
-    if result.folder and result.test and os.environ.get("RANK", "0") == "0":
-        print(f"{result.folder}: " + ", ".join(f"{name} {value:.2f} %" for name, value in result.test.items()))
+    if result.summary:
+        print(result.summary)
 
 
 def _value_of(option: str, arguments: list[str]) -> str:
@@ -141,6 +140,8 @@ def main() -> None:
         _leave(f"error: {error}", 1)
     except Stopped as stopped:
         _leave(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
 
 
 def _leave(message: str, code: int) -> None:

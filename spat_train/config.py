@@ -162,9 +162,11 @@ class Config:
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None
-    """Folder of the run: config.json, log.jsonl, last.pt, result.json and, with validation, best.pt. Default: in runs/."""
+    """Folder of the run: config.json, log.jsonl, last.pt (and previous.pt, the checkpoint before it, should last.pt be damaged),
+    result.json and, with validation, best.pt. Default: in runs/."""
     resume: bool = False
-    """Go on with the run in --out where there is one; the same command again."""
+    """Go on with the run in --out where there is one; the same command again. More --epochs extend a constant or piecewise
+    schedule."""
     checkpoint_minutes: float = 10.0
     """Save so often within an epoch too; every epoch is saved."""
     log_every: int = 50
@@ -247,10 +249,24 @@ class Config:
         return json.loads(self.to_json())
 
     def differences(self, saved: dict) -> list[str]:
-        """How a saved config differs in what changes the weights: one "name: saved -> now" each."""
+        """How a saved config differs in what changes the weights: one "name: saved -> now" each.
+
+        More epochs do not, where the learning rates of those that there were stay.
+        """
         now = self.to_dict()
-        names = [name for name in {**now, **saved} if name not in FREE_ON_RESUME]
-        return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
+        names = [name for name in {**now, **saved} if name not in FREE_ON_RESUME and saved.get(name) != now.get(name)]
+        why = {}
+        before = saved.get("epochs", 0)
+        if self.epochs > before:
+            old = dataclasses.replace(self, epochs=before, milestones=saved.get("milestones") and tuple(saved["milestones"]))
+            kept = {"constant": True, "piecewise": old.lr_drops == tuple(e for e in self.lr_drops if e <= before)}
+            if kept.get(self.schedule):
+                names = [name for name in names if name not in ("epochs", "milestones")]
+            elif self.schedule == "piecewise":
+                why["epochs"] = f", where lr dropped at {' '.join(map(str, old.lr_drops))}: let --milestones begin with these"
+            else:
+                why["epochs"] = f", which --schedule {self.schedule} cannot change"
+        return [f"{n}: {saved.get(n)} -> {now.get(n)}{why.get(n, '')}" for n in names]
 
 
 def _choices(kind: object) -> tuple:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import logs
 from .images import Dataset, Folder, Images, InputError, first_line
 from .mapped import map_npz
 
@@ -199,7 +200,6 @@ def _is_picture(entry: os.DirEntry) -> bool:
 
 def _readable(images: Folder) -> Folder:
     """Without those that cannot be decoded, which are named."""
-    from tqdm import tqdm
 
     def decodes(row: int) -> bool:
         try:
@@ -210,7 +210,7 @@ def _readable(images: Folder) -> Folder:
 
     with ThreadPool() as pool:
         done = pool.imap(decodes, range(len(images)), chunksize=16)
-        good = torch.tensor(list(tqdm(done, f"decoding {images.root}", len(images), leave=False, disable=None)), dtype=torch.bool)
+        good = torch.tensor(list(logs.bar(len(images), f"decoding {images.root}", iterable=done, leave=False)), dtype=torch.bool)
     broken = [images.files[row] for row in (~good).nonzero()[:, 0]]
     if broken and os.environ.get("RANK", "0") == "0":
         names = ", ".join(broken[:LISTED]) + ", ..." * (len(broken) > LISTED)

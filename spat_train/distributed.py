@@ -1,6 +1,7 @@
 """The processes of a run: one, or those that torchrun starts (one a GPU; gloo on CPUs)."""
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,9 @@ class World:
         if self.size == 1:
             return module
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        wrapped.broadcast_buffers = False  # the argument of that name is deprecated from torch 2.13 on
+        return wrapped
 
     def average_buffers(self, buffers: list[Tensor]) -> None:
         """Make the statistics of batch norm the mean over the processes, which each saw a part of the batch."""
@@ -84,14 +87,28 @@ class World:
                 b.copy_(mean.view_as(b))
 
 
+def _launched() -> tuple[int, int, int]:
+    """WORLD_SIZE, RANK and LOCAL_RANK; an empty variable is none. Those of other launchers, such as Slurm, mean nothing here."""
+    remedy = "start several processes by torchrun, which sets these variables, or one without WORLD_SIZE"
+    given = {n: os.environ.get(n, "") for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    size = given["WORLD_SIZE"] or "1"
+    if not re.fullmatch(r"[1-9]\d*", size):
+        raise InputError(f"WORLD_SIZE={size}: it is the number of processes: {remedy}")
+    if size == "1":
+        return 1, 0, 0
+    if missing := [name for name, value in given.items() if not value]:
+        raise InputError(f"WORLD_SIZE={size} is set, but not {', '.join(missing)}: {remedy}")
+    for name, most in (("RANK", int(size) - 1), ("LOCAL_RANK", int(size) - 1), ("MASTER_PORT", 65535)):
+        if not re.fullmatch(r"\d+", given[name]) or int(given[name]) > most:
+            raise InputError(f"{name}={given[name]}: with WORLD_SIZE={size} it is a number from 0 to {most}: {remedy}")
+    return int(size), int(given["RANK"]), int(given["LOCAL_RANK"])
+
+
 @contextmanager
 def world(device: str | None):
     """The processes of this run. `device` None: this process's GPU where there is one, else the CPU."""
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    size, rank, local = _launched()
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if size > 1 and "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE={size} is set, but no MASTER_ADDR: start several processes by torchrun")
     if size > 1 and name.startswith("cuda:"):
         raise InputError(f"--device {name}: {size} processes cannot share it: leave it out, each takes a GPU of its own")
     if name == "cuda" and size > 1:
@@ -104,7 +121,11 @@ def world(device: str | None):
     if size == 1:
         yield World(0, 1, where)
         return
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    except dist.DistError as error:
+        address, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        raise InputError(f"the {size} processes cannot meet at {address} ({reason[:120]}): start them by torchrun") from error
     yield World(rank, size, where, local, dist.new_group(backend="gloo"))
     # Not after an error: it would wait for the other processes, which torchrun ends once this one has left.
     dist.destroy_process_group()

@@ -1,7 +1,6 @@
 """Accuracy, clean and under attack: of a finished model with everything kept (`evaluate`), or as a few numbers (`accuracies`)."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spat_kernels.predictions import model_logits, predictions
 from spat_kernels.settings import GradientPath, Graph, Precision
 
-from . import checks
+from . import checks, logs
 from .attacks import Attack, parse, parse_all
 from .distributed import World
 from .evaluation import WORST, Evaluation, Example, Recheck, wilson
@@ -144,17 +142,18 @@ def accuracies(
     rank, size = (world.rank, world.size) if world else (0, 1)
     correct = dict.fromkeys(attacks, 0)
     training = model.training
-    progress = tqdm(total=len(rows) * len(attacks) // size, desc=bar, unit="img", leave=False, disable=bar is None)
+    progress = logs.bar(len(rows) * len(attacks), bar, leave=False)
     batches = rows.split(batch_size)
     model.eval()
     try:
-        for number in range(rank, rank + len(batches), size):  # as many rounds for every process: the last may be without a batch
+        for first in range(0, len(batches), size):  # as many rounds for every process: the last may be without a batch
+            number, shared = first + rank, sum(map(len, batches[first : first + size]))
             x, y = floats(images, batches[number] if number < len(batches) else rows[:0], device, memory_format)
             for name, attack in attacks.items():
                 if len(x):
                     predicted, *_ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
                     correct[name] += int((predicted == y).sum())
-                    progress.update(len(x))
+                progress.update(shared)  # by all processes
                 between()
     finally:
         progress.close()
@@ -278,15 +277,11 @@ class _Work:
 
     def all(self, samples: Samples, images, rows: Tensor, bar: str | None, between: Callable[[], object]) -> None:
         """What is not among the samples yet."""
-        live = sys.stderr.isatty()
-        often = 0.5 if live else 30.0  # seconds; in a file each time is a line
         parts = {name: attack.runs(self.classes) * len(attack.parts) for name, attack in self.attacks.items()}
-        with tqdm(
-            total=len(rows) * sum(parts.values()), desc=bar, unit="img", disable=bar is None, mininterval=often
-        ) as progress:
+        with logs.bar(len(rows) * sum(parts.values()), bar) as progress:
 
             def show(name: str, begun: int, size: int, what: str, done: int) -> None:
-                progress.set_postfix_str(f"{name} {what}".strip(), refresh=live and bool(what))
+                progress.set_postfix_str(f"{name} {what}".strip(), refresh=bool(what))
                 progress.update(begun + size * done - progress.n)
                 between()
 

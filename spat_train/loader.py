@@ -6,20 +6,24 @@ one gather per source, or in host memory or files, from where worker processes b
 """
 
 import math
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from multiprocessing.context import ForkContext, ForkProcess
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from spat_kernels.ops import crop_flip
 
 from .images import Folder, Images, InputError
+from .models import is_out_of_memory
 
 Parts = tuple[Tensor, Tensor]  # rows of the training set, rows of the extra images
 
@@ -115,23 +119,38 @@ class Loader:
         self.resident = [_placed(source, self.device, resident) for source in self.sources]
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from `first_step` on. Worker processes end with the iterator."""
-        parts = self._parts(number)[first_step:]
-        reader = _Reader(self.sources, self.resident, parts)
-        arrivals: Iterable
+        """The batches of an epoch from `first_step` on. Worker processes end with the iterator.
+
+        Raises:
+            InputError: an image cannot be read, or worker processes lack memory.
+            RuntimeError: a worker process died; `death` tells how.
+        """
+        parts, first = self._parts(number)[first_step:], number * self.order.steps + first_step
         if all(pixels is not None for pixels in self.resident):
-            arrivals = repeat([None, None])
-        else:
-            arrivals = DataLoader(
-                reader,
-                batch_size=None,
-                num_workers=self.workers,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=_deaf if self.workers else None,
-                generator=torch.Generator(),  # of the seeds that workers get and do not use: the global one stays as it is
-                multiprocessing_context="fork" if self.workers else None,  # others would copy mapped images
-            )
-        return self._batches(parts, number * self.order.steps + first_step, arrivals)
+            yield from self._batches(parts, first, repeat([None, None]))
+            return
+        loader = DataLoader(
+            _Reader(self.sources, self.resident, parts),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_deaf if self.workers else None,
+            generator=torch.Generator(),  # of the seeds that workers get and do not use: the global one stays as it is
+            multiprocessing_context=_Workers() if self.workers else None,
+        )
+        if not self.workers:
+            yield from self._batches(parts, first, loader)
+            return
+        try:
+            arrivals: Any = iter(loader)
+        except OSError as error:
+            raise InputError(f"--workers {self.workers}: they cannot start ({error.strerror}): {REMEDY}") from error
+        try:
+            yield from self._batches(parts, first, arrivals)
+        except (OSError, EOFError) as error:  # of the connection to one that died
+            raise RuntimeError("DataLoader worker (pid 0) exited unexpectedly") from error
+        finally:
+            arrivals._shutdown_workers()  # now, whoever still refers to this iterator, such as a traceback
 
     def batch(self, number: int, step: int) -> tuple[Tensor, Tensor]:
         """The batch at `step` of an epoch, by itself."""
@@ -173,10 +192,35 @@ class Loader:
             yield x, table[2, start:end]
 
 
+REMEDY = "use fewer --workers, or --workers 0, or give more memory (in /dev/shm by docker run --shm-size 8g)"
+
+
+def death(error: BaseException) -> str:
+    """What killed a worker process, where `error` is that; else "". torch raises it wherever the trainer is at that moment."""
+    for text in map(str, (error.__cause__, error)):
+        if found := re.match(r"DataLoader worker \(pid.*?\d\) (.*?)(\. |$)", text):
+            return f"a reader process {found[1].replace('is killed', 'was killed')}: {REMEDY}"
+    return ""
+
+
 def _deaf(worker: int) -> None:
     """Signals that go to a whole group are the trainer's to hear: it ends its workers when it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+class _Worker(ForkProcess):
+    """Ended by SIGKILL, as it is deaf: it holds nothing that could be lost."""
+
+    @staticmethod
+    def _Popen(process):
+        process = ForkProcess._Popen(process)
+        process.terminate = process.kill
+        return process
+
+
+class _Workers(ForkContext):
+    Process = _Worker  # forked: others would copy mapped images
 
 
 class _Reader(TorchDataset):
@@ -190,11 +234,19 @@ class _Reader(TorchDataset):
         return len(self.parts)
 
     def __getitem__(self, i: int) -> list[Tensor | None] | InputError:
+        worker = get_worker_info()
         try:
             parts = zip(self.sources, self.parts[i], strict=False)
-            return [None if source is None else source.batch(rows) for source, rows in parts]
+            batch = [None if source is None else source.batch(rows) for source, rows in parts]
+            # Shared here: where the thread that sends batches fails to, nobody hears of it, and the trainer waits for ever.
+            return [read.share_memory_() if worker and read is not None else read for read in batch]
         except InputError as error:  # returned, as the DataLoader would wrap it into a page of traceback
             return error
+        except (RuntimeError, MemoryError) as error:
+            if worker is None or not (is_out_of_memory(error) or "shared memory" in str(error)):
+                raise
+            where = "memory" if is_out_of_memory(error) else "/dev/shm"
+            return InputError(f"--workers {worker.num_workers}: there is no room for their batches in {where}: {REMEDY}")
 
 
 def _placed(source: Images | Folder, device: torch.device, resident: bool | None) -> Tensor | None:

@@ -11,6 +11,28 @@ from tqdm import tqdm
 
 from .files import SaveError
 
+MINUTE = 60.0
+
+
+class _Lines(tqdm):
+    """In a file, where nothing can be overwritten: a line of its own, at most once a minute."""
+
+    def __init__(self, **options):
+        self.shown = time.monotonic()
+        super().__init__(**options | {"leave": False, "mininterval": MINUTE})
+
+    def display(self, msg=None, pos=None) -> None:
+        if time.monotonic() - self.shown >= MINUTE:
+            self.shown = time.monotonic()
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+
+def bar(total: int, name: str | None, **options) -> tqdm:
+    """A progress bar of images on stderr; `name` None shows none."""
+    kind = tqdm if sys.stderr.isatty() else _Lines
+    return kind(total=total, desc=name, disable=name is None, **{"unit": "img", "mininterval": 0.5} | options)
+
 
 class Log:
     """Of the main process; `folder` None keeps nothing.
@@ -19,8 +41,7 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, *, total: int, done: int, position: int, step: int, tensorboard: bool, name: str):
-        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds; in a file each time is a line
-        self.bar = tqdm(total=total, initial=done, desc=name, unit="img", unit_scale=True, mininterval=often, smoothing=0.1)
+        self.bar, self.shown = bar(total, name, initial=done, unit_scale=True, smoothing=0.1), dict[str, object]()
         self.start, self.images = time.perf_counter(), 0
         self.file = self.board = None
         if folder is None:
@@ -38,8 +59,9 @@ class Log:
         self.bar.update(images)
 
     def show(self, **values) -> None:
-        """Beside the bar."""
-        self.bar.set_postfix({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}, refresh=False)
+        """Beside the bar, and what was shown before."""
+        self.shown |= {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}
+        self.bar.set_postfix(self.shown, refresh=False)
 
     def rate(self) -> float:
         """Images a second since the last call."""
@@ -84,9 +106,19 @@ class Log:
 def _board(folder: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+
+        return SummaryWriter(folder / "tensorboard", purge_step=step)
+    except OSError:
+        raise
+    except Exception as error:  # a tensorboard that does not fit protobuf or NumPy raises TypeError and others
+        if getattr(error, "name", "") != "tensorboard":  # else it is not installed
+            reason = (str(error).splitlines() or [""])[0]
+            print(
+                f"spat-train: TensorBoard does not work here ({type(error).__name__}: {reason}): the run goes on without; "
+                "--no-tensorboard, or another version, ends this message",
+                file=sys.stderr,
+            )
         return None
-    return SummaryWriter(folder / "tensorboard", purge_step=step)
 
 
 def read(folder: Path, kind: str) -> list[dict]:

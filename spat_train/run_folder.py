@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import random
 import uuid
@@ -34,7 +35,8 @@ class RunFolder:
     def __init__(self, path: Path | None):
         self.path = path
         self.lock: int | None = None
-        self.made = False  # by this run
+        self.made: list[Path] = []  # folders, by this run: its own, and those above
+        self.saved_id = ""  # of last.pt
         self.best: dict | None = None  # the validation whose weights are in best.pt
 
     def open(self, resume: bool) -> dict | None:
@@ -50,7 +52,9 @@ class RunFolder:
             raise InputError(f"--out {self.path}: it holds a run: add --resume to go on with it, or choose another --out")
         if there and there[0] not in MADE_BY_A_RUN[:2]:
             raise InputError(f"--out {self.path}: it holds {there[0]} but no last.pt to go on from: choose another --out")
-        return self._read(self.path / there[0]) if there else None
+        state = self._read(self.path / there[0]) if there else None
+        self.saved_id = state["id"] if state else ""
+        return state
 
     def claim(self) -> None:
         """Make the folder, and keep other runs out of it until `release`, or the end of this process.
@@ -61,10 +65,10 @@ class RunFolder:
         if self.path is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                self.path.mkdir()
-                self.made = True
+            for folder in reversed((self.path, *self.path.parents)):
+                with suppress(FileExistsError):
+                    folder.mkdir()
+                    self.made.insert(0, folder)
             self.lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be made ({error.strerror}): choose another folder") from error
@@ -73,16 +77,16 @@ class RunFolder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._unlock()
-            self.made = False  # it is the other's
+            self.made = []  # they are the other's
             raise InputError(f"--out {self.path}: another run is at work there: wait for it, or choose another --out") from error
         except OSError:  # a file system without locks
             self._unlock()
 
     def release(self) -> None:
-        """Let others in; a folder that this run made and was refused before it wrote anything goes."""
-        if self.made and self.path is not None:
-            with suppress(OSError):  # rmdir's, of a folder that holds something
-                self.path.rmdir()
+        """Let others in; folders that this run made and was refused before it wrote anything go."""
+        with suppress(OSError):  # rmdir's, of a folder that holds something
+            for folder in self.made:
+                folder.rmdir()
         self._unlock()
 
     def _unlock(self) -> None:
@@ -115,6 +119,7 @@ class RunFolder:
             return
         state = {"format": FORMAT, "id": uuid.uuid4().hex} | state
         files.write_torch(self.path / "last.pt", state, keep=self.path / "previous.pt")
+        self.saved_id = state["id"]
         self.write_best(state)
 
     def write_best(self, state: dict) -> None:
@@ -126,6 +131,14 @@ class RunFolder:
     def write(self, name: str, content: str) -> None:
         if self.path:
             files.write(self.path / name, content.encode())
+
+    def result(self) -> dict | None:
+        """What result.json says of the checkpoint that was opened or saved last."""
+        try:
+            found = json.loads((self.path / "result.json").read_bytes()) if self.path else {}
+        except (OSError, ValueError):  # it is not there, or not ours: the test writes it
+            return None
+        return found if isinstance(found, dict) and found.get("checkpoint") == self.saved_id != "" else None
 
     def kept(self) -> str:
         last = [self.path / name for name in MADE_BY_A_RUN[:2] if (self.path / name).exists()] if self.path else []

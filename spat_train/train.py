@@ -32,7 +32,7 @@ from .evaluate import TEST, Attack, accuracies, validation
 from .extra import load_extra
 from .files import write_torch
 from .images import Dataset, Folder, Images, InputError, fingerprint, hold_out
-from .loader import Loader, Order
+from .loader import Loader, Order, death
 from .logs import Log
 from .models import create, is_out_of_memory, try_on
 from .objectives import Objective, attack_precision, training_attack
@@ -61,12 +61,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """The model, in eval mode, has the best weights where there was a validation, else the last ones. `test` is in percent."""
+    """The model, in eval mode, has the best weights where there was a validation, else the last ones. `test` is in percent.
+
+    `summary` is a line on all that; "" where nothing was kept, and in all processes but the main one.
+    """
 
     model: nn.Module
     best: dict | None
     test: dict[str, float] | None
     folder: Path | None
+    summary: str = ""
 
 
 def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) -> Result:
@@ -78,14 +82,20 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
 
     Raises:
         InputError: an option, the data or a checkpoint does not fit.
-        TrainingError: the loss is not finite. SaveError: the disk is full. Stopped: by SIGTERM or Ctrl-C, after saving.
+        TrainingError: the loss is not finite, or a reader process died. SaveError: the disk is full.
+        Stopped: by SIGTERM or Ctrl-C, after saving.
     """
     check(config)
     folder = RunFolder(config.folder if save else None)
-    with StopWish().heard() as wish, world(config.device) as processes, gpu_arithmetic(config.precision):
+    # First the processes: while they wait for each other, signals act as ever.
+    with world(config.device) as processes, StopWish(heeded=False).heard() as wish, gpu_arithmetic(config.precision):
         try:
-            return Run(config, dataset, processes, wish, folder).all()
+            run = Run(config, dataset, processes, wish, folder)
+            wish.heeded = True
+            return run.all()
         except (RuntimeError, MemoryError) as error:
+            if reason := death(error):
+                raise TrainingError(f"{reason}; {folder.kept()}; with --resume the same command goes on") from error
             if not is_out_of_memory(error):
                 raise
             raise InputError(
@@ -158,6 +168,11 @@ class Run:
             rank=self.world.rank, world=self.world.size, resident=False if config.stream else None,
             memory_format=self.memory_format,
         )  # fmt: skip
+        if max(self.batch_sizes()) < self.smallest_batch:
+            raise InputError(
+                f"--data {config.data}: no batch would have {self.smallest_batch} images, the fewest to train on; "
+                f"of {len(train)} training images {count} are held out: give more, or a lower --holdout"
+            )
 
     def make_model(self) -> None:
         config, device = self.config, self.world.device
@@ -213,6 +228,10 @@ class Run:
 
     def all(self) -> Result:
         config, progress = self.config, self.progress
+        result = self.world.gather(self.folder.result())[0] if self.finished else None
+        if self.finished and (result or not config.test):
+            self.say(f"{self.folder.path} is finished: nothing is done again")
+            return self.result(result and result["test"])
         if self.world.main:
             self.folder.write("config.json", config.to_json())
             sizes = self.batch_sizes()  # the same in every epoch
@@ -223,16 +242,36 @@ class Run:
             )  # fmt: skip
             where = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(sizes)}
             self.log.write("start", **where, **self.environment())
+            if progress.best:
+                self.log.show(best_pgd=progress.best["pgd"])
         try:
             while not self.finished:
                 self.epoch()
-            if self.best_weights is not None:
-                self.evaluated.load_state_dict(self.best_weights)
+            self.take_best()
             test = self.test() if config.test else None
         finally:
             if self.log:
                 self.log.close()
-        return Result(self.evaluated.eval(), progress.best, test, self.folder.path)
+        return self.result(test)
+
+    def take_best(self) -> None:
+        if self.best_weights is not None:
+            self.evaluated.load_state_dict(self.best_weights)
+
+    def result(self, test: dict[str, float] | None) -> Result:
+        self.take_best()
+        folder, best = self.folder.path, self.progress.best
+        name, epoch = ("best.pt", best["epoch"]) if best else ("last.pt", self.progress.epoch)
+        summary = f"{folder}: {name}, of epoch {epoch} of {self.progress.epoch}"
+        if percent := test or best:
+            kind, count = ("test", len(self.dataset.test)) if test else ("held-out", len(self.held_out))
+            found = ", ".join(f"{k} {v:.2f} %" for k, v in percent.items() if k != "epoch")
+            summary += f": {found} on {count} {kind} images"
+        return Result(self.evaluated.eval(), best, test, folder, summary if folder and self.world.main else "")
+
+    def say(self, text: str) -> None:
+        if self.world.main:
+            print(f"spat-train: {text}", file=sys.stderr)
 
     @property
     def finished(self) -> bool:
@@ -249,8 +288,7 @@ class Run:
         sizes = self.batch_sizes()
         for x, y in self.loader.epoch(progress.epoch, progress.step):
             size = sizes[progress.step]
-            # A smaller rest would leave a process without an image, or batch norm with one.
-            if size >= min(2 * self.world.size, config.batch_size):
+            if size >= self.smallest_batch:
                 self.step(x, y, size)
             progress.step += 1
             if self.log:
@@ -262,6 +300,11 @@ class Run:
             self.validate()
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.save()
+
+    @property
+    def smallest_batch(self) -> int:
+        """What is trained on: less would leave a process without an image, or batch norm with one."""
+        return min(2 * self.world.size, self.config.batch_size)
 
     def batch_sizes(self) -> list[int]:
         """Images in each batch of an epoch, over all processes."""
@@ -339,9 +382,7 @@ class Run:
             sums[name] = sums.get(name, 0.0) + number
         self.progress.count += 1
         if self.log:
-            lr = self.optimizer.param_groups[0]["lr"]
-            best = {"best_pgd": self.progress.best["pgd"]} if self.progress.best else {}
-            self.log.show(**losses, lr=lr, **best)
+            self.log.show(**losses, lr=self.optimizer.param_groups[0]["lr"])
 
     def stop_at(self, values: dict[str, float], batch: tuple[Tensor, Tensor, Tensor], epoch: int, step: int) -> None:
         where = ""
@@ -396,6 +437,7 @@ class Run:
         else:
             progress.stale += 1
         if self.log:
+            self.log.show(best_pgd=progress.best["pgd"])
             self.log.write("validation", step=self.global_step, **record)
             self.log.rate()  # the validation's time is not the training's
 
@@ -403,7 +445,10 @@ class Run:
         percent = self.accuracies("test", self.dataset.test, TEST)
         if self.log:
             self.log.write("test", step=self.global_step, **percent)
-            result = {"test": percent, "best": self.progress.best, "config": self.config.to_dict(), **self.environment()}
+            result = {
+                "test": percent, "test_images": len(self.dataset.test), "best": self.progress.best,
+                "checkpoint": self.folder.saved_id, "config": self.config.to_dict(), **self.environment(),
+            }  # fmt: skip
             self.folder.write("result.json", json.dumps(result, indent=1))
         return percent
 
@@ -451,6 +496,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "processes": own,
+            "arithmetic": self.arithmetic(),
             "progress": asdict(self.progress),
             "best": self.best_weights,
         }
@@ -507,24 +553,29 @@ class Run:
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
         if self.world.main:
             self.folder.write_best(saved)
-        before = len(saved["processes"])
-        if before != self.world.size and self.world.main:
-            print(f"spat-train: saved by {before} processes, now {self.world.size}: equal but for rounding", file=sys.stderr)
-        own = saved["processes"][self.world.rank % before]
+        was, now = saved.get("arithmetic", {}), self.arithmetic()
+        changed = [f"{name} {value}, now {now[name]}" for name, value in was.items() if value != now[name]]
+        if changed and not self.finished:
+            self.say(f"saved with {'; '.join(changed)}: going on is equal but for rounding")
+        own = saved["processes"][self.world.rank % len(saved["processes"])]
         set_random_state(own["random"])
         self.progress.sums = own["sums"]
 
-    def environment(self) -> dict:
+    def arithmetic(self) -> dict:
+        """What rounding depends on."""
         device = self.world.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+        on_gpu = device.type == "cuda"
         return {
             "spat_kernels": version("spat_kernels"),
-            "torch": torch.__version__,
-            "device": name,
-            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+            "threads": None if on_gpu else torch.get_num_threads(),
             "processes": self.world.size,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+    def environment(self) -> dict:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return self.arithmetic() | {"threads": torch.get_num_threads(), "time": now}
 
 
 @contextmanager

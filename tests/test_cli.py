@@ -97,7 +97,7 @@ def test_presets_are_the_settings_of_the_sources():
 
 def test_a_preset_is_the_default_of_every_option(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "run", lambda config: seen.append(config) or type("Done", (), {"folder": None, "test": None}))
+    monkeypatch.setattr(cli, "run", lambda config: seen.append(config) or type("Done", (), {"summary": ""}))
     run(monkeypatch, "train", "--preset=table6.1/mart+spat", "--epochs", "7", "--flip", "False")
     assert seen[0] == Config(**vars(PRESETS["table6.1/mart+spat"]) | {"epochs": 7, "flip": False})
     run(monkeypatch, "train", "--method", "trades")
@@ -113,7 +113,9 @@ def test_train_writes_a_run(monkeypatch, capsys, tmp_path):
     saved = json.loads((folder / "config.json").read_text())
     assert saved["method"] == "mart" and saved["alpha"] == 0.3 and saved["eps"] == 51 and saved["weight_decay"] == 7e-4
     test = json.loads((folder / "result.json").read_text())["test"]
-    assert out == f"{folder}: " + ", ".join(f"{name} {value:.2f} %" for name, value in test.items()) + "\n"
+    found = ", ".join(f"{name} {value:.2f} %" for name, value in test.items())
+    epoch = json.loads((folder / "result.json").read_text())["best"]["epoch"]
+    assert out == f"{folder}: best.pt, of epoch {epoch} of 2: {found} on 120 test images\n"
     train, validation = logs.read(folder, "train"), logs.read(folder, "validation")
     assert all({"loss", "bce", "kl", "lr", "images_per_second"} <= event.keys() for event in train)
     assert [event["epoch"] for event in validation] == [1, 2] and validation[0]["step"] == 4
@@ -139,6 +141,28 @@ def test_the_best_checkpoint_loads_into_its_model(monkeypatch, tmp_path):
         state = torch.load(tmp_path / "run" / name, weights_only=True)
         expected = state["ema"] or state["model"]
         assert all(torch.equal(t, expected[key]) for key, t in model.state_dict().items())
+
+
+def test_ctrl_c_while_a_command_reads_its_files_is_one_line(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "train", *SMALL)
+    assert stop.value.code == 130 and capsys.readouterr().err == "spat-train: interrupted\n"
+
+
+def test_a_tensorboard_that_does_not_work_is_left_out(monkeypatch, capsys, tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def broken(*args, **kwargs):
+        raise TypeError("Descriptors cannot be created directly.\nIf this call came from")
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", broken)
+    run(monkeypatch, "train", *(a for a in SMALL if a != "--no-tensorboard"), "--no-test", "--out", tmp_path / "run")
+    line = "spat-train: TensorBoard does not work here (TypeError: Descriptors cannot be created directly.): the run goes on"
+    assert capsys.readouterr().err.count(line) == 1
 
 
 def test_tensorboard_where_it_is_installed(monkeypatch, tmp_path):

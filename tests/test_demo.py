@@ -100,8 +100,8 @@ def test_end_to_end_on_a_file(tmp_path, shape):
     assert out.read_bytes().startswith(PNG)
 
 
-def test_one_image(tmp_path):
-    demo_module.demo(data=saved(tmp_path, **arrays((8, 8))), limit=1, epochs=1, out=tmp_path / "figure.png")
+def test_two_images(tmp_path):
+    demo_module.demo(data=saved(tmp_path, **arrays((8, 8))), limit=2, epochs=1, out=tmp_path / "figure.png")
 
 
 @pytest.mark.slow

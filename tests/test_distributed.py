@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ pytest.importorskip("tqdm")
 
 from spat_train import logs
 from spat_train.data import load
-from spat_train.distributed import world
+from spat_train.distributed import World, world
 from spat_train.evaluate import TEST, accuracies
 from spat_train.images import InputError
 from spat_train.signals import Stopped
@@ -220,6 +222,9 @@ def test_every_process_has_an_image_where_labelled_and_extra_ones_are_few(tmp_pa
     assert in_two(train, config) == [0, 0]
 
 
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29544"}
+
+
 @pytest.mark.parametrize(("device", "size", "place"), [(None, 1, "cuda:0"), ("cuda:1", 1, "cuda:1"), (None, 2, "cuda:1")])
 def test_each_process_has_its_gpu(monkeypatch, device, size, place):
     seen = []
@@ -229,11 +234,70 @@ def test_each_process_has_its_gpu(monkeypatch, device, size, place):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: seen.append(backend))
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    for name, value in {"WORLD_SIZE": size, "RANK": size - 1, "LOCAL_RANK": size - 1, "MASTER_ADDR": "here"}.items():
+    for name, value in (LAUNCHED | {"WORLD_SIZE": size, "RANK": size - 1, "LOCAL_RANK": size - 1}).items():
         monkeypatch.setenv(name, str(value))
     with world(device) as processes:
         assert str(processes.device) == place
     assert seen == [torch.device(place).index] + ["nccl"] * (size > 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "=2 is set, but not RANK, LOCAL_RANK: .*torchrun"),
+        (LAUNCHED | {"MASTER_PORT": ""}, "is set, but not MASTER_PORT: "),
+        (LAUNCHED | {"RANK": "2"}, "RANK=2: with WORLD_SIZE=2 it is a number from 0 to 1: "),
+        (LAUNCHED | {"LOCAL_RANK": "one"}, "LOCAL_RANK=one: "),
+        (LAUNCHED | {"MASTER_PORT": "http"}, "MASTER_PORT=http: .*0 to 65535"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: it is the number of processes: "),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: "),
+        ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"RANK": "1"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, None),
+    ],
+)  # fmt: skip
+def test_variables_of_a_launcher(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if message:
+        with pytest.raises(InputError, match=message), world("cpu"):
+            pass
+    else:
+        with world("cpu") as processes:
+            assert (processes.size, processes.main) == (1, True)
+
+
+def test_a_port_that_is_taken(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in (LAUNCHED | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match="the 2 processes cannot meet at 127.0.0.1:.*start them by torchrun"), world("cpu"):
+            pass
+
+
+def test_buffers_are_not_broadcast_and_torch_does_not_warn():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = World(0, 2, torch.device("cpu")).wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        assert not wrapped.will_sync_module_buffers()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_bar_counts_the_images_of_all_processes_once(monkeypatch):
+    bars, kind = [], logs.bar
+    monkeypatch.setattr(logs, "bar", lambda total, *_, **how: bars.append(kind(total, "shared", **how)) or bars[-1])
+    data, model = load("digits", limit=50), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for rank in range(2):
+        shared = SimpleNamespace(rank=rank, size=2, add=lambda *numbers: list(numbers))
+        for batch_size in (64, 20):
+            accuracies(model, data.test, {"clean": TEST["clean"], "FGSM": TEST["FGSM"]}, 0.1, batch_size=batch_size, world=shared)
+    assert [(bar.n, bar.total) for bar in bars] == [(100, 100)] * 4
 
 
 def statistics_of_both(path) -> None:

@@ -1,11 +1,13 @@
 """Orders and batches: the same ones wherever images lie, whichever rank asks, and from whichever step."""
 
+import errno
 import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 
+from spat_train import loader as module
 from spat_train.data import load, load_npz
 from spat_train.images import Images, InputError, floats
 from spat_train.loader import Loader, Order
@@ -185,6 +187,38 @@ def test_broken_picture_is_named_in_one_line(pictures, workers):
     loader = Loader(train, Order(torch.arange(6), 4, seed=0), workers=workers)
     with pytest.raises(InputError, match=r"^--data: .*cat/1.png cannot be decoded \(.*\): repair or remove it, or .*$"):
         list(loader.epoch(0))
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ((torch.Tensor, "share_memory_"), RuntimeError("unable to allocate shared memory(shm) for file </x>"), "room .*/dev/shm"),
+        ((Images, "batch"), MemoryError(), "room for their batches in memory"),
+        ((Images, "batch"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), "room for their batches in memory"),
+        ((module._Worker, "start"), OSError(errno.ENOSPC, "No space left on device"), r"cannot start \(No space left on device"),
+    ],
+)  # fmt: skip
+def test_workers_without_memory_are_an_error_with_its_remedy(monkeypatch, place, error, message):
+    """Here only where worker processes do it; they are forked, and patched too."""
+
+    def exhausted(*args):
+        raise error
+
+    monkeypatch.setattr(*place, exhausted)
+    loader = Loader(random_images(), Order(ROWS, 8, seed=0), resident=False, workers=2)
+    with pytest.raises(InputError, match=f"^--workers 2: .*{message}.*--workers 0.*docker run --shm-size"):
+        list(loader.epoch(0))
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_though_the_traceback_of_their_error_holds_on_to_them(monkeypatch):
+    def broken(*args):
+        raise KeyError("a fault of the program")
+
+    monkeypatch.setattr(Images, "batch", broken)
+    with pytest.raises(KeyError, match="a fault of the program"):
+        list(Loader(random_images(), Order(ROWS, 8, seed=0), resident=False, workers=2).epoch(0))
     assert multiprocessing.active_children() == []
 
 

@@ -22,7 +22,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
 from spat_kernels.trace import _NoLooking
-from spat_train import files, logs
+from spat_train import files, logs, signals
 from spat_train import train as module
 from spat_train.config import Config, check
 from spat_train.data import load
@@ -454,6 +454,26 @@ def test_validation_repeats_and_leaves_training_alone():
     assert_same(before, dict(run.model.state_dict()))
 
 
+def test_the_bar_shows_a_validation_when_it_was_made(monkeypatch):
+    shown = []
+    monkeypatch.setattr(logs.Log, "show", lambda log, **values: shown.append(values))
+    best = train(settings(epochs=2), save=False).best
+    seen = [values["best_pgd"] for values in shown if "best_pgd" in values]
+    assert "best_pgd" in shown[-1] and len(seen) == 2 and seen[-1] == best["pgd"]
+
+
+def test_bars_in_a_file_are_a_line_a_minute(monkeypatch, capsys):
+    for seconds, lines in ((60.0, 0), (0.0, 3)):
+        monkeypatch.setattr(logs, "MINUTE", seconds)
+        with logs.bar(100, "training") as bar:
+            bar.update(50)
+            bar.set_postfix_str("FGSM")
+        err = capsys.readouterr().err
+        assert (err.count("\n"), err.count("\r")) == (lines + (seconds == 0.0), 0)
+    assert "training: 50%" in err.replace("  ", " ") and "FGSM" in err
+    assert logs.bar(100, None).disable
+
+
 # ---- interruptions
 
 
@@ -576,6 +596,57 @@ def test_a_second_sigterm_does_not_stop_the_save(tmp_path, monkeypatch):
     assert weights(tmp_path / "run")["progress"]["step"] == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("method", ["load", "make_model"])
+def test_signals_before_the_first_step_end_the_run_at_once(tmp_path, monkeypatch, number, method):
+    original = getattr(Run, method)
+
+    def interrupted(*args):
+        try:
+            os.kill(os.getpid(), number)
+        except Exception:  # of a reader that takes everything for a broken file
+            pytest.fail("the signal was swallowed")
+        return original(*args)
+
+    monkeypatch.setattr(Run, method, interrupted)
+    with pytest.raises(Stopped, match="before the first step: there is nothing to save") as stop:
+        train(settings(tmp_path / "runs" / "run"))
+    assert stop.value.exit_code == 128 + number and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("copy", "longest"), [(-1.0, 600.0), (600.0, 0.0)])
+def test_two_sigterms_end_what_never_comes_to_an_end(monkeypatch, copy, longest):
+    """At once where they come one after the other; a while later where they may be one that was sent twice."""
+    codes = []
+    monkeypatch.setattr(signals, "COPY", copy)
+    monkeypatch.setattr(signals, "LONGEST", longest)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with signals.StopWish().heard():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # two that are pending are one
+        assert not codes
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + TIMEOUT
+        while not codes and time.monotonic() < end:
+            time.sleep(0.01)
+    assert codes == [143]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_reader_that_dies_ends_the_run(tmp_path, monkeypatch, number):
+    expected = settings(tmp_path / "expected", stream=True, epochs=3, limit=400, log_every=1)
+    train(expected)
+    killed = replace(expected, out=tmp_path / "killed", resume=True)
+    name = {signal.SIGKILL: "Killed", signal.SIGBUS: "Bus error"}[number]
+    with monkeypatch.context() as patched:
+        interrupt(patched, 15, lambda: [os.kill(p.pid, number) for p in multiprocessing.active_children()[:1]])
+        with pytest.raises(TrainingError, match=f"reader process .*({name}|exited).*--workers 0.*last.pt; with --resume"):
+            train(killed)
+    assert multiprocessing.active_children() == []
+    train(killed)
+    assert_same_run(tmp_path / "killed", tmp_path / "expected")
+
+
 def exit_code(config: Config) -> None:
     os.setsid()
     try:
@@ -638,12 +709,59 @@ def test_a_signal_during_the_test(tmp_path, monkeypatch):
     assert train(stopped).test is not None
 
 
-def test_a_finished_run_resumes_to_its_result(tmp_path):
-    config = settings(tmp_path / "run", test=True, epochs=2)
+@pytest.mark.parametrize("options", [{"test": True}, {"test": False}, {"test": True, "patience": 1, "lr": 1e-9}])
+def test_a_finished_run_resumes_to_its_result(tmp_path, monkeypatch, capsys, options):
+    config = settings(tmp_path / "run", epochs=3, **options)
     first = train(config)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    monkeypatch.delattr(Run, "epoch")
+    monkeypatch.delattr(Run, "test")
     again = train(replace(config, resume=True))
-    assert again.test == first.test and again.best == first.best
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["test"] == first.test
+    assert "run is finished: nothing is done again" in capsys.readouterr().err
+    assert (again.test, again.best, again.summary) == (first.test, first.best, first.summary)
+    assert_same(dict(again.model.state_dict()), dict(first.model.state_dict()))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    if first.test:
+        assert json.loads(before["result.json"])["test"] == first.test
+
+
+@pytest.mark.parametrize(
+    ("schedule", "before", "after"), [("constant", None, None), ("piecewise", (2,), (2, 4)), ("piecewise", None, (2, 3))]
+)
+def test_more_epochs_extend_a_finished_run(tmp_path, schedule, before, after):
+    expected = settings(tmp_path / "expected", epochs=4, test=True, schedule=schedule, milestones=after)
+    result = train(expected)
+    longer = replace(expected, out=tmp_path / "longer", resume=True)
+    train(replace(longer, epochs=2, milestones=before))
+    assert train(longer).test == result.test
+    assert_same_run(tmp_path / "longer", tmp_path / "expected")
+    with pytest.raises(InputError, match=r"other options \(epochs: 4 -> 3\): give the same"):
+        train(replace(longer, epochs=3))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "why"),
+    [
+        ("cosine", "which --schedule cosine cannot change"),
+        ("one-cycle", "which --schedule one-cycle cannot change"),
+        ("piecewise", "where lr dropped at 2: let --milestones begin with these"),
+    ],
+)
+def test_epochs_that_the_schedule_is_spread_over_stay(tmp_path, schedule, why):
+    config = settings(tmp_path / "run", epochs=2, schedule=schedule)
+    train(config)
+    with pytest.raises(InputError, match=f"epochs: 2 -> 4, {why}"):
+        train(replace(config, epochs=4, resume=True))
+
+
+def test_another_number_of_threads_is_told_on_resume(tmp_path, monkeypatch, capsys):
+    config = settings(tmp_path / "run", epochs=2, schedule="constant")
+    train(config)
+    train(replace(config, epochs=3, resume=True))
+    assert "rounding" not in capsys.readouterr().err
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    train(replace(config, epochs=4, resume=True))
+    assert "spat-train: saved with threads 1, now 7: going on is equal but for rounding\n" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -721,10 +839,10 @@ def test_lazy_layers_and_strided_weights():
 
 def test_a_refused_run_leaves_no_folder(tmp_path):
     (tmp_path / "mine").mkdir()
-    for name in ("run", "mine"):
+    for name in ("run", "mine", "runs/of/mine", "mine/run"):
         with pytest.raises(InputError, match="there is no such file"):
             train(settings(tmp_path / name, data="nowhere.npz"))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
 def test_the_best_weights_are_written_when_they_change(tmp_path, monkeypatch):
@@ -968,6 +1086,8 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, where, error):
         ({"epochs": 0}, "--epochs 0: give at least 1"),
         ({"alpha": float("nan")}, "--alpha nan: give a number in"),
         ({"lr": 0.0}, "--lr 0.0: give a number above 0"),
+        ({"limit": 1, "holdout": None}, "--data digits: no batch would have 2 images"),
+        ({"limit": 5, "holdout": 4}, "of 5 training images 4 are held out: give more, or a lower --holdout"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
