@@ -28,6 +28,7 @@ pytest.importorskip("tqdm")
 import spat_kernels
 from spat_train import attacks as registry
 from spat_train import evaluate as module
+from spat_train import logs
 from spat_train.alarms import alarms, rechecked
 from spat_train.attacks import NAMED, Attack, parse, parse_all
 from spat_train.checkpoints import load_model
@@ -283,12 +284,12 @@ def test_autoattack_by_parts(monkeypatch, capsys):
     """What each broke, by its own record, batch for batch; and a bar that moves with them."""
     seen = []
 
-    class Bar(module.tqdm):
+    class Bar(logs.tqdm):
         def update(self, n=1):
             super().update(n)
             seen.append((self.postfix, self.n))
 
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(logs, "_Lines", Bar)
     model, (x, y) = fitted(), digits(120)
     name = "autoattack:steps=2:queries=60"
     found = quiet(model, (x, y), f"fgsm,{name},pgd-7x3", batch_size=50, eps=0.12, bar="bar")

@@ -735,8 +735,8 @@ def test_more_epochs_extend_a_finished_run(tmp_path, schedule, before, after):
     train(replace(longer, epochs=2, milestones=before))
     assert train(longer).test == result.test
     assert_same_run(tmp_path / "longer", tmp_path / "expected")
-    with pytest.raises(InputError, match=r"other options \(epochs: 4 -> 3\): give the same"):
-        train(replace(longer, epochs=3))
+    with pytest.raises(InputError, match=r"other options \(epochs: 4 -> 3(; .*)?\): give the same"):
+        train(replace(longer, epochs=3, milestones=after and (2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -927,10 +927,10 @@ def test_moved_images_are_the_same(tmp_path):
     arrays = {f"{xy}_{s}": t for s in ("train", "test") for xy, t in zip("xy", vars(getattr(data, s)).values(), strict=True)}
     np.savez(first / "data.npz", **arrays)
     np.savez_compressed(first / "extra.npz", image=data.train.pixels, label=data.train.labels)
-    config = settings(tmp_path / "run", epochs=1, data=str(first / "data.npz"), extra=first / "extra.npz")
+    config = settings(tmp_path / "run", epochs=1, schedule="constant", data=str(first / "data.npz"), extra=first / "extra.npz")
     train(config)
     first.rename(second)
-    train(replace(config, resume=True, data=str(second / "data.npz"), extra=second / "extra.npz"))
+    train(replace(config, epochs=2, resume=True, data=str(second / "data.npz"), extra=second / "extra.npz"))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(second / "data.npz")
 
 
