@@ -147,7 +147,3 @@ def main() -> None:
 def _leave(message: str, code: int) -> None:
     print(f"spat-train: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

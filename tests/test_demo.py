@@ -106,7 +106,7 @@ def test_two_images(tmp_path):
 
 @pytest.mark.slow
 def test_default_demo_shows_robustness(tmp_path):
-    command = [sys.executable, "-m", "spat_train.cli", "demo"]
+    command = [sys.executable, "-m", "spat_train", "demo"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=one_thread)
     assert done.returncode == 0, done.stderr

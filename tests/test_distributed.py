@@ -353,7 +353,7 @@ def test_one_process_dying_ends_the_job(tmp_path):
     assert done.returncode != 0 and "SIGKILL" in done.stderr
     assert weights(tmp_path / "run")["progress"]["epoch"] == 1  # what was saved before is whole
     command = [part for part in command if part != str(script)]
-    command[command.index("train") : command.index("train")] = ["-m", "spat_train.cli"]
+    command[command.index("train") : command.index("train")] = ["-m", "spat_train"]
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert again.returncode == 0, again.stderr
     assert weights(tmp_path / "run")["progress"]["epoch"] == 3

@@ -184,7 +184,7 @@ def test_commands_import_the_module_of_the_model_which_may_register_losses(tmp_p
     )
 
     def command(*words):
-        words = [sys.executable, "-m", "spat_train.cli", *words]
+        words = [sys.executable, "-m", "spat_train", *words]
         return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     small = (
