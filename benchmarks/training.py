@@ -141,7 +141,7 @@ class Ours:
     """The trainer's own step, from the weights of `model`; the interface of `Authors`."""
 
     def __init__(self, model: nn.Module, config: Config):
-        nothing = Images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))  # batches are given
+        nothing = Images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))  # batches are given
         self.run = trainer(config, nothing, StopWish())
         self.run.model.load_state_dict(model.state_dict())
         self.model = self.run.model

@@ -204,7 +204,8 @@ def test_commands_import_the_module_of_the_model_which_may_register_losses(tmp_p
     trained = command("train", "--data", "digits", "--model", "mine:net", "--inner", "entropy", *small)
     assert trained.returncode == 0, trained.stderr
     attacks = "pgd:loss=entropy:steps=2"
-    evaluated = command("evaluate", "run", "--attacks", attacks, "--limit", "20", "--no-alarms", "--device", "cpu")
+    options = ("--model-name", "mine:net", "--limit", "20", "--no-alarms", "--device", "cpu")
+    evaluated = command("evaluate", "run", "--attacks", attacks, *options)
     assert evaluated.returncode == 0 and attacks in evaluated.stdout, evaluated.stderr
     missing = command("train", "--data", "digits", "--model", "none:net", "--inner", "entropy")
     assert missing.returncode == 2 and "--model none:net" in missing.stderr and "cannot be imported" in missing.stderr
