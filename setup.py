@@ -70,6 +70,8 @@ class Build(BuildExtension):
     """The .cu files hold no torch header, so plain nvcc compiles them, whichever torch is installed."""
 
     def build_extension(self, ext):
+        compiler = (os.environ.get("CXX") or "c++").split()[0]
+        need(shutil.which(compiler), f"there is no C++ compiler {compiler}: install g++, or name one by CXX")
         print(f"spat_kernels: CPU kernels, and {f'CUDA {CUDA} by {NVCC}' if NVCC else 'no CUDA kernels (no nvcc found)'}")
         with ThreadPoolExecutor(int(JOBS)) as pool:  # as many as torch's build takes
             ext.extra_objects += pool.map(self.compile_cuda, sorted(Path("csrc").glob("*.cu")) if NVCC else [])
@@ -89,8 +91,6 @@ need(JOBS.isdecimal() and int(JOBS), f"MAX_JOBS={JOBS}: give the number of compi
 releases = [tuple(map(int, re.findall(r"\d+", module.__version__)[:2])) for module in (setuptools, torch)]
 need(releases[0] >= (77, 0), f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
 need(releases[1] >= (2, 11), f"torch {torch.__version__} is too old: pip install 'torch>=2.11'")
-compiler = os.environ.get("CXX", "c++").split()[0]
-need(shutil.which(compiler), f"there is no C++ compiler {compiler}: install g++, or name one by CXX")
 
 target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000"]
 compile_args = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi", *target]

@@ -30,7 +30,8 @@ def _load_compiled():
     if importlib.util.find_spec("spat_kernels._C") is None:
         raise ImportError(
             f"{os.path.dirname(__file__)} is a checkout, not the installed spat_kernels, and holds no compiled extension: "
-            "leave its folder, or run `pip install -e .` in it (SPAT_KERNELS_BACKEND=reference runs the slow references)"
+            "leave its folder, or run `pip install -e .` in it (SPAT_KERNELS_BACKEND=reference runs the slow references)",
+            name="spat_kernels._C",
         )
     return importlib.import_module("spat_kernels._C")
 

@@ -12,7 +12,9 @@ def main() -> None:
 
         command()
         sys.stdout.flush()
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if error.name == "spat_kernels._C":
+            sys.exit(f"spat-train: error: {error}")
         if error.name not in EXTRA:
             raise
         sys.exit(f"spat-train: error: {error.name} is not installed: pip install 'spat_kernels[train]'")

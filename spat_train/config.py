@@ -258,7 +258,8 @@ class Config:
         why = {}
         before = saved.get("epochs", 0)
         if self.epochs > before:
-            old = dataclasses.replace(self, epochs=before, milestones=saved.get("milestones") and tuple(saved["milestones"]))
+            drops = saved.get("milestones")
+            old = dataclasses.replace(self, epochs=before, milestones=None if drops is None else tuple(drops))
             kept = {"constant": True, "piecewise": old.lr_drops == tuple(e for e in self.lr_drops if e <= before)}
             if kept.get(self.schedule):
                 names = [name for name in names if name not in ("epochs", "milestones")]
@@ -329,7 +330,7 @@ def check(c: Config) -> None:
     need(c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none")
     need(c.beta is None or c.method in ("trades", "rst", "mart"), "beta", f"{c.method} has no KL term: leave it out")
     single = c.method in ("standard", "madry")
-    need(not single or c.forwards == "clean-adv", "forwards", f"{c.method} has one forward: leave it out")
+    need(not single or c.forwards == "clean-adv", "forwards", f"{c.method} has one forward: give clean-adv")
     need(c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp")
     need(c.momentum < 1, "momentum", "give a number below 1")
     need(not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0")

@@ -88,8 +88,8 @@ def run(config: Config, dataset: Dataset, alpha: float, out: Path) -> dict[str, 
 
 def check(limit: int | None, epochs: int | None, eps: float | None, alpha: float, seed: int, out: Path) -> None:
     """Raise InputError for what would fail, or mean nothing, after minutes of training."""
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}: give at least 1 image, or leave it out for all")
+    if limit is not None and limit < 2:
+        raise InputError(f"--limit {limit}: give at least 2 images, or leave it out for all")
     if epochs is not None and epochs < 1:
         raise InputError(f"--epochs {epochs}: give at least 1")
     if eps is not None and not 0.5 <= eps <= 255:

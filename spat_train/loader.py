@@ -147,7 +147,7 @@ class Loader:
             raise InputError(f"--workers {self.workers}: they cannot start ({error.strerror}): {REMEDY}") from error
         try:
             yield from self._batches(parts, first, arrivals)
-        except (OSError, EOFError) as error:  # of the connection to one that died
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # of the connection to one that died
             raise RuntimeError("DataLoader worker (pid 0) exited unexpectedly") from error
         finally:
             arrivals._shutdown_workers()  # now, whoever still refers to this iterator, such as a traceback

@@ -14,7 +14,19 @@ from .files import SaveError
 MINUTE = 60.0
 
 
-class _Lines(tqdm):
+class _Bar(tqdm):
+    """A reader of stderr that leaves, as `head` does, does not end a run."""
+
+    def display(self, msg=None, pos=None) -> None:
+        with suppress(BrokenPipeError):
+            super().display(msg, pos)
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError):
+            super().close()
+
+
+class _Lines(_Bar):
     """In a file, where nothing can be overwritten: a line of its own, at most once a minute."""
 
     def __init__(self, **options):
@@ -24,13 +36,14 @@ class _Lines(tqdm):
     def display(self, msg=None, pos=None) -> None:
         if time.monotonic() - self.shown >= MINUTE:
             self.shown = time.monotonic()
-            self.fp.write(f"{self}\n")
-            self.fp.flush()
+            with suppress(BrokenPipeError):
+                self.fp.write(f"{self}\n")
+                self.fp.flush()
 
 
 def bar(total: int, name: str | None, **options) -> tqdm:
     """A progress bar of images on stderr; `name` None shows none."""
-    kind = tqdm if sys.stderr.isatty() else _Lines
+    kind = _Bar if sys.stderr.isatty() else _Lines
     return kind(total=total, desc=name, disable=name is None, **{"unit": "img", "mininterval": 0.5} | options)
 
 

@@ -29,7 +29,7 @@ _MNIST = Config(
 # As in that code: five residual units in each of three groups of 160, 320 and 640 channels, as WRN-34-10 has them; crops after
 # padding by 2; batch statistics in the attack; neither biases nor batch norm decayed. Its network differs in that it standardises
 # each image, has leaky ReLUs of slope 0.1, and shortcuts without weights (average pooling, channels of zeros), and in the
-# epsilon of batch norm, 1e-3.
+# epsilon of batch norm, 1e-3. Forwards of the attack move its running statistics; here they do not.
 _MADRY_CIFAR = Config(
     data="cifar10", model="wrn-34-10", steps=7, step_size=2.0, weight_decay=2e-4, decay_norm=False, epochs=209,
     milestones=(105, 158), pad=2, bn_mode="train",

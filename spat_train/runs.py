@@ -223,11 +223,25 @@ def _attack(tell):
     return lambda c: "none" if c.method == "standard" else tell(c)
 
 
+def _option(name):
+    """A number or a switch; "default" where it follows from the data."""
+    words = {None: "default", True: "on", False: "off"}
+    return lambda c: words[value] if (value := getattr(c, name)) is None or isinstance(value, bool) else f"{value:g}"
+
+
+def _drops(c: Config) -> str:
+    """In percent of the epochs."""
+    return ", ".join(f"{100 * epoch / c.epochs:.0f} %" for epoch in c.lr_drops) if c.schedule == "piecewise" else "none"
+
+
 READINGS = {  # how the settings that change the weights are told
     "method": lambda c: METHODS[c.method],
     "data": lambda c: data_name(c.data),
     "model": lambda c: "mnist-cnn" if c.model == "mnist-cnn/16" else c.model,
     "training images": lambda c: "all" if c.limit is None else f"{c.limit:,}",
+    "held-out images": _option("holdout"),
+    "padding before crops": _option("pad"),
+    "flips": _option("flip"),
     "pseudo-labelled images": lambda c: "none" if c.extra is None else "some",
     "epochs": lambda c: f"{c.epochs}",
     "alpha": lambda c: f"{c.alpha:g}",
@@ -242,11 +256,15 @@ READINGS = {  # how the settings that change the weights are told
     "optimiser": lambda c: c.optimizer,
     "lr": lambda c: f"{c.peak_lr:g}",
     "schedule": lambda c: c.schedule,
+    "lr drops": _drops,
+    "momentum": _option("momentum"),
+    "Nesterov": _option("nesterov"),
     "batch size": lambda c: f"{c.batch_size}",
-    "weight decay": lambda c: f"{c.weight_decay:g}",
-    "weight averaging": lambda c: f"{c.ema:g}",
-    "AWP": lambda c: f"{c.awp:g}",
-    "label smoothing": lambda c: f"{c.label_smoothing:g}",
+    "weight decay": _option("weight_decay"),
+    "decay of biases and norms": _option("decay_norm"),
+    "weight averaging": _option("ema"),
+    "AWP": _option("awp"),
+    "label smoothing": _option("label_smoothing"),
     "activation": lambda c: c.activation,
     "normalisation": lambda c: "none" if c.mean is None else f"{c.mean}, {c.std}",
     "first weights": lambda c: "random" if c.init is None else f"{c.init}",
@@ -399,8 +417,10 @@ def scaled(wanted: Wanted, options: Options) -> Config:
         scale.pop("model", None)
     c = replace(source, test=False, resume=True, seed=options.seed, download=options.download, device=options.device, **scale)
     c = replace(c, data=options.data or c.data, root=options.root or c.root)
-    if c.limit or not wanted.own(options):  # the source's numbers are for all of its own images
-        c = replace(c, pad=None, holdout=None if c.holdout else c.holdout)
+    if c.holdout and (c.limit or not wanted.own(options)):  # the source's number is for all of its images
+        c = replace(c, holdout=None)
+    if not wanted.own(options):
+        c = replace(c, pad=None)
     if options.eps:
         c = replace(c, eps=options.eps, eval_eps=None, step_size=c.step_size and c.step_size * options.eps / source.eps)
     if c.epochs != source.epochs:

@@ -7,7 +7,6 @@ import time
 from contextlib import contextmanager
 
 COPY = 2.0  # seconds: torchrun and batch systems send SIGTERM to a process twice, on its own and by its parent
-LONGEST = 30.0  # seconds that such a pair leaves for the save, as torchrun and Slurm do before they send SIGKILL
 
 
 class Stopped(BaseException):
@@ -33,31 +32,18 @@ class StopWish:
     def heard(self):
         """Within, SIGTERM and SIGINT are remembered in `number`; a second Ctrl-C acts as ever.
 
-        A second SIGTERM ends the process at once, saved or not: the loop may wait for something that never comes. One within COPY
-        is taken for the same wish, and ends it after LONGEST.
+        A second SIGTERM, more than COPY after the first, ends the process at once, saved or not: the loop may wait for something
+        that never comes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python delivers signals to the main thread alone
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        first = 0.0
-
-        def end(number):
-            os.write(2, b"\nspat-train: ended by a second signal; what was saved before is whole\n")
-            os._exit(128 + number)
-
-        later = threading.Timer(LONGEST, end, [signal.SIGTERM])
-        later.daemon = True
 
         def hear(number, frame):
-            nonlocal first
             if self.number:
-                if time.monotonic() - first > COPY:
-                    end(number)
-                elif not later.ident:
-                    later.start()
                 return
-            self.number, first = number, time.monotonic()
+            self.number = number
             signal.signal(signal.SIGINT, before[signal.SIGINT])
             if not self.heeded:
                 raise Stopped(number, f"stopped by signal {number} before the first step: there is nothing to save")
@@ -66,8 +52,34 @@ class StopWish:
         for number in before:
             signal.signal(number, hear)
         try:
-            yield self
+            with _second_sigterm_ends():
+                yield self
         finally:
-            for n, handler in before.items():
-                signal.signal(n, handler)
-            later.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _second_sigterm_ends():
+    """By a thread: while the main one waits for other processes or for a GPU, handlers of Python do not run there."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch():
+        first = None
+        while number := os.read(reading, 1)[0]:
+            if number == signal.SIGTERM and first is not None and time.monotonic() - first > COPY:
+                os.write(2, b"\nspat-train: ended by a second signal; what was saved before is whole\n")
+                os._exit(128 + number)
+            if number in (signal.SIGTERM, signal.SIGINT) and first is None:
+                first = time.monotonic()
+        os.close(reading)
+
+    threading.Thread(target=watch, daemon=True).start()
+    outer = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(outer)
+        os.write(writing, b"\0")
+        os.close(writing)

@@ -116,7 +116,8 @@ class Run:
         self.images: dict[str, Images | Folder] = {"train": self.dataset.train, "test": self.dataset.test}
         self.images |= {"extra": self.extra} if self.extra else {}
         self.fingerprints = {name: fingerprint(images) for name, images in self.images.items()}
-        self.file_sizes = {name: images.bytes() for name, images in self.images.items() if isinstance(images, Folder)}
+        folders = {name: images for name, images in self.images.items() if isinstance(images, Folder)}
+        self.file_sizes = {name: images.bytes() for name, images in folders.items()} if self.world.main else {}
         if saved is not None:
             self.compare_images(saved)
         self.make_model()

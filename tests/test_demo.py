@@ -46,7 +46,7 @@ def test_unreadable_file(tmp_path, monkeypatch, capsys, content):
     ("arguments", "message"),
     [
         (["--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
-        (["--limit", "0"], "--limit 0: give at least 1"),
+        (["--limit", "0"], "--limit 0: give at least 2"),
         (["--epochs", "0"], "--epochs 0: give at least 1"),
         (["--eps", "0"], "--eps 0.0: it is in units of 1/255"),
         (["--eps", "0.3"], "--eps 0.3: it is in units of 1/255, from 0.5 to 255 (8 means 8/255, and 76.5 is 0.3)"),

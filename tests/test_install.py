@@ -64,7 +64,6 @@ def build(tmp_path, monkeypatch):
         ({"MAX_JOBS": "0"}, "MAX_JOBS=0: give the number of compilers at once, at least 1"),
         ({"MAX_JOBS": "all"}, "MAX_JOBS=all"),
         ({"SPAT_CUDA": "off"}, "SPAT_CUDA=off: give 0, 1, or leave it out"),
-        ({"CXX": "no-such-compiler -O2"}, "no C.. compiler no-such-compiler: install"),
     ],
 )
 def test_a_build_that_cannot_succeed_says_why(build, variables, message):
@@ -107,6 +106,12 @@ def test_a_failing_nvcc_ends_the_build(build, tmp_path, monkeypatch, capfd):
         command.compile_cuda(Path("csrc/linf.cu"))
 
 
+def test_a_build_needs_a_compiler(build):
+    command = build(CXX="no-such-compiler -O2")["cmdclass"]["build_ext"](setuptools.Distribution())
+    with pytest.raises(SystemExit, match="no C.. compiler no-such-compiler: install"):
+        command.build_extension(None)
+
+
 def run(*words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
 
@@ -127,17 +132,18 @@ def test_an_sdist_can_build_and_test_itself(tmp_path):
     assert wanted <= held and {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py", ".ci/run"} <= held
 
 
-def test_a_checkout_that_was_not_built_does_not_run_in_silence(tmp_path):
-    (tmp_path / "spat_kernels").symlink_to(ROOT / "spat_kernels")
-    script = """
-import importlib.util, sys
+@pytest.mark.parametrize("use", ["import spat_kernels", "from spat_train.__main__ import main; main()"])
+def test_a_checkout_that_was_not_built_does_not_run_in_silence(use):
+    script = f"""
+import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "spat_kernels._C" else find(name, *rest)
-import spat_kernels
+{use}
 """
-    done = run("-c", script, cwd=tmp_path)
-    last = done.stderr.splitlines()[-1]
+    done = run("-c", script, cwd=ROOT)
+    *before, last = done.stderr.splitlines()
     assert done.returncode == 1 and "is a checkout, not the installed spat_kernels" in last and "pip install -e ." in last
+    assert not before or use == "import spat_kernels"
 
 
 @pytest.mark.parametrize("package", ["tyro", "tqdm"])

@@ -192,7 +192,7 @@ def test_differences_are_those_that_change_the_weights():
     source = PRESETS["table6.1/mart"]
     assert differences(Run(Path("x"), replace(source, seed=7, out=Path("y"), device="cpu", workers=9, preset="")), source) == []
     assert differences(Run(Path("x"), replace(source, step_size=2.0, beta=5.0)), source) == []  # as by default
-    changed = replace(source, model="wrn-10-2", limit=5000, epochs=6, steps=5, method="madry")
+    changed = replace(source, model="wrn-10-2", limit=5000, epochs=6, milestones=None, steps=5, method="madry")
     assert differences(Run(Path("x"), changed), source) == [
         "method Madry (MART)",
         "model wrn-10-2 (wrn-34-10)",
@@ -261,7 +261,8 @@ def test_a_table_is_what_evaluate_finds(folder, tmp_path):
     line = f"| PGD-KL† | {first.ours['accuracy']:.2f} ± {first.half_width:.2f} | 71.58 | {first.difference:+.2f} |"
     assert line.replace("-", "−").replace("PGD−KL", "PGD-KL") in text
     assert (
-        "test images 12 (40); robust: data mnist (cifar10), model mnist-cnn/1 (wrn-34-10), epochs 2 (90), eps 0.3 (8/255)" in text
+        "test images 12 (40); robust: data mnist (cifar10), model mnist-cnn/1 (wrn-34-10), held-out images 8 (default), "
+        "epochs 2 (90), eps 0.3 (8/255)" in text
     )
     assert (
         f"Runs: robust: {folder / 'madry'} (Madry, mnist-cnn/1, the closest of 3)." in text
