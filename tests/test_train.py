@@ -1082,7 +1082,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, where, error):
         ({"inner": "xyz"}, "--inner xyz: loss='xyz': give one of 'ce', 'kl'"),
         ({"milestones": (90, 75)}, "--milestones"),
         ({"schedule": "piecewise", "milestones": (2, 5)}, r"--milestones \(2, 5\): not all come by epoch 4: give others"),
-        ({"method": "madry", "forwards": "adv-clean"}, "--forwards adv-clean: madry has one forward: leave it out"),
+        ({"method": "madry", "forwards": "adv-clean"}, "--forwards adv-clean: madry has one forward: give clean-adv"),
         ({"forwards": "adv"}, "--forwards adv: choose one of clean-adv, adv-clean, clean-adv-clean"),
         ({"patience": 3, "holdout": 0}, "--patience 3: it needs held-out images"),
         ({"epochs": 0}, "--epochs 0: give at least 1"),
