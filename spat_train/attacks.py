@@ -570,8 +570,7 @@ def parse(spec: "str | Attack") -> Attack:
     if isinstance(spec, Attack):
         return spec
     name, *settings = spec.strip().split(":")
-    base, repeated = re.fullmatch(r"(.*?)(x[1-9]\d*)?", name.lower(), re.DOTALL).groups("")
-    name = ALIASES.get(base, base) + repeated
+    name = re.sub(r"^.+?(?=(x[1-9]\d*)?$)", lambda base: ALIASES.get(base[0], base[0]), name.lower())
     kind, values = _named(name)
     given = {}
     for setting in settings:
@@ -587,10 +586,11 @@ def parse(spec: "str | Attack") -> Attack:
         raise InputError(
             f"attack {spec}: {kind.family} has no setting {unknown}{_near(unknown, known)}: it has {', '.join(known) or 'none'}"
         )
-    own = {key: value for key, value in values.items() if key in kind.__dataclass_fields__}
+    own: dict[str, Any] = {key: value for key, value in values.items() if key in kind.__dataclass_fields__}
     try:
         of_loss = tuple((key, _read(key, known[key], values[key])) for key in known if key in values and key not in own)
-        return kind(name=":".join([name, *settings]), **own, **({"settings": of_loss} if of_loss else {}))
+        own |= {"settings": of_loss} if of_loss else {}
+        return kind(name=":".join([name, *settings]), **own)
     except ValueError as error:
         raise InputError(f"attack {spec}: {error}") from error
 

@@ -26,7 +26,6 @@ from .models import import_own, is_out_of_memory
 from .report import hardware, summary, write_report
 from .signals import Stopped, StopWish
 
-
 Activation = Literal["relu", "silu", "gelu", "softplus"]
 
 
@@ -125,16 +124,21 @@ def evaluate_command(
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
     network, _ = load_model(model, dataset, model_name, activation=activation, mean=mean, std=std)
-    other, other_name = None, ""
+    other, of_source = None, {}
     if source:
         try:
-            other, other_config = load_model(
+            other, its_config = load_model(
                 source, dataset, source_name,
                 activation=source_activation, mean=source_mean, std=source_std, option="--source-name",
             )  # fmt: skip
         except InputError as error:
             raise InputError(re.sub("--(activation|mean|std)", r"--source-\1", str(error))) from error
-        other_name = chosen_name(source, other_config, source_name, "--source-name")
+        its_name = chosen_name(source, its_config, source_name, "--source-name")
+        of_source = {
+            "source": str(checkpoint_file(source)),
+            "source's network": f"{its_name} with {source_activation}" if source_activation else its_name,
+            "source's normalisation": normalisation(other) or "none",
+        }
     elif source_activation or source_mean or source_std:
         raise InputError(
             "--source-activation, --source-mean, --source-std: give the --source that they are of, or leave them out"
@@ -148,13 +152,7 @@ def evaluate_command(
         "model": str(checkpoint_file(model)), "network": f"{name} with {activation}" if activation else name,
         "normalisation": normalisation(network) or "none", "data": data, "test images": f"{len(rows)} of {count}",
     }  # fmt: skip
-    if source and other:
-        about |= {
-            "source": str(checkpoint_file(source)),
-            "source's network": f"{other_name} with {source_activation}" if source_activation else other_name,
-            "source's normalisation": normalisation(other) or "none",
-        }
-    about |= {
+    about |= of_source | {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "hardware": hardware(where),
         "command": shlex.join(["spat-train", *sys.argv[1:]]),
     }  # fmt: skip
