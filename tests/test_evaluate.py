@@ -184,8 +184,9 @@ def test_the_grammar():
     assert parse("pgd:loss=CE:start=Clean").spec == "pgd:start=clean" and parse("AA:version=Rand").version == "rand"
     assert parse("AAx2").restarts == 2 and parse("aa-plusx3:steps=5").name == "autoattack-plusx3:steps=5"
     for own, text in (
-        (registry.PGD(norm="L2", start="Clean"), "pgd:norm=l2:start=clean"), (registry.FAB(norm="L∞", targets=np.int64(3)), "fab:targets=3"),
-    ):  # fmt: skip
+        (registry.PGD(norm="L2", start="Clean"), "pgd:norm=l2:start=clean"),
+        (registry.FAB(norm="L∞", targets=np.int64(3)), "fab:targets=3"),
+    ):
         assert own == parse(text) and own.radius(0.1, 0.5) == parse(text).radius(0.1, 0.5)
     for wrong, message in (({"norm": "l1"}, "norm=l1: choose one of linf, l2"), ({"steps": 2.5}, "steps=2.5: give a whole")):
         with pytest.raises(ValueError, match=message):
@@ -967,7 +968,7 @@ class Normalised(Features):
     """Takes images that were normalised; then it is as good as `fitted`."""
 
     def forward(self, x):
-        return super().forward(0.1 * x + 0.4)
+        return super().forward(0.05 * x + 1)
 
 
 def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
@@ -993,10 +994,10 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
     command(monkeypatch, "evaluate", a_run, *options, "tests.test_evaluate:Normalised")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
     assert "expected that the source's clean accuracy is beyond chance" in line and "(--source-mean, --source-std)" in line
-    options += ("tests.test_evaluate:Normalised", "--source-mean", 0.4, "--source-std", 0.1, "--source-activation", "relu")
+    options += ("tests.test_evaluate:Normalised", "--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu")
     command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "mended")
     about = json.loads((tmp_path / "mended" / "evaluation.json").read_text())["about"]
-    assert about["source's normalisation"] == "mean 0.4, std 0.1" and about["source's network"].endswith("with relu")
+    assert about["source's normalisation"] == "mean 1, std 0.05" and about["source's network"].endswith("with relu")
     assert "ALARM" not in capsys.readouterr().out
 
 
