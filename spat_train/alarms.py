@@ -233,16 +233,17 @@ def black_box(ran: Evaluation, transferred: Evaluation) -> Alarm:
     return Alarm("black box is weaker than white box", numbers, raised, meaning)
 
 
-def beyond_chance(ran: Evaluation) -> Alarm:
-    """That clean images are classified better than by chance."""
+def beyond_chance(ran: Evaluation, source: bool = False) -> Alarm:
+    """That clean images are classified better than by chance; `ran` is of the model, or of the source."""
     low, high = ran.interval("clean")
     chance = 100 / ran.classes
     numbers = {"clean, %": ran.accuracy("clean"), "at least, %": low, "at most, %": high, "chance, %": chance}
+    whose, option = ("the source's ", "--source-") if source else ("", "--")
     meaning = (
-        "Perhaps the network wants normalised images (--mean, --std), is another architecture than its weights are for, or "
-        "numbers the classes in another order; or these are too few images to tell."
+        f"Perhaps the network wants normalised images ({option}mean, {option}std), is another architecture than its weights are "
+        "for, or numbers the classes in another order; or these are too few images to tell."
     )
-    return Alarm("clean accuracy is beyond chance", numbers, low <= chance, meaning)
+    return Alarm(f"{whose}clean accuracy is beyond chance", numbers, low <= chance, meaning)
 
 
 def rechecked(ran: Evaluation) -> Alarm:

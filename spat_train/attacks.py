@@ -74,7 +74,10 @@ ALIASES = {"aa": "autoattack", "aa-plus": "autoattack-plus", "aa-rand": "autoatt
 
 def number(text: str) -> float:
     """0.1 or 1/10, finite and at least 0."""
-    value = float(Fraction(text)) if "/" in text else float(text)
+    try:
+        value = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = math.nan
     if not 0 <= value < math.inf:
         raise ValueError("give a number of at least 0, such as 0.1 or 1/10")
     return value
@@ -104,12 +107,15 @@ def choice(*choices: str) -> Callable[[str], str]:
     return read
 
 
-def norm_name(text: str) -> str:
-    return choice(*NORMS)(as_norm(text))
-
-
 def loss_name(text: str) -> str:
     return choice(*losses.names())(text)
+
+
+def _read(key: str, read: Callable[[str], Any], text: str) -> Any:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise ValueError(f"{key}={text}: {error}") from error
 
 
 def _setting(default, read: Callable[[str], object]) -> Any:
@@ -123,6 +129,8 @@ def _setting(default, read: Callable[[str], object]) -> Any:
 class Attack(ABC):
     """One attack with all its settings: `parse` makes them, and `attack(model, x, y, eps, generator)` is one run of it.
 
+    Settings are read as in the grammar, so that norm="L2" is "l2".
+
     Args:
         name: what it is called in reports; its random numbers depend on it. Default: its spec.
         norm: "linf" or "l2".
@@ -133,11 +141,15 @@ class Attack(ABC):
     family: ClassVar[str]
 
     name: str = ""
-    norm: Norm = _setting("linf", norm_name)
+    norm: Norm = _setting("linf", lambda text: choice(*NORMS)(as_norm(text)))
     eps: float | None = _setting(None, number)
     restarts: int = _setting(1, positive)
 
     def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if "read" in f.metadata and value is not f.default:
+                object.__setattr__(self, f.name, _read(f.name, f.metadata["read"], str(value)))
         if not self.name:
             object.__setattr__(self, "name", self.spec)
         if self.restarts > 1 and not self.random:
@@ -558,8 +570,7 @@ def parse(spec: "str | Attack") -> Attack:
     if isinstance(spec, Attack):
         return spec
     name, *settings = spec.strip().split(":")
-    name = name.lower()
-    name = ALIASES.get(name, name)
+    name = re.sub(r"^.+?(?=(x[1-9]\d*)?$)", lambda base: ALIASES.get(base[0], base[0]), name.lower())
     kind, values = _named(name)
     given = {}
     for setting in settings:
@@ -575,18 +586,11 @@ def parse(spec: "str | Attack") -> Attack:
         raise InputError(
             f"attack {spec}: {kind.family} has no setting {unknown}{_near(unknown, known)}: it has {', '.join(known) or 'none'}"
         )
-    read = {}
-    for key, value in values.items():
-        try:
-            read[key] = known[key](value)
-        except (ValueError, ZeroDivisionError) as error:
-            told = error if "give" in str(error) or "choose" in str(error) else "give a number, such as 0.1 or 1/10"
-            raise InputError(f"attack {spec}: {key}={value}: {told}") from error
-    of_loss = tuple((key, read.pop(key)) for key in known if key in read and key not in kind.__dataclass_fields__)
-    if of_loss:
-        read["settings"] = of_loss
+    own: dict[str, Any] = {key: value for key, value in values.items() if key in kind.__dataclass_fields__}
     try:
-        return kind(name=":".join([name, *settings]), **read)
+        of_loss = tuple((key, _read(key, known[key], values[key])) for key in known if key in values and key not in own)
+        own |= {"settings": of_loss} if of_loss else {}
+        return kind(name=":".join([name, *settings]), **own)
     except ValueError as error:
         raise InputError(f"attack {spec}: {error}") from error
 
@@ -625,11 +629,13 @@ def parse_all(specs: "Sequence[str | Attack] | str") -> dict[str, Attack]:
     """By name: "clean" first, then `specs` in their order.
 
     Raises:
-        InputError: as `parse`, or two have the same name.
+        InputError: as `parse`, or two have the same name or are the same.
     """
     attacks = {"clean": parse("clean")}
     for attack in map(parse, specs.split(",") if isinstance(specs, str) else specs):
-        if attack.name != "clean" and attack.name in attacks:
-            raise InputError(f"attack {attack.name}: it is named twice")
+        twin = next((name for name, other in attacks.items() if attack.name == name or attack.spec == other.spec), "clean")
+        if twin != "clean":
+            told = "is named twice" if attack.name == twin else f"is the same as {twin}"
+            raise InputError(f"attack {attack.name}: it {told}: leave one out")
         attacks[attack.name] = attack
     return attacks

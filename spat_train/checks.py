@@ -112,8 +112,12 @@ def check_models(
     return classes, memory_format
 
 
-def check_attacks(attacks: dict[str, Attack], classes: int, eps: float, eps_l2: float, image_shape: tuple[int, int, int]) -> None:
+def check_attacks(
+    attacks: dict[str, Attack], classes: int, eps: float, eps_l2: float, image_shape: tuple[int, int, int], black_box: bool
+) -> None:
     for name, attack in attacks.items():
+        if black_box and getattr(attack, "right_at", "last") == "every":  # it would stop at what the source gets wrong
+            raise InputError(f"attack {name}: right_at=every asks the model that is attacked: leave it out, or the source")
         if classes < attack.least_classes:
             remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
             raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")

@@ -140,7 +140,8 @@ def _folders(path: Path, image_size: int | None, splits: tuple[str, ...], skip_b
         needed = " and ".join("test/ (or val/)" if split == "test" else f"{split}/" for split in splits)
         raise InputError(f"{where}: the folder has no {needed}: give one that has, with a folder per class in each")
     try:
-        first, classes = ([e.name for e in _entries(folder) if e.is_dir()] for folder in (folders[0], folders[-1]))
+        train = path / "train" if os.path.isdir(path / "train") else folders[0]  # labels go by it, of test images alone too
+        first, classes = ([e.name for e in _entries(folder) if e.is_dir()] for folder in (train, folders[-1]))
         if first != classes:
             name = min(set(first) ^ set(classes))
             raise InputError(f"{where}: train/ and {test}/ differ in class {name}: give both the same folders")

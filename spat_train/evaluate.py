@@ -1,6 +1,7 @@
 """Accuracy, clean and under attack: of a finished model with everything kept (`evaluate`), or as a few numbers (`accuracies`)."""
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -242,14 +243,14 @@ def evaluate(
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
     classes, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
-    checks.check_attacks(parsed, classes, eps, eps_l2, images.image_shape)
+    checks.check_attacks(parsed, classes, eps, eps_l2, images.image_shape, black_box=source not in (None, model))
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
     if save_images and folder is None:
         raise InputError("save_images=True: give a folder to save them in")
     settings = {
         "weights": weights_hash(model), "source_weights": weights_hash(source) if source else None,
-        "data": fingerprint(images), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
+        "data": fingerprint(images, contents=True), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
         "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
         "memory_format": None if memory_format == torch.channels_last else "contiguous",
@@ -364,8 +365,10 @@ def _collect(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A short hash of all parameters and buffers with their names, and of the kinds of modules: activations have no weights."""
-    digest = hashlib.sha256(" ".join(type(m).__name__ for m in model.modules()).encode())
+    """A short hash of all parameters and buffers with their names, and of the modules with the settings that they print: an
+    activation, a stride or a dilation leaves no trace in the weights."""
+    kinds = " ".join(f"{name} {type(m).__name__}({m.extra_repr()})" for name, m in model.named_modules())
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", kinds).encode())  # of functions: it is another in every process
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

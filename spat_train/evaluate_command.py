@@ -1,5 +1,6 @@
 """`spat-train evaluate`: a checkpoint, a data set and the names of attacks in; tables, alarms and a report out."""
 
+import re
 import shlex
 import sys
 import time
@@ -25,6 +26,8 @@ from .models import import_own, is_out_of_memory
 from .report import hardware, summary, write_report
 from .signals import Stopped, StopWish
 
+Activation = Literal["relu", "silu", "gelu", "softplus"]
+
 
 def evaluate_command(
     model: Path,
@@ -35,11 +38,14 @@ def evaluate_command(
     eps_l2: float = 0.5,
     limit: int | None = None,
     model_name: str | None = None,
-    activation: Literal["relu", "silu", "gelu", "softplus"] | None = None,
+    activation: Activation | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     source: Path | None = None,
     source_name: str | None = None,
+    source_activation: Activation | None = None,
+    source_mean: tuple[float, ...] | None = None,
+    source_std: tuple[float, ...] | None = None,
     attack_wrong: bool = False,
     root: Path = Path("data"),
     download: bool = False,
@@ -75,6 +81,7 @@ def evaluate_command(
         std: see --mean.
         source: make the adversarial images on this run or checkpoint, and count what they do to the model (black box).
         source_name: its architecture. Default: that of its run.
+        source_activation, source_mean, source_std: as --activation, --mean and --std, of the source.
         attack_wrong: attack the images that the model gets wrong too, and count what that ends at. Else they count as broken.
         root: where torchvision's data sets are, or go.
         download: fetch them.
@@ -117,7 +124,25 @@ def evaluate_command(
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
     network, _ = load_model(model, dataset, model_name, activation=activation, mean=mean, std=std)
-    other, other_config = load_model(source, dataset, source_name, option="--source-name") if source else (None, None)
+    other, of_source = None, {}
+    if source:
+        try:
+            other, its_config = load_model(
+                source, dataset, source_name,
+                activation=source_activation, mean=source_mean, std=source_std, option="--source-name",
+            )  # fmt: skip
+        except InputError as error:
+            raise InputError(re.sub("--(activation|mean|std)", r"--source-\1", str(error))) from error
+        its_name = chosen_name(source, its_config, source_name, "--source-name")
+        of_source = {
+            "source": str(checkpoint_file(source)),
+            "source's network": f"{its_name} with {source_activation}" if source_activation else its_name,
+            "source's normalisation": normalisation(other) or "none",
+        }
+    elif source_activation or source_mean or source_std:
+        raise InputError(
+            "--source-activation, --source-mean, --source-std: give the --source that they are of, or leave them out"
+        )
     out = out or default_folder(model, source)
     count = len(dataset.test)
     rows = torch.arange(count)
@@ -127,10 +152,7 @@ def evaluate_command(
         "model": str(checkpoint_file(model)), "network": f"{name} with {activation}" if activation else name,
         "normalisation": normalisation(network) or "none", "data": data, "test images": f"{len(rows)} of {count}",
     }  # fmt: skip
-    if source:
-        other_name = chosen_name(source, other_config, source_name, "--source-name")
-        about |= {"source": str(checkpoint_file(source)), "source's network": other_name}
-    about |= {
+    about |= of_source | {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "hardware": hardware(where),
         "command": shlex.join(["spat-train", *sys.argv[1:]]),
     }  # fmt: skip
@@ -161,6 +183,9 @@ def evaluate_command(
                 **how,
             )
             found = [beyond_chance(evaluation), rechecked(evaluation)]
+            if other:
+                own = evaluate(other, dataset.test, "clean", folder=out / "source", bar="source", **how)
+                found.insert(1, beyond_chance(own, source=True))
             if alarms:
                 found[1:1] = look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how)
         except (RuntimeError, MemoryError) as error:

@@ -85,7 +85,8 @@ class Evaluation:
         return self.predicted[name] == self.labels
 
     def after(self, name: str) -> dict[str, Tensor]:
-        """By part of the attack, bool [N]: right before it, and not broken up to that part. {} where it has but one."""
+        """By part of the attack, bool [N]: right before it, and not broken up to that part, in any of its restarts. {} where it
+        has but one."""
         right, by = self.correct("clean"), self.part.get(name)
         return {} if by is None else {p: right & ((by < 0) | (by > k)) for k, p in enumerate(self.attacks[name].parts)}
 

@@ -205,21 +205,36 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
-def fingerprint(images: Images | Floats | Folder) -> str:
-    """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names."""
+def fingerprint(images: Images | Floats | Folder, *, contents: bool = False) -> str:
+    """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names.
+
+    Args:
+        contents: take in the files' sizes too, and what is in them (of many, a sample): not for what may be repaired meanwhile.
+    """
     digest = hashlib.sha256(repr((len(images), images.image_shape)).encode())
     digest.update(images.labels.contiguous().numpy().data)
     if isinstance(images, Folder):
         for name in images.files:
             digest.update(os.fsencode(name) + b"\0")
+        if contents:
+            try:
+                digest.update(images.bytes().numpy().data)
+                for row in _spread(min(SAMPLED, len(images)), len(images)).tolist():
+                    digest.update((images.root / images.files[row]).read_bytes())
+            except OSError as error:
+                raise InputError(f"--data: {error.filename} cannot be read ({error.strerror}): repair or remove it") from error
     elif isinstance(images, Floats):
         digest.update(images.x.cpu().contiguous().numpy().data)
     else:
         count = len(images) if images.pixels.nbytes <= HASHED else min(SAMPLED, len(images))
-        rows = torch.arange(count) * (len(images) - 1) // max(count - 1, 1)
-        for part in rows.split(SAMPLED):
+        for part in _spread(count, len(images)).split(SAMPLED):
             digest.update(images.batch(part).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _spread(count: int, total: int) -> Tensor:
+    """So many rows of `total`, the first and the last among them."""
+    return torch.arange(count) * (total - 1) // max(count - 1, 1)
 
 
 def floats(

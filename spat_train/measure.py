@@ -106,7 +106,7 @@ def measured(
     parts = (
         weights_hash(subject.model),
         source and weights_hash(source),
-        fingerprint(images.dataset.test),
+        fingerprint(images.dataset.test, contents=True),
         tensor_hash(images.rows),
     )
     key = hashlib.sha256(repr((parts, sorted(settings.items()))).encode()).hexdigest()[:12]

@@ -17,9 +17,10 @@ from . import files
 from .files import SaveError
 from .images import InputError
 
-FORMAT = "spat_train evaluation 1"
+FORMAT = "spat_train evaluation 2"
 DIFFER = {  # settings whose values say nothing to a reader
-    "format": "another version made it", "weights": "the model's weights differ", "source_weights": "--source differs",
+    "format": "another version made it", "weights": "the model differs, in weights, architecture or normalisation",
+    "source_weights": "the source differs, in weights, architecture or normalisation",
     "data": "the images or labels of --data differ", "rows": "the chosen images differ",
     "memory_format": "the memory format differs",
 }  # fmt: skip

@@ -338,6 +338,10 @@ def test_folder_of_test_images_alone(pictures):
     assert (len(data.train), len(data.test), data.classes, data.image_shape) == (0, 4, ("cat", "dog"), (3, 16, 16))
     with pytest.raises(InputError, match=r"the folder has no test/ \(or val/\)"):
         load(str(pictures / "val"), image_size=16, test_only=True)
+    (pictures / "other").rename(pictures / "train")
+    (pictures / "train" / "ape").mkdir()
+    with pytest.raises(InputError, match="train/ and val/ differ in class ape"):  # by which labels were to be numbered
+        load(str(pictures), image_size=16, test_only=True)
 
 
 def test_folder_errors(pictures):
@@ -518,11 +522,12 @@ def test_fingerprint_of_a_folder(pictures):
     def value(**arguments) -> str:
         return fingerprint(load(str(pictures), **{"image_size": 16} | arguments).train)
 
-    before = value()
+    before, contents = value(), fingerprint(load(str(pictures), image_size=16).train, contents=True)
     assert value() == before
     assert value(image_size=20) != before
     shutil.copy(pictures / "train" / "dog" / "2.png", pictures / "train" / "dog" / "0.png")
     assert value() == before  # of another size: it may have been repaired
+    assert fingerprint(load(str(pictures), image_size=16).train, contents=True) != contents
     path = (pictures / "train" / "dog" / "0.png").rename(pictures / "train" / "dog" / "7.png")
     assert value() != before
     os.rename(path, os.fsencode(path.parent) + b"/caf\xe9.png")  # not UTF-8

@@ -1,6 +1,7 @@
 """Evaluations: attacks with the settings of their sources, the truth about every image, files that any kill leaves whole."""
 
 import base64
+import copy
 import html
 import io
 import json
@@ -181,6 +182,15 @@ def test_the_grammar():
     for norm, plain in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf")):
         assert parse(f"pgd:norm={norm}").norm == plain
     assert parse("pgd:loss=CE:start=Clean").spec == "pgd:start=clean" and parse("AA:version=Rand").version == "rand"
+    assert parse("AAx2").restarts == 2 and parse("aa-plusx3:steps=5").name == "autoattack-plusx3:steps=5"
+    for own, text in (
+        (registry.PGD(norm="L2", start="Clean"), "pgd:norm=l2:start=clean"),
+        (registry.FAB(norm="L∞", targets=np.int64(3)), "fab:targets=3"),
+    ):
+        assert own == parse(text) and own.radius(0.1, 0.5) == parse(text).radius(0.1, 0.5)
+    for wrong, message in (({"norm": "l1"}, "norm=l1: choose one of linf, l2"), ({"steps": 2.5}, "steps=2.5: give a whole")):
+        with pytest.raises(ValueError, match=message):
+            registry.PGD(**wrong)
     assert list(parse_all("pgd-20,fgsm")) == ["clean", "pgd-20", "fgsm"] and list(parse_all(["clean"])) == ["clean"]
     for name in NAMED:
         attack = parse(name + ":alpha=0.1" * (name == "pgd-ls-20"))
@@ -207,7 +217,9 @@ def test_the_grammar():
         ("pgd-20:step=-1", "step=-1: give a number of at least 0"),
         ("pgd-20:step=nan", "step=nan: give a number"),
         ("pgd-20:step=1/0", "step=1/0: give a number"),
-        ("pgd-20:step=x", "step=x: give a number, such as 0.1"),
+        ("pgd-20:step=x", "step=x: give a number of at least 0, such as 0.1"),
+        (f"pgd-20:step={'9' * 400}/1", "step=9*/1: give a number of at least 0"),
+        ("pgd-20:alpha=x", "alpha=x: give a number"),
         ("pgd-20:norm=l1", "norm=l1: choose one of linf, l2"),
         ("pgd-20:eps=8", "write eps=8/255"),
         ("pgd-20:right_at=first", "right_at=first: choose one of last, every"),
@@ -229,6 +241,8 @@ def test_the_grammar():
         ("fgsm:steps=0", "of no steps there is noise alone"),
         ("apgd-ce:steps=0", "steps=0: give at least 1"),
         ("pgd-20,pgd-20", "attack pgd-20: it is named twice"),
+        ("fgsm,pgd-20:norm=L2,pgd-20:norm=l2", "attack pgd-20:norm=l2: it is the same as pgd-20:norm=L2: leave one out"),
+        ("AAx2,autoattackx2", "attack autoattackx2: it is named twice"),
     ],
 )
 def test_specs_that_do_not_fit(spec, message):
@@ -375,6 +389,9 @@ def test_images_that_are_wrong_are_attacked_where_that_is_asked():
     generator = torch.Generator().manual_seed(derived_seed(0, name, 0, 0))
     x_adv = parse(name)(model, x, y, EPS, generator)
     assert torch.equal(asked.predicted[name], model(x_adv).argmax(1))
+    parts = quiet(model, (x, y), "autoattack:steps=2:queries=5", attack_wrong=True)
+    (part,) = parts.part.values()
+    assert (part[parts.correct("clean")] >= 0).any() and (part[~parts.correct("clean")] == -1).all()  # they broke these
 
 
 def test_targets():
@@ -651,8 +668,8 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
         ("--seed was 0, now 1", (model, images, "fgsm"), {"seed": 1, "rows": torch.arange(1, 41)}),
         ("--limit was 40, now 39", (model, images, "fgsm"), {"rows": torch.arange(39)}),
         ("the chosen images differ", (model, images, "fgsm"), {"rows": torch.arange(1, 41)}),
-        ("the model's weights differ", (fitted(1), images, "fgsm"), {}),
-        ("--source differs", (model, images, "fgsm"), {"source": model}),
+        ("the model differs, in weights, architecture or normalisation", (fitted(1), images, "fgsm"), {}),
+        ("the source differs, in weights, architecture or normalisation", (model, images, "fgsm"), {"source": model}),
         ("the images or labels of --data differ", (model, changed, "fgsm"), {}),
         (
             "--eps-l2 was 0.5, now 1.0; --attack-wrong was False, now True",
@@ -673,6 +690,35 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
     (tmp_path / "settings.json").unlink()
     with pytest.raises(InputError, match="it holds samples.jsonl without settings.json"):
         quiet(model, images, "fgsm", **how)
+
+
+def test_pictures_of_the_same_names_are_other_data(tmp_path, pictures):
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(768, 2)).eval(), load(str(pictures), image_size=16).test
+    quiet(model, images, "fgsm", folder=tmp_path / "out")
+    shutil.copy(pictures / "val" / "dog" / "1.png", pictures / "val" / "dog" / "0.png")
+    with pytest.raises(InputError, match="the images or labels of --data differ"):
+        quiet(model, images, "fgsm", folder=tmp_path / "out")
+    (pictures / "val" / "dog" / "0.png").unlink()
+    with pytest.raises(InputError, match="dog/0.png cannot be read .No such file"):
+        quiet(model, images, "fgsm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.Conv2d, {"in_channels": 1, "out_channels": 1, "kernel_size": 3, "padding": 1, "dilation": 1}),
+        (nn.LeakyReLU, {"negative_slope": 0.5}),
+        (nn.Softplus, {"beta": 2}),
+        (nn.BatchNorm2d, {"num_features": 1, "eps": 0.1}),
+    ],
+)
+def test_what_leaves_no_trace_in_the_weights_is_another_model(kind, options):
+    model = nn.Sequential(kind(**options))
+    other = copy.deepcopy(model)
+    assert module.weights_hash(other) == module.weights_hash(model)
+    name = list(options)[-1]
+    setattr(other[0], name, 2 * getattr(model[0], name) if name != "dilation" else (2, 2))
+    assert module.weights_hash(other) != module.weights_hash(model)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -782,6 +828,10 @@ PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
         ({"graph": True}, "graph=True: CUDA graphs are for GPUs"),
         ({"model": Branching().eval(), "input_gradient": "plan"}, "input_gradient='plan', but torch.fx cannot trace it"),
         ({"save_images": True, "folder": None}, "save_images=True: give a folder"),
+        (
+            {"attacks": "fgsm,pgd-20-rst", "source": fitted(1)},
+            "attack pgd-20-rst: right_at=every asks the model that is attacked: leave it out, or the source",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_before_any_work(tmp_path, monkeypatch, arguments, message):
@@ -914,6 +964,13 @@ def test_stopped_the_command_goes_on(monkeypatch, capsys, a_run, tmp_path):
     assert stopped == expected
 
 
+class Normalised(Features):
+    """Takes images that were normalised; then it is as good as `fitted`."""
+
+    def forward(self, x):
+        return super().forward(0.05 * x + 1)
+
+
 def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
     shutil.copytree(a_run, tmp_path / "other")
     torch.save(fitted(1).state_dict(), tmp_path / "other" / "best.pt")
@@ -931,6 +988,18 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
     )
     assert "ALARM" not in capsys.readouterr().out
 
+    torch.save(fitted(1).state_dict(), tmp_path / "theirs.pth")
+    options = (*OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "theirs.pth", "--device", "cpu", "--no-alarms")
+    options += ("--source-name",)
+    command(monkeypatch, "evaluate", a_run, *options, "tests.test_evaluate:Normalised")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
+    assert "expected that the source's clean accuracy is beyond chance" in line and "(--source-mean, --source-std)" in line
+    options += ("tests.test_evaluate:Normalised", "--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu")
+    command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "mended")
+    about = json.loads((tmp_path / "mended" / "evaluation.json").read_text())["about"]
+    assert about["source's normalisation"] == "mean 1, std 0.05" and about["source's network"].endswith("with relu")
+    assert "ALARM" not in capsys.readouterr().out
+
 
 def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
     torch.save({"state_dict": fitted().state_dict()}, tmp_path / "theirs.pth")
@@ -945,13 +1014,6 @@ def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
     assert "theirs.pth: it does not say which architecture it is: give --source-name" in capsys.readouterr().err
     command(monkeypatch, "evaluate", a_run / "best.pt", *options[2:], "--out", tmp_path / "file")  # a run's knows
     assert json.loads((tmp_path / "file" / "evaluation.json").read_text())["settings"]["eps"] == EPS
-
-
-class Normalised(Features):
-    """Takes images that were normalised; then it is as good as `fitted`."""
-
-    def forward(self, x):
-        return super().forward(0.1 * x - 0.4)
 
 
 def test_an_accuracy_of_chance_is_an_alarm_in_any_case(monkeypatch, capsys, a_run, tmp_path):
@@ -979,6 +1041,11 @@ def test_an_accuracy_of_chance_is_an_alarm_in_any_case(monkeypatch, capsys, a_ru
             r"run as small-cnn for digits \(10 classes, images \[1, 8, 8\]\).*does not fit the model",
         ),
         (["--source", "nowhere"], "nowhere: there is no such run or checkpoint"),
+        (["--source-mean", "0.5"], "--source-mean, --source-std: give the --source that they are of, or leave them out"),
+        (
+            ["--source", ".", "--source-name", FEATURES, "--source-mean", "0.5", "--source-std", "1"],
+            "--source-mean, --source-std: . is",
+        ),
         (["--data", "three.npz"], r"run as tests.test_evaluate:Features for three \(3 classes.*looks like 10 classes"),
         (["--data", "large.npz"], r"does not take images \[1, 9, 9\]"),
     ],
