@@ -83,6 +83,12 @@ def number(text: str) -> float:
     return value
 
 
+def share_of_eps(text: str) -> float:
+    if text.endswith("/255"):
+        raise ValueError("it is in units of eps, not in 1/255: give 1/4 for a quarter of eps")
+    return number(text)
+
+
 def count(text: str) -> int:
     if not text.isdecimal():
         raise ValueError("give a whole number")
@@ -346,7 +352,7 @@ class PGD(_Ascent):
     family = "pgd"
 
     steps: int = _setting(10, count)
-    step: float | None = _setting(None, number)
+    step: float | None = _setting(None, share_of_eps)
     start: str = _setting("uniform", choice("uniform", "clean"))
     target: str = _setting("none", choice("none", *TARGETS))
     right_at: str = _setting("last", choice("last", "every"))

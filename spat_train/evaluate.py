@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -223,7 +223,7 @@ def evaluate(
     In the folder, for batches of B images:
 
         settings.json            what the results depend on, and the attacks
-        samples.jsonl            a line for each attack on each batch
+        samples.jsonl            a line for each attack on each batch; AutoAttack's has `part`, the index of what broke each
         images/ATTACK/BATCH.npz  x_adv: uint8 [B, H, W, C]; y, predicted, rows: int64 [B]
         evaluation.json          by `spat-train evaluate`:
             about, settings, versions, classes
@@ -260,6 +260,8 @@ def evaluate(
     place.claim()
     try:
         with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()})) as samples:
+            earlier = samples.finished(-(-len(rows) // batch_size))
+            parsed |= {name: replace(parse(spec), name=name) for name, spec in earlier.items() if name not in parsed}
             work.all(samples, images, rows, bar, between)
     finally:
         place.release()

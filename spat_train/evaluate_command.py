@@ -24,7 +24,7 @@ from .evaluation import Options
 from .images import InputError
 from .models import import_own, is_out_of_memory
 from .report import hardware, summary, write_report
-from .signals import Stopped, StopWish
+from .signals import EVALUATING, Stopped, StopWish
 
 Activation = Literal["relu", "silu", "gelu", "softplus"]
 
@@ -63,7 +63,7 @@ def evaluate_command(
 ) -> None:
     """Attack a trained model at the test images and report what became of each.
 
-    Interrupted or killed, the same command goes on; with more attacks it adds those.
+    Interrupted or killed, the same command goes on. With other attacks it adds those to what the report has.
 
     Args:
         model: the folder of a run, or a checkpoint.
@@ -157,7 +157,7 @@ def evaluate_command(
         "command": shlex.join(["spat-train", *sys.argv[1:]]),
     }  # fmt: skip
 
-    with StopWish().heard() as wish:
+    with StopWish(EVALUATING).heard() as wish:
 
         def between() -> None:
             if wish.number:

@@ -14,7 +14,7 @@ from .evaluate import evaluate, tensor_hash, weights_hash
 from .images import Dataset, InputError, fingerprint, floats
 from .models import device_of, is_out_of_memory
 from .runs import Options, Run, data_name, title
-from .signals import Stopped, StopWish
+from .signals import EVALUATING, Stopped, StopWish
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def measured(
     )
     key = hashlib.sha256(repr((parts, sorted(settings.items()))).encode()).hexdigest()[:12]
     folder = subject.run.folder / "evaluations" / f"{data_name(images.dataset.name)}-{len(images)}-{key}"
-    with StopWish().heard() as wish:
+    with StopWish(EVALUATING).heard() as wish:
 
         def between() -> None:
             if wish.number:

@@ -41,13 +41,13 @@ class Samples:
 
     def __init__(self, folder: Path | None, settings: dict, attacks: dict[str, str]):
         self.records: dict[tuple[str, int], dict] = {}
-        self.folder = folder
+        self.folder, self.attacks = folder, attacks
         self.file: BinaryIO | None = None
         if folder is None:
             return
         self.path = folder / "samples.jsonl"
-        known = self._check(folder / "settings.json", {"format": FORMAT, **settings}, attacks)
-        content = {"settings": {"format": FORMAT, **settings}, "attacks": known | attacks}
+        self.attacks = self._check(folder / "settings.json", {"format": FORMAT, **settings}, attacks) | attacks
+        content = {"settings": {"format": FORMAT, **settings}, "attacks": self.attacks}
         files.write(folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
         try:
             self.file = open(self.path, "a+b")  # noqa: SIM115  (until close)
@@ -87,6 +87,10 @@ class Samples:
             whole += len(line)
             self.records[record["attack"], record["batch"]] = record
         file.truncate(whole)
+
+    def finished(self, batches: int) -> dict[str, str]:
+        """Of `attacks`, those that all batches have a record of."""
+        return {name: spec for name, spec in self.attacks.items() if all((name, k) in self.records for k in range(batches))}
 
     def add(self, record: dict) -> None:
         """Keep the record of `record["attack"]` on `record["batch"]`."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 COPY = 2.0  # seconds: torchrun and batch systems send SIGTERM to a process twice, on its own and by its parent
 
+EVALUATING = "spat-train: stopping after this run or part of an attack; the batch that it is on is attacked again"
+
 
 class Stopped(BaseException):
     """The run was asked to stop, and has saved. Like KeyboardInterrupt, no `except Exception` takes it for a fault."""

@@ -217,6 +217,7 @@ def test_the_grammar():
         ("pgd-20:step=-1", "step=-1: give a number of at least 0"),
         ("pgd-20:step=nan", "step=nan: give a number"),
         ("pgd-20:step=1/0", "step=1/0: give a number"),
+        ("pgd-20:step=2/255", "step=2/255: it is in units of eps, not in 1/255: give 1/4"),
         ("pgd-20:step=x", "step=x: give a number of at least 0, such as 0.1"),
         (f"pgd-20:step={'9' * 400}/1", "step=9*/1: give a number of at least 0"),
         ("pgd-20:alpha=x", "alpha=x: give a number"),
@@ -1096,3 +1097,12 @@ def test_the_list_of_attacks(monkeypatch, capsys):
     command(monkeypatch, "attacks")
     out = capsys.readouterr().out
     assert all(re.search(rf"^{re.escape(name)} ", out, re.MULTILINE) for name in NAMED) and "thesis" in out
+
+
+def test_a_folder_keeps_the_attacks_that_it_has(tmp_path):
+    data, attack = digits(40), registry.PGD(steps=2, loss="margin", name="mine")
+    first = quiet(fitted(), data, ["pgd-7", attack], folder=tmp_path / "kept")
+    second = quiet(fitted(), data, "cw-30", folder=tmp_path / "kept")
+    assert list(second.attacks) == ["clean", "cw-30", "pgd-7", "mine"] and second.attacks["mine"] == attack
+    assert second.worst_case() <= first.worst_case()
+    assert all(torch.equal(second.predicted[name], first.predicted[name]) for name in first.attacks)
