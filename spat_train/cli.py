@@ -1,5 +1,6 @@
 """The `spat-train` command."""
 
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -146,4 +147,7 @@ def main() -> None:
 
 def _leave(message: str, code: int) -> None:
     print(f"spat-train: {message}", file=sys.stderr)
+    if torch.distributed.is_initialized():  # its threads may not outlive Python: they would abort this process
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

@@ -106,6 +106,7 @@ class Config:
 
     # ---- optimiser
     epochs: int = 100
+    """Passes over the training images."""
     batch_size: int = 128
     """Images in an update, over all processes."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -149,6 +150,7 @@ class Config:
 
     # ---- running
     seed: int = 0
+    """Source of all randomness."""
     val_every: int = 1
     """Epochs between validations: clean and PGD accuracy on held-out training images."""
     val_steps: int = 10
@@ -165,8 +167,8 @@ class Config:
     """Folder of the run: config.json, log.jsonl, last.pt (and previous.pt, the checkpoint before it, should last.pt be damaged),
     result.json and, with validation, best.pt. Default: in runs/."""
     resume: bool = False
-    """Go on with the run in --out where there is one; the same command again. More --epochs extend a constant or piecewise
-    schedule."""
+    """Go on with the run in --out where there is one; the same command again. More --epochs extend a constant schedule, and
+    a piecewise one whose --milestones so far stay."""
     checkpoint_minutes: float = 10.0
     """Save so often within an epoch too; every epoch is saved."""
     log_every: int = 50
@@ -336,9 +338,10 @@ def check(c: Config) -> None:
     need(not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0")
     need(c.schedule != "one-cycle" or c.warmup == 0, "warmup", "one-cycle warms up by itself: leave it out")
     need(c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs")
-    need(list(c.lr_drops) == sorted(set(c.lr_drops)), "milestones", "give rising epochs, such as 75 90")
+    rising = list(c.lr_drops) == sorted(set(c.lr_drops)) and min(c.lr_drops, default=1) >= 1
+    need(rising, "milestones", "give rising epochs, counted from 1, such as 75 90")
     late = c.schedule == "piecewise" and max(c.lr_drops, default=0) > c.epochs
-    need(not late, "milestones", f"not all come by epoch {c.epochs}: give others, or None for 75 % and 90 % of the epochs")
+    need(not late, "milestones", f"not all come by epoch {c.epochs}: give others, or --milestones None for 75 % and 90 % of them")
     need(c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout")
     need(c.ema < 1, "ema", "give a decay below 1, such as 0.9995")
 

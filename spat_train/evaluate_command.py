@@ -109,7 +109,7 @@ def evaluate_command(
     check_device(device)
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: give at least 1 image, or leave it out for all")
-    data = data or (config.data if config else None)
+    given, data = data is not None, data or (config.data if config else None)
     if data is None:
         raise InputError(f"--data: {model} does not tell which it was trained on: give cifar10, an .npz file, ...")
     eps = eps if eps is not None else config.evaluation_eps if config else 8.0
@@ -118,7 +118,12 @@ def evaluate_command(
     check_numbers(eps / 255, eps_l2, seed, batch_size)
     image_size = image_size or (config.image_size if config else None)
     skip_broken = skip_broken or (config is not None and config.skip_broken)
-    dataset = load(data, root=root, download=download, image_size=image_size, skip_broken=skip_broken, test_only=True)
+    try:
+        dataset = load(data, root=root, download=download, image_size=image_size, skip_broken=skip_broken, test_only=True)
+    except InputError as error:
+        if given:
+            raise
+        raise InputError(f"{model} was trained on --data {data}; give --data where that is now ({error})") from error
     dataset = with_classes_of(model, dataset)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type != "cuda" and precision == "tf32":

@@ -55,7 +55,7 @@ class Log:
 
     def __init__(self, folder: Path | None, *, total: int, done: int, position: int, step: int, tensorboard: bool, name: str):
         self.bar, self.shown = bar(total, name, initial=done, unit_scale=True, smoothing=0.1), dict[str, object]()
-        self.start, self.images = time.perf_counter(), 0
+        self.start, self.images, self.last_rate = time.perf_counter(), 0, 0.0
         self.file = self.board = None
         if folder is None:
             return
@@ -77,11 +77,12 @@ class Log:
         self.bar.set_postfix(self.shown, refresh=False)
 
     def rate(self) -> float:
-        """Images a second since the last call."""
+        """Images a second since the last call, or as then where there were none."""
         now = time.perf_counter()
-        rate = self.images / max(now - self.start, 1e-9)
+        if self.images:
+            self.last_rate = round(self.images / max(now - self.start, 1e-9), 1)
         self.start, self.images = now, 0
-        return round(rate, 1)
+        return self.last_rate
 
     def write(self, kind: str, **values) -> None:
         with self.saving():

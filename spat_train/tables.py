@@ -8,7 +8,7 @@ from pathlib import Path
 from . import files
 from .images import InputError
 from .measure import Subject, TestImages, measured, open_images, open_models
-from .runs import Options, Run, check, choose, differences, find_runs, fits, named, title, told
+from .runs import Options, Run, check, choose, data_name, differences, find_runs, fits, named, title, told
 from .sources import TABLES, Cell, Table
 
 MARK = "†"
@@ -91,6 +91,8 @@ def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Fill
     if all(runs[cell.target] is None for cell in table.cells):
         where = f"in --runs {options.runs}" if options.runs else "without --runs"
         looked = "; ".join(f"{key}: {want.words(options)}" for key, want in table.runs.items())
+        if data := sorted({data_name(run.config.data) for run in there}):
+            looked += f"; there are runs on {', '.join(data)}, for --data"
         raise InputError(f"table {name}: no run fits {where} (looked for {looked}): give --runs, --run KEY=FOLDER, or --train")
     here = {key: run for key, run in runs.items() if run}
     images = open_images(here.values(), options)

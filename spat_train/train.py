@@ -8,6 +8,7 @@ the random generators (which only a model's own randomness reads, such as dropou
 import json
 import platform
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from .distributed import World, world
 from .evaluate import TEST, Attack, accuracies, validation
 from .extra import load_extra
 from .files import write_torch
-from .images import Dataset, Folder, Images, InputError, fingerprint, hold_out
+from .images import Dataset, Folder, Images, InputError, fingerprint, first_line, hold_out
 from .loader import Loader, Order, death
 from .logs import Log
 from .models import create, is_out_of_memory, try_on
@@ -96,6 +97,10 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
         except (RuntimeError, MemoryError) as error:
             if reason := death(error):
                 raise TrainingError(f"{reason}; {folder.kept()}; with --resume the same command goes on") from error
+            if processes.size > 1 and re.search(r"gloo|NCCL|Connection (closed|reset) by peer", str(error)):
+                raise TrainingError(
+                    f"another process ended, and may say why ({first_line(error)}); {folder.kept()}, to go on with by --resume"
+                ) from error
             if not is_out_of_memory(error):
                 raise
             raise InputError(
@@ -423,9 +428,8 @@ class Run:
         if self.log and progress.count:
             means = {name: t / progress.count / self.world.size for name, t in zip(progress.sums, totals, strict=True)}
             lr = self.optimizer.param_groups[0]["lr"]
-            self.log.write(
-                "train", epoch=progress.epoch + 1, step=self.global_step, lr=lr, **means, images_per_second=self.log.rate()
-            )
+            step = self.global_step - (self.pending is not None)  # whose loss is not read yet
+            self.log.write("train", epoch=progress.epoch + 1, step=step, lr=lr, **means, images_per_second=self.log.rate())
         progress.sums, progress.count = {}, 0
 
     def validate(self) -> None:

@@ -1099,6 +1099,14 @@ def test_the_list_of_attacks(monkeypatch, capsys):
     assert all(re.search(rf"^{re.escape(name)} ", out, re.MULTILINE) for name in NAMED) and "thesis" in out
 
 
+def test_the_data_of_a_run_that_are_elsewhere(monkeypatch, capsys, a_run):
+    config = json.loads((a_run / "config.json").read_text())
+    (a_run / "config.json").write_text(json.dumps(config | {"data": "gone.npz"}))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "evaluate", a_run)
+    assert "was trained on --data gone.npz; give --data where that is now (" in capsys.readouterr().err
+
+
 def test_a_folder_keeps_the_attacks_that_it_has(tmp_path):
     data, attack = digits(40), registry.PGD(steps=2, loss="margin", name="mine")
     first = quiet(fitted(), data, ["pgd-7", attack], folder=tmp_path / "kept")

@@ -766,6 +766,14 @@ def test_another_number_of_threads_is_told_on_resume(tmp_path, monkeypatch, caps
     assert "spat-train: saved with threads 1, now 7: going on is equal but for rounding\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_log_names_the_steps_that_its_losses_are_of(tmp_path, every):
+    train(settings(tmp_path / "run", epochs=2, log_every=every))
+    rows = logs_of(tmp_path / "run", "train")
+    assert [row["step"] for row in rows] == ([*range(1, 11)] if every == 1 else [2, 4, 5, 7, 9, 10])
+    assert all(row["images_per_second"] > 0 for row in rows)
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     config = settings(tmp_path / "run", epochs=1)
     other = module.RunFolder(tmp_path / "run")
