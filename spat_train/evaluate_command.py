@@ -112,11 +112,11 @@ def evaluate_command(
     image_size = image_size or (config.image_size if config else None)
     skip_broken = skip_broken or (config is not None and config.skip_broken)
     dataset = load(data, root=root, download=download, image_size=image_size, skip_broken=skip_broken, test_only=True)
-    dataset = with_classes_of(model, dataset)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
     network, _ = load_model(model, dataset, model_name, activation=activation, mean=mean, std=std)
+    dataset = with_classes_of(network, dataset)
     other, other_config = load_model(source, dataset, source_name, option="--source-name") if source else (None, None)
     out = out or default_folder(model, source)
     count = len(dataset.test)
