@@ -358,23 +358,27 @@ def _fill(model: nn.Module, match: _Match, content: Any, path: str | Path) -> No
 
 def _check_run(model: nn.Module, config: Config, path: str | Path, match: _Match) -> None:
     """Raise where the weights fit the model, but its function is not that of the run, as far as both are known."""
-    what = []
+    for what in _other_functions(model, config, match):
+        run = f"it is a {config.model} with {config.activation}"
+        raise InputError(f"checkpoint {path}: {run}, the model {what}: create it as the file's")
+
+
+def _other_functions(model: nn.Module, config: Config, match: _Match) -> Iterator[str]:
     for m in model.modules():
         if made := getattr(m, "made_as", None):
-            full, activation, shape = made
+            ours, activation, shape = made
             theirs = full_name(config.model, shape)
-            alike = full == theirs or ":" in full + theirs  # code moves, and timm's models have several names
-            what += [f"a {full} with {activation}"] if not alike or activation != config.activation else []
+            alike = ours == theirs or ":" in ours + theirs  # code moves, and timm's models have several names
+            if not alike or activation != config.activation:
+                yield f"a {ours} with {activation}"
             break  # what is inside is as its factory made it
-        if isinstance(m, PreActResNet18) and config.model in PREACTS:
-            what += ["has other 1x1 shortcuts"] if (m.block or PreActBlock) is not (PREACTS[config.model] or PreActBlock) else []
+        known = isinstance(m, PreActResNet18) and config.model in PREACTS
+        if known and (m.block or PreActBlock) is not (PREACTS[config.model] or PreActBlock):
+            yield "has other 1x1 shortcuts"
     if config.activation != "relu" and any(isinstance(m, nn.ReLU) for m in model.modules()):
-        what.append("has ReLUs")
+        yield "has ReLUs"
     if any(f"{at}.mean".lstrip(".") not in match.source for at in _normalizes(model)):
-        what.append("normalises images, with numbers that the file does not have")
-    if what:
-        run = f"it is a {config.model} with {config.activation}"
-        raise InputError(f"checkpoint {path}: {run}, the model {what[0]}: create it as the file's")
+        yield "normalises images, with numbers that the file does not have"
 
 
 def _check_foreign(model: nn.Module, path: str | Path, match: _Match) -> None:
