@@ -7,11 +7,12 @@ leave no trace in the weights either. The runs of this package record all of the
 
 import dataclasses
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,13 @@ from torch.nn.parameter import is_lazy
 from spat_kernels.checks import warn
 
 from .config import Config
-from .images import Dataset, InputError
-from .models import Normalize, PreActResNet18, create, full_name, normalized, try_on
+from .images import Dataset, InputError, first_line
+from .models import PREACTS, Normalize, PreActBlock, PreActResNet18, create, full_name, normalized, try_on
 from .weight_files import listed, read_file, select
 
 UNUSED = re.compile(r"(^|\.)(n_averaged$|sub_block1\.)")  # AveragedModel's counter; layers of TRADES that no forward uses
 NUMBERS = re.compile(r"(?:^|\.)(?:new_)?(?:(mean|mu)|std|sigma)$")  # those of a normalisation; group 1: of the mean
+TELLING = 8  # times that the end of a name may occur in a model: where thousands of names end alike, all pairs take minutes
 NORMALIZE = "put a spat_train.models.Normalize with the mean and std of its training before the model, or give --mean and --std"
 PREACT = "'preactresnet-18/activated' (as in robust_overfitting) or 'preactresnet-18/raw' (as in fast_adversarial)"
 
@@ -54,7 +56,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "auto"
         InputError: the file cannot be read or does not fit; `model` is unchanged.
         ValueError: `weights` is not one of the three.
     """
-    _fill(model, read_file(path), path, weights)
+    content = read_file(path)
+    state = select(content, weights, path)
+    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        raise InputError(f"checkpoint {path}: the model has lazy layers, without weights as yet: give it images first")
+    _fill(model, _Match(state, model), content, path)
 
 
 def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
@@ -88,7 +94,8 @@ def load_model(
 ) -> tuple[nn.Module, Config | None]:
     """The model in `path`, for the images and classes of `dataset`, in eval mode on the CPU; and the config of its run.
 
-    Where the file holds the mean and std of a normalisation, the model has a `Normalize` with them.
+    Where the file holds the mean and std of a normalisation, the model has a `Normalize` with them. Where `dataset` does not tell
+    how many classes there are, the file does.
 
     Args:
         path: the folder of a run, of which best.pt is taken, else last.pt; or a file of `read_weights`.
@@ -100,28 +107,42 @@ def load_model(
         InputError: there is no such checkpoint, nothing tells the architecture, the run names code and `name` does not repeat
             it, or weights and data do not fit.
     """
-    file, config = checkpoint_file(path), run_config(path)
+    file = checkpoint_file(path)
+    content = read_file(file)
+    config = run_config(path, content)
     name = chosen_name(path, config, name, option)
-    own = config is not None and name == config.model
-    if config is not None and own:
+    shape, classes = dataset.image_shape, dataset.num_classes
+    own = config is not None and full_name(name, shape) == full_name(config.model, shape)
+    if config is not None:
         if activation or mean or std:
             raise InputError(f"--activation, --mean, --std: {path} is a run, whose config says them: leave them out")
         activation, mean, std = config.activation, config.mean, config.std
-    content, shape, classes = read_file(file), dataset.image_shape, dataset.num_classes
-    tried = False
-    try:
+
+    def made() -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # initialising draws
             model = create(name, classes, shape, activation=activation or "relu", mean=mean, std=std).eval()
             try_on(model, shape, classes)  # lazy layers have no weights before
+        return model
+
+    tried = False
+    try:
+        model = made()
         tried = True
-        numbers = _Match(select(content, "auto", file), model).values()
-        if numbers and mean and not own:
+        state = select(content, "auto", file)
+        match = _Match(state, model)
+        if not dataset.all_classes and match.classes > classes:
+            classes = match.classes
+            model = made()
+            match = _Match(state, model)
+        numbers = match.values()
+        if numbers and mean and config is None:
             raise InputError(f"--mean, --std: {file} holds its own ({_numbers(*numbers)}): leave them out")
         if numbers and not _normalizes(model):
             model = normalized(model, *numbers, shape[0]).eval()
-        _fill(model, content, file, "auto")
+            match = _Match(state, model)
+        _fill(model, match, content, file)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if config is not None and not own:
             reason = f"the run is a {config.model}: give that as {option} ({reason})"
         elif config is not None and (error.sizes if isinstance(error, Misfit) else not tried and not reason.startswith("name=")):
@@ -130,12 +151,11 @@ def load_model(
     return model, config
 
 
-def with_classes_of(path: str | Path, dataset: Dataset) -> Dataset:
-    """`dataset`; where it does not tell how many classes there are, with those of the last layer in the run or file `path`."""
+def with_classes_of(model: nn.Module, dataset: Dataset) -> Dataset:
+    """`dataset`; where it does not tell how many classes there are, with those of `model`, which `load_model` gave for it."""
     if dataset.all_classes:
         return dataset
-    last = [len(tensor) for tensor in read_weights(checkpoint_file(path)).values() if tensor.ndim][-1:]
-    return dataclasses.replace(dataset, classes=tuple(map(str, range(max([dataset.num_classes, *last])))))
+    return dataclasses.replace(dataset, classes=tuple(map(str, range(try_on(model, dataset.image_shape)[0]))))
 
 
 def chosen_name(path: str | Path, config: Config | None, name: str | None, option: str) -> str:
@@ -170,8 +190,8 @@ def _normalizes(model: nn.Module) -> dict[str, Normalize]:
 def checkpoint_file(path: str | Path) -> Path:
     """`path`, or in the folder of a run its best checkpoint."""
     path = Path(path)
-    if not path.is_dir():
-        if not path.is_file():
+    if not os.path.isdir(path):
+        if not os.path.isfile(path):  # those of Path raise on names that are too long
             raise InputError(
                 f"{path}: there is no such run or checkpoint: give the folder of a run, or a file that torch.save wrote"
             )
@@ -182,32 +202,52 @@ def checkpoint_file(path: str | Path) -> Path:
     return found[0]
 
 
-def run_config(path: str | Path) -> Config | None:
+def run_config(path: str | Path, content: Any = None) -> Config | None:
     """The config of the run that wrote the folder or checkpoint `path`; None for checkpoints of others.
+
+    Args:
+        content: that of the checkpoint, where it has been read.
 
     Raises:
         InputError: it cannot be read.
     """
-    path = Path(path)
-    if not path.is_dir() or not (path / "config.json").is_file():
-        return _config_beside(read_file(checkpoint_file(path)))
+    file = Path(path) / "config.json"
+    if not os.path.isfile(file):
+        return _config_beside(content if content is not None else read_file(checkpoint_file(path)), path)
     try:
-        return _config(json.loads((path / "config.json").read_bytes()))
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path / 'config.json'} cannot be read ({type(error).__name__}): restore it") from error
+        raise InputError(f"{file} cannot be read ({type(error).__name__}): restore it") from error
+    return _config(content, file)
 
 
-def _config_beside(content: Any) -> Config | None:
+def _config_beside(content: Any, path: str | Path) -> Config | None:
     """The config that a run put beside its weights."""
-    return _config(content.get("config")) if isinstance(content, dict) and "format" in content else None
+    ours = isinstance(content, dict) and str(content.get("format")).startswith("spat_train ")
+    return _config(content.get("config"), path) if ours else None
 
 
-def _config(content: Any) -> Config | None:
-    if not isinstance(content, dict):
+def _config(content: Any, path: str | Path) -> Config | None:
+    if not isinstance(content, dict) or not isinstance(content.get("model"), str):
         return None
-    known = {f.name for f in dataclasses.fields(Config)}
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in known}
-    return Config(**values)
+    kinds = get_type_hints(Config)
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in kinds}
+    config = Config(**values)
+    if odd := [f"{name}={values[name]!r}" for name in values if not _is_a(getattr(config, name), kinds[name])]:
+        raise InputError(f"{path}: no run writes such a config ({listed(odd)}): restore it")
+    return config
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the type `kind` of an option."""
+    kinds = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in kinds
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, kinds[0]) for v in value)
+    if kinds:
+        return any(_is_a(value, one) for one in kinds)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 # ---- weights into a model
@@ -231,7 +271,8 @@ class _Match:
             mean, std = self.numbers
             self.source |= {name: std if name.endswith("std") else mean for name in sorted(optional - self.source.keys())}
             self.unexpected = [name for name in self.unexpected if not NUMBERS.search(name)]
-        may_lack = optional | {name for name in self.own if name.endswith("num_batches_tracked")}
+        may_lack = {name for name in self.own if name.endswith("num_batches_tracked")}
+        may_lack |= set() if optional & self.source.keys() else optional  # a mean without its std, or the reverse, is none
         self.missing = [name for name in self.own if name not in self.source and name not in may_lack]
         shapes = [(name, file[at].shape, self.own[name].shape) for name, at in self.source.items()]
         # The numbers of a normalisation are [C, 1, 1] here and [1, C, 1, 1] elsewhere.
@@ -258,6 +299,14 @@ class _Match:
         one = all(_same(self.file[group[0]], self.file[name]) for group in (means, stds) for name in group)
         return (means[0], stds[0]) if one else None
 
+    @property
+    def classes(self) -> int:
+        """Those of the file, where the number of classes is all that differs, else 0."""
+        if self.missing or self.unexpected or len(self.misshaped) > 2:
+            return 0
+        counts = {theirs[0] if theirs and ours and theirs[1:] == ours[1:] else 0 for _, theirs, ours in self.misshaped}
+        return counts.pop() if len(counts) == 1 else 0
+
     def values(self) -> tuple[list[float], list[float]] | None:
         """Mean and std of the file's normalisation."""
         if self.numbers is None:
@@ -273,8 +322,9 @@ def _prefixes(file: Iterable[str], own: Iterable[str]) -> tuple[str, str]:
     for name in own:
         for prefix, rest in _splits(name):
             places.setdefault(rest, []).append(prefix)
-    agree = Counter((theirs, ours) for name in file for theirs, rest in _splits(name) for ours in places.get(rest, ()))
-    best = max(agree, key=lambda pair: (agree[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
+    telling = {rest: prefixes for rest, prefixes in places.items() if len(prefixes) <= TELLING}
+    agree = Counter((theirs, ours) for name in file for theirs, rest in _splits(name) for ours in telling.get(rest, ()))
+    best = max(agree, key=agree.__getitem__, default=("", ""))
     return best if 2 * agree[best] > min(len(file), len(own)) else ("", "")  # fewer agree by chance
 
 
@@ -291,36 +341,59 @@ def _as_torchvision(name: str) -> str:
     return re.sub(r"(^|\.)linear\.", r"\1fc.", re.sub(r"(^|\.)shortcut\.", r"\1downsample.", name))
 
 
-def _fill(model: nn.Module, content: Any, path: str | Path, weights: str) -> None:
-    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
-        raise InputError(f"checkpoint {path}: the model has lazy layers, without weights as yet: give it images first")
-    match = _Match(select(content, weights, path), model)
+def _fill(model: nn.Module, match: _Match, content: Any, path: str | Path) -> None:
     if reason := _misfit(match):
         sizes = bool(match.misshaped) and not match.missing and not match.unexpected
         raise Misfit(f"checkpoint {path}: it does not fit the model: {reason}", sizes)
     if isinstance(content, dict) and content.get("normalize_input") and not _normalizes(model):  # RST's files say so
         raise InputError(f"checkpoint {path}: its network normalises images (normalize_input), the model does not: {NORMALIZE}")
-    _check_function(model, _config_beside(content), path, match)
+    if config := _config_beside(content, path):
+        _check_run(model, config, path, match)
+    else:
+        _check_foreign(model, path, match)
     with torch.inference_mode():  # else what was made in that mode could not be written
         for name, at in match.source.items():
             match.own[name].copy_(match.file[at].reshape(match.own[name].shape))
 
 
-def _check_function(model: nn.Module, config: Config | None, path: str | Path, match: _Match) -> None:
-    """Raise where the weights fit several functions, unless the model's is known to be theirs."""
+def _check_run(model: nn.Module, config: Config, path: str | Path, match: _Match) -> None:
+    """Raise where the weights fit the model, but its function is not that of the run, as far as both are known."""
+    for what in _other_functions(model, config, match):
+        run = f"it is a {config.model} with {config.activation}"
+        raise InputError(f"checkpoint {path}: {run}, the model {what}: create it as the file's")
+
+
+def _other_functions(model: nn.Module, config: Config, match: _Match) -> Iterator[str]:
     for m in model.modules():
-        if config is not None and (made := getattr(m, "made_as", None)):
-            full, activation, shape = made
-            run = full_name(config.model, shape), config.activation
-            if run != (full, activation):
-                theirs, ours = (f"{name} with {kind}" for name, kind in (run, (full, activation)))
-                raise InputError(f"checkpoint {path}: it is a {theirs}, the model a {ours}: create it as the file's")
-        elif config is None and isinstance(m, PreActResNet18) and m.block is None:
-            # RobustBench's networks of this layout with a mean and std are all activated; fast_adversarial's files have none.
-            where = f"checkpoint {path}: it does not say whether its 1x1 shortcuts read relu(bn1(x)) or x itself"
-            if match.numbers is None:
-                raise InputError(f"{where}: name the model {PREACT}")
-            warn(f"{where}, and is taken as activated: to be sure, name the model {PREACT}")
+        if made := getattr(m, "made_as", None):
+            ours, activation, shape = made
+            theirs = full_name(config.model, shape)
+            alike = ours == theirs or ":" in ours + theirs  # code moves, and timm's models have several names
+            if not alike or activation != config.activation:
+                yield f"a {ours} with {activation}"
+            break  # what is inside is as its factory made it
+        known = isinstance(m, PreActResNet18) and config.model in PREACTS
+        if known and (m.block or PreActBlock) is not (PREACTS[config.model] or PreActBlock):
+            yield "has other 1x1 shortcuts"
+    if config.activation != "relu" and any(isinstance(m, nn.ReLU) for m in model.modules()):
+        yield "has ReLUs"
+    if any(f"{at}.mean".lstrip(".") not in match.source for at in _normalizes(model)):
+        yield "normalises images, with numbers that the file does not have"
+
+
+def _check_foreign(model: nn.Module, path: str | Path, match: _Match) -> None:
+    """Raise where the weights fit several functions, unless the model's is known to be theirs."""
+    if values := match.values():
+        mean, std = values
+        if not all(0 <= m <= 1 for m in mean) or not all(s > 0 for s in std):
+            remedy = "save it with positive std, and both for images in [0, 1]"
+            raise InputError(f"checkpoint {path}: its normalisation ({_numbers(mean, std)}) is none: {remedy}")
+    if any(isinstance(m, PreActResNet18) and m.block is None for m in model.modules()):
+        # RobustBench's networks of this layout with a mean and std are all activated; fast_adversarial's files have none.
+        where = f"checkpoint {path}: it does not say whether its 1x1 shortcuts read relu(bn1(x)) or x itself"
+        if match.numbers is None:
+            raise InputError(f"{where}: name the model {PREACT}")
+        warn(f"{where}, and is taken as activated: to be sure, name the model {PREACT}")
 
 
 # ---- what keeps weights out
@@ -330,7 +403,7 @@ def _misfit(match: _Match) -> str:
     """What does not fit, and the remedy; "" where all can be copied."""
     shapes = [f"{name} {list(theirs)} (the model has {list(ours)})" for name, theirs, ours in match.misshaped]
     pairs = [(name, match.file[at], match.own[name]) for name, at in match.source.items()]
-    odd = [f"{name} ({why})" for name, theirs, ours in pairs if (why := _uncopied(theirs, ours))]
+    odd = [f"{name} ({why})" for name, theirs, ours in pairs if (why := _uncopied(name, theirs, ours))]
     fixed = [f"{name} ({why})" for name, _, ours in pairs if (why := _unwritable(ours))]
     lists = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": shapes, "no such numbers": odd,
              "fixed in the model": fixed}  # fmt: skip
@@ -347,8 +420,9 @@ def _odd(tensor: Tensor) -> str:
     return "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else ""
 
 
-def _uncopied(theirs: Tensor, ours: Tensor) -> str:
-    alike = (theirs.is_floating_point(), theirs.is_complex()) == (ours.is_floating_point(), ours.is_complex())
+def _uncopied(name: str, theirs: Tensor, ours: Tensor) -> str:
+    alike = name.endswith("num_batches_tracked")  # a float in files that average all they hold
+    alike |= (theirs.is_floating_point(), theirs.is_complex()) == (ours.is_floating_point(), ours.is_complex())
     return _odd(theirs) or ("" if alike else f"{theirs.dtype}, the model has {ours.dtype}".replace("torch.", ""))
 
 
@@ -368,6 +442,8 @@ def _hint(match: _Match) -> str:
     if unexpected and not missing and all(map(NUMBERS.search, unexpected)):
         return f"the file's network normalises its images: {NORMALIZE}"
     if missing and not unexpected and all(map(NUMBERS.search, missing)):
+        if any(map(NUMBERS.search, match.file)):
+            return "the file has a mean without its std, or the reverse: save both, or neither"
         return "the file has no normalisation: use a spat_train.models.Normalize, which keeps its numbers"
     if {"init_conv.weight", "logits.weight"} <= unexpected:
         return (
@@ -381,9 +457,9 @@ def _hint(match: _Match) -> str:
             return "the file looks like another architecture: create that one"
         depth = "the file looks like this architecture in another depth"
         return depth + (" or width" if match.misshaped else "") + ": create that one"
-    _, theirs, ours = match.misshaped[0]
-    if len(match.misshaped) <= 2 and all(a and b and a[1:] == b[1:] and a[0] == theirs[0] for _, a, b in match.misshaped):
-        return f"the file looks like {theirs[0]} classes, the model has {ours[0]}: create it with num_classes={theirs[0]}"
+    if classes := match.classes:
+        has = match.misshaped[0][2][0]
+        return f"the file looks like {classes} classes, the model has {has}: create it with num_classes={classes}"
     if len(match.misshaped) == 1:
         return "the file looks like images of another shape or another stem: create the model for those"
     return "the file looks like this architecture in another width: create that one"

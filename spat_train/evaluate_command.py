@@ -124,11 +124,11 @@ def evaluate_command(
         if given:
             raise
         raise InputError(f"{model} was trained on --data {data}; give --data where that is now ({error})") from error
-    dataset = with_classes_of(model, dataset)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type != "cuda" and precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
     network, _ = load_model(model, dataset, model_name, activation=activation, mean=mean, std=std)
+    dataset = with_classes_of(network, dataset)
     other, of_source = None, {}
     if source:
         try:

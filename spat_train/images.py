@@ -19,7 +19,7 @@ class InputError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +112,8 @@ class Folder:
 def read_picture(path: Path, size: int) -> np.ndarray:
     """uint8 [size, size, 3]: the short side resized to `size`, the square in the middle, RGB.
 
-    Of 16 bits the high 8 are kept. As for torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the
-    first picture of an animation is taken.
+    Of 16 bits the high 8 are kept, so that pictures of 12 bits in 16 come out almost black: stretch them first. As for
+    torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the first picture of an animation is taken.
 
     Raises:
         InputError: the file cannot be decoded, or has 32 bits a value, whose range is not known.

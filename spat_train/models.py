@@ -24,6 +24,8 @@ from torch.nn.parameter import is_lazy
 from spat_kernels.borrow import borrowed
 from spat_kernels.input_gradient import InputGradient
 
+from .images import first_line
+
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel, to stand before a network: `nn.Sequential(OrderedDict(normalize=..., model=network))`.
@@ -403,10 +405,10 @@ def create(
     model = _create(name, num_classes, (channels, height, width))
     if activation != "relu":
         _replace_relus(model, name, activation)
-    if ":" not in name:
-        model.made_as = (full_name(name, image_shape), activation, image_shape)  # type: ignore[assignment]  # what a run's config is compared with
+    network = model.get_submodule("model") if name.startswith("timm:") else model
+    network.made_as = (full_name(name, image_shape), activation, image_shape)  # type: ignore[assignment]  # what a run's config is compared with
     if mean is not None or std is not None:
-        model = normalized(model.get_submodule("model") if name.startswith("timm:") else model, mean, std, channels)
+        model = normalized(network, mean, std, channels)
     return model
 
 
@@ -465,7 +467,7 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        raise ValueError(f"it does not take images {list(x.shape[1:])}: {_first_line(error)}") from error
+        raise ValueError(f"it does not take images {list(x.shape[1:])}: {first_line(error)}") from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if isinstance(found, str) or len(found) != 2 or found[0] != 2 or found[1] < 2 or found[1] != (num_classes or found[1]):
         told = list(found) if isinstance(found, tuple) else found
@@ -478,7 +480,7 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise ValueError(f"autograd fails on it: {_first_line(error)}") from error
+            raise ValueError(f"autograd fails on it: {first_line(error)}") from error
     return found[1]
 
 
@@ -532,7 +534,7 @@ def _timm(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.
     except Exception as error:
         raise ValueError(
             f"name='timm:{name}': timm cannot make it for num_classes={num_classes}, image_shape={image_shape} "
-            f"({_first_line(error)}): give another model"
+            f"({first_line(error)}): give another model"
         ) from error
     mean, std = (list(model.default_cfg[key]) for key in ("mean", "std"))
     if len(mean) != channels:  # grey images and the like: the average channel
@@ -554,7 +556,7 @@ def import_own(name: str) -> ModuleType | None:
             return importlib.import_module(module_name)
         except Exception as error:  # whatever a module's own code raises
             raise ValueError(
-                f"name={name!r}: {module_name!r} cannot be imported ({_first_line(error)}): "
+                f"name={name!r}: {module_name!r} cannot be imported ({first_line(error)}): "
                 "give package.module:factory, installed or in the current directory"
             ) from error
 
@@ -603,7 +605,7 @@ def _package(package: str, name: str):
         return importlib.import_module(package)
     except Exception as error:  # builds for another torch fail in many ways
         raise ValueError(
-            f"name={name!r}: it needs {package}, which cannot be imported ({_first_line(error)}): pip install {package}"
+            f"name={name!r}: it needs {package}, which cannot be imported ({first_line(error)}): pip install {package}"
         ) from error
 
 
@@ -626,7 +628,3 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 def _alternatives(names) -> str:
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from spat_kernels.attacked import warn_of_nan
 from spat_kernels.precision import tf32_switches
 
-from .checkpoints import checkpoint_file, load_checkpoint
+from .checkpoints import checkpoint_file, load_checkpoint, normalisation
 from .config import Config, check
 from .data import load
 from .distributed import World, world
@@ -192,7 +192,10 @@ class Run:
         self.try_model(shape, classes)  # first: lazy layers have no weights before
         if config.init and not self.resumed:
             try:
+                before = normalisation(self.model)
                 load_checkpoint(self.model, checkpoint_file(config.init))
+                if (its := normalisation(self.model)) != before:
+                    raise InputError(f"--mean, --std: {config.init} has others: give its own ({its})")
             except InputError as error:
                 raise InputError(f"--init: {error}") from error
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's hints do not know this form

@@ -1,5 +1,6 @@
 """Files that hold weights: what is in one, without running code from it, and which of its entries are the weights."""
 
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .files import check_sums
-from .images import InputError
+from .images import InputError, first_line
 
 WEIGHTS = ("auto", "model", "ema")
 # Names that code saves weights under, the usual ones first; averaged ones: ema, model_ema, state_dict_ema, swa_model, ...
 KEYS = ["model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights", "params"]
 KEYS += ["module", "shadow", "last"]
-AVERAGED = re.compile(r"(^|_)(ema|swa)(_|$)")
+AVERAGED = re.compile(r"(^|[._])(ema|swa)([._]|$)")
 LEVELS = 3  # of dicts around a state dict
 LISTED = 8
 
@@ -43,9 +44,9 @@ def read_file(path: str | Path) -> Any:
         InputError: it is no such file, it is damaged, or it holds objects that could run code.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise _refused(path, "it is a folder: give a file that torch.save wrote")
-    if not path.is_file():
+    if not os.path.isfile(path):  # that of Path raises on names that are too long
         raise _refused(path, "there is no such file: give one that torch.save wrote")
     try:
         with open(path, "rb") as file:
@@ -71,7 +72,7 @@ def read_file(path: str | Path) -> Any:
                 "code. If you trust the file, load it with torch.load(weights_only=False) and save its state_dict",
             ) from error
         text = isinstance(error, (OSError, RuntimeError)) and str(error)  # those of others are about the unpickler
-        reason = text.splitlines()[0].split(". ")[0][:200] if text else type(error).__name__
+        reason = first_line(error).split(". ")[0][:200] if text else type(error).__name__
         remedy = "give a whole file that torch.save wrote, of weights or dicts of them"
         raise _refused(path, f"cannot be read ({reason}): {remedy}") from error
 
@@ -118,11 +119,11 @@ def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: give 'auto', 'model' or 'ema'")
-    found = dict(_state_dicts(content))
+    entries = list(_entries(content))
+    found = {keys: value for keys, value in entries if _is_state_dict(value)}
     averaged = {keys: state for keys, state in found.items() if any(map(AVERAGED.search, keys))}
-    entries = content if isinstance(content, dict) else {}
-    unread = [key for key, value in entries.items() if AVERAGED.search(str(key)) and isinstance(value, (dict, list, _Ignored))]
-    if weights != "model" and not averaged and any(entries[key] for key in unread):
+    unread = [keys[-1] for keys, value in entries if keys and AVERAGED.search(keys[-1]) and _holds_weights(value)]
+    if weights != "model" and unread and not averaged:
         what = f"its {unread[0]!r}, for averaged weights, has none with names"
         raise _refused(path, f"{what}: save the weights that you mean, or use weights='model'")
     if weights == "ema" and not averaged:
@@ -136,21 +137,31 @@ def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
         return [KEYS.index(key) if key in KEYS else -1 if AVERAGED.search(key) else len(KEYS) for key in keys]
 
     best = min(candidates, key=rank)
-    if len(candidates) > 1 and len(KEYS) in rank(best):
+    if len(candidates) > 1 and (len(KEYS) in rank(best) or [rank(keys) for keys in candidates].count(rank(best)) > 1):
         raise _refused(path, f"it holds several networks ({listed(map('.'.join, candidates))}): save the state_dict of one")
     return candidates[best]
 
 
-def _state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """All of them, with the keys of the dicts around each."""
-    if not isinstance(content, dict) or not content:
-        return
-    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        yield keys, content
-    elif len(keys) < LEVELS:
+def _entries(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What is in dicts around state dicts, with the keys of the dicts around each."""
+    yield keys, content
+    if isinstance(content, dict) and not _is_state_dict(content) and len(keys) < LEVELS:
         for key, value in content.items():
             if isinstance(key, str):
-                yield from _state_dicts(value, (*keys, key))
+                yield from _entries(value, (*keys, key))
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Single numbers alone are metrics."""
+    named = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    return named and any(v.ndim for v in value.values())
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether there are tensors in it, in any order, or what was not read."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_holds_weights, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, _Ignored) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -255,7 +255,9 @@ def test_not_written_by_torch(tmp_path, content):
     assert "cannot be read" in refusal(network(2), path)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("nowhere.pt", "there is no such file"), (".", "it is a folder")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("nowhere.pt", "there is no such file"), ("x" * 300, "no such file"), (".", "it is a folder")]
+)
 def test_no_such_file(tmp_path, name, reason):
     assert reason in refusal(network(2), tmp_path / name)
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import random
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -13,23 +14,24 @@ import pytest
 import torch
 from torch import nn
 
-from spat_train.checkpoints import load_checkpoint, load_model, normalisation
+from spat_train.checkpoints import _prefixes, load_checkpoint, load_model, normalisation, run_config, with_classes_of
 from spat_train.config import Config
 from spat_train.evaluate import weights_hash
-from spat_train.images import InputError
-from spat_train.models import Normalize, PreActResNet18, create
+from spat_train.images import Dataset, Images, InputError
+from spat_train.models import Normalize, PreActResNet18, WideResNet, create
 from spat_train.run_folder import FORMAT, RunFolder
 from spat_train.runs import Options, Run, Scale, Wanted, completed
 from spat_train.train import train
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
-CIFAR = SimpleNamespace(name="cifar10", num_classes=10, image_shape=(3, 32, 32))
+CIFAR = SimpleNamespace(name="cifar10", num_classes=10, image_shape=(3, 32, 32), all_classes=True)
 
 
 def network(name: str = "wrn-10-1", seed: int = 1, **options) -> nn.Module:
     """In eval mode, with statistics of batch norm that make each layer matter."""
-    if name.startswith("resnet"):
-        pytest.importorskip("torchvision", exc_type=Exception)
+    for package in ("timm", "torchvision"):
+        if name.startswith(package) or (package, name[:6]) == ("torchvision", "resnet"):
+            pytest.importorskip(package, exc_type=Exception)
     torch.manual_seed(seed)
     model = create(name, **options).eval()
     for key, value in model.state_dict().items():
@@ -90,6 +92,12 @@ PLAIN = {  # without numbers of a normalisation
     "ema.state_dict": lambda s: {"model": network(seed=9).state_dict(), "ema": {"state_dict": s}},
     "ema in a Trainer's dict": lambda s: {"checkpoint": {"model": network(seed=9).state_dict(), "ema": s}},
     "a decay called ema": lambda s: {"model": s, "ema": 0.999},
+    "settings called ema": lambda s: {"model": s, "args": {"ema": {"decay": torch.tensor(0.999), "every": 1}}},
+    "three dicts deep": lambda s: {"run": {"trainer": {"model": s}}},
+    "metrics as tensors": lambda s: {"classifier": s, "metrics": {"acc": torch.tensor(95.0)}},
+    "counts as floats": lambda s: {n: v.float() if n.endswith("num_batches_tracked") else v for n, v in s.items()},
+    "another's format and config": lambda s: {"format": "v1", "config": {"model": {"depth": 10}}, "model": s},
+    "another's settings": lambda s: {"format": "v1", "config": {"lr": 0.1}, "model": s},
 }  # fmt: skip
 NORMALISED = {
     "RobustBench, mu": lambda s: numbers("mu", "sigma") | s,
@@ -184,8 +192,14 @@ def test_safetensors(tmp_path, monkeypatch, name):
         (lambda s: {"model": s, "ema": {"decay": 0.9, "shadow_params": [*s.values()]}}, "'ema', for averaged weights, has none"),
         (lambda s: {"model": s, "model_ema": [*s.values()]}, "'model_ema', for averaged weights, has none with names"),
         (lambda s: {"student": s, "teacher": s}, "it holds several networks (student, teacher): save the state_dict of one"),
+        (lambda s: {"model": s, "ema": (*s.values(),)}, "'ema', for averaged weights, has none with names"),
+        (lambda s: {"model": s, "ema": np.ones(3)}, "'ema', for averaged weights, has none with names"),
+        (lambda s: {"run": {"model": s, "ema": {"shadow_params": [*s.values()]}}}, "'ema', for averaged weights, has none"),
+        (lambda s: {"model": s, "ema.shadow_params": [*s.values()]}, "'ema.shadow_params', for averaged weights, has none"),
+        (lambda s: {"model": {"mine": s}, "teacher": s}, "it holds several networks (model.mine, teacher)"),
+        (lambda s: {"model": s, "ema_0.999": s, "ema_0.9999": s}, "it holds several networks (ema_0.999, ema_0.9999)"),
+        (lambda s: {"ema": s, "swa": s}, "it holds several networks (ema, swa): save the state_dict of one"),
         (lambda s: {"ema": s} | {"net": None}, "it holds no weights"),
-        (lambda s: numbers("mu", "sigma") | {"n.mean": torch.zeros(3), "n.std": torch.ones(3)} | s, "unexpected: mu"),
         (lambda s: {"init_conv.weight": s["conv1.weight"], "logits.weight": s["fc.weight"]}, "DeepMind's WRN, another function"),
     ],
 )  # fmt: skip
@@ -194,9 +208,26 @@ def test_refused_layouts(tmp_path, content, message):
     assert message in refusal(network(seed=2), saved(tmp_path, content(network().state_dict())), weights=weights)
 
 
-def test_numbers_for_other_channels(tmp_path):
-    path = saved(tmp_path, {"mu": torch.zeros(1, 1, 1, 1), "sigma": torch.ones(1, 1, 1, 1)} | network().state_dict())
-    assert "of another shape: 0.mean [1, 1, 1, 1]" in refusal(NORMALIZERS["plain Sequential"](network(seed=2)), path)
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), "of another shape: normalize.mean [1, 1, 1, 1]"),
+        (torch.zeros(3), None, "missing: normalize.std: the file has a mean without its std, or the reverse: save both"),
+        (None, torch.ones(3), "missing: normalize.mean: the file has a mean without its std, or the reverse"),
+        (torch.full((3,), 125.3), torch.full((3,), 63.0), "its normalisation (mean 125.3 125.3 125.3, std 63 63 63) is none"),
+        (torch.zeros(3), torch.zeros(3), "its normalisation (mean 0 0 0, std 0 0 0) is none"),
+        (torch.zeros(3), torch.full((3,), -0.2), "std -0.2 -0.2 -0.2) is none: save it with positive std"),
+    ],
+)
+def test_refused_normalisations(tmp_path, mean, std, message):
+    state = {"normalize.mean": mean, "normalize.std": std} | prefixed("model.", network().state_dict())
+    path = saved(tmp_path, {name: value for name, value in state.items() if value is not None})
+    assert message in refusal(NORMALIZERS["OrderedDict"](network(seed=2)), path)
+
+
+def test_two_normalisations(tmp_path):
+    state = numbers("mu", "sigma") | {"n.mean": torch.zeros(3), "n.std": torch.ones(3)} | network().state_dict()
+    assert "unexpected: mu, sigma, n.mean, n.std" in refusal(NORMALIZERS["OrderedDict"](network(seed=2)), saved(tmp_path, state))
 
 
 def test_normaliser_of_another_class(tmp_path):
@@ -248,6 +279,10 @@ def own(tmp_path, net: nn.Module, file: str = "own.pt", **options):
         (("wrn-10-1", "silu"), ("wrn-10-1", "relu"), False),
         (("resnet-18/stl10", "relu"), ("resnet-18", "relu"), False),
         (("resnet-18", "relu"), ("resnet-18/cifar", "relu"), True),
+        (("timm:resnet18", "silu"), ("timm:resnet18", "relu"), False),
+        (("timm:resnet18", "silu"), ("timm:resnet18.a1_in1k", "silu"), True),
+        (("torchvision.models:resnet18", "silu"), ("torchvision.models.resnet:resnet18", "relu"), False),
+        (("torchvision.models:resnet18", "silu"), ("torchvision.models.resnet:resnet18", "silu"), True),
     ],
 )
 def test_own_files_know_their_function(tmp_path, trained, loaded, fits):
@@ -258,6 +293,88 @@ def test_own_files_know_their_function(tmp_path, trained, loaded, fits):
         load_checkpoint(target, path)
     else:
         assert f"it is a {model} with {activation}, the model a" in refusal(target, path)
+
+
+@pytest.mark.parametrize(
+    ("trained", "target", "message"),
+    [
+        ({"model": "preactresnet-18/raw"}, PreActResNet18, "the model has other 1x1 shortcuts"),
+        ({"model": "wrn-10-1", "activation": "silu"}, lambda: WideResNet(10, 1), "the model has ReLUs"),
+        ({"model": "wrn-10-1"}, lambda: NORMALIZERS["OrderedDict"](network()), "the model normalises images, with numbers that"),
+    ],
+)
+def test_own_files_and_models_that_were_made_elsewhere(tmp_path, trained, target, message):
+    path = own(tmp_path, network(trained["model"]), **trained)
+    assert message in refusal(target(), path)
+
+
+@pytest.mark.parametrize(
+    ("trained", "given"),
+    [
+        ("resnet-18", "resnet-18/cifar"),
+        ("timm:resnet18", "timm:resnet18.a1_in1k"),
+        ("torchvision.models:resnet18", "torchvision.models.resnet:resnet18"),
+    ],
+)
+def test_another_name_for_the_model_of_a_run(tmp_path, trained, given):
+    path = own(tmp_path, network(trained, activation="silu"), model=trained, activation="silu")
+    model, _ = load_model(path, CIFAR, given)
+    kinds = {type(m) for m in model.modules()}
+    assert nn.SiLU in kinds and nn.ReLU not in kinds
+    with pytest.raises(InputError, match="is a run, whose config says them: leave them out"):
+        load_model(path, CIFAR, given, mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("odd", [{"eps": "8"}, {"mean": 0.5}, {"mean": ["0.5"]}, {"activation": "tanh"}, {"epochs": True}])
+def test_configs_that_no_run_writes(tmp_path, odd):
+    (name, value), *_ = odd.items()
+    content = Config(model="wrn-10-1").to_dict() | odd
+    path = saved(tmp_path, {"format": FORMAT, "config": content, "model": network().state_dict()})
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for where in (tmp_path, path):
+        with pytest.raises(InputError, match=f"no run writes such a config .{name}=.*: restore it"):
+            run_config(where)
+    assert f"no run writes such a config ({name}=" in refusal(network(), path)
+
+
+# ---- what the file tells about classes, and how it is found
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_classes_of_the_file(tmp_path, suffix):
+    """Where test images alone do not tell; a .safetensors file is sorted by name, so that its last tensor is any."""
+    pixels, path = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), tmp_path / f"weights{suffix}"
+    save = torch.save if suffix == ".pt" else pytest.importorskip("safetensors.torch").save_file
+    save({name: value.contiguous() for name, value in network("resnet-18").state_dict().items()}, path)
+
+    def some(classes: int) -> Dataset:
+        images = Images(pixels, torch.zeros(1, dtype=torch.int64))
+        return Dataset("some", images, images, tuple(map(str, range(classes))), all_classes=False)
+
+    model, _ = load_model(path, some(3), "resnet-18")
+    assert with_classes_of(model, some(3)).classes == tuple("0123456789")
+    with pytest.raises(InputError, match="looks like 10 classes, the model has 12"):
+        load_model(path, some(12), "resnet-18")
+
+
+def test_thousands_of_names_that_end_alike():
+    names, start = [f"layers.{i}.weight" for i in range(4000)], time.perf_counter()
+    assert _prefixes([f"module.{name}" for name in names], names) == ("module.", "")
+    assert time.perf_counter() - start < 10
+
+
+def test_errors_without_words(tmp_path, monkeypatch):
+    def make(num_classes):
+        raise ValueError
+
+    monkeypatch.setitem(sys.modules, "their_code", SimpleNamespace(make=make))
+    with pytest.raises(InputError, match="as their_code:make for cifar10 .*: ValueError"):
+        load_model(saved(tmp_path, network().state_dict()), CIFAR, "their_code:make")
+
+
+def test_names_that_are_too_long():
+    with pytest.raises(InputError, match="there is no such run or checkpoint"):
+        load_model("x" * 300, CIFAR)
 
 
 # ---- files that are something else
@@ -426,17 +543,17 @@ def a_run(tmp_path, net: nn.Module, **options):
 
 def test_other_data_are_blamed_where_they_are_the_reason(tmp_path):
     run = a_run(tmp_path, network(), model="wrn-10-1", data="cifar10")
-    other = SimpleNamespace(name="other", num_classes=7, image_shape=(3, 32, 32))
+    other = SimpleNamespace(name="other", num_classes=7, image_shape=(3, 32, 32), all_classes=True)
     with pytest.raises(InputError, match="these images or classes are others: give other --data"):
         load_model(run, other)
-    grey = SimpleNamespace(name="grey", num_classes=10, image_shape=(1, 32, 32))
+    grey = SimpleNamespace(name="grey", num_classes=10, image_shape=(1, 32, 32), all_classes=True)
     with pytest.raises(InputError, match="give other --data"):
         load_model(run, grey)
     a_run(tmp_path, network(), model="timm:no-such", data="cifar10")
     with pytest.raises(InputError, match="name='timm:no-such'") as caught:
         load_model(run, CIFAR)
     assert "give other --data" not in str(caught.value)
-    a_run(tmp_path, network("wrn-16-1"), model="wrn-10-1", data="cifar10")
+    a_run(tmp_path, network("wrn-16-2"), model="wrn-10-1", data="cifar10")
     with pytest.raises(InputError, match="another depth") as caught:
         load_model(run, CIFAR)
     assert "give other --data" not in str(caught.value)
