@@ -484,6 +484,8 @@ def test_fine_tuning_and_normalised_runs(tmp_path):
         torch.testing.assert_close(model.get_parameter(name), value)
     assert not torch.equal(create("small-cnn", 10, (1, 8, 8)).classifier.weight, theirs.model.classifier.weight)
 
+    with pytest.raises(InputError, match=r"--mean, --std: .* has others: give its own \(mean 0.3, std 0.4\)"):
+        train(digits_run(tmp_path, init=path, mean=(0.5,), std=(0.5,), out=tmp_path / "other"))
     path.unlink()
     train(Config(**(vars(config) | {"resume": True})))  # the checkpoint wins
     with pytest.raises(InputError, match="--init: .*weights.pt: there is no such run or checkpoint"):
