@@ -641,7 +641,7 @@ def parse_all(specs: "Sequence[str | Attack] | str") -> dict[str, Attack]:
     for attack in map(parse, specs.split(",") if isinstance(specs, str) else specs):
         twin = next((name for name, other in attacks.items() if attack.name == name or attack.spec == other.spec), "clean")
         if twin != "clean":
-            told = "is named twice" if attack.name == twin else f"is the same as {twin}"
-            raise InputError(f"attack {attack.name}: it {told}: leave one out")
+            why = "is named twice" if attack.name == twin else f"is the same as {twin}"
+            raise InputError(f"attack {attack.name}: it {why}: leave one out")
         attacks[attack.name] = attack
     return attacks

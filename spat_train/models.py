@@ -423,7 +423,7 @@ def normalized(model: nn.Module, mean: Sequence[float] | None, std: Sequence[flo
     """`model` with a `Normalize` before it.
 
     Raises:
-        ValueError: one of the two is missing, or they do not fit images of so many `channels` in [0, 1].
+        ValueError: one of the two is missing, or they do not fit images of `channels` in [0, 1].
     """
     if mean is None or std is None or len(mean) != channels or not all(0 <= m <= 1 for m in mean):
         raise ValueError(f"mean={mean}, std={std}: give both one number a channel ({channels}), for images in [0, 1]")

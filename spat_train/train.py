@@ -527,7 +527,7 @@ class Run:
         return saved
 
     def compare_images(self, saved: dict) -> None:
-        """Refuse others than the run began with. Files of another size may have been repaired: they are told of alone."""
+        """Refuse others than the run began with. Files of another size may have been repaired: a note names them."""
         before, now = saved["data"], self.fingerprints
         if changed := [kind for kind in {**before, **now} if before.get(kind) != now.get(kind)]:
             given = ", ".join(f"--{name} {saved['config'][name]}" for name in ("data", "extra") if saved["config"][name])
