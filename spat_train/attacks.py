@@ -637,11 +637,15 @@ def parse_all(specs: "Sequence[str | Attack] | str") -> dict[str, Attack]:
     Raises:
         InputError: as `parse`, or two have the same name or are the same.
     """
-    attacks = {"clean": parse("clean")}
-    for attack in map(parse, specs.split(",") if isinstance(specs, str) else specs):
-        twin = next((name for name, other in attacks.items() if attack.name == name or attack.spec == other.spec), "clean")
-        if twin != "clean":
-            why = "is named twice" if attack.name == twin else f"is the same as {twin}"
-            raise InputError(f"attack {attack.name}: it {why}: leave one out")
+    attacks, written = {"clean": parse("clean")}, dict[str, str]()
+    for spec in specs.split(",") if isinstance(specs, str) else specs:
+        attack = parse(spec)
+        twin = written.get(attack.spec) if isinstance(spec, str) else None
+        if attack.name in attacks and attack.name != "clean":
+            raise InputError(f"attack {attack.name}: it is named twice: leave one out")
+        if twin:
+            raise InputError(f"attack {attack.name}: it is the same as {twin}: leave one out")
         attacks[attack.name] = attack
+        if isinstance(spec, str) and attack.name != "clean":
+            written[attack.spec] = attack.name
     return attacks

@@ -118,11 +118,13 @@ def load_model(
             raise InputError(f"--activation, --mean, --std: {path} is a run, whose config says them: leave them out")
         activation, mean, std = config.activation, config.mean, config.std
 
+    numbers = None
+
     def made() -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # initialising draws
             model = create(name, classes, shape, activation=activation or "relu", mean=mean, std=std).eval()
             try_on(model, shape, classes)  # lazy layers have no weights before
-        return model
+        return normalized(model, *numbers, shape[0]).eval() if numbers and not _normalizes(model) else model
 
     tried = False
     try:
@@ -130,15 +132,15 @@ def load_model(
         tried = True
         state = select(content, "auto", file)
         match = _Match(state, model)
-        if not dataset.all_classes and match.classes > classes:
-            classes = match.classes
-            model = made()
-            match = _Match(state, model)
         numbers = match.values()
         if numbers and mean and config is None:
             raise InputError(f"--mean, --std: {file} holds its own ({_numbers(*numbers)}): leave them out")
         if numbers and not _normalizes(model):
-            model = normalized(model, *numbers, shape[0]).eval()
+            model = made()
+            match = _Match(state, model)
+        if not dataset.all_classes and match.classes > classes:
+            classes = match.classes
+            model = made()
             match = _Match(state, model)
         _fill(model, match, content, file)
     except ValueError as error:
@@ -247,7 +249,10 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_is_a(v, kinds[0]) for v in value)
     if kinds:
         return any(_is_a(value, one) for one in kinds)
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if kind is bool:
+        return value in (0, 1)
+    whole = kind is int and isinstance(value, float) and value.is_integer()
+    return whole or (isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool))
 
 
 # ---- weights into a model
@@ -302,10 +307,10 @@ class _Match:
     @property
     def classes(self) -> int:
         """Those of the file, where the number of classes is all that differs, else 0."""
-        if self.missing or self.unexpected or len(self.misshaped) > 2:
+        if self.missing or self.unexpected:
             return 0
-        counts = {theirs[0] if theirs and ours and theirs[1:] == ours[1:] else 0 for _, theirs, ours in self.misshaped}
-        return counts.pop() if len(counts) == 1 else 0
+        counts = {(a[0], b[0]) if a and b and a[1:] == b[1:] else (0, 0) for _, a, b in self.misshaped}
+        return counts.pop()[0] if len(counts) == 1 else 0
 
     def values(self) -> tuple[list[float], list[float]] | None:
         """Mean and std of the file's normalisation."""
@@ -371,12 +376,13 @@ def _other_functions(model: nn.Module, config: Config, match: _Match) -> Iterato
             alike = ours == theirs or ":" in ours + theirs  # code moves, and timm's models have several names
             if not alike or activation != config.activation:
                 yield f"a {ours} with {activation}"
-            break  # what is inside is as its factory made it
+            break  # what is inside is as its factory made it, activations too
         known = isinstance(m, PreActResNet18) and config.model in PREACTS
         if known and (m.block or PreActBlock) is not (PREACTS[config.model] or PreActBlock):
             yield "has other 1x1 shortcuts"
-    if config.activation != "relu" and any(isinstance(m, nn.ReLU) for m in model.modules()):
-        yield "has ReLUs"
+    else:
+        if config.activation != "relu" and any(isinstance(m, nn.ReLU) for m in model.modules()):
+            yield "has ReLUs"
     if any(f"{at}.mean".lstrip(".") not in match.source for at in _normalizes(model)):
         yield "normalises images, with numbers that the file does not have"
 

@@ -147,7 +147,9 @@ def main() -> None:
 
 def _leave(message: str, code: int) -> None:
     print(f"spat-train: {message}", file=sys.stderr)
-    if torch.distributed.is_initialized():  # its threads may not outlive Python: they would abort this process
+    if (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):  # its threads may not outlive Python: they would abort this process
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -142,6 +142,8 @@ def _folders(path: Path, image_size: int | None, splits: tuple[str, ...], skip_b
     try:
         train = path / "train" if os.path.isdir(path / "train") else folders[0]  # labels go by it, of test images alone too
         first, classes = ([e.name for e in _entries(folder) if e.is_dir()] for folder in (train, folders[-1]))
+        if splits == ("test",) and set(classes) <= set(first or classes):
+            first = classes = first or classes
         if first != classes:
             name = min(set(first) ^ set(classes))
             raise InputError(f"{where}: train/ and {test}/ differ in class {name}: give both the same folders")
@@ -157,7 +159,7 @@ def _folders(path: Path, image_size: int | None, splits: tuple[str, ...], skip_b
 
 def _by_class(root: Path, classes: list[str], size: int, skip_broken: bool) -> Folder:
     around = {os.path.realpath(folder) for folder in (root, *root.resolve().parents)}
-    files = [list(_pictures(root, name, around, skip_broken)) for name in classes]
+    files = [list(_pictures(root, name, around, skip_broken)) if os.path.isdir(root / name) else [] for name in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(names) for names in files]))
     images = Folder(root, [name for names in files for name in names], labels, size)
     if skip_broken:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -260,12 +261,23 @@ def evaluate(
     place.claim()
     try:
         with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()})) as samples:
-            earlier = samples.finished(-(-len(rows) // batch_size))
-            parsed |= {name: replace(parse(spec), name=name) for name, spec in earlier.items() if name not in parsed}
+            parsed |= _earlier(samples, -(-len(rows) // batch_size), parsed)
             work.all(samples, images, rows, bar, between)
     finally:
         place.release()
     return _collect(samples, settings, parsed, classes, rows, images.labels[rows])
+
+
+def _earlier(samples: Samples, batches: int, others: dict[str, Attack]) -> dict[str, Attack]:
+    """The attacks besides `others` that the folder has the results of."""
+    found = {}
+    for name, spec in samples.finished(batches).items():
+        if name not in others:
+            try:
+                found[name] = replace(parse(spec), name=name)
+            except InputError as error:  # an attack or a loss of one's own, which another program defined
+                print(f"spat-train: {samples.folder} has results of {name}, which are left out: {error}", file=sys.stderr)
+    return found
 
 
 @dataclass(frozen=True)
@@ -370,7 +382,8 @@ def weights_hash(model: nn.Module) -> str:
     """A short hash of all parameters and buffers with their names, and of the modules with the settings that they print: an
     activation, a stride or a dilation leaves no trace in the weights."""
     kinds = " ".join(f"{name} {type(m).__name__}({m.extra_repr()})" for name, m in model.named_modules())
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", kinds).encode())  # of functions: it is another in every process
+    # Without the addresses of functions and the devices of parameters in lists, which are not alike everywhere.
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+| \((cuda|xpu|mps)[^)]*\)", "", kinds).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

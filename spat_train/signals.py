@@ -66,6 +66,7 @@ def _second_sigterm_ends():
     """By a thread: while the main one waits for other processes or for a GPU, handlers of Python do not run there."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
+    process = os.getpid()
 
     def watch():
         first = None
@@ -79,9 +80,24 @@ def _second_sigterm_ends():
 
     threading.Thread(target=watch, daemon=True).start()
     outer = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _watched.append(process)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(outer)
-        os.write(writing, b"\0")
-        os.close(writing)
+        _watched.pop()
+        if os.getpid() == process:
+            signal.set_wakeup_fd(outer)
+            os.write(writing, b"\0")
+            os.close(writing)
+
+
+_watched: list[int] = []
+
+
+def _leave_watch() -> None:
+    """In a forked process, whose signals are its own."""
+    if _watched:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_watch)

@@ -42,6 +42,8 @@ from .randomness import derived_seed
 from .run_folder import RunFolder, random_state, set_random_state
 from .signals import Stopped, StopWish
 
+PEER = r"Connection (closed|reset) by peer|[Tt]imed out|ncclRemoteError"  # what a process hears of another that ended
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on. The message says what was saved, and what to change."""
@@ -97,7 +99,7 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
         except (RuntimeError, MemoryError) as error:
             if reason := death(error):
                 raise TrainingError(f"{reason}; {folder.kept()}; with --resume the same command goes on") from error
-            if processes.size > 1 and re.search(r"gloo|NCCL|Connection (closed|reset) by peer", str(error)):
+            if processes.size > 1 and not is_out_of_memory(error) and re.search(PEER, str(error)):
                 raise TrainingError(
                     f"another process ended, and may say why ({first_line(error)}); {folder.kept()}, to go on with by --resume"
                 ) from error

@@ -32,6 +32,10 @@ class _Ignored:
         pass
 
 
+class _Number(_Ignored):
+    """A scalar of NumPy."""
+
+
 _IGNORED = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray"]
 _IGNORED += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _IGNORED += [f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("", "Posix", "Windows")]
@@ -58,7 +62,7 @@ def read_file(path: str | Path) -> Any:
         zipped = head.startswith(b"PK")
         if zipped:
             check_sums(path)
-        with torch.serialization.safe_globals([(_Ignored, name) for name in _IGNORED]):
+        with torch.serialization.safe_globals([(_Number if "scalar" in name else _Ignored, name) for name in _IGNORED]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except InputError:
         raise
@@ -122,7 +126,7 @@ def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
     entries = list(_entries(content))
     found = {keys: value for keys, value in entries if _is_state_dict(value)}
     averaged = {keys: state for keys, state in found.items() if any(map(AVERAGED.search, keys))}
-    unread = [keys[-1] for keys, value in entries if keys and AVERAGED.search(keys[-1]) and _holds_weights(value)]
+    unread = [keys[-1] for keys, value in entries if keys and AVERAGED.search(keys[-1]) and _are_weights(value)]
     if weights != "model" and unread and not averaged:
         what = f"its {unread[0]!r}, for averaged weights, has none with names"
         raise _refused(path, f"{what}: save the weights that you mean, or use weights='model'")
@@ -157,11 +161,12 @@ def _is_state_dict(value: Any) -> bool:
     return named and any(v.ndim for v in value.values())
 
 
-def _holds_weights(value: Any) -> bool:
-    """Whether there are tensors in it, in any order, or what was not read."""
+def _are_weights(value: Any) -> bool:
+    """Whether there are tensors in it, in any order, or what was not read. One alone is a curve or the like."""
     if isinstance(value, (dict, list, tuple)):
-        return any(map(_holds_weights, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, _Ignored) or (isinstance(value, Tensor) and value.ndim > 0)
+        values = value.values() if isinstance(value, dict) else value
+        return any(_are_weights(v) or (isinstance(v, Tensor) and v.ndim > 0) for v in values)
+    return isinstance(value, _Ignored) and not isinstance(value, _Number)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -339,9 +339,15 @@ def test_folder_of_test_images_alone(pictures):
     with pytest.raises(InputError, match=r"the folder has no test/ \(or val/\)"):
         load(str(pictures / "val"), image_size=16, test_only=True)
     (pictures / "other").rename(pictures / "train")
-    (pictures / "train" / "ape").mkdir()
-    with pytest.raises(InputError, match="train/ and val/ differ in class ape"):  # by which labels were to be numbered
+    (pictures / "train" / "ape").mkdir()  # labels are numbered by the training classes
+    data = load(str(pictures), image_size=16, test_only=True)
+    assert data.classes == ("ape", "cat", "dog") and set(data.test.labels.tolist()) == {1, 2}
+    (pictures / "val" / "emu").mkdir()
+    with pytest.raises(InputError, match="train/ and val/ differ in class ape"):
         load(str(pictures), image_size=16, test_only=True)
+    for folder in (pictures / "train").iterdir():
+        shutil.rmtree(folder)
+    assert load(str(pictures), image_size=16, test_only=True).classes == ("cat", "dog", "emu")
 
 
 def test_folder_errors(pictures):

@@ -1107,10 +1107,19 @@ def test_the_data_of_a_run_that_are_elsewhere(monkeypatch, capsys, a_run):
     assert "was trained on --data gone.npz; give --data where that is now (" in capsys.readouterr().err
 
 
-def test_a_folder_keeps_the_attacks_that_it_has(tmp_path):
+def test_a_folder_keeps_the_attacks_that_it_has(tmp_path, capsys):
     data, attack = digits(40), registry.PGD(steps=2, loss="margin", name="mine")
     first = quiet(fitted(), data, ["pgd-7", attack], folder=tmp_path / "kept")
     second = quiet(fitted(), data, "cw-30", folder=tmp_path / "kept")
     assert list(second.attacks) == ["clean", "cw-30", "pgd-7", "mine"] and second.attacks["mine"] == attack
     assert second.worst_case() <= first.worst_case()
     assert all(torch.equal(second.predicted[name], first.predicted[name]) for name in first.attacks)
+    path = tmp_path / "kept" / "settings.json"  # as of an attack that another program defined
+    path.write_text(path.read_text().replace('"mine": "pgd:', '"mine": "theirs:'))
+    assert list(quiet(fitted(), data, "pgd-7", folder=tmp_path / "kept").attacks) == ["clean", "pgd-7", "cw-30"]
+    assert "has results of mine, which are left out: attack theirs: there is none" in capsys.readouterr().err
+
+
+def test_attacks_with_names_of_their_own_may_be_alike():
+    """Their random numbers depend on the name."""
+    assert list(parse_all([registry.PGD(name="a"), registry.PGD(name="b")])) == ["clean", "a", "b"]

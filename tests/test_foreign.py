@@ -1,5 +1,6 @@
 """Checkpoints of other code: each public layout is read, to the same function, or refused for the true reason."""
 
+import dataclasses
 import json
 import pathlib
 import random
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from spat_train.checkpoints import _prefixes, load_checkpoint, load_model, normalisation, run_config, with_classes_of
-from spat_train.config import Config
+from spat_train.config import Config, check
+from spat_train.data import load
 from spat_train.evaluate import weights_hash
 from spat_train.images import Dataset, Images, InputError
 from spat_train.models import Normalize, PreActResNet18, WideResNet, create
@@ -94,6 +96,7 @@ PLAIN = {  # without numbers of a normalisation
     "a decay called ema": lambda s: {"model": s, "ema": 0.999},
     "settings called ema": lambda s: {"model": s, "args": {"ema": {"decay": torch.tensor(0.999), "every": 1}}},
     "three dicts deep": lambda s: {"run": {"trainer": {"model": s}}},
+    "numbers of the average": lambda s: {"net": s, "config": {"ema_decay": np.float64(0.9)}, "ema_losses": torch.ones(5)},
     "metrics as tensors": lambda s: {"classifier": s, "metrics": {"acc": torch.tensor(95.0)}},
     "counts as floats": lambda s: {n: v.float() if n.endswith("num_batches_tracked") else v for n, v in s.items()},
     "another's format and config": lambda s: {"format": "v1", "config": {"model": {"depth": 10}}, "model": s},
@@ -472,8 +475,6 @@ def digits_run(tmp_path, **options) -> Config:
 
 
 def test_fine_tuning_and_normalised_runs(tmp_path):
-    from spat_train.data import load
-
     theirs = create("small-cnn", 10, (1, 8, 8), mean=[0.3], std=[0.4])
     path = saved(tmp_path, {"net": theirs.state_dict()})
     config = digits_run(tmp_path, init=path, mean=(0.3,), std=(0.4,), lr=1e-12)
@@ -593,8 +594,6 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
         assert exit_info.value.code == 2
         return capsys.readouterr().err
 
-    from spat_train.data import load
-
     images = TestImages(load("digits"), torch.arange(5))
     shown = f"it names code, {code}, which would run: if you trust it, give"
     assert f"{shown} --model-name {code}" in command(run) and f"{shown} --model-name {code}" in command(run / "best.pt")
@@ -609,3 +608,21 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
     repeated = Options(device="cpu", scale=Scale(model=code))
     assert torch.equal(open_model(Run(run, config), images, repeated).model[1].weight, net[1].weight)
     assert (tmp_path / "ran").exists()
+
+
+def test_classes_and_normalisation_of_test_images_alone(tmp_path):
+    """The labels do not name all ten classes, and the model has no Normalize of its own."""
+    theirs = create("small-cnn", 10, (1, 8, 8)).state_dict()
+    path = saved(tmp_path, {"mu": torch.full((1, 1, 1, 1), 0.3), "sigma": torch.full((1, 1, 1, 1), 0.4)} | theirs)
+    data = load("digits")
+    data = dataclasses.replace(data, classes=("0", "1", "2"), all_classes=False)
+    model, _ = load_model(path, data, "small-cnn")
+    assert normalisation(model) == "mean 0.3, std 0.4" and with_classes_of(model, data).num_classes == 10
+
+
+@pytest.mark.parametrize("given", [{"flip": 1}, {"test": 0}, {"epochs": 2.0}])
+def test_configs_from_python_are_read_as_they_are_taken(tmp_path, given):
+    config = dataclasses.replace(digits_run(tmp_path), **given)
+    check(config)
+    torch.save({"format": "spat_train 3", "config": config.to_dict()}, tmp_path / "best.pt")
+    assert run_config(tmp_path / "best.pt") == config

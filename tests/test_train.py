@@ -632,6 +632,22 @@ def test_a_second_sigterm_ends_what_never_comes_to_an_end(monkeypatch, copy, cod
     assert seen == [(code, True) for code in codes] and wish.number == signal.SIGTERM
 
 
+def test_signals_of_forked_processes_are_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(signals, "COPY", 0.0)
+    monkeypatch.setattr(os, "_exit", seen.append)
+    with signals.StopWish().heard() as wish:
+        for _ in range(2):
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(TIMEOUT,))
+            child.start()
+            time.sleep(0.1)
+            child.terminate()
+            time.sleep(0.1)
+            child.kill()
+            child.join()
+    assert not seen and not wish.number
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
 def test_a_reader_that_dies_ends_the_run(tmp_path, monkeypatch, number):
     expected = settings(tmp_path / "expected", stream=True, epochs=3, limit=400, log_every=1)
