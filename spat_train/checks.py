@@ -83,8 +83,10 @@ def check_models(
     memory_format: torch.memory_format,
     attacks: dict[str, Attack],
 ) -> tuple[int, torch.memory_format]:
-    """Of modules in eval mode that take the images, agree on their classes, and that `attacks` can follow: the number of
-    classes, and the format of images that all of them take, `memory_format` where they do."""
+    """Check that the models are in eval mode, take the images, agree on the classes, and that `attacks` can follow them.
+
+    Returns the number of classes, and the format of images that all of them take: `memory_format` where they do.
+    """
     classes = 0
     dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
     for name, each in (("model", model), ("source", source)):

@@ -88,7 +88,7 @@ class Config:
     skip_broken: bool = False
     """Leave out pictures of a folder that cannot be decoded: every process decodes all of them once before the first step."""
     limit: int | None = None
-    """Use at most so many training and test images, drawn at random."""
+    """Maximum number of training and test images, drawn at random."""
     holdout: int | None = None
     """Training images that are held out to validate on. Default: a tenth of them, at most 1000; 0: no validation."""
     pad: int | None = None
@@ -160,7 +160,7 @@ class Config:
     eval_batch_size: int | None = None
     """Images attacked at once in validation and test. Default: 4 batches, at most 256."""
     patience: int | None = None
-    """Stop after so many validations without a better PGD accuracy."""
+    """Stop after this many validations without improvement in PGD accuracy."""
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None

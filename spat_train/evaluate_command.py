@@ -72,7 +72,7 @@ def evaluate_command(
             pgd-40x20,cw-30:kappa=0,pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255. Clean images are always among them.
         eps: radius of the L-infinity ball, in 1/255. Default: that of the run, else 8.
         eps_l2: radius of the L2 ball, for images in [0, 1].
-        limit: so many test images, drawn at random by --seed. Default: all.
+        limit: maximum number of test images, drawn at random by --seed. Default: all.
         model_name: the architecture, as --model in `spat-train train`. Default: that of the run. Where that is code, as
             package.module:factory, it has to be given again: it would run.
         activation: what replaces every ReLU of the model, where it is no run's. The weights do not tell.

@@ -123,7 +123,7 @@ class Evaluation:
 
 
 def percent(correct: Tensor) -> float:
-    """Of bool [N]."""
+    """The share of True in bool [N]."""
     return 100 * int(correct.sum()) / len(correct)
 
 

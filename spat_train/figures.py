@@ -288,7 +288,7 @@ def maxima(numbers: dict[str, dict], names: Sequence[str]) -> Figure:
             ax.hist(final[:, j], bins, color=style["color"], alpha=0.7, hatch=hatch, edgecolor="white", linewidth=0.2)
         ax.set(xscale="log", xlabel="final loss")
         ax.set_title(name, parse_math=False)
-    log_ticks(axes[0].xaxis, max(2, 15 // len(names)))  # of all
+    log_ticks(axes[0].xaxis, max(2, 15 // len(names)))  # 15 over all panels
     axes[0].set_ylabel("restarts")
 
     left, middle, right = bottom.subplots(1, 3)

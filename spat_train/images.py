@@ -233,7 +233,7 @@ def fingerprint(images: Images | Floats | Folder, *, contents: bool = False) -> 
 
 
 def _spread(count: int, total: int) -> Tensor:
-    """So many rows of `total`, the first and the last among them."""
+    """`count` rows of `total`, evenly spread, the first and the last among them."""
     return torch.arange(count) * (total - 1) // max(count - 1, 1)
 
 

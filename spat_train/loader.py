@@ -135,7 +135,7 @@ class Loader:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_deaf if self.workers else None,
-            generator=torch.Generator(),  # of the seeds that workers get and do not use: the global one stays as it is
+            generator=torch.Generator(),  # workers get seeds that they do not use: the global generator stays as it is
             multiprocessing_context=_Workers() if self.workers else None,
         )
         if not self.workers:
@@ -147,7 +147,7 @@ class Loader:
             raise InputError(f"--workers {self.workers}: they cannot start ({error.strerror}): {REMEDY}") from error
         try:
             yield from self._batches(parts, first, arrivals)
-        except (ConnectionError, EOFError, FileNotFoundError) as error:  # of the connection to one that died
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # the connection to one that died
             raise RuntimeError("DataLoader worker (pid 0) exited unexpectedly") from error
         finally:
             arrivals._shutdown_workers()  # now, whoever still refers to this iterator, such as a traceback
