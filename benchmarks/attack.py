@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import spat_kernels
 from benchmarks import measure, report, workmodel
 from benchmarks.measure import DTYPES, numerics
-from spat_train.models import create
+from spat_train.models.registry import create
 
 EPS, STEP = 8 / 255, 2 / 255
 CLASSES = 10

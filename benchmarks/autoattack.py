@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import spat_kernels
 from benchmarks import measure, report
-from spat_train.checkpoints import load_checkpoint
-from spat_train.data import load_npz
-from spat_train.images import floats
-from spat_train.models import create
+from spat_train.data.datasets import load_npz
+from spat_train.data.images import floats
+from spat_train.models.checkpoints import load_checkpoint
+from spat_train.models.registry import create
 
 STEPS, PUBLISHED = 10, 100  # of APGD and FAB in torchattacks, and in the paper
 

@@ -23,7 +23,7 @@ from benchmarks.attack import CLASSES, calibrated, photographs
 from benchmarks.measure import numerics
 from benchmarks.training import Ours, settings
 from spat_kernels import PGD, graphs
-from spat_train.models import create
+from spat_train.models.registry import create
 
 # By the first pattern that a kernel's or an operator's name has; cuDNN's kernels are named after their engines.
 KINDS = {

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks import measure, report
-from spat_train.data import load_npz
-from spat_train.images import Images
-from spat_train.loader import Loader, Order
+from spat_train.data.datasets import load_npz
+from spat_train.data.images import Images
+from spat_train.data.loader import Loader, Order
 
 PAD = 4
 Epoch = Callable[[], Iterator[tuple[Tensor, Tensor]]]

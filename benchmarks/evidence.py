@@ -17,13 +17,13 @@ import torch
 import tyro
 
 from benchmarks import measure
-from spat_train import logs
 from spat_train.config import Config
-from spat_train.data import load_npz
-from spat_train.evaluate import TEST, accuracies
-from spat_train.figures import write_curves
+from spat_train.data.datasets import load_npz
+from spat_train.evaluation.evaluate import TEST, accuracies
+from spat_train.papers.figures import write_curves
 from spat_train.presets import PRESETS
-from spat_train.train import train
+from spat_train.runtime import logs
+from spat_train.training.trainer import train
 
 _MNIST = replace(  # as the preset, at a scale of 2,000 images: fewer, so larger steps
     PRESETS["madry-mnist/madry"], preset="", limit=2000, holdout=200, steps=10, step_size=None, lr=1e-3, batch_size=50,

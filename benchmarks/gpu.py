@@ -28,8 +28,8 @@ import torch
 import tyro
 
 from benchmarks import measure
-from spat_train import files
-from spat_train.signals import StopWish
+from spat_train.runtime import atomic_write as files
+from spat_train.runtime.signals import StopWish
 
 GRACE = 10.0  # seconds that a step has to save, once it is interrupted
 LEAST = 10.0  # seconds without which no step begins

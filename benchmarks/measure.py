@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import spat_kernels
 from spat_kernels.precision import tf32_switches
-from spat_train import files
+from spat_train.runtime import atomic_write as files
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

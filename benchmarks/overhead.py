@@ -24,10 +24,10 @@ from benchmarks import measure, report, training
 from benchmarks.attack import CLASSES
 from benchmarks.training import METHODS, free, trainer
 from spat_train.config import Config
-from spat_train.images import Images
-from spat_train.objectives import HEADS
-from spat_train.signals import Stopped, StopWish
-from spat_train.train import gpu_arithmetic
+from spat_train.data.images import Images
+from spat_train.runtime.signals import Stopped, StopWish
+from spat_train.training.objectives import HEADS
+from spat_train.training.trainer import gpu_arithmetic
 
 
 class Clock:

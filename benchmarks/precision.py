@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from spat_kernels import pgd
-from spat_kernels.borrow import borrowed
-from spat_kernels.engine import input_gradient
+from spat_kernels.input_gradient.choose import input_gradient
 from spat_kernels.losses import CrossEntropy
+from spat_kernels.model_state.borrow import borrowed
 from spat_train.config import Config
-from spat_train.data import load_npz
-from spat_train.images import Dataset, floats
-from spat_train.models import create
-from spat_train.train import train
+from spat_train.data.datasets import load_npz
+from spat_train.data.images import Dataset, floats
+from spat_train.models.registry import create
+from spat_train.training.trainer import train
 
 EPS, BATCH = 8 / 255, 250
 AUTOCAST = [("autograd", "bf16"), ("autograd", "fp16")]

@@ -24,17 +24,18 @@ import torch
 import tyro
 
 from benchmarks import measure, report
-from spat_train import files, logs
-from spat_train.checkpoints import load_model
 from spat_train.config import Config, check
-from spat_train.data import load_npz
-from spat_train.evaluate import evaluate
-from spat_train.images import InputError
+from spat_train.data.datasets import load_npz
+from spat_train.errors import InputError
+from spat_train.evaluation.evaluate import evaluate
+from spat_train.models.checkpoints import load_model
+from spat_train.papers.reported import TABLES
+from spat_train.papers.runs import Run, differences, find_runs, title
 from spat_train.presets import PRESETS
-from spat_train.runs import Run, differences, find_runs, title
-from spat_train.signals import Stopped, StopWish
-from spat_train.sources import TABLES
-from spat_train.train import TrainingError, train
+from spat_train.runtime import atomic_write as files
+from spat_train.runtime import logs
+from spat_train.runtime.signals import Stopped, StopWish
+from spat_train.training.trainer import TrainingError, train
 
 TABLE = TABLES["6.1"]
 COLUMNS = {cell.attack: cell.column for cell in TABLE.cells}

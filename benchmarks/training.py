@@ -2,8 +2,8 @@
 
     python -m benchmarks.training --model wrn-16-4 --batch 64 --out benchmarks/results/cpu/training.json
 
-Ours is the trainer's own step (`spat_train.train.Run.step`: attack, update, optimiser, and all around them). "authors" is the
-loop that the method was published with, written out here from its formulas: fp32, contiguous, `torch.autograd.grad` in eval
+Ours is the trainer's own step (`spat_train.training.trainer.Run.step`: attack, update, optimiser, and all around them).
+"authors" is the loop that the method was published with, written out here from its formulas: fp32, contiguous, `torch.autograd.grad` in eval
 mode for the attack. TRADES computes the clean probabilities anew in every step of its attack and runs three forwards in train
 mode for the update; MART runs two, Madry one. The same loop under autocast in channels_last, and compiled as well, are rivals.
 All start alike: uniformly in the ball for Madry, at x + 0.001 randn for the others.
@@ -29,12 +29,12 @@ from benchmarks import measure, report
 from benchmarks.attack import CLASSES, EPS, STEP, ascend, photographs, uniform
 from benchmarks.measure import DTYPES, numerics
 from spat_train.config import Config, Method
-from spat_train.distributed import World
-from spat_train.images import Dataset, Images
-from spat_train.models import create
-from spat_train.run_folder import RunFolder
-from spat_train.signals import StopWish
-from spat_train.train import Run
+from spat_train.data.images import Dataset, Images
+from spat_train.models.registry import create
+from spat_train.runtime.distributed import World
+from spat_train.runtime.run_folder import RunFolder
+from spat_train.runtime.signals import StopWish
+from spat_train.training.trainer import Run
 
 METHODS = "madry", "trades", "mart"
 BETA = {"trades": 6.0, "mart": 5.0}
@@ -53,7 +53,7 @@ def inner_loss(method: str, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tenso
 
 
 def outer_loss(method: str, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """What the weights minimise; the formulas of `spat_train.objectives`, with the forwards that the authors' code runs."""
+    """What the weights minimise; the formulas of `training.objectives`, with the forwards that the authors' code runs."""
     if method == "madry":
         return F.cross_entropy(model(x_adv), y)
     clean = model(x)

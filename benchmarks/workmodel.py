@@ -30,7 +30,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks import measure
-from spat_train.models import create
+from spat_train.models.registry import create
 
 aten = torch.ops.aten
 MATRIX = {aten.convolution.default, aten.addmm.default, aten.mm.default}
@@ -223,7 +223,7 @@ def main(
     """Print the work of one attack step on each model and, if a device is given, its ceilings and the limits that follow.
 
     Args:
-        models: names of `spat_train.models.create`.
+        models: names of `spat_train.models.registry.create`.
         size: height and width of the images.
         batch: images, by which the weights' share of the bytes goes.
         device: "cpu" or "cuda".

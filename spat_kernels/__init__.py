@@ -2,13 +2,13 @@
 
 from . import losses
 from ._library import config
-from .apgd import APGD
-from .attacks import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
-from .autoattack import AutoAttack
-from .engine import explain
-from .fab import FAB
-from .graph import graphs
-from .square import Square
+from .attacks.apgd import APGD
+from .attacks.autoattack import AutoAttack
+from .attacks.fab import FAB
+from .attacks.pgd import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
+from .attacks.square import Square
+from .cuda_graphs.capture import graphs
+from .input_gradient.choose import explain
 
 __all__ = [
     "APGD",

@@ -6,7 +6,7 @@ Every attack, and every count of what is misclassified, asks here.
 import torch
 from torch import Tensor
 
-from .borrow import borrowed
+from .model_state.borrow import borrowed
 from .precision import tf32_switches
 
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 import tyro
 
-from . import gallery, tables
 from .config import Config
 from .demo import demo
-from .evaluate_command import attacks_command, evaluate_command
-from .figures import write_curves
-from .files import SaveError
-from .images import InputError
+from .errors import InputError
+from .evaluation.command import attacks_command, evaluate_command
+from .papers import gallery, tables
+from .papers.figures import write_curves
+from .papers.runs import Options
 from .presets import PRESETS
-from .runs import Options
-from .signals import Stopped
-from .train import TrainingError
-from .train import train as run
+from .runtime.atomic_write import SaveError
+from .runtime.signals import Stopped
+from .training.trainer import TrainingError
+from .training.trainer import train as run
 
 
 def train(arguments: list[str]) -> None:

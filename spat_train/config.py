@@ -11,8 +11,8 @@ import torch
 
 from spat_kernels import losses
 
-from .images import InputError
-from .models import import_own
+from .errors import InputError
+from .models.registry import import_own
 
 Method = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]
 # What may differ when a run goes on: where things are (the images themselves are compared) and how they are shown, but nothing

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from .config import Config
-from .data import load
-from .evaluate import TEST, accuracies, table
-from .images import Dataset, InputError
-from .pictures import large_eps, write_figure
-from .train import train
+from .data.datasets import load
+from .data.images import Dataset
+from .errors import InputError
+from .evaluation.evaluate import TEST, accuracies, table
+from .papers.pictures import large_eps, write_figure
+from .training.trainer import train
 
 DIGITS, GREY, COLOUR = (51.0, 14), (76.5, 15), (8.0, 15)  # eps in 1/255, epochs
 

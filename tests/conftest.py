@@ -153,7 +153,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory):
     """A folder of small trained runs; what tests write into it, such as evaluations, must not change what others find."""
-    from tests.finished_runs import write_runs
+    from tests.papers.finished_runs import write_runs
 
     return write_runs(tmp_path_factory.mktemp("finished"))
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import spat_kernels as sk
 from spat_kernels import PGD, checks, losses
-from tests.test_attacks import EPS, batch, cnn
-from tests.test_borrow import assert_same, snapshot
+from tests.attacks.test_pgd import EPS, batch, cnn
+from tests.model_state.test_borrow import assert_same, snapshot
 
 X, Y = batch()
 
@@ -180,7 +180,9 @@ def test_model_on_another_device():
 def test_bounds_are_what_x_is_held_to():
     x = X * 255
     x_adv = sk.pgd(cnn(), x, Y, 8.0, bounds=(0, 255))
-    assert (x_adv - x).abs().max() <= 8.001 and x_adv.min() >= 0 and x_adv.max() <= 255
+    assert (x_adv - x).abs().max() <= 8.001
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 255
     free = sk.pgd(cnn(), X - 0.5, Y, EPS, bounds=(-torch.inf, torch.inf))
     assert free.isfinite().all()
 
@@ -275,9 +277,8 @@ def test_late_checks_raise_the_same_and_leave_no_trace(late, wrong, settings):
         with pytest.raises(ValueError, match=message):
             PGD(EPS, generator=source, **settings)(model, **arguments)
     assert len(late) == 2
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(
-        generator.get_state(), torch.Generator().manual_seed(3).get_state()
-    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(3).get_state())
     assert_same(snapshot(model, X, Y), before)
 
 
@@ -285,7 +286,8 @@ def test_late_checks_read_once(late):
     """The read takes the number of unusable gradients along."""
     torch.manual_seed(1)
     found = PGD(EPS)(cnn(), X, Y)
-    assert late == [1] and (found - X).abs().max() <= EPS + 1e-7
+    assert late == [1]
+    assert (found - X).abs().max() <= EPS + 1e-7
     with pytest.warns(RuntimeWarning, match="NaN for 6 of 6"):
         PGD(EPS)(lambda x: x.flatten(1)[:, :10] * torch.nan, X, Y)
     assert late == [1, 1]
@@ -308,7 +310,8 @@ def test_values_are_checked_first_where_a_wrong_one_could_do_harm(monkeypatch):
     assert PGD(EPS)._may_check_late(nn.DataParallel(model), on_gpu)
     assert not PGD(EPS, loss="dlr", targeted=True)._may_check_late(model, on_gpu)
     assert not PGD(EPS, input_gradient="autograd")._may_check_late(model, on_gpu)
-    assert not PGD(EPS)._may_check_late(model, X) and not PGD(EPS)._may_check_late(lambda x: model(x), on_gpu)
+    assert not PGD(EPS)._may_check_late(model, X)
+    assert not PGD(EPS)._may_check_late(lambda x: model(x), on_gpu)
     model.register_forward_hook(lambda *_: None)
     assert not PGD(EPS)._may_check_late(nn.DataParallel(model), on_gpu)
 

@@ -14,11 +14,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from spat_train import cli, logs
+from spat_train import cli
 from spat_train.config import Config, check
-from spat_train.loader import Order
-from spat_train.optim import learning_rate
+from spat_train.data.loader import Order
 from spat_train.presets import PRESETS
+from spat_train.runtime import logs
+from spat_train.training.optim import learning_rate
 
 SMALL = [
     "--data", "digits", "--model", "small-cnn", "--eps", "51", "--epochs", "2", "--limit", "120", "--batch-size", "32",
@@ -36,7 +37,9 @@ def error(monkeypatch, capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as exit_info:
         run(monkeypatch, *arguments)
     out, err = capsys.readouterr()
-    assert exit_info.value.code == 2 and out == "" and err.count("\n") == 1
+    assert exit_info.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1
     return err
 
 
@@ -56,14 +59,21 @@ def test_presets_are_the_settings_of_the_sources():
     forwards = {"trades": "clean-adv-clean", "rst": "adv-clean", "mart": "clean-adv"}
     for name, c in PRESETS.items():
         check(replace(c, extra=Path("500k.pickle")) if name.startswith("table6.3") else c)
-        assert c.preset == name and c.forwards == forwards.get(c.method, "clean-adv")
+        assert c.preset == name
+        assert c.forwards == forwards.get(c.method, "clean-adv")
         eps, step_size, steps, start = c.attack_settings
         if name.startswith(("table6.1", "table6.2", "table6.4", "figure")):
-            assert c.lr == 0.1 and c.momentum == 0.9 and c.optimizer == "sgd" and start == "uniform" and steps == 10
-            assert step_size == pytest.approx(eps / 4) and c.kl_weight == (5 if c.method == "mart" else 6)
+            assert c.lr == 0.1
+            assert c.momentum == 0.9
+            assert c.optimizer == "sgd"
+            assert start == "uniform"
+            assert steps == 10
+            assert step_size == pytest.approx(eps / 4)
+            assert c.kl_weight == (5 if c.method == "mart" else 6)
         if name.startswith("table6.1"):
             assert (c.model, c.data, c.weight_decay, c.batch_size, eps) == ("wrn-34-10", "cifar10", 7e-4, 128, 8 / 255)
-            assert c.milestones == (75, 90) and c.epochs == 90
+            assert c.milestones == (75, 90)
+            assert c.epochs == 90
         if name.startswith("table6.2"):
             assert (c.model, c.data, c.weight_decay) == ("wrn-34-10", "cifar100", 7e-4 if c.method == "mart" else 2e-4)
             assert (c.epochs, c.milestones, c.batch_size) == (90, (75, 90), 128)  # "same settings except for weight decay"
@@ -73,11 +83,14 @@ def test_presets_are_the_settings_of_the_sources():
             assert len(Order(torch.arange(50_000), c.batch_size, 0, 500_000, c.extra_fraction).epoch(0)) == 196
             rates = [0.05 * (1 + math.cos((epoch - 1) / 200 * math.pi)) for epoch in range(1, 201)]  # RST's code counts from 1
             assert [learning_rate(c, epoch, 1.0) for epoch in range(200)] == pytest.approx(rates, rel=1e-12)
-            assert c.nesterov and c.weight_decay == 5e-4 and (eps, step_size) == (pytest.approx(0.031), pytest.approx(0.007))
+            assert c.nesterov
+            assert c.weight_decay == 5e-4
+            assert (eps, step_size) == (pytest.approx(0.031), pytest.approx(0.007))
         if name.startswith("table6.4"):
             assert (c.model, c.data, c.batch_size, c.epochs, c.pad, c.holdout) == ("resnet-18", "stl10", 32, 200, 4, 250)
         if name.startswith("figure"):
-            assert c.evaluation_eps == 8 and c.milestones == (75, 90)
+            assert c.evaluation_eps == 8
+            assert c.milestones == (75, 90)
         if name.startswith("madry-mnist"):
             assert (c.optimizer, c.lr, eps, step_size, steps) == ("adam", 1e-4, 0.3, pytest.approx(0.01), 40)
             assert (c.model, c.batch_size, c.epochs * 59_000 // 50 // 1000, c.weight_decay) == ("mnist-cnn", 50, 100, 0)
@@ -111,14 +124,18 @@ def test_train_writes_a_run(monkeypatch, capsys, tmp_path):
     names = {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     saved = json.loads((folder / "config.json").read_text())
-    assert saved["method"] == "mart" and saved["alpha"] == 0.3 and saved["eps"] == 51 and saved["weight_decay"] == 7e-4
+    assert saved["method"] == "mart"
+    assert saved["alpha"] == 0.3
+    assert saved["eps"] == 51
+    assert saved["weight_decay"] == 7e-4
     test = json.loads((folder / "result.json").read_text())["test"]
     found = ", ".join(f"{name} {value:.2f} %" for name, value in test.items())
     epoch = json.loads((folder / "result.json").read_text())["best"]["epoch"]
     assert out == f"{folder}: best.pt, of epoch {epoch} of 2: {found} on 120 test images\n"
     train, validation = logs.read(folder, "train"), logs.read(folder, "validation")
     assert all({"loss", "bce", "kl", "lr", "images_per_second"} <= event.keys() for event in train)
-    assert [event["epoch"] for event in validation] == [1, 2] and validation[0]["step"] == 4
+    assert [event["epoch"] for event in validation] == [1, 2]
+    assert validation[0]["step"] == 4
 
     run(monkeypatch, "plot", folder, folder, "--out", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -131,8 +148,8 @@ def test_train_writes_a_run(monkeypatch, capsys, tmp_path):
 
 
 def test_the_best_checkpoint_loads_into_its_model(monkeypatch, tmp_path):
-    from spat_train.checkpoints import load_checkpoint
-    from spat_train.models import create
+    from spat_train.models.checkpoints import load_checkpoint
+    from spat_train.models.registry import create
 
     run(monkeypatch, "train", *SMALL, "--out", tmp_path / "run", "--ema", "0.9", "--no-test")
     for name in ("best.pt", "last.pt"):
@@ -150,7 +167,8 @@ def test_ctrl_c_while_a_command_reads_its_files_is_one_line(monkeypatch, capsys)
     monkeypatch.setattr(cli, "run", interrupted)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "train", *SMALL)
-    assert stop.value.code == 130 and capsys.readouterr().err == "spat-train: interrupted\n"
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "spat-train: interrupted\n"
 
 
 def test_a_tensorboard_that_does_not_work_is_left_out(monkeypatch, capsys, tmp_path):
@@ -188,7 +206,8 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
         pytest.importorskip("torchvision", exc_type=Exception)
     monkeypatch.chdir(tmp_path)
     err = error(monkeypatch, capsys, "train", *arguments)
-    assert err.startswith("spat-train: error: ") and re.search(message, err)
+    assert err.startswith("spat-train: error: ")
+    assert re.search(message, err)
 
 
 def test_a_mistyped_command(monkeypatch, capsys):
@@ -207,7 +226,8 @@ def test_help_says_the_units(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "train", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "in 1/255" in text and "table6.1/mart+spat" in text
+    assert "in 1/255" in text
+    assert "table6.1/mart+spat" in text
     with pytest.raises(SystemExit):
         run(monkeypatch, "--help")
     text = capsys.readouterr().out

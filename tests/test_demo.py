@@ -12,11 +12,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from spat_train import cli, logs
+from spat_train import cli
 from spat_train import demo as demo_module
-from spat_train.models import SmallCNN
-from spat_train.pictures import large_eps
-from tests.test_data import arrays, saved
+from spat_train.models.registry import SmallCNN
+from spat_train.papers.pictures import large_eps
+from spat_train.runtime import logs
+from tests.data.test_datasets import arrays, saved
 
 PNG = b"\x89PNG"
 

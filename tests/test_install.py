@@ -130,7 +130,8 @@ def test_an_sdist_can_build_and_test_itself(tmp_path):
     wanted = {
         str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cu", ".h")
     }
-    assert wanted <= held and {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py", ".ci/run"} <= held
+    assert wanted <= held
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py", ".ci/run"} <= held
 
 
 @pytest.mark.parametrize("use", ["import spat_kernels", "from spat_train.__main__ import main; main()"])
@@ -143,7 +144,9 @@ importlib.util.find_spec = lambda name, *rest: None if name == "spat_kernels._C"
 """
     done = run("-c", script, cwd=ROOT)
     *before, last = done.stderr.splitlines()
-    assert done.returncode == 1 and "is a checkout, not the installed spat_kernels" in last and "pip install -e ." in last
+    assert done.returncode == 1
+    assert "is a checkout, not the installed spat_kernels" in last
+    assert "pip install -e ." in last
     assert not before or use == "import spat_kernels"
 
 
@@ -156,7 +159,8 @@ from spat_train.__main__ import main
 main()
 """
     done = run("-c", script, cwd=ROOT)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1
+    assert done.stdout == ""
     assert done.stderr == f"spat-train: error: {package} is not installed: pip install 'spat_kernels[train]'\n"
 
 
@@ -174,4 +178,5 @@ def test_the_command_whose_reader_leaves():
         [sys.executable, "-m", "spat_train", "attacks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     )
     command.stdout.close()
-    assert command.stderr.read() == b"" and command.wait() == 141
+    assert command.stderr.read() == b""
+    assert command.wait() == 141

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from spat_kernels import APGD, AutoAttack, losses, pgd
-from spat_kernels.autoattack import VERSIONS, fewest_classes
-from spat_train.attacks import parse
+from spat_kernels.attacks.autoattack import VERSIONS, fewest_classes
 from spat_train.config import Config, check
-from spat_train.data import load
-from spat_train.evaluate import evaluate
-from spat_train.evaluate_command import attacks_command
-from spat_train.images import InputError
-from spat_train.objectives import training_attack
-from spat_train.train import train
-from tests.test_attacks import EPS, batch, cnn
+from spat_train.data.datasets import load
+from spat_train.errors import InputError
+from spat_train.evaluation.attack_specs import parse
+from spat_train.evaluation.command import attacks_command
+from spat_train.evaluation.evaluate import evaluate
+from spat_train.training.objectives import training_attack
+from spat_train.training.trainer import train
+from tests.attacks.test_pgd import EPS, batch, cnn
 
 
 @pytest.fixture
@@ -69,7 +69,8 @@ def seeded():
 def test_names_are_those_of_the_registry():
     assert tuple(losses.LOSSES) == tuple(kind.name for kind in losses.OURS)
     assert losses.named("ls", alpha=0.2) == losses.named("lsce", alpha=0.2) == losses.LabelSmoothedCE(0.2)
-    assert losses.named("ce") == losses.CrossEntropy() and losses.named("margin", kappa=3.0) == losses.Margin(3.0)
+    assert losses.named("ce") == losses.CrossEntropy()
+    assert losses.named("margin", kappa=3.0) == losses.Margin(3.0)
     with pytest.raises(ValueError, match="loss='ls': alpha must be given, as .*losses.LabelSmoothedCE"):
         losses.as_loss("ls")
     with pytest.raises(ValueError, match="kappa is a setting of loss=margin, not of ce"):
@@ -103,7 +104,8 @@ def test_attacks_know_a_registered_loss(toy, plain):
 
 def test_the_grammar_knows_a_registered_loss(toy, capsys):
     attack = parse("pgd:loss=toy:slope=2:steps=4")
-    assert attack.spec == "pgd:loss=toy:slope=2.0:steps=4" and attack.least_classes == 3
+    assert attack.spec == "pgd:loss=toy:slope=2.0:steps=4"
+    assert attack.least_classes == 3
     assert attack.describe().startswith("PGD on the toy loss (slope 2, offset 0.5), 4 steps")
     assert parse("pgd:loss=toy:slope=1:target=random").least_classes == 4
     assert parse("apgd:offset=0:loss=toy:slope=1").maximised == toy(1.0, 0.0)
@@ -116,7 +118,8 @@ def test_the_grammar_knows_a_registered_loss(toy, capsys):
 
     model, (x, y) = nn.Sequential(cnn()).eval(), batch(8)
     found = evaluate(model, (x, y), "pgd:loss=toy:slope=1:steps=2,apgd:loss=toy:slope=1:steps=3", eps=EPS, bar=None)
-    assert len(found) == 8 and set(found.predicted) == {"clean", *list(found.attacks)[1:]}
+    assert len(found) == 8
+    assert set(found.predicted) == {"clean", *list(found.attacks)[1:]}
     with pytest.raises(InputError, match="attack pgd:loss=toy:slope=1: it needs 3 classes, the model has 2"):
         evaluate(cnn(2).eval(), (x, y % 2), "pgd:loss=toy:slope=1", eps=EPS, bar=None)
 
@@ -153,7 +156,7 @@ def test_the_trainer_counts_the_classes_first():
     data = load("digits")
     two = replace(data, train=replace(data.train, labels=data.train.labels % 2), classes=("0", "1"))
     with pytest.raises(InputError, match="--inner dlr: loss 'dlr' needs at least 3 classes here, the model has 2"):
-        train(Config(inner="dlr", data="digits", device="cpu", model="tests.test_train:without_parameters"), two)
+        train(Config(inner="dlr", data="digits", device="cpu", model="tests.training.test_trainer:without_parameters"), two)
 
 
 def test_a_setting_is_not_called_as_one_of_the_attack():
@@ -208,4 +211,6 @@ def test_commands_import_the_module_of_the_model_which_may_register_losses(tmp_p
     evaluated = command("evaluate", "run", "--attacks", attacks, *options)
     assert evaluated.returncode == 0 and attacks in evaluated.stdout, evaluated.stderr
     missing = command("train", "--data", "digits", "--model", "none:net", "--inner", "entropy")
-    assert missing.returncode == 2 and "--model none:net" in missing.stderr and "cannot be imported" in missing.stderr
+    assert missing.returncode == 2
+    assert "--model none:net" in missing.stderr
+    assert "cannot be imported" in missing.stderr

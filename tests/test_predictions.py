@@ -10,7 +10,7 @@ from torch import nn
 import spat_kernels as sk
 from spat_kernels import APGD, FAB, PGD, AutoAttack, Square
 from spat_kernels.predictions import other_classes, predictions
-from tests.test_fooled import EPS, Around, accuracy, linear
+from tests.attacks.test_fooled import EPS, Around, accuracy, linear
 
 # ---- classes
 
@@ -31,7 +31,8 @@ def test_other_classes_are_never_the_label(dtype):
         others, possible = other_classes(logits, y)
         assert torch.equal(torch.cat((others, y[:, None]), 1).sort(1).values, torch.arange(4).expand(4, 4))
         values = logits.gather(1, others)
-        assert (values[:, :-1] >= values[:, 1:]).all() and torch.equal(possible, values > -inf)
+        assert (values[:, :-1] >= values[:, 1:]).all()
+        assert torch.equal(possible, values > -inf)
 
 
 # ---- NaN logits
@@ -82,7 +83,8 @@ def test_square_goes_on_where_logits_overflow_together():
     y = predictions(model(x))
     x_adv = Square(EPS, queries=100, generator=torch.Generator().manual_seed(0))(model, x, y)
     moved = (x_adv != x).flatten(1).any(1)
-    assert moved.any() and torch.equal(moved, predictions(model(x_adv)) != y)
+    assert moved.any()
+    assert torch.equal(moved, predictions(model(x_adv)) != y)
 
 
 # ---- classes that are ruled out
@@ -120,7 +122,8 @@ def test_classes_that_are_ruled_out_change_nothing(attack):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found.append(attack(model, x, y))
-    assert torch.equal(found[0], found[1]) and accuracy(Subset(net), found[0], y) < 0.9
+    assert torch.equal(found[0], found[1])
+    assert accuracy(Subset(net), found[0], y) < 0.9
 
 
 def test_more_targets_than_classes_that_are_possible():
@@ -134,7 +137,8 @@ def test_more_targets_than_classes_that_are_possible():
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 left.append(accuracy(Subset(net), kind(EPS, steps=10, targets=targets)(model, x, y), y))
-        assert abs(left[0] - left[1]) < 0.1 and max(left) < 0.9
+        assert abs(left[0] - left[1]) < 0.1
+        assert max(left) < 0.9
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
@@ -168,7 +172,7 @@ def test_dlr_of_few_possible_classes_is_the_margin(attack, possible):
 
 def test_targets_of_an_evaluation_are_possible_classes():
     pytest.importorskip("tqdm")
-    from spat_train.attacks import parse
+    from spat_train.evaluation.attack_specs import parse
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     x, seen = torch.rand(40, 1, 8, 8), set()
@@ -177,7 +181,8 @@ def test_targets_of_an_evaluation_are_possible_classes():
         attack = parse(name)
         for run in range(runs):
             targets = attack._targets(Masked(net), x, y, which, run)
-            assert (targets < 5).all() and (targets != y).all()
+            assert (targets < 5).all()
+            assert (targets != y).all()
             assert torch.equal(targets, attack._targets(Subset(net), x, y, which, run))
             seen |= set(targets.tolist())
     assert seen == set(range(5))

@@ -10,8 +10,9 @@ from typing import get_type_hints
 import pytest
 
 import spat_kernels as sk
-from spat_kernels import attacks, balls, settings
-from spat_kernels.autoattack import VERSIONS
+from spat_kernels import balls, settings
+from spat_kernels.attacks import pgd as attacks
+from spat_kernels.attacks.autoattack import VERSIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +54,7 @@ CALLS = [
 def test_mypy_finds_wrong_arguments(tmp_path):
     """One process, which reads torch's hints once: calls that are right pass, each wrong one is an error of its kind."""
     pytest.importorskip("mypy")
-    head = "import torch\nimport spat_kernels as sk\nfrom spat_train.evaluate import evaluate\n"
+    head = "import torch\nimport spat_kernels as sk\nfrom spat_train.evaluation.evaluate import evaluate\n"
     head += "model, x, y = torch.nn.Flatten(), torch.rand(2, 3), torch.zeros(2, dtype=torch.int64)\n"
     script = tmp_path / "calls.py"
     script.write_text(head + "".join(f"{call}\n" for call, _ in CALLS))
@@ -92,11 +93,14 @@ def test_settings_are_those_of_the_attacks():
     assert hints(sk.pgd_ls) == {name: hint for name, hint in (pgd | call).items() if name not in ("loss", "kappa")}
     defaults = {f.name: f.default for f in fields(sk.PGD) if f.default is not MISSING}
     given = {name: p.default for name, p in signature(sk.pgd_ls).parameters.items() if name in defaults}
-    assert given == {name: defaults[name] for name in given} and len(given) == len(pgd) - 2
+    assert given == {name: defaults[name] for name in given}
+    assert len(given) == len(pgd) - 2
 
 
 def test_choices_are_those_at_run_time():
-    assert tuple(balls.BALLS) == settings.NORMS and tuple(VERSIONS) == settings.Version.__args__
-    assert attacks.SELECT == ("success", "loss") and settings.BN_MODES == ("eval", "train", "keep")
+    assert tuple(balls.BALLS) == settings.NORMS
+    assert tuple(VERSIONS) == settings.Version.__args__
+    assert attacks.SELECT == ("success", "loss")
+    assert settings.BN_MODES == ("eval", "train", "keep")
     for package in ("spat_kernels", "spat_train"):
         assert (ROOT / package / "py.typed").exists()

@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from . import build, load
+from tests.cuda_on_cpu import build, load
 
 with tempfile.TemporaryDirectory() as folder:
     load(build(Path(folder)))

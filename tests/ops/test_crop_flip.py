@@ -59,7 +59,8 @@ def test_is_torchvision(impl, last):
         expected.append(tv.to_tensor(image.movedim(0, -1).numpy()))
     out, intact = sentinels((6, 3, 13, 10), torch.float32, impl.device, channels_last=last)
     impl("crop_flip")(*(t.to(impl.device) for t in (images, rows, ids, seed)), out, 3, True)
-    assert torch.equal(out.cpu(), torch.stack(expected)) and intact()
+    assert torch.equal(out.cpu(), torch.stack(expected))
+    assert intact()
 
 
 def test_every_value_is_its_quotient(impl):
@@ -99,7 +100,8 @@ def test_crops_and_flips_are_uniform(device):
         flipped = (right < middle).long()
         dy, dx = middle // 8 - 4 + pad, middle % 8 - (4 - flipped) + pad
         counts = torch.bincount((dy * 5 + dx) * 2 + flipped, minlength=50).double()
-        assert len(counts) == 50 and ((counts - n / 50) ** 2 / (n / 50)).sum() < 85.35
+        assert len(counts) == 50
+        assert ((counts - n / 50) ** 2 / (n / 50)).sum() < 85.35
 
 
 def test_a_crop_belongs_to_its_id(impl):
@@ -137,7 +139,9 @@ def test_images_beyond_32_bits(impl, tmp_path):
     rows, ids, seed = vectors(impl.device, [count - 1, 0, count], [0, 1, 2], SEED)
     out = torch.zeros(3, 1, 32, 32, device=impl.device)
     impl("crop_flip")(images, rows, ids, seed, out, 0, True)
-    assert (out[0] == 1).all() and (out[1] == 0).all() and out[2].isnan().all()
+    assert (out[0] == 1).all()
+    assert (out[1] == 0).all()
+    assert out[2].isnan().all()
 
 
 @pytest.mark.parametrize(

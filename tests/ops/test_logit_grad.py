@@ -108,7 +108,9 @@ def test_matches_autograd(impl, name, classes):
             dlogits, intact = sentinels((rows, classes), dtype, impl.device, offset)
             value, value_intact = sentinels((rows,), acc(dtype), impl.device, offset)
             call(impl, logits, y, q, dlogits, value)
-            assert intact() and value_intact() and torch.equal(logits, z)
+            assert intact()
+            assert value_intact()
+            assert torch.equal(logits, z)
 
             exact, exact_value = eager(loss, z.double(), y, q.double())
             grad, eager_value = eager(loss, z, y, q)
@@ -165,7 +167,8 @@ def test_normalized_gradient(impl, classes):
             )
             impl("lsce_grad")(logits, y, dlogits, value, 0.0, targeted, SCALE, True)
             impl("lsce_grad")(logits, y, plain, plain_value, 0.0, targeted, SCALE, False)
-            assert intact() and torch.equal(value, plain_value)
+            assert intact()
+            assert torch.equal(value, plain_value)
             assert (dlogits.gather(1, y[:, None]) == -scale).all(), "exactly"
             exact = scale * normalized(z, y)
             accuracy = {torch.float64: 1e-13, torch.float32: 4e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
@@ -195,7 +198,8 @@ def test_normalized_gradient_of_certain_samples(impl):
         dlogits = torch.full_like(z, torch.nan)
         impl("lsce_grad")(z, y, dlogits, None, 0.0, False, 1.0, True)
         torch.testing.assert_close(dlogits.double(), normalized(z, y), rtol=1e-6, atol=0)
-        assert (dlogits[:, 0] == -1).all() and dlogits[4].tolist() == [-1.0, 0.0, 1.0, 0.0]
+        assert (dlogits[:, 0] == -1).all()
+        assert dlogits[4].tolist() == [-1.0, 0.0, 1.0, 0.0]
 
 
 def test_normalized_gradient_without_a_direction(impl):
@@ -215,8 +219,10 @@ def test_normalized_gradient_without_a_direction(impl):
     for op in (impl("lsce_grad"), reference("lsce_grad")):
         dlogits = torch.full_like(z, 7.0)
         op(z, y, dlogits, value, 0.0, False, 1.0, True)
-        assert (dlogits[:2] == 0).all() and value[0] == 0
-        assert dlogits[2:6].isnan().any(1).all() and dlogits[6].isfinite().all()
+        assert (dlogits[:2] == 0).all()
+        assert value[0] == 0
+        assert dlogits[2:6].isnan().any(1).all()
+        assert dlogits[6].isfinite().all()
 
 
 def test_normalize_is_for_cross_entropy_alone(impl):
@@ -230,7 +236,8 @@ def test_margin_of_negative_logits(impl):
     z = torch.tensor([[-5.0, -2.0, -9.0]], device=impl.device)
     dlogits, value = torch.empty_like(z), torch.empty(1, device=impl.device)
     impl("margin_grad")(z, torch.tensor([1], device=impl.device), dlogits, value, 50.0, False, 1.0)
-    assert value.item() == -3 and dlogits.tolist() == [[1.0, -1.0, 0.0]]
+    assert value.item() == -3
+    assert dlogits.tolist() == [[1.0, -1.0, 0.0]]
 
 
 @pytest.mark.parametrize(("kappa", "value", "slope"), [(0.0, 0.0, 0.0), (2.0, 2.0, 1.0), (1.99, 1.99, 0.0), (50.0, 2.0, 1.0)])
@@ -238,7 +245,8 @@ def test_margin_stops_beyond_kappa(impl, kappa, value, slope):
     z = torch.tensor([[1.0, 3.0, 0.0]], device=impl.device)
     dlogits, got = torch.empty_like(z), torch.empty(1, device=impl.device)
     impl("margin_grad")(z, torch.tensor([0], device=impl.device), dlogits, got, kappa, False, 1.0)
-    assert got.item() == pytest.approx(value) and dlogits.tolist() == [[-slope, slope, 0.0]]
+    assert got.item() == pytest.approx(value)
+    assert dlogits.tolist() == [[-slope, slope, 0.0]]
 
 
 def test_ties_go_by_index(impl):
@@ -249,7 +257,8 @@ def test_ties_go_by_index(impl):
     assert dlogits.tolist() == [[1.0, 0.0, 0.0, -1.0, 0.0]]
     value = torch.empty(1, device=impl.device)
     impl("dlr_grad")(z, y, None, dlogits, value, 1.0)
-    assert value.item() == 0 and dlogits.isfinite().all()
+    assert value.item() == 0
+    assert dlogits.isfinite().all()
     assert dlogits[0].sign().tolist() == [1.0, 0.0, 0.0, -1.0, 0.0]
 
 
@@ -267,10 +276,14 @@ def test_dlr_of_few_possible_classes_is_the_margin(impl, possible, targeted):
         impl("dlr_grad")(z, y, t if targeted else None, dlogits, value, 1.0)
         margin = torch.where(y == 0, -2.0, 2.0) if possible > 1 else torch.tensor([-torch.inf] * 2, device=impl.device)
         if possible < (4 if targeted else 3):
-            assert torch.equal(value, margin.to(value)) and torch.equal(dlogits.gather(1, y[:, None]), -torch.ones_like(z[:, :1]))
-            assert (dlogits == 1).sum() == 2 and (dlogits == 0).sum() == 10
+            assert torch.equal(value, margin.to(value))
+            assert torch.equal(dlogits.gather(1, y[:, None]), -torch.ones_like(z[:, :1]))
+            assert (dlogits == 1).sum() == 2
+            assert (dlogits == 0).sum() == 10
         else:
-            assert value.isfinite().all() and (value.sign() == margin.sign()).all() and dlogits.isfinite().all()
+            assert value.isfinite().all()
+            assert (value.sign() == margin.sign()).all()
+            assert dlogits.isfinite().all()
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -281,7 +294,8 @@ def test_dlr_of_a_label_that_is_ruled_out_is_finite(impl, targeted):
         dlogits, value = torch.full_like(z, torch.nan), torch.empty(1, dtype=acc(dtype), device=impl.device)
         impl("dlr_grad")(z, y, t if targeted else None, dlogits, value, 1.0)
         assert value.item() == torch.inf
-        assert dlogits.isfinite().all() and dlogits[0].sign().tolist() == [0.0, 1.0, 0.0, 0.0, -1.0]
+        assert dlogits.isfinite().all()
+        assert dlogits[0].sign().tolist() == [0.0, 1.0, 0.0, 0.0, -1.0]
 
 
 def test_labels_outside_the_classes_are_nan_and_harmless(impl):
@@ -300,7 +314,8 @@ def test_labels_outside_the_classes_are_nan_and_harmless(impl):
         if name == "dlr_targeted":  # its targets are (y + 1) % K: valid for y = -1
             d_bad[1], v_bad[1] = torch.nan, torch.nan
         assert d_bad[1:3].isnan().all() and v_bad[1:3].isnan().all(), name
-        assert torch.equal(d_bad[[0, 3]], d[[0, 3]]) and torch.equal(v_bad[[0, 3]], v[[0, 3]])
+        assert torch.equal(d_bad[[0, 3]], d[[0, 3]])
+        assert torch.equal(v_bad[[0, 3]], v[[0, 3]])
 
 
 def test_masked_logits(impl):
@@ -311,7 +326,8 @@ def test_masked_logits(impl):
         dlogits, value = torch.empty_like(z), torch.empty(1, device=impl.device)
         LOSSES[name][2](impl, z, y, q, dlogits, value)
         assert dlogits.isfinite().all() and value.isfinite().all(), name
-        assert dlogits[0, 1] == 0 and dlogits[0, 3] == 0
+        assert dlogits[0, 1] == 0
+        assert dlogits[0, 3] == 0
 
 
 def test_large_logits_do_not_overflow(impl):

@@ -98,7 +98,8 @@ def test_logits_are_as_good_as_eagers(impl, shape, channels, classes):
                 impl("pool_linear")(*arguments)
                 *given, logits = arguments
                 assert_as_good(logits, eager_forward(*given), eager_forward(*in_fp64(given)), (dtype, offset, bias))
-                assert intact() and not logits.isnan().any()
+                assert intact()
+                assert not logits.isnan().any()
 
 
 @pytest.mark.parametrize(("shape", "channels", "classes"), SHAPES, ids=str)
@@ -119,7 +120,8 @@ def test_gradients_are_as_good_as_eagers(impl, shape, channels, classes):
             if "mask" in given:
                 off = as_rows(dx)[~unpack_bits(arguments[2], channels)]
                 assert (bits_of(off[None]) == 0).all(), "+0, whatever the gradient"
-            assert intact() and not dx.isnan().any()
+            assert intact()
+            assert not dx.isnan().any()
             assert all(t is None or torch.equal(t, b) for t, b in zip(arguments, before, strict=False)), "inputs stay"
 
 
@@ -150,7 +152,8 @@ def test_formula_by_hand(impl):
     mask = torch.tensor([[0b11], [0b01], [0b11], [0b11]], dtype=torch.uint8, device=impl.device)
     scale, dx = torch.tensor([3.0, -1.0], device=impl.device), torch.full_like(x, torch.nan)
     impl("pool_linear_grad")(dlogits, weight, mask, scale, None, dx)
-    assert dx[0].tolist() == [[-6.0, -6.0], [3.0, 0.0]] and (dx[1] == 0).all()
+    assert dx[0].tolist() == [[-6.0, -6.0], [3.0, 0.0]]
+    assert (dx[1] == 0).all()
     factor = torch.full((2,), torch.nan, device=impl.device)
     impl("pool_linear_grad")(dlogits, weight, mask, None, factor, dx)
     tiny = torch.finfo(torch.float32).tiny
@@ -172,7 +175,8 @@ def test_not_finite_stays_in_its_sample(impl):
             reference("pool_linear")(spoilt, weight, bias, expected)
             torch.testing.assert_close(poisoned, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
             others = [i for i in range(9) if i not in (2, 8)]
-            assert torch.equal(poisoned[others], logits[others]) and not poisoned[[2, 8]].isfinite().all(1).any()
+            assert torch.equal(poisoned[others], logits[others])
+            assert not poisoned[[2, 8]].isfinite().all(1).any()
 
             arguments, _ = backward_case((9, 2, 3), 19, 5, dtype, impl.device)
             arguments[1][:, 4] = 0
@@ -195,7 +199,9 @@ def test_an_infinite_gradient_is_an_infinite_factor(impl):
     (dlogits, weight, _, _, factor, dx), _ = backward_case((3, 2, 2), 16, 3, torch.float32, impl.device)
     dlogits[1, 2] = torch.inf
     impl("pool_linear_grad")(dlogits, weight, None, None, factor, dx)
-    assert factor[1] == torch.inf and dx[1].isnan().all() and dx[[0, 2]].isfinite().all()
+    assert factor[1] == torch.inf
+    assert dx[1].isnan().all()
+    assert dx[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1e30])
@@ -208,9 +214,11 @@ def test_gradients_of_any_size_are_scaled_to_1(impl, size):
         tiny = torch.finfo(dlogits.dtype).tiny
         largest = dx.double().abs().flatten(1).amax(1)
         if size == 0:
-            assert (dx == 0).all() and (factor == tiny / 16).all()
+            assert (dx == 0).all()
+            assert (factor == tiny / 16).all()
         elif size < 1e-40 and dtype != torch.float64:
-            assert (factor == tiny / 16).all() and (largest < 1e-5).all()
+            assert (factor == tiny / 16).all()
+            assert (largest < 1e-5).all()
         else:
             torch.testing.assert_close(largest, torch.ones_like(largest), rtol=1e-5, atol=0)
             torch.testing.assert_close(factor.double(), g / 16, rtol=1e-5, atol=0)

@@ -99,7 +99,8 @@ def test_compiles_in_one_graph(device, dynamic):
         z, y = torch.randn(batch, 10, device=device), torch.randint(10, (batch,), device=device)
         eps = torch.tensor([0.1], device=device)
         got, want = compiled(x.clone(), x, grad, eps, z, y), attack_step(x.clone(), x, grad, eps, z, y)
-        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
 
 
 @pytest.mark.slow
@@ -118,7 +119,8 @@ def test_crops_compile_in_one_graph(device, dynamic):
 
 def test_config_tells_what_serves():
     config = spat_kernels.config()
-    assert config["compiled"] and config["backend"] == "auto"
+    assert config["compiled"]
+    assert config["backend"] == "auto"
     cuda = "CUDA C++" if config["cuda"] else "Triton"
     assert all(keys == {"CPU": "C++", "CUDA": cuda} for keys in config["ops"].values())
     for op, keys in config["ops"].items():
@@ -164,7 +166,8 @@ def test_backend_is_forced_and_all_agree():
 
 def test_unknown_backend_is_refused():
     result = run("cuda")
-    assert result.returncode != 0 and "choose one of auto, compiled, triton, reference" in result.stderr
+    assert result.returncode != 0
+    assert "choose one of auto, compiled, triton, reference" in result.stderr
 
 
 @pytest.mark.gpu

@@ -218,7 +218,8 @@ def test_more_than_one_thread(device):
     a = torch.randn(40, 24, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     mask, _ = mask_like(a)
     out = ops.scale_shift_relu(a, torch.empty_like(a), mask=mask)
-    assert torch.equal(out, a.relu()) and torch.equal(mask, pack_bits(as_rows(a) > 0))
+    assert torch.equal(out, a.relu())
+    assert torch.equal(mask, pack_bits(as_rows(a) > 0))
     assert torch.equal(ops.scale_shift_relu_grad(a, torch.empty_like(a), mask=mask), a.relu())
 
 

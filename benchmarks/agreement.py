@@ -1,0 +1,201 @@
+"""Our attacks beside those of torchattacks, foolbox and ART: one model, one set of images, one start.
+
+    python -m benchmarks.agreement runs/mnist-madry runs/cifar10-mart --data mnist.npz cifar10.npz --out judges.json
+
+Nothing is random but the starts, which are given to both. In fp64 images must be equal to 1e-6 but for a few pixels on ties. In
+fp32 accuracies must be: PyTorch's cross-entropy cancels on confident samples there, spat's keeps its digits. ART is fp32 alone.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import spat_kernels as sk
+from benchmarks import measure
+from spat_train.data.datasets import load_npz
+from spat_train.data.images import floats
+from spat_train.models.checkpoints import load_model
+
+STEPS = 20
+BATCH = 250
+SAME = 1e-6  # of a pixel in [0, 1]
+POINTS = 0.3  # of accuracy
+
+Attack = Callable[[nn.Module, Tensor, Tensor, float, Tensor], Tensor]  # model, x, y, eps, a start in the ball -> x_adv
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same attack, ours and a judge's."""
+
+    judge: str
+    attack: str
+    ours: Attack
+    theirs: Attack
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+
+
+def _pgd(model, x, y, eps, start):
+    return sk.pgd(model, x, y, eps, steps=STEPS, step_size=eps / 10, start=start)
+
+
+@contextmanager
+def _drawn(name: str, noise: Tensor):
+    """Within: the judge draws `noise` for its start."""
+    of = torch.Tensor if name.endswith("_") else torch
+    with mock.patch.object(of, name, lambda t, *_, **__: t.copy_(noise) if name.endswith("_") else noise.to(t.dtype)):
+        yield
+
+
+def _torchattacks_pgd(model, x, y, eps, start):
+    import torchattacks
+
+    with _drawn("uniform_", start - x):
+        return torchattacks.PGD(model, eps=eps, alpha=eps / 10, steps=STEPS, random_start=True)(x, y)
+
+
+def _torchattacks_fgsm(model, x, y, eps, start):
+    import torchattacks
+
+    return torchattacks.FGSM(model, eps=eps)(x, y)
+
+
+def _l2(x: Tensor, eps: float) -> float:
+    """A quarter of the way to the corners of the L-infinity ball: 0.43 for CIFAR-10 at 8/255, 2.1 for MNIST at 0.3."""
+    return eps * x[0].numel() ** 0.5 / 4
+
+
+def _torchattacks_l2(model, x, y, eps, start):
+    import torchattacks
+
+    tiny = 1e-300 if x.dtype == torch.float64 else 1e-10  # added to norms, and larger than those of confident samples' gradients
+    settings = {"alpha": _l2(x, eps) / 5, "steps": STEPS, "random_start": False, "eps_for_division": tiny}
+    return torchattacks.PGDL2(model, eps=_l2(x, eps), **settings)(x, y)
+
+
+def _our_l2(model, x, y, eps, start):
+    return sk.pgd(model, x, y, _l2(x, eps), steps=STEPS, step_size=_l2(x, eps) / 5, norm="l2", random_start=False)
+
+
+def _torchattacks_tpgd(model, x, y, eps, start):
+    import torchattacks
+
+    with _drawn("randn_like", (start - x) / eps):
+        return torchattacks.TPGD(model, eps=eps, alpha=eps / 10, steps=STEPS)(x)
+
+
+def _our_tpgd(model, x, y, eps, start):
+    """It starts 0.001 standard deviations away, not in the ball's corners."""
+    near = (x + 0.001 * ((start - x) / eps)).clamp(0, 1)
+    return sk.pgd_kl(model, x, None, eps, steps=STEPS, step_size=eps / 10, start=near)
+
+
+def _foolbox_pgd(model, x, y, eps, start):
+    import foolbox
+
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=eps / 10, steps=STEPS, random_start=True)
+    attack.get_random_start = lambda x0, epsilon: type(x0)(start.to(x0.raw.dtype))
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    return attack.run(wrapped, x, y, epsilon=eps)
+
+
+def _art_pgd(model, x, y, eps, start):
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    classes = model(x[:1]).shape[1]
+    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), x.shape[1:], classes, clip_values=(0, 1), device_type="cpu")
+    settings = {"norm": "inf", "eps": eps, "eps_step": eps / 10, "max_iter": STEPS, "num_random_init": 0, "verbose": False}
+    attack = ProjectedGradientDescent(classifier, batch_size=len(x), **settings)
+    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+
+def _from_x(model, x, y, eps, start):
+    return _pgd(model, x, y, eps, x)
+
+
+PAIRS = (
+    Pair("torchattacks", "PGD", _pgd, _torchattacks_pgd),
+    Pair("torchattacks", "FGSM", lambda model, x, y, eps, start: sk.fgsm(model, x, y, eps), _torchattacks_fgsm),
+    Pair("torchattacks", "PGDL2", _our_l2, _torchattacks_l2),
+    Pair("torchattacks", "TPGD", _our_tpgd, _torchattacks_tpgd),
+    Pair("foolbox", "LinfPGD", _pgd, _foolbox_pgd),
+    Pair("ART", "ProjectedGradientDescent", _from_x, _art_pgd, (torch.float32,)),
+)
+
+
+def compare(pair: Pair, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict:
+    """Both attacks on all images, batch by batch."""
+    ours, theirs = [], []
+    noise = torch.Generator().manual_seed(0)
+    for part, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        start = (part + eps * (2 * torch.rand(part.shape, generator=noise, dtype=torch.float64) - 1).to(part.dtype)).clamp(0, 1)
+        ours.append(pair.ours(model, part, labels, eps, start))
+        theirs.append(pair.theirs(model, part, labels, eps, start).detach())
+    ours, theirs = torch.cat(ours), torch.cat(theirs)
+    right = [_right(model, images, y) for images in (ours, theirs)]
+    far = (ours - theirs).abs() > SAME
+    return {
+        "judge": pair.judge,
+        "attack": pair.attack,
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "accuracy": [_percent(r) for r in right],
+        "samples_agree": _percent(right[0] == right[1]),
+        "pixels_differ": _percent(far),
+        "images_equal": _percent(~far.flatten(1).any(1)),
+    }
+
+
+def _percent(true: Tensor) -> float:
+    return 100 * int(true.sum()) / true.numel()
+
+
+@torch.no_grad()
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([model(part).argmax(1) for part in x.split(BATCH)]) == y
+
+
+@dataclass
+class Arguments:
+    """Our attacks beside those of torchattacks, foolbox and ART."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of trained models."""
+    data: tuple[Path, ...]
+    """The .npz file of each."""
+    out: Path
+    """JSON file to write."""
+    images: int = 1000
+    """The first so many test images."""
+
+
+def main(args: Arguments) -> None:
+    records = []
+    for run, path in zip(args.runs, args.data, strict=True):
+        data = load_npz(path)
+        model, config = load_model(run, data)
+        model.eval()
+        x, y = floats(data.test, torch.arange(min(args.images, len(data.test))), "cpu")
+        for pair in PAIRS:
+            for dtype in pair.dtypes:
+                found = compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, config.eps / 255)
+                records.append({"run": run.name, "model": config.model, "images": len(x), "eps": config.eps / 255} | found)
+                print(records[-1], flush=True)
+    machine = measure.describe("cpu")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"machine": machine, "judges": records}, indent=1) + "\n")
+    wrong = [r for r in records if abs(r["accuracy"][0] - r["accuracy"][1]) > POINTS]
+    if wrong:
+        raise SystemExit(f"accuracies differ by more than {POINTS} points: {wrong}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,204 @@
+"""What to know of a GPU before tuning anything: `python -m benchmarks.microbench --out FILE.json`.
+
+- TFLOP/s of every distinct convolution of the models, forward and gradient at the input, with cuDNN choosing among its 10 first
+  engines and among all (`benchmark_limit` 10 and 0, each in a process of its own: a choice is kept for good);
+- the stride-1 gradient as a convolution with the rotated, transposed weights, against cuDNN's own;
+- contiguous tensors against channels_last ones: full precision has Winograd engines for the former alone;
+- `cudnn_convolution_add_relu` (half precision, bias in the same dtype) against the plain convolution;
+- the gap between the nodes of a CUDA graph, and a node's time;
+- the host's cost of an eager op, of ours through the C++ binding, and of ours launched by Triton.
+
+Times are the best of some rounds between events. On the CPU (a rehearsal) what needs a GPU is left out, with the reason.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.pool import Pool
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from benchmarks import measure, workmodel
+from benchmarks.measure import DTYPES, seconds_per_call
+from spat_kernels.ops import linf
+from spat_train.models.registry import create
+
+PATIENCE = 60.0  # seconds for a convolution, whose process may have died
+
+
+@dataclass
+class Options:
+    """Answer the first questions on this device."""
+
+    models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18", "resnet-50", "resnet-18@96"])
+    """Whose convolutions: names of spat_train.models, with "@SIZE" for images that are not 32x32."""
+    batch: int = 256
+    precisions: list[str] = field(default_factory=lambda: ["bf16"])
+    """Of fp32, tf32 (GPU), bf16, fp16."""
+    limits: list[int] = field(default_factory=lambda: [10, 0])
+    """Values of `benchmark_limit`."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds: float = 0.05
+    """To measure each number for."""
+    out: Path | None = None
+    """Write the answers here, after every one. What it already has is not measured again."""
+
+
+# --- convolutions ---
+
+
+def shapes(models: list[str]) -> list[workmodel.Conv]:
+    found: dict[workmodel.Conv, None] = {}
+    for model in models:
+        name, _, size = model.partition("@")
+        side = int(size or 32)
+        found |= dict.fromkeys(layer.conv for layer in workmodel.layers(create(name), (3, side, side)) if layer.conv)
+    return list(found)
+
+
+def convolution(conv: workmodel.Conv, precision: str, options: Options) -> dict:
+    """TFLOP/s of the ways to compute `conv` and its gradient at the input, channels_last if nothing else is said; an error's text
+    where one fails."""
+    dtype, device = DTYPES[precision], options.device
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+    x = random(options.batch, conv.ins, conv.size, conv.size)
+    w = random(conv.outs, conv.ins // conv.groups, conv.kernel, conv.kernel)
+    stride, padding, ones = [conv.stride] * 2, [conv.padding] * 2, [1, 1]
+    out = F.conv2d(x, w, None, stride, padding, 1, conv.groups)
+    bias, rotated = torch.randn(conv.outs, device=device, dtype=dtype), w.flip(2, 3).transpose(0, 1).contiguous()
+    rotated = rotated.to(memory_format=torch.channels_last)
+
+    def dgrad(out=out, x=x, w=w):
+        return torch.ops.aten.convolution_backward(
+            out, x, w, None, stride, padding, ones, False, [0, 0], conv.groups, [True, False, False]
+        )[0]
+
+    dense = [t.contiguous() for t in (out, x, w)]
+    ways: dict[str, Callable[[], object]] = {
+        "forward": lambda: F.conv2d(x, w, None, stride, padding, 1, conv.groups),
+        "dgrad": dgrad,
+        "forward, contiguous": lambda: F.conv2d(dense[1], dense[2], None, stride, padding, 1, conv.groups),
+        "dgrad, contiguous": lambda: dgrad(*dense),
+    }
+    wrong: dict[str, str] = {}
+    if conv.stride == 1 and conv.groups == 1:
+        ways["dgrad as rotated forward"] = lambda: F.conv2d(out, rotated, None, 1, conv.kernel - 1 - conv.padding)
+        error = (ways["dgrad as rotated forward"]() - dgrad()).float().norm() / dgrad().float().norm()
+        if not error < 0.01:  # twice bf16's rounding of the result
+            wrong["dgrad as rotated forward"] = f"differs by {error:.3f} of its norm"
+    if device.startswith("cuda"):
+        ways["forward + bias, relu"] = lambda: torch.cudnn_convolution_relu(x, w, bias, stride, padding, ones, conv.groups)
+        ways["forward + add, bias, relu"] = lambda: torch.cudnn_convolution_add_relu(
+            x, w, out, 1.0, bias, stride, padding, ones, conv.groups
+        )
+    flops = 2 * out.numel() * w[0].numel()
+    rates = {}
+    for name, way in ways.items():
+        try:
+            rates[name] = 1e-12 * flops / seconds_per_call(way, device, options.seconds)
+        except RuntimeError as error:  # cuDNN has no engine for some
+            rates[name] = measure.one_line(error)
+    return dataclasses.asdict(conv) | {"tflops": rates | wrong}
+
+
+def with_engines(limit: int, options: Options, precision: str, conv: workmodel.Conv) -> dict:
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, limit
+    with measure.numerics(precision), torch.no_grad():
+        return convolution(conv, precision, options)
+
+
+def convolutions(options: Options, pool: Pool, limit: int, precision: str, before: list[dict]) -> Iterator[list[dict]]:
+    """What is known after each, with what was known `before`."""
+    found = list(before)
+    known = [{key: value for key, value in record.items() if key != "tflops"} for record in before]
+    for conv in shapes(options.models):
+        if dataclasses.asdict(conv) not in known:
+            found.append(pool.apply_async(with_engines, (limit, options, precision, conv)).get(PATIENCE))
+            yield found
+
+
+# --- launches ---
+
+
+NODES = 1, 2**20, 2**24  # elements of the tensor of a CUDA graph's nodes
+
+
+def graph_nodes(options: Options) -> Iterator[dict]:
+    """Microseconds a node of CUDA graphs of 1,000 dependent additions, by the size of the tensor."""
+    result = {}
+    for numel in NODES:
+        x, graph = torch.zeros(numel, device=options.device), torch.cuda.CUDAGraph()
+        x.add_(1)
+        with torch.cuda.graph(graph):
+            for _ in range(1000):
+                x.add_(1)
+        node = seconds_per_call(graph.replay, options.device, options.seconds) / 1000
+        alone = seconds_per_call(lambda: x.add_(1), options.device, options.seconds)  # noqa: B023  called at once
+        result[f"{numel} elements"] = {"node_us": 1e6 * node, "eager_us": 1e6 * alone}
+        yield result
+
+
+def host_cost(options: Options) -> Iterator[dict]:
+    """Microseconds of the host a call, on one element: the queue never fills, the GPU is not waited for."""
+    device = options.device
+    x, x_adv, grad = (torch.rand(1, 1, device=device) for _ in range(3))
+    eps, step = (torch.full((1,), v, device=device) for v in (0.03, 0.01))
+    arguments = x_adv, x, grad, eps, step, 0.0, 1.0, None
+    ways = {"add_": lambda: x.add_(1), "linf_step_, dispatched": lambda: torch.ops.spat.linf_step_.default(*arguments)}
+    if device.startswith("cuda"):
+        ways["linf_step_, Triton"] = lambda: linf.linf_step_triton(*arguments)
+
+    def cost(call) -> float:
+        call()
+        measure.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(500):
+            call()
+        taken = time.perf_counter() - start
+        measure.synchronize(device)
+        return 1e6 * taken / 500
+
+    yield {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
+
+
+def main(options: Options) -> None:
+    cuda = options.device.startswith("cuda")
+    settings = {"batch": options.batch, "settings": {"seconds": options.seconds}}
+    fresh = {"machine": measure.describe(options.device), **settings, "host_us": {}, "graph_nodes": {}, "precisions": {}}
+    results = measure.continued(options.out, fresh)
+
+    def answer(into: dict, name: str, answers: Iterable[object]) -> None:
+        """Write each of `answers`, of which the last is the whole one."""
+        into.pop(f"{name}, rest", None)
+        try:
+            for so_far in answers:
+                into[name] = so_far
+                measure.write(options.out, results)
+        except Exception as error:  # one question's failure must not take the others' answers along
+            into[f"{name}, rest" if into.get(name) else name] = {"failed": measure.one_line(error)}
+            measure.write(options.out, results)
+
+    if not results["host_us"] or "failed" in results["host_us"]:
+        answer(results, "host_us", host_cost(options))
+    if len(results["graph_nodes"]) < len(NODES):
+        answer(results, "graph_nodes", graph_nodes(options) if cuda else [{"skipped": "no GPU"}])
+    for limit in options.limits if cuda else options.limits[:1]:  # CPUs have no cuDNN
+        for precision in options.precisions:
+            found, name = results["precisions"].setdefault(precision, {}), f"convolutions, limit {limit}"
+            before = found[name] if isinstance(found.get(name), list) else []
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # of its own: what breaks a device breaks no other answer
+                answer(found, name, convolutions(options, pool, limit, precision, before))
+    print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,327 @@
+"""Auto-PGD: projected gradient ascent that chooses its step sizes itself (Croce & Hein, arXiv 2003.01690, section 3).
+
+    x_0     = a random point of the surface of the ball
+    z       = project(x_t + step_size * direction(d loss / d x_t))
+    x_{t+1} = project(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1}))                                           (x_1 = z)
+
+The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample and the run goes on
+from its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not
+halved then and the best loss has not changed since. As in the authors' code the first step rises if its loss is positive.
+
+Everything is a tensor with a value per sample, so a run never waits for the device: the schedule knows no data.
+"""
+
+from copy import copy
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .. import checks, ops
+from ..balls import Ball
+from ..cuda_graphs.capture import graphs
+from ..cuda_graphs.run import Batch, Run
+from ..losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
+from ..ops._common import acc_dtype, broadcast
+from ..predictions import other_classes, predictions
+from ..settings import BNMode, GradientPath, Graph, Norm, Precision
+from ._common import attacked, check_batch, check_settings, of_rows, usable, warn_of_nan
+
+FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
+MOMENTUM = 0.75
+
+
+def checkpoints(steps: int) -> dict[int, int]:
+    """After how many steps the step sizes are looked at, each with the length of the period that ends there."""
+    length, shorter, least = (max(int(share * steps), 1) for share in (FIRST, SHORTER, LEAST))
+    found, at = {}, length
+    while at < steps:  # nothing follows one at the end
+        found[at] = length
+        length = max(length - shorter, least)
+        at += length
+    return found
+
+
+class APGDRun(Run):
+    """One run of APGD from a random start.
+
+    Its outcome: images, by the rule of `APGD`; nan_seen, uint8 [B]; their losses [B]; whether they were misclassified, bool [B].
+    """
+
+    y: Tensor  # never None
+
+    def __init__(self, settings: "APGD", batch: Batch):
+        super().__init__(settings, batch)
+        self.steps, self.rho, self.eot = settings.steps, settings.rho, settings.eot
+        self.targeted = batch.targets is not None
+        if self.eot > 1 and type(self.loss) is LabelSmoothedCE:
+            self.loss = _ScaledCE(self.loss.alpha)
+        self.best, _, self.value, self.broken = self.empty_outcome(batch.x)
+        self._begin_batch(batch)
+
+    @staticmethod
+    def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
+        n, value = len(x), acc_dtype(x.dtype)
+        vectors = (torch.empty(n, dtype=dtype, device=x.device) for dtype in (torch.uint8, value, torch.bool))
+        return torch.empty_like(x), *vectors
+
+    def _outcome(self) -> tuple[Tensor, ...]:
+        return self.best, self.ball.nan_seen, self.value, self.broken
+
+    def _reference(self):
+        if isinstance(self.loss, DLR):
+            return self.y, self.targets  # the class to leave is y, not what the clean logits say
+        return super()._reference()
+
+    def attempt(self, captured: bool) -> None:
+        drops = not captured and self._can_drop()
+        periods = checkpoints(self.steps)
+        start = torch.empty_like(self.ball.x)
+        self.ball.surface_start_(start, self.draws)
+        search = _Search(self.inner, self.y, self.reference, self.inner.laid_out(start))
+        with self.model.arithmetic(self.best.device.type):
+            self._evaluate(search)
+            for step in range(1, self.steps + 1):
+                search.step()
+                self._evaluate(search, differentiate=step < self.steps)
+                if step in periods:
+                    search.check(self.rho * periods[step])
+                    if drops and search.broken.any():
+                        self._store(search)
+                        search = search.part((~search.broken).nonzero()[:, 0])
+                        if not len(search.y):
+                            return
+        self._store(search)
+
+    def _can_drop(self) -> bool:
+        """Whether to go on without broken samples: a CPU takes less time for fewer, and others' results do not change."""
+        return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in (*OURS, _ScaledCE)
+
+    def _store(self, search: "_Search") -> None:
+        found = search.best, search.ball.nan_seen, search.best_value, search.broken
+        for ours, theirs in zip(self._outcome(), found, strict=True):
+            if search.rows is None:
+                ours.copy_(theirs)
+            else:
+                ours[search.rows] = theirs
+
+    def _evaluate(self, search: "_Search", differentiate: bool = True) -> None:
+        """Tell `search` the loss at its iterate, whether that is misclassified, and the gradient, averaged over `eot` passes."""
+        passes = 1 if self.model.deterministic else self.eot
+        logits, value, grad = self._pass(search, differentiate)
+        for _ in range(passes - 1):
+            more_logits, more_value, more_grad = self._pass(search, differentiate)
+            logits, value = logits + more_logits, value + more_value
+            grad = None if grad is None or more_grad is None else grad + more_grad
+        search.keep(value / passes if passes > 1 else value, predictions(logits) != search.y, grad)
+
+    def _pass(self, search: "_Search", differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits = self.model.forward(search.x_adv) if differentiate else self.model.logits(search.x_adv)
+        value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
+        dlogits = self._logit_gradient(logits, search.reference, value)
+        return logits, value, self.model.backward(dlogits) if differentiate else None
+
+
+class _Search:
+    """The iterates of one run on n samples, and what is known of each sample so far."""
+
+    def __init__(self, ball: Ball, y: Tensor, reference, start: Tensor):
+        n, like = len(ball.x), ball.eps
+        self.rows: Tensor | None = None  # int64 [n], which samples of the run these are, or None: all
+        self.ball, self.y, self.reference = copy(ball), y, reference
+        self.ball.step_size = ball.step_size.expand(n).clone()
+        self.unmoved = like.new_zeros(1)
+        self.x_adv = start
+        self.previous: Tensor | None = None
+        self.grad: Tensor  # at x_adv; `keep` sets it
+        self.best_grad: Tensor
+        self.best, self.best_value = ball.x.clone(), like.new_full((n,), -torch.inf)
+        self.broken = torch.zeros(n, dtype=torch.bool, device=like.device)
+        self.done = torch.zeros_like(self.broken)  # broken at the last checkpoint: `best` stays
+        self.halved = torch.ones_like(self.broken)  # at the last checkpoint
+        self.rises, self.last_value = torch.zeros_like(self.broken, dtype=torch.int32), like.new_zeros(n)
+        self.value_at_check: Tensor
+        self.begun = False
+
+    def step(self) -> None:
+        x_adv, ball = self.x_adv, self.ball
+        moved = x_adv.clone()
+        ball.step_(moved, self.grad)
+        if self.previous is not None:
+            moved.lerp_(x_adv, 1 - MOMENTUM).sub_(self.previous.sub_(x_adv), alpha=1 - MOMENTUM)
+            ball.step_(moved, self.grad, self.unmoved)
+        self.previous, self.x_adv = x_adv, moved
+
+    def keep(self, value: Tensor, wrong: Tensor, grad: Tensor | None) -> None:
+        """Take note of the iterate: its loss [n], whether it is misclassified [n], and its gradient."""
+        value, wrong = value.to(self.best_value.dtype), wrong & ~self.done
+        if grad is not None:
+            self.grad = self.ball.laid_out(grad)
+            if not self.begun:
+                self.best_grad = self.grad.clone()
+            ops.keep_best_(self.best_grad, self.best_value.clone(), self.broken.clone(), self.grad, value, wrong)
+        ops.keep_best_(self.best, self.best_value, self.broken, self.x_adv, value, wrong)
+        if not self.begun:
+            self.begun, self.value_at_check = True, self.best_value.clone()
+        else:
+            self.rises += value > self.last_value
+            self.last_value = value
+
+    def check(self, few: float) -> None:
+        """At a checkpoint: halve the step sizes of samples whose loss has risen at most `few` times, and so on."""
+        stalled = (self.rises <= few) | (~self.halved & (self.value_at_check >= self.best_value))
+        self.ball.step_size /= 1 + stalled
+        self.x_adv, self.grad = (
+            torch.where(broadcast(stalled, now), best, now)
+            for best, now in ((self.best, self.x_adv), (self.best_grad, self.grad))
+        )
+        self.halved, self.done = stalled, self.broken.clone()
+        self.value_at_check = self.best_value.clone()
+        self.rises.zero_()
+
+    def part(self, rows: Tensor) -> "_Search":
+        """The search on the samples `rows`, int64 [m], alone."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            if name not in ("ball", "unmoved"):
+                setattr(part, name, tree_map_only(Tensor, lambda t: t[rows], value))
+        part.ball = self.ball.part(rows)
+        part.rows = rows if self.rows is None else part.rows
+        return part
+
+
+class _ScaledCE(LabelSmoothedCE):
+    """With its true length for each sample, which counts where gradients are averaged."""
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale)
+
+
+@dataclass(eq=False)
+class APGD:
+    """Auto-PGD as a reusable object: `attack = APGD(8/255)`, then `attack(model, x, y)`.
+
+    AutoAttack's APGD-CE is `APGD(eps)`, its APGD-T is `APGD(eps, loss="dlr", targets=9)`.
+
+    Args:
+        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B].
+        loss: what is maximised, as for `PGD`. An object of the caller's must not leave out factors of its gradient if eot > 1.
+        steps: gradient steps, >= 1; a run takes steps + 1 forwards and steps backwards.
+        norm: "linf" or "l2".
+        restarts: runs from different random starts (for each target), of what is not misclassified yet.
+        rho: the share of steps that must raise the loss, in [0, 1]: see above.
+        eot: gradients and losses are averaged over so many passes, for models that draw random numbers (expectation over
+            transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
+        targets: None moves away from y. A number goes in turn towards each of so many likeliest wrong classes for x, where
+            "dlr" is the targeted form, Eq. 7, between y and the target.
+        bounds, precision, input_gradient, bn_mode, generator, graph: as for `PGD`; a capture is that of a run. What is
+            misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of its own too.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+    """
+
+    eps: float | Tensor
+    _: KW_ONLY
+    loss: LossLike = "ce"
+    steps: int = 100
+    norm: Norm = "linf"
+    restarts: int = 1
+    rho: float = 0.75
+    eot: int = 1
+    targets: int | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
+    generator: torch.Generator | None = None
+    graph: Graph = "auto"
+
+    run_class = APGDRun  # what `graphs` runs and captures
+
+    def __post_init__(self):
+        self.loss = loss = as_loss(self.loss)
+        loss.check_targeted(self.targets is not None)
+        check_settings(self)
+        checks.check_graph(self.graph)
+        for name in ("steps", "eot"):
+            checks.check_count(name, getattr(self, name), 1)
+        if self.targets is not None:
+            checks.check_count("targets", self.targets, 1)
+        if not isinstance(self.rho, Real) or not 0 <= self.rho <= 1:
+            raise ValueError(f"rho={self.rho!r} must be a number in [0, 1]: the share of steps that must raise the loss")
+
+    def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
+        """Attack `model` at the images `x`.
+
+        Nothing of the caller's changes, as for `PGD`. Images that are misclassified as they are come back as they are. Of the
+        others, those that some iterate broke come back as the iterate of the highest loss among the misclassified ones of that
+        run (up to the first checkpoint at which one has been found); the rest as that of the highest loss among all runs.
+
+        Args:
+            model: module or callable, x -> logits [B, K].
+            x: images [B, ...] inside `bounds` in fp32, fp16, bf16 or fp64.
+            y: int64 [B], the true labels.
+
+        Returns:
+            Tensor: adversarial images with x's shape, dtype, device and memory format, without a graph: inside the ball (to one
+            rounding of x's dtype) and exactly inside `bounds`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+
+        Warns:
+            RuntimeWarning: as for `PGD`, the gradient was NaN for some samples.
+        """
+        highest_label = check_batch(self, model, x, y)
+        if x.numel() == 0:
+            return x.detach().clone()
+        with torch.inference_mode(False), torch.no_grad():
+            x, y = usable(x, y)
+            with attacked(self, model, x, y, highest_label) as (way, _, _):
+                logits = way.logits(x)
+            as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
+            robust, x_adv = predictions(logits) == y, x.clone()
+            value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
+            nan_seen = torch.zeros_like(y, dtype=torch.uint8)
+            for targets, possible in self._targets(logits, y):
+                for _ in range(self.restarts):
+                    rows = (robust & possible).nonzero()[:, 0]
+                    if not len(rows):
+                        break
+                    outcome, _ = graphs.attack(self, model, self._batch(x, y, targets, rows), highest_label)
+                    found, nans, values, broken = outcome
+                    better = broken | (values > value[rows])
+                    taken = rows[better]
+                    x_adv[taken], value[taken] = found[better], values[better]
+                    nan_seen[rows] |= nans
+                    robust[rows] = ~broken
+            warn_of_nan(int(nan_seen.sum()), len(x))
+        return x_adv
+
+    def kind(self) -> tuple:
+        """What tells captures of this class apart, beside what all attacks have."""
+        return self.steps, self.rho, self.eot
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a run, at most."""
+        return (self.steps + 1) * self.eot
+
+    def _targets(self, logits: Tensor, y: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+        """The classes to go to, int64 [B] each, the likeliest first, None where the attack is not targeted; and which of the
+        samples, bool [B], can go there."""
+        classes = logits.shape[1]
+        if self.targets is None:
+            return [(None, torch.ones_like(y, dtype=torch.bool))]
+        if self.targets >= classes:
+            raise ValueError(f"targets={self.targets}, but the model has {classes} classes: at most {classes - 1} are wrong")
+        return list(zip(*(found[:, : self.targets].T.contiguous() for found in other_classes(logits, y)), strict=True))
+
+    def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
+        eps = self.eps
+        if len(rows) < len(x):
+            x, y, targets, eps = x[rows], y[rows], targets if targets is None else targets[rows], of_rows(eps, rows)
+        return Batch(x, y, eps, 2 * eps, targets=targets)

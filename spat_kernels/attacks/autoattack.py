@@ -1,0 +1,239 @@
+"""AutoAttack: attacks without parameters to tune, one after the other, each on what is still correct (arXiv 2003.01690).
+
+standard    APGD-CE, APGD-T, FAB-T, Square
+plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, APGD-T, FAB-T
+rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
+"""
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, losses
+from ..input_gradient.autograd import InputGradient
+from ..model_state.borrow import borrowed
+from ..predictions import predictions
+from ..settings import AttackSettings, BNMode, GradientPath, Graph, Norm, Precision, Version
+from . import signs
+from ._common import attacked, check_ball, check_batch, of_rows, usable
+from .apgd import APGD
+from .fab import FAB
+from .square import Square, check_pixels
+
+VERSIONS: dict[Version, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+ATTACKS = VERSIONS["plus"]
+LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr"}
+TARGETS = 9
+
+
+def fewest_classes(name: str) -> int:
+    """How many classes a model must have for the attack `name`."""
+    return losses.LOSSES[LOSS_OF[name]].fewest_classes(targeted=name.endswith("-t")) if name in LOSS_OF else 2
+
+
+class Result(NamedTuple):
+    """What AutoAttack found.
+
+    Attributes:
+        x_adv: like x: misclassified images where there are any, else x.
+        broken_by: int64 [B], index in `names` of what broke a sample, or -1: robust.
+        names: "clean" (misclassified without an attack), then the attacks in their order.
+    """
+
+    x_adv: Tensor
+    broken_by: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def robust(self) -> Tensor:
+        """bool [B], correct under every attack."""
+        return self.broken_by < 0
+
+
+@dataclass(eq=False)
+class AutoAttack:
+    """AutoAttack as a reusable object: `AutoAttack(8/255)(model, x, y)`, or `.run(model, x, y)` to learn what broke what.
+
+    Each call draws the same random numbers, from a generator of its own.
+
+    Args:
+        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B].
+        norm: "linf" or "l2".
+        version: "standard", "plus" or "rand", or names of attacks in their order, of those in "plus", each with one restart.
+        steps: of APGD and FAB.
+        queries: of Square.
+        seed: of all random numbers that are not the model's.
+        batch_size: attack so many images at once; None is all.
+        bounds, precision, input_gradient, bn_mode, graph: as for `PGD`. Whether an image is misclassified is asked of the model
+            itself in any case, in the caller's arithmetic.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+    """
+
+    eps: float | Tensor
+    _: KW_ONLY
+    norm: Norm = "linf"
+    version: Version | tuple[str, ...] = "standard"
+    steps: int = 100
+    queries: int = 5000
+    seed: int = 0
+    batch_size: int | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
+    graph: Graph = "auto"
+
+    def __post_init__(self):
+        check_ball(self)
+        checks.check_count("seed", self.seed, 0)
+        if self.batch_size is not None:
+            checks.check_count("batch_size", self.batch_size, 1)
+        if not isinstance(self.version, (tuple, list)):
+            checks.check_choice("version", self.version, VERSIONS)
+        elif not self.version:
+            raise ValueError(f"version={self.version!r} names no attack: give some of {', '.join(map(repr, ATTACKS))}")
+        for name in self.attacks:
+            checks.check_choice("version", name, ATTACKS)
+        for name in ATTACKS:
+            self._attack(name, TARGETS + 1, self.eps, None, self.precision)  # they check the rest
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The names of the attacks, in their order."""
+        return VERSIONS[self.version] if isinstance(self.version, str) else tuple(self.version)
+
+    def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
+        """`run`, of which the images alone are returned."""
+        return self.run(model, x, y).x_adv
+
+    def run(self, model, x: Tensor, y: Tensor) -> Result:
+        """Attack `model` at the images `x`.
+
+        The model, x, y and the global random states are afterwards as they were, but for what the model draws.
+
+        Args:
+            model: module or callable, x -> logits [B, K], with K >= 4 for "standard" and "plus", 3 for "rand".
+            x: images [B, C, H, W] inside `bounds` in fp32, fp16, bf16 or fp64.
+            y: int64 [B], the true labels.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+
+        Warns:
+            RuntimeWarning: a sign that the result may be too good (`signs.py`): outputs that are random (or, for "rand", not),
+                probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients do not.
+                The gradient was NaN for some samples, as for `PGD`.
+        """
+        *_, result = self.stages(model, x, y)
+        return result
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def stages(self, model, x: Tensor, y: Tensor) -> Iterator[Result]:
+        """`run` one attack at a time: yields what is found by then, first without an attack and then after each of them.
+
+        It is the same `Result` every time, whose tensors are written to.
+        """
+        highest_label = check_batch(self, model, x, y)
+        if "square" in self.attacks:
+            check_pixels(x, self.norm, self.attacks)
+        x, y = usable(x, y)
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))
+        classes, unanswered, probabilities = 0, 0, True
+        close = torch.zeros_like(y, dtype=torch.bool)
+        for rows in self._batches(result.robust):
+            logits = self._logits(model, x[rows], highest_label)
+            if not classes:
+                classes = logits.shape[1]
+                self._check_classes(classes)
+            unanswered += int(logits.isnan().any(1).sum())
+            probabilities = probabilities and signs.are_probabilities(logits)
+            result.broken_by[rows[predictions(logits) != y[rows]]] = 0
+            if self.precision is not None:
+                with attacked(self, model, x[rows], y[rows], highest_label) as (way, images, labels):
+                    close[rows] = predictions(way.logits(images)) != labels
+        if unanswered:
+            checks.warn(f"the logits of {unanswered} of {len(x)} images are NaN, which counts as misclassified")
+        if classes and probabilities:
+            checks.warn("the model seems to return probabilities: give its logits, whose gradients do not vanish")
+        for rows in self._batches(result.robust & ~close)[:1]:
+            self._warn_of_signs(model, x[rows], y[rows], highest_label)
+        yield result
+        for number, name in enumerate(self.attacks, 1):
+            # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
+            for precision, chosen in ((self.precision, ~close), (None, close)):
+                for rows in self._batches(result.robust & chosen):
+                    attack = self._attack(name, classes, of_rows(self.eps, rows), generator, precision)
+                    found = attack(model, x[rows], y[rows])
+                    broken = predictions(self._logits(model, found, highest_label)) != y[rows]
+                    result.x_adv[rows[broken]] = found[broken]
+                    result.broken_by[rows[broken]] = number
+            if name == "square" and number > 1:
+                alone = int((result.broken_by == number).sum())
+                if alone > signs.SQUARE_SHARE * len(x):
+                    checks.warn(
+                        f"Square, which needs no gradients, broke {alone} of {len(x)} images that the attacks by gradients left: "
+                        "the gradients may be masked, and the model less robust than it looks"
+                    )
+            yield result
+
+    def _warn_of_signs(self, model, x: Tensor, y: Tensor, highest_label: int) -> None:
+        """What the authors' code warns of, looked for on images that are correct."""
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            differ, allowed = signs.difference(*(self._logits(model, x, highest_label) for _ in range(2)))
+        if differ > allowed and self.version != "rand":
+            checks.warn(f"the model seems to draw random numbers (its logits differ by {differ:.2g}): use version='rand'")
+        if differ <= allowed and self.version == "rand":
+            checks.warn("the model draws no random numbers: version='standard' is the stronger one for it")
+        if self.attacks != ("square",):
+            with attacked(self, model, x, y, highest_label) as (way, images, labels):
+                zero = int(signs.without_gradient(way, images, labels).sum())
+            if zero:
+                checks.warn(
+                    f"the gradient of the margin is 0 or NaN at {zero} of the first {len(x)} images: attacks by gradients cannot "
+                    "move them, so they may look robust without being so"
+                )
+
+    def _attack(
+        self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: Precision | None
+    ) -> APGD | FAB | Square:
+        restarts = 5 if self.version == "plus" and name in ("apgd-ce", "apgd-dlr", "fab") else 1
+        common: AttackSettings = {
+            "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
+            "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
+        }  # fmt: skip
+        targets = min(TARGETS, classes - 1) if name.endswith("-t") else None
+        if name == "square":
+            return Square(eps, queries=self.queries, **common)
+        if name.startswith("fab"):
+            return FAB(eps, steps=self.steps, targets=targets, **common)
+        eot = 20 if self.version == "rand" else 1
+        return APGD(eps, loss=LOSS_OF[name], steps=self.steps, targets=targets, eot=eot, graph=self.graph, **common)
+
+    def _batches(self, robust: Tensor) -> list[Tensor]:
+        """The samples still to be attacked, in batches of indices."""
+        rows = robust.nonzero()[:, 0]
+        return list(rows.split(self.batch_size or len(rows))) if len(rows) else []
+
+    def _logits(self, model, x: Tensor, highest_label: int) -> Tensor:
+        with borrowed(model, self.bn_mode):
+            return InputGradient(model, None, highest_label).logits(x)
+
+    def _check_classes(self, classes: int) -> None:
+        fitting = tuple(name for name in self.attacks if fewest_classes(name) <= classes)
+        for name in self.attacks:
+            if name not in fitting:
+                raise ValueError(
+                    f"version={self.version!r}: the loss of {name} needs at least {fewest_classes(name)} classes, the model has "
+                    f"{classes}: use version={fitting!r}"
+                )

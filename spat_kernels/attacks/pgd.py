@@ -1,0 +1,303 @@
+"""The attacks: projected gradient ascent on a loss of the logits (Madry et al., arXiv 1706.06083; thesis, Eq. 2.7).
+
+    x_0     = a random point of the ball around x, or x
+    x_{t+1} = project(x_t + step_size * direction(d loss / d x_t))     direction: the sign (L-infinity) or g / ||g|| (L2)
+
+Only the direction of the input gradient counts, so nothing else is computed: one fused kernel from logits to their gradient, the
+model's backward to its input, one fused kernel for the step and both projections.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import checks
+from ..cuda_graphs.capture import graphs
+from ..cuda_graphs.run import Batch, PGDRun
+from ..input_gradient.choose import check_precision, is_planned
+from ..losses import DLR, OURS, KLDivergence, LabelSmoothedCE, LossLike, Margin, as_loss
+from ..settings import SELECT, BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select
+from ._common import check_radius, check_settings, default_generator, drawing_undone, usable, warn_of_nan
+
+
+@dataclass(eq=False)
+class PGD:
+    """Projected gradient descent as a reusable object: `attack = PGD(8/255, loss="ce")`, then `attack(model, x, y)`.
+
+    Args:
+        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
+        loss: what is maximised: "ce", "kl", "margin", "dlr", or another name in `losses.LOSSES`; an object of
+            `spat_kernels.losses`; or a callable `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
+        steps: gradient steps, >= 0.
+        step_size: length of a step in the units of x, a number or [B]. None is eps / 4 for L-infinity (thesis, chapter 6) and
+            2.5 * eps / steps for L2 (the same at 10 steps).
+        random_start: begin at a uniform random point of the ball, else at x.
+        norm: "linf" or "l2".
+        targeted: move towards the classes y instead of away from them.
+        restarts: runs from different random starts, of which the best is kept per sample. One forward more each.
+        bounds: (lo, hi) of valid x.
+        precision: what the model runs in: "fp32", "tf32", "bf16", "fp16" or "half" (fp16 on GPUs, bf16 on CPUs); None is the
+            caller's autocast, or the model's own dtype. Images, steps and projections stay in x's dtype. "fp32" and "tf32" set
+            PyTorch's `fp32_precision` switches on CUDA meanwhile: there code of the model must not read the older `allow_tf32`,
+            which PyTorch refuses while both are in use (RuntimeError), but `torch.backends.cuda.matmul.fp32_precision`.
+        input_gradient: "plan" is the fused path through convolutional networks (see `explain`), "autograd" goes through any
+            model (in half precision in channels_last, where the model can read that), "auto" takes the plan where the model
+            allows it. Code of the model does not run in a plan: changes of modules, attributes, modes and hooks are noticed; of
+            globals, closures and the insides of other objects they are not.
+        bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
+            statistics never change.
+        select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
+            "loss" alone.
+        generator: source of the random starts, on any device; None is torch's default one of x's device.
+        graph: whether a CUDA graph replays the whole attack, which frees small batches from the time that launches take. "auto"
+            captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
+            first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
+            in a replay; changes of its modules, attributes, modes, hooks and of where its tensors are are noticed, and values
+            of parameters and buffers are read anew. What cannot be captured runs without, and a RuntimeWarning says why; "auto"
+            leaves out attacks of more than 256 forwards, whose graphs are large.
+            `spat_kernels.graphs` frees the memory of captures (`.free(model)`) and bounds their number (`.capacity`, 8).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+    """
+
+    eps: float | Tensor
+    _: KW_ONLY
+    loss: LossLike = "ce"
+    steps: int = 10
+    step_size: float | Tensor | None = None
+    random_start: bool = True
+    norm: Norm = "linf"
+    targeted: bool = False
+    restarts: int = 1
+    bounds: tuple[float, float] = (0.0, 1.0)
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
+    select: Select = "success"
+    generator: torch.Generator | None = None
+    graph: Graph = "auto"
+
+    run_class = PGDRun  # what `graphs` runs and captures
+
+    def __post_init__(self):
+        self.loss = loss = as_loss(self.loss)
+        loss.check_targeted(self.targeted)
+        check_settings(self)
+        checks.check_choice("select", self.select, SELECT)
+        checks.check_graph(self.graph)
+        checks.check_count("steps", self.steps, 0)
+        if self.step_size is not None:
+            checks.check_length("step_size", self.step_size)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} with random_start=False repeats one run: set random_start=True")
+
+    def __call__(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> Tensor:
+        """Attack `model` at the images `x`.
+
+        The model (modes, gradients, statistics), x and y are afterwards as they were, also when the model raises; a plain
+        callable is called as it is, so modes and statistics of what it closes over are the caller's to mind. Works in any grad
+        mode and under autocast.
+
+        Args:
+            model: module or callable, x -> logits [B, K].
+            x: images [B, ...] inside `bounds` in fp32, fp16, bf16 or fp64, which is the dtype of the iterates too.
+            y: int64 [B], the true labels, or the targets. None where neither the loss nor the choice of restarts needs any.
+            start: the first iterate, like x, instead of a random one: taken as it is, projected by the first step.
+
+        Returns:
+            Tensor: adversarial images with x's shape, dtype, device and memory format, without a graph: inside the ball (to one
+            rounding of x's dtype) and exactly inside `bounds`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
+
+        Warns:
+            RuntimeWarning: the gradient was NaN (L2: or infinite) for some samples. It counts as 0, which looks like robustness
+                and is none.
+
+        On GPUs values in x, y and start are checked after everything has been launched, where wrong ones can do no harm. After
+        an error `generator` and the device's default one are as they were.
+        """
+        self._check(model, x, y, start)
+        if x.numel() == 0:
+            return x.detach().clone()
+        with torch.inference_mode(False), torch.no_grad():
+            values = checks.Values(x, y, start, self.bounds)
+            highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
+            with drawing_undone(self.generator, default_generator(x.device)):
+                try:
+                    (x_adv, nan_seen), classes = graphs.attack(self, model, self._batch(x, y, start), highest_label)
+                except Exception:
+                    values.read()  # if these are wrong, that is the error
+                    raise
+                highest_label, unusable = values.read(nan_seen.sum())  # waits for the device
+                checks.check_classes(highest_label, classes)
+            warn_of_nan(unusable, len(x))
+        return x_adv
+
+    def _may_check_late(self, model, x: Tensor) -> bool:
+        """Whether wrong values do no harm, so that a GPU need not wait until they are checked.
+
+        They do none in a plan that has been made, and our losses turn labels that are no classes into NaN. Code of the model, and
+        of other losses, may fail on them: on a GPU for good.
+        """
+        planned = self.input_gradient != "autograd" and is_planned(model, x)
+        looks_up_targets = self.targeted and isinstance(self.loss, DLR)
+        return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets
+
+    def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
+
+        Nobody looks at the values in x, y and start, which must be such as a call asks for. The first attack on a model through
+        autograd does wait once, to see whether the model writes on its input, and warns if it does.
+
+        Returns:
+            tuple: adversarial images, as of a call; uint8 [B], 1 for samples that met an unusable gradient.
+        """
+        self._check(model, x, y, start)
+        if x.numel() == 0:
+            return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
+        with torch.inference_mode(False), torch.no_grad():
+            (x_adv, nan_seen), _ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+        return x_adv, nan_seen
+
+    def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:
+        x, y = usable(x, y)
+        step_size = self._default_step_size() if self.step_size is None else self.step_size
+        return Batch(x, y, self.eps, step_size, start, runs=self.restarts)
+
+    def kind(self) -> tuple:
+        """What tells captures of this class apart, beside what all attacks have."""
+        return self.steps, self.targeted, self.random_start, self.restarts > 1 and self.select
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a run, at most."""
+        return self.steps + 2
+
+    def _check(self, model, x, y, start) -> None:
+        loss = as_loss(self.loss)  # which it is since `__post_init__`
+        checks.check_images(x)
+        checks.check_callable(model)
+        check_precision(self.precision, x)
+        check_radius(self, x)
+        checks.check_per_sample("step_size", self.step_size, x)
+        if y is not None:
+            checks.check_labels(y, x)
+        elif loss.uses_labels or (self.restarts > 1 and self.select == "success"):
+            raise TypeError("y=None, but the loss or the choice of restarts needs labels: give y, int64 [B]")
+        if start is not None:
+            checks.check_start(start, x)
+            if self.restarts > 1:
+                raise ValueError(f"restarts={self.restarts} from one start repeat one run: leave out start, or restarts")
+        elif loss.needs_random_start and not self.random_start:
+            raise ValueError(
+                "random_start=False, but the gradient of this loss is zero at x itself: set it True, or give a start"
+            )
+
+    def _default_step_size(self) -> float | Tensor:
+        return self.eps / 4 if self.norm == "linf" else self.eps * (2.5 / max(self.steps, 1))
+
+
+def pgd_ls(
+    model,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    alpha: float,
+    *,
+    steps: int = 10,
+    step_size: float | Tensor | None = None,
+    random_start: bool = True,
+    norm: Norm = "linf",
+    targeted: bool = False,
+    restarts: int = 1,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    precision: Precision | None = None,
+    input_gradient: GradientPath = "auto",
+    bn_mode: BNMode = "eval",
+    select: Select = "success",
+    generator: torch.Generator | None = None,
+    graph: Graph = "auto",
+    start: Tensor | None = None,
+) -> Tensor:
+    """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
+
+    `alpha` in [0, 1] is the label smoothing (not the step size): the label gets 1 - alpha, every other class alpha / (K - 1).
+    0 is cross-entropy. Where p_y > 1 - alpha this loss pulls *towards* the true class: it makes training examples that keep their
+    meaning, and is too weak to measure robustness with (use `pgd`, `cw_linf` and AutoAttack).
+
+    The other arguments, the result, errors and warnings are those of `PGD`.
+    """
+    attack = PGD(
+        eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
+        targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
+        select=select, generator=generator, graph=graph,
+    )  # fmt: skip
+    return attack(model, x, y, start=start)
+
+
+def pgd(
+    model,
+    x: Tensor,
+    y: Tensor | None,
+    eps: float | Tensor,
+    *,
+    loss: LossLike = "ce",
+    start: Tensor | None = None,
+    **settings: Unpack[PGDSettings],
+) -> Tensor:
+    """PGD on `loss`: a name, an object of `losses`, or a callable. Everything else as in `PGD`, which `settings` go to."""
+    return PGD(eps, loss=loss, **settings)(model, x, y, start=start)
+
+
+def pgd_kl(
+    model, x: Tensor, y: Tensor | None, eps: float | Tensor, *, start: Tensor | None = None, **settings: Unpack[PGDSettings]
+) -> Tensor:
+    """PGD on KL(p(x) || p(x_adv)), the inner attack of TRADES (arXiv 1901.08573). y may be None. `settings` as in `pgd`."""
+    return pgd(model, x, y, eps, loss=KLDivergence(), start=start, **settings)
+
+
+def fgsm(
+    model,
+    x: Tensor,
+    y: Tensor | None,
+    eps: float | Tensor,
+    *,
+    loss: LossLike = "ce",
+    step_size: float | Tensor | None = None,
+    random_start: bool = False,
+    start: Tensor | None = None,
+    **settings: Unpack[CommonSettings],
+) -> Tensor:
+    """One step of length eps (or `step_size`), by default from x itself (Goodfellow et al., arXiv 1412.6572).
+
+    `settings` as in `pgd`, except `steps`.
+    """
+    step_size = eps if step_size is None else step_size
+    attack = PGD(eps, loss=loss, steps=1, step_size=step_size, random_start=random_start, **settings)
+    return attack(model, x, y, start=start)
+
+
+def cw_linf(
+    model,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    *,
+    kappa: float = 50.0,
+    steps: int = 30,
+    step_size: float | Tensor | None = None,
+    random_start: bool = True,
+    start: Tensor | None = None,
+    **settings: Unpack[CommonSettings],
+) -> Tensor:
+    """C&W-infinity: PGD on the margin loss (Madry et al., section 5; the thesis runs it for 30 steps).
+
+    kappa = 0 stops at the first misclassification; 50 goes on as the public code does. `settings` as in `pgd`.
+    """
+    attack = PGD(eps, loss=Margin(kappa), steps=steps, step_size=step_size, random_start=random_start, **settings)
+    return attack(model, x, y, start=start)

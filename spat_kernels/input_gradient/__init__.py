@@ -1,0 +1,1 @@
+"""How the gradient of the loss with respect to the images is computed."""

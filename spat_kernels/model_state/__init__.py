@@ -1,0 +1,1 @@
+"""Borrowing a model: modes, gradients, statistics."""

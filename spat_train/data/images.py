@@ -1,0 +1,245 @@
+"""Labelled images as uint8, [N, H, W, C], wherever they lie, and what is asked of any of them."""
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, first_line
+
+HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full; of more, so many images:
+SAMPLED = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images in memory, mapped from a file, or on a device.
+
+    Args:
+        pixels: uint8 [N, H, W, C], contiguous.
+        labels: int64 [N], on the CPU.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.pixels.shape[1:]
+        return channels, height, width
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """The images `rows` as uint8 [B, H, W, C] on the CPU."""
+        return self.pixels.index_select(0, rows.to(self.pixels.device)).cpu()
+
+    def subset(self, rows: Tensor) -> "Images":
+        return Images(self.pixels.index_select(0, rows.to(self.pixels.device)), self.labels[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Floats:
+    """Images in memory that need not be on the 8-bit grid.
+
+    Args:
+        x: fp32 [N, C, H, W] in [0, 1].
+        labels: int64 [N], on the CPU.
+    """
+
+    x: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.x.shape[1:]
+        return channels, height, width
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """Pictures in files, decoded when asked for by `read_picture`.
+
+    Args:
+        root: the folder that `files` are relative to.
+        files: N names.
+        labels: int64 [N].
+        size: H and W.
+    """
+
+    root: Path
+    files: list[str]
+    labels: Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, self.size, self.size
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """The images `rows` as uint8 [B, H, W, 3] on the CPU."""
+        batch = torch.empty((len(rows), self.size, self.size, 3), dtype=torch.uint8)
+        for pixels, row in zip(batch, rows.tolist(), strict=True):
+            pixels.copy_(torch.from_numpy(read_picture(self.root / self.files[row], self.size)))
+        return batch
+
+    def subset(self, rows: Tensor) -> "Folder":
+        return Folder(self.root, [self.files[row] for row in rows.tolist()], self.labels[rows], self.size)
+
+    def bytes(self) -> Tensor:
+        """The sizes of the files, int64 [N]."""
+        return torch.tensor([os.stat(self.root / name).st_size for name in self.files], dtype=torch.int64)
+
+
+def read_picture(path: Path, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: the short side resized to `size`, the square in the middle, RGB.
+
+    Of 16 bits the high 8 are kept, so that pictures of 12 bits in 16 come out almost black: stretch them first. As for
+    torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the first picture of an animation is taken.
+
+    Raises:
+        InputError: the file cannot be decoded, or has 32 bits a value, whose range is not known.
+    """
+    from PIL import Image
+
+    try:
+        if not path.is_file():  # opening a FIFO would wait for ever
+            raise OSError("there is no such file" if not path.exists() else "it is no regular file")
+        with Image.open(path) as file:
+            return _square(_rgb(file), size)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's parsers raise anything on broken files
+        raise InputError(
+            f"--data: {path} cannot be decoded ({first_line(error)}): repair or remove it, or start with --skip-broken; a run "
+            "that is under way goes on when it is repaired"
+        ) from error
+
+
+def _rgb(picture: Any) -> Any:
+    from PIL import Image
+
+    grey16 = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if grey16:  # PIL's convert clips it to 255; of 16-bit colours PIL keeps the high byte
+        levels = (np.asarray(picture) >> 8).astype(np.uint8)
+        white_is_0 = picture.format == "TIFF" and picture.tag_v2.get(262) == 0  # PIL minds it for 8 bits alone
+        picture = Image.fromarray(255 - levels if white_is_0 else levels)
+    elif picture.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a value, of an unknown range: save it with 8 or 16")
+    return picture.convert("RGB")
+
+
+def _square(picture: Any, size: int) -> np.ndarray:
+    """As torchvision's Resize and CenterCrop, to one level, but not by way of the whole resized picture: a thin one's is huge."""
+    from PIL import Image
+
+    def middle(side: int) -> tuple[float, float]:
+        resized = int(size * side / min(picture.size))
+        start = round((resized - size) / 2)
+        return start * side / resized, (start + size) * side / resized
+
+    (left, right), (top, bottom) = map(middle, picture.size)
+    return np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What to train on and what to test on; labels are indices into `classes`."""
+
+    name: str
+    train: Images | Folder
+    test: Images | Folder
+    classes: tuple[str, ...]
+    all_classes: bool = True  # False: there may be more, the labels of test images are all that is known
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.train.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def limited(self, limit: int | None, seed: int) -> "Dataset":
+        """At most `limit` random images of each split, chosen by `seed`."""
+        return replace(self, train=_limited(self.train, limit, seed), test=_limited(self.test, limit, seed))
+
+
+def _limited(images: Images | Folder, limit: int | None, seed: int) -> Images | Folder:
+    if limit is None or limit >= len(images):
+        return images
+    # Drawn, not the first: files sorted by class exist.
+    return images.subset(torch.from_numpy(np.random.default_rng(seed).permutation(len(images))[:limit]))
+
+
+def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and `count` rows held out, drawn by `seed` from each class in its proportion; both sorted."""
+    if not 0 <= count < len(labels):
+        raise InputError(f"--holdout {count}: give 0 to {len(labels) - 1} of the {len(labels)} training images")
+    sizes = labels.bincount()
+    share, rest = sizes * count // len(labels), sizes * count % len(labels)
+    share[rest.argsort(descending=True, stable=True)[: count - int(share.sum())]] += 1
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label, number in enumerate(share.tolist()):
+        rows = (labels == label).nonzero()[:, 0]
+        held[rows[torch.randperm(len(rows), generator=generator)[:number]]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def fingerprint(images: Images | Floats | Folder, *, contents: bool = False) -> str:
+    """A short hash of what the images are: shape, labels, and pixels (of many, a sample) or the files' names.
+
+    Args:
+        contents: take in the files' sizes too, and what is in them (of many, a sample): not for what may be repaired meanwhile.
+    """
+    digest = hashlib.sha256(repr((len(images), images.image_shape)).encode())
+    digest.update(images.labels.contiguous().numpy().data)
+    if isinstance(images, Folder):
+        for name in images.files:
+            digest.update(os.fsencode(name) + b"\0")
+        if contents:
+            try:
+                digest.update(images.bytes().numpy().data)
+                for row in _spread(min(SAMPLED, len(images)), len(images)).tolist():
+                    digest.update((images.root / images.files[row]).read_bytes())
+            except OSError as error:
+                raise InputError(f"--data: {error.filename} cannot be read ({error.strerror}): repair or remove it") from error
+    elif isinstance(images, Floats):
+        digest.update(images.x.cpu().contiguous().numpy().data)
+    else:
+        count = len(images) if images.pixels.nbytes <= HASHED else min(SAMPLED, len(images))
+        for part in _spread(count, len(images)).split(SAMPLED):
+            digest.update(images.batch(part).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _spread(count: int, total: int) -> Tensor:
+    """`count` rows of `total`, evenly spread, the first and the last among them."""
+    return torch.arange(count) * (total - 1) // max(count - 1, 1)
+
+
+def floats(
+    images: Images | Floats | Folder,
+    rows: Tensor,
+    device: str | torch.device,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> tuple[Tensor, Tensor]:
+    """The images `rows` as they are: fp32 [B, C, H, W] in [0, 1], in `memory_format`, and labels int64 [B], on `device`."""
+    if isinstance(images, Floats):
+        return images.x[rows].to(device, memory_format=memory_format), images.labels[rows].to(device)
+    x = images.batch(rows).to(device).permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format)
+    # By a tensor, as crop_flip divides: GPUs multiply by the reciprocal of a Python number, which rounds otherwise.
+    return x.div_(x.new_full((1,), 255)), images.labels[rows].to(device)

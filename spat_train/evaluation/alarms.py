@@ -1,0 +1,253 @@
+"""Signs that a model hides its gradients instead of being robust (Athalye et al., arXiv 1802.00420; Carlini et al., 1902.06705).
+
+Each check runs on a few images. Where one attack has to be at least as strong as another, the two are compared image by image: an
+alarm is raised if the images that only the weaker one broke outnumber those that only the stronger one broke by more than chance
+explains (McNemar's exact test, at 1 %).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spat_kernels.attacks import signs
+from spat_kernels.input_gradient.autograd import CUT_OFF, InputGradient
+from spat_kernels.model_state.borrow import borrowed
+from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, predictions
+from spat_kernels.settings import GradientPath, Graph, Precision
+
+from ..data.images import Floats, Folder, Images, floats
+from ..models.registry import device_of
+from ..runtime.seeding import model_draws
+from . import checks
+from .evaluate import evaluate
+from .result import Evaluation, Options
+
+IMAGES = 100
+LONG, UNBOUNDED = "pgd-10:steps=40", "pgd-10:steps=40:eps=1"
+SIGNIFICANT = 0.01
+NOT_ZERO = "gradients are not zero"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One check: what was found, whether it is alarming, and what it would mean."""
+
+    name: str
+    numbers: dict[str, float]
+    raised: bool
+    meaning: str
+
+
+def alarms(
+    model: nn.Module,
+    images: Images | Folder | Floats | tuple[Tensor, Tensor],
+    *,
+    eps: float,
+    source: nn.Module | None = None,
+    rows: Tensor | None = None,
+    count: int = IMAGES,
+    seed: int = 0,
+    batch_size: int = 256,
+    folder: str | Path | None = None,
+    bar: str | None = "alarms",
+    between: Callable[[], object] = lambda: None,
+    memory_format: torch.memory_format = torch.channels_last,
+    precision: Precision | None = "fp32",
+    input_gradient: GradientPath = "auto",
+    graph: Graph = "auto",
+) -> list[Alarm]:
+    """Look for masked gradients, under L-infinity attacks. Costs some 120 gradients an image.
+
+    Args:
+        eps: radius for images in [0, 1].
+        source: a model that attacks are transferred from, for one check more.
+        count: so many of the images, evenly spread.
+        folder: where the attacks' results are kept, and gone on with.
+        The others are as for `evaluate`.
+
+    Raises:
+        InputError, SaveError: as `evaluate`.
+    """
+    checks.check_numbers(eps, 1.0, seed, batch_size)
+    images = checks.check_images(images)
+    rows = checks.check_rows(rows, len(images))
+    _, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, {})
+    rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
+    how: Options = {
+        "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,
+        "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
+    }  # fmt: skip
+    x, y = floats(images, rows, device_of(model), memory_format)
+    with model_draws(x.device, seed, "alarms"):
+        found = outputs(model, x, batch_size)
+        try:
+            zero = without_gradient(model, x, y, batch_size)
+        except ValueError as error:
+            if str(error) != CUT_OFF:
+                raise
+            return [*found, Alarm(NOT_ZERO, {"images": len(x), "zero or NaN, %": 100.0}, True, f"Here {CUT_OFF}.")]
+    radii = {f"pgd-10:eps={radius!r}": radius for radius in (2 * float(eps), 4 * float(eps)) if radius < 1}
+    ran = evaluate(model, images, ["noise", "noisex20", "fgsm", "pgd-10", LONG, *radii, UNBOUNDED], folder=folder, bar=bar, **how)
+    unbroken = torch.stack([ran.correct(name) for name in ("fgsm", "pgd-10", LONG)]).all(0).to(x.device)
+    found += [
+        gradients(zero, unbroken),
+        compared(
+            ran, "fgsm", "noise", "noise is weaker than FGSM",
+            "One step along the gradient must do more than noise of the same size, or the gradient points nowhere.",
+        ),
+        compared(
+            ran, "pgd-10", "fgsm", "FGSM is weaker than PGD",
+            "Ten steps can do what one does: where they cannot, the loss is too rugged for gradients to be of use.",
+        ),
+        compared(
+            ran, "pgd-10", "noisex20", "random search is weaker than PGD",
+            "Twenty random points must not find what ten steps along the gradient miss.",
+        ),
+        compared(
+            ran, LONG, "pgd-10", "more steps break more",
+            "Forty steps must not lose what ten have found, or the attack converges on nothing.",
+        ),
+        larger(ran, {"pgd-10": eps} | radii),
+        unbounded(ran),
+    ]  # fmt: skip
+    if source is not None:
+        black = Path(folder) / "black-box" if folder is not None else None
+        transferred = evaluate(model, images, [LONG], source=source, folder=black, bar=bar, **how)
+        found.append(black_box(ran, transferred))
+    return found
+
+
+# ---- the checks
+
+
+def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
+    """That logits are numbers, and not probabilities, and a function of one image, which is only read."""
+
+    def logits(parts) -> Tensor:
+        return torch.cat([model_logits(model, part) for part in parts if len(part)])
+
+    once, again = (logits(x.split(batch_size)) for _ in range(2))
+    even, odd = torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)
+    apart = torch.empty_like(once)
+    apart[torch.cat([even, odd])] = logits([*x[even].split(batch_size), *x[odd].split(batch_size)])
+    unanswered, finite = int((predictions(once) < 0).sum()), once[once.isfinite()]
+    given = x.clone()
+    with torch.no_grad(), borrowed(model, "eval"):
+        for part in given.split(batch_size):
+            model(part)
+    written = int((given != x).flatten(1).any(1).sum())
+
+    def compare(name: str, other: Tensor, meaning: str) -> Alarm:
+        difference, allowed = signs.difference(once, other)
+        changed = int((predictions(other) != predictions(once)).sum())
+        numbers = {"images": len(x), "largest difference": difference, "allowed": allowed, "other class": changed}
+        return Alarm(name, numbers, difference > allowed, meaning)
+
+    return [
+        Alarm(
+            "outputs are numbers", {"images": len(x), "NaN": unanswered}, unanswered > 0,
+            "NaN is no prediction and counts as misclassified; a model that overflows has to be mended, or run in fp32.",
+        ),
+        Alarm(
+            "images are only read", {"images": len(x), "written on": written}, written > 0,
+            "Gradients know nothing of what a model writes on its input, so that attacks are weaker than they could be.",
+        ),
+        Alarm(
+            "outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, signs.are_probabilities(once),
+            "Gradients vanish behind a softmax: a model must return its logits.",
+        ),
+        compare(
+            "outputs are deterministic", again,
+            "A model that draws at random has to be attacked on the average (autoattack-rand), and evaluated several times.",
+        ),
+        compare(
+            "outputs do not depend on the batch", apart,
+            "If the other images of a batch change an image's logits, so does attacking those.",
+        ),
+    ]  # fmt: skip
+
+
+def without_gradient(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """bool [B]: where the margin has no gradient that an attack could follow."""
+    with torch.inference_mode(False), torch.no_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
+        batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        return torch.cat([signs.without_gradient(InputGradient(model), *batch) for batch in batches])
+
+
+def gradients(zero: Tensor, unbroken: Tensor) -> Alarm:
+    """That images have a gradient; of those that have none, bool [B], and those that attacks did not break."""
+    both = int((zero & unbroken).sum())
+    share = 100 * int(zero.sum()) / len(zero)
+    numbers = {"images": len(zero), "zero or NaN, %": share, "of them not broken": both}
+    meaning = (
+        "Gradient attacks cannot tell where to move an image whose gradient is zero or NaN: it looks robust without being tested."
+    )
+    return Alarm(NOT_ZERO, numbers, both > 0, meaning)
+
+
+def compared(ran: Evaluation, strong: str, weak: str, name: str, meaning: str) -> Alarm:
+    return Alarm(name, *compare(ran.correct(strong), ran.correct(weak), strong, weak), meaning)
+
+
+def compare(strong: Tensor, weak: Tensor, *names: str) -> tuple[dict[str, float], bool]:
+    """Numbers of two attacks, given what each left correct, bool [N]; and whether the first is the weaker one beyond chance."""
+    only_strong, only_weak = int((weak & ~strong).sum()), int((strong & ~weak).sum())
+    numbers = {f"{name}, %": 100 * int(left.sum()) / len(left) for name, left in zip(names, (strong, weak), strict=True)}
+    p = sign_test(only_weak, only_strong)
+    numbers |= {f"broken by {names[0]} alone": only_strong, f"by {names[1]} alone": only_weak, "p": p}
+    return numbers, p < SIGNIFICANT
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """P(at least so many wins) of wins + losses fair coins."""
+    n = wins + losses
+    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+
+
+def larger(ran: Evaluation, radii: dict[str, float]) -> Alarm:
+    """That the attacks `radii`, by rising radius, leave fewer and fewer."""
+    names = list(radii)
+    numbers = {f"eps {radius:.4g}, %": ran.accuracy(name) for name, radius in radii.items()}
+    raised = any(compare(ran.correct(b), ran.correct(a), b, a)[1] for a, b in pairwise(names))
+    meaning = "A larger ball holds the smaller one: an attack that breaks less in it goes astray."
+    return Alarm("larger eps break more", numbers, raised, meaning)
+
+
+def unbounded(ran: Evaluation) -> Alarm:
+    left = int(ran.correct(UNBOUNDED).sum())
+    meaning = (
+        "With eps 1 every image of another class is in the ball, so an image that is left is one that the attack cannot handle."
+    )
+    return Alarm("unbounded attacks break all", {"images": len(ran), "left": left}, left > 0, meaning)
+
+
+def black_box(ran: Evaluation, transferred: Evaluation) -> Alarm:
+    numbers, raised = compare(ran.correct(LONG), transferred.correct(LONG), "white box", "black box")
+    meaning = "If another model's gradients break more than the model's own, its own are masked."
+    return Alarm("black box is weaker than white box", numbers, raised, meaning)
+
+
+def beyond_chance(ran: Evaluation, source: bool = False) -> Alarm:
+    """That clean images are classified better than by chance; `ran` is of the model, or of the source."""
+    low, high = ran.interval("clean")
+    chance = 100 / ran.classes
+    numbers = {"clean, %": ran.accuracy("clean"), "at least, %": low, "at most, %": high, "chance, %": chance}
+    whose, option = ("the source's ", "--source-") if source else ("", "--")
+    meaning = (
+        f"Perhaps the network wants normalised images ({option}mean, {option}std), is another architecture than its weights are "
+        "for, or numbers the classes in another order; or these are too few images to tell."
+    )
+    return Alarm(f"{whose}clean accuracy is beyond chance", numbers, low <= chance, meaning)
+
+
+def rechecked(ran: Evaluation) -> Alarm:
+    """That what attacks made lies in the ball and the box."""
+    numbers: dict[str, float] = {name: found.outside for name, found in ran.rechecks.items()}
+    meaning = "An attack that leaves the ball, or the box of valid pixels, says nothing about robustness in it."
+    return Alarm("adversarial images are inside", {"outside": sum(numbers.values())} | numbers, any(numbers.values()), meaning)

@@ -1,0 +1,148 @@
+"""What is asked of the arguments of an evaluation, before any work: errors name argument, value and remedy."""
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from spat_kernels.checks import check_graph, check_range, check_reach
+from spat_kernels.input_gradient.choose import check_path, check_precision, explain
+from spat_kernels.settings import GradientPath, Graph, Precision
+
+from ..data.images import Floats, Folder, Images
+from ..errors import InputError
+from ..models.registry import device_of, try_on
+from ..runtime.seeding import model_draws
+from .attack_specs import Attack
+
+
+@contextmanager
+def _as_input_error(what: str):
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
+def check_numbers(eps: float, eps_l2: float, seed: int, batch_size: int) -> None:
+    for name, value, most in (("eps", eps, 1), ("eps_l2", eps_l2, math.inf)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value <= most or value == math.inf:
+            remedy = f", for images in [0, 1]: {value:g}/255, not {value:g}" if number and value > 1 else ""
+            raise InputError(f"{name}={value!r}: give a number above 0{remedy}")
+    for name, value, least in (("seed", seed, 0), ("batch_size", batch_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+            raise InputError(f"{name}={value!r}: give an integer from {least} to 2**31 - 1")
+
+
+def check_images(images: object) -> Images | Folder | Floats:
+    """`images` as one of these kinds: a tuple is of floating-point images and labels."""
+    if isinstance(images, tuple) and len(images) == 2:
+        x, labels = images
+        images = Floats(x.detach() if isinstance(x, Tensor) else x, labels)
+    if not isinstance(images, (Images, Folder, Floats)):
+        raise InputError(f"images: give Images, a Folder or a tuple (x, y), not a {type(images).__name__}")
+    labels = images.labels
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1 or labels.is_cuda:
+        raise InputError("images: labels must be an int64 tensor [N] on the CPU")
+    if not len(labels):
+        raise InputError("images: there is none: give at least one")
+    if isinstance(images, Images):
+        _check_pixels(images.pixels, (torch.uint8,), "[N, H, W, C]", len(labels))
+    elif isinstance(images, Floats):
+        _check_pixels(images.x, (torch.float32, torch.float64), "[N, C, H, W]", len(labels))
+        low, high = (float(v) for v in images.x.aminmax())
+        with _as_input_error("images"):
+            check_range(low, high, (0, 1), images.x.dtype, fixed=True)
+    return images
+
+
+def _check_pixels(pixels: object, dtypes: tuple[torch.dtype, ...], shape: str, count: int) -> None:
+    if not isinstance(pixels, Tensor) or pixels.dtype not in dtypes or pixels.ndim != 4:
+        found = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise InputError(f"images: they are {found}: give {' or '.join(map(str, dtypes))} {shape}")
+    if len(pixels) != count:
+        raise InputError(f"images: there are {len(pixels)} and {count} labels: give one label for each")
+
+
+def check_rows(rows: Tensor | None, count: int) -> Tensor:
+    if rows is None:
+        return torch.arange(count)
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or not len(rows) or rows.is_cuda:
+        raise InputError("rows: give an int64 tensor [N] on the CPU of at least one row, or None for all")
+    if rows.min() < 0 or rows.max() >= count:
+        raise InputError(f"rows: they go from {int(rows.min())} to {int(rows.max())}, there are {count} images")
+    return rows
+
+
+def check_models(
+    model: nn.Module,
+    source: nn.Module | None,
+    images: Images | Folder | Floats,
+    labels: Tensor,
+    memory_format: torch.memory_format,
+    attacks: dict[str, Attack],
+) -> tuple[int, torch.memory_format]:
+    """Check that the models are in eval mode, take the images, agree on the classes, and that `attacks` can follow them.
+
+    Returns the number of classes, and the format of images that all of them take: `memory_format` where they do.
+    """
+    classes = 0
+    dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
+    for name, each in (("model", model), ("source", source)):
+        if each is None and name == "source":
+            continue
+        if not isinstance(each, nn.Module):
+            raise InputError(f"{name}: give a torch.nn.Module, not a {type(each).__name__}")
+        if training := next((at or type(m).__name__ for at, m in each.named_modules() if m.training), None):
+            raise InputError(
+                f"{name}: {training} is in training mode, so that outputs depend on the batch or on chance: call {name}.eval()"
+            )
+        try:
+            with model_draws(device_of(each), name):
+                differentiate = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
+                classes, memory_format = try_on(
+                    each, images.image_shape, classes or None, memory_format, dtype, differentiate=differentiate
+                )
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
+    if source is not None and device_of(source) != device_of(model):
+        raise InputError(f"source: it is on {device_of(source)}, the model on {device_of(model)}: move one by .to(device)")
+    if labels.min() < 0 or labels.max() >= classes:
+        wrong = int(labels.min() if labels.min() < 0 else labels.max())
+        raise InputError(f"images: there is a label {wrong}, and the model has classes 0 to {classes - 1}: give those labels")
+    return classes, memory_format
+
+
+def check_attacks(
+    attacks: dict[str, Attack], classes: int, eps: float, eps_l2: float, image_shape: tuple[int, int, int], black_box: bool
+) -> None:
+    for name, attack in attacks.items():
+        if black_box and getattr(attack, "right_at", "last") == "every":  # it would stop at what the source gets wrong
+            raise InputError(f"attack {name}: right_at=every asks the model that is attacked: leave it out, or the source")
+        if classes < attack.least_classes:
+            remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
+            raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
+        if attack.norm == "l2":
+            with _as_input_error(f"attack {name}"):
+                own = "eps_l2" if attack.eps is None else "eps"
+                check_reach(own, attack.radius(eps, eps_l2), (0, 1), math.prod(image_shape))
+
+
+def check_arithmetic(
+    model: nn.Module, x: Tensor, precision: Precision | None, input_gradient: GradientPath, graph: Graph
+) -> None:
+    """That attacks on `model` at images like `x` [B, C, H, W] can run so."""
+    if x.device.type != "cuda" and precision == "tf32":
+        raise InputError("precision='tf32': TF32 is for GPUs: use fp32 or bf16")
+    if x.device.type != "cuda" and graph is True:
+        raise InputError(f"graph=True: CUDA graphs are for GPUs, the model is on {x.device}: use graph='auto'")
+    try:
+        check_path(precision, input_gradient)
+        check_precision(precision, x)
+        check_graph(graph)
+        if input_gradient == "plan" and (reason := explain(model, x, precision=precision).reason):
+            raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'")
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error).splitlines()[0]) from error

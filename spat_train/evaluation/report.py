@@ -1,0 +1,284 @@
+"""What an evaluation leaves to read: evaluation.json, report.md, and report.html with pictures, each a file of its own."""
+
+import base64
+import html
+import io
+import json
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import spat_kernels
+
+from ..data.images import Floats, Folder, Images, floats
+from ..runtime import atomic_write as files
+from .alarms import Alarm
+from .attack_specs import NAMED, published
+from .result import WORST, Evaluation, Example, interval, percent
+
+FORMAT = "spat_train evaluation 1"
+STYLE = """
+body { font: 15px/1.5 sans-serif; color: #222; max-width: 70em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; overflow-wrap: normal; }
+pre { white-space: pre-wrap; background: #f5f5f5; padding: .5em .8em; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { text-align: left; padding: .25em .8em; border-bottom: 1px solid #ddd; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.ALARM { color: #fff; background: #b3261e; padding: 0 .4em; font-weight: bold; }
+figure { display: inline-block; margin: .5em 1.5em .5em 0; }
+figcaption { font-size: 13px; color: #555; }
+img { width: min(112px, 28vw); height: min(112px, 28vw); image-rendering: pixelated; border: 1px solid #ddd; }
+"""
+
+
+HASHES = {
+    "weights": "hash of the weights",
+    "source weights": "hash of the source's",
+    "data": "hash of the data",
+    "rows": "hash of the rows",
+}
+
+
+class Section(NamedTuple):
+    title: str
+    text: str
+    header: tuple[str, ...] = ()
+    rows: Sequence[tuple[str, ...]] = ()
+    code: str = ""
+
+
+def write_report(
+    folder: Path,
+    evaluation: Evaluation,
+    images: Images | Folder | Floats,
+    classes: Sequence[str],
+    found: Sequence[Alarm] = (),
+    about: dict[str, str] | None = None,
+) -> None:
+    """Write the three files, which are functions of the arguments.
+
+    Args:
+        images: those that were evaluated. classes: the names of the K classes.
+        found: what `alarms` returned.
+        about: what the report says of the model, the data and the machine; `command` is what was typed.
+
+    Raises:
+        SaveError: the disk is full.
+    """
+    about = about or {}
+    title = f"Evaluation of {about.get('model', 'a model')}"
+    sections = [
+        accuracy_section(evaluation),
+        *alarm_section(found),
+        recheck_section(evaluation),
+        settings_section(evaluation, about),
+        *([Section("Command", "", code=about["command"])] if "command" in about else []),
+    ]
+    files.write(folder / "evaluation.json", to_json(evaluation, classes, found, about).encode())
+    files.write(folder / "report.md", markdown(title, sections).encode())
+    files.write(folder / "report.html", web_page(title, sections, pictures(evaluation, images, classes)).encode())
+
+
+# ---- what is said
+
+
+def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
+    """For the terminal."""
+    raised = [alarm for alarm in found if alarm.raised]
+    lines = [evaluation.table()]
+    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}. {alarm.meaning}" for alarm in raised]
+    return "\n".join(lines)
+
+
+def accuracy_section(e: Evaluation) -> Section:
+    rows = []
+    for name, correct, what in e.lines():
+        low, high = interval(correct)
+        rows.append((name, f"{percent(correct):.2f}", f"{low:.2f} to {high:.2f}", str(int((~correct).sum())), what))
+    wrong = "Images that the model gets wrong are attacked too." if e.settings["attack_wrong"] else (
+        "Images that the model gets wrong as they are count as broken by every attack, and are not attacked."
+    )  # fmt: skip
+    made = " Adversarial images are made on another model (black box)." if e.settings["source_weights"] else ""
+    text = (
+        f"{len(e)} images, eps {_length(e.settings['eps'])}, for L2 {e.settings['eps_l2']:g}. {wrong}{made} "
+        "Intervals are Wilson's, 95 %."
+    )
+    return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "broken", "settings"), rows)
+
+
+def alarm_section(found: Sequence[Alarm]) -> list[Section]:
+    if not found:
+        return []
+    rows = [("ALARM" if alarm.raised else "ok", alarm.name, _numbers(alarm), alarm.meaning) for alarm in found]
+    raised = sum(alarm.raised for alarm in found)
+    text = f"{raised} of {len(found)} checks raise an alarm" + (": the accuracies may not be what they seem." if raised else ".")
+    return [Section("Alarms", text, ("", "expected", "found", "why"), rows)]
+
+
+def recheck_section(e: Evaluation) -> Section:
+    rows = [(name, str(r.adversarial), str(r.outside), str(r.rounded)) for name, r in e.rechecks.items()]
+    text = (
+        "Adversarial images of images that the model gets right; how many images an attack left outside of the ball or the box "
+        "(after rounding: by more than half a level); and how many are still misclassified when rounded to 8 bits."
+    )
+    return Section("Adversarial images checked again", text, ("attack", "adversarial", "outside", "after rounding"), rows)
+
+
+def settings_section(e: Evaluation, about: dict[str, str]) -> Section:
+    told = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
+    values = {name: value for name, value in about.items() if name != "command"}
+    values |= {HASHES.get(name, name): value for name, value in told.items()} | versions()
+    return Section("Settings", "", ("", ""), [(name, str(value)) for name, value in values.items()])
+
+
+def versions() -> dict[str, str]:
+    config = spat_kernels.config()
+    return {"spat_kernels": config["version"], "torch": config["torch"], "python": platform.python_version()}
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+def _length(eps: float) -> str:
+    return f"{255 * eps:.4g}/255 ({eps:.4g})"
+
+
+def _numbers(alarm: Alarm) -> str:
+    shown = ((name.removesuffix(", %"), f"{value:.4g}" + " %" * name.endswith(", %")) for name, value in alarm.numbers.items())
+    return ", ".join(f"{name} {value}" for name, value in shown)
+
+
+# ---- pictures
+
+
+class Picture(NamedTuple):
+    attack: str
+    caption: str
+    images: tuple[str, str, str]  # original, adversarial, difference: PNG, base64
+
+
+def pictures(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[str]) -> list[Picture]:
+    """Of the first images that each attack broke."""
+    found = []
+    for name, examples in e.examples.items():
+        radius = e.attacks[name].radius(e.settings["eps"], e.settings["eps_l2"])
+        for example in examples:
+            clean, _ = floats(images, e.rows[example.index : example.index + 1], "cpu", torch.contiguous_format)
+            found.append(picture(e, name, example, clean[0].float().permute(1, 2, 0), classes, radius))
+    return found
+
+
+def picture(e: Evaluation, name: str, example: Example, clean: Tensor, classes: Sequence[str], radius: float) -> Picture:
+    moved = example.image / 255 - clean
+    # So that the largest difference is as bright as it can be: for L2 it is that of this image.
+    most = radius if e.attacks[name].norm == "linf" else float(moved.abs().max())
+    factor = max(int(0.5 / max(most, 1 / 255)), 1)
+    shown = (clean, example.image / 255, (0.5 + factor * moved).clamp(0, 1))
+    true, predicted = (int(t[example.index]) for t in (e.labels, e.predicted[name]))
+    became = classes[predicted] if predicted >= 0 else "NaN"
+    caption = f"image {int(e.rows[example.index])}: {classes[true]}, predicted {became}; difference x {factor}"
+    original, adversarial, difference = (png((255 * image).round().to(torch.uint8)) for image in shown)
+    return Picture(name, caption, (original, adversarial, difference))
+
+
+def png(image: Tensor) -> str:
+    """uint8 [H, W, C], C 1 or 3, as PNG in base64."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(image.squeeze(-1).numpy()).save(content, format="PNG")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+# ---- as files
+
+
+def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about: dict[str, str]) -> str:
+    attacks = {
+        name: {"spec": attack.spec, "settings": attack.describe(), "source": NAMED.get(published(name)[0], ("", ""))[1]}
+        for name, attack in e.attacks.items()
+    }
+    results: dict[str, dict] = {name: _result(e.correct(name)) for name in (*e.attacks, WORST)}
+    for name in e.part:
+        results[name]["after"] = {part: _result(left) for part, left in e.after(name).items()}
+    content = {
+        "format": FORMAT, "about": about, "settings": e.settings, "versions": versions(), "classes": list(classes),
+        "attacks": attacks, "results": results, "checked": {name: vars(r) for name, r in e.rechecks.items()},
+        "alarms": [vars(alarm) | {"numbers": _finite(alarm.numbers)} for alarm in found],
+    }  # fmt: skip
+    correct = {name: e.correct(name).tolist() for name in e.attacks}
+    predicted = {name: e.predicted[name].tolist() for name in e.attacks}
+    samples = [
+        {
+            "row": row, "label": label, "broken_by": [name for name in e.attacks if not correct[name][i]],
+            "predicted": {name: predicted[name][i] for name in e.attacks},
+        }
+        for i, (row, label) in enumerate(zip(e.rows.tolist(), e.labels.tolist(), strict=True))
+    ]  # fmt: skip
+    lines = ",\n  ".join(map(json.dumps, samples))  # a line for each image
+    return f'{json.dumps(content, indent=1)[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'
+
+
+def _result(correct: Tensor) -> dict:
+    return {"accuracy": percent(correct), "interval": interval(correct), "broken": int((~correct).sum())}
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {title}"]
+    for section in sections:
+        lines += ["", f"## {section.title}", "", *([section.text, ""] if section.text else [])]
+        cells = [section.header, ("---",) * len(section.header), *section.rows] if section.rows else []
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+        lines += ["```", section.code, "```"] if section.code else []
+    return "\n".join(lines) + "\n"
+
+
+def web_page(title: str, sections: Sequence[Section], shown: Sequence[Picture]) -> str:
+    """One file: styles and pictures are in it."""
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        parts += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.text)}</p>" if section.text else ""]
+        header = "".join(f"<th>{html.escape(cell)}</th>" for cell in section.header)
+        rows = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in section.rows)
+        parts += [f'<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>'] if section.rows else []
+        parts += [f"<pre>{html.escape(section.code)}</pre>"] if section.code else []
+        if section.title == "Accuracy":
+            parts += _gallery(shown)
+    body = "\n".join(parts)
+    phones = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">\n{phones}\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def _cell(text: str) -> str:
+    if text in ("ALARM", "ok"):
+        return f'<td><span class="{text}">{text}</span></td>'
+    number = text.replace(".", "").replace(" to ", "").isdecimal()
+    return f'<td class="number">{text}</td>' if number else f"<td>{html.escape(text)}</td>"
+
+
+def _gallery(shown: Sequence[Picture]) -> list[str]:
+    parts, last = ["<h2>Images that attacks broke</h2>", "<p>The original, the adversarial image and their difference.</p>"], None
+    for attack, caption, images in shown:
+        if attack != last:
+            parts.append(f"<h3>{html.escape(attack)}</h3>")
+            last = attack
+        told = zip(("original", "adversarial", "difference"), images, strict=True)
+        row = "".join(f'<img alt="{what}" src="data:image/png;base64,{data}">' for what, data in told)
+        parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return parts if shown else [*parts[:1], "<p>None broke an image.</p>"]

@@ -1,0 +1,175 @@
+"""Files that hold weights: what is in one, without running code from it, and which of its entries are the weights."""
+
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, first_line
+from ..runtime.atomic_write import check_sums
+
+WEIGHTS = ("auto", "model", "ema")
+# Names that code saves weights under, the usual ones first; averaged ones: ema, model_ema, state_dict_ema, swa_model, ...
+KEYS = ["model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights", "params"]
+KEYS += ["module", "shadow", "last"]
+AVERAGED = re.compile(r"(^|[._])(ema|swa)([._]|$)")
+LEVELS = 3  # of dicts around a state dict
+LISTED = 8
+
+
+class _Ignored:
+    """What stands beside weights and runs no code, such as NumPy's scalars: read as nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Number(_Ignored):
+    """A scalar of NumPy."""
+
+
+_IGNORED = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray"]
+_IGNORED += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+_IGNORED += [f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("", "Posix", "Windows")]
+
+
+def read_file(path: str | Path) -> Any:
+    """What `torch.save` wrote to `path`, its tensors on the CPU; or the tensors in a .safetensors file.
+
+    Raises:
+        InputError: it is no such file, it is damaged, or it holds objects that could run code.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise _refused(path, "it is a folder: give a file that torch.save wrote")
+    if not os.path.isfile(path):  # that of Path raises on names that are too long
+        raise _refused(path, "there is no such file: give one that torch.save wrote")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+        if what := _something_else(path, head):
+            raise _refused(path, what)
+        if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size):
+            return _safetensors(path)
+        zipped = head.startswith(b"PK")
+        if zipped:
+            check_sums(path)
+        with torch.serialization.safe_globals([(_Number if "scalar" in name else _Ignored, name) for name in _IGNORED]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise _refused(path, f"it is damaged ({error}): copy or download it again") from error
+    except Exception as error:  # on files that are none, the unpickler fails in any way
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _refused(
+                path,
+                f"it holds an object of {unsafe[1]}, which was refused: only weights are read, since other objects can run "
+                "code. If you trust the file, load it with torch.load(weights_only=False) and save its state_dict",
+            ) from error
+        text = isinstance(error, (OSError, RuntimeError)) and str(error)  # those of others are about the unpickler
+        reason = first_line(error).split(". ")[0][:200] if text else type(error).__name__
+        remedy = "give a whole file that torch.save wrote, of weights or dicts of them"
+        raise _refused(path, f"cannot be read ({reason}): {remedy}") from error
+
+
+def _refused(path: str | Path, what: str) -> InputError:
+    return InputError(f"checkpoint {path}: {what}")
+
+
+def _something_else(path: Path, head: bytes) -> str:
+    """What the file is instead of weights, and the remedy; "" where it may be weights."""
+    if not head:
+        return "it is empty: copy or download it again"
+    if re.match(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z]", head):
+        return "it is a web page, not the file behind it: open it in a browser to see why, and download the file again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself: run git lfs pull"
+    if not head.startswith(b"PK"):
+        return ""
+    if not zipfile.is_zipfile(path):
+        return f"it is cut short or damaged (a zip without its end, {path.stat().st_size:,} bytes): copy or download it again"
+    with zipfile.ZipFile(path) as parts:
+        names = parts.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "it is a TorchScript archive: load it with torch.jit.load and save its state_dict"
+    if not any(name.endswith("/data.pkl") for name in names):
+        return f"it is a zip file of other things ({listed(names)}): give a file that torch.save wrote"
+    return ""
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise _refused(path, "reading it needs safetensors, which is not installed: pip install safetensors") from error
+    return load_file(path)
+
+
+def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
+    """The state dict in the content of a file; `weights` as in `read_weights`.
+
+    Raises:
+        InputError: there is no such one, or there are several and none has a usual name.
+        ValueError: `weights` is not one of the three.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: give 'auto', 'model' or 'ema'")
+    entries = list(_entries(content))
+    found = {keys: value for keys, value in entries if _is_state_dict(value)}
+    averaged = {keys: state for keys, state in found.items() if any(map(AVERAGED.search, keys))}
+    unread = [keys[-1] for keys, value in entries if keys and AVERAGED.search(keys[-1]) and _are_weights(value)]
+    if weights != "model" and unread and not averaged:
+        what = f"its {unread[0]!r}, for averaged weights, has none with names"
+        raise _refused(path, f"{what}: save the weights that you mean, or use weights='model'")
+    if weights == "ema" and not averaged:
+        raise _refused(path, "it holds no averaged weights: use weights='model' or 'auto'")
+    candidates = averaged if averaged and weights != "model" else {k: s for k, s in found.items() if k not in averaged}
+    if not candidates:
+        kind = f"its entries: {listed(map(str, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise _refused(path, f"it holds no weights ({kind}): save model.state_dict(), alone or as 'state_dict'")
+
+    def rank(keys: tuple[str, ...]) -> list[int]:
+        return [KEYS.index(key) if key in KEYS else -1 if AVERAGED.search(key) else len(KEYS) for key in keys]
+
+    best = min(candidates, key=rank)
+    if len(candidates) > 1 and (len(KEYS) in rank(best) or [rank(keys) for keys in candidates].count(rank(best)) > 1):
+        raise _refused(path, f"it holds several networks ({listed(map('.'.join, candidates))}): save the state_dict of one")
+    return candidates[best]
+
+
+def _entries(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What is in dicts around state dicts, with the keys of the dicts around each."""
+    yield keys, content
+    if isinstance(content, dict) and not _is_state_dict(content) and len(keys) < LEVELS:
+        for key, value in content.items():
+            if isinstance(key, str):
+                yield from _entries(value, (*keys, key))
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Single numbers alone are metrics."""
+    named = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    return named and any(v.ndim for v in value.values())
+
+
+def _are_weights(value: Any) -> bool:
+    """Whether there are tensors in it, in any order, or what was not read. One alone is a curve or the like."""
+    if isinstance(value, (dict, list, tuple)):
+        values = value.values() if isinstance(value, dict) else value
+        return any(_are_weights(v) or (isinstance(v, Tensor) and v.ndim > 0) for v in values)
+    return isinstance(value, _Ignored) and not isinstance(value, _Number)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few."""
+    names = list(names)
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

@@ -1,0 +1,148 @@
+"""What a run tells: a progress bar, one JSON line for each event in log.jsonl, and TensorBoard where it is installed."""
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .atomic_write import SaveError
+
+MINUTE = 60.0
+
+
+class _Bar(tqdm):
+    """A reader of stderr that leaves, as `head` does, does not end a run."""
+
+    def display(self, msg=None, pos=None) -> None:
+        with suppress(BrokenPipeError):
+            super().display(msg, pos)
+
+    def close(self) -> None:
+        with suppress(BrokenPipeError):
+            super().close()
+
+
+class _Lines(_Bar):
+    """In a file, where nothing can be overwritten: a line of its own, at most once a minute."""
+
+    def __init__(self, **options):
+        self.shown = time.monotonic()
+        super().__init__(**options | {"leave": False, "mininterval": MINUTE})
+
+    def display(self, msg=None, pos=None) -> None:
+        if time.monotonic() - self.shown >= MINUTE:
+            self.shown = time.monotonic()
+            with suppress(BrokenPipeError):
+                self.fp.write(f"{self}\n")
+                self.fp.flush()
+
+
+def bar(total: int, name: str | None, **options) -> tqdm:
+    """A progress bar of images on stderr; `name` None shows none."""
+    kind = _Bar if sys.stderr.isatty() else _Lines
+    return kind(total=total, desc=name, disable=name is None, **{"unit": "img", "mininterval": 0.5} | options)
+
+
+class Log:
+    """Of the main process; `folder` None keeps nothing.
+
+    A resumed run first drops the lines that were written after its checkpoint, so that the log reads as if nothing had happened.
+    """
+
+    def __init__(self, folder: Path | None, *, total: int, done: int, position: int, step: int, tensorboard: bool, name: str):
+        self.bar, self.shown = bar(total, name, initial=done, unit_scale=True, smoothing=0.1), dict[str, object]()
+        self.start, self.images, self.last_rate = time.perf_counter(), 0, 0.0
+        self.file = self.board = None
+        if folder is None:
+            return
+        self.path = folder / "log.jsonl"
+        with self.saving():
+            self.file = open(self.path, "ab")  # noqa: SIM115  (until close)
+            if self.path.stat().st_size > position:
+                self.file.truncate(position)
+            if tensorboard:
+                self.board = _board(folder, step)
+
+    def advance(self, images: int) -> None:
+        self.images += images
+        self.bar.update(images)
+
+    def show(self, **values) -> None:
+        """Beside the bar, and what was shown before."""
+        self.shown |= {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def rate(self) -> float:
+        """Images a second since the last call, or as then where there were none."""
+        now = time.perf_counter()
+        if self.images:
+            self.last_rate = round(self.images / max(now - self.start, 1e-9), 1)
+        self.start, self.images = now, 0
+        return self.last_rate
+
+    def write(self, kind: str, **values) -> None:
+        with self.saving():
+            if self.file:
+                self.file.write((json.dumps({"kind": kind, **values}) + "\n").encode())
+                self.file.flush()
+            if self.board:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and name not in ("epoch", "step"):
+                        self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+
+    def position(self) -> int:
+        """Bytes of log.jsonl that are on the disk."""
+        if not self.file:
+            return 0
+        with self.saving():
+            os.fsync(self.file.fileno())
+            return self.file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self.bar.close()
+        for sink in (self.file, self.board):
+            if sink:
+                with suppress(OSError):  # of what a full disk did not take, which was said
+                    sink.close()
+
+    @contextmanager
+    def saving(self):
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, or choose another --out") from error
+
+
+def _board(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(folder / "tensorboard", purge_step=step)
+    except OSError:
+        raise
+    except Exception as error:  # a tensorboard that does not fit protobuf or NumPy raises TypeError and others
+        if getattr(error, "name", "") != "tensorboard":  # else it is not installed
+            reason = (str(error).splitlines() or [""])[0]
+            print(
+                f"spat-train: TensorBoard does not work here ({type(error).__name__}: {reason}): the run goes on without; "
+                "--no-tensorboard, or another version, ends this message",
+                file=sys.stderr,
+            )
+        return None
+
+
+def read(folder: Path, kind: str) -> list[dict]:
+    """The events of one kind in a run's log, in order; half a line at the end (a killed run's) is left out."""
+    events = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if event["kind"] == kind:
+            events.append(event)
+    return events

@@ -1,0 +1,110 @@
+"""Optimiser, learning rate, weight averaging and weight perturbation, as functions of the config."""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from spat_kernels.ops._common import is_dense
+
+from ..config import Config
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD or Adam; without `decay_norm`, parameters of one dimension (biases, batch norm) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if not config.decay_norm:
+        groups[0]["params"] = [p for p in parameters if p.ndim > 1]
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    fused = all(p.is_floating_point() and is_dense(p) for p in parameters)  # what the fused kernels take for granted
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=fused)
+    sgd = torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.momentum:  # a first step that GradScaler skips would leave what torch 2.11 allocates, uninitialised
+        for p in parameters:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+def learning_rate(config: Config, epoch: int, part: float) -> float:
+    """In epoch `epoch`, of which `part` in (0, 1] is done when the update is. A function of time alone: nothing to save."""
+    t = epoch + part
+    if config.schedule == "piecewise":
+        factor = config.gamma ** sum(epoch + 1 >= drop for drop in config.lr_drops)
+    elif config.schedule == "cosine":
+        factor = _cosine(1, 0, epoch / config.epochs)  # by epochs, as RST's code: above 0 in the last
+    elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
+        peak = 0.3 * config.epochs
+        factor = _cosine(1 / 25, 1, t / peak) if t < peak else _cosine(1, 1 / 25e4, (t - peak) / (config.epochs - peak))
+    else:
+        factor = 1.0
+    return config.peak_lr * factor * (min(1.0, t / config.warmup) if config.warmup else 1.0)
+
+
+def _cosine(first: float, last: float, part: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * part)) / 2
+
+
+class Average:
+    """An exponential moving average of the weights and statistics of `model`, in a model of its own: `module`.
+
+    The first of `count` updates takes the model as it is. Nothing waits for the device, as torch's AveragedModel does: it copies
+    its counter there in every update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module, self.decay, self.count = copy.deepcopy(model), decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        averaged, counters = ([pair for pair in pairs if pair[0].is_floating_point() == kind] for kind in (True, False))
+        ours, theirs = _columns(averaged)
+        torch._foreach_lerp_(ours, theirs, 1 - self.decay if self.count else 1.0)
+        if counters:
+            ours, theirs = _columns(counters)
+            torch._foreach_copy_(ours, theirs)
+        self.count += 1
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+
+
+@contextmanager
+def perturbed_weights(model: nn.Module, size: float):
+    """Within: every weight of more than one dimension moved up its gradient (AWP, Wu et al., arXiv 2004.05884).
+
+    w + size ||w|| g / ||g||, with g read from `.grad`. Afterwards the weights are as before, bit for bit.
+    """
+    weights = [(p, p.grad) for p in model.parameters() if p.ndim > 1 and p.grad is not None]
+    before = [p.detach().clone() for p, _ in weights]
+    with torch.no_grad():
+        for p, grad in weights:
+            grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
+            p.add_(grad * (size * p.norm() / (grad.norm() + 1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (p, _), saved in zip(weights, before, strict=True):
+                p.copy_(saved)
+
+
+@contextmanager
+def kept_buffers(model: nn.Module):
+    """Within, forwards may change buffers (the statistics of batch norm); afterwards they are as before."""
+    before = [b.detach().clone() for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, saved in zip(model.buffers(), before, strict=True):
+                b.copy_(saved)

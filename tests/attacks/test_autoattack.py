@@ -1,0 +1,333 @@
+"""AutoAttack: which attack broke what, on what is left alone, reproducibly; and no more robust than by torchattacks."""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import spat_kernels as sk
+from benchmarks import autoattack as benchmark
+from benchmarks import measure, report
+from spat_kernels import APGD, FAB, AutoAttack, Square
+from spat_kernels.attacks import autoattack
+from tests.attacks.test_apgd import attackable, correct, sharp
+from tests.attacks.test_pgd import Recorder, batch, cnn
+from tests.model_state.test_borrow import assert_same, snapshot
+
+QUICK = {"steps": 3, "queries": 20}
+
+
+@pytest.mark.parametrize("version", ["standard", "plus", ("square", "apgd-ce")])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
+def test_result_says_what_broke_what(norm, eps, version):
+    model, x, y = attackable(40)
+    y[::8] = (y[::8] + 1) % 10
+    attack = AutoAttack(eps, norm=norm, version=version, **QUICK)
+    result = attack.run(model, x, y)
+    assert result.names == ("clean", *attack.attacks)
+    assert result.broken_by.dtype == torch.int64
+    assert torch.equal(result.broken_by == 0, model(x).argmax(1) != y)
+    assert torch.equal(model(result.x_adv).argmax(1) == y, result.robust), "what it says of its images is so"
+    assert 3 < result.robust.sum() < 33
+    assert len(result.broken_by.unique()) >= 3
+    untouched = result.robust | (result.broken_by == 0)
+    assert torch.equal(result.x_adv[untouched], x[untouched])
+    assert (result.x_adv != x).flatten(1).any(1)[~untouched].all()
+    delta = (result.x_adv - x).flatten(1)
+    assert (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)).max() <= eps + 1e-12
+    assert result.x_adv.min() >= 0
+    assert result.x_adv.max() <= 1
+    assert torch.equal(attack(model, x, y), result.x_adv), "the same again"
+
+
+def test_what_is_misclassified_in_half_precision_only_is_attacked_all_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    model[1].bias.data += 1000  # in bf16 all logits are alike
+    x = torch.rand(20, 3, 4, 4)
+    y = model(x).argmax(1)
+    assert not AutoAttack(0.3, version=("apgd-ce",), steps=5).run(model, x, y).robust.any()
+    attack = AutoAttack(0.3, version=("apgd-ce",), steps=5, precision="bf16", input_gradient="autograd")
+    assert not attack.run(model, x, y).robust[y != 0].any()
+
+
+def test_published_settings(monkeypatch):
+    """The lists of attacks, their restarts and passes are those of the authors' code."""
+    made = []
+    for attack in (APGD, FAB, Square):
+
+        def called(self, model, x, y):
+            made.append(self)
+            return x
+
+        monkeypatch.setattr(attack, "__call__", called)
+    model, (x, y) = cnn().eval(), batch()
+    y = model(x).argmax(1)
+
+    def settings(version, **more):
+        made.clear()
+        AutoAttack(0.1, version=version, **more).run(model, x, y)
+        for attack in made:
+            kind, loss = type(attack).__name__, getattr(attack, "loss", None)
+            targets, eot = getattr(attack, "targets", None), getattr(attack, "eot", 1)
+            yield kind, loss and ("ce" if loss == sk.losses.CrossEntropy() else "dlr"), targets, attack.restarts, eot
+
+    ce, dlr = ("APGD", "ce", None), ("APGD", "dlr", None)
+    targeted, fab_t, square = ("APGD", "dlr", 9, 1, 1), ("FAB", None, 9, 1, 1), ("Square", None, None, 1, 1)
+    assert list(settings("standard")) == [(*ce, 1, 1), targeted, fab_t, square]
+    assert all(a.eps == 0.1 and a.norm == "linf" for a in made)
+    assert [a.steps for a in made[:3]] == [100] * 3
+    assert made[3].queries == 5000
+    assert made[3].p_init == 0.8
+    assert made[0].rho == 0.75
+    assert list(settings("plus")) == [(*ce, 5, 1), (*dlr, 5, 1), ("FAB", None, None, 5, 1), square, targeted, fab_t]
+    assert list(settings("rand")) == [(*ce, 1, 20), (*dlr, 1, 20)]
+    shared = {"norm": "l2", "bounds": (-1, 2), "precision": "fp32", "input_gradient": "autograd", "bn_mode": "keep"}
+    list(settings("standard", steps=7, queries=9, graph=False, **shared))
+    assert all(getattr(a, name) == value for a in made for name, value in shared.items())
+    assert [a.steps for a in made[:3]] == [7] * 3
+    assert made[3].queries == 9
+    assert not made[0].graph
+    assert not made[1].graph
+
+
+def test_only_what_is_still_correct_is_attacked(monkeypatch):
+    model, x, y = attackable(30)
+    y[:6] = (y[:6] + 1) % 10
+    seen = []
+    for attack in (APGD, FAB, Square):
+        call = attack.__call__
+        monkeypatch.setattr(attack, "__call__", lambda self, m, x, y, call=call: seen.append(len(x)) or call(self, m, x, y))
+    stages = [stage.robust.clone() for stage in AutoAttack(0.006, **QUICK).stages(model, x, y)]
+    assert seen == [int(s.sum()) for s in stages[:4]]
+    assert len(stages) == 5
+    assert seen[0] == 24
+    assert all((later <= earlier).all() for earlier, later in zip(stages, stages[1:], strict=False))
+    seen.clear()
+    whole = AutoAttack(0.006, **QUICK).run(model, x, y)
+    seen.clear()
+    parts = AutoAttack(0.006, batch_size=7, **QUICK).run(model, x, y)
+    assert seen[:4] == [7, 7, 7, 3] and max(seen) <= 7, "what is left is packed into full batches"
+    assert (whole.robust == parts.robust).float().mean() > 0.9
+
+
+def test_stops_when_nothing_is_left():
+    model = Recorder(sharp())
+    x = torch.rand(8, 3, 8, 8).double()
+    y = (model.model(x).argmax(1) + 1) % 10
+    result = AutoAttack(0.5).run(model, x, y)
+    assert len(model.inputs) == 1
+    assert (result.broken_by == 0).all()
+    assert torch.equal(result.x_adv, x)
+    result = AutoAttack(0.5).run(model, x[:0], y[:0])
+    assert result.x_adv.shape == (0, 3, 8, 8)
+    assert result.broken_by.shape == (0,)
+    assert len(model.inputs) == 1
+    result = AutoAttack(0.5, **QUICK).run(model, x[:1], model.model(x[:1]).argmax(1))
+    assert result.broken_by.tolist() == [1]
+
+
+def test_seeds_and_the_caller():
+    model, x, y = attackable(12)
+    state = torch.get_rng_state()
+    for settings in ({}, {"norm": "l2", "version": "plus"}, {"bn_mode": "keep", "version": "rand"}):
+        attack = AutoAttack(0.002 if settings.get("norm") != "l2" else 0.03, **QUICK, **settings)
+        before = snapshot(model, x, y)
+        attack(model, x, y)
+        assert_same(before, snapshot(model, x, y))
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+    images = [AutoAttack(0.02, seed=seed, version=("square",), queries=50)(model, x, y) for seed in (0, 0, 1)]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[1], images[2])
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode(context):
+    model, x, y = attackable(8)
+    expected = AutoAttack(0.006, **QUICK)(model, x, y)
+    with context():
+        got = AutoAttack(0.006, **QUICK)(model, x + 0, y + 0)
+    assert torch.equal(got, expected)
+    assert not got.requires_grad
+    assert not got.is_inference()
+
+
+def test_radius_per_sample():
+    model, x, y = attackable(20)
+    eps = torch.linspace(0, 0.02, 20)
+    result = AutoAttack(eps, batch_size=8, **QUICK).run(model, x, y)
+    assert ((result.x_adv - x).flatten(1).abs().amax(1) <= eps.double() + 1e-12).all()
+    assert result.robust[:2].all()
+    assert not result.robust[-3:].all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes(classes):
+    model, (x, _) = cnn(classes=classes).eval(), batch(4)
+    y = model(x).argmax(1)
+    if classes == 4:
+        assert AutoAttack(0.01, **QUICK)(model, x, y).shape == x.shape
+        return
+    with pytest.raises(ValueError, match=rf"loss of apgd-t needs at least 4 classes, the model has {classes}: use version=\("):
+        AutoAttack(0.01, **QUICK)(model, x, y)
+    AutoAttack(0.01, version=("apgd-ce", "fab-t", "square"), **QUICK)(model, x, y)
+    if classes == 2:
+        with pytest.raises(ValueError, match=r"loss of apgd-dlr needs at least 3 classes.*use version=\('apgd-ce',\)"):
+            AutoAttack(0.01, version="rand")(model, x, y)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"version": "fast"}, "version='fast': choose one of 'standard', 'plus', 'rand'"),
+        ({"version": ("apgd-ce", "pgd")}, "version='pgd': choose one of 'apgd-ce', "),
+        ({"version": None}, "version=None: choose one of"),
+        ({"version": ()}, r"version=\(\) names no attack"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"queries": -1}, "queries=-1 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": None}, "seed must be an int"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"norm": "l1"}, "norm='l1': choose one of"),
+        ({"graph": 1}, "graph=1: choose one of"),
+        ({"eps": 3.0}, "eps=3 exceeds the width of bounds"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        AutoAttack(**({"eps": 0.1} | settings))
+
+
+@pytest.mark.parametrize("kind", [sk.PGD, APGD, FAB, Square, AutoAttack])
+def test_norms_as_other_libraries_write_them(kind):
+    for written, norm in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf"), ("LINF", "linf"), ("l2", "l2")):
+        assert kind(0.1, norm=written).norm == norm
+    for written in ("L1", "inf", 2, float("inf"), None, ["l2"]):
+        with pytest.raises(ValueError, match=r"norm=.*: choose one of 'linf', 'l2'$"):
+            kind(0.1, norm=written)
+
+
+def test_bad_calls():
+    model, (x, y) = cnn().eval(), batch()
+    for call, message in [
+        (lambda: AutoAttack(0.1)(model, x * 2, y), "x must lie inside bounds"),
+        (lambda: AutoAttack(0.1)(model, x, y + 10), r"outside \[0, 10\)"),
+        (lambda: AutoAttack(0.1)(nn.Identity(), x, y), r"model must return logits \[B, K\]"),
+        (
+            lambda: AutoAttack(0.1)(nn.Linear(192, 10), x.flatten(1), y),
+            r"\[B, C, H, W\] of at least 1x1.*shape \[6, 192\]: leave Square",
+        ),
+        (lambda: AutoAttack(0.1, version=("square",))(nn.Linear(192, 10), x.flatten(1), y), r"got shape \[6, 192\]$"),
+        (lambda: AutoAttack(14.0, norm="l2")(model, x, y), "eps=14 exceeds the diagonal, 13.8564, of bounds"),
+        (lambda: AutoAttack(0.1, norm="l2")(model, x[..., :4], y), "of at least 5x5 pixels for norm="),
+        (lambda: AutoAttack(torch.full((3,), 0.1))(model, x, y), "eps has shape"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_vectors_are_attacked_without_square():
+    """By the version that the error names."""
+    model, x = nn.Linear(20, 5).eval(), torch.rand(8, 20)
+    y = model(x).argmax(1)
+    with pytest.raises(ValueError, match="leave Square out by version=") as error:
+        AutoAttack(0.1, **QUICK)(model, x, y)
+    version = tuple(re.findall(r"'([a-z-]+)'", str(error.value).split("version=")[1]))
+    assert version == ("apgd-ce", "apgd-t", "fab-t")
+    assert AutoAttack(0.1, version=version, **QUICK).run(model, x, y).broken_by.max() > 0
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.06), ("l2", 0.4)])
+def test_as_robust_as_by_torchattacks(task, norm, eps):
+    """By the benchmark, from other random numbers; at torchattacks' settings but for fewer queries, which break few more."""
+    pytest.importorskip("torchattacks", reason="it needs torchvision, which needs its own build of torch")
+    model, *images = task
+    x, y = correct(model, *images, 25)
+    model, x = copy.deepcopy(model).float().requires_grad_(False), x.float()
+    y[0] = (y[0] + 1) % 10
+    providers = {
+        "torchattacks": benchmark.torchattacks(eps, norm, queries=30),
+        "spat_kernels": benchmark.ours(eps, norm, steps=10, queries=30),
+    }
+    state = torch.get_rng_state()
+    found = benchmark.judged(benchmark.compare(model, x, y, providers, batch_size=15), y)
+    torch.set_rng_state(state)
+    ours, theirs = found["spat_kernels"], found["torchattacks"]
+    assert 3 < sum(theirs["robust"]) < 22, "some of both"
+    assert ours["robust"][0] is theirs["robust"][0] is False
+    assert len(ours["robust"]) == len(theirs["robust"]) == 25
+    assert ours["agreement"] >= 92
+    assert abs(ours["points"]) <= 4
+    assert theirs["faster"] == 1
+    assert ours["left"]["clean"] == 24
+    assert ours["left"]["square"] == sum(ours["robust"])
+    assert ours["seconds"].keys() == theirs["seconds"].keys()
+    assert min(theirs["seconds"].values()) > 0
+    settings = {"model": "m", "network": "n", "norm": norm, "eps": eps, "images": 25, "clean": 96.0}
+    settings |= {"batch_size": 15, "queries": 30}
+    table = report.tables(measure.describe("cpu") | {"settings": settings, "autoattack": found}, full=True)
+    assert "| spat_kernels |" in table
+    assert "25 images" in table
+
+
+def test_names_of_attacks():
+    assert set(autoattack.ATTACKS) == {name for version in autoattack.VERSIONS.values() for name in version}
+
+
+# --- where it runs ---
+
+PARTS = {
+    "apgd-ce": partial(APGD, steps=10),
+    "apgd-t": partial(APGD, loss="dlr", targets=3, steps=10),
+    "fab-t": partial(FAB, targets=3, steps=5),
+    "fab": partial(FAB, targets=None, steps=5, restarts=2),
+    "square": partial(Square, queries=60),
+}
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
+@pytest.mark.parametrize("name", PARTS)
+def test_devices_agree(device, name, norm, eps):
+    """Numbers drawn on the host give the same images in fp64 wherever they are computed, but for ties."""
+
+    def images(device):
+        attack = PARTS[name](eps, norm=norm, generator=torch.Generator().manual_seed(0))
+        return attack(model.to(device), x.to(device), y.to(device)).cpu()
+
+    model, x, y = attackable(20)
+    expected, found = images("cpu"), images(device)
+    assert ((found - expected).abs() <= 1e-6).double().mean() > 0.95
+    assert found.device == x.device
+    model.cpu()
+    assert torch.equal(model(found).argmax(1) == y, model(expected).argmax(1) == y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
+def test_replays_on_a_gpu(name):
+    model, x, y = (t.cuda() for t in attackable(20))
+
+    def images(graph):
+        return PARTS[name](0.006, graph=graph, generator=torch.Generator("cuda").manual_seed(0))(model, x, y)
+
+    expected = images(False)
+    assert all(torch.equal(images(True), expected) for _ in range(3)), "captured, then replayed"
+
+
+def test_whole_on_a_device(device):
+    model, x, y = attackable(20)
+    attack = AutoAttack(0.006, batch_size=8, **QUICK)
+    result = attack.run(model.to(device), x.to(device), y.to(device))
+    assert torch.equal(model(result.x_adv).argmax(1) == y.to(device), result.robust)
+    assert not result.robust.all()
+    assert torch.equal(attack(model, x.to(device), y.to(device)), result.x_adv), "the same again"
+
+
+@pytest.mark.gpu
+def test_eps_of_samples_may_live_on_the_host():
+    model, x, y = (t.cuda() for t in attackable(12))
+    eps = torch.full((12,), 0.006)
+    assert torch.equal(AutoAttack(eps, **QUICK)(model, x, y), AutoAttack(eps.cuda(), **QUICK)(model, x, y))

@@ -1,0 +1,440 @@
+"""The attacks: equal to their definition written out in eager PyTorch, inside ball and box, and true to their settings."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import spat_kernels as sk
+from spat_kernels import PGD, losses
+
+EPS = 8 / 255
+
+
+def cnn(classes: int = 10, size: int = 8) -> nn.Module:
+    """A small convolutional network with batch norm and dropout, away from its initial statistics."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        nn.Softplus(), nn.Flatten(), nn.Linear(8 * (size // 2) ** 2, classes),
+    )  # fmt: skip
+    for _ in range(3):
+        model(torch.rand(16, 3, size, size))
+    return model
+
+
+def batch(n: int = 6, classes: int = 10, size: int = 8):
+    return torch.rand(n, 3, size, size), torch.randint(classes, (n,))
+
+
+def eager_pgd(model, x, start, loss, eps, step_size, steps):
+    """Eq. 2.7 as everybody writes it. `loss` maps logits to a scalar."""
+    x_adv = start.clone()
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        (grad,) = torch.autograd.grad(loss(model(x_adv)), x_adv)
+        x_adv = x_adv.detach() + step_size * grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv
+
+
+def kl_to_clean(model, x):
+    q = model(x).softmax(1).detach()
+    return lambda z: F.kl_div(z.log_softmax(1), q, reduction="sum")
+
+
+def margin_loss(y, kappa):
+    def loss(z):
+        other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf).amax(1)
+        return (other - z.gather(1, y[:, None])[:, 0]).clamp(max=kappa).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("name", ["ls", "ce", "kl", "margin", "custom", "targeted"])
+def test_equals_the_eager_loop(name):
+    """fp64, where no sign is in doubt: the same images to the last bit of the step (one rounding)."""
+    model, (x, y) = cnn().double().eval(), batch()
+    x = x.double()
+    start = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    common = {"eps": EPS, "start": start}
+    alpha = 0.3
+    if name == "ls":
+        ours, loss = (
+            sk.pgd_ls(model, x, y, alpha=alpha, **common),
+            lambda z: F.cross_entropy(z, y, label_smoothing=alpha * 10 / 9),
+        )
+    elif name == "ce":
+        ours, loss = sk.pgd(model, x, y, **common), lambda z: F.cross_entropy(z, y)
+    elif name == "kl":
+        ours, loss = sk.pgd_kl(model, x, None, **common), kl_to_clean(model, x)
+    elif name == "margin":
+        ours, loss = sk.cw_linf(model, x, y, steps=10, kappa=0.5, **common), margin_loss(y, 0.5)
+    elif name == "custom":
+        ours = sk.pgd(model, x, y, loss=lambda z, y: z.square().sum(1) - z.gather(1, y[:, None])[:, 0], **common)
+        loss = lambda z: (z.square().sum(1) - z.gather(1, y[:, None])[:, 0]).sum()  # noqa: E731
+    else:
+        ours, loss = sk.pgd(model, x, y, targeted=True, **common), lambda z: -F.cross_entropy(z, y)
+    expected = eager_pgd(model, x, start, loss, EPS, EPS / 4, 10)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-15)
+    assert not torch.equal(ours, start)
+
+
+def test_fgsm_is_one_full_step_from_x():
+    model, (x, y) = cnn().double().eval(), batch()
+    x = x.double()
+    expected = eager_pgd(model, x, x, lambda z: F.cross_entropy(z, y), EPS, EPS, 1)
+    torch.testing.assert_close(sk.fgsm(model, x, y, EPS), expected, rtol=0, atol=1e-15)
+    assert torch.equal(sk.fgsm(model, x, y, EPS, step_size=0.0), x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@settings(max_examples=15, deadline=None, database=None, derandomize=True)
+@given(
+    eps=st.floats(0, 0.5), step_size=st.none() | st.floats(0, 2), steps=st.integers(0, 3), seed=st.integers(0, 99),
+    loss=st.sampled_from(["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.5)]),
+    bounds=st.sampled_from([(0.0, 1.0), (-0.1, 1.3)]),
+)  # fmt: skip
+def test_result_is_inside_ball_and_box(norm, dtype, eps, step_size, steps, seed, loss, bounds):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 5)).to(dtype)
+    x, y = torch.rand(3, 3, 3, 3).to(dtype), torch.randint(5, (3,))
+    x_adv = PGD(eps, loss=loss, norm=norm, step_size=step_size, steps=steps, bounds=bounds)(model, x, y)
+    assert x_adv.dtype == dtype
+    assert x_adv.isfinite().all()
+    lo, hi = (torch.tensor(b, dtype=torch.float64).to(dtype) for b in bounds)
+    assert x_adv.min() >= lo and x_adv.max() <= hi, "the box is exact"
+    delta = (x_adv.double() - x.double()).flatten(1)
+    ulp = torch.finfo(dtype).eps  # of values up to 1.3, and eps is rounded to fp32 besides
+    if norm == "linf":
+        assert delta.abs().max() <= eps + ulp
+    else:
+        assert delta.norm(dim=1).max() <= eps + ulp * math.sqrt(27)
+
+
+def test_success_rises_and_loss_grows():
+    """The attack attacks: more loss than random noise of the same size, on an untrained but sensitive model."""
+    model, (x, y) = cnn(size=16).eval(), batch(64, size=16)
+    value = lambda images: F.cross_entropy(model(images), y).item()  # noqa: E731
+    noise = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+    assert value(sk.pgd(model, x, y, EPS)) > value(sk.fgsm(model, x, y, EPS)) > max(value(x), value(noise))
+    assert value(sk.pgd(model, x, y, EPS, norm="l2")) > value(x)
+    assert value(sk.pgd(model, x, y, EPS, targeted=True)) < value(x)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", losses.LabelSmoothedCE(0.2)])
+def test_targeted_moves_towards_the_target(loss):
+    model, (x, _) = cnn(size=16).eval(), batch(16, size=16)
+    target = (model(x).argmax(1) + 3) % 10
+    before, after = (
+        model(v).log_softmax(1).gather(1, target[:, None]) for v in (x, sk.pgd(model, x, target, 0.2, loss=loss, targeted=True))
+    )
+    assert (after > before).float().mean() > 0.9
+
+
+def test_targeted_dlr_pulls_away_from_the_runner_up_what_is_at_its_target():
+    """Label and target must not be one class there, or the gradient is zero."""
+    model, (x, _) = cnn(size=16).eval(), batch(64, size=16)
+    target, runner_up = model(x).topk(2, dim=1).indices.T
+    gap = lambda z: z.gather(1, target[:, None]) - z.gather(1, runner_up[:, None])  # noqa: E731
+    x_adv = sk.pgd(model, x, target, EPS, loss="dlr", targeted=True, random_start=False)
+    assert (gap(model(x_adv)) > gap(model(x))).float().mean() > 0.95
+
+
+def test_targeted_kl_is_refused():
+    with pytest.raises(ValueError, match="loss 'kl' has no targeted form"):
+        sk.pgd_kl(cnn(), *batch(), EPS, targeted=True)
+
+
+def test_default_step_size():
+    model, (x, y) = cnn().eval(), batch()
+    start = x.clone()
+    one_step = sk.pgd(model, x, y, EPS, steps=1, start=start)
+    torch.testing.assert_close(one_step, sk.pgd(model, x, y, EPS, steps=1, step_size=EPS / 4, start=start), rtol=0, atol=0)
+    l2 = sk.pgd(model, x, y, 1.0, steps=5, norm="l2", start=start)
+    torch.testing.assert_close(l2, sk.pgd(model, x, y, 1.0, steps=5, step_size=0.5, norm="l2", start=start), rtol=0, atol=0)
+
+
+def test_random_start_follows_seed_and_generator():
+    model, (x, y) = cnn().eval(), batch()
+    for norm in ("linf", "l2"):
+        attack = PGD(EPS, steps=0, norm=norm)
+        torch.manual_seed(1)
+        first, second = attack(model, x, y), attack(model, x, y)
+        torch.manual_seed(1)
+        assert torch.equal(attack(model, x, y), first)
+        assert not torch.equal(first, second)
+        state = torch.get_rng_state()
+        own = [PGD(EPS, steps=0, norm=norm, generator=torch.Generator().manual_seed(s))(model, x, y) for s in (5, 5, 6)]
+        assert torch.equal(torch.get_rng_state(), state), "a given generator leaves the default one alone"
+        assert torch.equal(own[0], own[1])
+        assert not torch.equal(own[0], own[2])
+
+
+def test_no_random_start_draws_nothing():
+    model, (x, y) = cnn().eval(), batch()
+    state = torch.get_rng_state()
+    for norm in ("linf", "l2"):
+        sk.pgd(model, x, y, EPS, norm=norm, random_start=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_one_image_alone_is_attacked_as_in_a_batch(norm):
+    """Frozen statistics couple no samples. fp64, since a convolution's rounding depends on the batch size."""
+    model, (x, y) = cnn().double(), batch()
+    x = x.double()
+    attack = PGD(EPS, random_start=False, norm=norm)
+    together = attack(model, x, y)
+    for i in range(len(x)):
+        torch.testing.assert_close(attack(model, x[i : i + 1], y[i : i + 1])[0], together[i], rtol=0, atol=1e-12)
+
+
+def test_degenerate_settings_mean_what_they_say():
+    model, (x, y) = cnn().eval(), batch()
+    for norm in ("linf", "l2"):
+        assert torch.equal(sk.pgd(model, x, y, 0.0, norm=norm), x), "eps=0"
+        same = sk.pgd(model, x, y, EPS, steps=0, random_start=False, norm=norm)
+        assert torch.equal(same, x) and same.data_ptr() != x.data_ptr(), "steps=0"
+        start = sk.pgd(model, x, y, EPS, steps=0, norm=norm)
+        assert not torch.equal(start, x), "steps=0 returns the random start"
+        empty = sk.pgd(model, x[:0], y[:0], EPS, norm=norm)
+        assert empty.shape == (0, 3, 8, 8), "B=0"
+        far = sk.pgd(model, x, y, EPS, steps=0, start=x + 1, norm=norm)
+        distance = (far - x).abs().max() if norm == "linf" else (far - x).flatten(1).norm(dim=1).max()
+        assert distance <= EPS + 1e-6, "steps=0 still projects a given start"
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_radius_and_step_per_sample(norm):
+    model, (x, y) = cnn().eval(), batch(4)
+    eps = torch.tensor([0.0, 0.01, 0.02, 0.04])
+    together = PGD(eps, norm=norm, random_start=False)(model, x, y)
+    for i, e in enumerate(eps.tolist()):
+        alone = PGD(e, norm=norm, random_start=False)(model, x[i : i + 1], y[i : i + 1])
+        assert ((alone[0] - together[i]).abs() > 1e-6).float().mean() < 0.01
+    steps = PGD(0.1, norm=norm, steps=1, step_size=eps, random_start=False)(model, x.clamp(0.2, 0.8), y) - x.clamp(0.2, 0.8)
+    length = steps.abs().amax((1, 2, 3)) if norm == "linf" else steps.flatten(1).norm(dim=1)
+    torch.testing.assert_close(length, eps, rtol=1e-4, atol=1e-6)
+
+
+class Recorder(nn.Module):
+    """Counts forwards and remembers the layouts that came in."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.inputs = model, []
+
+    def forward(self, x):
+        self.inputs.append((x.shape, x.stride(), x.dtype))
+        return self.model(x)
+
+
+@pytest.mark.parametrize("select", ["success", "loss"])
+@pytest.mark.parametrize(
+    "loss", ["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.2), lambda z, y: F.cross_entropy(z, y, reduction="none")]
+)
+def test_restarts_keep_the_best_of_the_same_runs(loss, select):
+    model, (x, y) = cnn().eval(), batch(32)
+    generator = torch.Generator().manual_seed(3)
+    runs = [PGD(EPS, loss=loss, steps=2, generator=generator)(model, x, y) for _ in range(4)]
+    best = PGD(EPS, loss=loss, steps=2, restarts=4, select=select, generator=generator.manual_seed(3))(model, x, y)
+    objective = losses.as_loss(loss)
+
+    def judged(model, x, images):
+        reference = objective.reference(y, model(x).detach() if objective.needs_clean_logits else None, False)
+        logits, value = model(images).detach(), torch.empty(len(x), dtype=x.dtype)
+        objective.gradient(logits, reference, torch.empty_like(logits), value, targeted=False, scale=1.0)
+        return value.double(), logits.argmax(1) != y
+
+    values, successes = map(torch.stack, zip(*(judged(model, x, run) for run in runs), strict=True))
+    double = copy.deepcopy(model).double()
+    *exact, best_value = (judged(double, x.double(), images.double())[0] for images in [*runs, best])
+    exact = torch.stack(exact)
+    # The attack compares values of its own path, each with at most twice eager's error.
+    rounding = 4 * (values - exact).abs().max()
+    if select == "success":
+        assert torch.equal(judged(model, x, best)[1], successes.any(0))
+        exact = torch.where(successes | ~successes.any(0), exact, -torch.inf)
+    assert (best_value >= exact.amax(0) - rounding).all()
+    assert all(any(torch.equal(b, r[i]) for r in runs) for i, b in enumerate(best)), "each image is one of the runs'"
+
+
+def test_costs_no_more_forwards_than_steps():
+    x, y = batch()
+    for kwargs, forwards in [({}, 10), ({"loss": "kl"}, 11), ({"steps": 0}, 0), ({"restarts": 3, "steps": 2}, 9)]:
+        model = Recorder(cnn())
+        sk.pgd(model, x, y, EPS, **kwargs)
+        assert len(model.inputs) == forwards, kwargs
+
+
+def strange_layouts(x):
+    yield "contiguous", x.contiguous()
+    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    yield "every_other_pixel", x.repeat_interleave(2, -1)[..., ::2]
+    yield "batch_inside", x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    yield "offset_view", torch.cat([x[:1], x])[1:]
+    yield "expanded", x[:1].expand_as(x)
+    yield "flipped_memory", x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_any_layout_gives_the_same_images(norm):
+    model, (x, y) = cnn().double().eval(), batch()
+    x = x.double()
+    for name, view in strange_layouts(x):
+        expected = sk.pgd(model, view.contiguous(), y, EPS, random_start=False, norm=norm)
+        before = view.clone()
+        got = sk.pgd(model, view, y, EPS, random_start=False, norm=norm)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=name)
+        assert torch.equal(view, before), "x is not written"
+        if name in ("contiguous", "channels_last"):
+            assert got.stride() == view.stride()
+            recorder = Recorder(model)
+            sk.pgd(recorder, view, y, EPS, norm=norm)
+            assert {s for _, s, _ in recorder.inputs} == {view.stride()}, "no copies on the way"
+
+
+def test_strided_labels():
+    model, (x, y) = cnn().double().eval(), batch()
+    for loss in ("ce", "margin", "dlr"):
+        expected, got = (
+            sk.pgd(model, x.double(), v, EPS, random_start=False, loss=loss) for v in (y, y.repeat_interleave(2)[::2])
+        )
+        assert torch.equal(got, expected)
+
+
+def test_flat_and_video_inputs():
+    for shape in [(4, 7), (4, 3, 5), (4, 2, 3, 4, 5)]:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 3))
+        x, y = torch.rand(shape), torch.randint(3, (4,))
+        assert (sk.pgd(model, x, y, EPS) - x).abs().max() <= EPS + 1e-7
+
+
+def test_nan_gradients_are_counted_and_harmless():
+    class Broken(nn.Module):
+        def forward(self, x):
+            z = x.flatten(1)[:, :3] * 5
+            broken = x[:, 0, 0, 0] > 0.9
+            return z * torch.where(broken, torch.nan, 1.0)[:, None]
+
+    x, y = torch.rand(5, 3, 4, 4) * 0.8, torch.tensor([0, 1, 2, 0, 1])
+    x[1, 0, 0, 0] = x[4, 0, 0, 0] = 0.95
+    for norm in ("linf", "l2"):
+        with pytest.warns(RuntimeWarning, match="NaN for 2 of 5 samples"):
+            x_adv = sk.pgd(Broken(), x, y, 0.02, norm=norm, random_start=False)
+        assert x_adv.isfinite().all()
+        assert torch.equal(x_adv[[1, 4]], x[[1, 4]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sk.pgd(Broken(), x[[0, 2]], y[[0, 2]], 0.02, norm=norm, random_start=False)
+
+
+def test_losses_are_values():
+    assert losses.CrossEntropy() == losses.LabelSmoothedCE(0.0)
+    assert hash(losses.Margin(1.0)) == hash(losses.Margin(1.0))
+
+
+def test_own_loss_object_with_state_per_batch():
+    """The documented way: subclass Loss. Here, the squared distance of the logits from the clean ones."""
+
+    class Distance(losses.Loss):
+        needs_clean_logits = True
+        needs_random_start = True
+        uses_labels = False
+
+        def reference(self, y, clean_logits, targeted):
+            return clean_logits
+
+        def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+            dlogits.copy_(2 * scale * (logits - reference))
+            if value is not None:
+                value.copy_((logits - reference).square().sum(1))
+
+    model, (x, _) = cnn().eval(), batch()
+    x_adv = sk.pgd(model, x, None, EPS, loss=Distance())
+    noise = sk.pgd(model, x, None, EPS, loss=Distance(), steps=0)
+    assert ((model(x_adv) - model(x)).norm(dim=1) > (model(noise) - model(x)).norm(dim=1)).all()
+
+
+# ---- losses whose gradient ends at the boundary --------------------------------------------------------------------------------
+
+
+def breakable(n: int = 300):
+    """A network, images and the classes that it gives them: about half can be broken within 0.05 (L-infinity) or 0.4 (L2)."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    x = torch.rand(n, 1, 8, 8)
+    return model, x, model(x).argmax(1)
+
+
+def hinge(z, y):
+    """A loss of one's own, differentiated by autograd, that is flat beyond the boundary."""
+    other = z.masked_fill(F.one_hot(y, z.shape[1]).bool(), -torch.inf).amax(1)
+    return (other - z.gather(1, y[:, None])[:, 0]).clamp(max=0)
+
+
+def accuracy(model, x, y, attack) -> float:
+    torch.manual_seed(1)
+    return (model(attack(model, x, y)).argmax(1) == y).float().mean().item()
+
+
+@pytest.mark.parametrize("input_gradient", ["auto", "autograd"])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.05), ("l2", 0.4)])
+def test_a_broken_image_stays_broken_where_its_gradient_is_zero(norm, eps, input_gradient):
+    """The margin with kappa = 0 is flat beyond the boundary: more steps must not walk back, with any number of restarts."""
+    model, x, y = breakable()
+    how = {"norm": norm, "input_gradient": input_gradient}
+    few = accuracy(model, x, y, PGD(eps, loss="margin", steps=5, **how))
+    for steps in (20, 100):
+        beyond = accuracy(model, x, y, PGD(eps, loss=losses.Margin(1.0), steps=steps, **how))
+        assert accuracy(model, x, y, PGD(eps, loss="margin", steps=steps, **how)) <= min(beyond + 0.02, few)
+    assert 0.1 < beyond < 0.9, "some of both"
+    for attack in (
+        PGD(eps, loss="margin", steps=20, restarts=3, **how),
+        PGD(eps, loss=hinge, steps=20, **how),
+        lambda *a: sk.cw_linf(*a, eps, kappa=0, **how),
+        sk.APGD(eps, loss="margin", steps=20, **how),
+    ):
+        assert accuracy(model, x, y, attack) <= few
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_wrong_already_is_left_alone_by_a_flat_loss(norm):
+    model, x, y = breakable(20)
+    assert torch.equal(sk.fgsm(model, x, (y + 1) % 4, 0.4, norm=norm, loss="margin"), x)
+    assert not torch.equal(sk.fgsm(model, x, y, 0.4, norm=norm, loss="margin"), x)
+
+
+# ---- launched ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "l2"}, {"loss": "kl"}, {"restarts": 2}, {"input_gradient": "autograd"}])
+def test_a_launched_attack_is_the_same(settings):
+    model, (x, y) = cnn(), batch()
+    images = []
+    for attack in (sk.PGD(EPS, **settings), sk.PGD(EPS, **settings).launch):
+        torch.manual_seed(1)
+        images.append(attack(model, x, y))
+    expected, (found, nan_seen) = images
+    assert torch.equal(found, expected)
+    assert nan_seen.tolist() == [0] * len(x)
+
+
+def test_a_launched_attack_tells_of_unusable_gradients_and_does_not_warn():
+    x, y = batch()
+    model = lambda x: x.flatten(1)[:, :10] * torch.where(torch.arange(len(x)) == 2, torch.nan, 1.0)[:, None]  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, nan_seen = sk.PGD(EPS).launch(model, x, y)
+    assert nan_seen.tolist() == [0, 0, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="y must have shape"):
+        sk.PGD(EPS).launch(model, x, y[:2])
+    x_adv, nan_seen = sk.PGD(EPS).launch(model, x[:0], y[:0])
+    assert x_adv.shape == x[:0].shape
+    assert nan_seen.shape == (0,)

@@ -1,0 +1,133 @@
+"""What AutoAttack warns of: as its authors' code does, and nothing on honest models."""
+
+import warnings
+
+import pytest
+import torch
+
+from spat_kernels import AutoAttack
+from spat_kernels.attacks import signs
+from spat_kernels.predictions import predictions
+from tests.attacks.test_fooled import EPS, Around, attackable, linear
+from tests.test_predictions import Overflows
+
+
+class ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, grad):
+        return torch.zeros_like(grad)
+
+
+class Masking(Around):
+    def forward(self, x):
+        return self.net(ZeroGradient.apply(x))
+
+
+class Noisy(Around):
+    def forward(self, x):
+        return self.net(x + 0.3 * torch.randn_like(x))
+
+
+class Softmax(Around):
+    def forward(self, x):
+        return (5 * self.net(x)).softmax(1)
+
+
+def said(model, version="standard", eps=0.05) -> list[str]:
+    net = getattr(model, "net", model)
+    x, y = attackable(net, 60, (3, 8, 8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AutoAttack(eps, version=version, steps=5, queries=100).run(model.eval(), x, y)
+    assert all(w.category is RuntimeWarning and w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught]
+
+
+def test_autoattack_says_what_its_authors_say():
+    net = linear(192)
+    assert said(net) == []
+    assert said(Noisy(net), "rand") == []
+    (random,) = said(Noisy(net), ("apgd-ce",))
+    assert "seems to draw random numbers" in random
+    assert "version='rand'" in random
+    (determined,) = said(net, "rand")
+    assert "draws no random numbers: version='standard'" in determined
+    assert any("probabilities" in text for text in said(Softmax(net), ("apgd-ce",)))
+    zero, beaten = said(Masking(net), ("apgd-ce", "square"))
+    assert "the gradient of the margin is 0 or NaN at 60 of the first 60 images" in zero
+    assert beaten.startswith("Square, which needs no gradients, broke")
+    assert "of 60 images" in beaten
+    assert said(Masking(net), ("square",)) == []
+    assert any("are NaN" in text for text in said(Overflows(linear(192, 4)), ("apgd-ce",)))
+
+
+def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
+    net = linear(192, 4)
+
+    class NaNAt(Around):
+        def forward(self, x):
+            return self.net(x).masked_fill((x[:, 0, 0, 0] > 2)[:, None], torch.nan)
+
+    def said_of(model, x, y, **how):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            AutoAttack(0.05, version=("apgd-ce",), steps=2, bounds=(0, 3), **how).run(model.eval(), x, y)
+        return [str(w.message) for w in caught]
+
+    x, y = attackable(net, 6, (3, 8, 8))
+    x[4, 0, 0, 0] = 2.5
+    for batch_size in (None, 2):
+        assert said_of(NaNAt(net), x, y, batch_size=batch_size) == [
+            "the logits of 1 of 6 images are NaN, which counts as misclassified"
+        ]
+    y[:2] = (y[:2] + 1) % 4  # wrong as they are
+    (random,) = said_of(Noisy(net), x, y, batch_size=1)
+    assert "random numbers" in random
+
+    class FlatAt(Around):
+        """Without a gradient at images that are misclassified."""
+
+        def forward(self, x):
+            return torch.where((x[:, 0, 0, 0] > 2)[:, None], self.net(x.round()), self.net(x))
+
+    x[:2, 0, 0, 0] = 2.5
+    y = predictions(FlatAt(net)(x))
+    y[[0, 1, 4]] = (y[[0, 1, 4]] + 1) % 4
+    assert said_of(FlatAt(net), x, y) == []
+
+
+def test_the_check_for_randomness_draws_nothing_of_the_callers():
+    x, y = attackable(linear(192), 8, (3, 8, 8))
+    found = []
+    for difference in (signs.difference, lambda *logits: (0.0, 1.0)):
+        torch.manual_seed(3)
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch.setattr(signs, "difference", difference)
+            AutoAttack(EPS, version=("apgd-ce",), steps=2).run(Noisy(linear(192)), x, y)
+        found.append(torch.rand(1))
+    assert torch.equal(*found)
+
+
+def test_differences_of_logits():
+    a = torch.tensor([[1.0, torch.nan], [torch.inf, -2.0], [-1e9, 0.0]])
+    assert signs.difference(a, a.clone()) == (0.0, 0.0)
+    b = torch.tensor([[1.0, torch.nan], [torch.inf, -2.5], [-1e9, 0.0]])
+    assert signs.difference(a, b) == (0.5, 2 * signs.ROUNDING), "what rules a class out does not count"
+    assert signs.difference(a.bfloat16(), b.bfloat16()) == (0.5, 4 * torch.finfo(torch.bfloat16).eps)
+    small = torch.tensor([[20.0, 0.1, -3.0]])
+    assert signs.difference(small, small + torch.tensor([0.0, 1e-6, 0.0]))[1] == 20 * signs.ROUNDING, "the largest is no mask"
+    a = a[:2]
+    assert signs.difference(a, torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
+
+
+def test_probabilities():
+    logits = torch.randn(5, 7)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert signs.are_probabilities(logits.softmax(1).to(dtype))
+        assert not signs.are_probabilities(logits.to(dtype))
+        assert not signs.are_probabilities(logits.sigmoid().to(dtype))

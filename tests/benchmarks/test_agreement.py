@@ -1,0 +1,85 @@
+"""Judges nobody here wrote: torchattacks, foolbox and ART (`benchmarks.agreement`), and PGD on torchattacks' C&W function.
+
+In fp64 at least 99.9 % of the pixels must be equal. In fp32 fewer are, on confident samples: there p_y - 1 cancels in PyTorch's
+cross-entropy, to 0 in the end, while spat::lsce_grad keeps its digits. test_fp32_differences shows that these are ties, and that
+where the two differ ours has the sign of fp64.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import spat_kernels as sk
+from benchmarks import agreement as judges
+
+torchattacks = pytest.importorskip("torchattacks", reason="torchattacks needs torchvision, which needs its own build of torch")
+
+EPS, STEP, STEPS = 0.15, 0.15 / 4, 10
+
+
+def assert_same_images(ours, theirs, model, y, minimum=0.999):
+    equal = ((ours - theirs).abs() <= 1e-6).float().mean().item()
+    assert equal >= minimum, f"only {equal:.4%} of the pixels are equal"
+    accuracies = [(model(v).argmax(1) == y).float().mean().item() for v in (ours, theirs)]
+    assert abs(accuracies[0] - accuracies[1]) <= 0.003, accuracies
+
+
+@pytest.mark.parametrize("pair", judges.PAIRS, ids=lambda pair: f"{pair.judge}-{pair.attack}")
+def test_pairs(task, pair):
+    """In the dtype that each of them is compared in first: fp64 but for ART."""
+    pytest.importorskip(pair.judge.lower())
+    model, x, y = task
+    dtype = pair.dtypes[0]
+    found = judges.compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, EPS)
+    assert found["pixels_differ"] <= (0.1 if dtype == torch.float64 else 5), found
+    assert abs(found["accuracy"][0] - found["accuracy"][1]) <= 0.3, found
+    assert 0 < found["accuracy"][0] < 99, "an attack that does something, and leaves something to disagree on"
+
+
+def test_targeted_pgd(task):
+    model, x, y = task
+    attack = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=False)
+    attack.set_mode_targeted_by_label(quiet=True)
+    target = (y + 1) % 10
+    ours = sk.pgd(model, x, target, EPS, steps=STEPS, step_size=STEP, random_start=False, targeted=True)
+    assert_same_images(ours, attack(x, target), model, y)
+
+
+def test_fp32_differences(task):
+    model64, x, y = task
+    model = copy.deepcopy(model64).float()
+    exact = sk.fgsm(model64, x, y, EPS)
+    x = x.float()
+    ours, theirs = sk.fgsm(model, x, y, EPS), torchattacks.FGSM(model, eps=EPS)(x, y)
+    differ = (ours - theirs).abs() > 1e-6
+    right = [((v - exact).abs() < 1e-6)[differ].float().mean().item() for v in (ours, theirs)]
+    assert differ.float().mean() < 0.05
+    assert right[0] > 0.9 > right[1]
+    confident = model64(x.double()).softmax(1).gather(1, y[:, None])[:, 0] > 1 - 1e-4
+    assert differ.flatten(1).any(1)[~confident].float().mean() < 0.1, "other samples rarely differ"
+
+
+@pytest.mark.parametrize("kappa", [0.0, 5.0])
+def test_margin(task, kappa):
+    """torchattacks has no C&W-infinity: its CW function f, ascended by its PGD. f takes 0 for the best other logit where all
+    others are negative, so the logits are shifted up, which changes no margin."""
+    model, x, y = task
+    model = nn.Sequential(model, Shift())
+    cw = torchattacks.CW(model, kappa=kappa)
+
+    class CWInf(torchattacks.PGD):
+        def forward(self, images, labels):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(nn, "CrossEntropyLoss", lambda: lambda outputs, y: -cw.f(outputs, y).sum())
+                return super().forward(images, labels)
+
+    theirs = CWInf(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=False)(x, y)
+    ours = sk.cw_linf(model, x, y, EPS, kappa=kappa, steps=STEPS, step_size=STEP, random_start=False)
+    assert_same_images(ours, theirs, model, y)
+
+
+class Shift(nn.Module):
+    def forward(self, z):
+        return z + 100

@@ -1,0 +1,1176 @@
+"""Captured attacks: the same images as without a graph, and never those of another model than the one at hand."""
+
+import copy
+import gc
+import random
+import threading
+import warnings
+import weakref
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import spat_kernels as sk
+from spat_kernels import PGD, checks, losses
+from spat_kernels.attacks import pgd as attacks
+from spat_kernels.cuda_graphs import capture as graph_module
+from spat_kernels.cuda_graphs.capture import CudaGraph, Graphs
+from spat_kernels.input_gradient.trace import CannotPlan, _NoLooking
+from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
+from tests.cuda_graphs.fake_graph import FakeGraph
+from tests.model_state.test_borrow import assert_same, snapshot
+
+
+def square(z, y):
+    return z.square().sum(1) - z.gather(1, y[:, None])[:, 0]
+
+
+SETTINGS = {
+    "plain": {},
+    "l2": {"norm": "l2"},
+    "smoothed": {"loss": losses.LabelSmoothedCE(0.3)},
+    "kl": {"loss": "kl"},
+    "kl_l2": {"loss": "kl", "norm": "l2"},
+    "margin": {"loss": "margin"},
+    "dlr": {"loss": "dlr"},
+    "dlr_targeted": {"loss": "dlr", "targeted": True},
+    "custom": {"loss": square},
+    "targeted": {"targeted": True},
+    "restarts": {"restarts": 3, "steps": 2},
+    "restarts_by_loss": {"restarts": 3, "steps": 2, "select": "loss", "norm": "l2"},
+    "restarts_kl": {"restarts": 2, "steps": 2, "loss": "kl"},
+    "from_x": {"random_start": False},
+    "from_x_l2": {"random_start": False, "norm": "l2"},
+    "no_steps": {"steps": 0},
+    "train_mode": {"bn_mode": "train"},
+    "as_it_is": {"bn_mode": "keep"},
+    "other_bounds": {"bounds": (-0.5, 1.5)},
+}
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> Graphs:
+    """The cache that attacks use, with captures that work on the CPU."""
+    graphs = Graphs(graph=FakeGraph)
+    monkeypatch.setattr(attacks, "graphs", graphs)
+    return graphs
+
+
+def pairs(model, attack: dict, n: int = 4, dtype=torch.float32, seeds=(1, 2, 3), eps=lambda i: EPS * (1 + i), **call):
+    """For batches of their own and radii of their own: images with graph=True and False, from the same seed."""
+    for i, seed in enumerate(seeds):
+        x, y = batch(n)
+        images = []
+        for graph in (True, False):
+            torch.manual_seed(seed)
+            images.append(PGD(eps(i), graph=graph, **attack)(model, x.to(dtype), y, **call))
+        yield images
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_replays_equal_the_attack_itself(graphs, name):
+    model = cnn()
+    model[1].eval()
+    for got, expected in pairs(model, SETTINGS[name]):
+        assert torch.equal(got, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(graphs, norm, dtype):
+    model = cnn().to(dtype)
+    for got, expected in pairs(model, {"norm": norm, "steps": 3}, dtype=dtype):
+        assert torch.equal(got, expected)
+        assert got.dtype == dtype
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_radius_and_step_per_sample_and_start(graphs, norm):
+    model, attack = cnn(), {"norm": norm, "steps": 3}
+    for got, expected in pairs(model, attack, eps=lambda i: torch.tensor([0.0, 0.01, 0.02, 0.04]) * (i + 1)):
+        assert torch.equal(got, expected)
+    for got, expected in pairs(model, attack | {"step_size": torch.tensor([0.01, 0.0, 0.02, 0.1])}):
+        assert torch.equal(got, expected)
+    for i in range(3):
+        x, y = batch(4)
+        start = x.double() + 0.01 * i
+        for steps in (0, 3):
+            got, expected = (
+                PGD(torch.tensor(EPS), graph=graph, norm=norm, steps=steps)(model, x, y, start=start) for graph in (True, False)
+            )
+            assert torch.equal(got, expected)
+    assert len(graphs) == 4
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode(graphs, context):
+    model, (x, y) = cnn(), batch()
+    for mode in (context, torch.enable_grad, context):
+        with mode():
+            got, expected = (PGD(EPS, random_start=False, graph=graph)(model, x + 0, y + 0) for graph in (True, False))
+        assert torch.equal(got, expected)
+        assert not got.is_inference()
+    assert len(graphs) == 1
+
+
+def test_layouts_are_kept(graphs):
+    model, (x, y) = cnn(), batch(4)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = x.contiguous(memory_format=layout)
+        for _ in range(2):
+            got, expected = (PGD(EPS, random_start=False, graph=graph)(model, images, y) for graph in (True, False))
+            assert torch.equal(got, expected)
+            assert got.stride() == images.stride()
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_noise_is_fresh_and_follows_the_seed(graphs, norm, own_generator):
+    model, (x, y) = cnn(), batch()
+
+    def three(graph):
+        generator = torch.Generator().manual_seed(5) if own_generator else None
+        torch.manual_seed(5)
+        attack = PGD(EPS, steps=1, norm=norm, generator=generator, graph=graph)
+        return [attack(model, x, y) for _ in range(3)]
+
+    got, expected = three(True), three(False)
+    assert all(map(torch.equal, got, expected))
+    assert not torch.equal(got[1], got[2])
+    assert torch.equal(torch.stack(three(True)), torch.stack(got))
+    assert len(graphs) == 1
+
+
+def test_the_caller_is_left_alone(graphs):
+    for attack in ({}, {"restarts": 2, "norm": "l2"}, {"bn_mode": "train"}, {"bn_mode": "keep", "loss": "kl"}):
+        model, (x, y) = cnn(), batch()
+        model[1].eval()
+        x.requires_grad_()
+        before = snapshot(model, x, y)
+        results = [PGD(EPS, graph=True, **attack)(model, x, y) for _ in range(3)]
+        assert_same(before, snapshot(model, x, y))
+        kept = [r.clone() for r in results]
+        PGD(EPS, graph=True, **attack)(model, x * 0.5, y)
+        assert all(map(torch.equal, results, kept)), "results do not share memory with later ones"
+
+
+# --- what the model may and may not do meanwhile ---
+
+
+def test_updates_in_place_are_seen(graphs):
+    """A training loop: SGD and batch statistics change the weights under the graph."""
+    model, optimiser = (m := cnn()), torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9)
+    for got, expected in pairs(model, {}, seeds=range(4)):
+        assert torch.equal(got, expected)
+        F.cross_entropy(model(got), torch.zeros(len(got), dtype=torch.int64)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert len(graphs) == 1
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale, self.powers, self.offset, self.act = cnn().eval(), 1.0, [1, 2], torch.zeros(()), F.relu
+
+    def forward(self, x):
+        return self.act(self.net(x) * self.scale + self.offset).pow(self.powers[1])
+
+
+def move(model):
+    model.net[0].weight.data = torch.randn_like(model.net[0].weight)
+
+
+def double(model):
+    model.net[-1].weight.data = model.net[-1].weight.data.flip(0)
+
+
+def replace_parameter(model):
+    model.net[-1].bias = nn.Parameter(torch.randn(10))
+
+
+def load_by_assignment(model):
+    model.net.load_state_dict({k: v + 0.1 for k, v in model.net.state_dict().items()}, assign=True)
+
+
+def replace_buffer(model):
+    model.net[1].running_mean = torch.ones(8)
+
+
+def replace_module(model):
+    model.net[5] = nn.Tanh()
+
+
+def change_scale(model):
+    model.scale = -3.0
+
+
+def change_list(model):
+    model.powers[1] = 3
+
+
+def change_tensor(model):
+    model.offset = torch.ones(()) * 5
+
+
+def change_function(model):
+    model.act = torch.sigmoid
+
+
+def change_class(model):
+    model.net[2].__class__ = nn.Sigmoid
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_replays_in_half_precision_read_changed_weights(graphs, precision):
+    model, (x, y) = cnn().eval(), batch()
+    settings = {"precision": precision, "input_gradient": "autograd"}
+    for seed in range(3):
+        found = []
+        for graph in (True, False):
+            torch.manual_seed(seed)
+            found.append(PGD(EPS, graph=graph, **settings)(model, x, y))
+        assert torch.equal(*found)
+        with torch.no_grad():
+            model[0].weight.mul_(-1)
+    assert len(graphs) == 1
+
+
+def test_nothing_looks_at_values_where_a_launched_attack_is_replayed(graphs):
+    model, (x, y), attack = cnn().eval(), batch(), PGD(EPS, graph=True)
+    attack(model, x, y)
+    torch.manual_seed(1)
+    expected = attack(model, x, y)
+    torch.manual_seed(1)
+    with _NoLooking():
+        with pytest.raises(CannotPlan, match="looks at the values"):
+            attack(model, x, y)
+        x_adv, nan_seen = attack.launch(model, x, y)
+    assert torch.equal(x_adv, expected)
+    assert not nan_seen.any()
+    assert len(graphs) == 1
+
+
+def test_a_replay_is_launched_before_values_are_looked_at(graphs, monkeypatch):
+    """As on a GPU, where that waits for it."""
+    model, (x, y), attack, events = cnn().eval(), batch(), PGD(EPS, graph=True), []
+    attack(model, x, y)
+    read, replay = checks.Values.read, FakeGraph.replay
+    monkeypatch.setattr(PGD, "_may_check_late", lambda self, model, x: True)
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: (replay(self), events.append("replayed")))
+    monkeypatch.setattr(checks.Values, "read", lambda self, *counts: (events.append("read"), read(self, *counts))[1])
+    attack(model, x, y)
+    assert events == ["replayed", "read"]
+    with _NoLooking(), pytest.raises(CannotPlan, match="looks at the values"):
+        attack(model, x, y)
+    assert events == ["replayed", "read"] * 2
+
+
+def change_eps_of_bn(model):
+    model.net[1].eps = 10.0
+
+
+CHANGES = [
+    move, double, replace_parameter, load_by_assignment, replace_buffer, replace_module, change_scale, change_list, change_tensor,
+    change_function, change_class, change_eps_of_bn,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changes_are_captured_anew(graphs, change):
+    model, (x, y) = Scaled(), batch()
+    attack = PGD(EPS, random_start=False, graph=True)
+    before = [attack(model, x, y) for _ in range(2)][1]
+    change(model)
+    expected = PGD(EPS, random_start=False, graph=False)(model, x, y)
+    assert not torch.equal(before, expected), "a change that matters"
+    for _ in range(2):
+        assert torch.equal(attack(model, x, y), expected)
+
+
+def test_mode_counts_where_it_is_kept(graphs):
+    model, (x, y) = cnn(), batch()
+    model[3].p = 0.0
+    kept, evaluated = (PGD(EPS, random_start=False, bn_mode=mode, graph=True) for mode in ("keep", "eval"))
+    images = {}
+    for training in (True, False, True, False):
+        model.train(training)
+        for attack in (kept, evaluated):
+            for _ in range(2):
+                got = attack(model, x, y)
+                assert torch.equal(images.setdefault((attack.bn_mode, attack is kept and training), got), got)
+    assert torch.equal(images["keep", False], images["eval", False])
+    assert not torch.equal(images["keep", True], images["eval", False])
+
+
+def test_auto_recaptures_on_the_second_attack_after_a_change(graphs):
+    model, (x, y) = Recorder(cnn()), batch()
+    model.inputs = Forgetful()
+    attack = PGD(EPS, random_start=False, input_gradient="autograd")
+    forwards = []
+    for i in range(9):
+        if i in (4, 7):
+            model.model[1].eps += 0.1
+        attack(model, x, y)
+        forwards.append(model.inputs.count)
+        model.inputs.count = 0
+    # itself; itself and capture; replays | the same again after a change
+    assert forwards == [10, 20, 0, 0, 10, 20, 0, 10, 20]
+
+
+class Forgetful:
+    """Counts what is appended; an object whose inside a capture does not look into."""
+
+    count = 0
+
+    def append(self, _):
+        self.count += 1
+
+
+# --- policy ---
+
+
+def test_policy(graphs):
+    model, (x, y) = cnn(), batch()
+    for _ in range(3):
+        PGD(EPS, graph=False)(model, x, y)
+    assert len(graphs) == 0
+    PGD(EPS)(model, x, y)
+    assert len(graphs) == 0, "one attack alone does not pay for a capture"
+    PGD(EPS / 2)(model, x, y)
+    assert len(graphs) == 1, "the second of the kind does"
+    PGD(EPS, steps=3, graph=True)(model, x, y)
+    assert len(graphs) == 2, "True: the first"
+    with pytest.raises(ValueError, match="graph='always': choose one of"):
+        PGD(EPS, graph="always")
+
+
+def test_true_names_what_is_missing():
+    model, (x, y) = cnn(), batch()
+    with pytest.raises(ValueError, match="graph=True, but x is on cpu.*graph='auto'"):
+        sk.pgd_ls(model, x, y, EPS, 0.1, graph=True)
+    assert torch.equal(*(sk.pgd(model, x, y, EPS, random_start=False, graph=g) for g in ("auto", False)))
+
+
+def test_plain_callables_cannot_be_checked(graphs):
+    model, (x, y) = cnn().eval(), batch()
+    with pytest.raises(ValueError, match="model is a plain function.*nn.Module"):
+        sk.pgd(lambda x: model(x), x, y, EPS, graph=True)
+    own_loss = lambda z, y: F.cross_entropy(z, y, reduction="none")  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            sk.pgd(lambda x: model(x), x, y, EPS)
+            sk.pgd(model, x, y, EPS, loss=own_loss)
+    assert len(graphs) == 0
+    calls = Counted()
+    counts = []
+    with calls:
+        for _ in range(3):
+            sk.pgd(model, x, y, EPS)
+            counts.append(calls.count)
+    assert len(graphs) == 0 and counts[2] - counts[1] == counts[0], "replays would be invisible to a dispatch mode"
+
+
+class Counted(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Method:
+    def loss(self, z, y):
+        return square(z, y)
+
+
+def test_callable_losses_go_by_code_and_closure(graphs):
+    model, (x, y), method = cnn(), batch(), Method()
+
+    def weighted(weight, anchor=None):
+        return lambda z, y, power=1: weight * square(z, y) ** power + (0 if anchor is None else anchor.sum())
+
+    for _ in range(3):
+        sk.pgd(model, x, y, EPS, loss=method.loss, graph=True)
+    assert len(graphs) == 1
+    sk.pgd(model, x, y, EPS, loss=Method().loss, graph=True)
+    assert len(graphs) == 2
+    images = [sk.pgd(model, x, y, EPS, loss=weighted(w), graph=True, random_start=False) for w in (1.0, 1.0, -1.0, 1.0)]
+    assert len(graphs) == 4
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[3])
+    assert not torch.equal(images[0], images[2])
+    for _ in range(2):
+        sk.pgd(model, x, y, EPS, loss=weighted(1.0, torch.ones(1)), graph=True)
+    assert len(graphs) == 6, "tensors by identity"
+
+
+class Weighted(losses.Loss):
+    def __init__(self, weight):
+        self.weight = weight
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        dlogits.copy_(self.weight * logits)
+
+
+@pytest.mark.parametrize("same_object", [True, False])
+def test_own_loss_objects_go_by_their_attributes(graphs, same_object):
+    model, (x, y), loss = cnn(), batch(), Weighted(1.0)
+    images = []
+    for weight in (1.0, 1.0, -1.0, -1.0):
+        loss = loss if same_object else Weighted(weight)
+        loss.weight = weight
+        images.append(sk.pgd(model, x, y, EPS, loss=loss, random_start=False, graph=True))
+    assert len(graphs) == 2
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[2], images[3])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_losses_that_change_as_they_run_are_not_captured(graphs):
+    class Remembers(Weighted):
+        def reference(self, y, clean_logits, targeted):
+            self.calls = getattr(self, "calls", 0) + 1
+            return y
+
+    model, (x, y), loss = cnn(), batch(), Remembers(1.0)
+    with pytest.warns(RuntimeWarning, match="the loss changes its attributes as it runs") as caught:
+        for _ in range(3):
+            sk.pgd(model, x, y, EPS, loss=loss, graph=True)
+    assert len(caught) == 1
+    assert loss.calls == 3
+    assert len(graphs) == 0
+
+
+def test_every_setting_tells_captures_apart(graphs):
+    graphs.capacity = 100
+    model, (x, y) = cnn(), batch(4)
+    for n, name in enumerate(SETTINGS, 1):
+        for _ in range(2):
+            PGD(EPS, graph=True, **SETTINGS[name])(model, x, y)
+        assert len(graphs) == n, name
+    before = len(graphs)
+    variants = [
+        lambda: PGD(torch.full((4,), EPS), graph=True)(model, x, y),
+        lambda: PGD(EPS, step_size=torch.full((4,), EPS), graph=True)(model, x, y),
+        lambda: PGD(EPS, graph=True)(model, x, y, start=x),
+        lambda: PGD(EPS, graph=True)(model, x[:1], y[:1]),
+        lambda: PGD(EPS, graph=True)(model, x.to(memory_format=torch.channels_last), y),
+        lambda: PGD(EPS, loss="kl", graph=True)(model, x, None),
+        lambda: PGD(EPS, loss=losses.LabelSmoothedCE(0.31), graph=True)(model, x, y),
+    ]
+    for n, variant in enumerate(variants, 1):
+        variant(), variant()
+        assert len(graphs) == before + n, n
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = (PGD(EPS, random_start=False, graph=graph)(model, x, y) for graph in (True, False))
+        assert torch.equal(got, expected)
+    torch.use_deterministic_algorithms(True)
+    try:
+        PGD(EPS, graph=True)(model, x, y)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(graphs) == before + len(variants) + 2
+
+
+def test_autocast_casts_the_weights_in_the_graph(graphs):
+    model, (x, y) = cnn(), batch()
+    attack = {"random_start": False, "steps": 3}
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = (PGD(EPS, graph=graph, **attack)(model, x, y) for graph in (True, False))
+            assert torch.is_autocast_cache_enabled()
+        assert torch.equal(got, expected)
+        with torch.no_grad():
+            model[0].weight.neg_()
+    assert len(graphs) == 1
+
+
+def test_labels_are_checked_in_replays_too(graphs):
+    model, (x, y) = cnn(), batch()
+    for _ in range(2):
+        sk.pgd(model, x, y, EPS, graph=True)
+    with pytest.raises(ValueError, match=r"y holds class 12, outside \[0, 10\)"):
+        sk.pgd(model, x, y.clone().fill_(12), EPS, graph=True)
+
+
+def test_nan_gradients_are_counted_in_replays(graphs):
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3] * torch.where(x[:, 0, 0, 0] > 0.9, torch.nan, 1.0)[:, None]
+
+    model, (x, y) = Broken(), (torch.rand(5, 3, 4, 4) * 0.8, torch.tensor([0, 1, 2, 0, 1]))
+    for bad in ([1, 4], [2], []):
+        images = x.clone()
+        images[bad, 0, 0, 0] = 0.95
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x_adv = sk.pgd(model, images, y, 0.02, random_start=False, graph=True)
+        assert [f"NaN for {len(bad)} of 5 samples" in str(w.message) for w in caught] == [True] * bool(bad)
+        assert torch.equal(x_adv[bad], images[bad])
+
+
+# --- padding ---
+
+
+@pytest.mark.parametrize("attack", [{}, {"norm": "l2"}, {"restarts": 2, "loss": "kl"}, {"norm": "l2", "restarts": 2}], ids=str)
+def test_short_batches_are_padded_where_samples_are_independent(graphs, attack):
+    model = cnn().double()
+    for independent, captures in ((False, 3), (True, 2)):
+        graphs.free()
+        attack = attack | {"input_gradient": "plan" if independent else "autograd"}
+        for n in (8, 8, 5, 4, 5) if independent else (8, 8, 5, 4):
+            for got, expected in pairs(model, attack | {"steps": 3}, n=n, dtype=torch.float64, seeds=(3,)):
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+        for got, expected in pairs(model, attack, n=3, dtype=torch.float64, seeds=(1,)):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+        assert len(graphs) == captures + (not independent), "8, and 3, which is less than half"
+    graphs.free()
+    for n in (8, 5):
+        sk.pgd(model, *(t.double() if t.is_floating_point() else t for t in batch(n)), EPS, loss=square, graph=True)
+    assert len(graphs) == 2, "a loss of the caller's may couple samples"
+
+
+def test_padded_radii_and_layouts(graphs):
+    model = cnn().double()
+    eps = torch.linspace(0, 0.1, 8)
+    for n in (8, 5, 8, 6):
+        x, y = batch(n)
+        x = x.double().to(memory_format=torch.channels_last)
+        images = []
+        for graph in (True, False):
+            torch.manual_seed(n)
+            images.append(PGD(eps[:n], graph=graph)(model, x, y))
+        torch.testing.assert_close(*images, rtol=0, atol=1e-14)
+        assert images[0].shape == x.shape
+        assert images[0].stride() == x.stride()
+    assert len(graphs) == 1
+
+
+# --- what cannot be captured ---
+
+
+class Waits(nn.Module):
+    """Decides on the host by what is in the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = cnn()
+
+    def forward(self, x):
+        return self.net(x) if x.mean() > 0.5 else -self.net(x)
+
+
+@pytest.mark.parametrize("graph", [True, "auto"])
+def test_what_cannot_be_captured_runs_without(graphs, graph):
+    model = Waits()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for brightness in (0.9, 0.9, 0.1, 0.9, 0.1):
+            x, y = batch()
+            x = x * 0.1 + brightness * 0.9
+            before = snapshot(model, x, y)
+            images = []
+            for g in (graph, False):
+                torch.manual_seed(3)
+                images.append(sk.pgd(model, x, y, EPS, graph=g))
+            assert torch.equal(*images)
+            assert_same(before, snapshot(model, x, y))
+        PGD(EPS, steps=3, graph=True)(model, x, y)
+    (warning,) = caught
+    assert warning.category is RuntimeWarning
+    assert "attacks on this Waits run without a CUDA graph" in str(warning.message)
+    assert "operation not permitted when stream is capturing" in str(warning.message)
+    assert warning.filename == __file__
+    with pytest.warns(RuntimeWarning, match="run without a CUDA graph") as caught:
+        PGD(EPS, graph=True)(Waits().eval(), x, y)
+    assert caught[0].filename == __file__
+    assert len(graphs) == 0
+    assert not torch.is_inference_mode_enabled()
+    assert gc.isenabled()
+
+
+def test_failed_captures_keep_nothing_alive(graphs):
+    model, (x, y) = Waits(), batch()
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+        sk.pgd(model, x, y, EPS, graph=True)
+    part = weakref.ref(model.net[0])
+    gc.disable()
+    try:
+        del model
+        assert part() is None
+    finally:
+        gc.enable()
+
+
+def test_refused_captures_are_not_tried_again(graphs, monkeypatch):
+    tries = []
+    monkeypatch.setattr(FakeGraph, "capture", lambda self, function: tries.append(1) or 1 / 0)
+    model, (x, y) = cnn(), batch()
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError: division by zero"):
+        sk.pgd(model, x, y, EPS, graph=True)
+    for _ in range(3):
+        sk.pgd(model, x, y, EPS, graph=True)
+    assert len(tries) == 1
+    graphs.free(model)
+    with pytest.warns(RuntimeWarning, match="division"):
+        sk.pgd(model, x, y, EPS, graph=True)
+    assert len(tries) == 2
+
+
+def test_hooks_are_not_captured(graphs):
+    model, (x, y), seen = cnn(), batch(), []
+    sk.pgd(model, x, y, EPS, graph=True)
+    handle = model[2].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(RuntimeWarning, match="Sequential.2 has hooks, which would not run in a replay"):
+        sk.pgd(model, x, y, EPS, graph=True)
+    sk.pgd(model, x, y, EPS, graph=True)
+    assert len(seen) == 20
+    assert len(graphs) == 0
+    handle.remove()
+
+
+def test_tensors_elsewhere_are_not_captured(graphs):
+    model, (x, y) = Scaled(), batch()
+    model.offset = torch.zeros((), device="meta")
+    model.act = lambda z: z
+    model.forward = lambda x: model.net(x)
+    with pytest.warns(RuntimeWarning, match="it has tensors on meta and x is on cpu"):
+        sk.pgd(model, x, y, EPS, graph=True)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_choices_by_random_numbers_of_the_host_are_not_captured(graphs, draw):
+    class SkipsLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = cnn()
+
+        def forward(self, x):
+            return self.net(x) if draw() < 0.5 else -self.net(x)
+
+    model, (x, y), images = SkipsLayers(), batch(), []
+    for graph in (True, False):
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        attack = PGD(EPS, random_start=False, graph=graph)
+        with pytest.warns(RuntimeWarning, match="drawn on the host") if graph else nullcontext():
+            images.append([attack(model, x, y) for _ in range(3)])
+    assert all(map(torch.equal, *images))
+    assert not torch.equal(*images[0][:2])
+
+
+def test_models_that_change_as_they_run_are_not_captured(graphs):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls = cnn(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x)
+
+    for graph in (True, "auto"):
+        model, (x, y) = Counting(), batch()
+        sk.pgd(model, x, y, EPS, graph=graph)
+        with pytest.warns(RuntimeWarning, match="changes as it runs .*an attribute changed"):
+            sk.pgd(model, x, y, EPS, graph=graph)
+        for _ in range(2):
+            sk.pgd(model, x, y, EPS, graph=graph)
+        assert model.calls == 40
+
+
+def test_models_that_finish_themselves_on_first_use_are_captured(graphs):
+    class Lazy(nn.Module):
+        table = None
+
+        def __init__(self):
+            super().__init__()
+            self.net = cnn()
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.full_like(x[:1].detach(), 0.01)
+            return self.net(x + self.table)
+
+    for graph in (True, "auto"):
+        graphs.free()
+        model = Lazy()
+        for seed in range(4):
+            x, y = batch()
+            images = []
+            for g in (graph, False):
+                torch.manual_seed(seed)
+                images.append(PGD(EPS, graph=g)(model, x, y))
+            assert torch.equal(*images)
+        assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("graph", [True, "auto"])
+def test_errors_of_the_model_are_raised_and_leave_it_as_it_was(graphs, graph):
+    class Fails(Recorder):
+        def forward(self, x):
+            if fails:
+                raise KeyError("in the middle")
+            return self.model(x)
+
+    model, (x, y), fails = Fails(cnn()), batch(), False
+    attack = {"eps": EPS, "graph": graph, "input_gradient": "autograd"}  # which runs the model's own code
+    sk.pgd(model, x, y, **attack)
+    before, fails = snapshot(model, x, y), True
+    if graph is True:
+        sk.pgd(model, x, y, **attack)  # a replay
+        graphs.free()
+    for _ in range(2):
+        with pytest.raises(KeyError, match="in the middle"):
+            sk.pgd(model, x, y, **attack)
+        assert_same(before, snapshot(model, x, y))
+    fails = False
+    for got, expected in pairs(model, {}):
+        assert torch.equal(got, expected)
+    assert torch.is_grad_enabled()
+
+
+# --- memory ---
+
+
+def test_least_recently_used_captures_go_first(graphs):
+    graphs.capacity = 2
+    model, (x, y) = Recorder(cnn()), batch()
+    model.inputs = Forgetful()
+
+    def forwards(steps):
+        model.inputs.count = 0
+        PGD(EPS, steps=steps, graph=True, input_gradient="autograd")(model, x, y)
+        return model.inputs.count
+
+    assert [forwards(1), forwards(2), forwards(1), forwards(3)] == [2, 4, 0, 6]
+    assert [forwards(1), forwards(2), len(graphs)] == [0, 4, 2]
+    graphs.capacity = 1
+    assert len(graphs) == 1
+    assert forwards(2) == 0
+    graphs.free(model)
+    assert len(graphs) == 0
+    assert forwards(2) == 4
+    with pytest.raises(ValueError, match="capacity=0 must be at least 1"):
+        graphs.capacity = 0
+
+
+def test_attacks_seen_once_are_forgotten(graphs):
+    model, (x, y) = cnn(), batch(2)
+    for steps in range(150):
+        PGD(EPS, steps=0, step_size=1.0, bounds=(0.0, 1.0 + steps))(model, x, y)
+    assert len(graphs._entries()) <= 128
+
+
+@pytest.mark.parametrize(
+    "attack", [{}, {"loss": "kl"}, {"restarts": 2}, {"loss": square}], ids=["ce", "kl", "restarts", "own loss"]
+)
+def test_models_are_not_kept_alive(graphs, attack):
+    models = [cnn() for _ in range(3)]
+    for model in models:
+        for got, expected in pairs(model, attack):
+            assert torch.equal(got, expected)
+    assert len(graphs) == 3
+    parts = [weakref.ref(part) for part in (*models[0].modules(), *models[0].parameters())]
+    del model
+    models.pop(0)
+    assert not any(part() is not None for part in parts), "without a cycle to collect"
+    assert len(graphs) == 2
+    assert len(graphs._models) == 2
+
+
+def test_a_loss_that_knows_the_model_does_not_keep_it(graphs):
+    model, (x, y) = cnn(), batch()
+    sk.pgd(model, x, y, EPS, loss=lambda z, y, model=model: square(z, y), graph=True)
+    assert len(graphs) == 1
+    part = weakref.ref(model)
+    del model
+    gc.collect()
+    assert part() is None
+    assert len(graphs) == 0
+
+
+def test_copies_are_models_of_their_own(graphs):
+    model, (x, y) = cnn(), batch()
+    sk.pgd(model, x, y, EPS, graph=True)
+    other = copy.deepcopy(model)
+    other[-1].weight.data.neg_()
+    for got, expected in pairs(other, {}):
+        assert torch.equal(got, expected)
+    assert len(graphs) == 2
+
+
+def test_threads(graphs):
+    """Two models, two threads, one cache: nobody gets another's images."""
+    models, (x, y) = [cnn(), cnn()], batch()
+    attack = PGD(EPS, random_start=False, steps=2)
+    expected = [[PGD(EPS, random_start=False, steps=2, graph=False)(m, v, y) for v in (x, x * 0.5)] for m in models]
+    failures = []
+
+    def hammer():
+        for i in range(20):
+            for m, images in zip(models, expected, strict=True):
+                if not torch.equal(attack(m, (x, x * 0.5)[i % 2], y), images[i % 2]):
+                    failures.append(i)
+
+    def run():
+        try:
+            hammer()
+        except BaseException as error:
+            failures.append(error)
+
+    # The modes of a model are set while it is attacked, so threads share one only once it is captured.
+    for m in models:
+        attack(m, x, y), attack(m, x, y)
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(graphs) == 2
+
+
+# --- the real class, with CUDA's part of it played ---
+
+
+class PlayedGenerator:
+    """torch.Generator on CUDA: a handle on a state, which a capture registers and a failed one leaves in capture mode."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def graphsafe_get_state(self):
+        return PlayedGenerator(self.state)
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+    def clone_state(self):
+        return PlayedGenerator(dict(self.state))
+
+    def get_state(self):
+        return dict(self.state)
+
+    def set_state(self, state):
+        self.state.update(state)
+
+    def get_offset(self):
+        return self.state["offset"]
+
+    def set_offset(self, offset):
+        self.state["offset"] = offset
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """torch.cuda as far as CudaGraph uses it: what it calls, in order, and the default generator."""
+    calls, default = [], PlayedGenerator({"seed": 7, "offset": 4, "capturing": False})
+
+    class Stream:
+        device_index = device = 0
+
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            calls.append("its stream waits" if other is caller else "the caller waits")
+
+    class Graph:
+        def replay(self):
+            self.state["offset"] += self.drawn
+
+    @contextmanager
+    def capturing(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        assert pool == "pool"
+        graph.state, before = default.state, default.state["offset"]
+        graph.state["capturing"] = True
+        try:
+            yield
+        except BaseException:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        graph.state["capturing"], graph.drawn, graph.state["offset"] = False, graph.state["offset"] - before, before
+
+    caller = Stream()
+    for name, value in {
+        "Stream": Stream, "CUDAGraph": Graph, "graph": capturing, "graph_pool_handle": lambda: "pool",
+        "default_generators": (default,), "current_stream": lambda device: caller, "stream": lambda stream: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, name=name: calls.append((name, *args)), raising=False)  # on CPU builds
+    return calls, default
+
+
+def test_captures_draw_like_the_attack_itself(played):
+    calls, default = played
+    graph, state = CudaGraph(torch.device("cpu")), default.state
+    with graph.here():
+        graph.capture(lambda: default.set_offset(default.get_offset() + 8))
+        assert default.state is state and state == {"seed": 7, "offset": 4, "capturing": False}, "nothing drawn by a capture"
+        graph.replay()
+        assert default.state is state
+        assert default.get_offset() == 12
+        default.state.update(seed=9, offset=0)  # torch.manual_seed
+        graph.replay()
+    assert graph._random.state == default.state == {"seed": 9, "offset": 8, "capturing": False}
+    clear = ("_cuda_clearCublasWorkspaces",)
+    assert calls == ["its stream waits", clear, clear, "the caller waits"]
+
+
+def test_failed_captures_raise_the_cause_and_clean_up(played, monkeypatch):
+    calls, default = played
+    undead = []
+    monkeypatch.setattr(graph_module, "_undead", undead)
+    graph, state = CudaGraph(torch.device("cpu")), default.state
+
+    def fails():
+        default.set_offset(16)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"), graph.here():
+        graph.capture(fails)
+    assert default.state is state
+    assert state == {"seed": 7, "offset": 4, "capturing": False}
+    assert ("_cuda_endAllocateToPool", 0, "pool") in calls
+    assert ("_cuda_releasePool", 0, "pool") in calls
+    assert len(undead) == 1, "torch still points to it"
+    assert calls[-1] == "the caller waits"
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture
+def real(monkeypatch) -> Graphs:
+    graphs = Graphs()
+    monkeypatch.setattr(attacks, "graphs", graphs)
+    return graphs
+
+
+def on_gpu(*tensors, device="cuda"):
+    return [t.to(device) for t in tensors]
+
+
+def assert_gpu_equal(model, attack: dict, batches: int = 3, device="cuda"):
+    for seed in range(batches):
+        x, y = on_gpu(*batch(8), device=device)
+        images = []
+        for graph in (True, False):
+            torch.manual_seed(seed)
+            images.append(PGD(EPS * (1 + seed), graph=graph, **attack)(model, x, y))
+        assert torch.equal(*images), (attack, seed)
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "train_mode"])
+def test_gpu_replays_equal_the_attack_itself(real, deterministic, name):
+    model = cnn().eval().cuda()
+    assert_gpu_equal(model, SETTINGS[name])
+    assert len(real) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_dropout_is_fresh_and_follows_the_seed(real, deterministic):
+    model, (x, y) = cnn().cuda(), on_gpu(*batch(8))
+    attack = PGD(EPS, bn_mode="train", graph=True)
+    attack(model, x, y)
+
+    def two():
+        torch.manual_seed(3)
+        return [attack(model, x, y) for _ in range(2)], torch.cuda.get_rng_state()
+
+    (first, state), (again, state_again) = two(), two()
+    assert all(map(torch.equal, first, again))
+    assert torch.equal(state, state_again)
+    assert not torch.equal(*first)
+    torch.manual_seed(3)
+    eager = PGD(EPS, bn_mode="train", graph=False)
+    assert torch.equal(eager(model, x, y), first[0])
+    eager(model, x, y)
+    assert torch.equal(torch.cuda.get_rng_state(), state), "as many numbers are drawn"
+
+
+@pytest.mark.gpu
+def test_gpu_streams(real, deterministic):
+    model, attack = cnn().eval().cuda(), PGD(EPS, random_start=False, graph=True)
+    batches = [on_gpu(*batch(64)) for _ in range(6)]
+    expected = [PGD(EPS, random_start=False, graph=False)(model, x, y) for x, y in batches]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    got = []
+    for i, (x, y) in enumerate(batches):
+        with torch.cuda.stream(streams[i % 3]):
+            got.append(attack(model, x * 1, y))
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, got, expected))
+    assert len(real) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_gpu_second_device(real, deterministic):
+    model = cnn().eval().to("cuda:1")
+    assert_gpu_equal(model, {}, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gpu_training_loop(real, deterministic, autocast):
+    model = cnn().cuda()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for seed in range(5):
+        x, y = on_gpu(*batch(16))
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            images = []
+            for graph in ("auto", False):
+                torch.manual_seed(seed)
+                images.append(sk.pgd_ls(model, x, y, EPS, 0.1, graph=graph))
+            assert torch.equal(*images)
+            loss = F.cross_entropy(model(images[0]), y)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert len(real) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_gpu_changes_are_captured_anew(real, deterministic, change):
+    model, (x, y) = Scaled().cuda(), on_gpu(*batch())
+    model.offset = model.offset.cuda()
+    if change is replace_parameter or change is replace_buffer or change is change_tensor:
+        real_change, change = change, lambda m: (real_change(m), m.cuda(), setattr(m, "offset", m.offset.cuda()))
+    attack = PGD(EPS, random_start=False, graph=True)
+    attack(model, x, y), attack(model, x, y)
+    change(model)
+    expected = PGD(EPS, random_start=False, graph=False)(model, x, y)
+    for _ in range(2):
+        assert torch.equal(attack(model, x, y), expected)
+    assert len(real) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_failed_captures_leave_cuda_and_random_numbers_usable(real, deterministic):
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = cnn()
+
+        def forward(self, x):
+            x = F.dropout(x, 0.1)
+            return self.net(x) if x.mean().item() > -1 else self.net(-x)
+
+    model, (x, y) = Waits().cuda(), on_gpu(*batch())
+    torch.manual_seed(1)
+    with pytest.warns(RuntimeWarning, match="run without a CUDA graph"):
+        first = sk.pgd(model, x, y, EPS, graph=True)
+    after = torch.rand(4, device="cuda")
+    torch.manual_seed(1)
+    assert torch.equal(sk.pgd(model, x, y, EPS, graph=False), first)
+    assert torch.equal(torch.rand(4, device="cuda"), after)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert_gpu_equal(cnn().eval().cuda(), {})  # another capture
+    t = torch.rand(1 << 20, device="cuda")
+    side = torch.cuda.Stream()
+    t.record_stream(side)  # deferred for ever while the allocator believes in a capture
+    del t
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_freed_with_the_model(real, deterministic):
+    def captured():
+        model = cnn(size=32).eval().cuda()
+        x, y = on_gpu(*batch(64, size=32))
+        for _ in range(2):
+            sk.pgd(model, x, y, EPS, graph=True)
+        return model
+
+    def used():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    captured()
+    before = used()
+    models = [captured() for _ in range(3)]
+    assert len(real) == 3
+    assert used() > before
+    models.clear()
+    gc.collect()
+    assert len(real) == 0
+    assert used() <= before
+    model = captured()
+    assert used() > before
+    real.free(model)
+    del model
+    assert used() <= before
+
+
+@pytest.mark.gpu
+def test_gpu_three_models_in_turn(real, deterministic):
+    models = [cnn().eval().cuda() for _ in range(3)]
+    for _ in range(2):
+        for model in models:
+            assert_gpu_equal(model, {}, batches=2)
+    assert len(real) == 3
+
+
+@pytest.mark.gpu
+def test_gpu_launched_replays_wait_for_nothing(real):
+    model, (x, y), attack = cnn().eval().cuda(), on_gpu(*batch()), PGD(EPS, graph=True)
+    attack(model, x, y), attack.launch(model, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attack.launch(model, x, y)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            attack(model, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_calls_wait_once(real):
+    model, (x, y), attack = cnn().eval().cuda(), on_gpu(*batch()), PGD(EPS, graph=True)
+    attack(model, x, y)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            attack(model, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_replay_launches_one_graph(real):
+    model, (x, y) = cnn().eval().cuda(), on_gpu(*batch())
+    attack = PGD(EPS, graph=True)
+    attack(model, x, y), attack(model, x, y)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
+        attack(model, x, y)
+    launches = [e for e in profile.events() if e.name == "cudaGraphLaunch"]
+    assert len(launches) == 1

@@ -1,0 +1,210 @@
+"""Alarms: raised by models that hide their gradients, each by those that show it; none by ordinary models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+from spat_train.errors import InputError
+from spat_train.evaluation import alarms as module
+from spat_train.evaluation.alarms import alarms, compare, sign_test
+from tests.evaluation.test_evaluate import Features, digits, fitted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EPS = 0.15
+NAMES = [
+    "outputs are numbers", "images are only read", "outputs are logits", "outputs are deterministic",
+    "outputs do not depend on the batch", "gradients are not zero", "noise is weaker than FGSM", "FGSM is weaker than PGD",
+    "random search is weaker than PGD", "more steps break more", "larger eps break more", "unbounded attacks break all",
+]  # fmt: skip
+
+
+class Around(nn.Module):
+    """The fitted network behind something."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = fitted()
+        self.eval()
+
+
+class Quantised(Around):
+    def forward(self, x):
+        return self.inner((2 * x).round() / 2)
+
+
+class Saturated(Around):
+    def forward(self, x):
+        return torch.sigmoid(1000 * self.inner(x) - 5000)
+
+
+class Mislead(torch.autograd.Function):
+    """The identity, whose gradient has the wrong sign for pixels between the 256 levels."""
+
+    @staticmethod
+    def forward(context, x):
+        context.save_for_backward((255 * x - (255 * x).round()).abs() < 1e-3)
+        return x.clone()
+
+    @staticmethod
+    def backward(context, grad):
+        (on_a_level,) = context.saved_tensors
+        return torch.where(on_a_level, grad, -grad)
+
+
+class Misleading(Around):
+    def forward(self, x):
+        return self.inner(Mislead.apply(x))
+
+
+class Random(Around):
+    def forward(self, x):
+        return self.inner(x + 0.3 * torch.randn_like(x))
+
+
+class OfItsBatch(Around):
+    def forward(self, x):
+        return self.inner(x - x.mean(0))
+
+
+class NaNGradient(Around):
+    """sqrt has an infinite gradient at 0, times 0."""
+
+    def forward(self, x):
+        return self.inner(x) + (x * 0).sqrt().flatten(1).sum(1, keepdim=True)
+
+
+class Softmax(Around):
+    def forward(self, x):
+        return self.inner(x).softmax(1)
+
+
+class Overflowing(Around):
+    """NaN for some images. It draws no random numbers."""
+
+    def forward(self, x):
+        return self.inner(x).masked_fill((x.flatten(1)[:, 20] > 0.5)[:, None], torch.nan)
+
+
+class Writing(Around):
+    def forward(self, x):
+        x.data.mul_(0.5)
+        return self.inner(x)
+
+
+class Detached(Around):
+    def forward(self, x):
+        return self.inner(x.detach())
+
+
+def raised(model, **how) -> set[str]:
+    found = alarms(model, digits(100), eps=EPS, bar=None, **how)
+    assert [alarm.name for alarm in found][: len(NAMES)] == NAMES
+    assert all(alarm.meaning.endswith(".") and alarm.numbers for alarm in found)
+    return {alarm.name for alarm in found if alarm.raised}
+
+
+def test_ordinary_models_raise_none():
+    for model in (fitted(0), fitted(1), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()):
+        assert raised(model) == set()
+
+
+@pytest.mark.filterwarnings("ignore:the input gradient was NaN", "ignore:model changes its input")
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Quantised, {"gradients are not zero", "unbounded attacks break all"}),
+        (Saturated, {"gradients are not zero", "unbounded attacks break all"}),
+        (Misleading, {"FGSM is weaker than PGD", "random search is weaker than PGD", "unbounded attacks break all"}),
+        (Random, {"outputs are deterministic"}),
+        (OfItsBatch, {"outputs do not depend on the batch"}),
+        (NaNGradient, {"gradients are not zero", "unbounded attacks break all"}),
+        (Softmax, {"outputs are logits"}),
+        (Overflowing, {"outputs are numbers"}),
+        (Writing, {"images are only read"}),
+    ],
+)
+def test_models_that_hide_their_gradients(kind, expected):
+    found = raised(kind())
+    assert expected <= found
+    assert kind is Random or "outputs are deterministic" not in found
+
+
+def test_a_black_box_that_is_the_better_one():
+    name = "black box is weaker than white box"
+    assert name not in raised(fitted(0), source=fitted(1))
+    assert name in raised(Quantised(), source=fitted(0))
+
+
+def test_a_model_without_a_graph_has_no_gradient():
+    *found, last = alarms(Detached(), digits(5), eps=EPS, bar=None)
+    assert [alarm.name for alarm in (*found, last)] == NAMES[:6]
+    assert not any(alarm.raised for alarm in found)
+    assert last.raised
+    assert "do not depend on x" in last.meaning
+    assert last.numbers == {"images": 5, "zero or NaN, %": 100.0}
+
+
+class Viewing(Around):
+    """view, unlike flatten, refuses a batch without images."""
+
+    def forward(self, x):
+        return self.inner(x.view(len(x), -1))
+
+
+def test_few_images_numbers_of_numpy_and_inference_mode():
+    x, y = digits(100)
+    assert len(alarms(Viewing(), (x[:1], y[:1]), eps=EPS, bar=None)) == len(NAMES)
+    model = fitted()
+    expected = alarms(model, (x, y), eps=EPS, bar=None)
+    with torch.inference_mode():
+        assert alarms(model, digits(100), eps=np.float64(EPS), bar=None) == expected
+
+
+def test_the_sign_test():
+    stats = pytest.importorskip("scipy.stats")
+    for wins, losses in ((0, 0), (7, 0), (3, 4), (12, 5), (0, 9)):
+        n = wins + losses
+        expected = stats.binomtest(wins, n, alternative="greater").pvalue if n else 1.0
+        assert math.isclose(sign_test(wins, losses), expected)
+    weak, strong = torch.arange(100) < 50, torch.arange(100) < 43  # what they left
+    numbers, alarming = compare(weak, strong, "a", "b")
+    assert numbers == {"a, %": 50, "b, %": 43, "broken by a alone": 0, "by b alone": 7, "p": 2**-7}
+    assert alarming
+    assert not compare(weak, torch.arange(100) < 44, "a", "b")[1]
+    assert not compare(strong, weak, "a", "b")[1]
+
+
+def test_the_images_are_spread_evenly_and_nothing_is_changed(monkeypatch):
+    seen, model = [], fitted()
+    monkeypatch.setattr(module, "outputs", lambda model, x, batch_size: seen.append(x) or [])
+    x, y = digits(90)
+    model.features.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    alarms(model, (x, y), eps=EPS, rows=torch.arange(89, -1, -1), count=10, bar=None)
+    assert torch.equal(seen[0], x[torch.arange(89, -1, -1)[torch.linspace(0, 89, 10).long()]])
+    assert not model.features.weight.requires_grad
+    assert model.classifier.weight.requires_grad
+    assert model.classifier.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_results_are_kept(tmp_path):
+    model, images = fitted(), digits(30)
+    first = alarms(model, images, eps=EPS, bar=None, folder=tmp_path, source=fitted(1))
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    assert len(kept) == 2
+    assert alarms(model, images, eps=EPS, bar=None, folder=tmp_path, source=fitted(1)) == first
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == kept
+
+
+def test_what_does_not_fit():
+    with pytest.raises(InputError, match="model: Features is in training mode"):
+        alarms(Features(), digits(5), eps=EPS)
+    with pytest.raises(InputError, match="eps=8"):
+        alarms(fitted(), digits(5), eps=8)

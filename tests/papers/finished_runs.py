@@ -1,0 +1,50 @@
+"""Small trained runs, for tests of what is made from them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spat_train.config import Config
+from spat_train.training.trainer import train
+
+EPS = 76.5
+CLASSES = 4
+
+
+def write_mnist(folder: Path) -> Path:
+    """mnist.npz: noisy 28x28 images with a bright square whose place is their class."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 120), ("test", 40)):
+        labels = np.arange(count) % CLASSES
+        images = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 2)
+            image[3 + 12 * row : 13 + 12 * row, 3 + 12 * column : 13 + 12 * column] += 150
+        arrays |= {f"x_{split}": images, f"y_{split}": labels.astype(np.int64)}
+    np.savez(folder / "mnist.npz", **arrays)
+    return folder / "mnist.npz"
+
+
+def write_runs(folder: Path) -> Path:
+    """standard, madry, madry-seed1 and b, each mnist-cnn/1 or mnist-b; and wide, wide-standard, which are mnist-cnn/2."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    base = Config(
+        data=str(write_mnist(folder)), model="mnist-cnn/1", eps=EPS, steps=2, epochs=2, batch_size=16, optimizer="adam", lr=0.01,
+        schedule="constant", weight_decay=0.0, holdout=8, val_steps=1, test=False, tensorboard=False, device="cpu",
+    )  # fmt: skip
+    runs = {
+        "standard": replace(base, method="standard"),
+        "madry": base,
+        "madry-seed1": replace(base, seed=1),
+        "b": replace(base, method="standard", model="mnist-b", epochs=1),
+        "wide": replace(base, model="mnist-cnn/2"),
+        "wide-standard": replace(base, model="mnist-cnn/2", method="standard"),
+    }
+    for name, config in runs.items():
+        train(replace(config, out=folder / "runs" / name))
+    torch.set_num_threads(threads)
+    return folder / "runs"

@@ -1,0 +1,190 @@
+"""The objectives against their formulas, written out sample by sample in fp64; the examples that they are trained on."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("tyro")
+
+from spat_kernels import PGD, losses
+from spat_train.config import Config
+from spat_train.training.objectives import HEADS, Objective, training_attack
+
+CLASSES, BETA = 5, 3.0
+
+
+def network(dtype=torch.float64) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Softplus(), nn.Flatten(), nn.Linear(6 * 36, CLASSES)).to(dtype)
+
+
+def batch(dtype=torch.float64, count=7):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(count, 3, 8, 8, generator=generator, dtype=dtype)
+    x_adv = (x + 0.1 * torch.randn(x.shape, generator=generator, dtype=dtype)).clamp(0, 1)
+    return x, x_adv, torch.randint(CLASSES, (count,), generator=generator)
+
+
+def softmax(row):
+    top = max(float(z.detach()) for z in row)
+    exps = [(z - top).exp() for z in row]
+    return [e / sum(exps) for e in exps]
+
+
+def ce(row, y, smoothing=0.0):
+    p = softmax(row)
+    return sum(-(smoothing / CLASSES + (1 - smoothing if k == y else 0)) * p[k].log() for k in range(CLASSES))
+
+
+def kl(p, q):
+    return sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True))
+
+
+def trades_sample(z, a, y, smoothing):
+    return ce(z, y, smoothing) + BETA * kl(softmax(z), softmax(a))
+
+
+def mart_sample(z, a, y, smoothing):
+    p, q = softmax(z), softmax(a)
+    worst = max((q[k] for k in range(CLASSES) if k != y), key=lambda v: float(v.detach()))
+    bce = ce(a, y, smoothing) - (1.0001 - worst + 1e-12).log()
+    divergence = sum(p[k] * (p[k].log() - (q[k] + 1e-12).log()) for k in range(CLASSES))
+    return bce + BETA * divergence * (1.0000001 - p[y])
+
+
+FORMULAS = {
+    "standard": lambda z, a, y, s: ce(z, y, s),
+    "madry": lambda z, a, y, s: ce(a, y, s),
+    "fgsm": lambda z, a, y, s: (ce(z, y, s) + ce(a, y, s)) / 2,
+    "trades": trades_sample,
+    "rst": trades_sample,
+    "mart": mart_sample,
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("method", HEADS)
+def test_loss_and_every_gradient_are_those_of_the_formula(method, smoothing):
+    ours, theirs = network(), network()
+    x, x_adv, y = batch()
+    loss, terms = Objective(ours, Config(method=method, beta=BETA, label_smoothing=smoothing))(x, x_adv, y)
+    loss.backward()
+    # The network of the formula runs the same forwards, in the same order, so that batch norm moves alike.
+    clean = theirs(x) if method != "madry" else [None] * len(y)
+    adv = theirs(x_adv) if method != "standard" else [None] * len(y)
+    expected = sum(FORMULAS[method](z, a, int(label), smoothing) for z, a, label in zip(clean, adv, y, strict=True)) / len(y)
+    expected.backward()
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(sum(terms.values()), loss.detach(), rtol=1e-12, atol=0)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(b, c, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("forwards", ["clean-adv", "adv-clean", "clean-adv-clean"])
+@pytest.mark.parametrize("method", ["trades", "rst", "mart", "fgsm"])
+def test_forwards_move_the_statistics_in_the_order_asked_for(method, forwards):
+    """As written out: every forward in training mode, all of them differentiated, as in the code of TRADES, RST and MART."""
+    ours, theirs = network(), network()
+    x, x_adv, y = batch()
+    loss, _ = Objective(ours, Config(method=method, beta=BETA, forwards=forwards))(x, x_adv, y)
+    loss.backward()
+    z = [(kind, theirs(x if kind == "clean" else x_adv)) for kind in forwards.split("-")]
+    (adv,) = (logits for kind, logits in z if kind == "adv")
+    clean = [logits for kind, logits in z if kind == "clean"]
+    first, last = (HEADS[method][0](logits, adv, y, beta=BETA) for logits in (clean[0], clean[-1]))
+    expected = sum((first | {"kl": last["kl"]} if "kl" in last else first).values())  # TRADES: CE of the first, KL of the last
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
+    for b, c in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(b, c)
+    other = network()
+    Objective(other, Config(method=method, forwards="clean-adv"))(x, x_adv, y)
+    assert torch.equal(ours[1].running_mean, other[1].running_mean) == (forwards == "clean-adv")
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_losses_are_fp32_under_autocast(method):
+    """MART's 1.0001 and 1e-12 vanish in half precision: the head must see fp32, and give what fp32 gives on the same logits."""
+    model = network(torch.float32)
+    x, x_adv, y = batch(torch.float32)
+    objective = Objective(model, Config(method=method))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+        loss, terms = objective(x, x_adv, y)
+        clean, adv = objective.logits(x), objective.logits(x_adv)
+    assert loss.dtype == torch.float32
+    assert all(term.dtype == torch.float32 for term in terms.values())
+    expected = sum(HEADS[method][0](clean.double(), adv.double(), y, **objective.settings).values())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mart_stays_finite_on_confident_mistakes():
+    adv = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
+    clean = torch.tensor([[-200.0, 200.0, 0.0]], requires_grad=True)
+    loss = sum(HEADS["mart"][0](clean, adv, torch.tensor([1])).values())
+    loss.backward()
+    assert loss.isfinite()
+    assert adv.grad.isfinite().all()
+    assert clean.grad.isfinite().all()
+
+
+def test_defaults_of_the_methods():
+    assert Config(method="mart").kl_weight == 5
+    assert Config(method="trades").kl_weight == 6
+    assert [Config(method=m).inner_loss for m in ("madry", "mart", "trades", "rst")] == ["ce", "ce", "kl", "kl"]
+    assert Config(method="trades", alpha=0.1).inner_loss == "lsce"
+    assert Config().attack_settings == (8 / 255, 2 / 255, 10, "uniform")
+    assert Config(method="fgsm").attack_settings == (8 / 255, 8 / 255, 1, "clean")
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({"method": "madry"}, {"loss": "ce"}),
+        ({"method": "madry", "alpha": 0.4}, {"loss": losses.LabelSmoothedCE(0.4)}),
+        ({"method": "trades"}, {"loss": "kl"}),
+        ({"method": "trades", "inner": "ce", "steps": 3, "step_size": 4.0}, {"loss": "ce", "steps": 3, "step_size": 4 / 255}),
+        ({"method": "mart", "bn_mode": "train"}, {"loss": "ce", "bn_mode": "train"}),
+        ({"method": "fgsm"}, {"loss": "ce", "steps": 1, "step_size": 8 / 255, "random_start": False}),
+    ],
+)
+def test_examples_are_those_of_the_attack(options, settings):
+    model, (x, _, y) = network(torch.float32), batch(torch.float32)
+    examples, nan_seen = training_attack(Config(**options))(model, x, y, torch.Generator().manual_seed(1))
+    expected = PGD(8 / 255, **{"step_size": 2 / 255} | settings, generator=torch.Generator().manual_seed(1))(model, x, y)
+    assert torch.equal(examples, expected)
+    assert nan_seen.shape == y.shape
+    assert not nan_seen.any()
+    assert model.training
+    assert (examples - x).abs().max() <= 8 / 255 + 1e-6
+    assert not torch.equal(examples, x)
+
+
+def test_normal_start():
+    model, (x, _, y) = network(torch.float32), batch(torch.float32)
+    attack = training_attack(Config(method="trades", start="normal"))
+    noise = 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    expected = PGD(8 / 255, loss="kl", step_size=2 / 255)(model, x, y, start=x + noise)
+    assert torch.equal(attack(model, x, y, torch.Generator().manual_seed(1))[0], expected)
+
+
+def test_standard_trains_on_the_images_themselves():
+    model, (x, _, y) = network(torch.float32), batch(torch.float32)
+    images, nan_seen = training_attack(Config(method="standard"))(model, x, y, torch.Generator())
+    assert images is x
+    assert nan_seen.shape == y.shape
+    assert not nan_seen.any()
+
+
+def test_log_target_form_of_kl_is_kl():
+    clean, adv, y = torch.zeros(2, 4), torch.tensor([[3.0, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([0, 1])
+    p = torch.softmax(adv[0], 0)
+    expected = sum(0.25 * (math.log(0.25) - math.log(float(q))) for q in p) / 2
+    assert float(HEADS["trades"][0](clean, adv, y, beta=1.0)["kl"]) == pytest.approx(expected, rel=1e-5)
