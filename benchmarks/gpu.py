@@ -29,7 +29,7 @@ import tyro
 
 from benchmarks import measure
 from spat_train.runtime import atomic_write as files
-from spat_train.runtime.signals import StopWish
+from spat_train.runtime.signals import GracefulStop
 
 GRACE = 10.0  # seconds that a step has to save, once it is interrupted
 LEAST = 10.0  # seconds without which no step begins
@@ -82,8 +82,8 @@ STEPS = [
          bench("training", f"{SMALL} --methods mart madry --precisions fp32 --providers spat_train authors --seconds 0")),
     Step("table61", 140, f"{TABLE61} mart trades+spat trades madry --epochs 10 --test-precision tf32",
          f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20"),
-    Step("questions", 45, bench("questions", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 --seconds 0.02"),
-         bench("questions", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
+    Step("questions", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 --seconds 0.02"),
+         bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
     Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}"), continues=False),
     Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
     Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
@@ -130,7 +130,7 @@ class Child:
         guard = ["sh", "-c", f"read _; kill -s KILL -- -{self.process.pid}"]  # its input ends with this process, also by SIGKILL
         self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=os.setpgrp)
 
-    def end(self, deadline: float, wish: StopWish) -> dict:
+    def end(self, deadline: float, wish: GracefulStop) -> dict:
         """Wait for it until `deadline` or a signal, then interrupt it. Returns what there is to record."""
         why, end = "", float("inf")
         while (code := self.process.poll()) is None and time.monotonic() < end:
@@ -245,7 +245,7 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
 
     todo = [step for step in every if (step.name in options.only if options.only else step.default)]
     todo = [step for step in todo if status(step) != "ok" and (status(step) != "failed" or options.only)]
-    with StopWish("stopping: what was measured is saved").heard() as wish:
+    with GracefulStop("stopping: what was measured is saved").heard() as wish:
         for step, again in [(step, False) for step in todo] + [(step, True) for step in todo if step.continues]:
             if not wish.number and (not again or status(step) == "cut"):  # what was cut has the minutes that are left
                 attempt(step)

@@ -25,7 +25,7 @@ from benchmarks.attack import CLASSES
 from benchmarks.training import METHODS, free, trainer
 from spat_train.config import Config
 from spat_train.data.images import Images
-from spat_train.runtime.signals import Stopped, StopWish
+from spat_train.runtime.signals import GracefulStop, Stopped
 from spat_train.training.objectives import HEADS
 from spat_train.training.trainer import gpu_arithmetic
 
@@ -77,7 +77,7 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
         dict: `step_seconds`, per step; `parts`, what of that went where; `epoch_parts`, what an epoch takes beside its steps;
         `epoch_seconds`; `head_seconds`, the loss without the model, forward and backward; `steps_per_epoch`.
     """
-    wish, clock, device = StopWish(), Clock(config.device), config.device
+    wish, clock, device = GracefulStop(), Clock(config.device), config.device
     run = trainer(config, images, wish, folder)
     # "update" is around the optimiser's calls, "between" around the stop's save.
     run.attack = clock.around("attack", run.attack)

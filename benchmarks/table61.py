@@ -34,7 +34,7 @@ from spat_train.papers.runs import Run, differences, find_runs, title
 from spat_train.presets import PRESETS
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
-from spat_train.runtime.signals import Stopped, StopWish
+from spat_train.runtime.signals import GracefulStop, Stopped
 from spat_train.training.trainer import TrainingError, train
 
 TABLE = TABLES["6.1"]
@@ -117,9 +117,9 @@ def evaluate_run(args: Arguments, folder: Path) -> None:
     images = images_of(args, len(data.test))
     parts = {",".join(COLUMNS): images["natural"], f"autoattack:queries={args.queries}": images["AutoAttack"]}
     found = {}
-    with StopWish().heard() as wish:
+    with GracefulStop().heard() as wish:
 
-        def between() -> None:
+        def on_progress() -> None:
             if wish.number:
                 raise Stopped(wish.number, "stopped while it was evaluated")
 
@@ -128,7 +128,7 @@ def evaluate_run(args: Arguments, folder: Path) -> None:
                 continue
             kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
             result = evaluate(
-                model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(count), between=between,
+                model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(count), on_progress=on_progress,
                 batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
             )  # fmt: skip
             for name in result.attacks:
@@ -212,7 +212,7 @@ def main(args: Arguments) -> None:
         write(args, results, before)
     except (InputError, OSError, files.SaveError) as error:
         raise SystemExit(str(error)) from None
-    with StopWish().heard() as wish:
+    with GracefulStop().heard() as wish:
         rows = [row for row in args.rows if not is_done(args, row, results["thesis"], images)]
         take_turns(args, rows, wish, lambda: write(args, results, before))
     print(report.thesis(results))
@@ -220,7 +220,7 @@ def main(args: Arguments) -> None:
         raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why. The same command goes on from there")
 
 
-def take_turns(args: Arguments, rows: list[str], wish: StopWish, look: Callable[[], None]) -> None:
+def take_turns(args: Arguments, rows: list[str], wish: GracefulStop, look: Callable[[], None]) -> None:
     """Work on `rows`, some at a time, and `look` every few seconds; until time is over or a signal comes, here or to one."""
     deadline, waiting, running = time.monotonic() + 60 * args.minutes, list(rows), []
     context = multiprocessing.get_context("spawn")

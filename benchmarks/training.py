@@ -3,7 +3,8 @@
     python -m benchmarks.training --model wrn-16-4 --batch 64 --out benchmarks/results/cpu/training.json
 
 Ours is the trainer's own step (`spat_train.training.trainer.Run.step`: attack, update, optimiser, and all around them).
-"authors" is the loop that the method was published with, written out here from its formulas: fp32, contiguous, `torch.autograd.grad` in eval
+"authors" is the
+loop that the method was published with, written out here from its formulas: fp32, contiguous, `torch.autograd.grad` in eval
 mode for the attack. TRADES computes the clean probabilities anew in every step of its attack and runs three forwards in train
 mode for the update; MART runs two, Madry one. The same loop under autocast in channels_last, and compiled as well, are rivals.
 All start alike: uniformly in the ball for Madry, at x + 0.001 randn for the others.
@@ -33,7 +34,7 @@ from spat_train.data.images import Dataset, Images
 from spat_train.models.registry import create
 from spat_train.runtime.distributed import World
 from spat_train.runtime.run_folder import RunFolder
-from spat_train.runtime.signals import StopWish
+from spat_train.runtime.signals import GracefulStop
 from spat_train.training.trainer import Run
 
 METHODS = "madry", "trades", "mart"
@@ -130,7 +131,7 @@ def settings(model: str, batch: int, method: Method, precision: str, device: str
     )  # fmt: skip
 
 
-def trainer(config: Config, images: Images, wish: StopWish, folder: Path | None = None) -> Run:
+def trainer(config: Config, images: Images, wish: GracefulStop, folder: Path | None = None) -> Run:
     dataset = Dataset("images", images, images, tuple(map(str, range(CLASSES))))
     run = Run(config, dataset, World(0, 1, torch.device(config.device)), wish, RunFolder(folder))
     run.model.train()
@@ -142,7 +143,7 @@ class Ours:
 
     def __init__(self, model: nn.Module, config: Config):
         nothing = Images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))  # batches are given
-        self.run = trainer(config, nothing, StopWish())
+        self.run = trainer(config, nothing, GracefulStop())
         self.run.model.load_state_dict(model.state_dict())
         self.model = self.run.model
 

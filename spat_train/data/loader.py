@@ -22,8 +22,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from spat_kernels.ops import crop_flip
 
-from ..errors import InputError
-from ..models.registry import is_out_of_memory
+from ..errors import InputError, is_out_of_memory
 from .images import Folder, Images
 
 Parts = tuple[Tensor, Tensor]  # rows of the training set, rows of the extra images

@@ -56,7 +56,7 @@ def alarms(
     batch_size: int = 256,
     folder: str | Path | None = None,
     bar: str | None = "alarms",
-    between: Callable[[], object] = lambda: None,
+    on_progress: Callable[[], object] = lambda: None,
     memory_format: torch.memory_format = torch.channels_last,
     precision: Precision | None = "fp32",
     input_gradient: GradientPath = "auto",
@@ -80,7 +80,7 @@ def alarms(
     _, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, {})
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
     how: Options = {
-        "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between, "precision": precision,
+        "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "on_progress": on_progress, "precision": precision,
         "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
     }  # fmt: skip
     x, y = floats(images, rows, device_of(model), memory_format)

@@ -16,13 +16,13 @@ from ..config import check_device
 from ..data.datasets import load
 from ..errors import InputError
 from ..models.checkpoints import checkpoint_file, chosen_name, load_model, normalisation, run_config, with_classes_of
-from ..models.registry import import_own, is_out_of_memory
-from ..runtime.signals import EVALUATING, Stopped, StopWish
+from ..models.registry import import_own
 from .alarms import alarms as look_for_alarms
 from .alarms import beyond_chance, rechecked
 from .attack_specs import NAMED, parse_all
 from .checks import check_numbers
 from .evaluate import evaluate
+from .interruptible import interruptible
 from .report import hardware, summary, write_report
 from .result import Options
 
@@ -162,42 +162,28 @@ def evaluate_command(
         "command": shlex.join(["spat-train", *sys.argv[1:]]),
     }  # fmt: skip
 
-    with StopWish(EVALUATING).heard() as wish:
+    def too_large() -> str:
+        begun = ", in another --out" if (out / "samples.jsonl").exists() else ""
+        return f"--batch-size {batch_size}: out of memory on {where}: lower it{begun}"
 
-        def between() -> None:
-            if wish.number:
-                raise Stopped(wish.number, f"stopped by signal {wish.number}: the same command goes on where {out} ends")
-
+    with interruptible(f"the same command goes on where {out} ends", too_large) as on_progress:
         how: Options = {
-            "eps": eps / 255, "rows": rows, "seed": seed, "batch_size": batch_size, "between": between,
+            "eps": eps / 255, "rows": rows, "seed": seed, "batch_size": batch_size, "on_progress": on_progress,
             "precision": precision, "input_gradient": input_gradient, "graph": "auto" if graph == "auto" else False,
             "memory_format": config.memory_format if config else torch.channels_last,
         }  # fmt: skip
         network.to(where)
         other = other and other.to(where)
-        try:
-            evaluation = evaluate(
-                network,
-                dataset.test,
-                attacks,
-                source=other,
-                eps_l2=eps_l2,
-                attack_wrong=attack_wrong,
-                folder=out,
-                save_images=save_images,
-                **how,
-            )
-            found = [beyond_chance(evaluation), rechecked(evaluation)]
-            if other:
-                own = evaluate(other, dataset.test, "clean", folder=out / "source", bar="source", **how)
-                found.insert(1, beyond_chance(own, source=True))
-            if alarms:
-                found[1:1] = look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            begun = ", in another --out" if (out / "samples.jsonl").exists() else ""
-            raise InputError(f"--batch-size {batch_size}: out of memory on {where}: lower it{begun}") from error
+        evaluation = evaluate(
+            network, dataset.test, attacks, source=other, eps_l2=eps_l2, attack_wrong=attack_wrong, folder=out,
+            save_images=save_images, **how,
+        )  # fmt: skip
+        found = [beyond_chance(evaluation), rechecked(evaluation)]
+        if other:
+            own = evaluate(other, dataset.test, "clean", folder=out / "source", bar="source", **how)
+            found.insert(1, beyond_chance(own, source=True))
+        if alarms:
+            found[1:1] = look_for_alarms(network, dataset.test, folder=out / "alarms", source=other, **how)
     write_report(out, evaluation, dataset.test, dataset.classes, found, about)
     print(summary(evaluation, found))
     if normalisation(network):

@@ -60,7 +60,7 @@ def broken_by(
     clean: Tensor | None = None,
     source: nn.Module | None = None,
     classes: int = 0,
-    between: Callable[[str, int], object] = lambda what, done: None,
+    on_progress: Callable[[str, int], object] = lambda what, done: None,
     **how,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All runs of `attack` on a batch, each on what is not broken yet.
@@ -92,7 +92,7 @@ def broken_by(
             if not left.any():
                 return predicted, images, part
             shown = [f"run {run + 1} of {runs}"] * (runs > 1) + [name] * bool(name)
-            between(" ".join(shown), run * len(attack.parts) + number)
+            on_progress(" ".join(shown), run * len(attack.parts) + number)
             x_adv = next(stages)
             predicted[left] = predict(model, x_adv[left])
             images[left] = x_adv[left]
@@ -118,7 +118,7 @@ def accuracies(
     seed: int = 0,
     batch_size: int = BATCH,
     world: World | None = None,
-    between: Callable[[], object] = lambda: None,
+    on_progress: Callable[[], object] = lambda: None,
     bar: str | None = None,
     memory_format: torch.memory_format = torch.channels_last,
     **how,
@@ -158,7 +158,7 @@ def accuracies(
                     predicted, *_ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
                     correct[name] += int((predicted == y).sum())
                 progress.update(shared)  # by all processes
-                between()
+                on_progress()
     finally:
         progress.close()
         model.train(training)
@@ -192,7 +192,7 @@ def evaluate(
     folder: str | Path | None = None,
     save_images: bool = False,
     bar: str | None = "evaluate",
-    between: Callable[[], object] = lambda: None,
+    on_progress: Callable[[], object] = lambda: None,
     memory_format: torch.memory_format = torch.channels_last,
     precision: Precision | None = "fp32",
     input_gradient: GradientPath = "auto",
@@ -264,7 +264,7 @@ def evaluate(
     try:
         with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()})) as samples:
             parsed |= _earlier(samples, -(-len(rows) // batch_size), parsed)
-            work.all(samples, images, rows, bar, between)
+            work.all(samples, images, rows, bar, on_progress)
     finally:
         place.release()
     return _collect(samples, settings, parsed, classes, rows, images.labels[rows])
@@ -292,7 +292,7 @@ class _Work:
     memory_format: torch.memory_format
     graph: Graph
 
-    def all(self, samples: Samples, images, rows: Tensor, bar: str | None, between: Callable[[], object]) -> None:
+    def all(self, samples: Samples, images, rows: Tensor, bar: str | None, on_progress: Callable[[], object]) -> None:
         """What is not among the samples yet."""
         parts = {name: attack.runs(self.classes) * len(attack.parts) for name, attack in self.attacks.items()}
         with logs.bar(len(rows) * sum(parts.values()), bar) as progress:
@@ -300,7 +300,7 @@ class _Work:
             def show(name: str, begun: int, size: int, what: str, done: int) -> None:
                 progress.set_postfix_str(f"{name} {what}".strip(), refresh=bool(what))
                 progress.update(begun + size * done - progress.n)
-                between()
+                on_progress()
 
             for number, batch in enumerate(rows.split(self.settings["batch_size"])):
                 missing = [name for name in self.attacks if (name, number) not in samples.records]
@@ -318,7 +318,7 @@ class _Work:
                     samples.add({"attack": name, "batch": number} | found)
                     tell("", parts[name])
 
-    def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor, between) -> dict:
+    def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor, on_progress) -> dict:
         """What became of a batch, and its adversarial images looked at again."""
         attack, settings = self.attacks[name], self.settings
         eps = attack.radius(settings["eps"], settings["eps_l2"])
@@ -326,7 +326,7 @@ class _Work:
         predicted, x_adv, part = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], name, number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
-            between=between, precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
+            on_progress=on_progress, precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
         )  # fmt: skip
         broken = (clean == y) & (predicted != y)
         pixels = (255 * x_adv).round().to(torch.uint8)

@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
     rows: Tensor | None
     seed: int
     batch_size: int
-    between: Callable[[], object]
+    on_progress: Callable[[], object]
     memory_format: torch.memory_format
     precision: Precision | None
     input_gradient: GradientPath

@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.model_state.borrow import borrowed
 
-from ..errors import first_line
+from ..errors import first_line, is_out_of_memory
 
 
 class Normalize(nn.Module):
@@ -486,12 +486,6 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
 
 def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of torch's allocators, of the driver, and of the libraries that report it as a status."""
-    texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
 def _create(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

@@ -12,9 +12,9 @@ from ..data.datasets import load
 from ..data.images import Dataset, fingerprint, floats
 from ..errors import InputError
 from ..evaluation.evaluate import evaluate, tensor_hash, weights_hash
+from ..evaluation.interruptible import interruptible
 from ..models.checkpoints import load_model
-from ..models.registry import device_of, is_out_of_memory
-from ..runtime.signals import EVALUATING, Stopped, StopWish
+from ..models.registry import device_of
 from .runs import Options, Run, data_name, title
 
 
@@ -112,23 +112,16 @@ def measured(
     )
     key = hashlib.sha256(repr((parts, sorted(settings.items()))).encode()).hexdigest()[:12]
     folder = subject.run.folder / "evaluations" / f"{data_name(images.dataset.name)}-{len(images)}-{key}"
-    with StopWish(EVALUATING).heard() as wish:
-
-        def between() -> None:
-            if wish.number:
-                raise Stopped(wish.number, f"stopped by signal {wish.number}: the same command goes on from there")
-
-        try:
-            found = evaluate(
-                subject.model, images.dataset.test, attacks, eps=eps, source=source, attack_wrong=attack_wrong,
-                rows=images.rows, seed=options.seed, batch_size=options.eval_batch_size, folder=folder, bar=subject.name,
-                between=between, memory_format=subject.run.config.memory_format,
-            )  # fmt: skip
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            where = f"--eval-batch-size {options.eval_batch_size}: out of memory on {device_of(subject.model)}"
-            raise InputError(f"{where}: lower it") from error
+    device = device_of(subject.model)
+    with interruptible(
+        "the same command goes on from there",
+        lambda: f"--eval-batch-size {options.eval_batch_size}: out of memory on {device}: lower it",
+    ) as on_progress:
+        found = evaluate(
+            subject.model, images.dataset.test, attacks, eps=eps, source=source, attack_wrong=attack_wrong,
+            rows=images.rows, seed=options.seed, batch_size=options.eval_batch_size, folder=folder, bar=subject.name,
+            on_progress=on_progress, memory_format=subject.run.config.memory_format,
+        )  # fmt: skip
     return {name: _told(found, name) for name in attacks}
 
 

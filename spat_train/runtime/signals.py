@@ -19,7 +19,7 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-class StopWish:
+class GracefulStop:
     """Says `text` when it hears one.
 
     Attributes:

@@ -30,16 +30,16 @@ from ..data.datasets import load
 from ..data.images import Dataset, Folder, Images, fingerprint, hold_out
 from ..data.loader import Loader, Order, death
 from ..data.pseudo_labels import load_extra
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, is_out_of_memory
 from ..evaluation.evaluate import TEST, Attack, accuracies, validation
 from ..models.checkpoints import checkpoint_file, load_checkpoint, normalisation
-from ..models.registry import create, is_out_of_memory, try_on
+from ..models.registry import create, try_on
 from ..runtime.atomic_write import write_torch
 from ..runtime.distributed import World, world
 from ..runtime.logs import Log
 from ..runtime.run_folder import RunFolder, random_state, set_random_state
 from ..runtime.seeding import derived_seed
-from ..runtime.signals import Stopped, StopWish
+from ..runtime.signals import GracefulStop, Stopped
 from .objectives import Objective, attack_precision, training_attack
 from .optim import Average, kept_buffers, learning_rate, make_optimizer, perturbed_weights
 
@@ -92,7 +92,7 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
     check(config)
     folder = RunFolder(config.folder if save else None)
     # First the processes: while they wait for each other, signals act as ever.
-    with world(config.device) as processes, StopWish(heeded=False).heard() as wish, gpu_arithmetic(config.precision):
+    with world(config.device) as processes, GracefulStop(heeded=False).heard() as wish, gpu_arithmetic(config.precision):
         try:
             run = Run(config, dataset, processes, wish, folder)
             wish.heeded = True
@@ -116,7 +116,7 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True) 
 
 
 class Run:
-    def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: StopWish, folder: RunFolder):
+    def __init__(self, config: Config, dataset: Dataset | None, processes: World, wish: GracefulStop, folder: RunFolder):
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         saved = self.find_saved()
         self.resumed = saved is not None
@@ -470,7 +470,7 @@ class Run:
         # Without graphs, which would hold memory beside the training's for a handful of replays.
         return accuracies(
             self.evaluated, images, attacks, config.evaluation_eps / 255, rows=rows, seed=config.seed, world=self.world,
-            batch_size=config.evaluation_batch, between=self.between_batches, precision=attack_precision(config),
+            batch_size=config.evaluation_batch, on_progress=self.between_batches, precision=attack_precision(config),
             memory_format=self.memory_format, bar=name if self.world.main else None,
             input_gradient=config.input_gradient, graph=False,
         )  # fmt: skip

@@ -467,7 +467,7 @@ def test_nothing_else_is_changed():
     copies, state, numpy_state = (x.clone(), y.clone()), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     quiet(model, (x, y), "pgd-10x2,pgd-7-random,square:queries=5")
     assert torch.equal(torch.get_rng_state(), state)
-    assert (np.random.get_state()[1] == numpy_state).all()
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002  (the global one is meant)
     assert torch.equal(x, copies[0])
     assert torch.equal(y, copies[1])
     assert not model.training
@@ -646,20 +646,20 @@ def test_saved_images(tmp_path):
 ATTACKS = "fgsm,pgd-10x3,pgd-7-random,AutoAttack:steps=2:queries=10"
 
 
-def work(folder: Path, between=lambda: None):
+def work(folder: Path, on_progress=lambda: None):
     how = {"rows": torch.arange(90), "batch_size": 30, "save_images": True}
-    return quiet(fitted(), load("digits").test, ATTACKS, folder=folder, between=between, **how)
+    return quiet(fitted(), load("digits").test, ATTACKS, folder=folder, on_progress=on_progress, **how)
 
 
 def tell(folder: Path, after: int, pipe) -> None:
     """Evaluate, and say so once that many attacks on batches are done."""
 
-    def between():
+    def on_progress():
         if (folder / "samples.jsonl").read_bytes().count(b"\n") == after:
             pipe.send(after)
             signal.pause()
 
-    work(folder, between)
+    work(folder, on_progress)
 
 
 def killed_after(folder: Path, after: int) -> int:

@@ -465,7 +465,7 @@ def test_the_global_generators_are_left_alone(folder, tmp_path):
 
 def test_committed_evidence_has_the_shape_of_the_sources():
     """Fig. 5.3: accuracy rises with alpha, above clean accuracy at alpha = 1. Tables 5.1, 5.2: the alphas come in their order."""
-    folder = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu" / "evaluation"
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu" / "evaluation"
     for model in json.loads((folder / "figure-5.3.json").read_text())["models"].values():
         found = [point["accuracy"] for point in model["pgd-ls"]]
         assert all(b >= a - 0.5 for a, b in pairwise(found))

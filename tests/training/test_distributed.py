@@ -103,9 +103,9 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, option
 def alone():
     from spat_train.runtime.distributed import World
     from spat_train.runtime.run_folder import RunFolder
-    from spat_train.runtime.signals import StopWish
+    from spat_train.runtime.signals import GracefulStop
 
-    return World(0, 1, torch.device("cpu")), StopWish(), RunFolder(None)
+    return World(0, 1, torch.device("cpu")), GracefulStop(), RunFolder(None)
 
 
 def evaluate_shared(path) -> None:

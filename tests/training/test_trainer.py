@@ -83,7 +83,7 @@ def settings(folder=None, **options) -> Config:
     return Config(**chosen | options)
 
 
-ALONE = module.World(0, 1, torch.device("cpu")), module.StopWish(), module.RunFolder(None)
+ALONE = module.World(0, 1, torch.device("cpu")), module.GracefulStop(), module.RunFolder(None)
 EVERYTHING = {"method": "mart", "alpha": 0.3, "ema": 0.9, "awp": 0.01, "nesterov": True, "start": "uniform"}
 
 
@@ -644,7 +644,7 @@ def test_a_second_sigterm_ends_what_never_comes_to_an_end(monkeypatch, copy, cod
     monkeypatch.setattr(signals, "COPY", copy)
     monkeypatch.setattr(os, "_exit", lambda code: seen.append((code, *busy)))
     send = "import os, sys, time; [(time.sleep(0.1), os.kill(int(sys.argv[1]), 15)) for _ in range(2)]"
-    with signals.StopWish().heard() as wish:
+    with signals.GracefulStop().heard() as wish:
         sender = subprocess.Popen([sys.executable, "-S", "-c", send, str(os.getpid())])
         hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds outside of Python
         busy.clear()
@@ -657,7 +657,7 @@ def test_signals_of_forked_processes_are_their_own(monkeypatch):
     seen = []
     monkeypatch.setattr(signals, "COPY", 0.0)
     monkeypatch.setattr(os, "_exit", seen.append)
-    with signals.StopWish().heard() as wish:
+    with signals.GracefulStop().heard() as wish:
         for _ in range(2):
             child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(TIMEOUT,))
             child.start()
@@ -718,9 +718,9 @@ def test_a_signal_during_validation(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         original = module.accuracies
 
-        def interrupted(*args, between, **kwargs):
+        def interrupted(*args, on_progress, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args, between=between, **kwargs)
+            return original(*args, on_progress=on_progress, **kwargs)
 
         patched.setattr(module, "accuracies", interrupted)
         with pytest.raises(Stopped):
@@ -736,14 +736,14 @@ def test_a_signal_during_the_test(tmp_path, monkeypatch):
     stopped = settings(tmp_path / "stopped", epochs=3, test=True, resume=True)
     interrupted = iter([os.kill])
 
-    def between(run):
+    def on_progress(run):
         if run.finished:
             next(interrupted)(os.getpid(), signal.SIGTERM)
         return original(run)
 
     with monkeypatch.context() as patched:
         original = Run.between_batches
-        patched.setattr(Run, "between_batches", between)
+        patched.setattr(Run, "between_batches", on_progress)
         with pytest.raises(Stopped, match="last.pt, to go on with by --resume"):
             train(stopped)
     assert_same_run(tmp_path / "stopped", tmp_path / "expected")
