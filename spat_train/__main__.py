@@ -3,7 +3,7 @@
 import os
 import sys
 
-EXTRA = {"matplotlib", "sklearn", "torchvision", "tqdm", "tyro"}
+EXTRA = {"matplotlib", "scipy", "sklearn", "torchvision", "tqdm", "tyro"}
 
 
 def main() -> None:

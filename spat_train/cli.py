@@ -3,17 +3,17 @@
 import os
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import tyro
 
+from .command_line import parse
 from .config import Config
 from .demo import demo
-from .errors import InputError
-from .evaluation.command import attacks_command, evaluate_command
+from .errors import InputError, lookup
+from .evaluation.command import EvaluateOptions, attacks_command, evaluate_command
 from .papers import gallery, tables
 from .papers.figures import write_curves
 from .papers.runs import Options
@@ -25,18 +25,10 @@ from .training.trainer import train as run
 
 
 def train(arguments: list[str]) -> None:
-    """Parse a Config, with a preset's values as the defaults where --preset names one, and train."""
+    """Train a robust model: attack, update, validate, save; with --resume go on after any interruption."""
     chosen = _value_of("--preset", arguments)
-    if chosen and chosen not in PRESETS:
-        near = get_close_matches(chosen, PRESETS, n=3, cutoff=0.4)
-        raise InputError(
-            f"--preset {chosen}: there is none: {'did you mean ' + ', '.join(near) + '? ' if near else ''}see spat-train presets"
-        )
-    description = "Train a robust model: attack, update, validate, save; with --resume go on after any interruption."
-    config = tyro.cli(
-        Config, args=arguments, default=PRESETS.get(chosen, Config()), prog="spat-train train", description=description
-    )
-    result = run(config)
+    default = lookup("--preset", chosen, PRESETS, remedy="see spat-train presets") if chosen else None
+    result = run(parse(Config, arguments, prog="spat-train train", description=train.__doc__, default=default))
     if result.summary:
         print(result.summary)
 
@@ -48,6 +40,11 @@ def _value_of(option: str, arguments: list[str]) -> str:
         if argument.startswith(option + "="):
             return argument.removeprefix(option + "=")
     return ""
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Attack a trained model at the test images, and write a report. Interrupted, the same command goes on."""
+    evaluate_command(parse(EvaluateOptions, arguments, prog="spat-train evaluate", description=evaluate_command.__doc__))
 
 
 def presets() -> None:
@@ -113,28 +110,36 @@ def table(
         print(f"{path} written")
 
 
-COMMANDS: dict[str, Callable] = {
-    "evaluate": evaluate_command, "attacks": attacks_command, "figure": figure, "table": table, "presets": presets, "plot": plot,
-    "demo": demo,
-}  # fmt: skip
+COMMANDS: dict[str, dict[str, Callable]] = {  # by purpose, as --help lists them
+    "training": {"train": train},
+    "evaluation": {"evaluate": evaluate, "attacks": attacks_command},
+    "the papers": {"figure": figure, "table": table, "plot": plot},
+    "to begin with": {"presets": presets, "demo": demo},
+}
+BY_NAME = {name: command for group in COMMANDS.values() for name, command in group.items()}
+
+
+def listing() -> str:
+    lines = ["usage: spat-train COMMAND [OPTIONS]", "       spat-train COMMAND --help", "       spat-train --version"]
+    for purpose, commands in COMMANDS.items():
+        lines += ["", purpose, *(f"  {name:10}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items())]
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Exit codes: 0 done; 1 the run cannot go on; 2 an option, the data or a checkpoint does not fit; 128 + n: signal n."""
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name, *arguments = sys.argv[1:] or ["--help"]
     try:
-        if command == "--version":
+        if name in ("--help", "-h"):
+            print(listing())
+        elif name == "--version":
             print(f"spat_kernels {version('spat_kernels')}, torch {torch.__version__}")
-        elif command == "train":
-            train(sys.argv[2:])
-        elif not command.startswith("-") and command not in COMMANDS:
-            names = ["train", *COMMANDS]
-            near = get_close_matches(command, names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"{command}: there is no such command: {hint}there are {', '.join(names)}")
         else:
-            # "train" stands here for the list of commands; its options depend on the preset.
-            tyro.extras.subcommand_cli_from_dict({"train": Config} | COMMANDS, prog="spat-train", args=[command, *sys.argv[2:]])
+            command = lookup("command", name, BY_NAME)
+            if command in (train, evaluate):
+                command(arguments)
+            else:
+                tyro.cli(command, prog=f"spat-train {name}", args=arguments)
     except InputError as error:
         _leave(f"error: {error}", 2)
     except (TrainingError, SaveError) as error:
@@ -147,9 +152,7 @@ def main() -> None:
 
 def _leave(message: str, code: int) -> None:
     print(f"spat-train: {message}", file=sys.stderr)
-    if (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    ):  # its threads may not outlive Python: they would abort this process
-        sys.stdout.flush()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()  # the threads of torch.distributed may not outlive Python: they would abort this process
         os._exit(code)
     sys.exit(code)

@@ -32,7 +32,7 @@ class Config:
     preset: str = ""
     """Start from these settings, such as table6.1/mart+spat; other options override them. `spat-train presets` lists all."""
 
-    # ---- what is minimised
+    # ---- objective
     method: Method = "madry"
     """standard: clean images. madry: CE(x'). trades: CE(x) + beta KL(p(x) || p(x')). mart: BCE(x') + beta KL (1 - p_y(x)).
     rst: TRADES on labelled and pseudo-labelled images (--extra). fgsm: the mean of CE(x) and CE(x'), x' by one step of eps."""
@@ -50,7 +50,7 @@ class Config:
     awp_warmup: int = 0
     """Epochs before --awp begins."""
 
-    # ---- the attack inside the training
+    # ---- training attack
     inner: str | None = None
     """What the attack maximises, a loss by name (spat-train attacks lists them). Default: lsce (ce with --alpha) where
     alpha > 0, else kl for trades and rst, ce for the others."""

@@ -1,4 +1,4 @@
-"""What the user is told when something given does not fit."""
+"""Errors that a user can mend, and the checks that several commands share."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """What the user gave does not fit. The message is one line: argument, value, remedy."""
+    """An argument does not fit. The message is one line: argument, value, remedy."""
 
 
 def first_line(error: BaseException) -> str:
@@ -18,7 +18,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of torch's allocators, of the driver, and of the libraries that report it as a status."""
+    """Whether torch's allocators, the driver, or a library that reports it as a status ran out of memory."""
     texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
@@ -29,14 +29,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
-def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
+def lookup(kind: str, name: str, known: Mapping[str, T], remedy: str = "") -> T:
     """`known[name]`; `kind` says what it is called in the message: "table", "--preset".
 
     Raises:
-        InputError: there is none of that name; the message has the nearest and all of them.
+        InputError: there is none of that name; the message has the nearest, and the `remedy`. Default: all names.
     """
     if name not in known:
-        raise InputError(f"{kind} {name}: there is none: {did_you_mean(name, known)}there are {', '.join(known)}")
+        raise InputError(f"{kind} {name}: there is none: {did_you_mean(name, known)}{remedy or 'there are ' + ', '.join(known)}")
     return known[name]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,7 +212,9 @@ def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
 
 
 def test_a_mistyped_command(monkeypatch, capsys):
-    assert "evalaute: there is no such command: did you mean evaluate? " in error(monkeypatch, capsys, "evalaute", "runs/mine")
+    assert "command evalaute: there is none: did you mean evaluate? there are train, evaluate, " in error(
+        monkeypatch, capsys, "evalaute", "runs/mine"
+    )
 
 
 def test_plot_refuses(monkeypatch, capsys, tmp_path):
@@ -222,13 +225,37 @@ def test_plot_refuses(monkeypatch, capsys, tmp_path):
     assert "cannot be written" in error(monkeypatch, capsys, "plot", tmp_path, "--out", tmp_path / "nowhere" / "curves.png")
 
 
-def test_help_says_the_units(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "train", "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "in 1/255" in text
-    assert "table6.1/mart+spat" in text
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "--help")
-    text = capsys.readouterr().out
-    assert all(command in text for command in ("train", "evaluate", "attacks", "presets", "plot", "demo"))
+def help_text(monkeypatch, capsys, *arguments) -> str:
+    with suppress(SystemExit):
+        run(monkeypatch, *arguments, "--help")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "groups", "said"),
+    [
+        (
+            "train",
+            ["objective", "training attack", "model and data", "optimiser", "arithmetic", "running"],
+            ["in 1/255", "table6.1/mart+spat", "Weight of the KL term. Default: ", "(default: 8.0)"],
+        ),
+        (
+            "evaluate",
+            ["attack", "data", "model", "source (black box)", "arithmetic", "running"],
+            ["in 1/255", "PATH The folder of a run", "Default: that of the run, else 8.", "(default: fgsm,pgd-20,cw-30)"],
+        ),
+    ],
+)
+def test_help_has_groups_and_says_each_default_once(monkeypatch, capsys, command, groups, said):
+    text = help_text(monkeypatch, capsys, command)
+    assert re.findall(r"─ ([\w() ]+) options ─", text) == groups
+    words = " ".join(text.replace("│", " ").split())
+    assert all(part in words for part in said)
+    assert "----" not in words
+    assert not re.search(r"Default: [^-]*\(default: None\)", words)
+
+
+def test_commands_are_listed_by_purpose(monkeypatch, capsys):
+    text = help_text(monkeypatch, capsys)
+    assert [name for name in re.findall(r"^  (\w+) +[A-Z].*\.$", text, re.MULTILINE)] == list(cli.BY_NAME)
+    assert [line for line in text.splitlines() if line in cli.COMMANDS] == list(cli.COMMANDS)

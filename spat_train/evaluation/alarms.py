@@ -5,7 +5,6 @@ alarm is raised if the images that only the weaker one broke outnumber those tha
 explains (McNemar's exact test, at 1 %).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,7 +35,7 @@ NOT_ZERO = "gradients are not zero"
 
 @dataclass(frozen=True)
 class Alarm:
-    """One check: what was found, whether it is alarming, and what it would mean."""
+    """One check: the numbers found, whether they raise an alarm, and what that would mean."""
 
     name: str
     numbers: dict[str, float]
@@ -67,7 +66,7 @@ def alarms(
     Args:
         eps: radius for images in [0, 1].
         source: a model that attacks are transferred from, for one check more.
-        count: so many of the images, evenly spread.
+        count: how many of the images to use, evenly spread.
         folder: where the attacks' results are kept, and gone on with.
         The others are as for `evaluate`.
 
@@ -79,7 +78,7 @@ def alarms(
     rows = checks.check_rows(rows, len(images))
     _, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, {})
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
-    how: Options = {
+    options: Options = {
         "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "on_progress": on_progress, "precision": precision,
         "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
     }  # fmt: skip
@@ -93,7 +92,9 @@ def alarms(
                 raise
             return [*found, Alarm(NOT_ZERO, {"images": len(x), "zero or NaN, %": 100.0}, True, f"Here {CUT_OFF}.")]
     radii = {f"pgd-10:eps={radius!r}": radius for radius in (2 * float(eps), 4 * float(eps)) if radius < 1}
-    ran = evaluate(model, images, ["noise", "noisex20", "fgsm", "pgd-10", LONG, *radii, UNBOUNDED], folder=folder, bar=bar, **how)
+    ran = evaluate(
+        model, images, ["noise", "noisex20", "fgsm", "pgd-10", LONG, *radii, UNBOUNDED], folder=folder, bar=bar, **options
+    )
     unbroken = torch.stack([ran.correct(name) for name in ("fgsm", "pgd-10", LONG)]).all(0).to(x.device)
     found += [
         gradients(zero, unbroken),
@@ -118,7 +119,7 @@ def alarms(
     ]  # fmt: skip
     if source is not None:
         black = Path(folder) / "black-box" if folder is not None else None
-        transferred = evaluate(model, images, [LONG], source=source, folder=black, bar=bar, **how)
+        transferred = evaluate(model, images, [LONG], source=source, folder=black, bar=bar, **options)
         found.append(black_box(ran, transferred))
     return found
 
@@ -127,7 +128,7 @@ def alarms(
 
 
 def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
-    """That logits are numbers, and not probabilities, and a function of one image, which is only read."""
+    """Checks that logits are numbers, not probabilities, and depend on one image alone, which the model does not write on."""
 
     def logits(parts) -> Tensor:
         return torch.cat([model_logits(model, part) for part in parts if len(part)])
@@ -181,7 +182,11 @@ def without_gradient(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) ->
 
 
 def gradients(zero: Tensor, unbroken: Tensor) -> Alarm:
-    """That images have a gradient; of those that have none, bool [B], and those that attacks did not break."""
+    """Checks that images have a gradient, unless an attack broke them all the same.
+
+    Args:
+        zero, unbroken: bool [B], the images without a gradient, and those that attacks did not break.
+    """
     both = int((zero & unbroken).sum())
     share = 100 * int(zero.sum()) / len(zero)
     numbers = {"images": len(zero), "zero or NaN, %": share, "of them not broken": both}
@@ -196,7 +201,7 @@ def compared(ran: Evaluation, strong: str, weak: str, name: str, meaning: str) -
 
 
 def compare(strong: Tensor, weak: Tensor, *names: str) -> tuple[dict[str, float], bool]:
-    """Numbers of two attacks, given what each left correct, bool [N]; and whether the first is the weaker one beyond chance."""
+    """Compare two attacks by what each left correct, bool [N]: numbers, and whether the first is the weaker one beyond chance."""
     only_strong, only_weak = int((weak & ~strong).sum()), int((strong & ~weak).sum())
     numbers = {f"{name}, %": 100 * int(left.sum()) / len(left) for name, left in zip(names, (strong, weak), strict=True)}
     p = sign_test(only_weak, only_strong)
@@ -205,13 +210,14 @@ def compare(strong: Tensor, weak: Tensor, *names: str) -> tuple[dict[str, float]
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """P(at least so many wins) of wins + losses fair coins."""
-    n = wins + losses
-    return sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+    """The probability of at least `wins` heads in wins + losses tosses of a fair coin."""
+    from scipy.stats import binomtest  # its import takes a second
+
+    return float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
 
 
 def larger(ran: Evaluation, radii: dict[str, float]) -> Alarm:
-    """That the attacks `radii`, by rising radius, leave fewer and fewer."""
+    """Checks that the attacks `radii`, by rising radius, leave fewer and fewer images."""
     names = list(radii)
     numbers = {f"eps {radius:.4g}, %": ran.accuracy(name) for name, radius in radii.items()}
     raised = any(compare(ran.correct(b), ran.correct(a), b, a)[1] for a, b in pairwise(names))
@@ -234,7 +240,7 @@ def black_box(ran: Evaluation, transferred: Evaluation) -> Alarm:
 
 
 def beyond_chance(ran: Evaluation, source: bool = False) -> Alarm:
-    """That clean images are classified better than by chance; `ran` is of the model, or of the source."""
+    """Checks that clean images are classified better than by chance; `ran` is of the model, or of the source."""
     low, high = ran.interval("clean")
     chance = 100 / ran.classes
     numbers = {"clean, %": ran.accuracy("clean"), "at least, %": low, "at most, %": high, "chance, %": chance}
@@ -247,7 +253,7 @@ def beyond_chance(ran: Evaluation, source: bool = False) -> Alarm:
 
 
 def rechecked(ran: Evaluation) -> Alarm:
-    """That what attacks made lies in the ball and the box."""
+    """Checks that adversarial images lie in the ball and the box."""
     numbers: dict[str, float] = {name: found.outside for name, found in ran.rechecks.items()}
     meaning = "An attack that leaves the ball, or the box of valid pixels, says nothing about robustness in it."
     return Alarm("adversarial images are inside", {"outside": sum(numbers.values())} | numbers, any(numbers.values()), meaning)

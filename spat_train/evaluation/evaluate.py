@@ -1,7 +1,5 @@
 """Accuracy, clean and under attack: of a finished model with everything kept (`evaluate`), or as a few numbers (`accuracies`)."""
 
-import hashlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -24,10 +22,12 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import derived_seed, model_draws
 from . import checks
 from .attack_specs import Attack, parse, parse_all
+from .hashes import tensor_hash, weights_hash
 from .record_log import Samples, decoded, encoded
-from .result import WORST, Evaluation, Example, Recheck, wilson
+from .result import WORST, Evaluation, Example, Recheck
+from .text_table import text_table
 
-__all__ = ["TEST", "WORST", "Attack", "Evaluation", "accuracies", "evaluate", "table", "validation", "wilson"]
+__all__ = ["TEST", "WORST", "Attack", "Evaluation", "accuracies", "evaluate", "table", "validation"]
 
 BATCH = 512
 EXAMPLES = 4  # images kept of each attack
@@ -61,7 +61,7 @@ def broken_by(
     source: nn.Module | None = None,
     classes: int = 0,
     on_progress: Callable[[str, int], object] = lambda what, done: None,
-    **how,
+    **attack_options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All runs of `attack` on a batch, each on what is not broken yet.
 
@@ -73,9 +73,9 @@ def broken_by(
             every image, and what counts is where that ends.
         source: the model that adversarial images are made on; None is `model`.
         classes: K, where the attack goes through targets.
-        between: called before every part of every run with what comes, and with how many parts of all runs are done (to show
+        on_progress: called before every part of every run with what comes, and with how many parts of all runs are done (to show
             it, or to stop by an exception).
-        how: of `Attack.__call__`.
+        attack_options: as of `Attack.stages`.
 
     Returns:
         predicted: int64 [B], the first wrong class that an image was brought to, else y.
@@ -87,7 +87,7 @@ def broken_by(
     part, runs = torch.full_like(y, -1), attack.runs(classes)
     for run in range(runs):
         generator = torch.Generator().manual_seed(seed(run))
-        stages = attack.stages(source or model, x, y, eps, generator, run=run, only=left, **how)
+        stages = attack.stages(source or model, x, y, eps, generator, run=run, only=left, **attack_options)
         for number, name in enumerate(attack.parts):
             if not left.any():
                 return predicted, images, part
@@ -101,8 +101,70 @@ def broken_by(
     return predicted, images, part
 
 
-def _always(value: int) -> Callable[[int], int]:
-    return lambda run: value
+@dataclass(frozen=True)
+class Task:
+    """One attack on one batch: its number, the rows of its images in the data set, the images and their labels."""
+
+    name: str
+    attack: Attack
+    number: int
+    rows: Tensor
+    x: Tensor
+    y: Tensor
+    on_progress: Callable[[str, int], None]  # as of `broken_by`
+
+
+def attack_batches(
+    run: Callable[[Task], None],
+    model: nn.Module,
+    images: Images | Folder | Floats,
+    rows: Tensor,
+    attacks: dict[str, Attack],
+    *,
+    batch_size: int,
+    memory_format: torch.memory_format,
+    bar: str | None,
+    leave: bool,
+    on_progress: Callable[[], object],
+    classes: int = 2,
+    finished: Callable[[str, int], bool] = lambda name, number: False,
+    world: World | None = None,
+) -> None:
+    """Call `run` for every attack on every batch that is not `finished`, batch by batch, and show the progress.
+
+    With several processes each takes a batch of a round. All call `on_progress` equally often: in the last round also those that
+    are without a batch.
+
+    Args:
+        model: what the images are brought to. rows: int64 [N], which images.
+        leave: whether the bar stays on the terminal.
+        on_progress: called after every attack on a batch, and by `Task.on_progress`.
+        classes: K, which the number of runs of an attack may depend on.
+        finished: whether the attack `name` on batch `number` is done already.
+    """
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    batches = rows.split(batch_size)
+    parts = {name: attack.runs(classes) * len(attack.parts) for name, attack in attacks.items()}
+    with logs.bar(len(rows) * sum(parts.values()), bar, leave=leave) as progress:
+
+        def show(name: str, begun: int, count: int, what: str, done: int) -> None:
+            progress.set_postfix_str(f"{name} {what}".strip(), refresh=bool(what))
+            progress.update(begun + count * done - progress.n)
+            on_progress()
+
+        for first in range(0, len(batches), size):
+            number, count = first + rank, sum(map(len, batches[first : first + size]))
+            batch = batches[number] if number < len(batches) else rows[:0]
+            missing = [name for name in attacks if not finished(name, number)]
+            progress.update(count * sum(parts[name] for name in attacks if name not in missing))
+            if not missing:
+                continue
+            x, y = floats(images, batch, device_of(model), memory_format)
+            for name in missing:
+                tell = partial(show, name, progress.n, count)
+                if len(batch):
+                    run(Task(name, attacks[name], number, batch, x, y, tell))
+                tell("", parts[name])
 
 
 # ---- a few numbers
@@ -121,9 +183,9 @@ def accuracies(
     on_progress: Callable[[], object] = lambda: None,
     bar: str | None = None,
     memory_format: torch.memory_format = torch.channels_last,
-    **how,
+    **attack_options,
 ) -> dict[str, float]:
-    """Accuracy in percent under each attack, the model in eval mode and given back in the mode it came in.
+    """Accuracy in percent under each attack, with the model in eval mode; afterwards it is in the mode that it was in.
 
     Every image is attacked, those that the model gets wrong too.
 
@@ -134,33 +196,28 @@ def accuracies(
         rows: int64 [N], which images; None is all.
         seed: of the random starts, which depend on it, on `batch_size` and on a batch's place alone.
         world: processes that share the batches; each gets the same result.
-        between: called after every attack on a batch, equally often in every process (to stop by an exception).
+        on_progress: called after every attack on a batch, equally often in every process (to stop by an exception).
         bar: the name of a progress bar; None shows none.
         memory_format: of the images.
-        how: `precision`, `input_gradient`, `graph` of the attacks.
+        attack_options: `precision`, `input_gradient`, `graph` of the attacks.
     """
     if several := next((attack for attack in attacks.values() if attack.runs(3) > 1), None):
         raise InputError(f"attack {several.name}: it has several runs: use spat_train.evaluation.evaluate.evaluate")
     rows = torch.arange(len(images)) if rows is None else rows
-    device = device_of(model)
-    rank, size = (world.rank, world.size) if world else (0, 1)
     correct = dict.fromkeys(attacks, 0)
+
+    def run(task: Task) -> None:
+        predicted, *_ = broken_by(task.attack, model, task.x, task.y, eps, lambda run: seed + task.number, **attack_options)
+        correct[task.name] += int((predicted == task.y).sum())
+
     training = model.training
-    progress = logs.bar(len(rows) * len(attacks), bar, leave=False)
-    batches = rows.split(batch_size)
     model.eval()
     try:
-        for first in range(0, len(batches), size):  # as many rounds for every process: the last may be without a batch
-            number, shared = first + rank, sum(map(len, batches[first : first + size]))
-            x, y = floats(images, batches[number] if number < len(batches) else rows[:0], device, memory_format)
-            for name, attack in attacks.items():
-                if len(x):
-                    predicted, *_ = broken_by(attack, model, x, y, eps, _always(seed + number), **how)
-                    correct[name] += int((predicted == y).sum())
-                progress.update(shared)  # by all processes
-                on_progress()
+        attack_batches(
+            run, model, images, rows, attacks, batch_size=batch_size, memory_format=memory_format, bar=bar, leave=False,
+            on_progress=on_progress, world=world,
+        )  # fmt: skip
     finally:
-        progress.close()
         model.train(training)
     counts = world.add(*correct.values()) if world else list(correct.values())
     return {name: 100 * count / len(rows) for name, count in zip(attacks, counts, strict=True)}
@@ -169,9 +226,8 @@ def accuracies(
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Models down, attacks across, in percent."""
     columns = list(next(iter(rows.values())))
-    lines = [f"{'accuracy, %':<14}" + "".join(f"{name:>12}" for name in columns)]
-    lines += [f"{model:<14}" + "".join(f"{row[name]:>12.1f}" for name in columns) for model, row in rows.items()]
-    return "\n".join(lines)
+    lines = [(model, *(f"{row[name]:.1f}" for name in columns)) for model, row in rows.items()]
+    return text_table([("accuracy, %", *columns), *lines])
 
 
 # ---- with everything kept
@@ -219,7 +275,7 @@ def evaluate(
         folder: where the evaluation is kept, and gone on with; None keeps it in memory.
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz in the folder.
         bar: the name of a progress bar; None shows none.
-        between: called after every attack on a batch, and before its runs and parts (to stop by an exception).
+        on_progress: called after every attack on a batch, and before its runs and parts (to stop by an exception).
         memory_format: of the images. A model that fails on it gets contiguous ones, which `settings` then say.
         precision, input_gradient, graph: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
 
@@ -258,13 +314,16 @@ def evaluate(
         "input_gradient": input_gradient, "save_images": save_images,
         "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
-    work = _Work(model, source or model, classes, parsed, settings, memory_format, graph)
     place = RunFolder(Path(folder) if folder is not None else None)
     place.claim()
     try:
         with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()})) as samples:
             parsed |= _earlier(samples, -(-len(rows) // batch_size), parsed)
-            work.all(samples, images, rows, bar, on_progress)
+            attack_batches(
+                _Recorder(samples, model, source or model, classes, settings, graph), model, images, rows, parsed,
+                batch_size=batch_size, memory_format=memory_format, bar=bar, leave=True, on_progress=on_progress,
+                classes=classes, finished=lambda name, number: (name, number) in samples.records,
+            )  # fmt: skip
     finally:
         place.release()
     return _collect(samples, settings, parsed, classes, rows, images.labels[rows])
@@ -283,65 +342,51 @@ def _earlier(samples: Samples, batches: int, others: dict[str, Attack]) -> dict[
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Recorder:
+    """Adds a record to `samples` for each task."""
+
+    samples: Samples
     model: nn.Module
     source: nn.Module
     classes: int
-    attacks: dict[str, Attack]
     settings: dict
-    memory_format: torch.memory_format
     graph: Graph
 
-    def all(self, samples: Samples, images, rows: Tensor, bar: str | None, on_progress: Callable[[], object]) -> None:
-        """What is not among the samples yet."""
-        parts = {name: attack.runs(self.classes) * len(attack.parts) for name, attack in self.attacks.items()}
-        with logs.bar(len(rows) * sum(parts.values()), bar) as progress:
+    def __call__(self, task: Task) -> None:
+        with model_draws(task.x.device, self.settings["seed"], task.name, task.number):
+            found = {"predicted": predict(self.model, task.x).tolist()} if task.name == "clean" else self.attack(task)
+        self.samples.add({"attack": task.name, "batch": task.number} | found)
 
-            def show(name: str, begun: int, size: int, what: str, done: int) -> None:
-                progress.set_postfix_str(f"{name} {what}".strip(), refresh=bool(what))
-                progress.update(begun + size * done - progress.n)
-                on_progress()
-
-            for number, batch in enumerate(rows.split(self.settings["batch_size"])):
-                missing = [name for name in self.attacks if (name, number) not in samples.records]
-                progress.update(len(batch) * sum(count for name, count in parts.items() if name not in missing))
-                if not missing:
-                    continue
-                x, y = floats(images, batch, device_of(self.model), self.memory_format)
-                for name in missing:
-                    tell = partial(show, name, progress.n, len(batch))
-                    with model_draws(x.device, self.settings["seed"], name, number):
-                        if name == "clean":
-                            found = {"predicted": predict(self.model, x).tolist()}
-                        else:
-                            found = self.attack(samples, name, number, batch, x, y, tell)
-                    samples.add({"attack": name, "batch": number} | found)
-                    tell("", parts[name])
-
-    def attack(self, samples: Samples, name: str, number: int, rows: Tensor, x: Tensor, y: Tensor, on_progress) -> dict:
-        """What became of a batch, and its adversarial images looked at again."""
-        attack, settings = self.attacks[name], self.settings
+    def attack(self, task: Task) -> dict:
+        """The outcome of an attack on a batch, whose adversarial images are checked again."""
+        attack, settings, x, y = task.attack, self.settings, task.x, task.y
         eps = attack.radius(settings["eps"], settings["eps_l2"])
-        clean = torch.tensor(samples.records["clean", number]["predicted"], device=y.device)
+        clean = torch.tensor(self.samples.records["clean", task.number]["predicted"], device=y.device)
         predicted, x_adv, part = broken_by(
-            attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], name, number, run),
+            attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], task.name, task.number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
-            on_progress=on_progress, precision=settings["precision"], input_gradient=settings["input_gradient"], graph=self.graph,
+            on_progress=task.on_progress, precision=settings["precision"], input_gradient=settings["input_gradient"],
+            graph=self.graph,
         )  # fmt: skip
         broken = (clean == y) & (predicted != y)
         pixels = (255 * x_adv).round().to(torch.uint8)
         rounded = pixels.to(x.dtype).div_(x.new_full((1,), 255))
         outside = ~inside(x_adv, x, eps, attack.norm) | ~inside(rounded, x, eps, attack.norm, slack=LEVEL / 2)
         still = predict(self.model, rounded[broken]) != y[broken] if broken.any() else broken[:0]
-        pixels, at = pixels.permute(0, 2, 3, 1).cpu(), number * settings["batch_size"]
-        wanted = EXAMPLES - sum(len(samples.records[name, before]["examples"]) for before in range(number))
+        pixels = pixels.permute(0, 2, 3, 1).cpu()
         if settings["save_images"]:
-            samples.save(name, number, x_adv=pixels, y=y, predicted=predicted, rows=rows)
+            self.samples.save(task.name, task.number, x_adv=pixels, y=y, predicted=predicted, rows=task.rows)
         return {
             "predicted": predicted.tolist(),
             "adversarial": int(broken.sum()), "outside": int(outside.sum()), "rounded": int(still.sum()),
-            "examples": [{"index": at + i, "image": encoded(pixels[i])} for i in broken.nonzero()[:wanted, 0].tolist()],
+            "examples": self.examples(task, pixels, broken),
         } | ({"part": part.where(broken, -1).tolist()} if len(attack.parts) > 1 else {})  # fmt: skip
+
+    def examples(self, task: Task, pixels: Tensor, broken: Tensor) -> list[dict]:
+        """The first images that the attack broke, until there are EXAMPLES of it."""
+        records, at = self.samples.records, task.number * self.settings["batch_size"]
+        wanted = EXAMPLES - sum(len(records[task.name, before]["examples"]) for before in range(task.number))
+        return [{"index": at + i, "image": encoded(pixels[i])} for i in broken.nonzero()[:wanted, 0].tolist()]
 
 
 def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) -> Tensor:
@@ -378,20 +423,3 @@ def _collect(
         },
         folder=samples.folder,
     )  # fmt: skip
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A short hash of all parameters and buffers with their names, and of the modules with the settings that they print: an
-    activation, a stride or a dilation leaves no trace in the weights."""
-    kinds = " ".join(f"{name} {type(m).__name__}({m.extra_repr()})" for name, m in model.named_modules())
-    # Without the addresses of functions and the devices of parameters in lists, which are not alike everywhere.
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+| \((cuda|xpu|mps)[^)]*\)", "", kinds).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """A short hash of the values."""
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

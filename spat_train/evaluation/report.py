@@ -20,6 +20,7 @@ from ..runtime import atomic_write as files
 from .alarms import Alarm
 from .attack_specs import NAMED, published
 from .result import WORST, Evaluation, Example, interval, percent
+from .text_table import markdown_table
 
 FORMAT = "spat_train evaluation 1"
 STYLE = """
@@ -96,10 +97,6 @@ def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
 
 
 def accuracy_section(e: Evaluation) -> Section:
-    rows = []
-    for name, correct, what in e.lines():
-        low, high = interval(correct)
-        rows.append((name, f"{percent(correct):.2f}", f"{low:.2f} to {high:.2f}", str(int((~correct).sum())), what))
     wrong = "Images that the model gets wrong are attacked too." if e.settings["attack_wrong"] else (
         "Images that the model gets wrong as they are count as broken by every attack, and are not attacked."
     )  # fmt: skip
@@ -108,7 +105,7 @@ def accuracy_section(e: Evaluation) -> Section:
         f"{len(e)} images, eps {_length(e.settings['eps'])}, for L2 {e.settings['eps_l2']:g}. {wrong}{made} "
         "Intervals are Wilson's, 95 %."
     )
-    return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "broken", "settings"), rows)
+    return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "broken", "settings"), e.lines())
 
 
 def alarm_section(found: Sequence[Alarm]) -> list[Section]:
@@ -242,8 +239,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     lines = [f"# {title}"]
     for section in sections:
         lines += ["", f"## {section.title}", "", *([section.text, ""] if section.text else [])]
-        cells = [section.header, ("---",) * len(section.header), *section.rows] if section.rows else []
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+        lines += [markdown_table(section.header, section.rows)] if section.rows else []
         lines += ["```", section.code, "```"] if section.code else []
     return "\n".join(lines) + "\n"
 

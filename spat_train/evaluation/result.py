@@ -1,6 +1,5 @@
-"""What an evaluation found: what became of every image under every attack, and the numbers that follow from it."""
+"""The result of an evaluation: the outcome of every attack on every image, and the numbers that follow from it."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,9 @@ from torch import Tensor
 from spat_kernels.settings import GradientPath, Graph, Precision
 
 from .attack_specs import Attack
+from .text_table import text_table
 
 WORST = "worst case"
-Z95 = 1.959963984540054  # of a standard normal, two-sided 95 %
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +25,7 @@ class Example:
 
 
 class Options(TypedDict, total=False):
-    """What `evaluate` and `alarms` take alike."""
+    """Keyword arguments that `evaluate` and `alarms` share."""
 
     eps: float
     rows: Tensor | None
@@ -41,8 +40,13 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Recheck:
-    """Adversarial images looked at again: how many there are of images that were right before, how many of all that the attack
-    made lie outside of the ball or the box, and how many are still misclassified once rounded to 8 bits."""
+    """Adversarial images checked again.
+
+    Attributes:
+        adversarial: how many there are of images that the model gets right.
+        outside: how many of all that the attack made lie outside of the ball or the box.
+        rounded: how many of the adversarial ones are still misclassified once rounded to 8 bits.
+    """
 
     adversarial: int
     outside: int
@@ -51,16 +55,17 @@ class Recheck:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What became of every image under every attack.
+    """The outcome of every attack on every image.
 
     Attributes:
-        settings: all that the results depend on but the attacks.
+        settings: all that the results depend on, except the attacks.
         attacks: by name, "clean" first.
         classes: K.
         rows: int64 [N], which images of the data set. labels: int64 [N].
         predicted: by attack, int64 [N]: the wrong class that an image was brought to, else its label; -1 where logits were NaN.
-        part: by attack that has several (`Attack.parts`: AutoAttack's), int64 [N]: the index of what broke an image, else -1.
-        rechecks: by attack but "clean".
+        part: by attack that has several (`Attack.parts`: AutoAttack's), int64 [N]: the index of the part that broke an
+            image, else -1.
+        rechecks: by attack, without "clean".
         examples: by attack, the first images that were right and that it broke.
     """
 
@@ -79,14 +84,16 @@ class Evaluation:
         return len(self.rows)
 
     def correct(self, name: str) -> Tensor:
-        """bool [N]: not broken by the attack; of "worst case": by none."""
+        """bool [N]: not broken by the attack `name`, or by any for "worst case"."""
         if name == WORST:
             return torch.stack([self.correct(each) for each in self.attacks]).all(0)
         return self.predicted[name] == self.labels
 
     def after(self, name: str) -> dict[str, Tensor]:
-        """By part of the attack, bool [N]: right before it, and not broken up to that part, in any of its restarts. {} where it
-        has but one."""
+        """By part of the attack, bool [N]: right before it, and not broken up to that part, in any of its restarts.
+
+        {} for an attack of one part.
+        """
         right, by = self.correct("clean"), self.part.get(name)
         return {} if by is None else {p: right & ((by < 0) | (by > k)) for k, p in enumerate(self.attacks[name].parts)}
 
@@ -102,41 +109,36 @@ class Evaluation:
         """Percent of the images that no attack broke."""
         return self.accuracy(WORST)
 
-    def table(self) -> str:
-        """Attacks down: accuracy and its interval in percent."""
-        width = max(len(name) for name, _, _ in [("accuracy, %", "", None), *self.lines()])
-        lines = [f"{'accuracy, %':<{width}}           95 % interval"]
-        for name, correct, _ in self.lines():
-            low, high = interval(correct)
-            lines.append(f"{name:<{width}}  {percent(correct):6.2f}   {low:6.2f} to {high:6.2f}")
-        return "\n".join(lines)
+    def lines(self) -> list[tuple[str, str, str, str, str]]:
+        """What a table has: name, accuracy and its interval in percent, the number of broken images, and a description.
 
-    def lines(self) -> list[tuple[str, Tensor, str]]:
-        """What a table has: attacks, the parts of those that have several below them, the worst case; each with its `correct`,
-        and what it is."""
+        A row for each attack, below it one for each of its parts where it has several, and the worst case.
+        """
         found = []
         for name, attack in self.attacks.items():
-            found.append((name, self.correct(name), attack.describe()))
+            found.append(_row(name, self.correct(name), attack.describe()))
             for number, (part, left) in enumerate(self.after(name).items()):
-                found.append((f"  after {part}", left, f"{part} broke {int((self.part[name] == number).sum())}"))
-        return [*found, (WORST, self.correct(WORST), "broken by any of the above")]
+                found.append(_row(f"  after {part}", left, f"{part} broke {int((self.part[name] == number).sum())}"))
+        return [*found, _row(WORST, self.correct(WORST), "broken by any of the above")]
+
+    def table(self) -> str:
+        """Attacks down: accuracy and its interval in percent."""
+        return text_table([("accuracy, %", "", "95 % interval"), *(row[:3] for row in self.lines())])
+
+
+def _row(name: str, correct: Tensor, description: str) -> tuple[str, str, str, str, str]:
+    low, high = interval(correct)
+    return name, f"{percent(correct):.2f}", f"{low:.2f} to {high:.2f}", str(int((~correct).sum())), description
 
 
 def percent(correct: Tensor) -> float:
-    """The share of True in bool [N]."""
+    """The share of True in bool [N], in percent."""
     return 100 * int(correct.sum()) / len(correct)
 
 
 def interval(correct: Tensor) -> tuple[float, float]:
-    """Wilson's 95 % interval of `percent`."""
-    low, high = wilson(int(correct.sum()), len(correct))
-    return 100 * low, 100 * high
+    """Wilson's 95 % interval of `percent` (Wilson, 1927; Brown, Cai and DasGupta, 2001)."""
+    from scipy.stats import binomtest  # its import takes a second
 
-
-def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson, 1927; Brown, Cai and DasGupta, 2001): inside [0, 1], and right at 0 and 1."""
-    p, shrink = successes / trials, 1 + z * z / trials
-    centre = (p + z * z / (2 * trials)) / shrink
-    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / shrink
-    # At the ends rounding would leave some 1e-17.
-    return 0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half
+    found = binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, method="wilson")
+    return 100 * float(found.low), 100 * float(found.high)

@@ -1,0 +1,163 @@
+"""What all attacks have in common: settings, one run on a batch, and a description."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spat_kernels.checks import as_norm
+from spat_kernels.settings import NORMS, Norm
+
+from .values import choice, number, positive, read_setting, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """One attack with all its settings: `parse` makes them, and `attack(model, x, y, eps, generator)` is one run of it.
+
+    Settings are read as in the grammar, so that norm="L2" is "l2".
+
+    Args:
+        name: what it is called in reports; its random numbers depend on it. Default: its spec.
+        norm: "linf" or "l2".
+        eps: radius for images in [0, 1]; None is the evaluation's for this norm.
+        restarts: how often an evaluation runs it on what is not broken yet.
+    """
+
+    family: ClassVar[str]
+    named: ClassVar[dict[str, tuple[str, str]]] = {}  # published attacks by name: what they are in the grammar, and their source
+
+    name: str = ""
+    norm: Norm = setting("linf", lambda text: choice(*NORMS)(as_norm(text)))
+    eps: float | None = setting(None, number)
+    restarts: int = setting(1, positive)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if "read" in f.metadata and value is not f.default:
+                object.__setattr__(self, f.name, read_setting(f.name, f.metadata["read"], str(value)))
+        if not self.name:
+            object.__setattr__(self, "name", self.spec)
+        if self.restarts > 1 and not self.random:
+            raise ValueError("restarts would repeat one run: nothing in it is random")
+        if self.eps is not None and self.norm == "linf" and self.eps > 1:
+            raise ValueError(f"eps={self.eps:g} is in the units of images in [0, 1]: write eps={self.eps:g}/255")
+
+    # ---- what an evaluation has to know of it
+
+    def runs(self, classes: int) -> int:
+        """The number of runs, on a model with that number of classes."""
+        return self.restarts
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts of a run, such as AutoAttack's attacks. Others are one part without a name."""
+        return ("",)
+
+    @property
+    def random(self) -> bool:
+        """Whether restarts differ."""
+        return True
+
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether it differentiates the model."""
+        return True
+
+    @property
+    def least_classes(self) -> int:
+        """The number of classes that a model must have for it."""
+        return 2
+
+    def radius(self, eps: float, eps_l2: float) -> float:
+        """Its own eps, else the one of its norm."""
+        return self.eps if self.eps is not None else eps_l2 if self.norm == "l2" else eps
+
+    # ---- a run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Adversarial images of one run: the last of its `stages`, which takes the same arguments."""
+        *_, x_adv = self.stages(*args, **kwargs)
+        return x_adv
+
+    def stages(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        generator: torch.Generator,
+        *,
+        run: int = 0,
+        only: Tensor | None = None,
+        **attack_options: Any,
+    ) -> Iterator[Tensor]:
+        """Adversarial images of one run, after each of its parts.
+
+        Args:
+            model: images [B, C, H, W] in [0, 1] -> logits [B, K].
+            x: images [B, C, H, W] in [0, 1]. y: int64 [B], the true labels.
+            eps: the radius.
+            generator: for everything random. What PGD draws for an image does not depend on `only`; APGD, Square and AutoAttack
+                draw for the images that they attack.
+            run: the index of the run in `runs`, which chooses the targets.
+            only: bool [B], which images to attack; None is all.
+            attack_options: `precision`, `input_gradient`, `graph` as in `spat_kernels.PGD`.
+
+        Yields:
+            Tensor: like x; images that are not attacked are as they were.
+        """
+        draws = self._draw(x, y, eps, generator)
+        if only is None or bool(only.all()):
+            yield from self._stages(model, x, y, eps, draws, run, attack_options)
+        elif bool(only.any()):
+            chosen = [t[only] if isinstance(t, Tensor) else t for t in draws]
+            for found in self._stages(model, x[only], y[only], eps, chosen, run, attack_options):
+                x_adv = x.clone()
+                x_adv[only] = found
+                yield x_adv
+        else:
+            yield x.clone()
+
+    def _draw(self, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> list:
+        """What is random about a run on a whole batch: tensors with one entry per image, or others for all of them."""
+        return []
+
+    def _stages(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, attack_options: dict) -> Iterator[Tensor]:
+        yield self._attack(model, x, y, eps, draws, run, attack_options)
+
+    def _attack(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, attack_options: dict) -> Tensor:
+        """The adversarial images. Attacks of several parts define `_stages` instead."""
+        raise NotImplementedError
+
+    # ---- in words
+
+    @property
+    def spec(self) -> str:
+        """All its settings in the grammar, except those that are at their defaults."""
+        parts: list[tuple[str, object]] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "name" and value != f.default:
+                parts += value if f.name == "settings" else [(f.name, value)]
+        return ":".join([self.family, *(f"{key}={value}" for key, value in parts)])
+
+    @classmethod
+    def readers(cls) -> dict[str, Callable[[str], Any]]:
+        """By setting, the function that reads it."""
+        return {f.name: f.metadata["read"] for f in fields(cls) if "read" in f.metadata}
+
+    def describe(self) -> str:
+        """Its settings in one line."""
+        what = ", ".join(self._describe())
+        repeated = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        radius = "" if self.eps is None else f", eps {self.eps:.4g}"
+        return f"{what}{repeated}{radius}, {'L2' if self.norm == 'l2' else 'L-infinity'}"
+
+    @abstractmethod
+    def _describe(self) -> list[str]:
+        raise NotImplementedError

@@ -1,0 +1,342 @@
+"""The attacks by family: settings, published names with their sources, and the attack of `spat_kernels` that each runs.
+
+A new attack is a class here, in `FAMILIES`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import spat_kernels
+from spat_kernels import losses, pgd
+from spat_kernels.attacks.autoattack import VERSIONS, fewest_classes
+from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits, other_classes, predictions
+from spat_kernels.settings import Version
+
+from ...errors import InputError
+from .attack import Attack
+from .values import choice, count, loss_name, number, positive, setting, share_of_eps
+
+TARGETS = {  # of PGD, in words
+    "least-likely": "the least-likely class", "random": "a random wrong class", "all": "all wrong classes in turn",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Attack):
+    family, random, follows_gradients = "clean", False, False
+    named = {"clean": ("clean", "the images as they are")}
+
+    def _attack(self, model, x, y, eps, draws, run, attack_options):
+        return x.clone()
+
+    @classmethod
+    def readers(cls):
+        return {}
+
+    def describe(self):
+        return "no attack"
+
+    def _describe(self):
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ascent(Attack):
+    """An attack on a loss of `spat_kernels.losses`: its name there, and those of its `settings` that are given."""
+
+    loss: str = setting("ce", loss_name)
+    settings: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.maximised.check_targeted(self.targeted)
+
+    @property
+    def maximised(self) -> losses.Loss:
+        return losses.named(self.loss, **dict(self.settings))
+
+    @property
+    @abstractmethod
+    def targeted(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def least_classes(self) -> int:
+        return self.maximised.fewest_classes(self.targeted)
+
+    @classmethod
+    def readers(cls):
+        of_losses = {name: number for kind in losses.LOSSES.values() for name in losses.settings_of(kind)}
+        own = super().readers()
+        if clash := next(iter(of_losses.keys() & own.keys()), None):
+            raise InputError(f"attack {cls.family}: {clash} is a setting of its own and of a loss: rename that of the loss")
+        return of_losses | own
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(_Ascent):
+    """Projected gradient ascent. With one step it is FGSM, with no steps noise.
+
+    Args:
+        loss: what is maximised; ls is ce with an `alpha` (PGD-LS).
+        steps: 0 is a random point of the ball.
+        step: length of a step in units of eps; None is 1/4, for L2 2.5 / steps.
+        start: uniform in the ball, or clean.
+        target: none, or towards the least likely class of the clean image, a random wrong one, or all wrong ones in turn.
+        right_at: the iterates at which a prediction must be right, the last or every one. At every one, the first wrong one is
+            what comes out.
+    """
+
+    family = "pgd"
+    named = {
+        "noise": ("pgd:steps=0", "uniform in the ball, a weak control (Goodfellow et al., 2015)"),
+        "fgsm": ("pgd:steps=1:step=1:start=clean", "Goodfellow et al., 2015; thesis, Tables 6.1 and 6.2"),
+        "fgsm-rs": ("pgd:steps=1:step=1.25", "Wong et al., 2020"),
+        "pgd-7": ("pgd:steps=7:step=1/4", "Madry et al., 2018, CIFAR-10"),
+        "pgd-10": ("pgd:steps=10:step=1/4", "thesis, chapter 6: the attack in training"),
+        "pgd-20": ("pgd:steps=20:step=1/10", "thesis, Tables 6.1, 6.2 and 6.4; TRADES; MART"),
+        "pgd-20-rst": (
+            "pgd:steps=20:step=7/31:start=clean:right_at=every",
+            "Carmon et al., 2019 (RST): steps of 0.007 at eps 0.031, right only if right at every iterate; thesis, Table 6.3",
+        ),
+        "pgd-40": ("pgd:steps=40:step=1/30", "Madry et al., 2018, MNIST: steps of 0.01 at eps 0.3"),
+        "pgd-100": ("pgd:steps=100:step=1/30", "Madry et al., 2018, MNIST"),
+        "pgd-kl-20": ("pgd:loss=kl:steps=20:step=1/10", "thesis, Tables 5.1 and 5.2; the inner attack of TRADES"),
+        "pgd-ls-20": ("pgd:loss=ls:steps=20:step=1/10", "thesis, Eq. 4.1 to 4.3; alpha must be given: pgd-ls-20:alpha=0.2"),
+        "cw-30": ("pgd:loss=margin:kappa=50:steps=30:step=1/10", "thesis, Tables 6.1 and 6.2; Madry et al., 2018, CIFAR-10"),
+        "cw-40": ("pgd:loss=margin:kappa=0:steps=40:step=1/30", "Madry et al., 2018, MNIST"),
+        "cw+-40": ("pgd:loss=margin:kappa=50:steps=40:step=1/30", "Madry et al., 2018, MNIST"),
+        "pgd-l2-10": ("pgd:norm=l2:steps=10", "Madry et al., 2018, section 5: L2; steps of 2.5 eps / steps"),
+        "pgd-l2-20": ("pgd:norm=l2:steps=20", "the same, 20 steps"),
+        "pgd-l2-40": ("pgd:norm=l2:steps=40", "the same, 40 steps"),
+        "pgd-l2-100": ("pgd:norm=l2:steps=100", "the same, 100 steps"),
+    }
+
+    steps: int = setting(10, count)
+    step: float | None = setting(None, share_of_eps)
+    start: str = setting("uniform", choice("uniform", "clean"))
+    target: str = setting("none", choice("none", *TARGETS))
+    right_at: str = setting("last", choice("last", "every"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps == 0 and (self.start == "clean" or self.target != "none" or self.right_at == "every"):
+            raise ValueError("of no steps there is noise alone: leave out start, target and right_at, or steps=0")
+        if self.maximised.needs_random_start and self.start == "clean":
+            raise ValueError(f"the gradient of {self.loss} is 0 at a clean start: leave out start")
+
+    @property
+    def random(self) -> bool:
+        return self.start == "uniform" or self.target == "random"
+
+    @property
+    def follows_gradients(self) -> bool:
+        return self.steps > 0
+
+    def runs(self, classes: int) -> int:
+        return self.restarts * (classes - 1 if self.target == "all" else 1)
+
+    @property
+    def targeted(self) -> bool:
+        return self.target != "none"
+
+    def _draw(self, x, y, eps, generator):
+        start = x
+        if self.start == "uniform":  # of no steps: nothing is asked of the model
+            start = pgd(lambda x: x, x, y, eps, steps=0, norm=self.norm, generator=generator)
+        which = None
+        if self.target == "random":
+            which = torch.rand(len(x), generator=generator, device=generator.device).to(x.device)
+        return [start, which]
+
+    def _attack(self, model, x, y, eps, draws, run, attack_options):
+        start, which = draws
+        if self.steps == 0:
+            return start.clone()
+        labels = self._targets(model, x, y, which, run) if self.targeted else y
+        options = {"loss": self.maximised, "norm": self.norm, "targeted": self.targeted} | attack_options
+        if self.right_at == "every":
+            return self._first_wrong(model, x, y, labels, eps, start, options)
+        step_size = None if self.step is None else self.step * eps
+        where = {"random_start": False} if self.start == "clean" else {"start": start}
+        return pgd(model, x, labels, eps, steps=self.steps, step_size=step_size, **where, **options)
+
+    def _first_wrong(self, model, x: Tensor, y: Tensor, labels: Tensor, eps: float, start: Tensor, options: dict) -> Tensor:
+        """Of each image the first iterate that is misclassified, else the last one."""
+        point = found = start
+        right = torch.ones_like(y, dtype=torch.bool)
+        for _ in range(self.steps):
+            point = pgd(model, x, labels, eps, steps=1, step_size=self.length * eps, start=point, **options)
+            found = torch.where(right.view(-1, *[1] * (x.ndim - 1)), point, found)
+            right = right & (predictions(model_logits(model, point)) == y)
+        return found
+
+    @property
+    def length(self) -> float:
+        """Length of a step in units of eps."""
+        return self.step if self.step is not None else 1 / 4 if self.norm == "linf" else 2.5 / self.steps
+
+    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int) -> Tensor:
+        """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
+        wrong, possible = other_classes(model_logits(model, x), y)
+        count = possible.sum(1).clamp_min(1)  # these come first
+        place = (which * count).long() if self.target == "random" else count - 1 if self.target == "least-likely" else run % count
+        return wrong.gather(1, place[:, None])[:, 0]
+
+    def _describe(self):
+        if self.steps == 0:
+            return ["uniform noise"]
+        where = {"uniform": "a uniform random start", "clean": "the image"}[self.start]
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {_length(self.length)} from {where}"
+        target = [f"towards {TARGETS[self.target]}"] if self.targeted else []
+        every = ["right only if right at every iterate"] if self.right_at == "every" else []
+        return [f"PGD on {self.maximised.describe()}", steps, *target, *every]
+
+
+class _Engine(Attack):
+    """An attack of `spat_kernels` that is an object with its own seed and bookkeeping."""
+
+    def _draw(self, x, y, eps, generator):
+        return [int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))]
+
+    def _attack(self, model, x, y, eps, draws, run, attack_options):
+        generator = torch.Generator().manual_seed(draws[0])
+        return self._engine(eps, norm=self.norm, generator=generator, **attack_options)(model, x, y)
+
+    def _engine(self, eps: float, **options: Any) -> Callable[..., Tensor]:
+        """The attack of `spat_kernels`. FAB and Square know no CUDA graphs, and drop `graph`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class APGD(_Ascent, _Engine):
+    """AutoAttack's PGD, which chooses its steps itself; with `targets` n, towards the n likeliest wrong classes in turn."""
+
+    family = "apgd"
+    named = {
+        "apgd-ce": ("apgd", "Croce and Hein, 2020"),
+        "apgd-dlr": ("apgd:loss=dlr", "Croce and Hein, 2020"),
+        "apgd-t": ("apgd:loss=dlr:targets=9", "Croce and Hein, 2020: the nine likeliest wrong classes"),
+    }
+
+    steps: int = setting(100, positive)
+    targets: int | None = setting(None, positive)
+
+    @property
+    def targeted(self) -> bool:
+        return self.targets is not None
+
+    @property
+    def least_classes(self) -> int:
+        return max(super().least_classes, (self.targets or 0) + 1)
+
+    def _engine(self, eps, **options):
+        return spat_kernels.APGD(eps, loss=self.maximised, steps=self.steps, targets=self.targets, **options)
+
+    def _describe(self):
+        return [f"APGD on {self.maximised.describe()}", f"{self.steps} steps", *_towards(self.targets)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAB(_Engine):
+    """The fast adaptive boundary attack; with `targets` n, FAB-T towards the n likeliest wrong classes in turn."""
+
+    family, random = "fab", False  # it begins at the image
+    named = {
+        "fab-t": ("fab:targets=9", "Croce and Hein, 2020, arXiv 1907.02044"),
+    }
+
+    steps: int = setting(100, positive)
+    targets: int | None = setting(None, positive)
+
+    @property
+    def least_classes(self) -> int:
+        return (self.targets or 1) + 1
+
+    def _engine(self, eps, graph="auto", **options):
+        return spat_kernels.FAB(eps, steps=self.steps, targets=self.targets, **options)
+
+    def _describe(self):
+        return ["FAB", f"{self.steps} steps", *_towards(self.targets)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(_Engine):
+    """Random search by squares, without gradients."""
+
+    family, follows_gradients = "square", False
+    named = {
+        "square": ("square", "Andriushchenko et al., 2020: no gradients"),
+    }
+
+    queries: int = setting(5000, positive)
+
+    def _engine(self, eps, graph="auto", **options):
+        return spat_kernels.Square(eps, queries=self.queries, **options)
+
+    def _describe(self):
+        return ["Square Attack", f"{self.queries} queries"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(_Engine):
+    """The ensemble: `steps` of APGD and FAB, `queries` of Square."""
+
+    family = "autoattack"
+    named = {
+        "autoattack": ("autoattack", "Croce and Hein, 2020: APGD-CE, APGD-T, FAB-T, Square"),
+        "autoattack-plus": ("autoattack:version=plus", "the same with restarts and the untargeted forms"),
+        "autoattack-rand": ("autoattack:version=rand", "the same for randomised models"),
+    }
+
+    version: Version = setting("standard", choice(*VERSIONS))
+    steps: int = setting(100, positive)
+    queries: int = setting(5000, positive)
+
+    @property
+    def least_classes(self) -> int:
+        return max(map(fewest_classes, VERSIONS[self.version]))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return VERSIONS[self.version]
+
+    def _stages(self, model, x, y, eps, draws, run, attack_options):
+        attack = spat_kernels.AutoAttack(
+            eps, norm=self.norm, version=self.version, steps=self.steps, queries=self.queries, seed=draws[0], **attack_options
+        )
+        stages = attack.stages(model, x, y)
+
+        def following() -> Tensor:
+            with tf32_switches("fp32", x.device.type):  # it asks what is misclassified as `evaluate` does, not by the user's TF32
+                return next(stages).x_adv
+
+        following()  # without an attack
+        for _ in self.parts:
+            yield following()
+
+    def _describe(self):
+        queries = [] if self.version == "rand" else [f"{self.queries} queries"]
+        return [f"AutoAttack, version {self.version}", f"{self.steps} steps", *queries]
+
+
+def _length(step: float) -> str:
+    """The length of a step in words, for `step` in units of eps."""
+    parts = 1 / step if step else 0
+    if step == 1:
+        return "eps"
+    return f"eps / {round(parts)}" if parts > 1 and abs(parts - round(parts)) < 1e-6 else f"{step:.4g} eps"
+
+
+def _towards(targets: int | None) -> list[str]:
+    return [] if targets is None else [f"towards the {targets} likeliest wrong classes in turn"]
+
+
+FAMILIES: dict[str, type[Attack]] = {kind.family: kind for kind in (Clean, PGD, APGD, FAB, Square, AutoAttack)}
+NAMED = {name: entry for kind in FAMILIES.values() for name, entry in kind.named.items()}

@@ -1,0 +1,244 @@
+"""Attacks by name and by the grammar, with the settings of their sources."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+
+import spat_kernels
+from spat_train.errors import InputError
+from spat_train.evaluation.attack_specs import FAB, NAMED, PGD, families, parse, parse_all
+from spat_train.evaluation.evaluate import predict
+from tests.evaluation.helpers import digits, fitted, quiet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_named_attacks_are_those_of_the_sources(monkeypatch):
+    """Written out from the papers, not from the table: steps, length of a step at eps 0.3, start, loss."""
+    calls = []
+    monkeypatch.setattr(families, "pgd", lambda model, x, y, eps, **how: calls.append(how) or x)
+    x, y = digits(4)
+    ce, kl = spat_kernels.losses.CrossEntropy(), spat_kernels.losses.KLDivergence()
+    cw, cw_plus = spat_kernels.losses.Margin(0.0), spat_kernels.losses.Margin(50.0)
+    expected = {
+        "fgsm": (1, 0.3, False, ce), "fgsm-rs": (1, 0.375, True, ce),
+        "pgd-7": (7, 0.075, True, ce), "pgd-10": (10, 0.075, True, ce), "pgd-20": (20, 0.03, True, ce),
+        "pgd-40": (40, 0.01, True, ce), "pgd-100": (100, 0.01, True, ce),
+        "cw-30": (30, 0.03, True, cw_plus), "cw-40": (40, 0.01, True, cw), "cw+-40": (40, 0.01, True, cw_plus),
+        "pgd-kl-20": (20, 0.03, True, kl), "pgd-ls-20:alpha=0.3": (20, 0.03, True, spat_kernels.losses.LabelSmoothedCE(0.3)),
+        "pgd-l2-20": (20, None, True, ce), "pgd-l2-100": (100, None, True, ce),
+    }  # fmt: skip
+    for name, (steps, step_size, random_start, loss) in expected.items():
+        calls.clear()
+        attack = parse(name)
+        attack(nn.Flatten(), x, y, 0.3, torch.Generator())
+        *drawn, how = calls
+        found = {key: how[key] for key in ("steps", "step_size", "loss", "norm", "targeted")}
+        step_size = step_size and pytest.approx(step_size)
+        norm = "l2" if "l2" in name else "linf"
+        assert found == {"steps": steps, "step_size": step_size, "loss": loss, "norm": norm, "targeted": False}, name
+        assert (len(drawn) == 1 and "start" in how) is random_start, name
+        assert attack.restarts == 1, name
+    assert parse("noise").steps == 0
+    assert parse("clean").describe() == "no attack"
+    engines = {name: vars(parse(name)) for name in NAMED if not NAMED[name][0].startswith(("pgd", "clean"))}
+    assert {name: (e.get("steps"), e.get("targets"), e.get("queries"), e.get("version")) for name, e in engines.items()} == {
+        "apgd-ce": (100, None, None, None), "apgd-dlr": (100, None, None, None), "apgd-t": (100, 9, None, None),
+        "fab-t": (100, 9, None, None), "square": (None, None, 5000, None), "autoattack": (100, None, 5000, "standard"),
+        "autoattack-plus": (100, None, 5000, "plus"), "autoattack-rand": (100, None, 5000, "rand"),
+    }  # fmt: skip
+    assert engines["apgd-ce"]["loss"] == "ce"
+    assert engines["apgd-dlr"]["loss"] == engines["apgd-t"]["loss"] == "dlr"
+
+
+class Wavy(nn.Module):
+    """Steps along its gradients go past its boundaries and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).double())
+
+    def forward(self, x):
+        return torch.sin(12 * x.flatten(1) @ self.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("spec", "eps", "steps", "step_size"),
+    [
+        ("pgd-20-rst", 0.031, 20, 0.007),
+        ("pgd:steps=8:right_at=every", 0.031, 8, 0.031 / 4),
+        ("pgd-l2-10:right_at=every", 0.2, 10, 0.05),
+    ],
+)
+def test_right_only_if_right_at_every_iterate(spec, eps, steps, step_size):
+    model, (x, _), attack = Wavy(), digits(200, torch.float64), parse(spec)
+    y = predict(model, x)
+    point = attack._draw(x, y, eps, torch.Generator().manual_seed(1))[0]
+    assert torch.equal(point, x) == (spec == "pgd-20-rst")
+    points, rights = [], []
+    for _ in range(steps):
+        leaf = point.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+        if attack.norm == "linf":
+            point = (point + step_size * grad.sign()).clamp(x - eps, x + eps)
+        else:
+            moved = point + step_size * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1) - x
+            point = x + moved * (eps / moved.flatten(1).norm(dim=1).clamp(min=eps)).view(-1, 1, 1, 1)
+        point = point.clamp(0, 1)
+        points.append(point)
+        rights.append(model(point).argmax(1) == y)
+    every = torch.stack(rights).all(0)
+    first_wrong = torch.stack(rights).byte().argmin(0).where(~every, steps - 1)
+    found = attack(model, x, y, eps, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found, torch.stack(points)[first_wrong, torch.arange(len(x))], rtol=0, atol=1e-9)
+    assert torch.equal(predict(model, found) == y, every)
+    assert (rights[-1] & ~every).any()
+
+
+def test_the_grammar():
+    attack = parse("pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255:norm=l2:start=clean:target=random")
+    assert (attack.steps, attack.step, attack.loss, attack.restarts, attack.norm) == (50, 0.05, "margin", 5, "l2")
+    assert (attack.eps, attack.start, attack.target) == (16 / 255, "clean", "random")
+    assert attack.runs(10) == 5
+    smoothed = parse("pgd-20:alpha=0.2:steps=50")
+    assert smoothed.settings == (("alpha", 0.2),)
+    assert smoothed.steps == 50
+    assert smoothed.spec == "pgd:alpha=0.2:steps=50:step=0.1"
+    for name, spec in (  # what evaluations have kept
+        ("pgd-ls-20:alpha=1/4:eps=1/8", "pgd:eps=0.125:loss=ls:alpha=0.25:steps=20:step=0.1"),
+        ("cw-40:step=1/8", "pgd:loss=margin:kappa=0.0:steps=40:step=0.125"),
+        ("apgd-t", "apgd:loss=dlr:targets=9"),
+    ):
+        assert parse(name).spec == spec
+    twenty = parse("pgd-40x20")
+    assert (twenty.restarts, twenty.steps, twenty.name) == (20, 40, "pgd-40x20")
+    assert parse("pgd-40-least-likely").target == "least-likely"
+    assert parse("pgd-40-random").target == "random"
+    assert parse("pgd-7-allx2").runs(10) == 18
+    assert parse("aa").name == "autoattack"
+    assert parse("autoattack-rand").version == "rand"
+    for name, plain in (("AA", "autoattack"), ("AutoAttack", "autoattack"), ("PGD-40X20", "pgd-40x20"), ("APGD-T", "apgd-t")):
+        assert parse(name) == parse(plain)
+        assert parse(name).name == plain
+    for norm, plain in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf")):
+        assert parse(f"pgd:norm={norm}").norm == plain
+    assert parse("pgd:loss=CE:start=Clean").spec == "pgd:start=clean"
+    assert parse("AA:version=Rand").version == "rand"
+    assert parse("AAx2").restarts == 2
+    assert parse("aa-plusx3:steps=5").name == "autoattack-plusx3:steps=5"
+    for own, text in (
+        (PGD(norm="L2", start="Clean"), "pgd:norm=l2:start=clean"),
+        (FAB(norm="L∞", targets=np.int64(3)), "fab:targets=3"),
+    ):
+        assert own == parse(text)
+        assert own.radius(0.1, 0.5) == parse(text).radius(0.1, 0.5)
+    for wrong, message in (({"norm": "l1"}, "norm=l1: choose one of linf, l2"), ({"steps": 2.5}, "steps=2.5: give a whole")):
+        with pytest.raises(ValueError, match=message):
+            PGD(**wrong)
+    assert list(parse_all("pgd-20,fgsm")) == ["clean", "pgd-20", "fgsm"]
+    assert list(parse_all(["clean"])) == ["clean"]
+    for name in NAMED:
+        attack = parse(name + ":alpha=0.1" * (name == "pgd-ls-20"))
+        again = parse(attack.spec)
+        assert again.spec == attack.spec
+        assert again.describe() == attack.describe()
+        assert parse(attack) is attack
+        assert attack.radius(0.1, 0.5) == (0.5 if attack.norm == "l2" else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pgd-21", r"attack pgd-21: there is none: did you mean pgd-20"),
+        ("autoatack", "did you mean autoattack"),
+        ("Auto-Attack", "did you mean autoattack"),
+        ("", "there is none: see spat-train attacks"),
+        ("fgsmm", "did you mean fgsm"),
+        ("pgd-20-most-likely", "there is none"),
+        ("square-random", "there is none"),
+        ("pgd:stepz=3", r"pgd has no setting stepz: did you mean (step or steps|steps or step)"),
+        ("square:steps=3", "square has no setting steps"),
+        ("clean:eps=0.1", "clean has no setting eps: it has none"),
+        ("pgd-20:steps", "'steps' is no setting: write key=value"),
+        ("pgd-20:steps=1/2", "steps=1/2: give a whole number"),
+        ("pgd-20:step=-1", "step=-1: give a number of at least 0"),
+        ("pgd-20:step=nan", "step=nan: give a number"),
+        ("pgd-20:step=1/0", "step=1/0: give a number"),
+        ("pgd-20:step=2/255", "step=2/255: it is in units of eps, not in 1/255: give 1/4"),
+        ("pgd-20:step=x", "step=x: give a number of at least 0, such as 0.1"),
+        (f"pgd-20:step={'9' * 400}/1", "step=9*/1: give a number of at least 0"),
+        ("pgd-20:alpha=x", "alpha=x: give a number"),
+        ("pgd-20:norm=l1", "norm=l1: choose one of linf, l2"),
+        ("pgd-20:eps=8", "write eps=8/255"),
+        ("pgd-20:right_at=first", "right_at=first: choose one of last, every"),
+        ("noise:right_at=every", "of no steps there is noise alone"),
+        ("pgd-20:kappa=1", "kappa is a setting of loss=margin, not of ce"),
+        ("cw-30:alpha=0.1", "alpha is a setting of loss=ce, not of margin"),
+        ("square:alpha=0.1", "square has no setting alpha"),
+        ("pgd-20:alpha=2", r"alpha=2.0 is outside \[0, 1\]"),
+        ("pgd-ls-20", "alpha must be given"),
+        ("pgd-kl-20:start=clean", "the gradient of kl is 0 at a clean start"),
+        ("pgd-kl-20-all", "loss 'kl' has no targeted form"),
+        ("apgd:loss=kl:targets=2", "loss 'kl' has no targeted form"),
+        ("pgd:loss=cee", "loss=cee: choose one of ce, kl, margin, dlr, ls, lsce"),
+        ("fab-tx2", "restarts would repeat one run"),
+        ("fgsmx3", "restarts would repeat one run"),
+        ("pgd-20:restarts=0", "restarts=0: give at least 1"),
+        ("pgd-20:steps=5:steps=6", "steps is given twice"),
+        ("noise-all", "of no steps there is noise alone"),
+        ("fgsm:steps=0", "of no steps there is noise alone"),
+        ("apgd-ce:steps=0", "steps=0: give at least 1"),
+        ("pgd-20,pgd-20", "attack pgd-20: it is named twice"),
+        ("fgsm,pgd-20:norm=L2,pgd-20:norm=l2", "attack pgd-20:norm=l2: it is the same as pgd-20:norm=L2: leave one out"),
+        ("AAx2,autoattackx2", "attack autoattackx2: it is named twice"),
+    ],
+)
+def test_specs_that_do_not_fit(spec, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_all(spec)
+    assert "\n" not in str(caught.value)
+
+
+CHEAP = {"apgd": ":steps=4", "fab": ":steps=3:targets=2", "square": ":queries=20", "autoattack": ":steps=3:queries=20"}
+
+
+@pytest.mark.parametrize("name", [*NAMED, "pgd-7-least-likely", "pgd-7-random", "pgd-7-all", "pgd-7x2", "fab:norm=l2:steps=2"])
+def test_every_named_attack_runs(name):
+    family = parse(name + ":alpha=0.1" * (name == "pgd-ls-20")).family
+    spec = name + (":alpha=0.1" if name == "pgd-ls-20" else "" if ":" in name else CHEAP.get(family, ""))
+    found = quiet(fitted(), digits(12), [spec], eps_l2=0.5, batch_size=8)
+    name = parse(spec).name
+    assert found.accuracy(name) <= found.accuracy("clean")
+    assert found.accuracy("clean") > 80
+    if name != "clean":
+        recheck = found.rechecks[name]
+        assert recheck.outside == 0
+        assert recheck.adversarial == int((found.correct("clean") & ~found.correct(name)).sum())
+
+
+def test_targets():
+    model, (x, y) = fitted(dtype=torch.float64), digits(40, torch.float64)
+    order = model(x).scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True)
+
+    def told(name, run=0, seed=0):
+        return parse(name)._targets(model, x, y, torch.rand(len(x), generator=torch.Generator().manual_seed(seed)), run)
+
+    assert torch.equal(told("pgd-7-least-likely"), order[:, -1])
+    every = torch.stack([told("pgd-7-all", run) for run in range(9)], 1)
+    assert torch.equal(every, order[:, 1:])
+    assert torch.equal(told("pgd-7-all", 9), order[:, 1])
+    one, two = told("pgd-7-random"), told("pgd-7-random", seed=1)
+    assert (one != y).all()
+    assert (two != y).all()
+    assert (one != two).any()
+    assert len(one.unique()) > 5
+
+
+def test_attacks_with_names_of_their_own_may_be_alike():
+    """Their random numbers depend on the name."""
+    assert list(parse_all([PGD(name="a"), PGD(name="b")])) == ["clean", "a", "b"]

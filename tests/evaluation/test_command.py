@@ -1,0 +1,330 @@
+"""`spat-train evaluate` and `spat-train attacks`."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+
+from spat_train.config import Config
+from spat_train.data.datasets import load
+from spat_train.errors import InputError
+from spat_train.evaluation import evaluate as module
+from spat_train.evaluation.attack_specs import NAMED
+from spat_train.evaluation.command import default_folder
+from spat_train.evaluation.evaluate import evaluate
+from spat_train.evaluation.result import WORST
+from spat_train.models.checkpoints import load_model
+from spat_train.training.trainer import train
+from tests.evaluation.helpers import EPS, FEATURES, Features, command, contents, fitted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """A folder as a run leaves it, of a model that is fitted."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = Config(data="digits", model=FEATURES, eps=15.3)
+    (folder / "config.json").write_text(config.to_json())
+    torch.save(
+        {"format": "spat_train 3", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
+    )
+    return folder
+
+
+OPTIONS = ("--limit", 60, "--attacks", "noise,fgsm,pgd-10,pgd-l2-10", "--eps-l2", 1, "--device", "cpu", "--batch-size", 32)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.pictures = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert name not in ("href", "srcset", "data", "action")
+            assert not name.startswith("on")
+            if name == "src":
+                assert value.startswith("data:image/png;base64,")
+                self.pictures.append(base64.b64decode(value.split(",")[1]))
+
+
+def test_the_report(monkeypatch, capsys, a_run):
+    image = pytest.importorskip("PIL.Image")
+    command(monkeypatch, "evaluate", a_run, *OPTIONS)
+    out, folder = capsys.readouterr().out, a_run / "evaluation"
+    names = {"evaluation.json", "report.html", "report.md", "samples.jsonl", "settings.json", "alarms"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert f"{folder / 'report.html'} written" in out
+
+    model, config = load_model(a_run, load("digits"), FEATURES)
+    rows = torch.from_numpy(np.random.default_rng(0).permutation(450)[:60])
+    expected = evaluate(
+        model, load("digits").test, OPTIONS[3], eps=EPS, eps_l2=1.0, rows=rows, batch_size=32, bar=None
+    )  # fmt: skip
+    assert expected.table() in out
+    assert "ALARM" not in out
+    assert config.eps == 15.3
+
+    told = json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert told["settings"] == expected.settings
+    assert told["about"]["network"] == "tests.evaluation.helpers:Features"
+    assert {"spat_kernels", "torch"} <= told["versions"].keys()
+    assert told["attacks"]["fgsm"]["source"].startswith("Goodfellow")
+    assert told["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
+    assert told["results"][WORST]["accuracy"] == expected.worst_case()
+    assert [s["row"] for s in told["samples"]] == rows.tolist()
+    assert len(told["alarms"]) == 14
+    typed = shlex.join(["spat-train", "evaluate", *map(str, (a_run, *OPTIONS)), "--model-name", FEATURES])
+    assert told["about"]["command"] == typed
+    assert time.strptime(told["about"]["date"], "%Y-%m-%d %H:%M UTC")
+    assert told["about"]["hardware"].endswith("1 threads")
+    for i, sample in enumerate(told["samples"]):
+        assert sample["predicted"] == {name: int(p[i]) for name, p in expected.predicted.items()}
+        assert sample["broken_by"] == [name for name in expected.attacks if not expected.correct(name)[i]]
+
+    report = (folder / "report.md").read_text()
+    for name in (*expected.attacks, WORST):
+        low, high = expected.interval(name)
+        assert f"| {name} | {expected.accuracy(name):.2f} | {low:.2f} to {high:.2f} |" in report
+    assert f"```\n{typed}\n```" in report
+    assert f"| date | {told['about']['date']} |" in report
+
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert f"<pre>{html.escape(typed)}</pre>" in text
+    assert page.tags.count("table") == text.count('<div class="wide"><table>') == 4
+    assert "http" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    examples = [(name, e) for name, found in expected.examples.items() for e in found]
+    assert len(examples) >= 8
+    assert len(page.pictures) == 3 * len(examples)
+    for i, (_, example) in enumerate(examples):
+        original, adversarial, difference = (np.array(image.open(io.BytesIO(p))) for p in page.pictures[3 * i : 3 * i + 3])
+        clean = load("digits").test.pixels[rows[example.index], :, :, 0].numpy()
+        assert (original == clean).all()
+        assert (adversarial == example.image[..., 0].numpy()).all()
+        moved = np.sign(adversarial.astype(int) - clean)
+        # Half grey is 128; a difference of a level may round to it.
+        assert ((np.sign(difference.astype(int) - 128) == moved) | (abs(adversarial.astype(int) - clean) < 2)).all()
+        row, true, wrong = int(rows[example.index]), *(int(t[example.index]) for t in (expected.labels, expected.predicted[_]))
+        assert f"image {row}: {true}, predicted {wrong};" in text
+
+
+def test_stopped_the_command_goes_on(monkeypatch, capsys, a_run, tmp_path):
+    options = (*OPTIONS, "--no-alarms", "--save-images")
+    command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "expected")
+    add, count = module.Samples.add, iter(range(100))
+
+    def stopping(self, record):
+        add(self, record)
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_info:
+        patched.setattr(module.Samples, "add", stopping)
+        command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "stopped")
+    assert exit_info.value.code == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len((tmp_path / "stopped" / "samples.jsonl").read_bytes().splitlines()) == 4
+    command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "stopped")
+    stopped, expected = (contents(tmp_path / name) for name in ("stopped", "expected"))
+    for kept in (stopped, expected):  # the date and the command differ
+        told = json.loads(kept.pop("evaluation.json"))
+        kept["results"] = {name: value for name, value in told.items() if name != "about"}
+        del kept["report.md"], kept["report.html"]
+    assert stopped == expected
+
+
+class Normalised(Features):
+    """Takes images that were normalised; then it is as good as `fitted`."""
+
+    def forward(self, x):
+        return super().forward(0.05 * x + 1)
+
+
+def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
+    shutil.copytree(a_run, tmp_path / "other")
+    torch.save(fitted(1).state_dict(), tmp_path / "other" / "best.pt")
+    command(
+        monkeypatch, "evaluate", a_run, *OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "other", "--device", "cpu",
+        "--source-name", FEATURES,
+    )  # fmt: skip
+    assert default_folder(tmp_path / "a.pth", tmp_path / "b.pth") == tmp_path / "a-evaluation-from-b"
+    report = (a_run / "evaluation-from-other" / "report.md").read_text()
+    assert not (a_run / "evaluation").exists()
+    assert "black box" in report
+    assert "black box is weaker than white box" in report
+    assert str(tmp_path / "other") in report
+    assert "ALARM" not in capsys.readouterr().out
+
+    torch.save(fitted(1).state_dict(), tmp_path / "theirs.pth")
+    options = (*OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "theirs.pth", "--device", "cpu", "--no-alarms")
+    options += ("--source-name",)
+    command(monkeypatch, "evaluate", a_run, *options, "tests.evaluation.test_command:Normalised")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
+    assert "expected that the source's clean accuracy is beyond chance" in line
+    assert "(--source-mean, --source-std)" in line
+    options += (
+        "tests.evaluation.test_command:Normalised",
+        "--source-mean",
+        1,
+        "--source-std",
+        0.05,
+        "--source-activation",
+        "relu",
+    )
+    command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "mended")
+    about = json.loads((tmp_path / "mended" / "evaluation.json").read_text())["about"]
+    assert about["source's normalisation"] == "mean 1, std 0.05"
+    assert about["source's network"].endswith("with relu")
+    assert "ALARM" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
+    torch.save({"state_dict": fitted().state_dict()}, tmp_path / "theirs.pth")
+    options = ("--data", "digits", "--limit", 20, "--attacks", "fgsm", "--no-alarms", "--device", "cpu")
+    with pytest.raises(InputError, match="it does not say which architecture it is: give --model-name"):
+        load_model(tmp_path / "theirs.pth", load("digits"))
+    command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options)
+    told = json.loads((tmp_path / "theirs-evaluation" / "evaluation.json").read_text())
+    assert told["settings"]["eps"] == 8 / 255
+    assert told["results"]["clean"]["accuracy"] > 80
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "evaluate", a_run, *options[2:], "--source", tmp_path / "theirs.pth")
+    assert "theirs.pth: it does not say which architecture it is: give --source-name" in capsys.readouterr().err
+    command(monkeypatch, "evaluate", a_run / "best.pt", *options[2:], "--out", tmp_path / "file")  # a run's knows
+    assert json.loads((tmp_path / "file" / "evaluation.json").read_text())["settings"]["eps"] == EPS
+
+
+def test_an_accuracy_of_chance_is_an_alarm_in_any_case(monkeypatch, capsys, a_run, tmp_path):
+    options = ("--limit", 100, "--attacks", "fgsm", "--no-alarms", "--device", "cpu", "--model-name")
+    command(monkeypatch, "evaluate", a_run, *options, "tests.evaluation.test_command:Normalised", "--out", tmp_path / "out")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert line.startswith("ALARM: expected that clean accuracy is beyond chance; found clean ")
+    assert "chance 10 %" in line
+    assert "(--mean, --std)" in line
+    assert "| ALARM | clean accuracy is beyond chance |" in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attacks", "pgd-21"], "attack pgd-21: there is none"),
+        (["--eps", "0.03"], "--eps 0.03: it is in 1/255"),
+        (["--limit", "0"], "--limit 0"),
+        (["--limit", "10", "--seed", "-1"], "seed=-1: give an integer from 0"),
+        (["--device", "teapot"], "--device teapot"),
+        (["--precision", "tf32", "--device", "cpu"], "--precision tf32: TF32 is for GPUs"),
+        (["--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
+        (["--model-name", "wrn-33-10"], "as wrn-33-10 for digits"),
+        (
+            ["--model-name", "small-cnn"],
+            r"run as small-cnn for digits \(10 classes, images \[1, 8, 8\]\).*does not fit the model",
+        ),
+        (["--source", "nowhere"], "nowhere: there is no such run or checkpoint"),
+        (["--source-mean", "0.5"], "--source-mean, --source-std: give the --source that they are of, or leave them out"),
+        (
+            ["--source", ".", "--source-name", FEATURES, "--source-mean", "0.5", "--source-std", "1"],
+            "--source-mean, --source-std: . is",
+        ),
+        (["--data", "three.npz"], r"run as tests.evaluation.helpers:Features for three \(3 classes.*looks like 10 classes"),
+        (["--data", "large.npz"], r"does not take images \[1, 9, 9\]"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
+    monkeypatch.chdir(a_run)
+    for name, side, classes in (("three", 8, 3), ("large", 9, 10)):
+        x, y = np.zeros((12, side, side), np.uint8), np.arange(12) % classes
+        np.savez(f"{name}.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(SystemExit) as exit_info:
+        command(monkeypatch, "evaluate", a_run, *arguments)
+    out, err = capsys.readouterr()
+    assert exit_info.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(message, err)
+    assert not (a_run / "evaluation").exists()
+
+
+def test_test_images_alone_leave_the_number_of_classes_to_the_model(monkeypatch, a_run):
+    data = load("digits").test
+    some = data.labels < 3
+    np.savez(a_run / "test.npz", x_test=data.pixels[some], y_test=data.labels[some].to(torch.uint8))
+    command(monkeypatch, "evaluate", a_run, "--data", a_run / "test.npz", *OPTIONS)
+    told = json.loads((a_run / "evaluation" / "evaluation.json").read_text())
+    assert told["classes"] == list("0123456789")
+    assert told["results"]["clean"]["accuracy"] > 80
+
+
+def test_a_run_that_is_none(tmp_path):
+    for path, message in ((tmp_path, "no best.pt or last.pt"), (tmp_path / "x", "there is no such run")):
+        with pytest.raises(InputError, match=message):
+            load_model(path, load("digits"), "small-cnn")
+
+
+def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):
+    def no_memory(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "broken_by", no_memory)
+    with pytest.raises(SystemExit) as exit_info:
+        command(monkeypatch, "evaluate", a_run, "--device", "cpu", "--limit", 10)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.endswith("lower it, in another --out\n")
+    monkeypatch.setattr(module, "predict", no_memory)
+    with pytest.raises(SystemExit):  # of the first batch as it is: nothing is left behind
+        command(monkeypatch, "evaluate", a_run, "--device", "cpu", "--limit", 10, "--out", a_run / "none")
+    assert capsys.readouterr().err.endswith("--batch-size 256: out of memory on cpu: lower it\n")
+    assert not (a_run / "none").exists()
+
+
+def test_the_list_of_attacks(monkeypatch, capsys):
+    command(monkeypatch, "attacks")
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{re.escape(name)} ", out, re.MULTILINE) for name in NAMED)
+    assert "thesis" in out
+
+
+def test_the_data_of_a_run_that_are_elsewhere(monkeypatch, capsys, a_run):
+    config = json.loads((a_run / "config.json").read_text())
+    (a_run / "config.json").write_text(json.dumps(config | {"data": "gone.npz"}))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "evaluate", a_run)
+    assert "was trained on --data gone.npz; give --data where that is now (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_run_of_such_a_model(tmp_path, monkeypatch, capsys, channels_last):
+    config = Config(
+        data="digits", model="tests.evaluation.helpers:Maps", method="fgsm",
+        limit=100, epochs=1, milestones=(1,), device="cpu",
+        test=False, tensorboard=False, channels_last=channels_last, out=tmp_path / "run",
+    )  # fmt: skip
+    train(config)
+    assert ("fails on channels_last: it gets contiguous images" in capsys.readouterr().err) is channels_last
+    options = ("--attacks", "fgsm", "--limit", 20, "--no-alarms", "--device", "cpu", "--model-name", config.model)
+    command(monkeypatch, "evaluate", tmp_path / "run", *options)
+    assert "| memory format | contiguous |" in (tmp_path / "run" / "evaluation" / "report.md").read_text()

@@ -1,0 +1,174 @@
+"""What an evaluation keeps in its folder: files that any kill leaves whole, continued and extended."""
+
+import os
+import re
+import shutil
+import signal
+from multiprocessing import connection
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+
+from spat_train.data.datasets import load
+from spat_train.data.images import Images
+from spat_train.errors import InputError
+from spat_train.evaluation.attack_specs import PGD
+from spat_train.runtime.atomic_write import SaveError
+from tests.evaluation.helpers import Escaping, contents, digits, fitted, quiet
+from tests.training.test_trainer import on_one_thread, processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+ATTACKS = "fgsm,pgd-10x3,pgd-7-random,AutoAttack:steps=2:queries=10"
+
+
+def work(folder: Path, on_progress=lambda: None):
+    how = {"rows": torch.arange(90), "batch_size": 30, "save_images": True}
+    return quiet(fitted(), load("digits").test, ATTACKS, folder=folder, on_progress=on_progress, **how)
+
+
+def tell(folder: Path, after: int, pipe) -> None:
+    """Evaluate, and say so once that many attacks on batches are done."""
+
+    def on_progress():
+        if (folder / "samples.jsonl").read_bytes().count(b"\n") == after:
+            pipe.send(after)
+            signal.pause()
+
+    work(folder, on_progress)
+
+
+def killed_after(folder: Path, after: int) -> int:
+    ours, its = processes().Pipe(duplex=False)
+    child = processes().Process(target=on_one_thread, args=(tell, folder, after, its))
+    child.start()
+    if ours in connection.wait([child.sentinel, ours]):
+        child.kill()
+    child.join()
+    return child.exitcode
+
+
+def test_killed_and_called_again_it_ends_with_the_same_files(tmp_path):
+    found = work(tmp_path / "expected")
+    expected = contents(tmp_path / "expected")
+    assert len(expected) == 2 + 4 * 3
+    assert expected["samples.jsonl"].count(b"\n") == 5 * 3
+    for lines in (1, 9):  # attacks on batches, of 15
+        assert killed_after(tmp_path / "killed", lines) == -signal.SIGKILL
+        kept = (tmp_path / "killed" / "samples.jsonl").read_bytes()
+        assert kept.count(b"\n") == lines
+        assert expected["samples.jsonl"].startswith(kept)
+    with open(tmp_path / "killed" / "samples.jsonl", "ab") as file:
+        file.write(b'{"attack": "fgsm", "batch": 2, "pred')  # as a kill while writing leaves it
+    (tmp_path / "killed" / "images" / "fgsm" / "00002.npz.tmp").write_bytes(b"PK")
+    again = work(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == expected
+    assert all(torch.equal(again.predicted[name], found.predicted[name]) for name in found.attacks)
+    ((name, part),) = found.part.items()
+    assert torch.equal(again.part[name], part)
+    assert int((part >= 0).sum()) > 3
+    work(tmp_path / "killed", lambda: pytest.fail("nothing was left to do"))
+    assert contents(tmp_path / "killed") == expected
+    with open(tmp_path / "killed" / "samples.jsonl", "r+b") as file:  # as a lost power may leave it
+        file.seek(-4000, os.SEEK_END)
+        file.write(bytes(100))
+    work(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == expected
+
+
+def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
+    model, images = fitted(), load("digits").test
+    how = {"rows": torch.arange(40), "batch_size": 20, "folder": tmp_path}
+    first = quiet(model, images, "fgsm", **how)
+    more = quiet(model, images, "pgd-10,fgsm", **how)
+    assert torch.equal(more.predicted["fgsm"], first.predicted["fgsm"])
+    assert torch.equal(more.predicted["pgd-10"], quiet(model, images, "pgd-10", **how | {"folder": None}).predicted["pgd-10"])
+    before = contents(tmp_path)
+    changed = Images(images.pixels ^ 1, images.labels)
+    for message, arguments, options in (
+        ("--eps was 15.3, now 51", (model, images, "fgsm"), {"eps": 0.2}),
+        ("--seed was 0, now 1", (model, images, "fgsm"), {"seed": 1, "rows": torch.arange(1, 41)}),
+        ("--limit was 40, now 39", (model, images, "fgsm"), {"rows": torch.arange(39)}),
+        ("the chosen images differ", (model, images, "fgsm"), {"rows": torch.arange(1, 41)}),
+        ("the model differs, in weights, architecture or normalisation", (fitted(1), images, "fgsm"), {}),
+        ("the source differs, in weights, architecture or normalisation", (model, images, "fgsm"), {"source": model}),
+        ("the images or labels of --data differ", (model, changed, "fgsm"), {}),
+        (
+            "--eps-l2 was 0.5, now 1.0; --attack-wrong was False, now True",
+            (model, images, "fgsm"),
+            {"eps_l2": 1.0, "attack_wrong": True},
+        ),
+        (
+            "--batch-size was 20, now 10; --precision was fp32, now bf16",
+            (model, images, "fgsm"),
+            {"batch_size": 10, "precision": "bf16"},
+        ),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"it holds another evaluation ({message}): give the same, or choose")):
+            quiet(*arguments, **how | options)
+    with pytest.raises(InputError, match="attack fgsm was pgd:steps=1:step=1.0:start=clean, now escaping"):
+        quiet(model, images, [Escaping(name="fgsm")], **how)
+    assert contents(tmp_path) == before
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(InputError, match="it holds samples.jsonl without settings.json"):
+        quiet(model, images, "fgsm", **how)
+
+
+def test_pictures_of_the_same_names_are_other_data(tmp_path, pictures):
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(768, 2)).eval(), load(str(pictures), image_size=16).test
+    quiet(model, images, "fgsm", folder=tmp_path / "out")
+    shutil.copy(pictures / "val" / "dog" / "1.png", pictures / "val" / "dog" / "0.png")
+    with pytest.raises(InputError, match="the images or labels of --data differ"):
+        quiet(model, images, "fgsm", folder=tmp_path / "out")
+    (pictures / "val" / "dog" / "0.png").unlink()
+    with pytest.raises(InputError, match="dog/0.png cannot be read .No such file"):
+        quiet(model, images, "fgsm")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    from spat_train.evaluation import record_log as samples
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(samples.os, "fsync", full)
+        with pytest.raises(SaveError, match="No space left on device"):
+            quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
+    found = quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
+    assert torch.equal(found.predicted["fgsm"], quiet(fitted(), digits(20), "fgsm").predicted["fgsm"])
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line(tmp_path):
+    resource = pytest.importorskip("resource")
+    arguments = fitted(), digits(60), "fgsm,pgd-10,pgd-20"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        with pytest.raises(SaveError, match=r"samples.jsonl \(File too large\)"):
+            quiet(*arguments, folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "samples.jsonl").stat().st_size == 1500
+    assert quiet(*arguments, folder=tmp_path).worst_case() == quiet(*arguments).worst_case()
+
+
+def test_a_folder_keeps_the_attacks_that_it_has(tmp_path, capsys):
+    data, attack = digits(40), PGD(steps=2, loss="margin", name="mine")
+    first = quiet(fitted(), data, ["pgd-7", attack], folder=tmp_path / "kept")
+    second = quiet(fitted(), data, "cw-30", folder=tmp_path / "kept")
+    assert list(second.attacks) == ["clean", "cw-30", "pgd-7", "mine"]
+    assert second.attacks["mine"] == attack
+    assert second.worst_case() <= first.worst_case()
+    assert all(torch.equal(second.predicted[name], first.predicted[name]) for name in first.attacks)
+    path = tmp_path / "kept" / "settings.json"  # as of an attack that another program defined
+    path.write_text(path.read_text().replace('"mine": "pgd:', '"mine": "theirs:'))
+    assert list(quiet(fitted(), data, "pgd-7", folder=tmp_path / "kept").attacks) == ["clean", "pgd-7", "cw-30"]
+    assert "has results of mine, which are left out: attack theirs: there is none" in capsys.readouterr().err
