@@ -5,20 +5,19 @@ alarm is raised if the images that only the weaker one broke outnumber those tha
 explains (McNemar's exact test, at 1 %).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from spat_kernels.attacks import signs
 from spat_kernels.input_gradient.autograd import CUT_OFF, InputGradient
 from spat_kernels.model_state.borrow import borrowed
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, predictions
-from spat_kernels.settings import GradientPath, Graph, Precision
 
 from ..data.images import Floats, Folder, Images, floats
 from ..models.registry import device_of
@@ -47,41 +46,31 @@ def alarms(
     model: nn.Module,
     images: Images | Folder | Floats | tuple[Tensor, Tensor],
     *,
-    eps: float,
     source: nn.Module | None = None,
-    rows: Tensor | None = None,
     count: int = IMAGES,
-    seed: int = 0,
-    batch_size: int = 256,
     folder: str | Path | None = None,
     bar: str | None = "alarms",
-    on_progress: Callable[[], object] = lambda: None,
-    memory_format: torch.memory_format = torch.channels_last,
-    precision: Precision | None = "fp32",
-    input_gradient: GradientPath = "auto",
-    graph: Graph = "auto",
+    **options: Unpack[Options],
 ) -> list[Alarm]:
     """Look for masked gradients, under L-infinity attacks. Costs some 120 gradients an image.
 
     Args:
-        eps: radius for images in [0, 1].
         source: a model that attacks are transferred from, for one check more.
         count: how many of the images to use, evenly spread.
-        folder: where the attacks' results are kept, and gone on with.
-        The others are as for `evaluate`.
+        folder: where the attacks' results are kept, so that the same call goes on.
+        options: as for `evaluate`; `eps` must be given.
 
     Raises:
         InputError, SaveError: as `evaluate`.
     """
+    eps, seed, batch_size = options["eps"], options.get("seed", 0), options.get("batch_size", 256)
     checks.check_numbers(eps, 1.0, seed, batch_size)
     images = checks.check_images(images)
-    rows = checks.check_rows(rows, len(images))
+    rows = checks.check_rows(options.get("rows"), len(images))
+    memory_format = options.get("memory_format", torch.channels_last)
     _, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, {})
     rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
-    options: Options = {
-        "eps": eps, "rows": rows, "seed": seed, "batch_size": batch_size, "on_progress": on_progress, "precision": precision,
-        "memory_format": memory_format, "input_gradient": input_gradient, "graph": graph,
-    }  # fmt: skip
+    options |= {"rows": rows, "memory_format": memory_format}
     x, y = floats(images, rows, device_of(model), memory_format)
     with model_draws(x.device, seed, "alarms"):
         found = outputs(model, x, batch_size)

@@ -1,1 +1,1 @@
-"""What long runs need around them."""
+"""What surrounds a long run: its folder and logs, signals, seeds, and other processes."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+"""Files that are complete or not there: written beside, flushed to the disk, then renamed."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import torch
 
 
 class SaveError(RuntimeError):
-    """Something could not be written. What was there before still is."""
+    """A file could not be written. What was there before is unchanged."""
 
 
 def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:
@@ -41,7 +41,7 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
 
 
 def make_folder(path: Path) -> None:
-    """With those above it.
+    """Make the folder `path`, and those above it.
 
     Raises:
         SaveError: it cannot be made.
@@ -53,7 +53,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_torch(path: Path, value: object, keep: Path | None = None) -> None:
-    """`write` of torch.save(value). By way of memory, so that what fails is an OSError of the file and nothing else."""
+    """`write` what torch.save makes of `value`. It saves to memory first, so that only the file can raise an OSError."""
     content = io.BytesIO()
     torch.save(value, content)
     write(path, content.getbuffer(), keep)

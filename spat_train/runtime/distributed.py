@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ class World:
     size: int
     device: torch.device
     local_rank: int = 0
-    control: "dist.ProcessGroup | None" = None  # gloo: what processes agree on does not wait for their GPUs
+    control: "dist.ProcessGroup | None" = None  # gloo, so that agreeing does not wait for GPUs
 
     @property
     def main(self) -> bool:
@@ -51,8 +51,10 @@ class World:
         return values
 
     def in_turn(self, load: Callable[[], T]) -> T:
-        """What `load` returns: called by the main process first, then by the first process of every other machine, then by all
-        others, since it may download or write a cache, on a shared disk or on one each. An InputError of one is raised in all."""
+        """Call `load` in the main process first, then in the first process of every other machine, then in all others.
+
+        So it may download or write a cache, on a shared disk or on one each. An InputError of one is raised in all.
+        """
         mine = 0 if self.main else 1 if self.local_rank == 0 else 2
         for turn in range(3):
             error = None
@@ -67,7 +69,7 @@ class World:
         return value
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """With gradients averaged over the processes. Buffers are `average_buffers`' to keep equal."""
+        """`module` with gradients averaged over the processes. `average_buffers` keeps its buffers equal."""
         if self.size == 1:
             return module
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -88,7 +90,7 @@ class World:
 
 
 def _launched() -> tuple[int, int, int]:
-    """WORLD_SIZE, RANK and LOCAL_RANK; an empty variable is none. Those of other launchers, such as Slurm, mean nothing here."""
+    """WORLD_SIZE, RANK and LOCAL_RANK, where an empty variable counts as unset. Those of other launchers are ignored."""
     remedy = "start several processes by torchrun, which sets these variables, or one without WORLD_SIZE"
     given = {n: os.environ.get(n, "") for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     size = given["WORLD_SIZE"] or "1"
@@ -115,17 +117,17 @@ def world(device: str | None):
         if local >= torch.cuda.device_count():
             raise InputError(f"torchrun started process {local} here, but there are {torch.cuda.device_count()} GPUs: one each")
         name = f"cuda:{local}"
-    where = torch.device("cuda:0" if name == "cuda" else name)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
+    own_device = torch.device("cuda:0" if name == "cuda" else name)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
     if size == 1:
-        yield World(0, 1, where)
+        yield World(0, 1, own_device)
         return
     try:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     except dist.DistError as error:
-        address, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        address, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", first_line(error)
         raise InputError(f"the {size} processes cannot meet at {address} ({reason[:120]}): start them by torchrun") from error
-    yield World(rank, size, where, local, dist.new_group(backend="gloo"))
+    yield World(rank, size, own_device, local, dist.new_group(backend="gloo"))
     # Not after an error: it would wait for the other processes, which torchrun ends once this one has left.
     dist.destroy_process_group()

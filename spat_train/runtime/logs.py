@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, one JSON line for each event in log.jsonl, and TensorBoard where it is installed."""
+"""The progress of a run: a bar, one JSON line for each event in log.jsonl, and TensorBoard where it is installed."""
 
 import json
 import os
@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..errors import first_line
 from .atomic_write import SaveError
 
 MINUTE = 60.0
 
 
 class _Bar(tqdm):
-    """A reader of stderr that leaves, as `head` does, does not end a run."""
+    """A bar that goes on where the reader of stderr has left, as `head` does."""
 
     def display(self, msg=None, pos=None) -> None:
         with suppress(BrokenPipeError):
@@ -27,7 +28,7 @@ class _Bar(tqdm):
 
 
 class _Lines(_Bar):
-    """In a file, where nothing can be overwritten: a line of its own, at most once a minute."""
+    """A bar for a file, where nothing can be overwritten: a line at most once a minute."""
 
     def __init__(self, **options):
         self.shown = time.monotonic()
@@ -48,9 +49,9 @@ def bar(total: int, name: str | None, **options) -> tqdm:
 
 
 class Log:
-    """Of the main process; `folder` None keeps nothing.
+    """The log of the main process. `folder` None writes nothing.
 
-    A resumed run first drops the lines that were written after its checkpoint, so that the log reads as if nothing had happened.
+    A resumed run first drops the lines that were written after its checkpoint, so that the log reads like an uninterrupted run's.
     """
 
     def __init__(self, folder: Path | None, *, total: int, done: int, position: int, step: int, tensorboard: bool, name: str):
@@ -72,12 +73,12 @@ class Log:
         self.bar.update(images)
 
     def show(self, **values) -> None:
-        """Beside the bar, and what was shown before."""
+        """Show the values beside the bar, with those that are there already."""
         self.shown |= {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}
         self.bar.set_postfix(self.shown, refresh=False)
 
     def rate(self) -> float:
-        """Images a second since the last call, or as then where there were none."""
+        """Images a second since the last call; without new images, the last rate."""
         now = time.perf_counter()
         if self.images:
             self.last_rate = round(self.images / max(now - self.start, 1e-9), 1)
@@ -95,7 +96,7 @@ class Log:
                         self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
 
     def position(self) -> int:
-        """Bytes of log.jsonl that are on the disk."""
+        """The bytes of log.jsonl that are on the disk."""
         if not self.file:
             return 0
         with self.saving():
@@ -106,7 +107,7 @@ class Log:
         self.bar.close()
         for sink in (self.file, self.board):
             if sink:
-                with suppress(OSError):  # of what a full disk did not take, which was said
+                with suppress(OSError):  # a full disk, which was reported when it was written to
                     sink.close()
 
     @contextmanager
@@ -126,7 +127,7 @@ def _board(folder: Path, step: int):
         raise
     except Exception as error:  # a tensorboard that does not fit protobuf or NumPy raises TypeError and others
         if getattr(error, "name", "") != "tensorboard":  # else it is not installed
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             print(
                 f"spat-train: TensorBoard does not work here ({type(error).__name__}: {reason}): the run goes on without; "
                 "--no-tensorboard, or another version, ends this message",

@@ -1,24 +1,23 @@
-"""The folder of a run: last.pt, all that going on takes; previous.pt, the one before; best.pt, weights to use; small files."""
+"""The folder of a run: last.pt, to resume from; previous.pt, the one before; best.pt, the weights to use; small files."""
 
 import fcntl
 import io
 import json
 import os
-import random
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ..errors import InputError
-from . import atomic_write as files
+from ..errors import InputError, first_line
+from . import atomic_write
+from .seeding import random_state, set_random_state  # noqa: F401  (training imports them from here)
 
 FORMAT = "spat_train 3"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
 
-_locks: set[int] = set()  # descriptors that processes forked from here close: a reader that outlives its run holds no lock
+_locks: set[int] = set()  # forked processes close these descriptors: a data worker that outlives its run must hold no lock
 
 
 def _close_locks() -> None:
@@ -30,17 +29,17 @@ os.register_at_fork(after_in_child=_close_locks)
 
 
 class RunFolder:
-    """`path` None keeps nothing."""
+    """Reads, writes and locks the folder `path`. None writes nothing."""
 
     def __init__(self, path: Path | None):
         self.path = path
         self.lock: int | None = None
-        self.made: list[Path] = []  # folders, by this run: its own, and those above
+        self.made: list[Path] = []  # the folders that this run made: its own, and those above
         self.saved_id = ""  # of last.pt
         self.best: dict | None = None  # the validation whose weights are in best.pt
 
     def open(self, resume: bool) -> dict | None:
-        """The checkpoint to go on from, or None.
+        """The checkpoint to resume from, or None.
 
         Raises:
             InputError: it holds a run and `resume` does not ask for it, or a checkpoint cannot be read.
@@ -83,7 +82,7 @@ class RunFolder:
             self._unlock()
 
     def release(self) -> None:
-        """Let others in; folders that this run made and was refused before it wrote anything go."""
+        """Unlock the folder, and remove it if this run made it and wrote nothing."""
         with suppress(OSError):  # rmdir's, of a folder that holds something
             for folder in self.made:
                 folder.rmdir()
@@ -101,66 +100,45 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"--resume: {path} cannot be read ({error.strerror}): try again when it can") from error
         try:
-            files.check_sums(io.BytesIO(content))
+            atomic_write.check_sums(io.BytesIO(content))
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises almost anything on a damaged file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             previous = path.with_name("previous.pt")
             goes_on = path != previous and previous.exists()
-            remedy = f"remove it, and --resume goes on from {previous}" if goes_on else "start anew in another --out"
+            remedy = f"remove it, and --resume goes on from {previous}" if goes_on else "start again in another --out"
             raise InputError(f"--resume: {path} is damaged ({reason[:120]}): {remedy}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise InputError(f"--resume: {path} is no checkpoint of this version ({FORMAT}): start anew in another --out")
+            raise InputError(f"--resume: {path} is no checkpoint of this version ({FORMAT}): start again in another --out")
         return state
 
     def save(self, state: dict) -> None:
-        """Write last.pt, and best.pt as a part of it: whatever happens between the two, going on writes it anew."""
+        """Write last.pt, then best.pt, which last.pt contains: a run that is killed between the two writes it when it resumes."""
         if self.path is None:
             return
         state = {"format": FORMAT, "id": uuid.uuid4().hex} | state
-        files.write_torch(self.path / "last.pt", state, keep=self.path / "previous.pt")
+        atomic_write.write_torch(self.path / "last.pt", state, keep=self.path / "previous.pt")
         self.saved_id = state["id"]
         self.write_best(state)
 
     def write_best(self, state: dict) -> None:
         if self.path is not None and state["best"] is not None and self.best != state["progress"]["best"]:
             best = {"format": FORMAT, "config": state["config"], "model": state["best"], "ema": None}
-            files.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
+            atomic_write.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
             self.best = state["progress"]["best"]
 
     def write(self, name: str, content: str) -> None:
         if self.path:
-            files.write(self.path / name, content.encode())
+            atomic_write.write(self.path / name, content.encode())
 
     def result(self) -> dict | None:
-        """What result.json says of the checkpoint that was opened or saved last."""
+        """The content of result.json, if it is of the checkpoint that was opened or saved last."""
         try:
             found = json.loads((self.path / "result.json").read_bytes()) if self.path else {}
-        except (OSError, ValueError):  # it is not there, or not ours: the test writes it
+        except (OSError, ValueError):  # it is missing, or not ours: the test writes it
             return None
         return found if isinstance(found, dict) and found.get("checkpoint") == self.saved_id != "" else None
 
     def kept(self) -> str:
         last = [self.path / name for name in MADE_BY_A_RUN[:2] if (self.path / name).exists()] if self.path else []
         return f"the last good checkpoint is {last[0]}" if last else "no checkpoint was written yet"
-
-
-def random_state() -> dict:
-    """Of every generator that a model may draw from, as what torch.load(weights_only=True) reads."""
-    state = np.random.get_state(legacy=False)  # noqa: NPY002
-    words = torch.from_numpy(state["state"]["key"].astype(np.int64))
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (state["bit_generator"], words, state["state"]["pos"], state["has_gauss"], state["gauss"]),
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, words, *rest = state["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])

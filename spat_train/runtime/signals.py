@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that is looked at between two steps."""
+"""SIGTERM and Ctrl-C, remembered until the loop looks between two steps."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ EVALUATING = "spat-train: stopping after this run or part of an attack; the batc
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and has saved. Like KeyboardInterrupt, no `except Exception` takes it for a fault."""
+    """The run was asked to stop, and has saved. Like KeyboardInterrupt, it is no Exception."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -20,10 +20,10 @@ class Stopped(BaseException):
 
 
 class GracefulStop:
-    """Says `text` when it hears one.
+    """Prints `text` on the first signal.
 
     Attributes:
-        number: of the signal that came, 0: none.
+        number: the signal that came, 0 for none.
         heeded: whether a loop looks at `number`; until then a signal raises Stopped where it arrives.
     """
 
@@ -34,8 +34,8 @@ class GracefulStop:
     def heard(self):
         """Within, SIGTERM and SIGINT are remembered in `number`; a second Ctrl-C acts as ever.
 
-        A second SIGTERM, more than COPY after the first, ends the process at once, saved or not: the loop may wait for something
-        that never comes.
+        A second SIGTERM, more than COPY after the first, ends the process at once, saved or not: the loop may be
+        waiting for something that never comes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python delivers signals to the main thread alone
