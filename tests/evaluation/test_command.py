@@ -26,11 +26,10 @@ from spat_train.errors import InputError
 from spat_train.evaluation import evaluate as module
 from spat_train.evaluation.attack_specs import NAMED
 from spat_train.evaluation.command import default_folder
-from spat_train.evaluation.evaluate import evaluate
 from spat_train.evaluation.result import WORST
 from spat_train.models.checkpoints import load_model
 from spat_train.training.trainer import train
-from tests.evaluation.helpers import EPS, FEATURES, Features, command, contents, fitted
+from tests.evaluation.helpers import EPS, FEATURES, Features, command, contents, fitted, quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +45,24 @@ def a_run(tmp_path):
         {"format": "spat_train 3", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
     )
     return folder
+
+
+@pytest.fixture
+def evaluating(monkeypatch, capsys, a_run):
+    """A function that evaluates the run, or `path`, and returns what evaluation.json in --out holds, and what was printed."""
+
+    def run(*arguments, path=a_run, out=None) -> tuple[dict, str]:
+        out = out or default_folder(path, None)
+        command(monkeypatch, "evaluate", path, *arguments, "--out", out, "--device", "cpu")
+        return json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail), capsys.readouterr().out
+
+    return run
+
+
+def alarm(out: str) -> str:
+    """The only alarm that was printed."""
+    (line,) = [line for line in out.splitlines() if line.startswith("ALARM")]
+    return line
 
 
 OPTIONS = ("--limit", 60, "--attacks", "noise,fgsm,pgd-10,pgd-l2-10", "--eps-l2", 1, "--device", "cpu", "--batch-size", 32)
@@ -77,9 +94,7 @@ def test_the_report(monkeypatch, capsys, a_run):
 
     model, config = load_model(a_run, load("digits"), FEATURES)
     rows = torch.from_numpy(np.random.default_rng(0).permutation(450)[:60])
-    expected = evaluate(
-        model, load("digits").test, OPTIONS[3], eps=EPS, eps_l2=1.0, rows=rows, batch_size=32, bar=None
-    )  # fmt: skip
+    expected = quiet(model, load("digits").test, OPTIONS[3], eps_l2=1.0, rows=rows, batch_size=32)
     assert expected.table() in out
     assert "ALARM" not in out
     assert config.eps == 15.3
@@ -114,9 +129,7 @@ def test_the_report(monkeypatch, capsys, a_run):
     assert '<meta name="viewport" content="width=device-width' in text
     assert f"<pre>{html.escape(typed)}</pre>" in text
     assert page.tags.count("table") == text.count('<div class="wide"><table>') == 4
-    assert "http" not in text
-    assert "url(" not in text
-    assert "@import" not in text
+    assert not any(remote in text for remote in ("http", "url(", "@import"))
     examples = [(name, e) for name, found in expected.examples.items() for e in found]
     assert len(examples) >= 8
     assert len(page.pictures) == 3 * len(examples)
@@ -164,69 +177,62 @@ class Normalised(Features):
         return super().forward(0.05 * x + 1)
 
 
+NORMALISED = "tests.evaluation.test_command:Normalised"
+
+
 def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
-    shutil.copytree(a_run, tmp_path / "other")
-    torch.save(fitted(1).state_dict(), tmp_path / "other" / "best.pt")
-    command(
-        monkeypatch, "evaluate", a_run, *OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "other", "--device", "cpu",
-        "--source-name", FEATURES,
-    )  # fmt: skip
+    other = tmp_path / "other"
+    shutil.copytree(a_run, other)
+    torch.save(fitted(1).state_dict(), other / "best.pt")
+    options = (*OPTIONS[:2], "--attacks", "pgd-10", "--source", other, "--device", "cpu", "--source-name", FEATURES)
+    command(monkeypatch, "evaluate", a_run, *options)
     assert default_folder(tmp_path / "a.pth", tmp_path / "b.pth") == tmp_path / "a-evaluation-from-b"
     report = (a_run / "evaluation-from-other" / "report.md").read_text()
     assert not (a_run / "evaluation").exists()
-    assert "black box" in report
-    assert "black box is weaker than white box" in report
-    assert str(tmp_path / "other") in report
+    assert all(text in report for text in ("black box", "black box is weaker than white box", str(other)))
     assert "ALARM" not in capsys.readouterr().out
 
+
+def test_a_source_that_takes_normalised_images(evaluating, tmp_path):
     torch.save(fitted(1).state_dict(), tmp_path / "theirs.pth")
-    options = (*OPTIONS[:2], "--attacks", "pgd-10", "--source", tmp_path / "theirs.pth", "--device", "cpu", "--no-alarms")
-    options += ("--source-name",)
-    command(monkeypatch, "evaluate", a_run, *options, "tests.evaluation.test_command:Normalised")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
+    options = (
+        *OPTIONS[:2],
+        "--attacks",
+        "pgd-10",
+        "--source",
+        tmp_path / "theirs.pth",
+        "--no-alarms",
+        "--source-name",
+        NORMALISED,
+    )
+    line = alarm(evaluating(*options)[1])
     assert "expected that the source's clean accuracy is beyond chance" in line
     assert "(--source-mean, --source-std)" in line
-    options += (
-        "tests.evaluation.test_command:Normalised",
-        "--source-mean",
-        1,
-        "--source-std",
-        0.05,
-        "--source-activation",
-        "relu",
-    )
-    command(monkeypatch, "evaluate", a_run, *options, "--out", tmp_path / "mended")
-    about = json.loads((tmp_path / "mended" / "evaluation.json").read_text())["about"]
-    assert about["source's normalisation"] == "mean 1, std 0.05"
-    assert about["source's network"].endswith("with relu")
-    assert "ALARM" not in capsys.readouterr().out
+    options += ("--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu")
+    told, out = evaluating(*options, out=tmp_path / "mended")
+    assert told["about"]["source's normalisation"] == "mean 1, std 0.05"
+    assert told["about"]["source's network"].endswith("with relu")
+    assert "ALARM" not in out
 
 
-def test_a_checkpoint_of_somebody_else(monkeypatch, capsys, a_run, tmp_path):
-    torch.save({"state_dict": fitted().state_dict()}, tmp_path / "theirs.pth")
-    options = ("--data", "digits", "--limit", 20, "--attacks", "fgsm", "--no-alarms", "--device", "cpu")
+def test_a_checkpoint_of_somebody_else(evaluating, a_run, tmp_path):
+    theirs, options = tmp_path / "theirs.pth", ("--limit", 20, "--attacks", "fgsm", "--no-alarms")
+    torch.save({"state_dict": fitted().state_dict()}, theirs)
     with pytest.raises(InputError, match="it does not say which architecture it is: give --model-name"):
-        load_model(tmp_path / "theirs.pth", load("digits"))
-    command(monkeypatch, "evaluate", tmp_path / "theirs.pth", *options)
-    told = json.loads((tmp_path / "theirs-evaluation" / "evaluation.json").read_text())
+        load_model(theirs, load("digits"))
+    told, _ = evaluating("--data", "digits", *options, path=theirs)
     assert told["settings"]["eps"] == 8 / 255
     assert told["results"]["clean"]["accuracy"] > 80
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "evaluate", a_run, *options[2:], "--source", tmp_path / "theirs.pth")
-    assert "theirs.pth: it does not say which architecture it is: give --source-name" in capsys.readouterr().err
-    command(monkeypatch, "evaluate", a_run / "best.pt", *options[2:], "--out", tmp_path / "file")  # a run's knows
-    assert json.loads((tmp_path / "file" / "evaluation.json").read_text())["settings"]["eps"] == EPS
+    told, _ = evaluating(*options, path=a_run / "best.pt", out=tmp_path / "file")  # the checkpoint of a run has its config
+    assert told["settings"]["eps"] == EPS
 
 
-def test_an_accuracy_of_chance_is_an_alarm_in_any_case(monkeypatch, capsys, a_run, tmp_path):
-    options = ("--limit", 100, "--attacks", "fgsm", "--no-alarms", "--device", "cpu", "--model-name")
-    command(monkeypatch, "evaluate", a_run, *options, "tests.evaluation.test_command:Normalised", "--out", tmp_path / "out")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ALARM")]
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert line.startswith("ALARM: expected that clean accuracy is beyond chance; found clean ")
-    assert "chance 10 %" in line
-    assert "(--mean, --std)" in line
-    assert "| ALARM | clean accuracy is beyond chance |" in report
+def test_an_accuracy_of_chance_is_an_alarm_in_any_case(evaluating, a_run):
+    _, out = evaluating("--limit", 100, "--attacks", "fgsm", "--no-alarms", "--model-name", NORMALISED)
+    assert alarm(out).startswith("ALARM: expected that clean accuracy is beyond chance; found clean ")
+    assert "chance 10 %" in alarm(out)
+    assert "(--mean, --std)" in alarm(out)
+    assert "| ALARM | clean accuracy is beyond chance |" in (a_run / "evaluation" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -246,16 +252,15 @@ def test_an_accuracy_of_chance_is_an_alarm_in_any_case(monkeypatch, capsys, a_ru
         ),
         (["--source", "nowhere"], "nowhere: there is no such run or checkpoint"),
         (["--source-mean", "0.5"], "--source-mean, --source-std: give the --source that they are of, or leave them out"),
-        (
-            ["--source", ".", "--source-name", FEATURES, "--source-mean", "0.5", "--source-std", "1"],
-            "--source-mean, --source-std: . is",
-        ),
+        (["--source", ".", "--source-name", FEATURES, "--source-mean", "0.5"], "--source-mean, --source-std: . is"),
         (["--data", "three.npz"], r"run as tests.evaluation.helpers:Features for three \(3 classes.*looks like 10 classes"),
         (["--data", "large.npz"], r"does not take images \[1, 9, 9\]"),
+        (["--source", "theirs.pth"], "theirs.pth: it does not say which architecture it is: give --source-name"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
     monkeypatch.chdir(a_run)
+    torch.save(fitted().state_dict(), "theirs.pth")
     for name, side, classes in (("three", 8, 3), ("large", 9, 10)):
         x, y = np.zeros((12, side, side), np.uint8), np.arange(12) % classes
         np.savez(f"{name}.npz", x_train=x, y_train=y, x_test=x, y_test=y)
@@ -269,12 +274,11 @@ def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
     assert not (a_run / "evaluation").exists()
 
 
-def test_test_images_alone_leave_the_number_of_classes_to_the_model(monkeypatch, a_run):
+def test_test_images_alone_leave_the_number_of_classes_to_the_model(evaluating, a_run):
     data = load("digits").test
     some = data.labels < 3
     np.savez(a_run / "test.npz", x_test=data.pixels[some], y_test=data.labels[some].to(torch.uint8))
-    command(monkeypatch, "evaluate", a_run, "--data", a_run / "test.npz", *OPTIONS)
-    told = json.loads((a_run / "evaluation" / "evaluation.json").read_text())
+    told, _ = evaluating("--data", a_run / "test.npz", *OPTIONS)
     assert told["classes"] == list("0123456789")
     assert told["results"]["clean"]["accuracy"] > 80
 
@@ -319,8 +323,7 @@ def test_the_data_of_a_run_that_are_elsewhere(monkeypatch, capsys, a_run):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_a_run_of_such_a_model(tmp_path, monkeypatch, capsys, channels_last):
     config = Config(
-        data="digits", model="tests.evaluation.helpers:Maps", method="fgsm",
-        limit=100, epochs=1, milestones=(1,), device="cpu",
+        data="digits", model="tests.evaluation.helpers:Maps", method="fgsm", limit=100, epochs=1, milestones=(1,), device="cpu",
         test=False, tensorboard=False, channels_last=channels_last, out=tmp_path / "run",
     )  # fmt: skip
     train(config)
