@@ -1,4 +1,4 @@
-"""What is asked of the arguments of an evaluation, before any work: errors name argument, value and remedy."""
+"""Checks of an evaluation's arguments, before any work: errors name argument, value and remedy."""
 
 import math
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def check_numbers(eps: float, eps_l2: float, seed: int, batch_size: int) -> None
 
 
 def check_images(images: object) -> Images | Folder | Floats:
-    """`images` as one of these kinds: a tuple is of floating-point images and labels."""
+    """`images` as one of these kinds. A tuple holds floating-point images and labels."""
     if isinstance(images, tuple) and len(images) == 2:
         x, labels = images
         images = Floats(x.detach() if isinstance(x, Tensor) else x, labels)
@@ -133,7 +133,7 @@ def check_attacks(
 def check_arithmetic(
     model: nn.Module, x: Tensor, precision: Precision | None, input_gradient: GradientPath, graph: Graph
 ) -> None:
-    """That attacks on `model` at images like `x` [B, C, H, W] can run so."""
+    """Check that attacks on `model` at images like `x` [B, C, H, W] can run with these settings."""
     if x.device.type != "cuda" and precision == "tf32":
         raise InputError("precision='tf32': TF32 is for GPUs: use fp32 or bf16")
     if x.device.type != "cuda" and graph is True:

@@ -127,15 +127,10 @@ class EvaluateOptions:
     def folder(self) -> Path:
         return self.out or default_folder(self.model, self.source)
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        return Checkpoint("model", self.model, self.model_name, self.activation, self.mean, self.std)
-
-    @property
-    def source_checkpoint(self) -> Checkpoint | None:
-        if self.source is None:
-            return None
-        return Checkpoint("source", self.source, self.source_name, self.source_activation, self.source_mean, self.source_std)
+    def checkpoint(self, kind: Literal["model", "source"]) -> Checkpoint:
+        prefix = "source_" if kind == "source" else ""
+        activation, mean, std = (getattr(self, prefix + name) for name in ("activation", "mean", "std"))
+        return Checkpoint(kind, getattr(self, kind), getattr(self, f"{kind}_name"), activation, mean, std)
 
 
 def evaluate_command(options: EvaluateOptions) -> None:
@@ -150,9 +145,9 @@ def evaluate_command(options: EvaluateOptions) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda" and options.precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
-    network, about = _open(options.checkpoint, dataset)
+    network, about = _open(options.checkpoint("model"), dataset)
     dataset = with_classes_of(network, dataset)
-    source, source_about = _open(options.source_checkpoint, dataset) if options.source_checkpoint else (None, {})
+    source, source_about = _open(options.checkpoint("source"), dataset) if options.source else (None, {})
     rows = _choose_rows(options, len(dataset.test))
     about |= {"data": options.data or (config.data if config else ""), "test images": f"{len(rows)} of {len(dataset.test)}"}
     about |= source_about | {

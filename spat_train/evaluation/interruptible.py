@@ -1,4 +1,4 @@
-"""What surrounds an evaluation that somebody waits for: signals, and memory that does not suffice."""
+"""Signals and lack of memory during an evaluation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ def interruptible(stopped: str, out_of_memory: Callable[[], str]) -> Iterator[Ca
     """Yields `on_progress` for `evaluate`.
 
     Args:
-        stopped: what the user is told where SIGTERM or Ctrl-C stops the evaluation.
-        out_of_memory: what the user is told where memory does not suffice.
+        stopped: the message where SIGTERM or Ctrl-C stops the evaluation.
+        out_of_memory: makes the message where memory does not suffice.
 
     Raises:
         Stopped: a signal came. InputError: out of memory.

@@ -1,4 +1,4 @@
-"""What an evaluation found out so far, on disk: one line of samples.jsonl for each attack on each batch, and settings.json."""
+"""An evaluation on disk, as far as it got: a line of samples.jsonl for each attack on each batch, and settings.json."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..runtime import atomic_write as files
+from ..runtime import atomic_write
 from ..runtime.atomic_write import SaveError
 
 FORMAT = "spat_train evaluation 2"
@@ -32,7 +32,7 @@ class Samples:
     A record is appended and flushed at once; what follows the last whole line, of a killed evaluation, is dropped.
 
     Args:
-        settings: all that a record depends on but its attack.
+        settings: all that a record depends on, except its attack.
         attacks: what each attack is, by name; later evaluations may add others.
 
     Raises:
@@ -48,7 +48,7 @@ class Samples:
         self.path = folder / "samples.jsonl"
         self.attacks = self._check(folder / "settings.json", {"format": FORMAT, **settings}, attacks) | attacks
         content = {"settings": {"format": FORMAT, **settings}, "attacks": self.attacks}
-        files.write(folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
+        atomic_write.write(folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
         try:
             self.file = open(self.path, "a+b")  # noqa: SIM115  (until close)
             self._read(self.file)
@@ -89,7 +89,7 @@ class Samples:
         file.truncate(whole)
 
     def finished(self, batches: int) -> dict[str, str]:
-        """Of `attacks`, those that all batches have a record of."""
+        """Those of `attacks` that all batches have a record of."""
         return {name: spec for name, spec in self.attacks.items() if all((name, k) in self.records for k in range(batches))}
 
     def add(self, record: dict) -> None:
@@ -111,13 +111,13 @@ class Samples:
         np.savez(content, **copies)  # type: ignore[arg-type]  # NumPy's hints take one of them for allow_pickle
         assert self.folder is not None  # else there is nothing to save for
         folder = self.folder / "images" / file_name(attack)
-        files.make_folder(folder)
-        files.write(folder / f"{batch:05}.npz", content.getbuffer())
+        atomic_write.make_folder(folder)
+        atomic_write.write(folder / f"{batch:05}.npz", content.getbuffer())
 
     def close(self) -> None:
         """Close the file; without any record remove it, so that an evaluation with other settings may follow."""
         if self.file:
-            with suppress(OSError):  # of a line that could not be written, which `add` has told
+            with suppress(OSError):  # a line that could not be written, which `add` has reported
                 self.file.close()
             if not self.records:
                 self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves to read: evaluation.json, report.md, and report.html with pictures, each a file of its own."""
+"""The reports of an evaluation: evaluation.json, report.md, and report.html with its pictures inside."""
 
 import base64
 import html
@@ -16,7 +16,7 @@ from torch import Tensor
 import spat_kernels
 
 from ..data.images import Floats, Folder, Images, floats
-from ..runtime import atomic_write as files
+from ..runtime import atomic_write
 from .alarms import Alarm
 from .attack_specs import NAMED, published
 from .result import WORST, Evaluation, Example, interval, percent
@@ -38,11 +38,9 @@ img { width: min(112px, 28vw); height: min(112px, 28vw); image-rendering: pixela
 
 
 HASHES = {
-    "weights": "hash of the weights",
-    "source weights": "hash of the source's",
-    "data": "hash of the data",
+    "weights": "hash of the weights", "source weights": "hash of the source's", "data": "hash of the data",
     "rows": "hash of the rows",
-}
+}  # fmt: skip
 
 
 class Section(NamedTuple):
@@ -66,7 +64,7 @@ def write_report(
     Args:
         images: those that were evaluated. classes: the names of the K classes.
         found: what `alarms` returned.
-        about: what the report says of the model, the data and the machine; `command` is what was typed.
+        about: facts about the model, the data and the machine; `command` is what was typed.
 
     Raises:
         SaveError: the disk is full.
@@ -80,12 +78,12 @@ def write_report(
         settings_section(evaluation, about),
         *([Section("Command", "", code=about["command"])] if "command" in about else []),
     ]
-    files.write(folder / "evaluation.json", to_json(evaluation, classes, found, about).encode())
-    files.write(folder / "report.md", markdown(title, sections).encode())
-    files.write(folder / "report.html", web_page(title, sections, pictures(evaluation, images, classes)).encode())
+    atomic_write.write(folder / "evaluation.json", to_json(evaluation, classes, found, about).encode())
+    atomic_write.write(folder / "report.md", markdown(title, sections).encode())
+    atomic_write.write(folder / "report.html", web_page(title, sections, pictures(evaluation, images, classes)).encode())
 
 
-# ---- what is said
+# ---- sections
 
 
 def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
@@ -127,9 +125,9 @@ def recheck_section(e: Evaluation) -> Section:
 
 
 def settings_section(e: Evaluation, about: dict[str, str]) -> Section:
-    told = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
+    settings = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
     values = {name: value for name, value in about.items() if name != "command"}
-    values |= {HASHES.get(name, name): value for name, value in told.items()} | versions()
+    values |= {HASHES.get(name, name): value for name, value in settings.items()} | versions()
     return Section("Settings", "", ("", ""), [(name, str(value)) for name, value in values.items()])
 
 
@@ -165,7 +163,7 @@ class Picture(NamedTuple):
 
 
 def pictures(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[str]) -> list[Picture]:
-    """Of the first images that each attack broke."""
+    """The first images that each attack broke."""
     found = []
     for name, examples in e.examples.items():
         radius = e.attacks[name].radius(e.settings["eps"], e.settings["eps_l2"])
@@ -274,7 +272,7 @@ def _gallery(shown: Sequence[Picture]) -> list[str]:
         if attack != last:
             parts.append(f"<h3>{html.escape(attack)}</h3>")
             last = attack
-        told = zip(("original", "adversarial", "difference"), images, strict=True)
-        row = "".join(f'<img alt="{what}" src="data:image/png;base64,{data}">' for what, data in told)
+        named = zip(("original", "adversarial", "difference"), images, strict=True)
+        row = "".join(f'<img alt="{what}" src="data:image/png;base64,{data}">' for what, data in named)
         parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return parts if shown else [*parts[:1], "<p>None broke an image.</p>"]

@@ -91,28 +91,19 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
     assert torch.equal(more.predicted["fgsm"], first.predicted["fgsm"])
     assert torch.equal(more.predicted["pgd-10"], quiet(model, images, "pgd-10", **how | {"folder": None}).predicted["pgd-10"])
     before = contents(tmp_path)
-    changed = Images(images.pixels ^ 1, images.labels)
-    for message, arguments, options in (
-        ("--eps was 15.3, now 51", (model, images, "fgsm"), {"eps": 0.2}),
-        ("--seed was 0, now 1", (model, images, "fgsm"), {"seed": 1, "rows": torch.arange(1, 41)}),
-        ("--limit was 40, now 39", (model, images, "fgsm"), {"rows": torch.arange(39)}),
-        ("the chosen images differ", (model, images, "fgsm"), {"rows": torch.arange(1, 41)}),
-        ("the model differs, in weights, architecture or normalisation", (fitted(1), images, "fgsm"), {}),
-        ("the source differs, in weights, architecture or normalisation", (model, images, "fgsm"), {"source": model}),
-        ("the images or labels of --data differ", (model, changed, "fgsm"), {}),
-        (
-            "--eps-l2 was 0.5, now 1.0; --attack-wrong was False, now True",
-            (model, images, "fgsm"),
-            {"eps_l2": 1.0, "attack_wrong": True},
-        ),
-        (
-            "--batch-size was 20, now 10; --precision was fp32, now bf16",
-            (model, images, "fgsm"),
-            {"batch_size": 10, "precision": "bf16"},
-        ),
-    ):
+    for message, changes in {
+        "--eps was 15.3, now 51": {"eps": 0.2},
+        "--seed was 0, now 1": {"seed": 1, "rows": torch.arange(1, 41)},
+        "--limit was 40, now 39": {"rows": torch.arange(39)},
+        "the chosen images differ": {"rows": torch.arange(1, 41)},
+        "the model differs, in weights, architecture or normalisation": {"model": fitted(1)},
+        "the source differs, in weights, architecture or normalisation": {"source": model},
+        "the images or labels of --data differ": {"images": Images(images.pixels ^ 1, images.labels)},
+        "--eps-l2 was 0.5, now 1.0; --attack-wrong was False, now True": {"eps_l2": 1.0, "attack_wrong": True},
+        "--batch-size was 20, now 10; --precision was fp32, now bf16": {"batch_size": 10, "precision": "bf16"},
+    }.items():
         with pytest.raises(InputError, match=re.escape(f"it holds another evaluation ({message}): give the same, or choose")):
-            quiet(*arguments, **how | options)
+            quiet(**{"model": model, "images": images, "attacks": "fgsm"} | how | changes)
     with pytest.raises(InputError, match="attack fgsm was pgd:steps=1:step=1.0:start=clean, now escaping"):
         quiet(model, images, [Escaping(name="fgsm")], **how)
     assert contents(tmp_path) == before

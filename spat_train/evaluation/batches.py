@@ -1,0 +1,139 @@
+"""The loop that every evaluation shares: each attack on each batch, with restarts on what is not broken yet, and progress."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from spat_kernels.predictions import model_logits, predictions
+
+from ..data.images import Floats, Folder, Images, floats
+from ..models.registry import device_of
+from ..runtime import logs
+from ..runtime.distributed import World
+from .attack_specs import Attack
+
+
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Classes, int64 [B], by logits in full precision; -1 where one is NaN, which is no prediction."""
+    return predictions(model_logits(model, x))
+
+
+def broken_by(
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    seed: Callable[[int], int],
+    *,
+    clean: Tensor | None = None,
+    source: nn.Module | None = None,
+    classes: int = 0,
+    on_progress: Callable[[str, int], object] = lambda what, done: None,
+    **attack_options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All runs of `attack` on a batch, each on what is not broken yet.
+
+    Args:
+        x: images [B, C, H, W] in [0, 1]. y: int64 [B], their labels.
+        eps: the radius.
+        seed: the seed of a run, by its number.
+        clean: int64 [B], what the model predicts of x: what is wrong already counts as broken and is not attacked. None attacks
+            every image, and the prediction after the attack counts.
+        source: the model that adversarial images are made on; None is `model`.
+        classes: K, where the attack goes through targets.
+        on_progress: called before every part of every run with the name of the part, and with how many parts of all runs are
+            done (to show it, or to stop by an exception).
+        attack_options: those of `Attack.stages`.
+
+    Returns:
+        predicted: int64 [B], the first wrong class that an image was brought to, else y.
+        x_adv: like x, the image with that prediction.
+        part: int64 [B], index in `attack.parts` of the part that brought it there, else -1.
+    """
+    predicted = torch.full_like(y, -1) if clean is None else clean.clone()
+    images, left = x.clone(), torch.ones_like(y, dtype=torch.bool) if clean is None else clean == y
+    part, runs = torch.full_like(y, -1), attack.runs(classes)
+    for run in range(runs):
+        generator = torch.Generator().manual_seed(seed(run))
+        stages = attack.stages(source or model, x, y, eps, generator, run=run, only=left, **attack_options)
+        for number, name in enumerate(attack.parts):
+            if not left.any():
+                return predicted, images, part
+            shown = [f"run {run + 1} of {runs}"] * (runs > 1) + [name] * bool(name)
+            on_progress(" ".join(shown), run * len(attack.parts) + number)
+            x_adv = next(stages)
+            predicted[left] = predict(model, x_adv[left])
+            images[left] = x_adv[left]
+            part[left & (predicted != y)] = number
+            left = left & (predicted == y)
+    return predicted, images, part
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attack on one batch: its number, the rows of its images in the data set, the images and their labels."""
+
+    name: str
+    attack: Attack
+    number: int
+    rows: Tensor
+    x: Tensor
+    y: Tensor
+    on_progress: Callable[[str, int], None]  # of `broken_by`
+
+
+def attack_batches(
+    run: Callable[[Task], None],
+    model: nn.Module,
+    images: Images | Folder | Floats,
+    rows: Tensor,
+    attacks: dict[str, Attack],
+    *,
+    batch_size: int,
+    memory_format: torch.memory_format,
+    bar: str | None,
+    leave: bool,
+    on_progress: Callable[[], object],
+    classes: int = 2,
+    finished: Callable[[str, int], bool] = lambda name, number: False,
+    world: World | None = None,
+) -> None:
+    """Call `run` for every attack on every batch that is not `finished`, batch by batch, and show the progress.
+
+    With several processes each takes a batch of a round. All call `on_progress` equally often: in the last round also those that
+    are without a batch.
+
+    Args:
+        model: what the images are brought to. rows: int64 [N], which images.
+        leave: whether the bar stays on the terminal.
+        on_progress: called after every attack on a batch, and by `Task.on_progress`.
+        classes: K, which the number of runs of an attack may depend on.
+        finished: whether the attack `name` on batch `number` is done already.
+    """
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    batches = rows.split(batch_size)
+    parts = {name: attack.runs(classes) * len(attack.parts) for name, attack in attacks.items()}
+    with logs.bar(len(rows) * sum(parts.values()), bar, leave=leave) as progress:
+
+        def show(name: str, begun: int, count: int, what: str, done: int) -> None:
+            progress.set_postfix_str(f"{name} {what}".strip(), refresh=bool(what))
+            progress.update(begun + count * done - progress.n)
+            on_progress()
+
+        for first in range(0, len(batches), size):
+            number, count = first + rank, sum(map(len, batches[first : first + size]))
+            batch = batches[number] if number < len(batches) else rows[:0]
+            missing = [name for name in attacks if not finished(name, number)]
+            progress.update(count * sum(parts[name] for name in attacks if name not in missing))
+            if not missing:
+                continue
+            x, y = floats(images, batch, device_of(model), memory_format)
+            for name in missing:
+                tell = partial(show, name, progress.n, count)
+                if len(batch):
+                    run(Task(name, attacks[name], number, batch, x, y, tell))
+                tell("", parts[name])
