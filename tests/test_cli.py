@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,27 +20,13 @@ from spat_train.data.loader import Order
 from spat_train.presets import PRESETS
 from spat_train.runtime import logs
 from spat_train.training.optim import learning_rate
+from tests.evaluation.helpers import command, error
 
 SMALL = [
     "--data", "digits", "--model", "small-cnn", "--eps", "51", "--epochs", "2", "--limit", "120", "--batch-size", "32",
     "--lr", "0.05", "--device", "cpu", "--no-tensorboard", "--val-steps", "2", "--preset", "table6.1/mart+spat",
     "--milestones", "None",
 ]  # fmt: skip
-
-
-def run(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
-    cli.main()
-
-
-def error(monkeypatch, capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        run(monkeypatch, *arguments)
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2
-    assert out == ""
-    assert err.count("\n") == 1
-    return err
 
 
 def test_presets_are_the_settings_of_the_sources():
@@ -108,23 +93,20 @@ def test_presets_are_the_settings_of_the_sources():
 def test_a_preset_is_the_default_of_every_option(monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "run", lambda config: seen.append(config) or type("Done", (), {"summary": ""}))
-    run(monkeypatch, "train", "--preset=table6.1/mart+spat", "--epochs", "7", "--flip", "False")
+    command(monkeypatch, "train", "--preset=table6.1/mart+spat", "--epochs", "7", "--flip", "False")
     assert seen[0] == Config(**vars(PRESETS["table6.1/mart+spat"]) | {"epochs": 7, "flip": False})
-    run(monkeypatch, "train", "--method", "trades")
+    command(monkeypatch, "train", "--method", "trades")
     assert seen[1] == Config(method="trades")
 
 
 def test_train_writes_a_run(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "run"
-    run(monkeypatch, "train", *SMALL, "--out", folder)
+    command(monkeypatch, "train", *SMALL, "--out", folder)
     out = capsys.readouterr().out
     names = {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     saved = json.loads((folder / "config.json").read_text())
-    assert saved["method"] == "mart"
-    assert saved["alpha"] == 0.3
-    assert saved["eps"] == 51
-    assert saved["weight_decay"] == 7e-4
+    assert [saved[name] for name in ("method", "alpha", "eps", "weight_decay")] == ["mart", 0.3, 51, 7e-4]
     test = json.loads((folder / "result.json").read_text())["test"]
     found = ", ".join(f"{name} {value:.2f} %" for name, value in test.items())
     epoch = json.loads((folder / "result.json").read_text())["best"]["epoch"]
@@ -134,9 +116,9 @@ def test_train_writes_a_run(monkeypatch, capsys, tmp_path):
     assert [event["epoch"] for event in validation] == [1, 2]
     assert validation[0]["step"] == 4
 
-    run(monkeypatch, "plot", folder, folder, "--out", tmp_path / "curves.png")
+    command(monkeypatch, "plot", folder, folder, "--out", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    run(monkeypatch, "plot", folder, "--out", tmp_path / "curves.pdf")
+    command(monkeypatch, "plot", folder, "--out", tmp_path / "curves.pdf")
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
 
     capsys.readouterr()
@@ -148,7 +130,7 @@ def test_the_best_checkpoint_loads_into_its_model(monkeypatch, tmp_path):
     from spat_train.models.checkpoints import load_checkpoint
     from spat_train.models.registry import create
 
-    run(monkeypatch, "train", *SMALL, "--out", tmp_path / "run", "--ema", "0.9", "--no-test")
+    command(monkeypatch, "train", *SMALL, "--out", tmp_path / "run", "--ema", "0.9", "--no-test")
     for name in ("best.pt", "last.pt"):
         model = create("small-cnn", 10, (1, 8, 8))
         load_checkpoint(model, tmp_path / "run" / name)
@@ -163,7 +145,7 @@ def test_ctrl_c_while_a_command_reads_its_files_is_one_line(monkeypatch, capsys)
 
     monkeypatch.setattr(cli, "run", interrupted)
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "train", *SMALL)
+        command(monkeypatch, "train", *SMALL)
     assert stop.value.code == 130
     assert capsys.readouterr().err == "spat-train: interrupted\n"
 
@@ -175,7 +157,7 @@ def test_a_tensorboard_that_does_not_work_is_left_out(monkeypatch, capsys, tmp_p
         raise TypeError("Descriptors cannot be created directly.\nIf this call came from")
 
     monkeypatch.setattr(tensorboard, "SummaryWriter", broken)
-    run(monkeypatch, "train", *(a for a in SMALL if a != "--no-tensorboard"), "--no-test", "--out", tmp_path / "run")
+    command(monkeypatch, "train", *(a for a in SMALL if a != "--no-tensorboard"), "--no-test", "--out", tmp_path / "run")
     line = "spat-train: TensorBoard does not work here (TypeError: Descriptors cannot be created directly.): the run goes on"
     assert capsys.readouterr().err.count(line) == 1
 
@@ -183,7 +165,7 @@ def test_a_tensorboard_that_does_not_work_is_left_out(monkeypatch, capsys, tmp_p
 def test_tensorboard_where_it_is_installed(monkeypatch, tmp_path):
     pytest.importorskip("tensorboard")
     arguments = [a for a in SMALL if a != "--no-tensorboard"]
-    run(monkeypatch, "train", *arguments, "--no-test", "--out", tmp_path / "run")
+    command(monkeypatch, "train", *arguments, "--no-test", "--out", tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
@@ -223,12 +205,12 @@ def test_plot_refuses(monkeypatch, capsys, tmp_path):
 
 def help_text(monkeypatch, capsys, *arguments) -> str:
     with suppress(SystemExit):
-        run(monkeypatch, *arguments, "--help")
+        command(monkeypatch, *arguments, "--help")
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("command", "groups", "said"),
+    ("name", "groups", "said"),
     [
         (
             "train",
@@ -242,8 +224,8 @@ def help_text(monkeypatch, capsys, *arguments) -> str:
         ),
     ],
 )
-def test_help_has_groups_and_says_each_default_once(monkeypatch, capsys, command, groups, said):
-    text = help_text(monkeypatch, capsys, command)
+def test_help_has_groups_and_says_each_default_once(monkeypatch, capsys, name, groups, said):
+    text = help_text(monkeypatch, capsys, name)
     assert re.findall(r"^ ([\w() ]+) options +$", text, re.MULTILINE) == groups
     words = " ".join(text.split())
     assert all(part in words for part in said)

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -88,3 +89,12 @@ def command(monkeypatch, *arguments) -> None:
         arguments += ("--model-name", FEATURES)  # code that a run names has to be repeated
     monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
     cli.main()
+
+
+def error(monkeypatch, capsys, *arguments) -> str:
+    """What the command prints on stderr where it ends with an error, one line."""
+    with pytest.raises(SystemExit) as exit_info:
+        command(monkeypatch, *arguments)
+    out, err = capsys.readouterr()
+    assert (exit_info.value.code, out, err.count("\n")) == (2, "", 1)
+    return err

@@ -100,37 +100,44 @@ def test_right_only_if_right_at_every_iterate(spec, eps, steps, step_size):
     assert (rights[-1] & ~every).any()
 
 
-def test_the_grammar():
-    attack = parse("pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255:norm=l2:start=clean:target=random")
-    assert (attack.steps, attack.step, attack.loss, attack.restarts, attack.norm) == (50, 0.05, "margin", 5, "l2")
-    assert (attack.eps, attack.start, attack.target) == (16 / 255, "clean", "random")
-    assert attack.runs(10) == 5
-    smoothed = parse("pgd-20:alpha=0.2:steps=50")
-    assert smoothed.settings == (("alpha", 0.2),)
-    assert smoothed.steps == 50
-    assert smoothed.spec == "pgd:alpha=0.2:steps=50:step=0.1"
-    for name, spec in (  # what evaluations have kept
-        ("pgd-ls-20:alpha=1/4:eps=1/8", "pgd:eps=0.125:loss=ls:alpha=0.25:steps=20:step=0.1"),
-        ("cw-40:step=1/8", "pgd:loss=margin:kappa=0.0:steps=40:step=0.125"),
-        ("apgd-t", "apgd:loss=dlr:targets=9"),
-    ):
-        assert parse(name).spec == spec
-    twenty = parse("pgd-40x20")
-    assert (twenty.restarts, twenty.steps, twenty.name) == (20, 40, "pgd-40x20")
-    assert parse("pgd-40-least-likely").target == "least-likely"
-    assert parse("pgd-40-random").target == "random"
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (
+            "pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255:norm=l2:start=clean:target=random",
+            {"steps": 50, "step": 0.05, "loss": "margin", "restarts": 5, "norm": "l2", "eps": 16 / 255, "start": "clean",
+             "target": "random"},
+        ),
+        ("pgd-20:alpha=0.2:steps=50", {"settings": (("alpha", 0.2),), "steps": 50, "spec": "pgd:alpha=0.2:steps=50:step=0.1"}),
+        # what evaluations have kept
+        ("pgd-ls-20:alpha=1/4:eps=1/8", {"spec": "pgd:eps=0.125:loss=ls:alpha=0.25:steps=20:step=0.1"}),
+        ("cw-40:step=1/8", {"spec": "pgd:loss=margin:kappa=0.0:steps=40:step=0.125"}),
+        ("apgd-t", {"spec": "apgd:loss=dlr:targets=9"}),
+        ("pgd-40x20", {"restarts": 20, "steps": 40, "name": "pgd-40x20"}),
+        ("pgd-40-least-likely", {"target": "least-likely"}),
+        ("pgd-40-random", {"target": "random"}),
+        ("aa", {"name": "autoattack"}),
+        ("autoattack-rand", {"version": "rand"}),
+        ("pgd:norm=Linf", {"norm": "linf"}),
+        ("pgd:norm=L2", {"norm": "l2"}),
+        ("pgd:norm=L∞", {"norm": "linf"}),
+        ("pgd:loss=CE:start=Clean", {"spec": "pgd:start=clean"}),
+        ("AA:version=Rand", {"version": "rand"}),
+        ("AAx2", {"restarts": 2}),
+        ("aa-plusx3:steps=5", {"name": "autoattack-plusx3:steps=5"}),
+    ],
+)  # fmt: skip
+def test_the_grammar(spec, expected):
+    attack = parse(spec)
+    assert {name: getattr(attack, name) for name in expected} == expected
+
+
+def test_runs_names_and_settings():
     assert parse("pgd-7-allx2").runs(10) == 18
-    assert parse("aa").name == "autoattack"
-    assert parse("autoattack-rand").version == "rand"
+    assert parse("pgd:restarts=5:target=random").runs(10) == 5
     for name, plain in (("AA", "autoattack"), ("AutoAttack", "autoattack"), ("PGD-40X20", "pgd-40x20"), ("APGD-T", "apgd-t")):
         assert parse(name) == parse(plain)
         assert parse(name).name == plain
-    for norm, plain in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf")):
-        assert parse(f"pgd:norm={norm}").norm == plain
-    assert parse("pgd:loss=CE:start=Clean").spec == "pgd:start=clean"
-    assert parse("AA:version=Rand").version == "rand"
-    assert parse("AAx2").restarts == 2
-    assert parse("aa-plusx3:steps=5").name == "autoattack-plusx3:steps=5"
     for own, text in (
         (PGD(norm="L2", start="Clean"), "pgd:norm=l2:start=clean"),
         (FAB(norm="L∞", targets=np.int64(3)), "fab:targets=3"),

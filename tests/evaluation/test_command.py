@@ -29,7 +29,7 @@ from spat_train.evaluation.command import default_folder
 from spat_train.evaluation.result import WORST
 from spat_train.models.checkpoints import load_model
 from spat_train.training.trainer import train
-from tests.evaluation.helpers import EPS, FEATURES, Features, command, contents, fitted, quiet
+from tests.evaluation.helpers import EPS, FEATURES, Features, command, contents, error, fitted, quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -264,13 +264,7 @@ def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
     for name, side, classes in (("three", 8, 3), ("large", 9, 10)):
         x, y = np.zeros((12, side, side), np.uint8), np.arange(12) % classes
         np.savez(f"{name}.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    with pytest.raises(SystemExit) as exit_info:
-        command(monkeypatch, "evaluate", a_run, *arguments)
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2
-    assert out == ""
-    assert err.count("\n") == 1
-    assert re.search(message, err)
+    assert re.search(message, error(monkeypatch, capsys, "evaluate", a_run, *arguments))
     assert not (a_run / "evaluation").exists()
 
 
@@ -315,9 +309,8 @@ def test_the_list_of_attacks(monkeypatch, capsys):
 def test_the_data_of_a_run_that_are_elsewhere(monkeypatch, capsys, a_run):
     config = json.loads((a_run / "config.json").read_text())
     (a_run / "config.json").write_text(json.dumps(config | {"data": "gone.npz"}))
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "evaluate", a_run)
-    assert "was trained on --data gone.npz; give --data where that is now (" in capsys.readouterr().err
+    message = error(monkeypatch, capsys, "evaluate", a_run)
+    assert "was trained on --data gone.npz; give --data where that is now (" in message
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
