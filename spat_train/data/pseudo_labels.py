@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from ..errors import InputError, first_line
-from .datasets import class_labels
 from .images import Images
 from .mmap_npz import map_npy, map_npz, npy_header
+from .npz_files import class_labels
 
 NAMES = (("image", "label"), ("data", "extrapolated_targets"), ("x_train", "y_train"))  # generated; RST's; as --data
 EXPECTED = " or ".join(f"({pixels}, {labels})" for pixels, labels in NAMES)
@@ -61,8 +60,7 @@ def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: in
         raise
     except Exception as error:  # unpickling and unzipping what is none of either raise anything
         raise InputError(f"{where} cannot be read as .npz or pickle ({first_line(error)}): give one with {EXPECTED}") from error
-    images = torch.from_numpy(pixels)
-    return Images(images if images.ndim == 4 else images[..., None], torch.from_numpy(labels.astype(np.int64)))
+    return Images.from_arrays(pixels, labels.astype(np.int64))
 
 
 def _open(path: Path, check: Callable[..., None]) -> tuple[np.ndarray, np.ndarray]:

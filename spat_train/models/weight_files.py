@@ -41,6 +41,22 @@ _IGNORED += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for
 _IGNORED += [f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("", "Posix", "Windows")]
 
 
+def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
+    """The state dict in `path`, on the CPU, with the names that it has there.
+
+    Args:
+        path: what `torch.save` wrote: a state dict, or dicts around one, under a usual name ("model", "state_dict", "net", ...)
+            or as the only one; or a .safetensors file.
+        weights: "model" and "ema" (averaged weights) insist, "auto" takes "ema" where there is one.
+
+    Raises:
+        InputError: it is no such file, or has no such weights.
+        ValueError: `weights` is not one of the three.
+    """
+    # Copied from the mapped file, which the caller may want to write to.
+    return {name: tensor.clone() for name, tensor in select(read_file(path), weights, path).items()}
+
+
 def read_file(path: str | Path) -> Any:
     """What `torch.save` wrote to `path`, its tensors on the CPU; or the tensors in a .safetensors file.
 

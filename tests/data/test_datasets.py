@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from spat_train.data.datasets import load, load_npz
-from spat_train.data.images import Folder, Images, fingerprint, floats, hold_out, read_picture
+from spat_train.data.images import Folder, Images, fingerprint, floats, hold_out
+from spat_train.data.pictures import read_picture
 from spat_train.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -213,9 +214,12 @@ def test_limit_draws_matching_images_and_labels(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"data": "cifar11"}, "--data cifar11: unknown, perhaps cifar1.*: give cifar10, cifar100, stl10, mnist, digits, an .npz"),
+        (
+            {"data": "cifar11"},
+            "--data cifar11: there is none: did you mean cifar1.* give cifar10, cifar100, stl10, mnist, digits, an .npz",
+        ),
         ({"data": "nowhere.npz"}, "--data nowhere.npz: there is no such file"),
-        ({"data": "nowhere"}, "--data nowhere: unknown: give"),
+        ({"data": "nowhere"}, "--data nowhere: there is none: .*give"),
         ({"data": "digits", "limit": 0}, "--limit 0: give at least 1"),
         ({"data": "digits", "image_size": 32}, "--image-size 32: digits has 8x8 images: leave it out"),
     ],

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from spat_train.data.datasets import InputError
-from spat_train.models.checkpoints import load_checkpoint, read_weights
-from spat_train.models.registry import Normalize, WideResNet, create
+from spat_train.models.checkpoints import load_checkpoint
+from spat_train.models.networks.wide_resnet import WideResNet
+from spat_train.models.registry import create
+from spat_train.models.weight_files import read_weights
+from spat_train.models.wrapping import Normalize
 
 
 def network(seed: int, depth: int = 10, width: int = 1, num_classes: int = 10) -> nn.Module:
@@ -164,7 +167,7 @@ def test_normalisation_that_the_model_lacks(tmp_path):
     path = saved(tmp_path, normalized(network(1)).state_dict())
     message = refusal(network(2), path)
     assert "unexpected: normalize.mean, normalize.std: " in message
-    assert "put a spat_train.models.registry.Normalize" in message
+    assert "put a spat_train.models.Normalize" in message
     path = saved(tmp_path, {"num_classes": 10, "state_dict": network(1).state_dict(), "normalize_input": True})
     assert "normalize_input" in refusal(network(2), path)
 

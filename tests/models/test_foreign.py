@@ -20,8 +20,13 @@ from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, Images
 from spat_train.errors import InputError
 from spat_train.evaluation.evaluate import weights_hash
-from spat_train.models.checkpoints import _prefixes, load_checkpoint, load_model, normalisation, run_config, with_classes_of
-from spat_train.models.registry import Normalize, PreActResNet18, WideResNet, create
+from spat_train.models.checkpoints import load_checkpoint, load_model, with_classes_of
+from spat_train.models.matching import prefixes
+from spat_train.models.networks.preact_resnet import PreActResNet18
+from spat_train.models.networks.wide_resnet import WideResNet
+from spat_train.models.registry import create
+from spat_train.models.run_config import run_config
+from spat_train.models.wrapping import Normalize, normalisation
 from spat_train.papers.runs import Options, Run, Scale, Wanted, completed
 from spat_train.runtime.run_folder import FORMAT, RunFolder
 from spat_train.training.trainer import train
@@ -136,7 +141,7 @@ def test_normalised_layouts(tmp_path, layout, wrap):
     """The remedy in the error works, however it is followed."""
     theirs, inner = network(), network(seed=2)
     path = saved(tmp_path, NORMALISED[layout](theirs.state_dict()))
-    assert "put a spat_train.models.registry.Normalize" in refusal(network(seed=2), path)
+    assert "put a spat_train.models.Normalize" in refusal(network(seed=2), path)
     model = NORMALIZERS[wrap](inner)
     load_checkpoint(model, path)
     assert torch.equal(inner.cpu()(X), theirs(X))
@@ -239,7 +244,7 @@ def test_normaliser_of_another_class(tmp_path):
     own = nn.Module()
     own.register_buffer("mean", torch.zeros(3))
     model = nn.Sequential(own, network(seed=2))
-    assert "use a spat_train.models.registry.Normalize" in refusal(model, saved(tmp_path, network().state_dict()))
+    assert "use a spat_train.models.Normalize" in refusal(model, saved(tmp_path, network().state_dict()))
 
 
 # ---- one layout, two functions
@@ -367,7 +372,7 @@ def test_classes_of_the_file(tmp_path, suffix):
 
 def test_thousands_of_names_that_end_alike():
     names, start = [f"layers.{i}.weight" for i in range(4000)], time.perf_counter()
-    assert _prefixes([f"module.{name}" for name in names], names) == ("module.", "")
+    assert prefixes([f"module.{name}" for name in names], names) == ("module.", "")
     assert time.perf_counter() - start < 10
 
 
