@@ -144,7 +144,7 @@ class Dataset:
 def _limited(images: Images | Folder, limit: int | None, seed: int) -> Images | Folder:
     if limit is None or limit >= len(images):
         return images
-    # Drawn, not the first: files sorted by class exist.
+    # At random, as some files are sorted by class.
     return images.subset(torch.from_numpy(np.random.default_rng(seed).permutation(len(images))[:limit]))
 
 

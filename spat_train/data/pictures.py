@@ -20,7 +20,7 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        if not path.is_file():  # opening a FIFO would wait for ever
+        if not path.is_file():  # opening a FIFO would wait forever
             raise OSError("there is no such file" if not path.exists() else "it is no regular file")
         with Image.open(path) as file:
             return _square(_rgb(file), size)
@@ -39,7 +39,7 @@ def _rgb(picture: Any) -> Any:
     grey16 = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
     if grey16:  # PIL's convert clips it to 255; of 16-bit colours PIL keeps the high byte
         levels = (np.asarray(picture) >> 8).astype(np.uint8)
-        white_is_0 = picture.format == "TIFF" and picture.tag_v2.get(262) == 0  # PIL minds it for 8 bits alone
+        white_is_0 = picture.format == "TIFF" and picture.tag_v2.get(262) == 0  # PIL respects it for 8 bits only
         picture = Image.fromarray(255 - levels if white_is_0 else levels)
     elif picture.mode in ("I", "F"):
         raise ValueError("it has 32 bits a value, of an unknown range: save it with 8 or 16")

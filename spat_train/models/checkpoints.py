@@ -1,6 +1,6 @@
 """Weights into models: from this package's own files, and the public ones of TRADES, MART, RST, RobustBench and the like.
 
-No code in a file runs. And no file tells everything: networks that were trained on images normalised outside of them need a
+No code in a file runs. No file holds everything that a function depends on: networks trained on images normalised outside need a
 `Normalize` with those numbers, and activations, the stem of a ResNet ("/cifar" or "/stl10") and the shortcut of a PreActResNet
 leave no trace in the weights either. The runs of this package record all of these in their config.
 """
@@ -35,7 +35,7 @@ PREACT = "'preactresnet-18/activated' (as in robust_overfitting) or 'preactresne
 
 
 class Misfit(InputError):
-    """Weights that do not fit. `sizes`: only shapes differ, as where images or classes are others."""
+    """Weights do not fit. `sizes`: only shapes differ, as for images of another shape or another number of classes."""
 
     def __init__(self, message: str, sizes: bool):
         super().__init__(message)
@@ -77,17 +77,17 @@ def load_model(
 ) -> tuple[nn.Module, Config | None]:
     """The model in `path`, for the images and classes of `dataset`, in eval mode on the CPU; and the config of its run.
 
-    Where the file holds the mean and std of a normalisation, the model has a `Normalize` with them. Where `dataset` does not tell
-    how many classes there are, the file does.
+    Where the file holds the mean and std of a normalisation, the model has a `Normalize` with them. Where `dataset` does not know
+    how many classes there are, the file decides.
 
     Args:
         path: the folder of a run, of which best.pt is taken, else last.pt; or a file of `read_weights`.
         name: the architecture, as `spat_train.models.create` takes it. None is that of the run.
-        activation, mean, std: as `create` takes them, where neither a run nor the file tells.
+        activation, mean, std: as `create` takes them, where neither a run nor the file says.
         option: what gives `name` on the command line, for messages.
 
     Raises:
-        InputError: there is no such checkpoint, nothing tells the architecture, the run names code and `name` does not repeat
+        InputError: there is no such checkpoint, the architecture is not known, the run names code and `name` does not repeat
             it, or weights and data do not fit.
     """
     file = checkpoint_file(path)
@@ -144,7 +144,7 @@ def _blame(error: ValueError, config: Config | None, name: str, shape: ImageShap
 
 
 def with_classes_of(model: nn.Module, dataset: Dataset) -> Dataset:
-    """`dataset`; where it does not tell how many classes there are, with those of `model`, which `load_model` gave for it."""
+    """`dataset`, with the classes of `model`, which `load_model` gave for it, where it does not know how many there are."""
     if dataset.all_classes:
         return dataset
     return dataclasses.replace(dataset, classes=tuple(map(str, range(try_on(model, dataset.image_shape)[0]))))

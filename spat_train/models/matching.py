@@ -15,7 +15,7 @@ TELLING = 8  # times that the end of a name may occur in a model: where thousand
 
 
 class Match:
-    """Where the weights of a file go in a model. What wraps the network on either side, a prefix, is found by matching."""
+    """Where the weights of a file go in a model. Prefixes of wrappers, on either side, are found by matching names."""
 
     def __init__(self, file: dict[str, Tensor], model: nn.Module):
         self.file = file
@@ -62,7 +62,7 @@ class Match:
 
     @property
     def classes(self) -> int:
-        """Those of the file, where the number of classes is all that differs, else 0."""
+        """The number of classes of the file where it is all that differs, else 0."""
         if self.missing or self.unexpected:
             return 0
         counts = {(a[0], b[0]) if a and b and a[1:] == b[1:] else (0, 0) for _, a, b in self.misshaped}
@@ -77,7 +77,7 @@ class Match:
 
 
 def prefixes(file: Iterable[str], own: Iterable[str]) -> tuple[str, str]:
-    """What stands before the names of the network in the file and in the model: the two without which most names agree."""
+    """The prefixes of the names in the file and in the model without which most names agree."""
     file, own = list(file), list(own)
     places: dict[str, list[str]] = {}
     for name in own:

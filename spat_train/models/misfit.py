@@ -11,7 +11,7 @@ NORMALIZE = "put a spat_train.models.Normalize with the mean and std of its trai
 
 
 def misfit(match: Match) -> str:
-    """What does not fit, and the remedy; "" where all can be copied."""
+    """The weights that do not fit, and the remedy; "" where all can be copied."""
     shapes = [f"{name} {list(theirs)} (the model has {list(ours)})" for name, theirs, ours in match.misshaped]
     pairs = [(name, match.file[at], match.own[name]) for name, at in match.source.items()]
     odd = [f"{name} ({why})" for name, theirs, ours in pairs if (why := _uncopied(name, theirs, ours))]
@@ -37,7 +37,7 @@ def _unwritable(ours: Tensor) -> str:
 
 
 def _hint(match: Match) -> str:
-    """What the model probably should have been."""
+    """Which model the file probably belongs to."""
     missing = {name.removeprefix(match.ours) for name in match.missing}
     unexpected = {name.removeprefix(match.theirs) for name in match.unexpected}
     if unexpected and not missing and all(map(NUMBERS.search, unexpected)):

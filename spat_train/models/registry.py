@@ -73,7 +73,8 @@ def _create(name: str, num_classes: int, image_shape: ImageShape) -> nn.Module:
         return own_model(name, num_classes)
     for family in FAMILIES:
         if found := family.pattern.fullmatch(name):
-            return family.make(num_classes, image_shape, *found.groups())
+            settings = {key: int(v) if v.isdigit() else v for key, v in found.groupdict().items() if v is not None}
+            return family.make(num_classes=num_classes, image_shape=image_shape, **settings)
     usages = ", ".join(family.usage for family in FAMILIES)
     hint = did_you_mean(name, NAMES)
     raise ValueError(f"name={name!r}: there is no such model: {hint}give {usages}, timm:NAME or package.module:factory")

@@ -1,4 +1,4 @@
-"""What a trained run says of its model: its checkpoint, its config, and the name of the architecture in it."""
+"""The checkpoint and the config of a trained run, and the name of the architecture in it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def chosen_name(path: str | Path, config: Config | None, name: str | None, optio
     """The architecture of the run or checkpoint `path`: `name`, which `option` gave, else that of its config.
 
     Raises:
-        InputError: neither tells; or the config alone names code, which would run.
+        InputError: neither is given; or only the config names code, which would run.
     """
     if name is not None:
         return name
@@ -30,9 +30,8 @@ def checkpoint_file(path: str | Path) -> Path:
     path = Path(path)
     if not os.path.isdir(path):
         if not os.path.isfile(path):  # those of Path raise on names that are too long
-            raise InputError(
-                f"{path}: there is no such run or checkpoint: give the folder of a run, or a file that torch.save wrote"
-            )
+            remedy = "give the folder of a run, or a file that torch.save wrote"
+            raise InputError(f"{path}: there is no such run or checkpoint: {remedy}")
         return path
     found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
     if not found:
@@ -60,12 +59,13 @@ def run_config(path: str | Path, content: Any = None) -> Config | None:
 
 
 def config_beside(content: Any, path: str | Path) -> Config | None:
-    """The config that a run put beside its weights."""
+    """The config in a checkpoint that a run wrote; None for those of others."""
     ours = isinstance(content, dict) and str(content.get("format")).startswith("spat_train ")
     return _config(content.get("config"), path) if ours else None
 
 
 def _config(content: Any, path: str | Path) -> Config | None:
+    """`content`, read from JSON, as a config; None where it is not one of ours. Checked, as files may be edited or foreign."""
     if not isinstance(content, dict) or not isinstance(content.get("model"), str):
         return None
     kinds = get_type_hints(Config)

@@ -75,10 +75,10 @@ class PreActResNet18(nn.Module):
 
 @register(
     "preactresnet-18 (also with /activated or /raw)",
-    "preactresnet-18(?:/(activated|raw))?",
+    "preactresnet-18(?:/(?P<shortcut>activated|raw))?",
     names=("preactresnet-18", "preactresnet-18/activated", "preactresnet-18/raw"),
     variant="activated",
 )
-def _preact_resnet(num_classes: int, image_shape: ImageShape, shortcut: str | None) -> nn.Module:
+def _preact_resnet(num_classes: int, image_shape: ImageShape, shortcut: str | None = None) -> nn.Module:
     block = {None: None, "activated": PreActBlock, "raw": RawPreActBlock}[shortcut]
     return PreActResNet18(num_classes, image_shape[0], block)

@@ -4,14 +4,10 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from . import ImageShape, register
+from . import register
 
 
 @register("small-cnn")
-def _small(num_classes: int, image_shape: ImageShape) -> nn.Module:
-    return SmallCNN(image_shape, num_classes)
-
-
 class SmallCNN(nn.Module):
     """Three 3x3 convolutions with BatchNorm, the last two of stride 2, and a linear classifier.
 
@@ -41,11 +37,7 @@ class SmallCNN(nn.Module):
         return self.classifier(self.features(2 * x - 1).flatten(1))
 
 
-@register("mnist-cnn (also with /WIDTH)", r"mnist-cnn(?:/([1-9]\d*))?", names=("mnist-cnn",), variant="16")
-def _mnist_cnn(num_classes: int, image_shape: ImageShape, scale: str | None) -> nn.Module:
-    return MnistCNN(image_shape, num_classes, int(scale or 16))
-
-
+@register("mnist-cnn (also with /WIDTH)", r"mnist-cnn(?:/(?P<scale>[1-9]\d*))?", names=("mnist-cnn",), variant="16")
 class MnistCNN(nn.Module):
     """Madry et al.'s network for MNIST (arXiv 1706.06083): two 5x5 convolutions, each max-pooled, and two dense layers.
 
@@ -84,10 +76,6 @@ class MnistCNN(nn.Module):
 
 
 @register("mnist-b")
-def _mnist_b(num_classes: int, image_shape: ImageShape) -> nn.Module:
-    return MnistB(image_shape, num_classes)
-
-
 class MnistB(nn.Module):
     """Architecture B of Tramèr et al. for MNIST (arXiv 1705.07204, Appendix A), from which Madry et al. attack in the black box.
 
@@ -123,10 +111,6 @@ class MnistB(nn.Module):
 
 
 @register("mnist-trades")
-def _trades(num_classes: int, image_shape: ImageShape) -> nn.Module:
-    return TradesCNN(image_shape, num_classes)
-
-
 class TradesCNN(nn.Module):
     """TRADES' network for MNIST (its code calls it SmallCNN): four 3x3 convolutions, two max-pools and three dense layers.
 
