@@ -19,8 +19,15 @@ HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full
 SAMPLED = 4096  # images that it reads of more
 
 
+class _Labelled:
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
 @dataclass(frozen=True, eq=False)
-class Images:
+class Images(_Labelled):
     """Images in memory, mapped from a file, or on a device.
 
     Args:
@@ -37,9 +44,6 @@ class Images:
         x = torch.from_numpy(np.ascontiguousarray(pixels))
         return cls(x if x.ndim == 4 else x[..., None], torch.as_tensor(np.asarray(labels), dtype=torch.int64))
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def image_shape(self) -> tuple[int, int, int]:
         height, width, channels = self.pixels.shape[1:]
@@ -54,7 +58,7 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
-class Floats:
+class Floats(_Labelled):
     """Images in memory that need not be on the 8-bit grid.
 
     Args:
@@ -65,9 +69,6 @@ class Floats:
     x: Tensor
     labels: Tensor
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def image_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.x.shape[1:]
@@ -75,7 +76,7 @@ class Floats:
 
 
 @dataclass(frozen=True, eq=False)
-class Folder:
+class Folder(_Labelled):
     """Pictures in files, decoded when asked for by `read_picture`.
 
     Args:
@@ -89,9 +90,6 @@ class Folder:
     files: list[str]
     labels: Tensor
     size: int
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -148,10 +148,7 @@ def test_pickled_objects_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"data": PIXELS.astype(np.float32)},
-            r"images are float32 \[30, 8, 9, 3\]: save uint8 \[N, 8, 9, 3\]",
-        ),
+        ({"data": PIXELS.astype(np.float32)}, r"images are float32 \[30, 8, 9, 3\]: save uint8 \[N, 8, 9, 3\]"),
         ({"data": PIXELS.reshape(30, -1)}, r"images are uint8 \[30, 216\]: save uint8 \[N, 8, 9, 3\]"),
         ({"data": PIXELS[..., 0]}, r"images are uint8 \[30, 8, 9\]"),
         ({"data": PIXELS.transpose(0, 3, 1, 2)}, r"images are uint8 \[30, 3, 8, 9\]"),
