@@ -14,10 +14,10 @@ pytest.importorskip("matplotlib")
 
 from spat_train import cli
 from spat_train import demo as demo_module
-from spat_train.models.registry import SmallCNN
+from spat_train.models.networks.small import SmallCNN
 from spat_train.papers.pictures import large_eps
 from spat_train.runtime import logs
-from tests.data.test_datasets import arrays, saved
+from tests.data.helpers import arrays, saved
 
 PNG = b"\x89PNG"
 

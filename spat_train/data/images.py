@@ -1,23 +1,33 @@
-"""Labelled images as uint8, [N, H, W, C], wherever they lie, and what is asked of any of them."""
+"""Labelled images, in memory, mapped or in files: what they are, and what training and evaluation need of any of them."""
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..errors import InputError, first_line
+from ..errors import InputError
+from .pictures import read_picture
 
-HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full; of more, so many images:
-SAMPLED = 4096
+MIN_SIZE = 8  # least H and W: below, the strides of SmallCNN leave BatchNorm one pixel
+HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full
+SAMPLED = 4096  # images that it reads of more
+
+
+class _Labelled:
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
+class Images(_Labelled):
     """Images in memory, mapped from a file, or on a device.
 
     Args:
@@ -28,8 +38,11 @@ class Images:
     pixels: Tensor
     labels: Tensor
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @classmethod
+    def from_arrays(cls, pixels: np.ndarray, labels: ArrayLike) -> "Images":
+        """uint8 [N, H, W] or [N, H, W, C], used without a copy where it is contiguous, and whole numbers [N]."""
+        x = torch.from_numpy(np.ascontiguousarray(pixels))
+        return cls(x if x.ndim == 4 else x[..., None], torch.as_tensor(np.asarray(labels), dtype=torch.int64))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -45,7 +58,7 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
-class Floats:
+class Floats(_Labelled):
     """Images in memory that need not be on the 8-bit grid.
 
     Args:
@@ -56,9 +69,6 @@ class Floats:
     x: Tensor
     labels: Tensor
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def image_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.x.shape[1:]
@@ -66,7 +76,7 @@ class Floats:
 
 
 @dataclass(frozen=True, eq=False)
-class Folder:
+class Folder(_Labelled):
     """Pictures in files, decoded when asked for by `read_picture`.
 
     Args:
@@ -80,9 +90,6 @@ class Folder:
     files: list[str]
     labels: Tensor
     size: int
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -103,57 +110,6 @@ class Folder:
         return torch.tensor([os.stat(self.root / name).st_size for name in self.files], dtype=torch.int64)
 
 
-def read_picture(path: Path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the short side resized to `size`, the square in the middle, RGB.
-
-    Of 16 bits the high 8 are kept, so that pictures of 12 bits in 16 come out almost black: stretch them first. As for
-    torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the first picture of an animation is taken.
-
-    Raises:
-        InputError: the file cannot be decoded, or has 32 bits a value, whose range is not known.
-    """
-    from PIL import Image
-
-    try:
-        if not path.is_file():  # opening a FIFO would wait for ever
-            raise OSError("there is no such file" if not path.exists() else "it is no regular file")
-        with Image.open(path) as file:
-            return _square(_rgb(file), size)
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's parsers raise anything on broken files
-        raise InputError(
-            f"--data: {path} cannot be decoded ({first_line(error)}): repair or remove it, or start with --skip-broken; a run "
-            "that is under way goes on when it is repaired"
-        ) from error
-
-
-def _rgb(picture: Any) -> Any:
-    from PIL import Image
-
-    grey16 = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
-    if grey16:  # PIL's convert clips it to 255; of 16-bit colours PIL keeps the high byte
-        levels = (np.asarray(picture) >> 8).astype(np.uint8)
-        white_is_0 = picture.format == "TIFF" and picture.tag_v2.get(262) == 0  # PIL minds it for 8 bits alone
-        picture = Image.fromarray(255 - levels if white_is_0 else levels)
-    elif picture.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a value, of an unknown range: save it with 8 or 16")
-    return picture.convert("RGB")
-
-
-def _square(picture: Any, size: int) -> np.ndarray:
-    """As torchvision's Resize and CenterCrop, to one level, but not by way of the whole resized picture: a thin one's is huge."""
-    from PIL import Image
-
-    def middle(side: int) -> tuple[float, float]:
-        resized = int(size * side / min(picture.size))
-        start = round((resized - size) / 2)
-        return start * side / resized, (start + size) * side / resized
-
-    (left, right), (top, bottom) = map(middle, picture.size)
-    return np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
-
-
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """What to train on and what to test on; labels are indices into `classes`."""
@@ -163,6 +119,12 @@ class Dataset:
     test: Images | Folder
     classes: tuple[str, ...]
     all_classes: bool = True  # False: there may be more, the labels of test images are all that is known
+
+    @classmethod
+    def from_splits(cls, name: str, splits: Sequence, classes: Iterable[str], all_classes: bool = True) -> "Dataset":
+        """`splits`: training set and test set, or the test set alone, which leaves the training set empty."""
+        train = splits[0] if len(splits) == 2 else splits[0].subset(torch.arange(0))
+        return cls(name, train, splits[-1], tuple(classes), all_classes)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -180,8 +142,13 @@ class Dataset:
 def _limited(images: Images | Folder, limit: int | None, seed: int) -> Images | Folder:
     if limit is None or limit >= len(images):
         return images
-    # Drawn, not the first: files sorted by class exist.
+    # At random, as some files are sorted by class.
     return images.subset(torch.from_numpy(np.random.default_rng(seed).permutation(len(images))[:limit]))
+
+
+def missing_classes(labels: Tensor, num_classes: int) -> list[int]:
+    """The classes below `num_classes` that no label is of."""
+    return (labels.bincount(minlength=num_classes) == 0).nonzero()[:, 0].tolist()
 
 
 def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,7 @@ class Loader:
 
         Raises:
             InputError: an image cannot be read, or worker processes lack memory.
-            RuntimeError: a worker process died; `death` tells how.
+            RuntimeError: a worker process died; `death` says how.
         """
         parts, first = self._parts(number)[first_step:], number * self.order.steps + first_step
         if all(pixels is not None for pixels in self.resident):
@@ -134,7 +134,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_deaf if self.workers else None,
+            worker_init_fn=_ignore_signals if self.workers else None,
             generator=torch.Generator(),  # workers get seeds that they do not use: the global generator stays as it is
             multiprocessing_context=_Workers() if self.workers else None,
         )
@@ -203,14 +203,14 @@ def death(error: BaseException) -> str:
     return ""
 
 
-def _deaf(worker: int) -> None:
-    """Signals that go to a whole group are the trainer's to hear: it ends its workers when it has saved."""
+def _ignore_signals(worker: int) -> None:
+    """Signals to a whole process group are for the trainer to handle: it ends its workers when it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class _Worker(ForkProcess):
-    """Ended by SIGKILL, as it is deaf: it holds nothing that could be lost."""
+    """Ended by SIGKILL, as it ignores other signals: it holds nothing that could be lost."""
 
     @staticmethod
     def _Popen(process):
@@ -238,7 +238,7 @@ class _Reader(TorchDataset):
         try:
             parts = zip(self.sources, self.parts[i], strict=False)
             batch = [None if source is None else source.batch(rows) for source, rows in parts]
-            # Shared here: where the thread that sends batches fails to, nobody hears of it, and the trainer waits for ever.
+            # Shared here: where the thread that sends batches fails to, nobody notices, and the trainer waits forever.
             return [read.share_memory_() if worker and read is not None else read for read in batch]
         except InputError as error:  # returned, as the DataLoader would wrap it into a page of traceback
             return error

@@ -1,26 +1,25 @@
 """Extra images to train on: pseudo-labelled or generated, up to tens of millions, in files of other projects' making.
 
 Pixels are mapped and never read as a whole. An uncompressed .npz is mapped as it is. What is compressed or pickled is written
-once to FILE.pixels.npy beside it: the pixels, the labels after them, and a last line that tells which FILE it was made from.
+once to FILE.pixels.npy beside it: the pixels, the labels after them, and a last line with the size and time of FILE.
 """
 
 import os
-import pickle
-import re
 import secrets
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from ..errors import InputError, first_line
-from .datasets import class_labels
+from .array_pickle import as_array, read_pickle
 from .images import Images
 from .mmap_npz import map_npy, map_npz, npy_header
+from .npz_files import class_labels
 
 NAMES = (("image", "label"), ("data", "extrapolated_targets"), ("x_train", "y_train"))  # generated; RST's; as --data
 EXPECTED = " or ".join(f"({pixels}, {labels})" for pixels, labels in NAMES)
@@ -61,39 +60,47 @@ def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: in
         raise
     except Exception as error:  # unpickling and unzipping what is none of either raise anything
         raise InputError(f"{where} cannot be read as .npz or pickle ({first_line(error)}): give one with {EXPECTED}") from error
-    images = torch.from_numpy(pixels)
-    return Images(images if images.ndim == 4 else images[..., None], torch.from_numpy(labels.astype(np.int64)))
+    return Images.from_arrays(pixels, labels.astype(np.int64))
 
 
 def _open(path: Path, check: Callable[..., None]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels, mapped, and labels, both checked."""
     status = path.stat()
     stamp = f"made from {status.st_size} bytes of {status.st_mtime_ns}\n".encode()
-    if not zipfile.is_zipfile(path):
-        if (copy := _read_copy(path, stamp)) is None:
-            pixels, labels = _unpickled(path)
-            check(pixels.dtype, pixels.shape, "C", labels)
-            copy = _write_copy(path, stamp, labels, lambda file: np.save(file, np.ascontiguousarray(pixels)))
+    if zipfile.is_zipfile(path):
+        pixels, labels = _open_npz(path, stamp, check)
+    elif (copy := _read_copy(path, stamp)) is not None:
+        pixels, labels = copy
     else:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-            pixels_name, labels_name = _chosen(path, names)
-            with archive.open(f"{labels_name}.npy") as file:
-                labels = np.lib.format.read_array(file)
-            with archive.open(f"{pixels_name}.npy") as file:
-                check(*npy_header(file), labels)
-            # No checksum: that would read all of it.
-            if (mapped := map_npz(archive, pixels_name, check=False)) is not None:
-                return mapped, labels
-            if (copy := _read_copy(path, stamp)) is None:
-
-                def unpack(copy: BinaryIO) -> None:
-                    with archive.open(f"{pixels_name}.npy") as file:
-                        shutil.copyfileobj(file, copy, 1 << 24)
-
-                copy = _write_copy(path, stamp, labels, unpack)
-    pixels, labels = copy
+        pixels, labels = _unpickled(path)
+        check(pixels.dtype, pixels.shape, "C", labels)
+        pixels, labels = _write_copy(path, stamp, labels, partial(np.save, arr=np.ascontiguousarray(pixels)))
     check(pixels.dtype, pixels.shape, "C", labels)  # a copy may be older than this training set
-    return copy
+    return pixels, labels
+
+
+def _open_npz(path: Path, stamp: bytes, check: Callable[..., None]) -> tuple[np.ndarray, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        pixels_name, labels_name = _chosen(path, {name.removesuffix(".npy") for name in archive.namelist()})
+        with archive.open(f"{labels_name}.npy") as file:
+            labels = np.lib.format.read_array(file)
+        with archive.open(f"{pixels_name}.npy") as file:
+            check(*npy_header(file), labels)
+        # No checksum: that would read all of it.
+        if (mapped := map_npz(archive, pixels_name, check=False)) is not None:
+            return mapped, labels
+        if (copy := _read_copy(path, stamp)) is not None:
+            return copy
+        with archive.open(f"{pixels_name}.npy") as file:
+            return _write_copy(path, stamp, labels, lambda copy: shutil.copyfileobj(file, copy, 1 << 24))
+
+
+def _unpickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    content = read_pickle(path)
+    if not isinstance(content, dict):
+        raise InputError(f"--extra {path}: it holds a {type(content).__name__}: save a dictionary with {EXPECTED}")
+    pixels, labels = (as_array(content[name]) for name in _chosen(path, content))
+    return pixels, labels
 
 
 def _chosen(path: Path, names: Any) -> tuple[str, str]:
@@ -144,80 +151,3 @@ def _write_copy(path: Path, stamp: bytes, labels: np.ndarray, write: Callable[[B
     if (result := _read_copy(path, stamp)) is None:
         raise InputError(f"--extra {path}: {copy} changed while it was written: start again")
     return result
-
-
-# --- pickles, without running what they say ---
-
-
-def _unpickled(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with open(path, "rb") as file:
-        content = _Unpickler(file, encoding="latin1").load()  # Python 2's strings are bytes
-    if not isinstance(content, dict):
-        raise InputError(f"--extra {path}: it holds a {type(content).__name__}: save a dictionary with {EXPECTED}")
-    pixels, labels = (content[name] for name in _chosen(path, content))
-    pixels, labels = (v.array() if isinstance(v, _Array) else np.asarray(v) for v in (pixels, labels))
-    return pixels, labels
-
-
-class _Dtype:
-    """Stands for numpy.dtype."""
-
-    def __init__(self, code: str, *_: Any):
-        self.code = code
-
-    def __setstate__(self, state: tuple):
-        self.code = state[1] + self.code  # the byte order
-
-    def array(self, content: Any) -> np.ndarray:
-        """[N], a view of `content`, bytes or what Python 2 wrote for them."""
-        if not re.fullmatch("[<>=|]?([iuf][1248]|b1)", self.code):
-            raise pickle.UnpicklingError(f"an array of dtype {self.code}")
-        content = content.encode("latin1") if isinstance(content, str) else content
-        return np.frombuffer(content, np.dtype(self.code))
-
-
-class _Array:
-    """Stands for numpy.ndarray: looked at only where it is asked for, as files hold other things beside."""
-
-    def __init__(self, *_: Any):
-        self.state: tuple = (0, _Dtype("u1"), False, b"")
-
-    def __setstate__(self, state: tuple):
-        self.state = state[1:]
-
-    def array(self) -> np.ndarray:
-        shape, dtype, fortran, content = self.state
-        return dtype.array(content).reshape(shape, order="F" if fortran else "C")
-
-
-class _Buffer(_Array):
-    """Stands for what numpy's _frombuffer makes, in protocol 5."""
-
-    def __init__(self, content: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None):
-        self.state, self.axes = (shape, dtype, order == "F", content), axes  # axes come with the order K: in memory it is C
-
-    def array(self) -> np.ndarray:
-        return super().array() if self.axes is None else super().array().transpose(self.axes)
-
-
-def _scalar(dtype: _Dtype, content: Any) -> Any:
-    return dtype.array(content)[0]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes arrays of numbers, and calls nothing but the stand-ins above, whatever the pickle names."""
-
-    STANDINS = {
-        "numpy.dtype": _Dtype,
-        "numpy.ndarray": _Array,
-        "numpy.core.multiarray._reconstruct": _Array,
-        "numpy.core.multiarray.scalar": _scalar,
-        "numpy.core.numeric._frombuffer": _Buffer,
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how protocol 2 writes bytes
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # as numpy 2 says
-        if full not in self.STANDINS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
-        return self.STANDINS[full]

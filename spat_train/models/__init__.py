@@ -1,1 +1,4 @@
 """Networks and their weights."""
+
+from .registry import create as create
+from .wrapping import Normalize as Normalize

@@ -1,4 +1,4 @@
-"""Files that hold weights: what is in one, without running code from it, and which of its entries are the weights."""
+"""Files that hold weights: read without running code from them, and searched for the entries that are the weights."""
 
 import os
 import re
@@ -23,7 +23,7 @@ LISTED = 8
 
 
 class _Ignored:
-    """What stands beside weights and runs no code, such as NumPy's scalars: read as nothing."""
+    """Stands for harmless objects beside the weights, such as NumPy's scalars, whose content is dropped."""
 
     def __init__(self, *args):
         pass
@@ -39,6 +39,22 @@ class _Number(_Ignored):
 _IGNORED = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray"]
 _IGNORED += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _IGNORED += [f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("", "Posix", "Windows")]
+
+
+def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
+    """The state dict in `path`, on the CPU, with the names that it has there.
+
+    Args:
+        path: what `torch.save` wrote: a state dict, or dicts around one, under a usual name ("model", "state_dict", "net", ...)
+            or as the only one; or a .safetensors file.
+        weights: "model" and "ema" (averaged weights) insist, "auto" takes "ema" where there is one.
+
+    Raises:
+        InputError: it is no such file, or has no such weights.
+        ValueError: `weights` is not one of the three.
+    """
+    # Copied from the mapped file, which the caller may want to write to.
+    return {name: tensor.clone() for name, tensor in select(read_file(path), weights, path).items()}
 
 
 def read_file(path: str | Path) -> Any:
@@ -86,7 +102,7 @@ def _refused(path: str | Path, what: str) -> InputError:
 
 
 def _something_else(path: Path, head: bytes) -> str:
-    """What the file is instead of weights, and the remedy; "" where it may be weights."""
+    """Why the file cannot hold weights, and the remedy; "" where it may."""
     if not head:
         return "it is empty: copy or download it again"
     if re.match(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z]", head):
@@ -147,7 +163,7 @@ def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
 
 
 def _entries(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What is in dicts around state dicts, with the keys of the dicts around each."""
+    """Every value in nested dicts, down to state dicts, with the keys that lead to it."""
     yield keys, content
     if isinstance(content, dict) and not _is_state_dict(content) and len(keys) < LEVELS:
         for key, value in content.items():
@@ -156,7 +172,7 @@ def _entries(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Single numbers alone are metrics."""
+    """Whether it maps names to tensors. A dict of single numbers holds metrics."""
     named = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
     return named and any(v.ndim for v in value.values())
 

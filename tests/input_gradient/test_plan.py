@@ -20,7 +20,8 @@ from spat_kernels.input_gradient import choose as engine
 from spat_kernels.input_gradient import plan, trace
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.plan import Linear, PlannedGradient, PoolLinear
-from spat_train.models.registry import SmallCNN, create
+from spat_train.models.networks.small import SmallCNN
+from spat_train.models.registry import create
 
 EPS = 8 / 255
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.windows import Windows
-from spat_train.models.registry import MnistCNN, create
+from spat_train.models.networks.small import MnistCNN
+from spat_train.models.registry import create
 from tests.input_gradient.test_plan import MODELS, images, planned, randomized
 
 

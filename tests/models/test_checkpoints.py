@@ -1,93 +1,164 @@
-"""Every file that fits fills the model with its very weights; one that does not leaves the model alone and says why."""
+"""Each public layout fills a model with its very weights, or the model stays as it was and the message says why."""
 
 import argparse
-import copy
-import os
+import pathlib
+import time
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from spat_train.data.datasets import InputError
-from spat_train.models.checkpoints import load_checkpoint, read_weights
-from spat_train.models.registry import Normalize, WideResNet, create
+from spat_train.errors import InputError
+from spat_train.evaluation.evaluate import weights_hash
+from spat_train.models import create
+from spat_train.models.checkpoints import load_checkpoint, load_model
+from spat_train.models.matching import prefixes
+from spat_train.models.networks.preact_resnet import PreActResNet18
+from spat_train.models.networks.wide_resnet import WideResNet
+from spat_train.models.weight_files import read_weights
+from spat_train.models.wrapping import normalisation
+from tests.models.helpers import CIFAR, MEAN, STD, X, network, normalized, numbers, own, prefixed, refusal, same, saved
 
 
-def network(seed: int, depth: int = 10, width: int = 1, num_classes: int = 10) -> nn.Module:
-    """WRN with every entry of the state dict at random."""
-    torch.manual_seed(seed)
-    model = WideResNet(depth, width, num_classes)
-    for value in model.state_dict().values():
-        value.copy_(torch.rand(value.shape) * 100)
-    return model
+def other() -> dict:
+    """Weights that must not be taken."""
+    return network(seed=9).state_dict()
 
 
-def saved(tmp_path, content, **options):
-    path = tmp_path / "weights.pt"
-    torch.save(content, path, **options)
-    return path
+def kuangliu(state: dict) -> dict:
+    return {name.replace("downsample", "shortcut").replace("fc.", "linear."): value for name, value in state.items()}
 
 
-def same(model: nn.Module, state: dict) -> bool:
-    own = model.state_dict()
-    return own.keys() == state.keys() and all(torch.equal(own[name], state[name]) for name in own)
+def robustness(state: dict) -> dict:
+    ours = numbers("module.normalizer.new_mean", "module.normalizer.new_std", (3, 1, 1))
+    attackers = numbers("module.attacker.normalize.new_mean", "module.attacker.normalize.new_std", (3, 1, 1))
+    content = ours | prefixed("module.model.", state) | attackers | prefixed("module.attacker.model.", state)
+    return {"model": content, "epoch": 3, "nat_prec1": torch.tensor(95.0)}
 
 
-def with_prefix(prefix: str, state: dict) -> dict:
-    return {prefix + name: value for name, value in state.items()}
+# ---- layouts that are read
 
-
-def refusal(model: nn.Module, path, **options) -> str:
-    """The one-line message; the model is as before."""
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError) as caught:
-        load_checkpoint(model, path, **options)
-    assert same(model, before)
-    message = str(caught.value)
-    assert message.startswith(f"checkpoint {path}: ")
-    assert "\n" not in message
-    return message
-
-
-CONTENTS = {
-    "bare": lambda state: state,
-    "ours": lambda state: {"format": "spat_train", "config": {"model": "wrn-10-1"}, "model": state, "ema": None, "epoch": 3},
-    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
-    "model_state_dict": lambda state: {"model_state_dict": state, "model": "wrn-10-1"},
-    "net": lambda state: {"net": state, "acc": 0.5},
-    "RST": lambda state: {"num_classes": 10, "state_dict": with_prefix("module.", state), "normalize_input": False},
-    "nested twice": lambda state: {"model": {"state_dict": state, "epoch": 1}},
-    "DataParallel": lambda state: with_prefix("module.", state),
-    "DataParallel twice": lambda state: with_prefix("module.module.", state),
-    "compiled": lambda state: with_prefix("_orig_mod.", state),
-    "compiled, parallel, wrapped": lambda state: with_prefix("module._orig_mod.model.", state),
-    "sub_block1": lambda state: with_prefix("module.", state | {"sub_block1.layer.0.bn1.weight": torch.ones(16)}),
-    "command line": lambda state: {"args": argparse.Namespace(lr=0.1), "state_dict": state},
-    "ordered": lambda state: OrderedDict(state),
+LAYOUTS = {  # without numbers of a normalisation
+    "bare": lambda s: s,
+    "ordered": lambda s: OrderedDict(s),
+    "ours": lambda s: {"format": "spat_train", "config": {"model": "wrn-10-1"}, "model": s, "ema": None, "epoch": 3},
+    "state_dict": lambda s: {"epoch": 3, "state_dict": s, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
+    "model_state_dict": lambda s: {"model_state_dict": s, "model": "wrn-10-1"},
+    "net": lambda s: {"net": s, "acc": 0.5},
+    "RST": lambda s: {"num_classes": 10, "state_dict": prefixed("module.", s), "normalize_input": False},
+    "nested twice": lambda s: {"model": {"state_dict": s, "epoch": 1}},
+    "DataParallel": lambda s: prefixed("module.", s),
+    "DataParallel twice": lambda s: prefixed("module.module.", s),
+    "compiled": lambda s: prefixed("_orig_mod.", s),
+    "compiled, parallel, wrapped": lambda s: prefixed("module._orig_mod.model.", s),
+    "sub_block1": lambda s: prefixed("module.", s | {"sub_block1.layer.0.bn1.weight": torch.ones(16)}),
+    "command line": lambda s: {"args": argparse.Namespace(lr=0.1), "state_dict": s},
+    "net., backbone., 0.": lambda s: prefixed("net.backbone.0.", s),
+    "as in the Sequential of another": lambda s: prefixed("module.1.", s),
+    "one unusual entry": lambda s: {"epoch": 3, "robust_classifier": s, "metrics": {"history": [1.0, 2.0]}},
+    "Lightning": lambda s: {"state_dict": prefixed("model.", s), "hyper_parameters": {"lr": 0.1}, "optimizer_states": [{}]},
+    "NumPy's beside": lambda s: {"net": s, "acc": np.float64(95.3), "best": np.int64(3), "losses": np.ones(3)},
+    "a path beside": lambda s: {"net": s, "file": pathlib.Path("x")},
+    "AveragedModel": lambda s: {"n_averaged": torch.tensor(3)} | prefixed("module.", s),
+    "swa_model": lambda s: {"swa_model": {"n_averaged": torch.tensor(3)} | prefixed("module.", s), "model": other()},
+    "ema.module": lambda s: {"state_dict": other(), "ema": {"module": s, "decay": 0.999}},
+    "ema.shadow": lambda s: {"state_dict": other(), "model_ema": {"shadow": s, "decay": 0.999}},
+    "ema.state_dict": lambda s: {"model": other(), "ema": {"state_dict": s}},
+    "ema in a Trainer's dict": lambda s: {"checkpoint": {"model": other(), "ema": s}},
+    "a decay called ema": lambda s: {"model": s, "ema": 0.999},
+    "settings called ema": lambda s: {"model": s, "args": {"ema": {"decay": torch.tensor(0.999), "every": 1}}},
+    "three dicts deep": lambda s: {"run": {"trainer": {"model": s}}},
+    "numbers of the average": lambda s: {"net": s, "config": {"ema_decay": np.float64(0.9)}, "ema_losses": torch.ones(5)},
+    "metrics as tensors": lambda s: {"classifier": s, "metrics": {"acc": torch.tensor(95.0)}},
+    "counts as floats": lambda s: {n: v.float() if n.endswith("num_batches_tracked") else v for n, v in s.items()},
+    "another's format and config": lambda s: {"format": "v1", "config": {"model": {"depth": 10}}, "model": s},
+    "another's settings": lambda s: {"format": "v1", "config": {"lr": 0.1}, "model": s},
+}
+NORMALISED = {
+    "RobustBench, mu": lambda s: numbers("mu", "sigma") | s,
+    "RobustBench, mean": lambda s: numbers("mean", "std") | s,
+    "RobustBench, normalize": lambda s: numbers("normalize.mean", "normalize.std") | prefixed("model.", s),
+    "ours, DataParallel": lambda s: prefixed("module.", numbers("normalize.mean", "normalize.std", (3, 1, 1))
+                                             | prefixed("model.", s)),
+    "robustness": robustness,
+    "RST": lambda s: {"num_classes": 10, "normalize_input": True,
+                      "state_dict": numbers("module.0.mean", "module.0.std") | prefixed("module.1.", s)},
+}  # fmt: skip
+NORMALIZERS = {
+    "plain Sequential": normalized,
+    "OrderedDict": lambda net: nn.Sequential(OrderedDict(normalize=normalized(net)[0], model=net)),
+    "OrderedDict of other names": lambda net: nn.Sequential(OrderedDict(norm=normalized(net)[0], backbone=net)),
+    "DataParallel": lambda net: nn.DataParallel(normalized(net)),
 }
 
 
-@pytest.mark.parametrize("old_format", [False, True])
-@pytest.mark.parametrize("kind", CONTENTS)
-def test_reads(tmp_path, kind, old_format):
-    state, model = network(1).state_dict(), network(2)
-    path = saved(tmp_path, CONTENTS[kind](state), _use_new_zipfile_serialization=not old_format)
+@pytest.mark.parametrize(("wrap", "old_format"), [(None, False), (None, True), *((wrap, False) for wrap in NORMALIZERS)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_layouts(tmp_path, layout, wrap, old_format):
+    """They leave the normalisation of the model alone."""
+    state, inner = network().state_dict(), network(seed=2)
+    model = NORMALIZERS[wrap](inner) if wrap else inner
+    path = saved(tmp_path, LAYOUTS[layout](state), _use_new_zipfile_serialization=not old_format)
     load_checkpoint(model, path)
-    assert same(model, state)
-    assert [value.tolist() for value in read_weights(path).values()][: len(state)] == [v.tolist() for v in state.values()]
+    assert same(inner.cpu(), state)  # nn.DataParallel moves it to the GPU, where there is one
+    assert normalisation(model) == ("mean 0.5 0.5 0.5, std 0.5 0.5 0.5" if wrap else "")
+    read = [value for name, value in read_weights(path).items() if name != "n_averaged"]
+    assert [value.tolist() for value in read][: len(state)] == [value.tolist() for value in state.values()]
+
+
+@pytest.mark.parametrize("wrap", NORMALIZERS)
+@pytest.mark.parametrize("layout", NORMALISED)
+def test_normalised_layouts(tmp_path, layout, wrap):
+    """The remedy in the error works, however it is followed."""
+    theirs, inner = network(), network(seed=2)
+    path = saved(tmp_path, NORMALISED[layout](theirs.state_dict()))
+    assert "put a spat_train.models.Normalize" in refusal(network(seed=2), path)
+    model = NORMALIZERS[wrap](inner)
+    load_checkpoint(model, path)
+    assert same(inner.cpu(), theirs.state_dict())
+    assert normalisation(model) == "mean 0.49 0.48 0.45, std 0.25 0.24 0.26"
+    opened, _ = load_model(path, CIFAR, "wrn-10-1")
+    expected = theirs((X - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    torch.testing.assert_close(opened(X), expected)
+
+
+def test_normalisation_outside_of_the_file(tmp_path):
+    """RST's files say that there is one."""
+    state, inner = network().state_dict(), network(seed=2)
+    path = saved(tmp_path, {"num_classes": 10, "state_dict": state, "normalize_input": True})
+    assert "normalize_input" in refusal(inner, path)
+    model = normalized(inner)
+    load_checkpoint(model, path)
+    assert same(inner, state)
+    assert normalisation(model) == "mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: nn.Sequential(OrderedDict(model=m))])
 def test_wrapped_models(tmp_path, wrap):
-    state, inner = network(1).state_dict(), network(2)
+    state, inner = network().state_dict(), network(seed=2)
     load_checkpoint(wrap(inner), saved(tmp_path, state))
-    assert same(inner.cpu(), state)  # nn.DataParallel moves it to the GPU, where there is one
+    assert same(inner.cpu(), state)
+
+
+@pytest.mark.parametrize("layout", [kuangliu, lambda s: robustness(kuangliu(s))], ids=["kuangliu, MART", "robustness"])
+def test_resnets(tmp_path, layout):
+    theirs = network("resnet-18")
+    model, _ = load_model(saved(tmp_path, layout(theirs.state_dict())), CIFAR, "resnet-18")
+    inner = model.model if isinstance(model, nn.Sequential) else model
+    assert torch.equal(inner(X), theirs(X))
+
+
+def test_thousands_of_names_that_end_alike():
+    names, start = [f"layers.{i}.weight" for i in range(4000)], time.perf_counter()
+    assert prefixes([f"module.{name}" for name in names], names) == ("module.", "")
+    assert time.perf_counter() - start < 10
 
 
 def test_model_keeps_its_own(tmp_path):
     """dtype, device, mode, requires_grad, and the very tensors."""
-    state, model = network(1).state_dict(), network(2).half().eval()
+    state, model = network().state_dict(), network(seed=2).half().eval()
     model.conv1.requires_grad_(False)
     before = dict(model.named_parameters())
     load_checkpoint(model, saved(tmp_path, state))
@@ -98,187 +169,181 @@ def test_model_keeps_its_own(tmp_path):
     assert model.fc.weight.requires_grad
 
 
-def test_averaged_weights(tmp_path):
-    state, averaged = network(1).state_dict(), network(2).state_dict()
-    for content in ({"format": "spat_train", "model": state, "ema": averaged}, {"state_dict": state, "state_dict_ema": averaged}):
-        path = saved(tmp_path, content)
-        for weights, expected in {"auto": averaged, "ema": averaged, "model": state}.items():
-            model = network(3)
-            load_checkpoint(model, path, weights=weights)
-            assert same(model, expected)
-            assert read_weights(path, weights)["conv1.weight"].equal(expected["conv1.weight"])
-
-
-@pytest.mark.parametrize("kind", ["bare", "ours", "RST"])
-def test_no_averaged_weights(tmp_path, kind):
-    path = saved(tmp_path, CONTENTS[kind](network(1).state_dict()))
-    assert "no averaged weights: use weights='model'" in refusal(network(2), path, weights="ema")
-
-
-def test_unknown_choice_of_weights(tmp_path):
-    with pytest.raises(ValueError, match="weights='best': give 'auto', 'model' or 'ema'"):
-        read_weights(saved(tmp_path, network(1).state_dict()), "best")
-
-
 def test_batches_tracked_may_be_missing(tmp_path):
-    state, model = network(1).state_dict(), network(2)
+    state, model = network().state_dict(), network(seed=2)
     tracked = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
     load_checkpoint(model, saved(tmp_path, {name: value for name, value in state.items() if name not in tracked}))
     assert same(model, state | tracked)
 
 
-def test_weights_outlive_the_file(tmp_path):
-    """What was read can be written to the same file."""
-    state = network(1).state_dict()
-    path = saved(tmp_path, state)
-    torch.save({"net": read_weights(path)}, path)
-    model = network(2)
-    load_checkpoint(model, path)
-    assert same(model, state)
-
-
-# ---- normalisation ----
-
-
-def normalized(model: nn.Module, mean: float = 0.5) -> nn.Module:
-    return nn.Sequential(OrderedDict(normalize=Normalize([mean] * 3, [0.25] * 3), model=model))
-
-
-@pytest.mark.parametrize("content", [lambda s: s, lambda s: {"state_dict": s, "normalize_input": True}])
-def test_normalisation_of_the_model_stays_where_the_file_has_none(tmp_path, content):
-    state, inner = network(1).state_dict(), network(2)
-    model = normalized(inner)
-    load_checkpoint(model, saved(tmp_path, content(state)))
-    assert same(inner, state)
-    assert (model.normalize.mean == 0.5).all()
-
-
-def test_normalisation_of_the_file_is_taken(tmp_path):
-    model = normalized(network(2))
-    other = normalized(network(1), 0.375)
-    load_checkpoint(model, saved(tmp_path, with_prefix("module.", other.state_dict())))
-    assert same(model, other.state_dict())
-
-
-def test_normalisation_that_the_model_lacks(tmp_path):
-    path = saved(tmp_path, normalized(network(1)).state_dict())
-    message = refusal(network(2), path)
-    assert "unexpected: normalize.mean, normalize.std: " in message
-    assert "put a spat_train.models.registry.Normalize" in message
-    path = saved(tmp_path, {"num_classes": 10, "state_dict": network(1).state_dict(), "normalize_input": True})
-    assert "normalize_input" in refusal(network(2), path)
-
-
-# ---- what does not fit ----
+# ---- what does not fit
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours", "expected"),
     [
         ({"num_classes": 100}, {}, ["shape: fc.weight [100, 64] (the model has [10, 64]), fc.bias [100]", "num_classes=100"]),
-        ({"width": 3}, {"width": 2}, ["shape: block1.layer.0.conv1.weight [48, 16, 3, 3] (the model has [32, 16, 3, 3]), ",
-                                      "another width:"]),
-        ({"depth": 16}, {}, ["unexpected: module.block1.layer.1.bn1.weight, ", "and 28 more", "another depth:"]),
-        ({}, {"depth": 16}, ["missing: block1.layer.1.bn1.weight, ", "and 22 more", "another depth:"]),
-        ({"depth": 16, "width": 2}, {}, ["unexpected: ", "of another shape: ", "another depth or width"]),
+        ({"name": "wrn-10-3"}, {"name": "wrn-10-2"},
+         ["shape: block1.layer.0.conv1.weight [48, 16, 3, 3] (the model has [32, 16, 3, 3]), ", "another width:"]),
+        ({"name": "wrn-16-1"}, {}, ["unexpected: module.block1.layer.1.bn1.weight, ", "and 28 more", "another depth:"]),
+        ({}, {"name": "wrn-16-1"}, ["missing: block1.layer.1.bn1.weight, ", "and 22 more", "another depth:"]),
+        ({"name": "wrn-16-2"}, {}, ["unexpected: ", "of another shape: ", "another depth or width"]),
+        ({"name": "wrn-16-1"}, {"mean": [0.5] * 3, "std": [0.5] * 3}, ["another depth:"]),
+        ({"name": "preactresnet-18"}, {},
+         ["missing: conv1.weight, block1.", "unexpected: module.conv1.weight, module.layer1.", "another architecture"]),
+        ({"name": "mnist-cnn", "image_shape": (1, 28, 28)}, {"name": "mnist-cnn", "image_shape": (1, 32, 32)},
+         ["images of another shape"]),
     ],
     ids=str,
 )  # fmt: skip
-def test_another_size(tmp_path, theirs, ours, expected):
-    message = refusal(network(2, **ours), saved(tmp_path, with_prefix("module.", network(1, **theirs).state_dict())))
+def test_another_network(tmp_path, theirs, ours, expected):
+    message = refusal(network(seed=2, **ours), saved(tmp_path, prefixed("module.", network(**theirs).state_dict())))
     assert all(part in message for part in expected), message
-
-
-def test_another_depth_of_a_wrapped_model(tmp_path):
-    model = normalized(network(2))
-    assert "another depth:" in refusal(model, saved(tmp_path, network(1, depth=16).state_dict()))
-
-
-def test_another_architecture(tmp_path):
-    path = saved(tmp_path, create("preactresnet-18").state_dict())
-    message = refusal(network(2), path)
-    assert "missing: block1." in message
-    assert "unexpected: layer1." in message
-    assert "another architecture" in message
     assert message.count(",") < 60
 
 
-def test_another_image_shape(tmp_path):
-    path = saved(tmp_path, create("mnist-cnn", image_shape=(1, 28, 28)).state_dict())
-    assert "images of another shape" in refusal(create("mnist-cnn", image_shape=(1, 32, 32)), path)
-
-
-def test_one_missing_and_one_too_many(tmp_path):
-    state = network(1).state_dict()
-    state["fc.scale"] = state.pop("fc.bias")
-    message = refusal(network(2), saved(tmp_path, state))
-    assert "missing: fc.bias; unexpected: fc.scale: " in message
-
-
-def test_two_names_for_one(tmp_path):
-    state = network(1).state_dict()
-    message = refusal(network(2), saved(tmp_path, state | {"module.fc.bias": torch.zeros(10)}))
-    assert "unexpected: module.fc.bias: " in message
-
-
-# ---- what is no file of weights ----
-
-
-class Payload:
-    """Its unpickling would make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("made-by-a-pickle",)
-
-
-class Other:
-    pass
-
-
-@pytest.mark.parametrize("old_format", [False, True])
-@pytest.mark.parametrize(("extra", "refused"), [(Payload(), "mkdir"), (Other(), "Other"), (nn.Linear(2, 2), "Linear")])
-def test_unsafe_pickles(tmp_path, monkeypatch, extra, refused, old_format):
-    monkeypatch.chdir(tmp_path)
-    content = {"state_dict": network(1).state_dict(), "extra": extra}
-    message = refusal(network(2), saved(tmp_path, content, _use_new_zipfile_serialization=not old_format))
-    assert f"{refused}, which was refused" in message
-    assert "only weights are read" in message
-    assert not (tmp_path / "made-by-a-pickle").exists()
-
-
-@pytest.mark.parametrize("old_format", [False, True])
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
-def test_truncated(tmp_path, kept, old_format):
-    path = saved(tmp_path, network(1).state_dict(), _use_new_zipfile_serialization=not old_format)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    reason = "it is empty" if kept == 0 else "cannot be read" if old_format else "it is cut short or damaged"
-    assert reason in refusal(network(2), path)
-
-
-@pytest.mark.parametrize("content", [b"not weights at all", b"\x80\x02]q\x00."])
-def test_not_written_by_torch(tmp_path, content):
-    path = tmp_path / "weights.pt"
-    path.write_bytes(content)
-    assert "cannot be read" in refusal(network(2), path)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("nowhere.pt", "there is no such file"), ("x" * 300, "no such file"), (".", "it is a folder")]
-)
-def test_no_such_file(tmp_path, name, reason):
-    assert reason in refusal(network(2), tmp_path / name)
+def without(state: dict, *names: str) -> dict:
+    return {name: value for name, value in state.items() if name not in names}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epoch": 3, "optimizer": {"state": {}}}, "no weights (its entries: epoch, optimizer): save model.state_dict()"),
-        ({}, "no weights (its entries: )"),
-        ({"state_dict": {}}, "no weights (its entries: state_dict)"),
-        ([1, 2], "no weights (a list)"),
-        (torch.ones(3), "no weights (a Tensor)"),
+        (lambda s: without(s, "fc.bias") | {"fc.scale": s["fc.bias"]}, "missing: fc.bias; unexpected: fc.scale: "),
+        (lambda s: s | {"module.fc.bias": torch.zeros(10)}, "unexpected: module.fc.bias: "),
+        (NORMALISED["RobustBench, normalize"], "unexpected: normalize.mean, normalize.std: the file's network normalises"),
+        (lambda s: {"init_conv.weight": s["conv1.weight"], "logits.weight": s["fc.weight"]}, "DeepMind's WRN, another function"),
     ],
 )
-def test_no_weights(tmp_path, content, message):
-    assert message in refusal(network(2), saved(tmp_path, content))
+def test_other_names(tmp_path, content, message):
+    assert message in refusal(network(seed=2), saved(tmp_path, content(network().state_dict())))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mean": torch.zeros(1, 1, 1, 1), "std": torch.ones(1, 1, 1, 1)}, "of another shape: normalize.mean [1, 1, 1, 1]"),
+        ({"mean": torch.zeros(3)}, "missing: normalize.std: the file has a mean without its std, or the reverse: save both"),
+        ({"std": torch.ones(3)}, "missing: normalize.mean: the file has a mean without its std, or the reverse"),
+        ({"mean": torch.full((3,), 125.3), "std": torch.full((3,), 63.0)},
+         "its normalisation (mean 125.3 125.3 125.3, std 63 63 63) is none"),
+        ({"mean": torch.zeros(3), "std": torch.zeros(3)}, "its normalisation (mean 0 0 0, std 0 0 0) is none"),
+        ({"mean": torch.zeros(3), "std": torch.full((3,), -0.2)}, "std -0.2 -0.2 -0.2) is none: save it with positive std"),
+    ],
+)  # fmt: skip
+def test_refused_normalisations(tmp_path, given, message):
+    path = saved(tmp_path, prefixed("normalize.", given) | prefixed("model.", network().state_dict()))
+    assert message in refusal(NORMALIZERS["OrderedDict"](network(seed=2)), path)
+
+
+def test_two_normalisations(tmp_path):
+    state = numbers("mu", "sigma") | {"n.mean": torch.zeros(3), "n.std": torch.ones(3)} | network().state_dict()
+    assert "unexpected: mu, sigma, n.mean, n.std" in refusal(NORMALIZERS["OrderedDict"](network(seed=2)), saved(tmp_path, state))
+
+
+def test_normaliser_of_another_class(tmp_path):
+    theirs = nn.Module()
+    theirs.register_buffer("mean", torch.zeros(3))
+    model = nn.Sequential(theirs, network(seed=2))
+    assert "use a spat_train.models.Normalize" in refusal(model, saved(tmp_path, network().state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to_sparse(), "no such numbers: fc.weight (sparse_coo)"),
+        (lambda t: t.to("meta"), "fc.weight (meta)"),
+        (lambda t: t.to(torch.complex64), "fc.weight (complex64, the model has float32)"),
+        (lambda t: t.to(torch.int8), "fc.weight (int8, the model has float32)"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "fc.weight (quantized)"),
+    ],
+)
+def test_weights_that_cannot_be_copied(tmp_path, change, message):
+    state = {name: change(value) if name == "fc.weight" else value for name, value in network().state_dict().items()}
+    assert message in refusal(network(seed=2), saved(tmp_path, state))
+
+
+def test_models_that_cannot_be_written(tmp_path):
+    path = saved(tmp_path, network().state_dict())
+    expanded = network(seed=2)
+    expanded.fc.weight = nn.Parameter(torch.zeros(10, 1).expand(10, 64))
+    assert "fixed in the model: fc.weight (expanded)" in refusal(expanded, path)
+    with torch.device("meta"):
+        empty = create("wrn-10-1")
+    assert "fixed in the model: conv1.weight (meta)" in refusal(empty, path)
+    with pytest.raises(InputError, match="lazy layers"):
+        load_checkpoint(nn.LazyLinear(3), path)
+    with torch.inference_mode():
+        frozen = create("wrn-10-1").eval()
+    load_checkpoint(frozen, path)  # by the same way
+    with torch.inference_mode():
+        assert torch.equal(frozen(X), network()(X))
+
+
+# ---- one layout, two functions
+
+
+def test_shortcuts_of_preact_resnets(tmp_path):
+    """fast_adversarial's read x, robust_overfitting's relu(bn1(x)), and their files have the same names and shapes."""
+    raw = network("preactresnet-18/raw")
+    path, x = saved(tmp_path, raw.state_dict()), X[:1]
+    block, features = raw.layer2[0], torch.rand(1, 64, 8, 8)
+    out = block.bn1(features).relu()
+    expected = block.conv2(block.bn2(block.conv1(out)).relu()) + block.shortcut(features)
+    torch.testing.assert_close(block(features), expected)
+    for model in (create("preactresnet-18"), PreActResNet18()):
+        message = refusal(model, path)
+        assert "preactresnet-18/activated" in message
+        assert "preactresnet-18/raw" in message
+    alike, activated = create("preactresnet-18/raw").eval(), create("preactresnet-18/activated").eval()
+    for model in (alike, activated):
+        load_checkpoint(model, path)
+    assert torch.equal(alike(x), raw(x))
+    assert not torch.allclose(activated(x), raw(x), atol=1e-3)
+    assert weights_hash(alike) != weights_hash(activated)  # whose evaluations must not be mixed
+
+    path = saved(tmp_path, numbers("mu", "sigma") | raw.state_dict())  # RobustBench's with these are activated
+    with pytest.warns(RuntimeWarning, match="taken as activated"):
+        model, _ = load_model(path, CIFAR, "preactresnet-18")
+    assert weights_hash(model.model) == weights_hash(activated)
+
+
+@pytest.mark.parametrize(
+    ("trained", "loaded", "fits"),
+    [
+        (("preactresnet-18", "relu"), ("preactresnet-18", "relu"), True),
+        (("preactresnet-18", "relu"), ("preactresnet-18/activated", "relu"), True),
+        (("preactresnet-18/raw", "relu"), ("preactresnet-18/raw", "relu"), True),
+        (("preactresnet-18/raw", "relu"), ("preactresnet-18", "relu"), False),
+        (("wrn-10-1", "silu"), ("wrn-10-1", "silu"), True),
+        (("wrn-10-1", "silu"), ("wrn-10-1", "relu"), False),
+        (("resnet-18/stl10", "relu"), ("resnet-18", "relu"), False),
+        (("resnet-18", "relu"), ("resnet-18/cifar", "relu"), True),
+        (("timm:resnet18", "silu"), ("timm:resnet18", "relu"), False),
+        (("timm:resnet18", "silu"), ("timm:resnet18.a1_in1k", "silu"), True),
+        (("torchvision.models:resnet18", "silu"), ("torchvision.models.resnet:resnet18", "relu"), False),
+        (("torchvision.models:resnet18", "silu"), ("torchvision.models.resnet:resnet18", "silu"), True),
+    ],
+)
+def test_own_files_know_their_function(tmp_path, trained, loaded, fits):
+    model, activation = trained
+    path = own(tmp_path, network(model, activation=activation), model=model, activation=activation)
+    target = network(loaded[0], activation=loaded[1], seed=2)
+    if fits:
+        load_checkpoint(target, path)
+    else:
+        assert f"it is a {model} with {activation}, the model a" in refusal(target, path)
+
+
+@pytest.mark.parametrize(
+    ("trained", "target", "message"),
+    [
+        ({"model": "preactresnet-18/raw"}, PreActResNet18, "the model has other 1x1 shortcuts"),
+        ({"model": "wrn-10-1", "activation": "silu"}, lambda: WideResNet(10, 1), "the model has ReLUs"),
+        ({"model": "wrn-10-1"}, lambda: normalized(network()), "the model normalises images, with numbers that"),
+    ],
+)
+def test_own_files_and_models_that_were_made_elsewhere(tmp_path, trained, target, message):
+    path = own(tmp_path, network(trained["model"]), **trained)
+    assert message in refusal(target(), path)

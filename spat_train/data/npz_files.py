@@ -1,0 +1,105 @@
+"""Data sets in .npz files, and the checks of arrays of images and labels."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, first_line
+from .images import MIN_SIZE, Dataset, Images, missing_classes
+from .mmap_npz import map_npz
+
+
+def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset:
+    """The data set in `path`, an .npz file of x_train, y_train, x_test, y_test and, optionally, classes.
+
+    Images are uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], labels whole numbers [N], classes the K names (without them K is the
+    largest label + 1 and the names are numbers). Images that are not compressed stay in the file, mapped: do not write to it
+    meanwhile.
+
+    Args:
+        splits: what is read; without "train" the training set is empty.
+
+    Raises:
+        InputError: the file or an array in it does not fit.
+    """
+    arrays = _read(path, [f"{name}_{split}" for split in splits for name in "xy"])
+    named, trained = "classes" in arrays, "y_train" in arrays
+    classes = arrays["classes"] if named else _numbered([array for name, array in arrays.items() if name[0] == "y"])
+    if classes.ndim != 1 or len(classes) < 2 or classes.dtype.kind not in "Uiu":
+        raise InputError(f"--data {path}: classes is {kind(classes)}: save two or more class names as an array of strings")
+    found = [_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"], len(classes)) for split in splits]
+    if found[0].image_shape != found[-1].image_shape:
+        shapes = [list(arrays[f"x_{split}"].shape[1:]) for split in ("test", "train")]
+        raise InputError(f"--data {path}: x_test has images {shapes[0]}, x_train {shapes[1]}: save both in one size")
+    if not named and len(found) == 2 and (missing := missing_classes(found[0].labels, len(classes))):
+        raise InputError(
+            f"--data {path}: y_train has no {missing[0]}, of 0 to {len(classes) - 1}: number classes from 0 without gaps, or "
+            "save classes, a name for each"
+        )
+    return Dataset.from_splits(path.stem, found, map(str, classes), named or trained)
+
+
+def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    if not os.path.isfile(path):
+        raise InputError(f"--data {path}: there is no such file: give an .npz file with {', '.join(names)}")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"--data {path}: it holds a single array: save {', '.join(names)} with numpy.savez")
+        with archive:
+            missing = [name for name in names if name not in archive]
+            if missing:
+                raise InputError(
+                    f"--data {path}: no array {', '.join(missing)} (it has {', '.join(archive) or 'none'}): "
+                    f"save {', '.join(names)} with numpy.savez"
+                )
+            assert archive.zip is not None  # until it is closed
+            found = {name: map_npz(archive.zip, name, check=True) for name in names if name[0] == "x"}
+            arrays = {name: array for name, array in found.items() if array is not None}
+            return {
+                name: archive[name] for name in (*names, "y_train", "classes") if name in archive and name not in arrays
+            } | arrays
+    except InputError:
+        raise
+    except Exception as error:  # zip files may be encrypted, damaged, or packed by methods that are not here
+        no_archive = not isinstance(error, OSError) and not zipfile.is_zipfile(path)
+        reason = "it is no zip archive" if no_archive else first_line(error)  # NumPy would speak of pickles
+        raise InputError(f"--data {path}: cannot be read as .npz ({reason}): write it with numpy.savez") from error
+
+
+def _numbered(labels: list[np.ndarray]) -> np.ndarray:
+    """Names 0 to K - 1, at least two; labels that are no class indices are for `class_labels` to refuse."""
+    most = [1, *(y.max() for y in labels if y.dtype.kind in "iuf" and y.size)]
+    return np.arange(1 + int(min(max(most), 10**6)))
+
+
+def _split(path: Path, split: str, x: np.ndarray, y: np.ndarray, num_classes: int) -> Images:
+    where = f"--data {path}:"
+    if x.dtype != np.uint8:
+        raise InputError(f"{where} x_{split} is {kind(x)}: save images as uint8, 0 to 255")
+    if x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or min(x.shape[1:3]) < MIN_SIZE:
+        raise InputError(
+            f"{where} x_{split} is {kind(x)}: save [N, H, W], [N, H, W, 1] or [N, H, W, 3], H and W at least {MIN_SIZE}"
+        )
+    if len(x) == 0:
+        raise InputError(f"{where} x_{split} is {kind(x)}: it is empty, save at least one image")
+    return Images.from_arrays(x, class_labels(f"{where} y_{split}", y, len(x), num_classes))
+
+
+def kind(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def class_labels(name: str, labels: np.ndarray, count: int, num_classes: int) -> np.ndarray:
+    """`labels`, whole numbers of any dtype, as int64 [count]; an InputError about `name` where they are anything else."""
+    whole = labels.dtype.kind in "iu" or (labels.dtype.kind == "f" and bool((labels == np.rint(labels)).all()))
+    if not whole or labels.ndim != 1:
+        raise InputError(f"{name} is {kind(labels)}: save class indices as integers [N]")
+    if len(labels) != count:
+        raise InputError(f"{name} has {len(labels)} labels for {count} images: save one label per image")
+    for wrong in (labels.min(), labels.max()):
+        if not 0 <= wrong < num_classes:
+            raise InputError(f"{name} contains {wrong}: save labels from 0 to {num_classes - 1}, one per class")
+    return labels.astype(np.int64)

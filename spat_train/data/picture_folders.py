@@ -1,0 +1,118 @@
+"""Folders of pictures: train/ and test/ or val/, each with one folder per class."""
+
+import os
+import sys
+from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError, first_line
+from ..runtime import logs
+from .images import MIN_SIZE, Dataset, Folder, missing_classes
+
+PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+LISTED = 10  # names of broken ones
+
+
+def load_folders(path: Path, image_size: int | None, splits: tuple[str, ...], skip_broken: bool) -> Dataset:
+    """The pictures in `path`, of `splits` ("train" and "test", or "test" alone), brought to `image_size`.
+
+    Raises:
+        InputError: the size, the folders or a picture in them does not fit.
+    """
+    where = f"--data {path}"
+    if image_size is None or image_size < MIN_SIZE:
+        remedy = f"give the size, {MIN_SIZE} or more, that the pictures in {path} are brought to"
+        raise InputError(f"--image-size {image_size}: {remedy}")
+    test = next((name for name in ("test", "val") if os.path.isdir(path / name)), "")
+    folders = [path / (test if split == "test" else split) for split in splits]
+    if not test or not os.path.isdir(folders[0]):
+        needed = " and ".join("test/ (or val/)" if split == "test" else f"{split}/" for split in splits)
+        raise InputError(f"{where}: the folder has no {needed}: give one that has, with a folder per class in each")
+    try:
+        classes = _classes(path, folders, test)
+        found = [_by_class(folder, classes, image_size, skip_broken) for folder in folders]
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({first_line(error)}): repair or remove it") from error
+    return Dataset.from_splits(path.resolve().name, found, classes)
+
+
+def _classes(path: Path, folders: list[Path], test: str) -> list[str]:
+    """The names of the classes, in the order of their labels: that of the training classes, for test images alone too."""
+    train = path / "train" if os.path.isdir(path / "train") else folders[0]
+    first, classes = ([e.name for e in _entries(folder) if e.is_dir()] for folder in (train, folders[-1]))
+    if len(folders) == 1 and set(classes) <= set(first or classes):
+        first = classes = first or classes
+    if first != classes:
+        name = min(set(first) ^ set(classes))
+        raise InputError(f"--data {path}: train/ and {test}/ differ in class {name}: give both the same folders")
+    if len(classes) < 2:
+        remedy = "give a folder for each of two or more"
+        raise InputError(f"--data {path}: {', '.join(classes) or 'nothing'} is all its classes: {remedy}")
+    return classes
+
+
+def _by_class(root: Path, classes: list[str], size: int, skip_broken: bool) -> Folder:
+    around = {os.path.realpath(folder) for folder in (root, *root.resolve().parents)}
+    files = [list(_pictures(root, name, around, skip_broken)) if os.path.isdir(root / name) else [] for name in classes]
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(names) for names in files]))
+    images = Folder(root, [name for names in files for name in names], labels, size)
+    if skip_broken:
+        images = _readable(images)
+    empty = missing_classes(images.labels, len(classes))
+    if empty and (root.name == "train" or len(empty) == len(classes)):
+        folder = root / classes[empty[0]]
+        raise InputError(f"--data: {folder} has no picture ({', '.join(PICTURES)}): put some there, or remove it")
+    return images
+
+
+def _pictures(root: Path, at: str, around: set[str], skip_broken: bool) -> Iterator[str]:
+    """The names of the pictures in `root / at` and in the folders there, in none of which a link may lead back `around` it."""
+    here = os.path.realpath(root / at)
+    if here in around:
+        raise InputError(f"--data: {root / at} is a link to a folder around it: remove it")
+    for entry in _entries(root / at):
+        name = f"{at}/{entry.name}"
+        if entry.is_dir():
+            yield from _pictures(root, name, around | {here}, skip_broken)
+        elif _is_picture(entry):
+            if not (entry.is_file() or skip_broken):
+                raise InputError(
+                    f"--data: {entry.path} is a link to nothing, or no regular file: remove it, or add --skip-broken"
+                )
+            yield name
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_symlink() and not _is_picture(entry) and not os.path.exists(entry.path):
+            raise InputError(f"--data: {entry.path} is a link to nothing: repair or remove it")  # it may have been a class
+    return entries
+
+
+def _is_picture(entry: os.DirEntry) -> bool:
+    return entry.name.lower().endswith(PICTURES)
+
+
+def _readable(images: Folder) -> Folder:
+    """Without those that cannot be decoded, which are named."""
+
+    def decodes(row: int) -> bool:
+        try:
+            images.batch(torch.tensor([row]))
+        except InputError:
+            return False
+        return True
+
+    with ThreadPool() as pool:
+        done = pool.imap(decodes, range(len(images)), chunksize=16)
+        good = torch.tensor(list(logs.bar(len(images), f"decoding {images.root}", iterable=done, leave=False)), dtype=torch.bool)
+    broken = [images.files[row] for row in (~good).nonzero()[:, 0]]
+    if broken and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(broken[:LISTED]) + ", ..." * (len(broken) > LISTED)
+        print(f"spat-train: {len(broken)} of {len(images)} pictures in {images.root} are left out: {names}", file=sys.stderr)
+    return images.subset(good.nonzero()[:, 0])

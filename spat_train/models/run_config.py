@@ -1,0 +1,91 @@
+"""The checkpoint and the config of a trained run, and the name of the architecture in it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..config import Config
+from ..errors import InputError
+from .weight_files import listed, read_file
+
+
+def chosen_name(path: str | Path, config: Config | None, name: str | None, option: str) -> str:
+    """The architecture of the run or checkpoint `path`: `name`, which `option` gave, else that of its config.
+
+    Raises:
+        InputError: neither is given; or only the config names code, which would run.
+    """
+    if name is not None:
+        return name
+    if config is None:
+        raise InputError(f"{path}: it does not say which architecture it is: give {option}, such as wrn-34-10")
+    if ":" in config.model and not config.model.startswith("timm:"):
+        raise InputError(f"{path}: it names code, {config.model}, which would run: if you trust it, give {option} {config.model}")
+    return config.model
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """`path`, or in the folder of a run its best checkpoint."""
+    path = Path(path)
+    if not os.path.isdir(path):
+        if not os.path.isfile(path):  # those of Path raise on names that are too long
+            remedy = "give the folder of a run, or a file that torch.save wrote"
+            raise InputError(f"{path}: there is no such run or checkpoint: {remedy}")
+        return path
+    found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
+    if not found:
+        raise InputError(f"{path}: no best.pt or last.pt there: give the folder of a run, or a checkpoint")
+    return found[0]
+
+
+def run_config(path: str | Path, content: Any = None) -> Config | None:
+    """The config of the run that wrote the folder or checkpoint `path`; None for checkpoints of others.
+
+    Args:
+        content: that of the checkpoint, where it has been read.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    file = Path(path) / "config.json"
+    if not os.path.isfile(file):
+        return config_beside(content if content is not None else read_file(checkpoint_file(path)), path)
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({type(error).__name__}): restore it") from error
+    return _config(content, file)
+
+
+def config_beside(content: Any, path: str | Path) -> Config | None:
+    """The config in a checkpoint that a run wrote; None for those of others."""
+    ours = isinstance(content, dict) and str(content.get("format")).startswith("spat_train ")
+    return _config(content.get("config"), path) if ours else None
+
+
+def _config(content: Any, path: str | Path) -> Config | None:
+    """`content`, read from JSON, as a config; None where it is not one of ours. Checked, as files may be edited or foreign."""
+    if not isinstance(content, dict) or not isinstance(content.get("model"), str):
+        return None
+    kinds = get_type_hints(Config)
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in kinds}
+    config = Config(**values)
+    if odd := [f"{name}={values[name]!r}" for name in values if not _is_a(getattr(config, name), kinds[name])]:
+        raise InputError(f"{path}: no run writes such a config ({listed(odd)}): restore it")
+    return config
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the type `kind` of an option."""
+    kinds = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in kinds
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, kinds[0]) for v in value)
+    if kinds:
+        return any(_is_a(value, one) for one in kinds)
+    if kind is bool:
+        return value in (0, 1)
+    whole = kind is int and isinstance(value, float) and value.is_integer()
+    return whole or (isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool))

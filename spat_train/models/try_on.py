@@ -1,0 +1,74 @@
+"""Whether a model takes given images, and what comes out of it."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from spat_kernels.input_gradient.autograd import InputGradient
+from spat_kernels.model_state.borrow import borrowed
+
+from ..errors import first_line, is_out_of_memory
+
+
+def try_on(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+    dtype: torch.dtype = torch.float32,
+    *,
+    differentiate: bool = False,
+) -> tuple[int, torch.memory_format]:
+    """Run two black images of `dtype` through `model`, in its mode and on its device.
+
+    Returns:
+        tuple: the number of classes, and the format of the images that the model takes: `memory_format`, or contiguous where
+            it fails on that one, as code with `x.view(B, -1)` on a feature map does.
+
+    Raises:
+        ValueError: it does not take such images, or does not return logits of `num_classes` (None: of two or more); or
+            `differentiate` is set and autograd fails on it.
+    """
+    x = torch.zeros(2, *image_shape, device=device_of(model), dtype=dtype)
+    try:
+        return _classes(model, x.to(memory_format=memory_format), num_classes, differentiate), memory_format
+    except ValueError:
+        if memory_format == torch.contiguous_format:
+            raise
+    return _classes(model, x, num_classes, differentiate), torch.contiguous_format
+
+
+def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate: bool) -> int:
+    """One attempt of `try_on`."""
+    lazy = any(map(is_lazy, [*model.parameters(), *model.buffers()]))  # then this makes its weights
+    try:
+        with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"):
+            logits = model(x)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise ValueError(f"it does not take images {list(x.shape[1:])}: {first_line(error)}") from error
+    found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if isinstance(found, str) or len(found) != 2 or found[0] != 2 or found[1] < 2 or found[1] != (num_classes or found[1]):
+        raise ValueError(f"two images give {found}: it must return logits [2, {num_classes or 'K'}]")
+    if differentiate:
+        _check_differentiable(model, x)
+    return found[1]
+
+
+def _check_differentiable(model: nn.Module, x: Tensor) -> None:
+    try:
+        with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"):
+            gradient = InputGradient(model)
+            gradient.backward(gradient.forward(x))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"autograd fails on it: {first_line(error)}") from error
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of its first parameter or buffer; the CPU where it has none."""
+    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))

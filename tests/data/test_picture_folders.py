@@ -1,0 +1,118 @@
+"""Folders of pictures: their classes, and what is refused or left out."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from spat_train.data.datasets import load
+from spat_train.data.images import Dataset, Folder
+from spat_train.errors import InputError
+from tests.data.helpers import picture
+
+
+def opened(pictures, **options) -> Dataset:
+    return load(str(pictures), **{"image_size": 16} | options)
+
+
+def test_folder(pictures):
+    data = opened(pictures)
+    assert isinstance(data.train, Folder)
+    assert (len(data.train), len(data.test)) == (6, 4)
+    assert (data.name, data.classes, data.image_shape) == (pictures.name, ("cat", "dog"), (3, 16, 16))
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    batch = data.train.batch(torch.tensor([5, 0]))
+    assert (batch.shape, batch.dtype) == ((2, 16, 16, 3), torch.uint8)
+    assert torch.equal(batch[1, ..., 0], batch[1, ..., 2])  # grey pictures become RGB
+    assert data.train.batch(torch.empty(0, dtype=torch.int64)).shape == (0, 16, 16, 3)
+
+
+def test_folder_pictures_of_the_size_are_kept(pictures):
+    from PIL import Image
+
+    data = opened(pictures, image_size=20)
+    pixels = np.array(Image.open(pictures / "train" / "dog" / "0.png"))  # 20 high, 30 wide
+    assert np.array_equal(data.train.batch(torch.tensor([3]))[0, ..., 0], pixels[:, 5:25])
+
+
+def test_folder_limit(pictures):
+    images = opened(pictures).train
+    limited = opened(pictures, limit=4).train
+    assert len(limited) == len(limited.labels) == 4
+    for i, file in enumerate(limited.files):
+        assert limited.labels[i] == images.labels[images.files.index(file)]
+
+
+def test_folder_of_test_images_alone(pictures):
+    (pictures / "train").rename(pictures / "other")
+    with pytest.raises(InputError, match=r"the folder has no train/ and test/ \(or val/\)"):
+        opened(pictures)
+    data = opened(pictures, test_only=True)
+    assert (len(data.train), len(data.test), data.classes, data.image_shape) == (0, 4, ("cat", "dog"), (3, 16, 16))
+    with pytest.raises(InputError, match=r"the folder has no test/ \(or val/\)"):
+        load(str(pictures / "val"), image_size=16, test_only=True)
+    (pictures / "other").rename(pictures / "train")
+    (pictures / "train" / "ape").mkdir()  # labels are numbered by the training classes
+    data = opened(pictures, test_only=True)
+    assert data.classes == ("ape", "cat", "dog")
+    assert set(data.test.labels.tolist()) == {1, 2}
+    (pictures / "val" / "emu").mkdir()
+    with pytest.raises(InputError, match="train/ and val/ differ in class ape"):
+        opened(pictures, test_only=True)
+    for folder in (pictures / "train").iterdir():
+        shutil.rmtree(folder)
+    assert opened(pictures, test_only=True).classes == ("cat", "dog", "emu")
+
+
+def test_folder_errors(pictures):
+    with pytest.raises(InputError, match="--image-size None: give the size"):
+        load(str(pictures))
+    (pictures / "val" / "emu").mkdir()
+    with pytest.raises(InputError, match="train/ and val/ differ in class emu"):
+        opened(pictures)
+    (pictures / "train" / "emu").mkdir()
+    with pytest.raises(InputError, match="train/emu has no picture .*: put some there, or remove it"):
+        opened(pictures)
+    (pictures / "train" / "cat" / "0.png").rename(pictures / "train" / "emu" / "0.png")
+    assert opened(pictures).test.labels.tolist() == [0, 0, 1, 1]  # test images may lack a class
+    (pictures / "train" / "fox").symlink_to("nowhere")
+    with pytest.raises(InputError, match="train/fox is a link to nothing"):
+        opened(pictures)
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "../dog"])
+def test_links_that_go_in_circles(pictures, target):
+    (pictures / "train" / "cat" / "link").symlink_to(target)
+    if target == "../dog":
+        assert len(opened(pictures).train) == 9  # no circle
+        (pictures / "train" / "dog" / "back").symlink_to("../cat")
+    with pytest.raises(InputError, match="is a link to a folder around it: remove it"):
+        opened(pictures)
+
+
+BROKEN = {
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("no picture"),
+    "cut short": lambda path: path.write_bytes(path.with_name("1.png").read_bytes()[:300]),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "FIFO": os.mkfifo,
+    "floats": lambda path: picture("F").save(path, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_pictures(pictures, capsys, kind):
+    path = pictures / "train" / "cat" / "0.png"
+    path.unlink()
+    BROKEN[kind](path)
+    remedy = "repair or remove it, or start with --skip-broken" if path.is_file() else "remove it, or add --skip-broken"
+    with pytest.raises(InputError, match=f"^--data: {path} .*: {remedy}") as error:
+        opened(pictures).train.batch(torch.tensor([0]))
+    assert "\n" not in str(error.value)
+    data = opened(pictures, skip_broken=True)
+    assert data.train.files == [f"{name}.png" for name in ("cat/1", "cat/2", "dog/0", "dog/1", "dog/2")]
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert len(data.test) == 4
+    assert f"1 of 6 pictures in {pictures / 'train'} are left out: cat/0.png\n" in capsys.readouterr().err

@@ -1,0 +1,241 @@
+"""Models of runs and foreign files: which architecture, classes and normalisation they have, and whose code runs."""
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from spat_train.config import Config, check
+from spat_train.data.datasets import load
+from spat_train.data.images import Dataset, Images
+from spat_train.errors import InputError
+from spat_train.evaluation.evaluate import weights_hash
+from spat_train.models import Normalize, create
+from spat_train.models.checkpoints import load_model, with_classes_of
+from spat_train.models.run_config import run_config
+from spat_train.models.wrapping import normalisation
+from spat_train.runtime.run_folder import FORMAT
+from spat_train.training.trainer import train
+from tests.models.helpers import CIFAR, MEAN, STD, X, network, numbers, own, refusal, saved
+
+
+@pytest.mark.parametrize(
+    ("trained", "given"),
+    [
+        ("resnet-18", "resnet-18/cifar"),
+        ("timm:resnet18", "timm:resnet18.a1_in1k"),
+        ("torchvision.models:resnet18", "torchvision.models.resnet:resnet18"),
+    ],
+)
+def test_another_name_for_the_model_of_a_run(tmp_path, trained, given):
+    path = own(tmp_path, network(trained, activation="silu"), model=trained, activation="silu")
+    model, _ = load_model(path, CIFAR, given)
+    kinds = {type(m) for m in model.modules()}
+    assert nn.SiLU in kinds
+    assert nn.ReLU not in kinds
+    with pytest.raises(InputError, match="is a run, whose config says them: leave them out"):
+        load_model(path, CIFAR, given, mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("odd", [{"eps": "8"}, {"mean": 0.5}, {"mean": ["0.5"]}, {"activation": "tanh"}, {"epochs": True}])
+def test_configs_that_no_run_writes(tmp_path, odd):
+    (name, value), *_ = odd.items()
+    content = Config(model="wrn-10-1").to_dict() | odd
+    path = saved(tmp_path, {"format": FORMAT, "config": content, "model": network().state_dict()})
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for where in (tmp_path, path):
+        with pytest.raises(InputError, match=f"no run writes such a config .{name}=.*: restore it"):
+            run_config(where)
+    assert f"no run writes such a config ({name}=" in refusal(network(), path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(("name", "beside"), [("resnet-18", {}), ("wrn-10-1", numbers("mu", "sigma"))])
+def test_classes_of_the_file(tmp_path, name, beside, suffix):
+    """Where test images alone do not show how many; a .safetensors file is sorted by name, so that its last tensor is any."""
+    path = tmp_path / f"weights{suffix}"
+    save = torch.save if suffix == ".pt" else pytest.importorskip("safetensors.torch").save_file
+    save({name: value.contiguous() for name, value in (beside | network(name).state_dict()).items()}, path)
+    images = Images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    few, many = (Dataset("some", images, images, tuple(map(str, range(k))), all_classes=False) for k in (3, 12))
+    model, _ = load_model(path, few, name)
+    assert with_classes_of(model, few).classes == tuple("0123456789")
+    assert normalisation(model) == ("mean 0.49 0.48 0.45, std 0.25 0.24 0.26" if beside else "")
+    with pytest.raises(InputError, match="looks like 10 classes, the model has 12"):
+        load_model(path, many, name)
+
+
+def test_errors_without_words(tmp_path, monkeypatch):
+    def make(num_classes):
+        raise ValueError
+
+    monkeypatch.setitem(sys.modules, "their_code", SimpleNamespace(make=make))
+    with pytest.raises(InputError, match="as their_code:make for cifar10 .*: ValueError"):
+        load_model(saved(tmp_path, network().state_dict()), CIFAR, "their_code:make")
+
+
+def test_names_that_are_too_long():
+    with pytest.raises(InputError, match="there is no such run or checkpoint"):
+        load_model("x" * 300, CIFAR)
+
+
+# ---- by command
+
+
+def digits_run(tmp_path, **options) -> Config:
+    config = Config(
+        model="small-cnn", data="digits", limit=40, epochs=1, steps=1, val_steps=1, batch_size=20, holdout=10, test=False,
+        tensorboard=False, device="cpu", out=tmp_path / "run",
+    )  # fmt: skip
+    return Config(**(vars(config) | options))
+
+
+def test_fine_tuning_and_normalised_runs(tmp_path):
+    theirs = create("small-cnn", 10, (1, 8, 8), mean=[0.3], std=[0.4])
+    path = saved(tmp_path, {"net": theirs.state_dict()})
+    config = digits_run(tmp_path, init=path, mean=(0.3,), std=(0.4,), lr=1e-12)
+    train(config)
+    model, found = load_model(tmp_path / "run", load("digits"))
+    assert normalisation(model) == "mean 0.3, std 0.4"
+    assert found.init == path
+    assert found.mean == (0.3,)
+    for name, value in theirs.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), value)
+    assert not torch.equal(create("small-cnn", 10, (1, 8, 8)).classifier.weight, theirs.model.classifier.weight)
+
+    with pytest.raises(InputError, match=r"--mean, --std: .* has others: give its own \(mean 0.3, std 0.4\)"):
+        train(digits_run(tmp_path, init=path, mean=(0.5,), std=(0.5,), out=tmp_path / "other"))
+    path.unlink()
+    train(Config(**(vars(config) | {"resume": True})))  # the checkpoint wins
+    with pytest.raises(InputError, match="--init: .*weights.pt: there is no such run or checkpoint"):
+        train(digits_run(tmp_path, init=path, out=tmp_path / "other"))
+    saved(tmp_path, create("small-cnn", 3, (1, 8, 8)).state_dict())
+    with pytest.raises(InputError, match="--init: checkpoint .*looks like 3 classes"):
+        train(digits_run(tmp_path, init=path, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="--activation, --mean, --std: .* is a run, whose config says them"):
+        load_model(tmp_path / "run", load("digits"), mean=[0.3], std=[0.4])
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([0.5] * 3, None, r"mean=\[0.5, 0.5, 0.5\], std=None: give both"),
+        ([0.5], [0.5], r"one number a channel \(3\)"),
+        ([125.0] * 3, [63.0] * 3, r"for images in \[0, 1\]"),
+        ([0.5] * 3, [0.0] * 3, "positive in std"),
+    ],
+)
+def test_normalisations_that_are_none(tmp_path, mean, std, message):
+    with pytest.raises(ValueError, match=message):
+        create("wrn-10-1", mean=mean, std=std)
+    with pytest.raises(InputError, match=message):
+        load_model(saved(tmp_path, network().state_dict()), CIFAR, "wrn-10-1", mean=mean, std=std)
+
+
+def test_options_of_a_foreign_file(tmp_path):
+    theirs = network(activation="silu")
+    path = saved(tmp_path, theirs.state_dict())
+    model, _ = load_model(path, CIFAR, "wrn-10-1", activation="silu", mean=MEAN, std=STD)
+    torch.testing.assert_close(model(X), theirs((X - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)))
+    assert weights_hash(model.model) != weights_hash(network())
+    path = saved(tmp_path, numbers("mu", "sigma") | theirs.state_dict())
+    with pytest.raises(InputError, match="--mean, --std: .* holds its own .mean 0.49 0.48 0.45"):
+        load_model(path, CIFAR, "wrn-10-1", mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def test_timm_takes_other_numbers():
+    pytest.importorskip("timm", exc_type=Exception)
+    model = create("timm:resnet18", mean=MEAN, std=STD)
+    assert normalisation(model) == "mean 0.49 0.48 0.45, std 0.25 0.24 0.26"
+    assert len(model) == 2
+    assert not any(isinstance(m, Normalize) for m in model.model.modules())
+
+
+# ---- runs: who is to blame, and whose code runs
+
+
+def a_run(tmp_path, net: nn.Module, **options):
+    folder = tmp_path / "run"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(Config(**options).to_json())
+    own(folder, net, "best.pt", **options)
+    return folder
+
+
+OTHERS = {
+    "classes": ("wrn-10-1", {"num_classes": 7}, "these images or classes are others: give other --data"),
+    "images": ("wrn-10-1", {"image_shape": (1, 32, 32)}, "these images or classes are others: give other --data"),
+    "no such model": ("timm:no-such", {}, "name='timm:no-such'"),
+    "weights": ("wrn-16-2", {}, "another depth"),
+    "file": ("wrn-10-1", {}, "it is cut short"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_data_are_blamed_where_they_are_the_reason(tmp_path, what):
+    name, data, message = OTHERS[what]
+    run = a_run(tmp_path, network("wrn-10-1"), model=name, data="cifar10")
+    if what == "file":
+        (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000])
+    with pytest.raises(InputError, match=message) as caught:
+        load_model(run, SimpleNamespace(**vars(CIFAR) | data))
+    assert ("give other --data" in str(caught.value)) == bool(data)
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """The name of a factory in the current folder that leaves a file behind when it is imported."""
+    (tmp_path / "their_code.py").write_text(
+        "import pathlib\nfrom torch import nn\npathlib.Path('ran').touch()\n"
+        "def make(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    yield "their_code:make"
+    sys.modules.pop("their_code", None)
+
+
+def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, capsys, code):
+    from spat_train import cli
+    from spat_train.papers.measure import TestImages, open_model
+    from spat_train.papers.runs import Options, Run, Scale, Wanted, completed
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    run = a_run(tmp_path, net, model=code, data="digits")
+    digits = create("small-cnn", 10, (1, 8, 8))
+    mine = own(tmp_path, digits, "mine.pt", model="small-cnn", data="digits")
+
+    def command(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["spat-train", "evaluate", *map(str, arguments), "--attacks", "clean", "--limit", "5"])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        assert exit_info.value.code == 2
+        return capsys.readouterr().err
+
+    images = TestImages(load("digits"), torch.arange(5))
+    shown = f"it names code, {code}, which would run: if you trust it, give"
+    assert f"{shown} --model-name {code}" in command(run)
+    assert f"{shown} --model-name {code}" in command(run / "best.pt")
+    assert f"{shown} --source-name {code}" in command(mine, "--source", run)
+    config = Config(**json.loads((run / "config.json").read_text()) | {"milestones": (75, 90)})
+    with pytest.raises(InputError, match=f"{shown} --model {code}"):
+        open_model(Run(run, config), images, Options(device="cpu"))
+    with pytest.raises(InputError, match=f"{shown} --model {code}"):
+        completed(None, Wanted(config, copy_of="A"), Run(run, config), Options(runs=tmp_path, train=True))
+    assert not (tmp_path / "ran").exists()
+
+    repeated = Options(device="cpu", scale=Scale(model=code))
+    assert torch.equal(open_model(Run(run, config), images, repeated).model[1].weight, net[1].weight)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("given", [{"flip": 1}, {"test": 0}, {"epochs": 2.0}])
+def test_configs_from_python_are_read_as_they_are_taken(tmp_path, given):
+    config = dataclasses.replace(digits_run(tmp_path), **given)
+    check(config)
+    torch.save({"format": "spat_train 3", "config": config.to_dict()}, tmp_path / "best.pt")
+    assert run_config(tmp_path / "best.pt") == config

@@ -1,0 +1,187 @@
+"""Files of weights: averaged ones, unsafe, damaged and foreign ones. No code in a file runs."""
+
+import os
+import random
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spat_train.errors import InputError
+from spat_train.models.checkpoints import load_checkpoint
+from spat_train.models.weight_files import read_weights
+from spat_train.runtime.run_folder import FORMAT, RunFolder
+from tests.models.helpers import X, network, prefixed, refusal, same, saved
+
+
+def test_averaged_weights(tmp_path):
+    state, averaged = network(seed=1).state_dict(), network(seed=2).state_dict()
+    for content in ({"format": "spat_train", "model": state, "ema": averaged}, {"state_dict": state, "state_dict_ema": averaged}):
+        path = saved(tmp_path, content)
+        for weights, expected in {"auto": averaged, "ema": averaged, "model": state}.items():
+            model = network(seed=3)
+            load_checkpoint(model, path, weights=weights)
+            assert same(model, expected)
+            assert read_weights(path, weights)["conv1.weight"].equal(expected["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda s: s,
+        lambda s: {"format": "spat_train", "config": {"model": "wrn-10-1"}, "model": s, "ema": None, "epoch": 3},
+        lambda s: {"num_classes": 10, "state_dict": prefixed("module.", s), "normalize_input": False},
+    ],
+)
+def test_no_averaged_weights(tmp_path, content):
+    path = saved(tmp_path, content(network().state_dict()))
+    assert "no averaged weights: use weights='model'" in refusal(network(seed=2), path, weights="ema")
+
+
+def test_unknown_choice_of_weights(tmp_path):
+    with pytest.raises(ValueError, match="weights='best': give 'auto', 'model' or 'ema'"):
+        read_weights(saved(tmp_path, network().state_dict()), "best")
+
+
+def test_weights_outlive_the_file(tmp_path):
+    """What was read can be written to the same file."""
+    state = network().state_dict()
+    path = saved(tmp_path, state)
+    torch.save({"net": read_weights(path)}, path)
+    model = network(seed=2)
+    load_checkpoint(model, path)
+    assert same(model, state)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_safetensors(tmp_path, monkeypatch, name):
+    torch_files = pytest.importorskip("safetensors.torch")
+    theirs, model = network(), network(seed=2)
+    torch_files.save_file(theirs.state_dict(), tmp_path / name)
+    load_checkpoint(model, tmp_path / name)
+    assert torch.equal(model(X), theirs(X))
+    (tmp_path / "short.safetensors").write_bytes((tmp_path / name).read_bytes()[:5000])
+    assert "cannot be read" in refusal(model, tmp_path / "short.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in refusal(model, tmp_path / name)
+
+
+# ---- none or several networks
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda s: {"model": s, "ema": {"decay": 0.9, "shadow_params": [*s.values()]}}, "'ema', for averaged weights, has none"),
+        (lambda s: {"model": s, "model_ema": [*s.values()]}, "'model_ema', for averaged weights, has none with names"),
+        (lambda s: {"student": s, "teacher": s}, "it holds several networks (student, teacher): save the state_dict of one"),
+        (lambda s: {"model": s, "ema": (*s.values(),)}, "'ema', for averaged weights, has none with names"),
+        (lambda s: {"model": s, "ema": np.ones(3)}, "'ema', for averaged weights, has none with names"),
+        (lambda s: {"run": {"model": s, "ema": {"shadow_params": [*s.values()]}}}, "'ema', for averaged weights, has none"),
+        (lambda s: {"model": s, "ema.shadow_params": [*s.values()]}, "'ema.shadow_params', for averaged weights, has none"),
+        (lambda s: {"model": {"mine": s}, "teacher": s}, "it holds several networks (model.mine, teacher)"),
+        (lambda s: {"model": s, "ema_0.999": s, "ema_0.9999": s}, "it holds several networks (ema_0.999, ema_0.9999)"),
+        (lambda s: {"ema": s, "swa": s}, "it holds several networks (ema, swa): save the state_dict of one"),
+        (lambda s: {"epoch": 3, "optimizer": {}}, "no weights (its entries: epoch, optimizer): save model.state_dict()"),
+        (lambda s: {}, "no weights (its entries: )"),
+        (lambda s: {"state_dict": {}}, "no weights (its entries: state_dict)"),
+        (lambda s: [1, 2], "no weights (a list)"),
+        (lambda s: torch.ones(3), "no weights (a Tensor)"),
+    ],
+)  # fmt: skip
+def test_no_network_or_several(tmp_path, content, message):
+    assert message in refusal(network(seed=2), saved(tmp_path, content(network().state_dict())))
+
+
+def test_averaged_weights_alone(tmp_path):
+    path = saved(tmp_path, {"ema": network().state_dict(), "net": None})
+    assert "it holds no weights" in refusal(network(seed=2), path, weights="model")
+
+
+# ---- files that are something else, damaged or unsafe
+
+
+class Payload:
+    """Its unpickling would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made-by-a-pickle",)
+
+
+class Other:
+    pass
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize(("extra", "refused"), [(Payload(), "mkdir"), (Other(), "Other"), (nn.Linear(2, 2), "Linear")])
+def test_unsafe_pickles(tmp_path, monkeypatch, extra, refused, old_format):
+    monkeypatch.chdir(tmp_path)
+    content = {"state_dict": network().state_dict(), "extra": extra}
+    message = refusal(network(seed=2), saved(tmp_path, content, _use_new_zipfile_serialization=not old_format))
+    assert f"{refused}, which was refused: only weights are read" in message
+    assert not (tmp_path / "made-by-a-pickle").exists()
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_truncated(tmp_path, kept, old_format):
+    path = saved(tmp_path, network().state_dict(), _use_new_zipfile_serialization=not old_format)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    reason = "it is empty" if kept == 0 else "cannot be read" if old_format else "it is cut short or damaged"
+    assert reason in refusal(network(seed=2), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("nowhere.pt", "there is no such file"), ("x" * 300, "no such file"), (".", "it is a folder")]
+)
+def test_no_such_file(tmp_path, name, reason):
+    assert reason in refusal(network(seed=2), tmp_path / name)
+
+
+def test_files_that_are_something_else(tmp_path):
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
+        other.writestr("arrays.npy", b"1")
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
+    contents = {
+        b"\n<!DOCTYPE html><html><title>Virus scan warning</title>": "it is a web page",
+        b'<?xml version="1.0"?><Error>AccessDenied</Error>': "it is a web page",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n": "it is a Git LFS pointer",
+        b"": "it is empty",
+        b"PK\x03\x04 cut short": "it is cut short or damaged (a zip without its end, 14 bytes)",
+        b"not weights at all": "cannot be read",
+        b"\x80\x02]q\x00.": "cannot be read",
+        (tmp_path / "other.zip").read_bytes(): "it is a zip file of other things (arrays.npy)",
+        (tmp_path / "script.pt").read_bytes(): "it is a TorchScript archive",
+    }
+    for content, message in contents.items():
+        path.write_bytes(content)
+        assert message in refusal(network(), path)
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    """In the contents of the zip, which torch.load takes as they are; no checksum at all is let through."""
+    file = tmp_path / "last.pt"
+    content = {"format": FORMAT, "id": "1", "weight": torch.randn(20, 20), "progress": {"epoch": 3}}
+    torch.save(content, file)
+    whole, generator = file.read_bytes(), random.Random(0)
+    with zipfile.ZipFile(file) as parts:
+        spans = {i.filename: (whole.index(parts.read(i), i.header_offset), i.file_size) for i in parts.infolist()}
+    for start, size in spans.values():
+        for _ in range(20):
+            flipped = bytearray(whole)
+            flipped[start + generator.randrange(size)] ^= 1 << generator.randrange(8)
+            file.write_bytes(flipped)
+            for read in (lambda: load_checkpoint(nn.Linear(2, 2), file), lambda: RunFolder(tmp_path).open(resume=True)):
+                with pytest.raises(InputError, match="damaged|cannot be read|another|other things"):
+                    read()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(RunFolder(tmp_path).open(resume=True)["weight"], content["weight"])
