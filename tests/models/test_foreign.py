@@ -22,7 +22,8 @@ from spat_train.errors import InputError
 from spat_train.evaluation.evaluate import weights_hash
 from spat_train.models.checkpoints import _prefixes, load_checkpoint, load_model, normalisation, run_config, with_classes_of
 from spat_train.models.registry import Normalize, PreActResNet18, WideResNet, create
-from spat_train.papers.runs import Options, Run, Scale, Wanted, completed
+from spat_train.papers.options import Options
+from spat_train.papers.runs import Run
 from spat_train.runtime.run_folder import FORMAT, RunFolder
 from spat_train.training.trainer import train
 
@@ -588,7 +589,7 @@ def code(tmp_path, monkeypatch):
 
 def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, capsys, code):
     from spat_train import cli
-    from spat_train.papers.measure import TestImages, open_model
+    from spat_train.papers.loaded_run import TestImages, open_model
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     run = a_run(tmp_path, net, model=code, data="digits")
@@ -610,11 +611,9 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
     config = Config(**json.loads((run / "config.json").read_text()) | {"milestones": (75, 90)})
     with pytest.raises(InputError, match=f"{shown} --model {code}"):
         open_model(Run(run, config), images, Options(device="cpu"))
-    with pytest.raises(InputError, match=f"{shown} --model {code}"):
-        completed(None, Wanted(config, copy_of="A"), Run(run, config), Options(runs=tmp_path, train=True))
     assert not (tmp_path / "ran").exists()
 
-    repeated = Options(device="cpu", scale=Scale(model=code))
+    repeated = Options(device="cpu", model=code)
     assert torch.equal(open_model(Run(run, config), images, repeated).model[1].weight, net[1].weight)
     assert (tmp_path / "ran").exists()
 
