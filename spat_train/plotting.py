@@ -5,7 +5,7 @@ Markers and lines differ too, so that figures can be read in grey.
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,13 @@ def accuracy_curve(ax: Axes, x: Sequence[float], points: Sequence[dict], **style
     ax.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=style["color"], alpha=0.15, linewidth=0)
 
 
-def percent_axis(ax: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
-    """Let the y axis show 0 to 100 percent, and name the axes."""
+def accuracy_curves(ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[dict]], title: str, xlabel: str) -> None:
+    """`accuracy_curve` for each of `curves`, by label, on a y axis from 0 to 100 percent."""
+    for kind, (label, points) in zip(line_styles(), curves.items(), strict=False):
+        accuracy_curve(ax, x, points, label=label, **kind)
     ax.set_ylim(-3, 103)
     ax.set_title(title, parse_math=False)
     ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
 
 
 def x_ticks(ax: Axes, at: Sequence[float], names: Sequence[str] | None = None) -> None:

@@ -157,14 +157,14 @@ class RunSelector:
         if not self.fits(runs):
             raise InputError(f"figure {figure}: it needs {self.words}: {self._remedy(figure, known, taken, data, options)}")
         if len(fitting) > len(runs):
-            print(f"figure {figure}: {len(fitting)} runs in --runs fit, of which one is taken for each part")
+            print(f"figure {figure}: {len(fitting)} runs in --runs fit: to choose others than these, name their folders")
         return runs
 
     def _remedy(self, figure: str, known: list[Run], taken: dict[object, Run], data: str, options: Options) -> str:
         """Runs to name, where any would do, and the command that trains what is missing."""
         missing = [spec for spec in self.specs if self.place(Run(Path(), spec.config)) not in taken]
         first = min(missing or self.specs, key=lambda spec: spec.config.data != data)
-        usable = list({self.place(run): run for run in known}.values())
+        usable = list({self.place(run): run for run in reversed(known)}.values())
         named = shlex.join(["spat-train", "figure", figure, *(str(run.folder) for run in usable)])
         how = f"name them, such as {named}" if self.fits(usable) else "name their folders"
         lacking = f"--runs {options.runs} has no run with --preset {first.preset}"

@@ -58,11 +58,9 @@ class Filled:
     images: int
     total: int
 
-    def keys(self, cell: Cell) -> list[str]:
-        return [key for key in (cell.target, cell.source) if key]
-
     def marked(self, cell: Cell) -> bool:
-        return self.images < self.total or any(self.changes[key] for key in self.keys(cell))
+        """Whether its runs or its test images differ from the source's."""
+        return self.images < self.total or any(self.changes[key] for key in (cell.target, cell.source) if key)
 
 
 def read_given(texts: Iterable[str]) -> dict[str, Path]:
@@ -235,6 +233,6 @@ def write(filled: Filled, out: Path) -> list[Path]:
     return paths
 
 
-def listing(names: Iterable[str] = TABLES) -> str:
+def listing() -> str:
     """Every table with the keys of its runs."""
-    return "\n".join(f"{name:14} {TABLES[name].title}; runs: {', '.join(TABLES[name].runs)}" for name in names)
+    return "\n".join(f"{name:14} {table.title}; runs: {', '.join(table.runs)}" for name, table in TABLES.items())

@@ -122,8 +122,8 @@ def test_a_table_is_what_evaluate_finds(folder, tmp_path):
     line = f"| PGD-KL† | {first.ours['accuracy']:.2f} ± {first.half_width:.2f} | 71.58 | {first.difference:+.2f} |"
     assert line.replace("-", "−").replace("PGD−KL", "PGD-KL") in text
     assert (
-        "test images 12 (40); robust: data mnist (cifar10), model mnist-cnn/1 (wrn-34-10), held-out images 8 (default), "
-        "epochs 2 (90), eps 0.3 (8/255)" in text
+        "test images 12 (40); robust: data mnist (cifar10), model mnist-cnn/1 (wrn-34-10), epochs 2 (90), eps 0.3 "
+        "(8/255), attack steps 2 (10), step size 0.075 (2/255), " in text
     )
     assert f"Runs: robust: {folder / 'madry'} (Madry, mnist-cnn/1)." in text
 

@@ -4,7 +4,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from ...plotting import PAGE, accuracy_curve, legend_below, line_styles, new_figure, percent_axis, x_ticks
+from ...plotting import PAGE, accuracy_curves, legend_below, new_figure, x_ticks
 from ..figure import Drawing, FigureContext, PaperFigure
 from ..selection import ANY_RUNS
 
@@ -50,11 +50,9 @@ def plot(panels: dict[str, dict]) -> Figure:
     figure = new_figure(PAGE)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (norm, panel) in zip(axes, panels.items(), strict=True):
-        for style, (name, points) in zip(line_styles(), panel["models"].items(), strict=False):
-            accuracy_curve(ax, panel["radii"], points, label=name, **style)
+        accuracy_curves(ax, panel["radii"], panel["models"], f"{norm}, {panel['attack']}", panel["label"])
         if panel["trained"] is not None:
             ax.axvline(panel["trained"], color="0.4", linewidth=0.8, linestyle=":", label="ε of the training")
-        percent_axis(ax, f"{norm}, {panel['attack']}", panel["label"])
         x_ticks(ax, panel["radii"], panel["names"])
     axes[0].set_ylabel("accuracy, %")
     legend_below(figure, axes[0], len(axes[0].get_legend_handles_labels()[0]))

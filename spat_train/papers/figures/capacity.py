@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from ...plotting import PAGE, accuracy_curve, line_styles, log_y, new_figure, percent_axis, x_ticks
+from ...plotting import PAGE, accuracy_curves, line_styles, log_y, new_figure, x_ticks
 from ..figure import Drawing, FigureContext, PaperFigure
 from ..loaded_run import open_model
 from ..runs import Run
@@ -55,9 +55,7 @@ def plot(panels: dict[str, dict]) -> Figure:
     figure = new_figure(PAGE)
     axes = figure.subplots(1, len(panels) + 1, sharex=True)
     for ax, (name, numbers) in zip(axes, panels.items(), strict=False):
-        for style, (attack, points) in zip(line_styles(), numbers["attacks"].items(), strict=False):
-            accuracy_curve(ax, numbers["widths"], points, label=attack, **style)
-        percent_axis(ax, name, "width")
+        accuracy_curves(ax, numbers["widths"], numbers["attacks"], name, "width")
     axes[0].set_ylabel("accuracy on test images, %")
     for style, (name, numbers) in zip(line_styles(), panels.items(), strict=False):
         black = style | {"color": "black", "markerfacecolor": "white"}

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from ...plotting import PAGE, accuracy_curve, legend_below, line_styles, new_figure, percent_axis, x_ticks
+from ...plotting import COLOURS, PAGE, accuracy_curves, legend_below, new_figure, x_ticks
 from ..figure import Drawing, FigureContext, PaperFigure
 from ..loaded_run import LoadedRun
 from ..selection import STANDARD_AND_ROBUST
@@ -23,11 +23,9 @@ def plot(models: dict[str, dict]) -> Figure:
     figure = new_figure(PAGE)
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for ax, (name, numbers) in zip(axes, models.items(), strict=True):
-        styles = line_styles()
-        accuracy_curve(ax, numbers["alphas"], numbers["pgd-ls"], label="PGD-LS", **next(styles))
-        for key, label, line in (("clean", "clean", "--"), ("pgd-kl", "PGD-KL", ":")):
-            ax.axhline(numbers[key]["accuracy"], label=label, linestyle=line, color=next(styles)["color"])
-        percent_axis(ax, name, "label smoothing α of the attack")
+        accuracy_curves(ax, numbers["alphas"], {"PGD-LS": numbers["pgd-ls"]}, name, "label smoothing α of the attack")
+        for key, label, line, colour in (("clean", "clean", "--", COLOURS[1]), ("pgd-kl", "PGD-KL", ":", COLOURS[2])):
+            ax.axhline(numbers[key]["accuracy"], label=label, linestyle=line, color=colour)
         x_ticks(ax, numbers["alphas"][::2])
     axes[0].set_ylabel("accuracy, %")
     legend_below(figure, axes[0], 3)

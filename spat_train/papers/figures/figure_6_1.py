@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from ...plotting import PAGE, accuracy_curve, legend_below, line_styles, new_figure, percent_axis, x_ticks
+from ...plotting import PAGE, accuracy_curve, legend_below, line_styles, new_figure, x_ticks
 from ...presets import PRESETS
 from ..figure import Drawing, FigureContext, PaperFigure
 from ..loaded_run import open_model
@@ -54,8 +54,7 @@ def plot(lines: dict[str, dict], reported: dict[str, list[float]] | None) -> Fig
             accuracy_curve(ax, numbers["alphas"], numbers[kind], label=name, **style)
         if reported:
             ax.plot(reported["alphas"], reported[kind], "k*", markersize=8, label="thesis, its text: ε = 8/255")
-        percent_axis(ax, f"{kind} accuracy", "label smoothing α of the training", "accuracy, %")
-        ax.autoscale(axis="y")
+        ax.set(title=f"{kind} accuracy", xlabel="label smoothing α of the training", ylabel="accuracy, %")
         x_ticks(ax, sorted({alpha for numbers in lines.values() for alpha in numbers["alphas"]}))
     legend_below(figure, axes[0], len(lines) + bool(reported))
     return figure

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from ...plotting import COLUMN, accuracy_curve, legend_below, line_styles, new_figure, percent_axis, x_ticks
+from ...plotting import COLUMN, accuracy_curves, legend_below, new_figure, x_ticks
 from ..figure import Drawing, FigureContext, PaperFigure
 from ..runs import format_eps
 from ..selection import ANY_RUNS
@@ -23,9 +23,8 @@ def plot(steps: Sequence[int], models: dict[str, list[dict]], eps: float) -> Fig
     figure = new_figure(COLUMN)
     ax = figure.subplots()
     places = range(len(steps))
-    for style, (name, points) in zip(line_styles(), models.items(), strict=False):
-        accuracy_curve(ax, places, points, label=name, **style)
-    percent_axis(ax, "", f"steps of PGD, each ε/10, at ε = {format_eps(255 * eps)}", "accuracy, %")
+    accuracy_curves(ax, places, models, "", f"steps of PGD, each ε/10, at ε = {format_eps(255 * eps)}")
+    ax.set_ylabel("accuracy, %")
     x_ticks(ax, places, ["clean" if n == 0 else str(n) for n in steps])
     legend_below(figure, ax, min(3, len(models)))
     return figure
