@@ -13,7 +13,8 @@ class Options:
     """Which runs, which images and which attacks. Radii are in 1/255."""
 
     runs: Path | None = None
-    """Folder that holds the folders of finished runs. Taken are those that were trained with the source's --preset."""
+    """Folder that holds the folders of finished runs. Those trained with the source's preset are taken, such as by
+    spat-train train --preset table6.1/mart --out RUNS/mart."""
     data: str | None = None
     """Data set, as in `spat-train train`. Default: that of the runs."""
     root: Path | None = None

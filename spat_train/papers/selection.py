@@ -57,7 +57,7 @@ class RunSpec:
 
 
 def training_hint(spec: RunSpec, runs: Sequence[Run], options: Options) -> str:
-    """How to train what is missing, for an error message. `runs`: what there is of the same table or figure."""
+    """How to train `spec`, for an error message: on the data of `runs`, the others of its table or figure."""
     data = options.data or next((run.config.data for run in runs), None)
     return f"train it: {spec.command(options.runs, data)} (smaller: --limit 2000 --epochs 6 --milestones None --model small-cnn)"
 
@@ -143,13 +143,9 @@ class RunSelector:
 
     def _found(self, figure: str, options: Options) -> list[Run]:
         known = find_runs(options.runs)
-        ranks: dict[Path, tuple] = {}
-        for preference, spec in enumerate(self.specs):
-            for run in filter(spec.fits, known):
-                ranks.setdefault(run.folder, (preference, spec.rank(run)))
-        fitting = sorted((run for run in known if run.folder in ranks), key=lambda run: ranks[run.folder])
+        fitting = sorted((run for run in known if self._rank(run) and self.place(run) is not None), key=self._rank)
         data = _data(fitting, self.specs, options)
-        fitting = [run for run in fitting if data_name(run.config.data) == data and self.place(run) is not None]
+        fitting = [run for run in fitting if data_name(run.config.data) == data]
         taken: dict[object, Run] = {}
         for run in fitting:
             taken.setdefault(self.place(run), run)
@@ -160,6 +156,10 @@ class RunSelector:
             print(f"figure {figure}: {len(fitting)} runs in --runs fit: to choose others than these, name their folders")
         return runs
 
+    def _rank(self, run: Run) -> tuple:
+        """For sorting, by the first spec that fits; () where none does."""
+        return next(((number, *spec.rank(run)) for number, spec in enumerate(self.specs) if spec.fits(run)), ())
+
     def _remedy(self, figure: str, known: list[Run], taken: dict[object, Run], data: str, options: Options) -> str:
         """Runs to name, where any would do, and the command that trains what is missing."""
         missing = [spec for spec in self.specs if self.place(Run(Path(), spec.config)) not in taken]
@@ -167,7 +167,7 @@ class RunSelector:
         usable = list({self.place(run): run for run in reversed(known)}.values())
         named = shlex.join(["spat-train", "figure", figure, *(str(run.folder) for run in usable)])
         how = f"name them, such as {named}" if self.fits(usable) else "name their folders"
-        lacking = f"--runs {options.runs} has no run with --preset {first.preset}"
+        lacking = f"--runs {options.runs} has no run with --preset {first.preset}" + (f" on {data}" if data else "")
         return f"{lacking}: {how}, or {training_hint(first, list(taken.values()), options)}"
 
 

@@ -1,8 +1,6 @@
 """Figures: their numbers are what evaluate finds, each is drawn, and what is written."""
 
 import json
-import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from spat_train import cli, plotting
+from spat_train import plotting
 from spat_train.config import Config
 from spat_train.errors import InputError
 from spat_train.evaluation.evaluate import evaluate
@@ -258,57 +256,3 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
         plotting.save(figure, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-# ---- the command
-
-
-def command(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
-    cli.main()
-
-
-def test_the_command(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    command(monkeypatch, "figure")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(figures.FIGURES)
-    assert all("needs" in line for line in lines)
-    command(monkeypatch, "figure", "training-loss", folder / "madry", folder / "wide", "--out", "there")
-    assert "there/figure-training-loss.png written" in capsys.readouterr().out
-    content = json.loads(Path("there/figure-training-loss.json").read_text())
-    assert list(content["models"]) == ["madry", "wide"]  # the same method, so they are named by their folders
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "figure", "--help")
-    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    assert all(name in text for name in figures.FIGURES)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("landscap", "figure landscap: there is none: did you mean landscape. there are 4.1"),
-        ("5.3", "figure 5.3: it needs one standard and one robust run: name their folders, or give the folder"),
-        ("5.3 RUNS/madry", "figure 5.3: it needs one standard and one robust run: .*madry .Madry, mnist-cnn/1.: name others"),
-        ("5.2 RUNS/standard", "figure 5.2: it needs one robust run"),
-        ("5.2 RUNS/madry RUNS/wide", "figure 5.2: it needs one robust run: .*madry .Madry.*wide .Madry.*: name others"),
-        ("training-loss RUNS/standard", "it needs robust runs, one or more"),
-        ("capacity RUNS/madry RUNS/b", "it needs runs of wrn-DEPTH-WIDTH"),
-        ("6.1 --runs RUNS", "figure 6.1: it needs Madry runs that differ in alpha.* no run with --preset figure6.1/eps4-alpha0"),
-        ("5.2 --runs RUNS --data digits", "has no run with --preset .*spat-train train --preset .*--data digits --out"),
-        ("5.2 nowhere", "nowhere: no config.json there"),
-        ("5.2 RUNS/madry --data digits", "as mnist-cnn/1 for digits"),
-        ("landscape RUNS/madry --restarts 1", "--restarts 1: give at least 2"),
-    ],
-)
-def test_errors_come_before_any_work(folder, tmp_path, monkeypatch, capsys, arguments, message):
-    pytest.importorskip("sklearn")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("spat_train.papers.loaded_run.evaluate", lambda *args, **kwargs: pytest.fail("work began"))
-    with pytest.raises(SystemExit) as exit_info:
-        command(monkeypatch, "figure", *arguments.replace("RUNS", str(folder)).split())
-    err = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert err.count("\n") == 1
-    assert re.search(message, err), err
-    assert list(tmp_path.iterdir()) == []

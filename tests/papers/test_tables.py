@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from spat_train import cli
 from spat_train.data.datasets import load
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
@@ -22,7 +20,7 @@ from spat_train.papers.loaded_run import open_images
 from spat_train.papers.options import Options
 from spat_train.papers.reported import TABLES
 from spat_train.presets import PRESETS
-from tests.papers.finished_runs import EPS, copy_run
+from tests.papers.finished_runs import EPS
 
 # As the papers print them; not read from the code.
 PRINTED = {
@@ -180,63 +178,6 @@ def test_a_run_at_full_scale_has_no_mark(folder, tmp_path, monkeypatch):
     assert tables.MARK not in tables.markdown(filled)
     assert not filled.marked(full.cells[0])
     assert tables.MARK in tables.markdown(replace(filled, images=39))
-
-
-# ---- the command
-
-
-def command(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
-    cli.main()
-
-
-def test_the_command(folder, tmp_path, monkeypatch, capsys):
-    """With a run that has no preset, as of version 0.1.0."""
-    monkeypatch.chdir(tmp_path)
-    command(monkeypatch, "table")
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(TABLES)
-    run = copy_run(folder / "wide", tmp_path / "runs" / "mine", preset="")
-    command(monkeypatch, "table", "5.1", "--runs", "runs", "--test-images", "12", "--run", f"standard={run}")
-    out = capsys.readouterr().out
-    assert "Table 5.1" in out
-    assert f"Runs: standard: {run} (Madry, mnist-cnn/2)." in out
-    assert "tables/table-5.1.json written" in out
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["table-5.1.json", "table-5.1.md"]
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "table", "--help")
-    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    assert all(name in text for name in TABLES)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("7.1", r"table 7.1: there is none: did you mean .*6.1.* there are 5.1, 5.2"),
-        ("6.1", "table 6.1: it needs runs with --preset table6.1/madry, table6.1/trades, .*: give --runs: say which"),
-        ("6.1 --runs RUNS", r"has none, but .*b .standard, mnist-b. on .*mnist.npz.*by --run madry=FOLDER, or train it: spat-"),
-        ("6.1 --runs nowhere", "--runs nowhere: there is no such folder"),
-        ("6.1 --run mrat=x", "--run mrat=x: table 6.1 has no run mrat: it has madry, trades, mart, trades.spat"),
-        ("6.1 --run mart", "--run mart: write KEY=FOLDER"),
-        ("6.1 --run mart=nowhere", "nowhere: no config.json there"),
-        ("6.1 --eps 0.03", "--eps 0.03: it is in 1/255"),
-        ("6.1 --test-images 0", "--test-images 0: give at least 1"),
-        ("6.1 --device tpu", "--device tpu: give cpu"),
-        ("6.1 --out file", "--out file: cannot be written to .file: it is no folder"),
-        ("madry-mnist --run A=RUNS/madry --data digits", "as mnist-cnn/1 for digits .10 classes"),
-    ],
-)
-def test_errors_come_before_any_work(folder, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("spat_train.papers.loaded_run.evaluate", lambda *args, **kwargs: pytest.fail("work began"))
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as exit_info:
-        command(monkeypatch, "table", *arguments.replace("RUNS", str(folder)).split())
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2
-    assert out == ""
-    assert err.count("\n") == 1
-    assert re.search(message, err), err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_committed_evidence_has_the_shape_of_the_sources():
