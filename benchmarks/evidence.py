@@ -20,9 +20,9 @@ from benchmarks import measure
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.evaluation.evaluate import TEST, accuracies
-from spat_train.papers.figures import write_curves
 from spat_train.presets import PRESETS
 from spat_train.runtime import logs
+from spat_train.training.curves import write_curves
 from spat_train.training.trainer import train
 
 _MNIST = replace(  # as the preset, at a scale of 2,000 images: fewer, so larger steps

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -14,12 +15,13 @@ from .config import Config
 from .demo import demo
 from .errors import InputError, lookup
 from .evaluation.command import EvaluateOptions, attacks_command, evaluate_command
-from .papers import gallery, tables
-from .papers.figures import write_curves
-from .papers.runs import Options
+from .papers import figures, tables
+from .papers.figure import Extent
+from .papers.options import Options
 from .presets import PRESETS
 from .runtime.atomic_write import SaveError
 from .runtime.signals import Stopped
+from .training.curves import write_curves
 from .training.trainer import TrainingError
 from .training.trainer import train as run
 
@@ -66,29 +68,28 @@ def plot(runs: tuple[Path, ...], /, out: Path = Path("curves.png")) -> None:
 
 
 def figure(
-    name: str = "",
+    name: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(figures.FIGURES)}.")] = "",
     run: tuple[Path, ...] = (),
     /,
     out: Path = Path("figures"),
     options: tyro.conf.OmitArgPrefixes[Options] = Options(),  # noqa: B008  (frozen)
-    extent: tyro.conf.OmitArgPrefixes[gallery.Extent] = gallery.Extent(),  # noqa: B008
+    extent: tyro.conf.OmitArgPrefixes[Extent] = Extent(),  # noqa: B008
 ) -> None:
     """Draw a figure of the papers from finished runs; without a name, list them all and what each needs.
 
     Args:
-        name: 4.1, 5.1, 5.2, 5.3, 6.1, 6.2, landscape, training-loss, capacity, budget or steps.
-        run: folders of runs, instead of looking in --runs.
+        run: folders of runs, instead of searching --runs.
         out: folder that figure-NAME.png, .pdf and .json go to.
     """
     if not name:
-        print(gallery.listing())
+        print(figures.listing())
         return
-    for path in gallery.draw(name, run, options, extent, out):
+    for path in figures.draw(name, run, options, extent, out):
         print(f"{path} written")
 
 
 def table(
-    name: str = "",
+    name: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(tables.TABLES)}.")] = "",
     /,
     run: tuple[str, ...] = (),
     out: Path = Path("tables"),
@@ -97,8 +98,7 @@ def table(
     """Fill a table of the papers from finished runs, ours beside theirs; without a name, list them all and their runs.
 
     Args:
-        name: 5.1, 5.2, 6.1, 6.2, 6.3, 6.4, figure-6.1, madry-mnist or madry-cifar10.
-        run: KEY=FOLDER, the run to take for KEY instead of looking in --runs; several may follow.
+        run: KEY=FOLDER, the run to take for KEY instead of searching --runs; several may follow.
         out: folder that table-NAME.md and .json go to.
     """
     if not name:

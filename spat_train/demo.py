@@ -11,7 +11,7 @@ from .data.datasets import load
 from .data.images import Dataset
 from .errors import InputError
 from .evaluation.evaluate import TEST, accuracies, table
-from .papers.pictures import large_eps, write_figure
+from .papers.pictures import large_eps, write_attacked
 from .training.trainer import train
 
 DIGITS, GREY, COLOUR = (51.0, 14), (76.5, 15), (8.0, 15)  # eps in 1/255, epochs
@@ -82,7 +82,7 @@ def run(config: Config, dataset: Dataset, alpha: float, out: Path) -> dict[str, 
     rows = {name: accuracies(model, dataset.test, TEST, eps, seed=config.seed) for name, model in models.items()}
     print(table(rows))
 
-    write_figure(out, models["Madry"], dataset, large_eps(eps, dataset.image_shape[0]), config.seed)
+    write_attacked(out, models["Madry"], dataset, large_eps(eps, dataset.image_shape[0]), config.seed)
     print(f"{out} written; {time.perf_counter() - start:.0f} s")
     return rows
 

@@ -5,11 +5,10 @@ Accuracies in percent, on whole test sets. A table names the runs behind its num
 `spat_train.evaluation.attack_specs` does.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-from ..presets import PRESETS
-from .runs import Wanted, title
+from .runs import title
+from .selection import RunSpec
 
 
 @dataclass(frozen=True)
@@ -34,75 +33,65 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`runs`: by key, those that are copies after their originals; `eps` in 1/255."""
+    """A table of a source.
+
+    Args:
+        corner: the heading of the column of rows.
+        eps: the radius of its attacks, in 1/255.
+        runs: by key. Copies come after their originals.
+    """
 
     title: str
     corner: str
     eps: float
-    runs: dict[str, Wanted]
+    runs: dict[str, RunSpec]
     cells: tuple[Cell, ...]
 
 
 # ---- thesis, chapter 5: one model under PGD-KL and under PGD-LS of many alphas
 
-# Which network it is, the thesis does not say: it is taken to be that of Table 6.1.
-_ROBUST = PRESETS["table6.1/madry"]
-STANDARD = {"cifar10": replace(_ROBUST, method="standard", preset=""), "mnist": PRESETS["madry-mnist/natural"]}
-ROBUST = {
-    "cifar10": _ROBUST,
-    "cifar100": PRESETS["table6.2/madry"],
-    "stl10": replace(PRESETS["table6.4/mart"], method="madry", preset=""),
-    "mnist": PRESETS["madry-mnist/madry"],
-}
 
-
-def _smoothed(number: str, key: str, kl: float, accuracies: dict[str, float]) -> Table:
+def _smoothed(number: str, key: str, spec: RunSpec, kl: float, accuracies: dict[str, float]) -> Table:
     cells = [Cell("PGD-KL", "accuracy", kl, "pgd-kl-20", key)]
     cells += [Cell(f"PGD-LS({a})", "accuracy", value, f"pgd-ls-20:alpha={a}", key) for a, value in accuracies.items()]
-    runs = {key: Wanted({"standard": STANDARD, "robust": ROBUST}[key]["cifar10"])}
-    return Table(f"Thesis, Table {number}: a {key} model under PGD-20", "attack", 8.0, runs, tuple(cells))
+    return Table(f"Thesis, Table {number}: a {key} model under PGD-20", "attack", 8.0, {key: spec}, tuple(cells))
 
 
-# ---- thesis, chapter 6: a row a training
+# ---- thesis, chapter 6: one training in each row
 
 
 def _trainings(number: str, about: str, eps: float, columns: dict[str, str], rows: dict[str, tuple[float, ...]]) -> Table:
-    runs, cells = {}, []
-    for key, accuracies in rows.items():
-        config = PRESETS[f"table{number}/{key}"]
-        if number == "6.3":
-            config = replace(config, extra=Path("ti_500K_pseudo_labeled.pickle"))  # RST's
-        runs[key] = Wanted(config)
-        for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True):
-            cells.append(Cell(title(config), column, accuracy, attack, key))
+    runs = {key: RunSpec(f"table{number}/{key}") for key in rows}
+    cells = [
+        Cell(title(runs[key].config), column, accuracy, attack, key)
+        for key, accuracies in rows.items()
+        for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True)
+    ]
     return Table(f"Thesis, Table {number}: {about}", "defence", eps, runs, tuple(cells))
 
 
 _FOUR = {"natural": "clean", "FGSM": "fgsm", "PGD-20": "pgd-20", "C&W-inf": "cw-30"}
 _TWO = {"natural": "clean", "PGD-20": "pgd-20"}
-_RST = {"natural": "clean", "PGD-20": "pgd-20-rst"}  # "settings in [39]": as RST's code looks at models while it trains them
+_RST = {"natural": "clean", "PGD-20": "pgd-20-rst"}  # "settings in [39]": as RST's code validates
 FIGURE_61 = {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}  # what the text says, trained with 8/255
 
 
 def _broken(about: str) -> Table:
     """The one point of Figure 6.1 that has numbers."""
-    config = PRESETS["figure6.1/eps8-alpha1"]
+    spec = RunSpec("figure6.1/eps8-alpha1")
+    name = title(spec.config)
     cells = (
-        Cell(title(config), "natural", FIGURE_61["clean"][0], "clean", "alpha1"),
-        Cell(title(config), "PGD-20", FIGURE_61["robust"][0], "pgd-20", "alpha1"),
+        Cell(name, "natural", FIGURE_61["clean"][0], "clean", "alpha1"),
+        Cell(name, "PGD-20", FIGURE_61["robust"][0], "pgd-20", "alpha1"),
     )
-    return Table(about, "defence", 8.0, {"alpha1": Wanted(config)}, cells)
+    return Table(about, "defence", 8.0, {"alpha1": spec}, cells)
 
 
-# ---- Madry et al.: a row an attack, on one robust model
-
-_MNIST, _CIFAR = PRESETS["madry-mnist/madry"], PRESETS["madry-cifar10/madry"]
-# How B was trained, they do not say.
-_B = Wanted(replace(PRESETS["madry-mnist/natural"], model="mnist-b", preset=""), fixed=True, any_method=True)
+# ---- Madry et al.: an attack in each row, on one robust model
 
 
-def _attacks(number: int, data: str, eps: float, runs: dict[str, Wanted], rows: list[tuple]) -> Table:
-    """rows: what it is called, the attack's name, key of the run that it is made on, accuracy."""
+def _attacks(number: int, data: str, eps: float, runs: dict[str, RunSpec], rows: list[tuple]) -> Table:
+    """`rows`: title, name of the attack, key of the run that it is made on, accuracy."""
     cells = []
     for row, attack, source, accuracy in rows:
         name = row if attack == "clean" else f"{row}, {source}"
@@ -112,8 +101,13 @@ def _attacks(number: int, data: str, eps: float, runs: dict[str, Wanted], rows: 
 
 
 TABLES = {
-    "5.1": _smoothed("5.1", "standard", 47.51, {"1e-2": 80.04, "1e-3": 69.23, "1e-4": 51.28, "5e-5": 44.16, "1e-5": 25.3}),
-    "5.2": _smoothed("5.2", "robust", 71.58, {"0.1": 57.7, "0.2": 62.93, "0.3": 67.7, "0.4": 72.14, "0.5": 75.57}),
+    # The thesis does not say which network it is in chapter 5: it is taken to be that of Table 6.1.
+    "5.1": _smoothed("5.1", "standard", RunSpec("table6.1/madry", method="standard"), 47.51, {
+        "1e-2": 80.04, "1e-3": 69.23, "1e-4": 51.28, "5e-5": 44.16, "1e-5": 25.3,
+    }),
+    "5.2": _smoothed("5.2", "robust", RunSpec("table6.1/madry"), 71.58, {
+        "0.1": 57.7, "0.2": 62.93, "0.3": 67.7, "0.4": 72.14, "0.5": 75.57,
+    }),
     "6.1": _trainings("6.1", "WRN-34-10 on CIFAR-10", 8.0, _FOUR, {
         "madry": (84.39, 59.93, 56.37, 54.14),
         "trades": (85.97, 62.29, 57.32, 54.38),
@@ -143,7 +137,10 @@ TABLES = {
     "figure-6.1": _broken("Thesis, section 6.2: ResNet-50 on CIFAR-10, trained at α = 1"),
     "madry-mnist": _attacks(
         1, "MNIST", 76.5,
-        {"A": Wanted(_MNIST), "A'": Wanted(_MNIST, copy_of="A"), "B": _B},
+        {
+            "A": RunSpec("madry-mnist/madry"), "A'": RunSpec("madry-mnist/madry", copy_of="A"),
+            "B": RunSpec("madry-mnist/natural", model="mnist-b"),  # how B was trained, they do not say
+        },
         [
             ("natural", "clean", "A", 98.8), ("FGSM", "fgsm", "A", 95.6), ("PGD-40", "pgd-40", "A", 93.2),
             ("PGD-100", "pgd-100", "A", 91.8), ("PGD-40, 20 restarts", "pgd-40x20", "A", 90.4),
@@ -157,7 +154,10 @@ TABLES = {
     ),
     "madry-cifar10": _attacks(
         2, "CIFAR-10", 8.0,
-        {"A": Wanted(_CIFAR), "A'": Wanted(_CIFAR, copy_of="A"), "A_nat": Wanted(PRESETS["madry-cifar10/natural"])},
+        {
+            "A": RunSpec("madry-cifar10/madry"), "A'": RunSpec("madry-cifar10/madry", copy_of="A"),
+            "A_nat": RunSpec("madry-cifar10/natural"),
+        },
         [
             ("natural", "clean", "A", 87.3), ("FGSM", "fgsm", "A", 56.1), ("PGD-7", "pgd-7", "A", 50.0),
             ("PGD-20", "pgd-20:step=1/4", "A", 45.8), ("CW-30", "cw-30", "A", 46.8),

@@ -1,195 +1,197 @@
-"""Which runs a figure takes: those named, those that fit best in a folder, or those that are trained for it."""
+"""Which finished runs a table or a figure takes: those that the user names, else those trained with the source's preset."""
 
-import re
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..config import Config, Method
 from ..errors import InputError
 from ..presets import PRESETS
-from .reported import ROBUST as ROBUST_SOURCE
-from .reported import STANDARD as STANDARD_SOURCE
-from .runs import Options, Run, Wanted, closest, completed, data_name, distance, family, find_runs, read_run, title, width
-
-WIDTHS_OF = {"mnist-cnn": (1, 2, 4, 8, 16), "wrn": (1, 2, 5, 10)}  # what capacity trains: Madry et al., Figure 4
+from .differences import differences
+from .options import Options
+from .runs import Run, data_name, find_runs, read_run
 
 
 @dataclass(frozen=True)
-class Role:
-    """What a figure needs.
+class RunSpec:
+    """A run of a source: a preset and, where the sources need a variant of it, what replaces its settings.
 
     Args:
-        words: in words.
+        preset: a name in `PRESETS`.
+        method, model: instead of the preset's.
+        copy_of: key of the run in the same table that this one is a copy of, trained from another seed (A' in Madry et al.).
+    """
+
+    preset: str
+    method: Method | None = None
+    model: str | None = None
+    copy_of: str = ""
+
+    @property
+    def config(self) -> Config:
+        preset = PRESETS[self.preset]
+        return replace(preset, method=self.method or preset.method, model=self.model or preset.model)
+
+    def fits(self, run: Run) -> bool:
+        """Whether `run` was trained with this preset (and its method and alpha), at any scale and on any data."""
+        ours, theirs = run.config, self.config
+        same = (ours.preset, ours.method, ours.alpha) == (theirs.preset, theirs.method, theirs.alpha)
+        return same and self.model in (None, ours.model)
+
+    def rank(self, run: Run) -> tuple:
+        """Sorts runs that fit: finished ones first, then those with the source's model, then those with the lowest seed."""
+        return not run.finished, run.config.model != self.config.model, run.config.seed, run.folder.name
+
+    def command(self, runs: Path | None, data: str | None = None) -> str:
+        """The command that trains it into the folder `runs`, on `data` instead of the source's if given."""
+        changes = {"method": self.method, "model": self.model, "seed": "1" if self.copy_of else None}
+        name = "-".join([self.preset.replace("/", "-"), *(value for value in changes.values() if value)])
+        if data and data_name(data) != self.config.data:
+            changes["data"] = data
+        if self.preset.startswith("table6.3/"):
+            changes["extra"] = "PSEUDO_LABELS"
+        words = [word for option, value in changes.items() if value for word in (f"--{option}", value)]
+        out = str((runs or Path("runs")) / name)
+        return shlex.join(["spat-train", "train", "--preset", self.preset, *words, "--out", out])
+
+
+def training_hint(spec: RunSpec, runs: Sequence[Run], options: Options) -> str:
+    """How to train `spec`, for an error message: on the data of `runs`, the others of its table or figure."""
+    data = options.data or next((run.config.data for run in runs), None)
+    return f"train it: {spec.command(options.runs, data)} (smaller: --limit 2000 --epochs 6 --milestones None --model small-cnn)"
+
+
+def _data(runs: Iterable[Run], specs: Iterable[RunSpec], options: Options) -> str:
+    """Name of the data set to search for: --data, else the source's if there are runs on it, else that of all runs.
+
+    Raises:
+        InputError: there are several.
+    """
+    if options.data is not None:
+        return data_name(options.data)
+    names = sorted({data_name(run.config.data) for run in runs})
+    own = [name for name in names if name in {spec.config.data for spec in specs}]
+    if len(names) > 1 and len(own) != 1:
+        raise InputError(f"--data: --runs {options.runs} holds runs on {', '.join(names)}: say which")
+    return next(iter(own or names), "")
+
+
+# ---- the runs of a table
+
+
+def candidates(specs: dict[str, RunSpec], options: Options, given: dict[str, Path]) -> dict[str, list[Run]]:
+    """By key, the runs that fit: the one in `given`, else those in --runs, the one to take first."""
+    found = {key: [read_run(given[key])] for key in specs if key in given}
+    known = find_runs(options.runs)
+    fitting = [run for key, spec in specs.items() if key not in given for run in known if spec.fits(run)]
+    data = _data(next(iter(found.values()), fitting), specs.values(), options)
+    here = [run for run in known if data_name(run.config.data) == data]
+    for key, spec in specs.items():
+        if key not in given:
+            found[key] = sorted(filter(spec.fits, here), key=spec.rank)
+            if spec.copy_of:
+                originals = found[spec.copy_of][:1]
+                found[key] = [run for run in found[key] for original in originals if _is_copy(run, original)]
+    return {key: found[key] for key in specs}
+
+
+def _is_copy(run: Run, original: Run) -> bool:
+    return run.config.seed != original.config.seed and not differences(run, original.config)
+
+
+# ---- the runs of a figure
+
+
+@dataclass(frozen=True)
+class RunSelector:
+    """The runs that a figure needs.
+
+    Args:
+        words: what it needs, as text.
         fits: whether runs are what it needs.
-        pick: from all runs on the data, and with --train from training what is missing: the ones to take.
-        data: the data set without --data; None is that of the runs.
+        specs: what is looked for in --runs, in order of preference.
+        place: from --runs, one run is taken for each value of this. None: such a run is never taken.
     """
 
     words: str
     fits: Callable[[Sequence[Run]], bool]
-    pick: Callable[[list[Run], Options], list[Run]]
-    data: str | None = None
+    specs: tuple[RunSpec, ...]
+    place: Callable[[Run], object]
 
     def take(self, figure: str, given: Sequence[Path], options: Options) -> list[Run]:
-        """The runs for `figure`, `given` by their folders or looked for in --runs.
+        """The runs for `figure`: those in the folders `given`, else those found in --runs.
 
         Raises:
             InputError: they are not what it needs.
         """
-        if given:
-            if options.train:
-                raise InputError(f"--train: figure {figure} has its runs named ({given[0]}, ...): leave out one or the other")
-            runs = [read_run(folder) for folder in given]
-            robust = [run for run in runs if not run.standard]
-            if not self.fits(runs) and self.fits(robust):
-                print(f"figure {figure}: standard runs are left out, it needs {self.words}")
-                runs = robust
-            where = ", ".join(f"{run.folder} ({title(run.config)}, {run.config.model})" for run in runs)
-            remedy = "name others"
-        else:
-            if options.runs is None:
-                raise InputError(
-                    f"figure {figure}: it needs {self.words}: name their folders, or give the folder that holds them by --runs"
-                )
-            found = find_runs(options.runs)
-            options = replace(options, data=options.data or self._data(found, options))
-            here = [run for run in found if data_name(run.config.data) == options.data_name]
-            if options.scale.model:
-                here = [run for run in here if family(run.config.model) == family(options.scale.model)]
-            runs = self.pick(here, options)
-            kinds = ", ".join(sorted({f"{title(run.config)} {run.config.model}" for run in here})) or "nothing"
-            where = f"--runs {options.runs} has {kinds} on {options.data_name}"
-            remedy = "name folders, or add --train"
-        if not runs or not self.fits(runs):
-            raise InputError(f"figure {figure}: it needs {self.words}: {where}: {remedy}")
+        if options.runs is None and not given:
+            raise InputError(
+                f"figure {figure}: it needs {self.words}: name their folders, or give the folder that holds them by --runs"
+            )
+        return self._named(figure, given) if given else self._found(figure, options)
+
+    def _named(self, figure: str, given: Sequence[Path]) -> list[Run]:
+        runs = [read_run(folder) for folder in given]
+        robust = [run for run in runs if not run.standard]
+        if not self.fits(runs) and self.fits(robust):
+            print(f"figure {figure}: standard runs are left out, it needs {self.words}")
+            runs = robust
+        if not self.fits(runs):
+            raise InputError(f"figure {figure}: it needs {self.words}: {', '.join(map(str, runs))}: name others")
         return runs
 
-    def _data(self, runs: Sequence[Run], options: Options) -> str:
-        names = sorted({data_name(run.config.data) for run in runs})
-        if self.data:
-            return self.data
-        if len(names) > 1:
-            raise InputError(f"--data: --runs {options.runs} holds runs on {', '.join(names)}: say which")
-        return runs[0].config.data if names else "cifar10"
+    def _found(self, figure: str, options: Options) -> list[Run]:
+        known = find_runs(options.runs)
+        fitting = sorted((run for run in known if self._rank(run) and self.place(run) is not None), key=self._rank)
+        data = _data(fitting, self.specs, options)
+        fitting = [run for run in fitting if data_name(run.config.data) == data]
+        taken: dict[object, Run] = {}
+        for run in fitting:
+            taken.setdefault(self.place(run), run)
+        runs = list(taken.values())
+        if not self.fits(runs):
+            raise InputError(f"figure {figure}: it needs {self.words}: {self._remedy(figure, known, taken, data, options)}")
+        if len(fitting) > len(runs):
+            print(f"figure {figure}: {len(fitting)} runs in --runs fit: to choose others than these, name their folders")
+        return runs
+
+    def _rank(self, run: Run) -> tuple:
+        """For sorting, by the first spec that fits; () where none does."""
+        return next(((number, *spec.rank(run)) for number, spec in enumerate(self.specs) if spec.fits(run)), ())
+
+    def _remedy(self, figure: str, known: list[Run], taken: dict[object, Run], data: str, options: Options) -> str:
+        """Runs to name, where any would do, and the command that trains what is missing."""
+        missing = [spec for spec in self.specs if self.place(Run(Path(), spec.config)) not in taken]
+        first = min(missing or self.specs, key=lambda spec: spec.config.data != data)
+        usable = list({self.place(run): run for run in reversed(known)}.values())
+        named = shlex.join(["spat-train", "figure", figure, *(str(run.folder) for run in usable)])
+        how = f"name them, such as {named}" if self.fits(usable) else "name their folders"
+        lacking = f"--runs {options.runs} has no run with --preset {first.preset}" + (f" on {data}" if data else "")
+        return f"{lacking}: {how}, or {training_hint(first, list(taken.values()), options)}"
 
 
-# ---- one standard run, one robust run
-
-
-def _nearest(runs: Sequence[Run], wanted: Wanted, options: Options, model: str | None = None) -> Run | None:
-    """Of the same role; the robust one rather trained by the same method."""
-    c = wanted.config
-    model = model or wanted.model(options) or c.model
-
-    def order(run: Run) -> tuple:
-        return (run.config.method, run.config.alpha) != (c.method, c.alpha), *distance(run, c, model)
-
-    run = min((run for run in runs if run.standard == (c.method == "standard")), key=order, default=None)
-    return completed(run, wanted, None, options) if options.train else run
-
-
-def _robust(runs: list[Run], options: Options) -> list[Run]:
-    source = ROBUST_SOURCE.get(options.data_name, ROBUST_SOURCE["cifar10"])
-    run = _nearest(runs, Wanted(source), options)
-    return [run] if run else []
-
-
-def _pair(runs: list[Run], options: Options) -> list[Run]:
-    robust = _robust(runs, options)
-    source = STANDARD_SOURCE.get(options.data_name, STANDARD_SOURCE["cifar10"])
-    standard = _nearest(runs, Wanted(source), options, robust[0].config.model if robust else None)
-    return [standard, *robust] if standard else robust
-
-
-def _roles(runs: Sequence[Run]) -> tuple[int, int]:
+def roles(runs: Sequence[Run]) -> tuple[int, int]:
+    """How many standard and how many robust runs."""
     standard = sum(run.standard for run in runs)
     return standard, len(runs) - standard
 
 
-PAIR = Role("one standard and one robust run", lambda runs: _roles(runs) == (1, 1), _pair)
-ROBUST = Role("one robust run", lambda runs: _roles(runs) == (0, 1), _robust)
-TRAININGS = Role("robust runs, one or more", lambda runs: _roles(runs)[0] == 0 < len(runs), _robust)
-ANY = Role("one run or more", lambda runs: len(runs) > 0, _pair)
+_ROWS = {name: config for name, config in PRESETS.items() if not name.startswith("figure")}
+_STANDARD = (
+    RunSpec("table6.1/madry", method="standard"),
+    *(RunSpec(name) for name, config in _ROWS.items() if config.method == "standard"),
+)
+_ROBUST = tuple(RunSpec(name) for name, config in _ROWS.items() if config.method != "standard")
 
 
-# ---- a grid of alphas and radii
+def _role(run: Run) -> bool:
+    return run.standard
 
 
-def grid(figure: str, data: str) -> Role:
-    """Madry and Madry+SPAT runs of one model with different alphas, a line for each radius."""
-    sources = [config for name, config in PRESETS.items() if name.startswith(f"figure{figure}/")]
-
-    def pick(runs: list[Run], options: Options) -> list[Run]:
-        runs = [run for run in runs if run.config.method == "madry"]
-        if options.train:
-            share = (options.eps or 8.0) / 8.0  # --eps is what 8/255 is there
-            options = replace(options, eps=None)
-            wants = [Wanted(replace(c, eps=c.eps * share, eval_eps=c.evaluation_eps * share)) for c in sources]
-            return [completed(closest(runs, want, options), want, None, options) for want in wants]
-        runs = _largest(runs, lambda run: run.config.model)
-        places = dict.fromkeys((run.config.eps, run.config.alpha) for run in runs)
-        return [_best([r for r in runs if (r.config.eps, r.config.alpha) == place], sources[0]) for place in places]
-
-    def fits(runs: Sequence[Run]) -> bool:
-        places = {(run.config.eps, run.config.alpha) for run in runs}
-        return all(run.config.method == "madry" for run in runs) and len(places) == len(runs) > 1
-
-    return Role("Madry runs that differ in alpha, and in eps where that has several lines", fits, pick, data)
-
-
-def _largest(runs: Sequence[Run], key: Callable[[Run], str]) -> list[Run]:
-    """The runs of the `key` that most have."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return max(groups.values(), key=len, default=[])
-
-
-def _best(runs: Sequence[Run], source) -> Run:
-    return min(runs, key=lambda run: distance(run, source, run.config.model))
-
-
-# ---- widths
-
-
-def _narrowed(model: str, to: int) -> str:
-    return f"mnist-cnn/{to}" if family(model) == "mnist-cnn" else re.sub(r"\d+$", str(to), model)
-
-
-def _without_width(model: str) -> str:
-    return _narrowed(model, 0)
-
-
-def _widths(runs: list[Run], options: Options) -> list[Run]:
-    data = options.data_name
-    standard, robust = (s.get(data, s["cifar10"]) for s in (STANDARD_SOURCE, ROBUST_SOURCE))
-    plain = [r for r in runs if width(r.config.model) and r.config.method in ("standard", "madry") and not r.config.alpha]
-    if options.train:
-        model = options.scale.model or robust.model
-        if width(model) is None:
-            raise InputError(f"--model {model}: it has no width: give wrn-DEPTH-WIDTH or mnist-cnn/WIDTH")
-        taken = []
-        for source in (standard, robust):
-            for to in WIDTHS_OF[family(model)]:
-                want = Wanted(replace(source, model=_narrowed(model, to), preset=""), fixed=True)
-                same = [
-                    r for r in plain if width(r.config.model) == to and _without_width(r.config.model) == _without_width(model)
-                ]
-                taken.append(completed(closest(same, want, options), want, None, options))
-        return taken
-    plain = _largest(plain, lambda run: _without_width(run.config.model))
-    places = dict.fromkeys((run.standard, width(run.config.model)) for run in plain)
-    of_place = ([r for r in plain if (r.standard, width(r.config.model)) == place] for place in places)
-    return [_best(found, standard if found[0].standard else robust) for found in of_place]
-
-
-def _differ_in_width(runs: Sequence[Run]) -> bool:
-    known = all(width(run.config.model) for run in runs)
-    return (
-        known
-        and len({_without_width(run.config.model) for run in runs}) == 1
-        and len({width(run.config.model) for run in runs}) > 1
-    )
-
-
-WIDTHS = Role("runs of wrn-DEPTH-WIDTH or mnist-cnn/WIDTH of different widths", _differ_in_width, _widths)
+STANDARD_AND_ROBUST = RunSelector(
+    "one standard and one robust run", lambda runs: roles(runs) == (1, 1), _STANDARD + _ROBUST, _role
+)
+ONE_ROBUST = RunSelector("one robust run", lambda runs: roles(runs) == (0, 1), _ROBUST, _role)
+ROBUST_RUNS = RunSelector("robust runs, one or more", lambda runs: roles(runs)[0] == 0 < len(runs), _ROBUST, _role)
+ANY_RUNS = RunSelector("one run or more", lambda runs: len(runs) > 0, _STANDARD + _ROBUST, _role)

@@ -1,22 +1,25 @@
-"""`spat-train table`: ours beside the source's figure, and what was run otherwise than there."""
+"""`spat-train table`: our numbers beside the source's, with what differs from the source's settings."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
-from ..runtime import atomic_write as files
-from .measure import Subject, TestImages, measured, open_images, open_models
+from ..errors import InputError, lookup
+from ..runtime import atomic_write
+from .differences import differences
+from .loaded_run import LoadedRun, TestImages, open_images, open_models
+from .options import Options, check
 from .reported import TABLES, Cell, Table
-from .runs import Options, Run, check, choose, data_name, differences, find_runs, fits, named, title, told
+from .runs import Run, find_runs, format_eps
+from .selection import candidates, training_hint
 
 MARK = "†"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the source and what ours is: percent and its 95 % interval, None where a run is missing."""
+    """A cell of the source, and ours: percent and its 95 % interval, or None where a run is missing."""
 
     cell: Cell
     ours: dict[str, float] | None
@@ -38,9 +41,10 @@ class Filled:
 
     Attributes:
         eps: of the attacks, in 1/255.
-        runs: by key, None where missing. changes: by key, how the run differs from the source's.
-        candidates: by key, how many runs fitted.
-        images, total: how many test images were used, of how many there are.
+        runs: by key, None where missing.
+        changes: by key, how the run differs from the source's.
+        candidates: by key, the number of runs that fit.
+        images, total: how many test images were used, and how many there are.
     """
 
     name: str
@@ -54,11 +58,9 @@ class Filled:
     images: int
     total: int
 
-    def keys(self, cell: Cell) -> list[str]:
-        return [key for key in (cell.target, cell.source) if key]
-
     def marked(self, cell: Cell) -> bool:
-        return self.images < self.total or any(self.changes[key] for key in self.keys(cell))
+        """Whether its runs or its test images differ from the source's."""
+        return self.images < self.total or any(self.changes[key] for key in (cell.target, cell.source) if key)
 
 
 def read_given(texts: Iterable[str]) -> dict[str, Path]:
@@ -73,53 +75,59 @@ def read_given(texts: Iterable[str]) -> dict[str, Path]:
 
 
 def fill(name: str, options: Options, given: dict[str, Path], out: Path) -> Filled:
-    """Find (or train) the runs of table `name`, and measure them.
+    """Find the runs of table `name`, and measure them.
 
     Args:
-        given: runs by key, instead of searching.
+        given: folders of runs by key, instead of searching.
         out: the folder that it will be written to.
 
     Raises:
-        InputError: no such table, or no run of it; an option, a run or the data do not fit.
+        InputError: no such table, or no run of it, or an option, a run or the data do not fit.
     """
-    table = find(name)
+    table = lookup("table", name, TABLES)
     check(options, out)
     if unknown := next((key for key in given if key not in table.runs), None):
         raise InputError(f"--run {unknown}={given[unknown]}: table {name} has no run {unknown}: it has {', '.join(table.runs)}")
-    there = find_runs(options.runs)
-    runs = choose(table.runs, options, given, there)
-    if all(runs[cell.target] is None for cell in table.cells):
-        where = f"in --runs {options.runs}" if options.runs else "without --runs"
-        looked = "; ".join(f"{key}: {want.words(options)}" for key, want in table.runs.items())
-        if data := sorted({data_name(run.config.data) for run in there}):
-            looked += f"; there are runs on {', '.join(data)}, for --data"
-        raise InputError(f"table {name}: no run fits {where} (looked for {looked}): give --runs, --run KEY=FOLDER, or --train")
-    here = {key: run for key, run in runs.items() if run}
-    images = open_images(here.values(), options)
-    subjects = dict(zip(here, open_models(list(here.values()), images, options), strict=True))
+    fitting = candidates(table.runs, options, given)
+    runs = {key: found[0] for key, found in fitting.items() if found}
+    if not any(cell.target in runs for cell in table.cells):
+        raise InputError(_no_run(name, table, options))
+    images = open_images(runs.values(), options)
+    loaded = dict(zip(runs, open_models(list(runs.values()), images, options), strict=True))
     own = images.dataset.name == next(iter(table.runs.values())).config.data
-    eps = options.eps or (table.eps if own else max(run.config.evaluation_eps for run in here.values()))
-    entries = tuple(_entries(table, subjects, images, options, eps / 255))
-    changes = {key: differences(run, table.runs[key].config) for key, run in here.items()}
-    candidates = {key: sum(fits(run, table.runs[key], options) for run in there) for key in here if key not in given}
-    return Filled(name, table, entries, eps, images.dataset.name, runs, changes, candidates, len(images), images.total)
+    eps = options.eps or (table.eps if own else max(run.config.evaluation_eps for run in runs.values()))
+    return Filled(
+        name, table, tuple(_entries(table, loaded, images, options, eps / 255)), eps, images.dataset.name,
+        runs={key: runs.get(key) for key in table.runs},
+        changes={key: differences(run, table.runs[key].config) for key, run in runs.items()},
+        candidates={key: len(found) for key, found in fitting.items()},
+        images=len(images), total=images.total,
+    )  # fmt: skip
 
 
-def _entries(table: Table, subjects: dict[str, Subject], images: TestImages, options: Options, eps: float) -> Iterable[Entry]:
+def _no_run(name: str, table: Table, options: Options) -> str:
+    """The error message where there is no run at all: what was looked for, what there is, how to go on."""
+    presets = ", ".join(dict.fromkeys(spec.preset for spec in table.runs.values()))
+    there = [f"{run} on {run.config.data}" for run in find_runs(options.runs)][:8]
+    looked = f"--runs {options.runs} has none" + (f", but {', '.join(there)}" if there else "") if options.runs else "give --runs"
+    key, spec = next(iter(table.runs.items()))
+    return (
+        f"table {name}: it needs runs with --preset {presets}: {looked}: "
+        f"say which run it is by --run {key}=FOLDER, or {training_hint(spec, [], options)}"
+    )
+
+
+def _entries(table: Table, loaded: dict[str, LoadedRun], images: TestImages, options: Options, eps: float) -> Iterable[Entry]:
     found = {}
     for target, source in dict.fromkeys((cell.target, cell.source) for cell in table.cells):
-        if target in subjects and (not source or source in subjects):
+        if target in loaded and (not source or source in loaded):
             attacks = [cell.attack for cell in table.cells if (cell.target, cell.source) == (target, source)]
-            found[target, source] = measured(
-                subjects[target], images, attacks, options, eps=eps,
-                source=subjects[source].model if source else None,
+            found[target, source] = loaded[target].measure(
+                images, attacks, options, eps=eps,
+                source=loaded[source].model if source else None,
                 attack_wrong=any(attack.startswith("pgd-ls") for attack in attacks),  # they may raise accuracy
             )  # fmt: skip
     return (Entry(cell, found.get((cell.target, cell.source), {}).get(cell.attack)) for cell in table.cells)
-
-
-def find(name: str) -> Table:
-    return named("table", name, TABLES)
 
 
 # ---- as Markdown
@@ -131,7 +139,7 @@ def markdown(filled: Filled) -> str:
     lines = _lines(filled) if len(columns) == 1 else _blocks(filled, columns)
     head = (
         f"Accuracy in %, ± half of the 95 % interval, on {filled.images:,} of {filled.total:,} test images of {filled.data}, "
-        f"eps {told(filled.eps)}."
+        f"eps {format_eps(filled.eps)}."
     )
     if any(cell.attack.startswith("pgd-ls") for cell in filled.table.cells):
         head += " Images that the model gets wrong are attacked too, and some end up right."
@@ -151,7 +159,7 @@ def _difference(entry: Entry) -> str:
 
 
 def _lines(filled: Filled) -> list[str]:
-    """One number a row: ours, the source's and the difference beside each other."""
+    """One number in each row: ours, the source's and the difference beside each other."""
     lines = [_row(filled.table.corner, "ours", "source", "difference"), "|---|---:|---:|---:|"]
     for entry in filled.entries:
         mark = MARK if entry.ours and filled.marked(entry.cell) else ""
@@ -160,7 +168,7 @@ def _lines(filled: Filled) -> list[str]:
 
 
 def _blocks(filled: Filled, columns: list[str]) -> list[str]:
-    """Many numbers a row: ours, the source's and the difference below each other."""
+    """Several numbers in each row: ours, the source's and the difference below each other."""
     lines = [_row(filled.table.corner, "", *columns), f"|---|---|{'---:|' * len(columns)}"]
     for row in dict.fromkeys(entry.cell.row for entry in filled.entries):
         entries = [entry for entry in filled.entries if entry.cell.row == row]
@@ -185,15 +193,16 @@ def _notes(filled: Filled) -> list[str]:
         notes += [f"{', '.join(keys)}: {changes};" for changes, keys in alike.items()]
         notes = [" ".join(notes).rstrip(";") + ".", ""]
     notes.append("Runs: " + ", ".join(_chosen(filled, key, run) for key, run in filled.runs.items() if run) + ".")
-    if missing := [key for key, run in filled.runs.items() if run is None]:
+    data = next(run.config.data for run in filled.runs.values() if run)
+    specs = filled.table.runs
+    if missing := [f"{key} (`{specs[key].command(None, data)}`)" for key, run in filled.runs.items() if run is None]:
         notes += ["", f"Missing: {', '.join(missing)}."]
     return notes
 
 
 def _chosen(filled: Filled, key: str, run: Run) -> str:
-    count = filled.candidates.get(key, 1)
-    several = f", the closest of {count}" if count > 1 and not filled.table.runs[key].copy_of else ""
-    return f"{key}: {run.folder} ({title(run.config)}, {run.config.model}{several})"
+    count = filled.candidates[key]
+    return f"{key}: {run}" + (f", the first of {count} that fit" if count > 1 else "")
 
 
 # ---- as files
@@ -216,14 +225,14 @@ def as_json(filled: Filled) -> dict:
 
 def write(filled: Filled, out: Path) -> list[Path]:
     """table-NAME.md and .json in the folder `out`."""
-    files.make_folder(out)
+    atomic_write.make_folder(out)
     contents = {".md": markdown(filled), ".json": json.dumps(as_json(filled), indent=1) + "\n"}
     paths = [out / f"table-{filled.name}{ending}" for ending in contents]
     for path, content in zip(paths, contents.values(), strict=True):
-        files.write(path, content.encode())
+        atomic_write.write(path, content.encode())
     return paths
 
 
-def listing(names: Iterable[str] = TABLES) -> str:
+def listing() -> str:
     """Every table with the keys of its runs."""
-    return "\n".join(f"{name:14} {TABLES[name].title}; runs: {', '.join(TABLES[name].runs)}" for name in names)
+    return "\n".join(f"{name:14} {table.title}; runs: {', '.join(table.runs)}" for name, table in TABLES.items())

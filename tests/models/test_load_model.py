@@ -201,8 +201,9 @@ def code(tmp_path, monkeypatch):
 
 def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, capsys, code):
     from spat_train import cli
-    from spat_train.papers.measure import TestImages, open_model
-    from spat_train.papers.runs import Options, Run, Scale, Wanted, completed
+    from spat_train.papers.loaded_run import TestImages, open_model
+    from spat_train.papers.options import Options
+from spat_train.papers.runs import Run
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     run = a_run(tmp_path, net, model=code, data="digits")
@@ -224,11 +225,9 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
     config = Config(**json.loads((run / "config.json").read_text()) | {"milestones": (75, 90)})
     with pytest.raises(InputError, match=f"{shown} --model {code}"):
         open_model(Run(run, config), images, Options(device="cpu"))
-    with pytest.raises(InputError, match=f"{shown} --model {code}"):
-        completed(None, Wanted(config, copy_of="A"), Run(run, config), Options(runs=tmp_path, train=True))
     assert not (tmp_path / "ran").exists()
 
-    repeated = Options(device="cpu", scale=Scale(model=code))
+    repeated = Options(device="cpu", model=code)
     assert torch.equal(open_model(Run(run, config), images, repeated).model[1].weight, net[1].weight)
     assert (tmp_path / "ran").exists()
 

@@ -1,5 +1,7 @@
 """Small trained runs, for tests of what is made from them."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,22 +31,33 @@ def write_mnist(folder: Path) -> Path:
 
 
 def write_runs(folder: Path) -> Path:
-    """standard, madry, madry-seed1 and b, each mnist-cnn/1 or mnist-b; and wide, wide-standard, which are mnist-cnn/2."""
+    """Runs with Madry's MNIST presets: standard, madry and madry-seed1 (mnist-cnn/1), b (mnist-b), wide and wide-standard
+    (mnist-cnn/2)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     base = Config(
-        data=str(write_mnist(folder)), model="mnist-cnn/1", eps=EPS, steps=2, epochs=2, batch_size=16, optimizer="adam", lr=0.01,
-        schedule="constant", weight_decay=0.0, holdout=8, val_steps=1, test=False, tensorboard=False, device="cpu",
+        preset="madry-mnist/madry", data=str(write_mnist(folder)), model="mnist-cnn/1", eps=EPS, steps=2, epochs=2,
+        batch_size=16, optimizer="adam", lr=0.01, schedule="constant", weight_decay=0.0, holdout=8, val_steps=1, test=False,
+        tensorboard=False, device="cpu",
     )  # fmt: skip
+    natural = replace(base, preset="madry-mnist/natural", method="standard")
     runs = {
-        "standard": replace(base, method="standard"),
+        "standard": natural,
         "madry": base,
         "madry-seed1": replace(base, seed=1),
-        "b": replace(base, method="standard", model="mnist-b", epochs=1),
+        "b": replace(natural, model="mnist-b", epochs=1, seed=2),
         "wide": replace(base, model="mnist-cnn/2"),
-        "wide-standard": replace(base, model="mnist-cnn/2", method="standard"),
+        "wide-standard": replace(natural, model="mnist-cnn/2"),
     }
     for name, config in runs.items():
         train(replace(config, out=folder / "runs" / name))
     torch.set_num_threads(threads)
     return folder / "runs"
+
+
+def copy_run(source: Path, to: Path, **changes) -> Path:
+    """A copy of a run with other settings in its config.json."""
+    shutil.copytree(source, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | changes))
+    return to

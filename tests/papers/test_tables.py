@@ -1,9 +1,7 @@
-"""Tables: the sources' numbers, which run is which row, ours beside theirs, what is marked, what is trained."""
+"""Tables: the sources' numbers, ours beside theirs, and what is marked."""
 
 import json
 import re
-import shutil
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,30 +12,13 @@ import torch
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from spat_train import cli
-from spat_train.config import Config, check
 from spat_train.data.datasets import load
-from spat_train.errors import InputError
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
-from spat_train.papers import runs, tables
-from spat_train.papers.measure import open_images
+from spat_train.papers import tables
+from spat_train.papers.loaded_run import open_images
+from spat_train.papers.options import Options
 from spat_train.papers.reported import TABLES
-from spat_train.papers.runs import (
-    Options,
-    Run,
-    Scale,
-    Wanted,
-    closest,
-    copy_of,
-    differences,
-    family,
-    find_runs,
-    fits,
-    scaled,
-    title,
-    width,
-)
 from spat_train.presets import PRESETS
 from tests.papers.finished_runs import EPS
 
@@ -113,144 +94,12 @@ def test_tables_are_measured_by_their_own_attacks(monkeypatch):
         assert {cell.target for cell in table.cells} | {cell.source for cell in table.cells} - {""} == set(table.runs)
 
 
-# ---- which run is which row
-
-
-def run(name="run", **settings) -> Run:
-    return Run(Path("nowhere") / name, Config(**settings))
-
-
-def test_names_of_models():
-    names = [
-        "wrn-34-10",
-        "mnist-cnn/8",
-        "mnist-cnn",
-        "mnist-b",
-        "resnet-18/stl10",
-        "preactresnet-18",
-        "timm:vit_tiny",
-        "small-cnn",
-    ]
-    kinds = ["wrn", "mnist-cnn", "mnist-cnn", "mnist-b", "resnet", "preactresnet", "timm:vit_tiny", "small-cnn"]
-    assert [family(name) for name in names] == kinds
-    assert [width(name) for name in names] == [10, 8, 16, None, None, None, None, None]
-    assert title(Config(method="mart", alpha=0.3)) == "MART+SPAT(.3)"
-    assert title(Config(method="standard")) == "standard"
-
-
-@pytest.mark.parametrize(
-    ("changed", "matches"),
-    [
-        ({}, True),
-        ({"data": "/somewhere/cifar10.npz", "epochs": 3, "limit": 100, "model": "wrn-10-2", "batch_size": 64}, True),
-        ({"eps": 0.031 * 255}, True),
-        ({"eps": 16.0}, False),
-        ({"alpha": 0.2}, False),
-        ({"method": "trades"}, False),
-        ({"data": "cifar100"}, False),
-        ({"model": "resnet-18"}, False),
-        ({"extra": Path("500k.pickle")}, False),
-    ],
-)
-def test_a_run_is_what_its_config_says(changed, matches):
-    source = PRESETS["table6.1/mart+spat"]
-    found = Run(Path("anything"), replace(source, **changed))
-    assert fits(found, Wanted(source), Options()) is matches
-
-
-def test_on_other_data_model_and_eps_are_asked_for_by_the_options():
-    wanted, options = Wanted(PRESETS["table6.1/madry"]), Options(data="/somewhere/mnist.npz")
-    found = run(data="mnist", model="mnist-cnn/8", eps=76.5)
-    assert fits(found, wanted, options)
-    assert fits(found, wanted, replace(options, eps=76.5))
-    assert not fits(found, wanted, replace(options, eps=50.0))
-    assert fits(found, wanted, replace(options, scale=Scale(model="mnist-cnn/2")))
-    assert not fits(found, wanted, replace(options, scale=Scale(model="mnist-b")))
-    assert not fits(run(data="mnist", model="mnist-cnn/8", method="standard"), wanted, options)
-
-
-def test_of_several_runs_the_closest_to_the_source():
-    source = PRESETS["table6.1/madry"]
-
-    def best(*changes, **options):
-        candidates = [Run(Path(str(i)), replace(source, **change)) for i, change in enumerate(changes)]
-        return int(closest(candidates, Wanted(source), Options(**options)).folder.name)
-
-    assert best({"model": "wrn-10-2"}, {"model": "wrn-28-10"}, {"model": "wrn-34-2"}) == 1
-    assert best({"limit": 100}, {"limit": 5000}) == 1
-    assert best({"epochs": 10}, {"epochs": 120}, {"epochs": 60}) == 1
-    assert best({"weight_decay": 0.1, "lr": 1.0}, {"weight_decay": 0.1}) == 1
-    assert best({"seed": 3}, {"seed": 0}) == 1
-    assert best({"epochs": 10, "model": "wrn-34-10"}, {"model": "wrn-16-4"}, scale=Scale(model="wrn-16-4")) == 1
-    assert closest([run(method="trades")], Wanted(source), Options()) is None
-
-
-def test_a_copy_is_the_same_training_from_another_seed():
-    original = run("a", limit=100, seed=3)
-    others = [run("same", limit=100, seed=3), run("other", limit=200, seed=4), run("copy", limit=100, seed=5, out=Path("x"))]
-    assert copy_of(original, others).folder.name == "copy"
-    assert copy_of(original, others[:2]) is None
-
-
-def test_differences_are_those_that_change_the_weights():
-    source = PRESETS["table6.1/mart"]
-    assert differences(Run(Path("x"), replace(source, seed=7, out=Path("y"), device="cpu", workers=9, preset="")), source) == []
-    assert differences(Run(Path("x"), replace(source, step_size=2.0, beta=5.0)), source) == []  # as by default
-    changed = replace(source, model="wrn-10-2", limit=5000, epochs=6, milestones=None, steps=5, method="madry")
-    assert differences(Run(Path("x"), changed), source) == [
-        "method Madry (MART)",
-        "model wrn-10-2 (wrn-34-10)",
-        "training images 5,000 (all)",
-        "epochs 6 (90)",
-        "attack steps 5 (10)",
-        "beta none (5)",
-    ]
-    natural = PRESETS["madry-mnist/natural"]  # attacks nothing: how it would does not count
-    assert differences(Run(Path("x"), replace(natural, eps=8.0, steps=3, model="mnist-cnn/16")), natural) == []
-
-
-def test_runs_in_a_folder(folder, tmp_path):
-    assert [found.folder.name for found in find_runs(folder)] == [
-        "b",
-        "madry",
-        "madry-seed1",
-        "standard",
-        "wide",
-        "wide-standard",
-    ]
-    assert all(found.epochs == found.config.epochs for found in find_runs(folder))
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.json").write_text(Config().to_json())
-    assert find_runs(tmp_path) == []
-    assert find_runs(None) == []
-    with pytest.raises(InputError, match="neither best.pt nor last.pt"):
-        runs.read_run(tmp_path / "begun")
-    with pytest.raises(InputError, match="no config.json"):
-        runs.read_run(tmp_path)
-
-
-@pytest.mark.parametrize(("config", "reason"), [('{"method": "mad', "cannot be read"), ("[1]", "is no run's")])
-def test_a_run_that_cannot_be_read_is_left_out_and_said(folder, tmp_path, capsys, config, reason):
-    for name in ("broken", "madry"):
-        shutil.copytree(folder / "madry", tmp_path / "runs" / name)
-    (tmp_path / "runs" / "broken" / "config.json").write_text(config)
-    filled = fill("5.2", tmp_path / "runs", tmp_path, data=str(folder.parent / "mnist.npz"))
-    assert filled.runs["robust"].folder.name == "madry"
-    err = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert len(err) == 1
-    assert f"{tmp_path}/runs/broken" in err[0]
-    assert reason in err[0]
-    with pytest.raises(InputError, match=reason):
-        fill("5.2", None, tmp_path, {"robust": tmp_path / "runs" / "broken"})
-
-
 # ---- ours beside theirs
 
 
 def test_a_table_is_what_evaluate_finds(folder, tmp_path):
-    filled = fill("5.2", folder, tmp_path, data=str(folder.parent / "mnist.npz"))
+    filled = fill("5.2", None, tmp_path, {"robust": folder / "madry"})
     assert filled.eps == EPS
-    assert filled.runs["robust"].folder == folder / "madry"
     images = open_images([filled.runs["robust"]], Options(test_images=12))
     model, _ = load_model(folder / "madry", images.dataset)
     attacks = [entry.cell.attack for entry in filled.entries]
@@ -266,49 +115,50 @@ def test_a_table_is_what_evaluate_finds(folder, tmp_path):
     assert [cell["ours"]["accuracy"] for cell in content["cells"]] == [entry.ours["accuracy"] for entry in filled.entries]
     assert [cell["source"] for cell in content["cells"]] == [71.58, 57.7, 62.93, 67.7, 72.14, 75.57]
     assert content["runs"]["robust"]["config"]["limit"] is None
-    assert content["test_images"] == 12
-    assert content["of"] == 40
+    assert (content["test_images"], content["of"]) == (12, 40)
     first = filled.entries[0]
     line = f"| PGD-KL† | {first.ours['accuracy']:.2f} ± {first.half_width:.2f} | 71.58 | {first.difference:+.2f} |"
     assert line.replace("-", "−").replace("PGD−KL", "PGD-KL") in text
     assert (
-        "test images 12 (40); robust: data mnist (cifar10), model mnist-cnn/1 (wrn-34-10), held-out images 8 (default), "
-        "epochs 2 (90), eps 0.3 (8/255)" in text
+        "test images 12 (40); robust: data mnist (cifar10), model mnist-cnn/1 (wrn-34-10), epochs 2 (90), eps 0.3 "
+        "(8/255), attack steps 2 (10), step size 0.075 (2/255), " in text
     )
-    assert (
-        f"Runs: robust: {folder / 'madry'} (Madry, mnist-cnn/1, the closest of 3)." in text
-    )  # the others are another width and another seed
+    assert f"Runs: robust: {folder / 'madry'} (Madry, mnist-cnn/1)." in text
 
 
 def test_black_boxes(folder, tmp_path):
-    given = {"A": folder / "madry"}
-    filled = fill("madry-mnist", folder, tmp_path, given)
+    filled = fill("madry-mnist", folder, tmp_path)
     assert {key: found.folder.name for key, found in filled.runs.items()} == {"A": "madry", "A'": "madry-seed1", "B": "b"}
-    assert "closest" not in tables.markdown(filled).split("A'")[-1]
+    text = tables.markdown(filled)
+    assert f"A: {folder / 'madry'} (Madry, mnist-cnn/1), the first of 3 that fit, A': {folder / 'madry-seed1'} " in text
     data = load(str(folder.parent / "mnist.npz"))
     target, source = (load_model(folder / name, data)[0] for name in ("madry", "b"))
     rows = open_images([filled.runs["A"]], Options(test_images=12)).rows
-    found = evaluate(target, data.test, ["fgsm", "pgd-40", "cw+-40"], eps=0.3, source=source, rows=rows, bar=None)
+    attacks = {"FGSM": "fgsm", "PGD-40": "pgd-40", "CW+-40": "cw+-40"}
+    found = evaluate(target, data.test, [*attacks.values()], eps=0.3, source=source, rows=rows, bar=None)
     entries = {entry.cell.row: entry.ours["accuracy"] for entry in filled.entries}
-    assert [entries[f"{row}, B"] for row in ("FGSM", "PGD-40", "CW+-40")] == [
-        found.accuracy(name) for name in ("fgsm", "pgd-40", "cw+-40")
-    ]
+    assert {row: entries[f"{row}, B"] for row in attacks} == {row: found.accuracy(name) for row, name in attacks.items()}
 
 
-def test_what_is_missing_is_shown_as_missing(folder, tmp_path):
-    filled = fill("madry-mnist", None, tmp_path, {"A": folder / "madry"})
+def test_what_is_missing_is_shown_as_missing(folder, tmp_path, monkeypatch):
+    given = {"A": folder / "madry-seed1"}
+    before = torch.get_rng_state()
+    filled = fill("madry-mnist", None, tmp_path, given)
+    assert torch.equal(torch.get_rng_state(), before)
     text = tables.markdown(filled)
     assert "| FGSM, B | missing | 95.40 |  |" in text
-    assert "Missing: A', B." in text
+    assert re.search(r"Missing: A' \(`spat-train train --preset madry-mnist/madry --seed 1 .*`\), B \(`spat-train train", text)
     assert all(entry.ours is None for entry in filled.entries if entry.cell.source)
     content = tables.as_json(filled)
     assert [cell["ours"] for cell in content["cells"] if cell["made_on"] != "A"] == [None] * 6
     assert content["runs"]["B"] is None
+    # Filled again it costs nothing.
+    monkeypatch.setattr("spat_train.evaluation.evaluate.broken_by", lambda *args, **kwargs: pytest.fail("attacked again"))
+    assert fill("madry-mnist", None, tmp_path, given).entries == filled.entries
 
 
 def test_many_columns_stand_below_each_other(folder, tmp_path):
-    data = str(folder.parent / "mnist.npz")
-    filled = fill("6.1", folder, tmp_path, {"mart": folder / "wide"}, data=data)
+    filled = fill("6.1", folder, tmp_path, {"mart": folder / "wide"})
     lines = tables.markdown(filled).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("| MART† | ours |"))
     assert lines[at + 1] == "|  | source | 83.70 | 61.93 | 58.46 | 53.28 |"
@@ -319,148 +169,15 @@ def test_many_columns_stand_below_each_other(folder, tmp_path):
 
 def test_a_run_at_full_scale_has_no_mark(folder, tmp_path, monkeypatch):
     table = TABLES["madry-mnist"]
-    own = runs.read_run(folder / "madry").config
-    full = replace(table, runs={"A": Wanted(own)}, cells=table.cells[:1])
+    full = replace(table, runs={"A": table.runs["A"]}, cells=table.cells[:1])
     monkeypatch.setitem(TABLES, "madry-mnist", full)
+    own = json.loads((folder / "madry" / "config.json").read_text())
+    preset = replace(PRESETS["madry-mnist/madry"], **own | {"milestones": None})
+    monkeypatch.setitem(PRESETS, "madry-mnist/madry", preset)
     filled = tables.fill("madry-mnist", Options(runs=folder), {}, tmp_path)
     assert tables.MARK not in tables.markdown(filled)
     assert not filled.marked(full.cells[0])
     assert tables.MARK in tables.markdown(replace(filled, images=39))
-
-
-def test_drawn_again_it_costs_nothing(folder, tmp_path, monkeypatch):
-    filled = fill("madry-mnist", None, tmp_path, {"A": folder / "madry-seed1"})
-    monkeypatch.setattr("spat_train.evaluation.evaluate.broken_by", lambda *args, **kwargs: pytest.fail("attacked again"))
-    assert fill("madry-mnist", None, tmp_path, {"A": folder / "madry-seed1"}).entries == filled.entries
-
-
-# ---- training what is missing
-
-
-def test_the_scale_changes_a_preset(tmp_path):
-    source = PRESETS["table6.1/mart+spat"]
-    options = Options(runs=tmp_path, train=True, scale=Scale(limit=500, epochs=9, model="wrn-10-2"))
-    config = scaled(Wanted(source), options)
-    assert config == replace(
-        source, limit=500, epochs=9, model="wrn-10-2", milestones=(8, 9), test=False, resume=True,
-        out=tmp_path / "table6.1-mart+spat-wrn-10-2-seed0",
-    )  # fmt: skip
-    for epochs, drops in ((1, ()), (2, (2,)), (30, (25, 30)), (180, (150, 180))):
-        config = scaled(Wanted(source), replace(options, scale=Scale(epochs=epochs)))
-        assert config.milestones == drops
-        check(config)
-    mnist = scaled(Wanted(PRESETS["madry-mnist/madry"]), Options(runs=tmp_path, train=True, eps=51.0, data="digits"))
-    assert (mnist.eps, mnist.step_size, mnist.data) == (51.0, pytest.approx(2.55 * 51 / 76.5), "digits")
-    fixed = scaled(TABLES["madry-mnist"].runs["B"], replace(options, data="mnist"))
-    assert fixed.model == "mnist-b"
-    assert fixed.method == "standard"
-
-
-def test_what_is_missing_is_trained_once_and_goes_on(tmp_path, monkeypatch):
-    pytest.importorskip("sklearn")
-    scale = Scale(limit=64, epochs=2, model="small-cnn", batch_size=32)
-    options = Options(runs=tmp_path / "runs", data="digits", eps=51.0, test_images=8, train=True, scale=scale, device="cpu")
-    filled = tables.fill("6.4", options, {}, tmp_path)
-    assert [found.config.method for found in filled.runs.values()] == ["trades", "mart", "trades", "mart"]
-    assert [found.config.alpha for found in filled.runs.values()] == [0, 0, 0.1, 0.2]
-    assert all(found.config.epochs == found.epochs == 2 for found in filled.runs.values())
-    assert filled.eps == 51
-    assert all(entry.ours for entry in filled.entries)
-
-    trained = []
-    monkeypatch.setattr(runs, "train", lambda config: trained.append(config.out))
-    assert tables.fill("6.4", options, {}, tmp_path).entries == filled.entries
-    assert trained == []
-    interrupted = filled.runs["mart"].folder
-    lines = (interrupted / "log.jsonl").read_text().splitlines(keepends=True)
-    (interrupted / "log.jsonl").write_text("".join(line for line in lines if '"epoch": 2' not in line))
-    tables.fill("6.4", options, {}, tmp_path)
-    assert trained == [interrupted]
-    text = tables.markdown(tables.fill("6.4", replace(options, train=False, scale=Scale()), {}, tmp_path))
-    assert "stopped after 1 of its 2 epochs" in text
-
-
-def test_a_copy_is_trained_from_the_next_seed(folder, tmp_path, monkeypatch):
-    trained = []
-    original = runs.read_run(folder / "wide")
-    monkeypatch.setattr(runs, "train", trained.append)
-    monkeypatch.setattr(runs, "read_run", lambda path: run(path.name))
-    options = Options(runs=tmp_path, train=True)
-    runs.completed(None, Wanted(original.config, copy_of="A"), original, options)
-    assert trained == [replace(original.config, seed=1, resume=True, device=None, out=tmp_path / "wide-seed1")]
-
-
-# ---- the command
-
-
-def command(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
-    cli.main()
-
-
-def test_the_command(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    command(monkeypatch, "table")
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(TABLES)
-    data = folder.parent / "mnist.npz"
-    command(
-        monkeypatch,
-        "table",
-        "5.1",
-        "--runs",
-        folder,
-        "--data",
-        data,
-        "--test-images",
-        "12",
-        "--run",
-        f"standard={folder / 'wide'}",
-    )
-    out = capsys.readouterr().out
-    assert "Table 5.1" in out
-    assert f"Runs: standard: {folder / 'wide'} (Madry, mnist-cnn/2)." in out
-    assert "tables/table-5.1.json written" in out
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["table-5.1.json", "table-5.1.md"]
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "table", "--help")
-    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    assert all(name in text for name in TABLES)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["7.1"], r"table 7.1: there is none: did you mean .*6.1.* there are 5.1, 5.2"),
-        (["6.1"], "no run fits without --runs .looked for madry: Madry on cifar10 wrn at eps 8/255; trades"),
-        (["6.1", "--runs", "RUNS"], "no run fits in --runs .*runs .looked for madry: Madry on cifar10"),
-        (["6.1", "--runs", "nowhere"], "--runs nowhere: there is no such folder"),
-        (["6.1", "--run", "mrat=x"], "--run mrat=x: table 6.1 has no run mrat: it has madry, trades, mart, trades.spat"),
-        (["6.1", "--run", "mart"], "--run mart: write KEY=FOLDER"),
-        (["6.1", "--run", "mart=nowhere"], "nowhere: no config.json there"),
-        (["6.1", "--train"], "--train: give the folder"),
-        (["6.1", "--epochs", "3"], "--epochs: it says how to train what is missing: add --train"),
-        (["6.1", "--eps", "0.03"], "--eps 0.03: it is in 1/255"),
-        (["6.1", "--test-images", "0"], "--test-images 0: give at least 1"),
-        (["6.1", "--device", "tpu"], "--device tpu: give cpu"),
-        (["6.1", "--out", "file"], "--out file: cannot be written to .file: it is no folder"),
-        (["madry-mnist", "--run", "A=RUNS/madry", "--data", "digits"], "as mnist-cnn/1 for digits .10 classes"),
-    ],
-)
-def test_errors_come_before_any_work(folder, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("spat_train.papers.measure.evaluate", lambda *args, **kwargs: pytest.fail("work began"))
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as exit_info:
-        command(monkeypatch, "table", *(argument.replace("RUNS", str(folder)) for argument in arguments))
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2 and out == "" and err.count("\n") == 1 and re.search(message, err), err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_global_generators_are_left_alone(folder, tmp_path):
-    before = torch.get_rng_state()
-    fill("madry-mnist", None, tmp_path, {"A": folder / "wide"})
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_committed_evidence_has_the_shape_of_the_sources():

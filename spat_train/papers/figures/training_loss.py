@@ -1,0 +1,52 @@
+"""Madry et al., Figure 2: the loss on adversarial images during training."""
+
+from matplotlib.figure import Figure
+
+from ...errors import InputError
+from ...plotting import COLUMN, legend_below, line_styles, log_y, new_figure
+from ...runtime import logs
+from ..figure import Drawing, FigureContext, PaperFigure
+from ..runs import Run
+from ..selection import ROBUST_RUNS
+
+ADVERSARIAL = ("adv_ce", "bce")  # terms of the loss on adversarial images, as the log calls them
+
+
+def training_loss(run: Run) -> dict:
+    """The mean loss of each epoch on adversarial images, or in standard training on the images themselves.
+
+    Raises:
+        InputError: the run has no log.
+    """
+    if not (run.folder / "log.jsonl").is_file():
+        raise InputError(f"{run.folder}: no log.jsonl there: give the folder of a run that has its log")
+    epochs: dict[int, list[tuple[int, float]]] = {}
+    before = 0
+    for event in logs.read(run.folder, "train"):
+        term = next((name for name in ADVERSARIAL if name in event), "loss")
+        epochs.setdefault(event["epoch"], []).append((event["step"] - before, event[term]))
+        before = event["step"]
+    if not epochs:
+        raise InputError(f"{run.folder}: its log has no losses yet: give a run that has trained")
+    means = [sum(n * loss for n, loss in parts) / sum(n for n, _ in parts) for parts in epochs.values()]
+    return {"epochs": list(epochs), "losses": means, "term": term}
+
+
+def plot(runs: dict[str, dict]) -> Figure:
+    """A line for each run, from what `training_loss` gives, on a log scale."""
+    figure = new_figure(COLUMN)
+    ax = figure.subplots()
+    for style, (name, numbers) in zip(line_styles(marked=False), runs.items(), strict=False):
+        ax.plot(numbers["epochs"], numbers["losses"], label=name, **style)
+    ax.set(xlabel="epoch", ylabel="loss on adversarial training images")
+    log_y(ax)
+    legend_below(figure, ax, 2)
+    return figure
+
+
+def make(context: FigureContext) -> Drawing:
+    numbers = {each.name: training_loss(each.run) for each in context.loaded}
+    return {"": plot(numbers)}, {"models": numbers}
+
+
+FIGURE = PaperFigure("training-loss", "Madry et al., Fig. 2: adversarial loss during training", ROBUST_RUNS, make)

@@ -1,0 +1,128 @@
+"""Models of runs on test images: loaded, checked and measured. What was measured is kept in the run's folder."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.datasets import load
+from ..data.images import Dataset, fingerprint, floats
+from ..errors import InputError
+from ..evaluation.evaluate import evaluate, tensor_hash, weights_hash
+from ..evaluation.interruptible import interruptible
+from ..models.checkpoints import load_model
+from ..models.registry import device_of
+from .options import Options
+from .runs import Run, data_name, title
+
+
+@dataclass(frozen=True, eq=False)
+class TestImages:
+    """`rows` of the test images of `dataset`: int64 [N], drawn at random."""
+
+    dataset: Dataset
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def total(self) -> int:
+        return len(self.dataset.test)
+
+    def floats(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first `count`: fp32 [N, C, H, W] in [0, 1], and their labels, int64 [N]."""
+        return floats(self.dataset.test, self.rows[:count], device, torch.contiguous_format)
+
+
+def open_images(runs: Iterable[Run], options: Options) -> TestImages:
+    """The test images of --data, or of the data that all `runs` were trained on.
+
+    Raises:
+        InputError: they were trained on different data, or the data do not fit.
+    """
+    configs = {run.folder: run.config for run in runs}
+    names = {data_name(c.data): folder for folder, c in configs.items()}
+    if options.data is None and len(names) > 1:
+        listed = ", ".join(f"{folder} on {name}" for name, folder in names.items())
+        raise InputError(f"--data: the runs were trained on different data ({listed}): give runs of one, or name the data")
+    c = next(iter(configs.values()))
+    root = options.root or c.root
+    dataset = load(
+        options.data or c.data, root=root, download=options.download, image_size=c.image_size, skip_broken=c.skip_broken
+    )
+    drawn = np.random.default_rng(options.seed).permutation(len(dataset.test))[: options.test_images]
+    return TestImages(dataset, torch.from_numpy(drawn))
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedRun:
+    """A run and its model, in eval mode."""
+
+    run: Run
+    model: nn.Module
+    name: str
+
+    def measure(
+        self,
+        images: TestImages,
+        attacks: Sequence[str],
+        options: Options,
+        *,
+        eps: float,
+        source: nn.Module | None = None,
+        attack_wrong: bool = False,
+    ) -> dict[str, dict[str, float]]:
+        """By attack, in percent: accuracy, and low and high of its 95 % interval (Wilson).
+
+        Args:
+            attacks: names in `spat_train.evaluation.attack_specs`.
+            eps: the radius, for images in [0, 1].
+            source: the model that the attacks are made on, if another one.
+            attack_wrong: as in `evaluate`.
+        """
+        settings = {"eps": eps, "seed": options.seed, "batch_size": options.eval_batch_size, "attack_wrong": attack_wrong}
+        parts = (
+            weights_hash(self.model),
+            source and weights_hash(source),
+            fingerprint(images.dataset.test, contents=True),
+            tensor_hash(images.rows),
+        )
+        key = hashlib.sha256(repr((parts, sorted(settings.items()))).encode()).hexdigest()[:12]
+        folder = self.run.folder / "evaluations" / f"{data_name(images.dataset.name)}-{len(images)}-{key}"
+        device = device_of(self.model)
+        with interruptible(
+            "the same command goes on from there",
+            lambda: f"--eval-batch-size {options.eval_batch_size}: out of memory on {device}: lower it",
+        ) as on_progress:
+            found = evaluate(
+                self.model, images.dataset.test, attacks, eps=eps, source=source, attack_wrong=attack_wrong,
+                rows=images.rows, seed=options.seed, batch_size=options.eval_batch_size, folder=folder, bar=self.name,
+                on_progress=on_progress, memory_format=self.run.config.memory_format,
+            )  # fmt: skip
+        return {
+            name: {"accuracy": found.accuracy(name)} | dict(zip(("low", "high"), found.interval(name), strict=True))
+            for name in attacks
+        }
+
+
+def open_models(runs: Sequence[Run], images: TestImages, options: Options) -> list[LoadedRun]:
+    """Load runs in their order, named by their method, or by their folders where two methods are the same.
+
+    Raises:
+        InputError: a checkpoint does not fit the images.
+    """
+    titles = [title(run.config) for run in runs]
+    names = titles if len(set(titles)) == len(titles) else [run.folder.name for run in runs]
+    return [open_model(run, images, options, name) for run, name in zip(runs, names, strict=True)]
+
+
+def open_model(run: Run, images: TestImages, options: Options, name: str = "") -> LoadedRun:
+    """Load one run, named `name`, else as its folder."""
+    allowed = options.model if options.model == run.config.model else None  # code runs only where the user repeats its name
+    model, _ = load_model(run.folder, images.dataset, allowed, option="--model")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return LoadedRun(run, model.to(device), name or run.folder.name)
