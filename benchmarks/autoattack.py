@@ -21,7 +21,8 @@ import tyro
 from torch import Tensor, nn
 
 import spat_kernels
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import columns, environment, markdown
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import floats
 from spat_train.models.checkpoints import load_checkpoint
@@ -46,7 +47,7 @@ class Arguments:
     """Radius for images in [0, 1]. Default: that of the run's training."""
     norm: Literal["linf", "l2"] = "linf"
     images: int = 1000
-    """The first so many."""
+    """Maximum number of test images, the first ones."""
     batch_size: int = 250
     queries: int = 5000
     """Of Square; fewer for a rehearsal."""
@@ -150,6 +151,23 @@ def load(args: Arguments) -> tuple[nn.Module, Tensor, Tensor, float, str]:
     return model, x, y, eps, network
 
 
+# --- the table ---
+
+
+def table(results: dict) -> str:
+    """Ours beside torchattacks': what they find robust, and the seconds of each stage."""
+    found = results["autoattack"]
+    stages = list(found.get("spat_kernels", {}).get("seconds", {}))[1:]
+    heads, cells = columns(stages, "{}, s", "{{seconds[{}]:.1f}}")
+    return markdown(
+        results, [r | {"name": name} for name, r in found.items()],
+        f"AutoAttack || accuracy, % | same as torchattacks, % | {heads} | all, s | faster",
+        f"{{name}} || {{accuracy:.1f}} | {{agreement:.1f}} | {cells} | {{total_seconds:.1f}} | {{faster:.2f}}x",
+        "{settings[model]} ({settings[network]}), {settings[norm]}, eps {settings[eps]:.4g}, {settings[images]:,} images, "
+        "{settings[clean]:.1f} % correct; batches of {settings[batch_size]}, {settings[queries]:,} queries.", environment,
+    )  # fmt: skip
+
+
 def main(args: Arguments) -> None:
     torch.set_num_threads(args.threads)
     model, x, y, eps, network = load(args)
@@ -166,10 +184,9 @@ def main(args: Arguments) -> None:
     found = judged(compare(model, x, y, providers, args.batch_size), y)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "data")}
     settings |= {"model": args.model.name, "network": network, "eps": eps, "images": len(x), "clean": clean}
-    result = measure.describe("cpu") | {"settings": settings, "autoattack": found}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, default=str) + "\n")
-    print(report.autoattack(result))
+    results = measure.begun("autoattack", "cpu", settings=settings, autoattack=found)
+    measure.write(args.out, results)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,10 @@ import tyro
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure, report
-from benchmarks.attack import CLASSES, calibrated, photographs
+from benchmarks import measure
+from benchmarks.judge import CLASSES, calibrated, photographs
 from benchmarks.measure import numerics
+from benchmarks.tables import columns, environment, markdown
 from benchmarks.training import Ours, settings
 from spat_kernels import PGD, graphs
 from spat_train.models.registry import create
@@ -135,11 +137,28 @@ def start_profiler(device: str) -> None:
     spans(lambda: torch.ones(1, device=device).add_(1), device)
 
 
+# --- the table ---
+
+
+def table(results: dict) -> str:
+    """ms of each kind of kernel, the largest kinds first."""
+    total: dict[str, float] = {}
+    for kind, ms in chain.from_iterable(part.get("kinds", {}).items() for part in results["breakdown"]):
+        total[kind] = total.get(kind, 0.0) + ms
+    heads, cells = columns(sorted(total, key=total.get, reverse=True), "{}", "{{kinds[{}]:.2f}}")
+    return markdown(
+        results, results["breakdown"],
+        f"model | ms of || batch | in all | {heads} | launches",
+        f"{{model}} | {{what}} || {{batch}} | {{step_ms:.2f}} | {cells} | {{launches:.0f}}",
+        "{precision}.", "In all: without the profiler; the kinds, by kernels, with it, and on a CPU slowed by it.", environment,
+    )  # fmt: skip
+
+
 def main(options: Options) -> None:
     torch.backends.cudnn.benchmark = True
     start_profiler(options.device)
     settings = {"steps": options.steps, "seconds": options.seconds}
-    fresh = {"machine": measure.describe(options.device), "precision": options.precision, "settings": settings, "breakdown": []}
+    fresh = measure.begun("breakdown", options.device, precision=options.precision, settings=settings, breakdown=[])
     results = measure.continued(options.out, fresh)
     done = {(part["model"], part["batch"], part["what"]) for part in results["breakdown"]}
     for name in options.models:
@@ -151,10 +170,9 @@ def main(options: Options) -> None:
             with numerics(options.precision):
                 found = parts_of(name, batch, options)
             results["breakdown"].append({"model": name, "batch": batch, "what": what} | found)
-            if options.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            measure.free(options.device)
             measure.write(options.out, results)
-    print(report.breakdown(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

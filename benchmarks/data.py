@@ -6,7 +6,6 @@ ToTensor on PIL images in a `DataLoader`, as the authors' code does it. The riva
 the race, every image of a batch of either must be one of the crops of the image that it is made from.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import environment, markdown
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import Images
 from spat_train.data.loader import Loader, Order
@@ -47,6 +47,13 @@ class Pictures(TorchDataset):
         from PIL import Image
 
         return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+
+
+def random_images(count: int, seed: int = 0) -> Images:
+    """32x32, of ten classes."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.randint(10, (count,), generator=generator))
 
 
 def torchvision(images: Images, batch: int, workers: int, device: str) -> Epoch:
@@ -103,17 +110,27 @@ class Options:
     out: Path | None = None
 
 
+# --- the table ---
+
+
+def table(results: dict) -> str:
+    base = next((p for p in results["paths"] if p.get("provider") == "spat_train"), {})
+    others = [p | ({} if p is base else {"base": base}) for p in results["paths"]]
+    kind = "CIFAR-10" if results.get("settings", {}).get("real") else "random"
+    return markdown(
+        results, others,
+        "data path || images/s | spat_train is faster by", "{provider} || {images_per_second:,.0f} | {faster:.1f}x",
+        f"{{settings[images]:,}} {kind} images, batch {{settings[batch]}}, pad {{settings[pad]}}, flips.", environment,
+        faster=lambda r: r["base"]["images_per_second"] / r["images_per_second"],
+    )  # fmt: skip
+
+
 def main(options: Options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.npz:
-        images = load_npz(options.npz).train
-        images = images.subset(torch.arange(min(options.images, len(images))))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(256, (options.images, 32, 32, 3), dtype=torch.uint8, generator=generator)
-        images = Images(pixels, torch.zeros(options.images, dtype=torch.int64))
-    images = Images(images.pixels, torch.arange(len(images)))
+    images = load_npz(options.npz).train if options.npz else random_images(options.images)
+    count = min(options.images, len(images))
+    images = Images(images.pixels[:count], torch.arange(count))
     chosen = providers(images, options.batch, options.workers, options.device)
     for epoch in chosen.values():
         verify(epoch, images)
@@ -132,11 +149,10 @@ def main(options: Options) -> None:
         {"provider": name, "seconds": taken, "images_per_second": len(images) / statistics.median(taken)}
         for name, taken in times.items()
     ]
-    results = {"machine": measure.describe(options.device), "paths": paths}
-    results["settings"] = {"images": len(images), "batch": options.batch, "pad": PAD, "real": options.npz is not None}
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(report.data(results))
+    settings = {"images": len(images), "batch": options.batch, "pad": PAD, "real": options.npz is not None}
+    results = measure.begun("data", options.device, settings=settings, paths=paths)
+    measure.write(options.out, results)
+    print(table(results))
 
 
 if __name__ == "__main__":

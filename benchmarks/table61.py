@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,8 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import columns, environment, filled, markdown
 from spat_train.config import Config, check
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError
@@ -73,11 +75,11 @@ class Arguments:
     jobs: int = 1
     """Rows at work at the same time: above 1 the next trains while one is evaluated, and their times are not a machine's best."""
     limit: int | None = None
-    """Use at most so many training and test images: for rehearsals."""
+    """Maximum number of training and of test images, for rehearsals."""
     queries: int = 5000
     """Of Square, in AutoAttack: fewer for rehearsals."""
     minutes: float = float("inf")
-    """Stop, with everything saved, after so long."""
+    """Stop after this time, with everything saved."""
 
 
 def settings(args: Arguments, row: str) -> Config:
@@ -201,13 +203,47 @@ def row_of(run: Run) -> dict:
     }  # fmt: skip
 
 
+# --- the table ---
+
+
+def table(results: dict) -> str:
+    """Each training's accuracies above the thesis's, what it did otherwise, and how fast it went."""
+    trainings, rows = results["thesis"], []
+    for t in trainings:
+        found = {name: e["accuracy"] for name, e in t.get("evaluation", {}).items() if "accuracy" in e}
+        unfinished = t.get("trained", 0) < t.get("epochs", 0)
+        rows.append(t | {"found": found, "done": f"{t.get('trained', 0):.2f} of " if unfinished else ""})
+        rows.append({"title": "", "model": "thesis: WRN-34-10", "done": "", "epochs": 90, "found": t.get("thesis", {})})
+    names = dict.fromkeys(chain.from_iterable(row["found"] for row in rows))
+    heads, cells = columns(names, "{}", "{{found[{}]:.2f}}")
+
+    def differences(results: dict) -> str:
+        alike: dict[str, list[str]] = {}
+        for t in trainings:
+            if t.get("differs"):
+                alike.setdefault(", ".join(t["differs"]), []).append(filled("{title} of {model}", t))
+        return " ".join(f"Otherwise than in the thesis (in brackets): {', '.join(who)}: {how}." for how, who in alike.items())
+
+    def tested(results: dict) -> str:
+        parts = chain.from_iterable(t.get("evaluation", {}).items() for t in trainings)
+        tests = {name: filled(f"{name} {{images:,}} in {{precision}}", e) for name, e in parts}
+        return f"Test images: {', '.join(tests.values()) or 'none yet'}; images/s of the training, attacks included."
+
+    return markdown(
+        results, rows,
+        f"defence |  || epochs | {heads} | images/s", f"{{title}} | {{model}} || {{done}}{{epochs}} | {cells} | {{rate:,.0f}}",
+        differences, tested, environment, rate=lambda r: r["images_per_second"] or 0,
+    )  # fmt: skip
+
+
 def main(args: Arguments) -> None:
     try:
         images = checked(args)
         args.runs.mkdir(parents=True, exist_ok=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = measure.describe("cuda" if torch.cuda.is_available() else "cpu")
-        results = measure.continued(args.out, {"machine": machine, "settings": {"jobs": args.jobs}, "thesis": []})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        fresh = measure.begun("table61", device, settings={"jobs": args.jobs}, thesis=[])
+        results = measure.continued(args.out, fresh)
         before = results["thesis"]
         write(args, results, before)
     except (InputError, OSError, files.SaveError) as error:
@@ -215,7 +251,7 @@ def main(args: Arguments) -> None:
     with GracefulStop().heard() as wish:
         rows = [row for row in args.rows if not is_done(args, row, results["thesis"], images)]
         take_turns(args, rows, wish, lambda: write(args, results, before))
-    print(report.thesis(results))
+    print(table(results))
     if left := [row for row in args.rows if not is_done(args, row, results["thesis"], images)]:
         raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why. The same command goes on from there")
 
