@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -61,9 +62,7 @@ def _torchattacks_pgd(model, x, y, eps, start):
 
 
 def _torchattacks_fgsm(model, x, y, eps, start):
-    import torchattacks
-
-    return torchattacks.FGSM(model, eps=eps)(x, y)
+    return import_module("torchattacks").FGSM(model, eps=eps)(x, y)
 
 
 def _l2(x: Tensor, eps: float) -> float:
@@ -72,11 +71,9 @@ def _l2(x: Tensor, eps: float) -> float:
 
 
 def _torchattacks_l2(model, x, y, eps, start):
-    import torchattacks
-
     tiny = 1e-300 if x.dtype == torch.float64 else 1e-10  # added to norms, and larger than those of confident samples' gradients
     settings = {"alpha": _l2(x, eps) / 5, "steps": STEPS, "random_start": False, "eps_for_division": tiny}
-    return torchattacks.PGDL2(model, eps=_l2(x, eps), **settings)(x, y)
+    return import_module("torchattacks").PGDL2(model, eps=_l2(x, eps), **settings)(x, y)
 
 
 def _our_l2(model, x, y, eps, start):
@@ -84,10 +81,8 @@ def _our_l2(model, x, y, eps, start):
 
 
 def _torchattacks_tpgd(model, x, y, eps, start):
-    import torchattacks
-
     with _drawn("randn_like", (start - x) / eps):
-        return torchattacks.TPGD(model, eps=eps, alpha=eps / 10, steps=STEPS)(x)
+        return import_module("torchattacks").TPGD(model, eps=eps, alpha=eps / 10, steps=STEPS)(x)
 
 
 def _our_tpgd(model, x, y, eps, start):
@@ -161,9 +156,6 @@ class Arguments:
     """JSON file to write."""
     images: int = 1000
     """Maximum number of test images, the first ones."""
-
-
-# --- the table ---
 
 
 def table(results: dict) -> str:

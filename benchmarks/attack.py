@@ -35,8 +35,6 @@ from benchmarks.rivals import EPS, STEP, Provider, providers
 from benchmarks.tables import Formula, environment, fastest, markdown, ratio
 from spat_train.models.registry import create
 
-# --- one cell: a model, a batch, all providers ---
-
 
 def compete(chosen: list[Provider], judge: Judge, x: Tensor, y: Tensor, device: str, seconds: float) -> list[dict]:
     """Check every provider, then time those that agree against each other: one record each.
@@ -124,9 +122,6 @@ def add_resident_growth(records: list[dict], model: str, size: int, steps: int) 
     pool.join()
 
 
-# --- the matrix ---
-
-
 @dataclass
 class Options:
     """Race PGD implementations on models, batches and precisions. Prints a table; writes raw results and plots if asked."""
@@ -136,7 +131,7 @@ class Options:
     batches: list[int] = field(default_factory=lambda: [64])
     """Batch sizes, the outer loop: put first what matters most."""
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
-    """Of fp32, tf32 (GPU), bf16, fp16."""
+    """Any of fp32, tf32 (GPU), bf16, fp16."""
     providers: list[str] = field(default_factory=list)
     """Names, all by default."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,9 +224,6 @@ def race_cell(racing: list[Provider], prepared: Prepared, model: str, batch: int
         spat_kernels.graphs.free(judge.model)  # the next batch is to find the GPU's memory empty
     measure.free(options.device)
     return records
-
-
-# --- the table ---
 
 
 def races(results: dict) -> dict[tuple[str, int], list[dict]]:

@@ -7,13 +7,11 @@ Batch by batch, in turns, so that whatever else the machine does hits all alike.
 by the one and not by the other; what counts is how many are.
 """
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -25,8 +23,7 @@ from benchmarks import measure
 from benchmarks.tables import columns, environment, markdown
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import floats
-from spat_train.models.checkpoints import load_checkpoint
-from spat_train.models.registry import create
+from spat_train.models.checkpoints import load_model
 
 STEPS, PUBLISHED = 10, 100  # of APGD and FAB in torchattacks, and in the paper
 
@@ -42,7 +39,7 @@ class Arguments:
     out: Path
     """JSON file to write."""
     network: str | None = None
-    """Of a checkpoint: the name of the network, as for spat-train."""
+    """Name of the network, as for spat-train. Default: that of the run. A checkpoint needs it."""
     eps: float | None = None
     """Radius for images in [0, 1]. Default: that of the run's training."""
     norm: Literal["linf", "l2"] = "linf"
@@ -50,7 +47,7 @@ class Arguments:
     """Maximum number of test images, the first ones."""
     batch_size: int = 250
     queries: int = 5000
-    """Of Square; fewer for a rehearsal."""
+    """Queries of Square; fewer for a rehearsal."""
     published: bool = True
     """Whether ours also runs at the published steps."""
     another_seed: bool = False
@@ -138,20 +135,12 @@ def judged(found: dict[str, dict], y: Tensor) -> dict[str, dict]:
 
 def load(args: Arguments) -> tuple[nn.Module, Tensor, Tensor, float, str]:
     """The model in eval mode, images, labels, radius, and the name of the network."""
-    trained = args.model.is_dir()
-    config = SimpleNamespace(**json.loads((args.model / "config.json").read_text())) if trained else None
-    network, eps = args.network or (config and config.model), args.eps or (config and config.eps / 255)
-    if network is None or eps is None:
-        raise SystemExit(f"{args.model} is a checkpoint and no folder of a run: give --network and --eps")
     data = load_npz(args.data)
+    model, config = load_model(args.model, data, args.network, option="--network")
+    if not args.eps and config is None:
+        raise SystemExit(f"{args.model} is a checkpoint and no folder of a run: give --eps")
     x, y = floats(data.test, torch.arange(min(args.images, len(data.test))), "cpu", torch.contiguous_format)
-    activation = config.activation if config else "relu"
-    model = create(network, len(data.classes), tuple(x.shape[1:]), activation=activation).eval().requires_grad_(False)
-    load_checkpoint(model, args.model / "best.pt" if trained else args.model)
-    return model, x, y, eps, network
-
-
-# --- the table ---
+    return model.requires_grad_(False), x, y, args.eps or config.eps / 255, args.network or config.model
 
 
 def table(results: dict) -> str:

@@ -49,10 +49,10 @@ class Options:
 
     models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18"])
     batches: list[int] = field(default_factory=lambda: [256, 128])
-    """Of the attack; the update has the last of them."""
+    """Batch sizes of the attack; the update has the last of them."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     method: Literal["madry", "trades", "mart"] = "mart"
-    """Of the update."""
+    """Method of the update."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     steps: int = 10
     seconds: float = 0.3
@@ -137,9 +137,6 @@ def start_profiler(device: str) -> None:
     spans(lambda: torch.ones(1, device=device).add_(1), device)
 
 
-# --- the table ---
-
-
 def table(results: dict) -> str:
     """ms of each kind of kernel, the largest kinds first."""
     total: dict[str, float] = {}
@@ -160,18 +157,18 @@ def main(options: Options) -> None:
     settings = {"steps": options.steps, "seconds": options.seconds}
     fresh = measure.begun("breakdown", options.device, precision=options.precision, settings=settings, breakdown=[])
     results = measure.continued(options.out, fresh)
-    done = {(part["model"], part["batch"], part["what"]) for part in results["breakdown"]}
+    update, cells = f"an update, {options.method}, PGD-{options.steps}", []
     for name in options.models:
-        parts = [("an attack step", batch, attack_parts) for batch in options.batches]
-        parts += [(f"an update, {options.method}, PGD-{options.steps}", options.batches[-1], update_parts)]
-        for what, batch, parts_of in parts:
-            if (name, batch, what) in done:
-                continue
-            with numerics(options.precision):
-                found = parts_of(name, batch, options)
-            results["breakdown"].append({"model": name, "batch": batch, "what": what} | found)
-            measure.free(options.device)
-            measure.write(options.out, results)
+        cells += [{"model": name, "batch": batch, "what": "an attack step"} for batch in options.batches]
+        cells.append({"model": name, "batch": options.batches[-1], "what": update})
+
+    def run(cell: dict) -> dict:
+        parts_of = update_parts if cell["what"] == update else attack_parts
+        measure.free(options.device)
+        with numerics(options.precision):
+            return parts_of(cell["model"], cell["batch"], options)
+
+    measure.complete(options.out, results, "breakdown", cells, run)
     print(table(results))
 
 

@@ -104,9 +104,6 @@ def host_us(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     return best
 
 
-# --- the table ---
-
-
 def table(results: dict) -> str:
     """What a step launches and what a call costs the host, by commit."""
     launches, host = ((r | {"commit": r.get("commit", "")[:7]} for r in results.get(key, ())) for key in ("calls", "host"))

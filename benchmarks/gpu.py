@@ -175,7 +175,8 @@ def clear(folder: Path) -> None:
 
 
 def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
-    """The steps that `folder` tells of, and those of `have` that are new or further; files are copied of those that go on."""
+    """Name to result of the steps in `folder`, and of those in `have` that are new or further. Of those that go on, the files are
+    copied."""
     fresh = {"machine": machine, "steps": {}}
     steps = measure.continued(folder / "gpu.json", fresh)["steps"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,9 +196,6 @@ def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
             steps[name] = step
     measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
     return steps
-
-
-# --- the table ---
 
 
 def table(results: dict) -> str:

@@ -126,6 +126,14 @@ def write(out: Path | None, results: dict) -> None:
         files.write(out, (json.dumps(results, indent=1) + "\n").encode())
 
 
+def complete(out: Path | None, results: dict, key: str, cells: list[dict], run: Callable[[dict], dict]) -> None:
+    """Add to the list `results[key]` each of the cells that it lacks, with what `run` measures of it, and write after each."""
+    for cell in cells:
+        if not any(cell.items() <= record.items() for record in results[key]):
+            results[key].append(cell | run(cell))
+            write(out, results)
+
+
 def require_ours(records: list[dict]) -> None:
     """End with an error if one of ours, unlike a rival, disagreed or failed."""
     if wrong := [r for r in records if r["ours"] and r["status"] != "timed"]:
@@ -158,7 +166,7 @@ def free(device: str) -> None:
 
 
 def name_and_size(model: str) -> tuple[str, int]:
-    """Of "resnet-18@96": the name of a model and the side of its images, without "@" 32."""
+    """The name of a model and the side of its images: "resnet-18@96" is resnet-18 on 96x96, without "@" they are 32x32."""
     name, _, size = model.partition("@")
     return name, int(size or 32)
 

@@ -44,7 +44,7 @@ class Options:
     """Whose convolutions: names of spat_train.models, with "@SIZE" for images that are not 32x32."""
     batch: int = 256
     precisions: list[str] = field(default_factory=lambda: ["bf16"])
-    """Of fp32, tf32 (GPU), bf16, fp16."""
+    """Any of fp32, tf32 (GPU), bf16, fp16."""
     limits: list[int] = field(default_factory=lambda: [10, 0])
     """Values of `benchmark_limit`."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,9 +52,6 @@ class Options:
     """To measure each number for."""
     out: Path | None = None
     """Write the answers here, after every one. What it already has is not measured again."""
-
-
-# --- convolutions ---
 
 
 def shapes(models: list[str]) -> list[workmodel.Conv]:
@@ -133,9 +130,6 @@ def convolutions(options: Options, pool: Pool, limit: int, precision: str, befor
             yield found
 
 
-# --- launches ---
-
-
 NODES = 1, 2**20, 2**24  # elements of the tensor of a CUDA graph's nodes
 
 
@@ -175,9 +169,6 @@ def host_cost(options: Options) -> Iterator[dict]:
         return 1e6 * taken / 500
 
     yield {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
-
-
-# --- the table ---
 
 
 def table(results: dict) -> str:

@@ -170,9 +170,6 @@ class Options:
     """Write raw results here, after every run. Runs that it already has are not made again."""
 
 
-# --- the table ---
-
-
 def table(results: dict) -> str:
     """Shares of a step. `around` is all but the model's work and the optimiser; it has what comes once an epoch in it."""
 
@@ -198,18 +195,17 @@ def table(results: dict) -> str:
 def main(options: Options) -> None:
     settings = {key: getattr(options, key) for key in ("model", "batch", "steps", "updates", "images")}
     results = measure.continued(options.out, measure.begun("overhead", options.device, settings=settings, loops=[]))
-    done = {(loop["method"], loop["precision"]) for loop in results["loops"]}
     images = random_images(options.images)
-    for precision, method in product(options.precisions, options.methods):
-        if (method, precision) in done:
-            continue
+
+    def run(cell: dict) -> dict:
+        measure.free(options.device)
         with tempfile.TemporaryDirectory() as folder:
             logs = {"tensorboard": True, "log_every": options.updates}
-            config = training.settings(options.model, options.batch, method, precision, options.device, options.steps, **logs)
-            measured = run_for(config, images, Path(folder), options.warm_up, options.updates)
-        results["loops"].append({"method": method, "precision": precision} | measured)
-        measure.free(options.device)
-        measure.write(options.out, results)
+            config = training.settings(options.model, options.batch, device=options.device, steps=options.steps, **cell, **logs)
+            return run_for(config, images, Path(folder), options.warm_up, options.updates)
+
+    cells = [{"method": method, "precision": precision} for precision, method in product(options.precisions, options.methods)]
+    measure.complete(options.out, results, "loops", cells, run)
     print(table(results))
 
 

@@ -64,9 +64,6 @@ class Arguments:
     weights: Path | None = None
 
 
-# --- the table ---
-
-
 def table(results: dict) -> str:
     return markdown(
         results, results["rows"],
@@ -91,9 +88,8 @@ def main(args: Arguments) -> None:
         images = args.test_images // (10 if name == "standard" else 1)
         x, y = floats(data.test, torch.arange(min(images, len(data.test))), args.device)
         for path, precision in ways(args.device) + AUTOCAST * (name == "standard"):
-            row = {"model": name, "images": len(x), "path": path, "precision": precision} | evaluate(
-                model.eval(), x, y, path, precision
-            )
+            row = {"model": name, "images": len(x), "path": path, "precision": precision}
+            row |= evaluate(model.eval(), x, y, path, precision)
             print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             result["rows"].append(row)
             measure.write(args.out, result)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.tables import filled, markdown
+from benchmarks.tables import markdown
 
 OURS, COMPILED, EPILOGUES = "spat plan+graph", "compiled autocast loop", "plan with all pointwise work in epilogues (not built)"
 PREDICTED = {  # ms a step in bf16 at batch 128 and 256
@@ -23,31 +23,36 @@ UPDATE_PARTS = {"madry": (10, 1), "mart": (10, 2), "trades": (10.5, 2)}
 
 def table(card: str, attacks: dict, trainings: dict) -> str:
     """Each prediction for the card beside what `attacks` and `trainings`, results of these benchmarks or {}, say."""
-    rows = [
-        {"model": model, "way": way, "batch": batch, "ms": ms, "measured_ms": lambda r: attack_ms(attacks, r)}
-        for model, ways in PREDICTED[card].items()
-        for way, both in ways.items()
-        for batch, ms in zip((128, 256), both, strict=True)
-    ]
+    rows = []
+    for model, ways in PREDICTED[card].items():
+        for way, both in ways.items():
+            for batch, ms in zip((128, 256), both, strict=True):
+                row = {"model": model, "way": way, "batch": batch, "ms": ms}
+                rows.append(row | measured(row, attack_ms, attacks))
     ours, compiled = (PREDICTED[card]["wrn-34-10"][way][0] for way in (OURS, COMPILED))
     for method, (steps, passes) in UPDATE_PARTS.items():
         way = f"an update of {method}: {steps} x {ours} + {passes} x 1.5 x {compiled}"
-        row = {"model": "wrn-34-10", "way": way, "batch": 128, "ms": steps * ours + passes * 1.5 * compiled}
-        rows.append(row | {"method": method, "measured_ms": lambda r: update_ms(trainings, r)})
-    measured: Callable[[dict], float] = lambda r: r["measured_ms"](r)  # noqa: E731
-    return markdown(
-        {}, rows, "model | in bf16 || batch | predicted, ms | measured, ms | measured / predicted",
-        "{model} | {way} || {batch} | {ms:.3g} | {measured} | {ratio:.2f}", ratio=lambda r: measured(r) / r["ms"],
-        measured=lambda r: filled(lambda r: f"{measured(r):.3g}", r) or "not yet",
-    )  # fmt: skip
+        row = {"model": "wrn-34-10", "way": way, "method": method, "batch": 128, "ms": steps * ours + passes * 1.5 * compiled}
+        rows.append(row | measured(row, update_ms, trainings))
+    heads = "model | in bf16 || batch | predicted, ms | measured, ms | measured / predicted"
+    return markdown({}, rows, heads, "{model} | {way} || {batch} | {ms:.3g} | {measured} | {ratio:.2f}")
 
 
-def attack_ms(attacks: dict, row: dict) -> float:
+def measured(row: dict, measure: Callable[[dict, dict], float], results: dict) -> dict:
+    """What the results have of the row, and its ratio to the prediction."""
+    try:
+        ms = measure(row, results)
+    except LookupError:
+        return {"measured": "not yet"}
+    return {"measured": f"{ms:.3g}", "ratio": ms / row["ms"]}
+
+
+def attack_ms(row: dict, attacks: dict) -> float:
     which = {"model": row["model"], "provider": row["way"], "batch": row["batch"]}
     return median_ms(attacks["cells"], **which) / attacks["settings"]["steps"]
 
 
-def update_ms(trainings: dict, row: dict) -> float:
+def update_ms(row: dict, trainings: dict) -> float:
     here = {"model": row["model"], "batch": row["batch"], "steps": 10}.items() <= trainings["settings"].items()
     return median_ms(trainings["steps"] if here else [], provider="spat_train", method=row["method"])
 

@@ -13,7 +13,7 @@ H100 = {
 
 
 def record(provider: str, seconds: float | None, ours: bool = False, precision: str = "bf16", **more: object) -> dict:
-    """Of a provider that was timed, or with None was not installed."""
+    """The record of a provider that took `seconds`, or was not installed (None)."""
     end = {"status": "timed", "median": seconds} if seconds else {"status": "absent", "note": "no module"}
     return {"provider": provider, "precision": precision, "ours": ours, "note": "", **end, **more}
 

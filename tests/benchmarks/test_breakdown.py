@@ -43,7 +43,7 @@ def test_kinds_of_kernels(name, kind):
 
 
 def test_annotations_are_no_kernels(monkeypatch):
-    """CUPTI tells of an optimiser's step, on the device too, beside the kernels in it."""
+    """CUPTI reports an optimiser's step on the device too, beside the kernels in it."""
     span = SimpleNamespace(start=3000.0, elapsed_us=lambda: 500.0)
 
     def event(name: str, device: DeviceType, annotation: bool = False) -> SimpleNamespace:
