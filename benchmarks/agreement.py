@@ -1,16 +1,16 @@
 """Our attacks beside those of torchattacks, foolbox and ART: one model, one set of images, one start.
 
-    python -m benchmarks.agreement runs/mnist-madry runs/cifar10-mart --data mnist.npz cifar10.npz --out judges.json
+    python -m benchmarks.agreement runs/mnist-madry runs/cifar10-mart --data mnist.npz cifar10.npz --out agreement.json
 
 Nothing is random but the starts, which are given to both. In fp64 images must be equal to 1e-6 but for a few pixels on ties. In
 fp32 accuracies must be: PyTorch's cross-entropy cancels on confident samples there, spat's keeps its digits. ART is fp32 alone.
 """
 
 import copy
-import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +19,8 @@ import tyro
 from torch import Tensor, nn
 
 import spat_kernels as sk
-from benchmarks import measure
+from benchmarks import measure, rivals
+from benchmarks.tables import environment, markdown
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import floats
 from spat_train.models.checkpoints import load_model
@@ -56,16 +57,12 @@ def _drawn(name: str, noise: Tensor):
 
 
 def _torchattacks_pgd(model, x, y, eps, start):
-    import torchattacks
-
     with _drawn("uniform_", start - x):
-        return torchattacks.PGD(model, eps=eps, alpha=eps / 10, steps=STEPS, random_start=True)(x, y)
+        return rivals.torchattacks_pgd(model, STEPS, eps, eps / 10)(x, y)
 
 
 def _torchattacks_fgsm(model, x, y, eps, start):
-    import torchattacks
-
-    return torchattacks.FGSM(model, eps=eps)(x, y)
+    return import_module("torchattacks").FGSM(model, eps=eps)(x, y)
 
 
 def _l2(x: Tensor, eps: float) -> float:
@@ -74,11 +71,9 @@ def _l2(x: Tensor, eps: float) -> float:
 
 
 def _torchattacks_l2(model, x, y, eps, start):
-    import torchattacks
-
     tiny = 1e-300 if x.dtype == torch.float64 else 1e-10  # added to norms, and larger than those of confident samples' gradients
     settings = {"alpha": _l2(x, eps) / 5, "steps": STEPS, "random_start": False, "eps_for_division": tiny}
-    return torchattacks.PGDL2(model, eps=_l2(x, eps), **settings)(x, y)
+    return import_module("torchattacks").PGDL2(model, eps=_l2(x, eps), **settings)(x, y)
 
 
 def _our_l2(model, x, y, eps, start):
@@ -86,10 +81,8 @@ def _our_l2(model, x, y, eps, start):
 
 
 def _torchattacks_tpgd(model, x, y, eps, start):
-    import torchattacks
-
     with _drawn("randn_like", (start - x) / eps):
-        return torchattacks.TPGD(model, eps=eps, alpha=eps / 10, steps=STEPS)(x)
+        return import_module("torchattacks").TPGD(model, eps=eps, alpha=eps / 10, steps=STEPS)(x)
 
 
 def _our_tpgd(model, x, y, eps, start):
@@ -99,23 +92,11 @@ def _our_tpgd(model, x, y, eps, start):
 
 
 def _foolbox_pgd(model, x, y, eps, start):
-    import foolbox
-
-    attack = foolbox.attacks.LinfPGD(abs_stepsize=eps / 10, steps=STEPS, random_start=True)
-    attack.get_random_start = lambda x0, epsilon: type(x0)(start.to(x0.raw.dtype))
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    return attack.run(wrapped, x, y, epsilon=eps)
+    return rivals.foolbox_pgd(model, STEPS, eps, eps / 10, start)(x, y)
 
 
 def _art_pgd(model, x, y, eps, start):
-    from art.attacks.evasion import ProjectedGradientDescent
-    from art.estimators.classification import PyTorchClassifier
-
-    classes = model(x[:1]).shape[1]
-    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), x.shape[1:], classes, clip_values=(0, 1), device_type="cpu")
-    settings = {"norm": "inf", "eps": eps, "eps_step": eps / 10, "max_iter": STEPS, "num_random_init": 0, "verbose": False}
-    attack = ProjectedGradientDescent(classifier, batch_size=len(x), **settings)
-    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+    return rivals.art_pgd(model, STEPS, eps, eps / 10, random_starts=0)(x, y)
 
 
 def _from_x(model, x, y, eps, start):
@@ -174,7 +155,18 @@ class Arguments:
     out: Path
     """JSON file to write."""
     images: int = 1000
-    """The first so many test images."""
+    """Maximum number of test images, the first ones."""
+
+
+def table(results: dict) -> str:
+    """Ours beside each judge's: accuracies, and in how many images a pixel differs by more than 1e-6."""
+    return markdown(
+        results, results["agreement"],
+        "model | judge | attack | dtype || accuracy, %: ours | theirs | samples that agree, % | images equal to 1e-6, %",
+        "{run} | {judge} | {attack} | {dtype} || "
+        "{accuracy[0]:.1f} | {accuracy[1]:.1f} | {samples_agree:.1f} | {images_equal:.1f}",
+        "{agreement[0][images]:,} test images each.", environment,
+    )  # fmt: skip
 
 
 def main(args: Arguments) -> None:
@@ -189,9 +181,7 @@ def main(args: Arguments) -> None:
                 found = compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, config.eps / 255)
                 records.append({"run": run.name, "model": config.model, "images": len(x), "eps": config.eps / 255} | found)
                 print(records[-1], flush=True)
-    machine = measure.describe("cpu")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine, "judges": records}, indent=1) + "\n")
+    measure.write(args.out, measure.begun("agreement", "cpu", agreement=records))
     wrong = [r for r in records if abs(r["accuracy"][0] - r["accuracy"][1]) > POINTS]
     if wrong:
         raise SystemExit(f"accuracies differ by more than {POINTS} points: {wrong}")

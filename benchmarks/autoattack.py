@@ -7,13 +7,11 @@ Batch by batch, in turns, so that whatever else the machine does hits all alike.
 by the one and not by the other; what counts is how many are.
 """
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -21,11 +19,11 @@ import tyro
 from torch import Tensor, nn
 
 import spat_kernels
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import columns, environment, markdown
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import floats
-from spat_train.models.checkpoints import load_checkpoint
-from spat_train.models.registry import create
+from spat_train.models.checkpoints import load_model
 
 STEPS, PUBLISHED = 10, 100  # of APGD and FAB in torchattacks, and in the paper
 
@@ -41,15 +39,15 @@ class Arguments:
     out: Path
     """JSON file to write."""
     network: str | None = None
-    """Of a checkpoint: the name of the network, as for spat-train."""
+    """Name of the network, as for spat-train. Default: that of the run. A checkpoint needs it."""
     eps: float | None = None
     """Radius for images in [0, 1]. Default: that of the run's training."""
     norm: Literal["linf", "l2"] = "linf"
     images: int = 1000
-    """The first so many."""
+    """Maximum number of test images, the first ones."""
     batch_size: int = 250
     queries: int = 5000
-    """Of Square; fewer for a rehearsal."""
+    """Queries of Square; fewer for a rehearsal."""
     published: bool = True
     """Whether ours also runs at the published steps."""
     another_seed: bool = False
@@ -137,17 +135,26 @@ def judged(found: dict[str, dict], y: Tensor) -> dict[str, dict]:
 
 def load(args: Arguments) -> tuple[nn.Module, Tensor, Tensor, float, str]:
     """The model in eval mode, images, labels, radius, and the name of the network."""
-    trained = args.model.is_dir()
-    config = SimpleNamespace(**json.loads((args.model / "config.json").read_text())) if trained else None
-    network, eps = args.network or (config and config.model), args.eps or (config and config.eps / 255)
-    if network is None or eps is None:
-        raise SystemExit(f"{args.model} is a checkpoint and no folder of a run: give --network and --eps")
     data = load_npz(args.data)
+    model, config = load_model(args.model, data, args.network, option="--network")
+    if not args.eps and config is None:
+        raise SystemExit(f"{args.model} is a checkpoint and no folder of a run: give --eps")
     x, y = floats(data.test, torch.arange(min(args.images, len(data.test))), "cpu", torch.contiguous_format)
-    activation = config.activation if config else "relu"
-    model = create(network, len(data.classes), tuple(x.shape[1:]), activation=activation).eval().requires_grad_(False)
-    load_checkpoint(model, args.model / "best.pt" if trained else args.model)
-    return model, x, y, eps, network
+    return model.requires_grad_(False), x, y, args.eps or config.eps / 255, args.network or config.model
+
+
+def table(results: dict) -> str:
+    """Ours beside torchattacks': what they find robust, and the seconds of each stage."""
+    found = results["autoattack"]
+    stages = list(found.get("spat_kernels", {}).get("seconds", {}))[1:]
+    heads, cells = columns(stages, "{}, s", "{{seconds[{}]:.1f}}")
+    return markdown(
+        results, [r | {"name": name} for name, r in found.items()],
+        f"AutoAttack || accuracy, % | same as torchattacks, % | {heads} | all, s | faster",
+        f"{{name}} || {{accuracy:.1f}} | {{agreement:.1f}} | {cells} | {{total_seconds:.1f}} | {{faster:.2f}}x",
+        "{settings[model]} ({settings[network]}), {settings[norm]}, eps {settings[eps]:.4g}, {settings[images]:,} images, "
+        "{settings[clean]:.1f} % correct; batches of {settings[batch_size]}, {settings[queries]:,} queries.", environment,
+    )  # fmt: skip
 
 
 def main(args: Arguments) -> None:
@@ -166,10 +173,9 @@ def main(args: Arguments) -> None:
     found = judged(compare(model, x, y, providers, args.batch_size), y)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "data")}
     settings |= {"model": args.model.name, "network": network, "eps": eps, "images": len(x), "clean": clean}
-    result = measure.describe("cpu") | {"settings": settings, "autoattack": found}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, default=str) + "\n")
-    print(report.autoattack(result))
+    results = measure.begun("autoattack", "cpu", settings=settings, autoattack=found)
+    measure.write(args.out, results)
+    print(table(results))
 
 
 if __name__ == "__main__":

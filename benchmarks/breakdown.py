@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,10 @@ import tyro
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure, report
-from benchmarks.attack import CLASSES, calibrated, photographs
+from benchmarks import measure
+from benchmarks.judge import CLASSES, calibrated, photographs
 from benchmarks.measure import numerics
+from benchmarks.tables import columns, environment, markdown
 from benchmarks.training import Ours, settings
 from spat_kernels import PGD, graphs
 from spat_train.models.registry import create
@@ -47,10 +49,10 @@ class Options:
 
     models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18"])
     batches: list[int] = field(default_factory=lambda: [256, 128])
-    """Of the attack; the update has the last of them."""
+    """Batch sizes of the attack; the update has the last of them."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     method: Literal["madry", "trades", "mart"] = "mart"
-    """Of the update."""
+    """Method of the update."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     steps: int = 10
     seconds: float = 0.3
@@ -135,26 +137,39 @@ def start_profiler(device: str) -> None:
     spans(lambda: torch.ones(1, device=device).add_(1), device)
 
 
+def table(results: dict) -> str:
+    """ms of each kind of kernel, the largest kinds first."""
+    total: dict[str, float] = {}
+    for kind, ms in chain.from_iterable(part.get("kinds", {}).items() for part in results["breakdown"]):
+        total[kind] = total.get(kind, 0.0) + ms
+    heads, cells = columns(sorted(total, key=total.get, reverse=True), "{}", "{{kinds[{}]:.2f}}")
+    return markdown(
+        results, results["breakdown"],
+        f"model | ms of || batch | in all | {heads} | launches",
+        f"{{model}} | {{what}} || {{batch}} | {{step_ms:.2f}} | {cells} | {{launches:.0f}}",
+        "{precision}.", "In all: without the profiler; the kinds, by kernels, with it, and on a CPU slowed by it.", environment,
+    )  # fmt: skip
+
+
 def main(options: Options) -> None:
     torch.backends.cudnn.benchmark = True
     start_profiler(options.device)
     settings = {"steps": options.steps, "seconds": options.seconds}
-    fresh = {"machine": measure.describe(options.device), "precision": options.precision, "settings": settings, "breakdown": []}
+    fresh = measure.begun("breakdown", options.device, precision=options.precision, settings=settings, breakdown=[])
     results = measure.continued(options.out, fresh)
-    done = {(part["model"], part["batch"], part["what"]) for part in results["breakdown"]}
+    update, cells = f"an update, {options.method}, PGD-{options.steps}", []
     for name in options.models:
-        parts = [("an attack step", batch, attack_parts) for batch in options.batches]
-        parts += [(f"an update, {options.method}, PGD-{options.steps}", options.batches[-1], update_parts)]
-        for what, batch, parts_of in parts:
-            if (name, batch, what) in done:
-                continue
-            with numerics(options.precision):
-                found = parts_of(name, batch, options)
-            results["breakdown"].append({"model": name, "batch": batch, "what": what} | found)
-            if options.device.startswith("cuda"):
-                torch.cuda.empty_cache()
-            measure.write(options.out, results)
-    print(report.breakdown(results))
+        cells += [{"model": name, "batch": batch, "what": "an attack step"} for batch in options.batches]
+        cells.append({"model": name, "batch": options.batches[-1], "what": update})
+
+    def run(cell: dict) -> dict:
+        parts_of = update_parts if cell["what"] == update else attack_parts
+        measure.free(options.device)
+        with numerics(options.precision):
+            return parts_of(cell["model"], cell["batch"], options)
+
+    measure.complete(options.out, results, "breakdown", cells, run)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import tyro
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import environment, markdown
 from spat_kernels import PGD
 from spat_kernels.attacks import pgd as attacks
 from spat_kernels.cuda_graphs.capture import Graphs
@@ -103,14 +104,25 @@ def host_us(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     return best
 
 
+def table(results: dict) -> str:
+    """What a step launches and what a call costs the host, by commit."""
+    launches, host = ((r | {"commit": r.get("commit", "")[:7]} for r in results.get(key, ())) for key in ("calls", "host"))
+    return "\n\n".join([
+        markdown(results, launches, "model | precision | path | commit || launches a step | launches a call, besides",
+              "{model} | {precision} | {path} | {commit} || {step:.0f} | {once:.0f}"),
+        markdown(results, host, "host, in bf16 | commit || µs a call | µs a launch",
+              "{model} | {commit} || {call:.0f} | {launch:.0f}", environment),
+    ])  # fmt: skip
+
+
 def main(options: Options) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    machine = measure.describe("cpu")
-    results = {"machine": machine, "calls": [], "host": []}
+    results = measure.begun("calls", "cpu", calls=[], host=[])
+    commit = results["machine"]["commit"]
     x, y = torch.rand(2, 3, 32, 32), torch.randint(10, (2,))
     for name in options.models:
-        model, row = create(name, 10).eval(), {"commit": machine["commit"], "model": name}
+        model, row = create(name, 10).eval(), {"commit": commit, "model": name}
         for precision in options.precisions:
             for path in ("plan", "autograd"):
                 counted = launches(model, x, y, precision=precision, input_gradient=path)
@@ -119,10 +131,10 @@ def main(options: Options) -> None:
     if options.out and options.out.exists():
         before = json.loads(options.out.read_text())
         for key in ("calls", "host"):
-            rows = [r for r in before[key] if r["commit"] != machine["commit"]] + results[key]
+            rows = [r for r in before[key] if r["commit"] != commit] + results[key]
             results[key] = sorted(rows, key=lambda r: [r.get(k, "") for k in ("model", "precision", "path")])
     measure.write(options.out, results)
-    print(report.calls(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

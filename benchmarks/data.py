@@ -6,10 +6,11 @@ ToTensor on PIL images in a `DataLoader`, as the authors' code does it. The riva
 the race, every image of a batch of either must be one of the crops of the image that it is made from.
 """
 
-import json
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import environment, markdown
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import Images
 from spat_train.data.loader import Loader, Order
@@ -29,31 +30,23 @@ PAD = 4
 Epoch = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
-class Pictures(TorchDataset):
-    """As torchvision's CIFAR10: a PIL image, transformed, and its label."""
-
-    def __init__(self, images: Images):
-        from torchvision import transforms
-
-        self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
-        self.transform = transforms.Compose(
-            [transforms.RandomCrop(images.image_shape[1], padding=PAD), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+def random_images(count: int, seed: int = 0) -> Images:
+    """32x32, of ten classes."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.randint(10, (count,), generator=generator))
 
 
 def torchvision(images: Images, batch: int, workers: int, device: str) -> Epoch:
-    kept = workers > 0
-    loader = DataLoader(
-        Pictures(images), batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=kept, pin_memory=device != "cpu"
-    )
+    """torchvision's CIFAR10 of these images, in a DataLoader."""
+    from torchvision import datasets, transforms
+
+    dataset = datasets.CIFAR10.__new__(datasets.CIFAR10)  # which would read files
+    dataset.data, dataset.targets, dataset.target_transform = images.pixels.numpy(), images.labels.tolist(), None
+    crop = transforms.RandomCrop(images.image_shape[1], padding=PAD)
+    dataset.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device != "cpu"}
+    loader = DataLoader(dataset, batch_size=batch, shuffle=True, **options)
     return lambda: ((x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in loader)
 
 
@@ -71,6 +64,10 @@ def providers(images: Images, batch: int, workers: int, device: str) -> dict[str
         f"torchvision, {workers} workers": torchvision(images, batch, workers, device),
         "torchvision, in this process": torchvision(images, batch, 0, device),
     }
+
+
+def exhaust(epoch: Epoch) -> None:
+    deque(epoch(), maxlen=0)
 
 
 def verify(epoch: Epoch, images: Images) -> None:
@@ -96,47 +93,46 @@ class Options:
     batch: int = 128
     workers: int = 2
     threads: int | None = None
-    """Of this process; the machine's cores by default."""
+    """Threads of this process; the machine's cores by default."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seconds: float = 10.0
     """Time to measure each for."""
     out: Path | None = None
 
 
+def table(results: dict) -> str:
+    base = next((p for p in results["paths"] if p.get("provider") == "spat_train"), {})
+    others = [p | ({} if p is base else {"base": base}) for p in results["paths"]]
+    kind = "CIFAR-10" if results.get("settings", {}).get("real") else "random"
+    return markdown(
+        results, others,
+        "data path || images/s | spat_train is faster by", "{provider} || {images_per_second:,.0f} | {faster:.1f}x",
+        f"{{settings[images]:,}} {kind} images, batch {{settings[batch]}}, pad {{settings[pad]}}, flips.", environment,
+        faster=lambda r: r["base"]["images_per_second"] / r["images_per_second"],
+    )  # fmt: skip
+
+
 def main(options: Options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.npz:
-        images = load_npz(options.npz).train
-        images = images.subset(torch.arange(min(options.images, len(images))))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(256, (options.images, 32, 32, 3), dtype=torch.uint8, generator=generator)
-        images = Images(pixels, torch.zeros(options.images, dtype=torch.int64))
-    images = Images(images.pixels, torch.arange(len(images)))
+    images = load_npz(options.npz).train if options.npz else random_images(options.images)
+    count = min(options.images, len(images))
+    images = Images(images.pixels[:count], torch.arange(count))
     chosen = providers(images, options.batch, options.workers, options.device)
     for epoch in chosen.values():
         verify(epoch, images)
-
-    def through(epoch: Epoch) -> Callable[[], None]:
-        def call():
-            for _ in epoch():
-                pass
-
-        return call
-
-    times, errors = measure.race({name: through(epoch) for name, epoch in chosen.items()}, options.device, options.seconds)
+    calls = {name: partial(exhaust, epoch) for name, epoch in chosen.items()}
+    times, errors = measure.race(calls, options.device, options.seconds)
     if errors:
         raise SystemExit(f"failed: {errors}")
     paths = [
         {"provider": name, "seconds": taken, "images_per_second": len(images) / statistics.median(taken)}
         for name, taken in times.items()
     ]
-    results = {"machine": measure.describe(options.device), "paths": paths}
-    results["settings"] = {"images": len(images), "batch": options.batch, "pad": PAD, "real": options.npz is not None}
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(report.data(results))
+    settings = {"images": len(images), "batch": options.batch, "pad": PAD, "real": options.npz is not None}
+    results = measure.begun("data", options.device, settings=settings, paths=paths)
+    measure.write(options.out, results)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import environment, markdown
 from spat_kernels import ops
 
 # What a graph computes, in this order; and its engine, if the heuristics do not choose it.
@@ -310,6 +311,27 @@ def measured(o: Options, handle, name: str, shape: str) -> dict:
     return found | ({"best": best} if best else {})
 
 
+# --- the table ---
+
+
+def table(results: dict) -> str:
+    """The fastest of cuDNN's fused plans of each graph against torch's convolution and our pass after it."""
+
+    def engine(r: dict) -> str:
+        if "best" in r:
+            return r["best"]["plan"].split("_")[0]
+        return f"none of {len(r['tried'])}: {r['tried'][0]['failed']}" if r["tried"] else "none was built"
+
+    return markdown(
+        results, results["fused"],
+        "graph | channels@size | engine || batch | convolution, ms | TFLOP/s | and our pass, ms | fused, ms | TFLOP/s | gain",
+        "{graph} | {shape} | {engine} || "
+        "{batch} | {conv_ms:.3f} | {now:.0f} | {now_ms:.3f} | {best[ms]:.3f} | {then:.0f} | {gain:.2f}x",
+        "bf16.", environment, engine=engine, gain=lambda r: r["now_ms"] / r["best"]["ms"],
+        now=lambda r: 1e-9 * r["flops"] / r["conv_ms"], then=lambda r: 1e-9 * r["flops"] / r["best"]["ms"],
+    )  # fmt: skip
+
+
 def main(o: Options) -> None:
     if unknown := [name for name in o.graphs if name not in GRAPHS]:
         raise SystemExit(f"--graphs {' '.join(map(repr, unknown))}: choose from {', '.join(map(repr, GRAPHS))}")
@@ -323,7 +345,7 @@ def main(o: Options) -> None:
     cudnn()
     rows, results, handle = [(name, shape) for shape in o.shapes for name in o.graphs], None, None
     if o.what != "build":
-        results = measure.continued(o.out, {"machine": measure.describe("cuda"), "fused": []})
+        results = measure.continued(o.out, measure.begun("fused", "cuda", fused=[]))
         results["fused"] = [r for r in results["fused"] if r["tried"]]  # the others had no plan yet
         done = {(r["graph"], r["shape"]) for r in results["fused"] if r["batch"] == o.batch}
         rows = [row for row in rows if row not in done]
@@ -348,7 +370,7 @@ def main(o: Options) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     if results:
-        print(report.fused(results))
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch
 import tyro
 
 from benchmarks import measure
+from benchmarks.tables import environment, markdown
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime.signals import GracefulStop
 
@@ -82,7 +83,8 @@ STEPS = [
          bench("training", f"{SMALL} --methods mart madry --precisions fp32 --providers spat_train authors --seconds 0")),
     Step("table61", 140, f"{TABLE61} mart trades+spat trades madry --epochs 10 --test-precision tf32",
          f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20"),
-    Step("questions", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 --seconds 0.02"),
+    Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "
+                                 "--seconds 0.02"),
          bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
     Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}"), continues=False),
     Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
@@ -94,7 +96,7 @@ STEPS = [
     Step("memory", 120, bench("attack", f"--models wrn-34-10 resnet-50 --batches 1024 --precisions fp32 bf16 --providers {LOOPS} "
                               "--seconds 0"),
          bench("attack", f"{TINY} 4 --providers 'spat eager' loop"), default=False),
-    Step("agreement", 200, bench("precision", "--data {data}"),
+    Step("precision", 200, bench("precision", "--data {data}"),
          bench("precision", "--data {data} --model small-cnn --train-images 20 --test-images 10 --epochs 1"),
          continues=False, default=False),
     Step("overhead", 120, bench("overhead", "--model wrn-34-10 --batch 128 --precisions bf16 --updates 60 --warm-up 10"),
@@ -112,7 +114,7 @@ class Options:
     data: Path | None = None
     """CIFAR-10 as an .npz file."""
     only: list[str] = field(default_factory=list)
-    """Names of steps, by default all but sanitizer, kernels, memory, agreement and overhead."""
+    """Names of steps, by default all but sanitizer, kernels, memory, precision and overhead."""
     have: Path | None = None
     """The --out of an earlier command, or a copy of it."""
     rehearse: bool = False
@@ -125,8 +127,8 @@ class Child:
     def __init__(self, words: list[str]):
         self.began, self.log = time.monotonic(), tempfile.TemporaryFile()  # noqa: SIM115  for as long as this object
         environment = os.environ | {"TEARDOWN_CUPTI": "0"}  # CUPTI has crashed when it started a second time after CUDA graphs
-        how = {"cwd": measure.ROOT, "env": environment, "preexec_fn": os.setpgrp}
-        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, **how)
+        settings = {"cwd": measure.ROOT, "env": environment, "preexec_fn": os.setpgrp}
+        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, **settings)
         guard = ["sh", "-c", f"read _; kill -s KILL -- -{self.process.pid}"]  # its input ends with this process, also by SIGKILL
         self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=os.setpgrp)
 
@@ -166,13 +168,19 @@ def obstacle(step: Step, words: dict) -> str:
     return "" if step.command else "it needs a GPU"
 
 
+def clear(folder: Path) -> None:
+    """Remove what writes that were killed have left."""
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+
+
 def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
-    """The steps that `folder` tells of, and those of `have` that are new or further; files are copied of those that go on."""
+    """Name to result of the steps in `folder`, and of those in `have` that are new or further. Of those that go on, the files are
+    copied."""
     fresh = {"machine": machine, "steps": {}}
     steps = measure.continued(folder / "gpu.json", fresh)["steps"]
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):  # of a write that was killed
-        leftover.unlink()
+    clear(folder)
     if have and not (have / "gpu.json").exists():
         print(f"--have: nothing is taken over, for there is no {have / 'gpu.json'}", flush=True)
     try:
@@ -190,8 +198,64 @@ def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
     return steps
 
 
-def main(options: Options, every: list[Step] = STEPS) -> None:
-    deadline = time.monotonic() + 60 * options.minutes - GRACE - 2  # to save in, and to write in
+def table(results: dict) -> str:
+    """How each step ended; of tests and of what failed, the last line."""
+
+    def last(r: dict) -> str:
+        lines = r["tail"].strip().splitlines() if "pytest" in r["command"] or r["status"] != "ok" else []
+        return lines[-1][:200]
+
+    rows = [r | {"name": name, "reason": f": {r['reason']}" if "reason" in r else ""} for name, r in results["steps"].items()]
+    heads, cells = "step | status | last line || s", "{name} | {status}{reason} | {last} || {seconds:.0f}"
+    return markdown(results, rows, heads, cells, environment, last=last)
+
+
+@dataclass
+class Session:
+    """The steps of one command. gpu.json in `folder` tells how each ended."""
+
+    folder: Path
+    machine: dict
+    results: dict[str, dict]  # by the name of a step
+    words: dict[str, object]  # of the commands
+    deadline: float
+    wish: GracefulStop
+
+    def status(self, step: Step) -> str:
+        return self.results.get(step.name, {}).get("status", "")
+
+    def record(self, step: Step, result: dict) -> None:
+        shown = {key: Path(str(word)).name for key, word in self.words.items()} | {"out": f"{step.name}.json"}
+        self.results[step.name] = {"seconds": 0.0, "tail": ""} | result | {"command": step.command.format(**shown)}
+        measure.write(self.folder / "gpu.json", {"machine": self.machine, "steps": self.results})
+
+    def start(self, step: Step) -> Child:
+        before = self.results.get(step.name, {}).get("tail", "")
+        self.record(step, {"tail": before, "status": "cut", "reason": "this command was killed"})
+        return Child([word.format(**self.words, out=self.folder / f"{step.name}.json") for word in shlex.split(step.command)])
+
+    def attempt(self, step: Step) -> None:
+        """Run the step, and what goes beside it, for as long as there is; print how they ended."""
+        end = min(self.deadline, time.monotonic() + step.cap)
+        why = obstacle(step, self.words) or "no time was left" * (end - time.monotonic() < LEAST)
+        if why and self.status(step) in ("cut", "failed"):  # it stays that
+            return
+        pair = [step]
+        if why:
+            self.record(step, {"status": "skipped", "reason": why})
+        else:
+            pair += [step.beside] * bool(step.beside and self.status(step.beside) != "ok")
+            for each, child in [(each, self.start(each)) for each in pair]:
+                self.record(each, child.end(end, self.wish))
+        for each in pair:
+            result = self.results[each.name]
+            print(f"{each.name:<10} {result['status']:<8} {result['seconds']:>6.1f} s  {result.get('reason', '')}")
+            print(*result["tail"].splitlines()[-12:], sep="\n", flush=True)
+        clear(self.folder)
+
+
+def check(options: Options, every: list[Step]) -> None:
+    """Raise SystemExit if an option does not fit, or this machine."""
     if unknown := set(options.only) - {step.name for step in every}:
         raise SystemExit(f"--only {' '.join(unknown)}: choose from {', '.join(step.name for step in every)}")
     if options.data and not options.data.is_file():
@@ -200,58 +264,36 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
         raise SystemExit("there is no GPU here: rehearse with --rehearse")
     if not measure.commit():
         raise SystemExit("there is no .git here: name the commit in SPAT_COMMIT")
-    device = "cpu" if options.rehearse else "cuda"
-    if options.rehearse:
-        tiny = [s.beside and replace(s.beside, command=s.beside.tiny) for s in every]
-        every = [replace(s, cap=10 * s.cap, command=s.tiny, beside=b) for s, b in zip(every, tiny, strict=True)]
-    machine = measure.describe(device)
+
+
+def tiny(step: Step) -> Step:
+    """The step as it is rehearsed."""
+    return replace(step, cap=10 * step.cap, command=step.tiny, beside=step.beside and tiny(step.beside))
+
+
+def main(options: Options, every: list[Step] = STEPS) -> None:
+    deadline = time.monotonic() + 60 * options.minutes - GRACE - 2  # to save in, and to write in
+    check(options, every)
+    machine = measure.describe("cpu" if options.rehearse else "cuda")
     name = "rehearsal" if options.rehearse else card(machine["device"])
     folder = options.out.absolute() / name
-    steps = taken_over(folder, options.have and options.have / name, machine)
     words = {
-        "python": sys.executable, "device": device, "processes": max(1, (os.cpu_count() or 1) - 6),
+        "python": sys.executable, "device": "cpu" if options.rehearse else "cuda", "processes": max(1, (os.cpu_count() or 1) - 6),
         "data": options.data and options.data.absolute(), "runs": Path(tempfile.gettempdir(), f"runs-{name}-{machine['commit']}"),
         "sanitizer": shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"),
     }  # fmt: skip
-
-    def status(step: Step) -> str:
-        return steps.get(step.name, {}).get("status", "")
-
-    def record(step: Step, result: dict) -> None:
-        shown = {key: Path(str(word)).name for key, word in words.items()} | {"out": f"{step.name}.json"}
-        steps[step.name] = {"seconds": 0.0, "tail": ""} | result | {"command": step.command.format(**shown)}
-        measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
-
-    def start(step: Step) -> Child:
-        record(step, {"tail": steps.get(step.name, {}).get("tail", ""), "status": "cut", "reason": "this command was killed"})
-        return Child([word.format(**words, out=folder / f"{step.name}.json") for word in shlex.split(step.command)])
-
-    def attempt(step: Step) -> None:
-        end = min(deadline, time.monotonic() + step.cap)
-        why = obstacle(step, words) or "no time was left" * (end - time.monotonic() < LEAST)
-        pair = [step] + [step.beside] * bool(step.beside and not why and status(step.beside) != "ok")
-        if why and status(step) in ("cut", "failed"):  # it stays that
-            return
-        if why:
-            record(step, {"status": "skipped", "reason": why})
-        for each, child in [] if why else [(each, start(each)) for each in pair]:
-            record(each, child.end(end, wish))
-        for each in pair:
-            result = steps[each.name]
-            print(f"{each.name:<10} {result['status']:<8} {result['seconds']:>6.1f} s  {result.get('reason', '')}")
-            print(*result["tail"].splitlines()[-12:], sep="\n", flush=True)
-        for leftover in folder.glob("*.tmp"):  # of a write that was killed
-            leftover.unlink()
-
-    todo = [step for step in every if (step.name in options.only if options.only else step.default)]
-    todo = [step for step in todo if status(step) != "ok" and (status(step) != "failed" or options.only)]
-    with GracefulStop("stopping: what was measured is saved").heard() as wish:
+    results = taken_over(folder, options.have and options.have / name, machine)
+    session = Session(folder, machine, results, words, deadline, GracefulStop("stopping: what was measured is saved"))
+    steps = [tiny(step) for step in every] if options.rehearse else every
+    todo = [step for step in steps if (step.name in options.only if options.only else step.default)]
+    todo = [step for step in todo if session.status(step) != "ok" and (session.status(step) != "failed" or options.only)]
+    with session.wish.heard() as wish:
         for step, again in [(step, False) for step in todo] + [(step, True) for step in todo if step.continues]:
-            if not wish.number and (not again or status(step) == "cut"):  # what was cut has the minutes that are left
-                attempt(step)
+            if not wish.number and (not again or session.status(step) == "cut"):  # what was cut has the minutes that are left
+                session.attempt(step)
     if wish.number:
         raise SystemExit(128 + wish.number)
-    if failed := [step.name for step in todo if status(step) == "failed"]:
+    if failed := [step.name for step in todo if session.status(step) == "failed"]:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 

@@ -1,18 +1,21 @@
 """What the benchmarks share: the clock, turns, precisions, the machine's two ceilings, and the files that results are kept in."""
 
 import datetime
+import gc
 import hashlib
 import json
 import os
 import platform
 import random
 import re
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ import spat_kernels
 from spat_kernels.precision import tf32_switches
 from spat_train.runtime import atomic_write as files
 
+K, T = TypeVar("K"), TypeVar("T")
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
@@ -87,11 +91,16 @@ def differences(before: dict, now: dict, keys: Iterable[str] = SAME) -> str:
     return ", ".join(f"{key}: {before.get(key)}, now {now.get(key)}" for key in keys if before.get(key) != now.get(key))
 
 
+def begun(benchmark: str, device: str, **fresh: object) -> dict:
+    """What the results of a run begin with: the benchmark that has their table, this machine, and `fresh`."""
+    return {"benchmark": benchmark, "machine": describe(device), **fresh}
+
+
 def continued(out: Path | None, fresh: dict) -> dict:
     """The results that a benchmark goes on from: those that `out` holds from a run that was cut, or `fresh`.
 
     Args:
-        fresh: what a run begins with: `machine`, its settings, and empty lists and dicts for what it will measure.
+        fresh: what a run begins with (`begun`): `machine`, settings, and empty lists and dicts for what it will measure.
 
     Raises:
         SystemExit: what `out` holds is from another machine or commit, or made with other settings.
@@ -113,7 +122,16 @@ def continued(out: Path | None, fresh: dict) -> dict:
 def write(out: Path | None, results: dict) -> None:
     """Replace the file `out`, if one is asked for, in one step: it is whole whenever the benchmark ends."""
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         files.write(out, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def complete(out: Path | None, results: dict, key: str, cells: list[dict], run: Callable[[dict], dict]) -> None:
+    """Add to the list `results[key]` each of the cells that it lacks, with what `run` measures of it, and write after each."""
+    for cell in cells:
+        if not any(cell.items() <= record.items() for record in results[key]):
+            results[key].append(cell | run(cell))
+            write(out, results)
 
 
 def require_ours(records: list[dict]) -> None:
@@ -122,12 +140,35 @@ def require_ours(records: list[dict]) -> None:
         raise SystemExit("\n".join(f"{r['provider']}, {r['precision']}: {r['status']}: {r['note']}" for r in wrong))
 
 
-# --- precisions ---
+# --- precisions and memory ---
 
 
 def numerics(precision: str) -> AbstractContextManager[None]:
     """TF32 in convolutions and matrix products where `precision` is "tf32", else not. (cuDNN's default is TF32.)"""
     return tf32_switches("tf32" if precision == "tf32" else "fp32", "cuda")
+
+
+def in_precision(precision: str, call: Callable[..., T], *args: object) -> Callable[[], T]:
+    """`call(*args)` with the `numerics` of a precision."""
+
+    def within() -> T:
+        with numerics(precision):
+            return call(*args)
+
+    return within
+
+
+def free(device: str) -> None:
+    """Collect garbage, and give the memory that PyTorch caches back to the GPU."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def name_and_size(model: str) -> tuple[str, int]:
+    """The name of a model and the side of its images: "resnet-18@96" is resnet-18 on 96x96, without "@" they are 32x32."""
+    name, _, size = model.partition("@")
+    return name, int(size or 32)
 
 
 # --- the clock ---
@@ -155,17 +196,17 @@ def timed(call: Callable[[], object], device: str, calls: int = 1) -> float:
     return begin.elapsed_time(end) / 1e3 / calls
 
 
-def race(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+def race(calls: dict[K, Callable[[], object]], device: str, seconds: float) -> tuple[dict[K, list[float]], dict[K, str]]:
     """Time `calls` against each other, in turns, so that whatever else the machine does hits all alike.
 
-    Every round calls each once, in an order drawn anew. Ends after `seconds` times the number of calls, but not before
+    Every round calls each once, in a random order. Ends after `seconds` times the number of calls, but not before
     ROUNDS[0] rounds and not after ROUNDS[1]. Warm up before.
 
     Returns:
         Name to seconds of each call, and name to the error of those that raised, which are timed no further.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    errors: dict[str, str] = {}
+    times: dict[K, list[float]] = {name: [] for name in calls}
+    errors: dict[K, str] = {}
     order, draw, start = list(calls), random.Random(0), time.perf_counter()
     for done in range(ROUNDS[1]):
         if done >= ROUNDS[0] and time.perf_counter() - start > seconds * len(calls):
@@ -177,6 +218,18 @@ def race(calls: dict[str, Callable[[], object]], device: str, seconds: float) ->
             except Exception as error:
                 errors[name] = one_line(error)
     return {name: t for name, t in times.items() if name not in errors}, errors
+
+
+def race_records(records: list[dict], calls: dict[int, Callable[[], object]], device: str, seconds: float) -> None:
+    """`race` the calls, each of the record with its index, and note there how it ended: "timed" or "failed".
+
+    A record that was timed gets `seconds`, a list, their `median` and `min`; one that failed the error as its `note`.
+    """
+    times, errors = race(calls, device, seconds)
+    for index, error in errors.items():
+        records[index] |= {"status": "failed", "note": error}
+    for index, taken in times.items():
+        records[index] |= {"status": "timed", "seconds": taken, "median": statistics.median(taken), "min": min(taken)}
 
 
 def seconds_per_call(call: Callable[[], object], device: str, seconds: float = 0.2, rounds: int = 5) -> float:

@@ -1,4 +1,4 @@
-"""What to know of a GPU before tuning anything: `python -m benchmarks.microbench --out FILE.json`.
+"""The cost of convolutions, of nodes in a CUDA graph and of launches: `python -m benchmarks.microbench --out FILE.json`.
 
 - TFLOP/s of every distinct convolution of the models, forward and gradient at the input, with cuDNN choosing among its 10 first
   engines and among all (`benchmark_limit` 10 and 0, each in a process of its own: a choice is kept for good);
@@ -17,30 +17,34 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing.pool import Pool
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
 from benchmarks import measure, workmodel
 from benchmarks.measure import DTYPES, seconds_per_call
+from benchmarks.tables import columns, environment, filled, literal, markdown, sentences
 from spat_kernels.ops import linf
 from spat_train.models.registry import create
 
+ROTATED = "dgrad as rotated forward"
 PATIENCE = 60.0  # seconds for a convolution, whose process may have died
 
 
 @dataclass
 class Options:
-    """Answer the first questions on this device."""
+    """Measure convolutions, graph nodes and launches on this device."""
 
     models: list[str] = field(default_factory=lambda: ["wrn-34-10", "resnet-18", "resnet-50", "resnet-18@96"])
     """Whose convolutions: names of spat_train.models, with "@SIZE" for images that are not 32x32."""
     batch: int = 256
     precisions: list[str] = field(default_factory=lambda: ["bf16"])
-    """Of fp32, tf32 (GPU), bf16, fp16."""
+    """Any of fp32, tf32 (GPU), bf16, fp16."""
     limits: list[int] = field(default_factory=lambda: [10, 0])
     """Values of `benchmark_limit`."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,64 +54,64 @@ class Options:
     """Write the answers here, after every one. What it already has is not measured again."""
 
 
-# --- convolutions ---
-
-
 def shapes(models: list[str]) -> list[workmodel.Conv]:
     found: dict[workmodel.Conv, None] = {}
-    for model in models:
-        name, _, size = model.partition("@")
-        side = int(size or 32)
+    for name, side in map(measure.name_and_size, models):
         found |= dict.fromkeys(layer.conv for layer in workmodel.layers(create(name), (3, side, side)) if layer.conv)
     return list(found)
 
 
-def convolution(conv: workmodel.Conv, precision: str, options: Options) -> dict:
-    """TFLOP/s of the ways to compute `conv` and its gradient at the input, channels_last if nothing else is said; an error's text
-    where one fails."""
-    dtype, device = DTYPES[precision], options.device
+def ways_of(conv: workmodel.Conv, batch: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Tensor]]:
+    """Ways to compute `conv` and its gradient at the input on random data, channels_last if nothing else is said."""
 
     def random(*shape):
         return torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
 
-    x = random(options.batch, conv.ins, conv.size, conv.size)
+    x = random(batch, conv.ins, conv.size, conv.size)
     w = random(conv.outs, conv.ins // conv.groups, conv.kernel, conv.kernel)
-    stride, padding, ones = [conv.stride] * 2, [conv.padding] * 2, [1, 1]
-    out = F.conv2d(x, w, None, stride, padding, 1, conv.groups)
-    bias, rotated = torch.randn(conv.outs, device=device, dtype=dtype), w.flip(2, 3).transpose(0, 1).contiguous()
-    rotated = rotated.to(memory_format=torch.channels_last)
+    geometry = [conv.stride] * 2, [conv.padding] * 2, [1, 1]
 
-    def dgrad(out=out, x=x, w=w):
-        return torch.ops.aten.convolution_backward(
-            out, x, w, None, stride, padding, ones, False, [0, 0], conv.groups, [True, False, False]
-        )[0]
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w, None, *geometry, conv.groups)
 
+    def dgrad(out: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        wanted = [True, False, False]
+        return torch.ops.aten.convolution_backward(out, x, w, None, *geometry, False, [0, 0], conv.groups, wanted)[0]
+
+    out = forward(x, w)
     dense = [t.contiguous() for t in (out, x, w)]
-    ways: dict[str, Callable[[], object]] = {
-        "forward": lambda: F.conv2d(x, w, None, stride, padding, 1, conv.groups),
-        "dgrad": dgrad,
-        "forward, contiguous": lambda: F.conv2d(dense[1], dense[2], None, stride, padding, 1, conv.groups),
+    ways = {
+        "forward": lambda: forward(x, w),
+        "dgrad": lambda: dgrad(out, x, w),
+        "forward, contiguous": lambda: forward(*dense[1:]),
         "dgrad, contiguous": lambda: dgrad(*dense),
     }
-    wrong: dict[str, str] = {}
     if conv.stride == 1 and conv.groups == 1:
-        ways["dgrad as rotated forward"] = lambda: F.conv2d(out, rotated, None, 1, conv.kernel - 1 - conv.padding)
-        error = (ways["dgrad as rotated forward"]() - dgrad()).float().norm() / dgrad().float().norm()
-        if not error < 0.01:  # twice bf16's rounding of the result
-            wrong["dgrad as rotated forward"] = f"differs by {error:.3f} of its norm"
+        rotated = w.flip(2, 3).transpose(0, 1).contiguous().to(memory_format=torch.channels_last)
+        ways[ROTATED] = lambda: F.conv2d(out, rotated, None, 1, conv.kernel - 1 - conv.padding)
     if device.startswith("cuda"):
-        ways["forward + bias, relu"] = lambda: torch.cudnn_convolution_relu(x, w, bias, stride, padding, ones, conv.groups)
-        ways["forward + add, bias, relu"] = lambda: torch.cudnn_convolution_add_relu(
-            x, w, out, 1.0, bias, stride, padding, ones, conv.groups
-        )
-    flops = 2 * out.numel() * w[0].numel()
-    rates = {}
+        bias = torch.randn(conv.outs, device=device, dtype=dtype)
+        fused, with_addition = torch.cudnn_convolution_relu, torch.cudnn_convolution_add_relu
+        ways["forward + bias, relu"] = lambda: fused(x, w, bias, *geometry, conv.groups)
+        ways["forward + add, bias, relu"] = lambda: with_addition(x, w, out, 1.0, bias, *geometry, conv.groups)
+    return ways
+
+
+def convolution(conv: workmodel.Conv, precision: str, options: Options) -> dict:
+    """TFLOP/s of `ways_of` the convolution; an error's text where one fails or is wrong."""
+    ways, rates = ways_of(conv, options.batch, DTYPES[precision], options.device), {}
+    flops = 2 * ways["forward"]().numel() * conv.ins // conv.groups * conv.kernel**2
     for name, way in ways.items():
         try:
-            rates[name] = 1e-12 * flops / seconds_per_call(way, device, options.seconds)
+            rates[name] = 1e-12 * flops / seconds_per_call(way, options.device, options.seconds)
         except RuntimeError as error:  # cuDNN has no engine for some
             rates[name] = measure.one_line(error)
-    return dataclasses.asdict(conv) | {"tflops": rates | wrong}
+    if ROTATED in ways:
+        expected = ways["dgrad"]()
+        error = (ways[ROTATED]() - expected).float().norm() / expected.float().norm()
+        if not error < 0.01:  # twice bf16's rounding of the result
+            rates[ROTATED] = f"differs by {error:.3f} of its norm"
+    return dataclasses.asdict(conv) | {"tflops": rates}
 
 
 def with_engines(limit: int, options: Options, precision: str, conv: workmodel.Conv) -> dict:
@@ -124,9 +128,6 @@ def convolutions(options: Options, pool: Pool, limit: int, precision: str, befor
         if dataclasses.asdict(conv) not in known:
             found.append(pool.apply_async(with_engines, (limit, options, precision, conv)).get(PATIENCE))
             yield found
-
-
-# --- launches ---
 
 
 NODES = 1, 2**20, 2**24  # elements of the tensor of a CUDA graph's nodes
@@ -170,10 +171,40 @@ def host_cost(options: Options) -> Iterator[dict]:
     yield {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
 
 
+def table(results: dict) -> str:
+    """TFLOP/s of the ways to compute each convolution, with cuDNN's first 10 engines and with all; then what launches cost."""
+
+    def launches(results: dict) -> str:
+        costs = ", ".join(f"{name} {us if isinstance(us, str) else f'{us:.2f}'}" for name, us in results["host_us"].items())
+        return f"µs of the host a call: {costs}." if costs else ""
+
+    def nodes(results: dict) -> str:
+        sizes = {size: v for size, v in results["graph_nodes"].items() if isinstance(v, dict)}
+        costs = ", ".join(f"{size} {v['node_us']:.2f} (alone {v['eager_us']:.2f})" for size, v in sizes.items())
+        return f"µs a node of a CUDA graph: {costs}." if costs else ""
+
+    tables = [convolutions_table(results, precision, found) for precision, found in results["precisions"].items()]
+    return "\n\n".join([*tables, sentences(results, launches, nodes, environment)])
+
+
+def convolutions_table(results: dict, precision: str, found: dict) -> str:
+    rows: dict[str, dict] = {}
+    for limit, engines in ((10, ""), (0, ", all engines")):
+        answer = found.get(f"convolutions, limit {limit}", [])
+        for c in answer if isinstance(answer, list) else []:
+            name = filled("{kernel}x{kernel} {ins}->{outs} /{stride} @{size}", c)
+            rates = {f"{way}{engines}": f"{v:.3g}" if isinstance(v, float) else "-" for way, v in c.get("tflops", {}).items()}
+            rows.setdefault(name, {"name": name, "rates": {}})["rates"] |= rates
+    heads, cells = columns(dict.fromkeys(chain.from_iterable(row["rates"] for row in rows.values())), "{}", "{{rates[{}]}}")
+    failed = [literal(f"{key} failed: {v['failed']}.") for key, v in {precision: found, **found}.items() if "failed" in v]
+    note = f"TFLOP/s, {precision}, batch {{batch}}."
+    return markdown(results, rows.values(), f"convolution || {heads}", f"{{name}} || {cells}", note, *failed)
+
+
 def main(options: Options) -> None:
     cuda = options.device.startswith("cuda")
     settings = {"batch": options.batch, "settings": {"seconds": options.seconds}}
-    fresh = {"machine": measure.describe(options.device), **settings, "host_us": {}, "graph_nodes": {}, "precisions": {}}
+    fresh = measure.begun("microbench", options.device, **settings, host_us={}, graph_nodes={}, precisions={})
     results = measure.continued(options.out, fresh)
 
     def answer(into: dict, name: str, answers: Iterable[object]) -> None:

@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks import measure, report, training
-from benchmarks.attack import CLASSES
-from benchmarks.training import METHODS, free, trainer
+from benchmarks import measure, training
+from benchmarks.data import random_images
+from benchmarks.judge import CLASSES
+from benchmarks.tables import SETTINGS, Formula, environment, markdown
+from benchmarks.training import METHODS, trainer
 from spat_train.config import Config
 from spat_train.data.images import Images
 from spat_train.runtime.signals import GracefulStop, Stopped
 from spat_train.training.objectives import HEADS
-from spat_train.training.trainer import gpu_arithmetic
+from spat_train.training.trainer import Run, gpu_arithmetic
 
 
 class Clock:
@@ -35,7 +37,7 @@ class Clock:
     of others count in both."""
 
     def __init__(self, device: str):
-        self.cuda, self.events = device.startswith("cuda"), []
+        self.device, self.cuda, self.events = device, device.startswith("cuda"), []
         self.seconds: dict[str, float] = defaultdict(float)
 
     def around(self, name: str, call: Callable) -> Callable:
@@ -76,32 +78,14 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
     Returns:
         dict: `step_seconds`, per step; `parts`, what of that went where; `epoch_parts`, what an epoch takes beside its steps;
         `epoch_seconds`; `head_seconds`, the loss without the model, forward and backward; `steps_per_epoch`.
+
+    Raises:
+        ValueError: the run ends before that.
     """
-    wish, clock, device = GracefulStop(), Clock(config.device), config.device
+    wish, clock = GracefulStop(), Clock(config.device)
     run = trainer(config, images, wish, folder)
-    # "update" is around the optimiser's calls, "between" around the stop's save.
-    run.attack = clock.around("attack", run.attack)
-    run.update = clock.around("update", run.update)
-    run.settle = clock.around("settle", run.settle)
-    run.save = clock.around("save", run.save)
-    run.between_steps = clock.around("between", run.between_steps)
-    for owner, names in ((run.scaler, ("step", "update")), (run.optimizer, ("zero_grad",))):
-        for name in names:
-            setattr(owner, name, clock.around("optimizer", getattr(owner, name)))
-    batches, step, marks = run.loader.epoch, run.step, []
-    run.loader.epoch = lambda *args: clock.around_items("loader", batches(*args))
-
-    def counted_step(*batch) -> None:
-        waits = len(marks) in (0, warm_up, warm_up + updates)
-        if waits:
-            measure.synchronize(device)
-        marks.append((time.perf_counter(), clock.read() if waits else {}))
-        if len(marks) > warm_up + updates:
-            wish.number = signal.SIGTERM
-        step(*batch)
-
-    run.step = counted_step
-    start = time.perf_counter()
+    measure_calls(run, clock)
+    marks, start = mark_steps(run, clock, wish, warm_up, updates), time.perf_counter()
     with gpu_arithmetic(config.precision), suppress(Stopped):
         run.all()
     if not wish.number:
@@ -122,6 +106,34 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
         "epoch_seconds": steps * total + sum(once.values()) + by_time,
         "head_seconds": head_seconds(config),
     }
+
+
+def measure_calls(run: Run, clock: Clock) -> None:
+    """Put the clock around the parts of a step. "update" is around the optimiser's calls, "between" around the stop's save."""
+    timed = [(run, name, name) for name in ("attack", "update", "settle", "save")] + [(run, "between_steps", "between")]
+    timed += [(run.scaler, name, "optimizer") for name in ("step", "update")] + [(run.optimizer, "zero_grad", "optimizer")]
+    for owner, method, name in timed:
+        setattr(owner, method, clock.around(name, getattr(owner, method)))
+    batches = run.loader.epoch
+    run.loader.epoch = lambda *args: clock.around_items("loader", batches(*args))
+
+
+def mark_steps(run: Run, clock: Clock, wish: GracefulStop, warm_up: int, updates: int) -> list[tuple[float, dict]]:
+    """The time at which each step of the run begins, to be filled as it goes on, and what the clock has at the first, where the
+    warm-up ends, and where the run is asked to stop."""
+    marks, step = [], run.step
+
+    def marked_step(*batch) -> None:
+        waits = len(marks) in (0, warm_up, warm_up + updates)
+        if waits:
+            measure.synchronize(clock.device)
+        marks.append((time.perf_counter(), clock.read() if waits else {}))
+        if len(marks) > warm_up + updates:
+            wish.number = signal.SIGTERM
+        step(*batch)
+
+    run.step = marked_step
+    return marks
 
 
 def head_seconds(config: Config) -> float:
@@ -158,25 +170,43 @@ class Options:
     """Write raw results here, after every run. Runs that it already has are not made again."""
 
 
+def table(results: dict) -> str:
+    """Shares of a step. `around` is all but the model's work and the optimiser; it has what comes once an epoch in it."""
+
+    def step(r: dict) -> float:
+        return r["epoch_seconds"] / r["steps_per_epoch"]
+
+    def share(*parts: str) -> Formula:
+        return lambda r: 100 * sum(r["parts"][part] for part in parts) / step(r)
+
+    return markdown(
+        results, results["loops"],
+        "method | precision || s a step | attack | forward, backward | optimiser | around | of that batches | once an epoch | "
+        "loss alone | epoch, s",
+        "{method} | {precision} || {step:.3f} | {attack:.2g} % | {passes:.2g} % | {optimizer:.2g} % | {around:.2g} % | "
+        "{loader:.2g} % | {once:.2g} % | {loss:.2g} % | {epoch_seconds:.0f}",
+        f"{SETTINGS}, {{settings[images]:,}} images.", environment,
+        step=step, attack=share("attack"), passes=share("forward, backward"), optimizer=share("optimizer"),
+        around=lambda r: 100 - share("attack", "forward, backward", "optimizer")(r), loader=share("loader"),
+        once=lambda r: 100 - 100 * r["step_seconds"] / step(r), loss=lambda r: 100 * r["head_seconds"] / step(r),
+    )  # fmt: skip
+
+
 def main(options: Options) -> None:
     settings = {key: getattr(options, key) for key in ("model", "batch", "steps", "updates", "images")}
-    fresh = {"machine": measure.describe(options.device), "settings": settings, "loops": []}
-    results = measure.continued(options.out, fresh)
-    done = {(loop["method"], loop["precision"]) for loop in results["loops"]}
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (options.images, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    images = Images(pixels, torch.randint(CLASSES, (options.images,), generator=generator))
-    for precision, method in product(options.precisions, options.methods):
-        if (method, precision) in done:
-            continue
+    results = measure.continued(options.out, measure.begun("overhead", options.device, settings=settings, loops=[]))
+    images = random_images(options.images)
+
+    def run(cell: dict) -> dict:
+        measure.free(options.device)
         with tempfile.TemporaryDirectory() as folder:
             logs = {"tensorboard": True, "log_every": options.updates}
-            config = training.settings(options.model, options.batch, method, precision, options.device, options.steps, **logs)
-            measured = run_for(config, images, Path(folder), options.warm_up, options.updates)
-        results["loops"].append({"method": method, "precision": precision} | measured)
-        free(options.device)
-        measure.write(options.out, results)
-    print(report.overhead(results))
+            config = training.settings(options.model, options.batch, device=options.device, steps=options.steps, **cell, **logs)
+            return run_for(config, images, Path(folder), options.warm_up, options.updates)
+
+    cells = [{"method": method, "precision": precision} for precision, method in product(options.precisions, options.methods)]
+    measure.complete(options.out, results, "loops", cells, run)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.report import fastest, races
+from benchmarks.attack import races
+from benchmarks.tables import fastest
 
 OURS, RIVALS = ["#D55E00", "#E69F00", "#CC79A7"], ["#0072B2", "#009E73", "#56B4E9", "#000000", "#7F3C8D", "#8C564B"]
 PRECISIONS = {"fp32": "#0072B2", "tf32": "#009E73", "bf16": "#D55E00", "fp16": "#CC79A7"}
@@ -95,6 +96,11 @@ def roofline(results: dict, path: Path) -> None:
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=130)
+
+
+def links(folder: Path) -> str:
+    """What shows both pictures of `folder` on benchmarks/NOTES.md."""
+    return "\n".join(f"![{name}](results/{folder.name}/{name}.png)" for name in ("throughput", "roofline"))
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import measure
+from benchmarks.tables import environment, markdown
 from spat_kernels import pgd
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_kernels.losses import CrossEntropy
@@ -63,8 +64,16 @@ class Arguments:
     weights: Path | None = None
 
 
+def table(results: dict) -> str:
+    return markdown(
+        results, results["rows"],
+        "model | path | precision || images | PGD-20 accuracy, % | loss there | zero pixels, % | zero samples, %",
+        "{model} | {path} | {precision} || {images} | {accuracy:.2f} | {loss:.4f} | {zero pixels:.4f} | {zero samples:.2f}",
+        "{model}.", environment,
+    )  # fmt: skip
+
+
 def main(args: Arguments) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     data = load_npz(args.data)
     models = {name: create(args.model, data.num_classes).to(args.device) for name in ("standard", "robust")}
     if args.weights and args.weights.exists():
@@ -74,14 +83,13 @@ def main(args: Arguments) -> None:
         models = {name: trained(args, data, name) for name in models}
         if args.weights:
             torch.save({name: model.state_dict() for name, model in models.items()}, args.weights)
-    result = measure.describe(args.device) | {"model": args.model, "epochs": args.epochs, "rows": []}
+    result = measure.begun("precision", args.device, model=args.model, epochs=args.epochs, rows=[])
     for name, model in models.items():
         images = args.test_images // (10 if name == "standard" else 1)
         x, y = floats(data.test, torch.arange(min(images, len(data.test))), args.device)
         for path, precision in ways(args.device) + AUTOCAST * (name == "standard"):
-            row = {"model": name, "images": len(x), "path": path, "precision": precision} | evaluate(
-                model.eval(), x, y, path, precision
-            )
+            row = {"model": name, "images": len(x), "path": path, "precision": precision}
+            row |= evaluate(model.eval(), x, y, path, precision)
             print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             result["rows"].append(row)
             measure.write(args.out, result)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
@@ -23,11 +24,13 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks import measure, report
+from benchmarks import measure
+from benchmarks.tables import columns, environment, filled, markdown
 from spat_train.config import Config, check
 from spat_train.data.datasets import load_npz
-from spat_train.errors import InputError
+from spat_train.errors import InputError, check_count
 from spat_train.evaluation.evaluate import evaluate
+from spat_train.evaluation.interruptible import interruptible
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.differences import differences
 from spat_train.papers.reported import TABLES
@@ -40,7 +43,7 @@ from spat_train.training.trainer import TrainingError, train
 
 TABLE = TABLES["6.1"]
 COLUMNS = {cell.attack: cell.column for cell in TABLE.cells}
-GRACE = 30  # seconds that a row has to save, once it is told to stop
+GRACE = 30  # seconds that a row has to save, once it is asked to stop
 EVERY = 2.0  # seconds between looks at the folders
 STOPPED = {code for n in (signal.SIGTERM, signal.SIGINT) for code in (-n, 128 + n)}  # exit codes: it did not listen yet, or saved
 
@@ -56,29 +59,29 @@ class Arguments:
     runs: Path = Path("runs")
     """Where the folders of the runs go, one for each row and model."""
     rows: list[str] = field(default_factory=lambda: list(TABLE.runs))
-    """Of madry, trades, mart, trades+spat, mart+spat."""
+    """Any of madry, trades, mart, trades+spat, mart+spat."""
     model: str = "resnet-18"
     """A name of spat_train.models; the thesis's is wrn-34-10."""
     epochs: int = 20
-    """Of the one-cycle schedule."""
+    """Length of the one-cycle schedule."""
     lr: float = 0.1
-    """Its peak."""
+    """Peak learning rate of the schedule."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
-    """Of updates and of the attacks in training."""
+    """Precision of updates and of the attacks in training."""
     test_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Of the attacks in the evaluation; what a model predicts is always computed in fp32."""
+    """Precision of the attacks in the evaluation. Predictions are always fp32."""
     autoattack_images: int = 1000
     """Test images under AutoAttack, the first ones; 0: none."""
     batch_size: int = 500
     """Images attacked at once in the evaluation."""
     jobs: int = 1
-    """Rows at work at the same time: above 1 the next trains while one is evaluated, and their times are not a machine's best."""
+    """Rows that run at the same time. Above 1, the next one trains while one is evaluated, and both are slower."""
     limit: int | None = None
-    """Use at most so many training and test images: for rehearsals."""
+    """Maximum number of training and of test images, for rehearsals."""
     queries: int = 5000
-    """Of Square, in AutoAttack: fewer for rehearsals."""
+    """Queries of Square in AutoAttack: fewer for rehearsals."""
     minutes: float = float("inf")
-    """Stop, with everything saved, after so long."""
+    """Stop after this time, with everything saved."""
 
 
 def settings(args: Arguments, row: str) -> Config:
@@ -92,9 +95,6 @@ def settings(args: Arguments, row: str) -> Config:
 
 def place(runs: Path, model: str, row: str) -> Path:
     return runs / f"{model}-{row}"
-
-
-# ---- one row, in a process of its own
 
 
 def work(args: Arguments, row: str) -> None:
@@ -118,30 +118,19 @@ def evaluate_run(args: Arguments, folder: Path) -> None:
     images = images_of(args, len(data.test))
     parts = {",".join(COLUMNS): images["natural"], f"autoattack:queries={args.queries}": images["AutoAttack"]}
     found = {}
-    with GracefulStop().heard() as wish:
-
-        def on_progress() -> None:
-            if wish.number:
-                raise Stopped(wish.number, "stopped while it was evaluated")
-
-        for attacks, count in parts.items():
-            if not count:
-                continue
+    texts = "the same command goes on from there", lambda: f"out of memory: give less than --batch-size {args.batch_size}"
+    with interruptible(*texts) as on_progress:
+        for attacks, count in [part for part in parts.items() if part[1]]:
             kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
             result = evaluate(
                 model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(count), on_progress=on_progress,
                 batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
             )  # fmt: skip
             for name in result.attacks:
-                column = COLUMNS.get(name, "AutoAttack")
-                if column not in found:  # "clean" is part of both
-                    low, high = result.interval(name)
-                    found[column] = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": count}
-                    found[column]["precision"] = args.test_precision
+                column, (low, high) = COLUMNS.get(name, "AutoAttack"), result.interval(name)
+                measured = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": count}
+                found.setdefault(column, measured | {"precision": args.test_precision})  # "clean" is part of both
             files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
-
-
-# ---- all of them
 
 
 def images_of(args: Arguments, count: int) -> dict[str, int]:
@@ -157,8 +146,8 @@ def checked(args: Arguments) -> dict[str, int]:
     """
     if not args.rows or set(args.rows) - set(TABLE.runs):
         raise InputError(f"--rows {' '.join(args.rows)}: choose from {', '.join(TABLE.runs)}")
-    if args.jobs < 1 or args.batch_size < 1:
-        raise InputError(f"--jobs {args.jobs}, --batch-size {args.batch_size}: give at least 1")
+    check_count("--jobs", args.jobs)
+    check_count("--batch-size", args.batch_size)
     for row in args.rows:
         check(settings(args, row))
     test = load_npz(args.data).limited(args.limit, seed=0).test
@@ -202,13 +191,43 @@ def row_of(run: Run) -> dict:
     }  # fmt: skip
 
 
+def table(results: dict) -> str:
+    """Each training's accuracies above the thesis's, what it did otherwise, and how fast it went."""
+    trainings, rows = results["thesis"], []
+    for t in trainings:
+        found = {name: e["accuracy"] for name, e in t.get("evaluation", {}).items() if "accuracy" in e}
+        unfinished = t.get("trained", 0) < t.get("epochs", 0)
+        rows.append(t | {"found": found, "done": f"{t.get('trained', 0):.2f} of " if unfinished else ""})
+        rows.append({"title": "", "model": "thesis: WRN-34-10", "done": "", "epochs": 90, "found": t.get("thesis", {})})
+    names = dict.fromkeys(chain.from_iterable(row["found"] for row in rows))
+    heads, cells = columns(names, "{}", "{{found[{}]:.2f}}")
+
+    def otherwise(results: dict) -> str:
+        alike: dict[str, list[str]] = {}
+        for t in trainings:
+            if t.get("differs"):
+                alike.setdefault(", ".join(t["differs"]), []).append(filled("{title} of {model}", t))
+        return " ".join(f"Otherwise than in the thesis (in brackets): {', '.join(who)}: {what}." for what, who in alike.items())
+
+    def tested(results: dict) -> str:
+        parts = chain.from_iterable(t.get("evaluation", {}).items() for t in trainings)
+        tests = {name: filled(f"{name} {{images:,}} in {{precision}}", e) for name, e in parts}
+        return f"Test images: {', '.join(tests.values()) or 'none yet'}; images/s of the training, attacks included."
+
+    return markdown(
+        results, rows,
+        f"defence |  || epochs | {heads} | images/s", f"{{title}} | {{model}} || {{done}}{{epochs}} | {cells} | {{rate:,.0f}}",
+        otherwise, tested, environment, rate=lambda r: r["images_per_second"] or 0,
+    )  # fmt: skip
+
+
 def main(args: Arguments) -> None:
     try:
         images = checked(args)
         args.runs.mkdir(parents=True, exist_ok=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = measure.describe("cuda" if torch.cuda.is_available() else "cpu")
-        results = measure.continued(args.out, {"machine": machine, "settings": {"jobs": args.jobs}, "thesis": []})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        fresh = measure.begun("table61", device, settings={"jobs": args.jobs}, thesis=[])
+        results = measure.continued(args.out, fresh)
         before = results["thesis"]
         write(args, results, before)
     except (InputError, OSError, files.SaveError) as error:
@@ -216,7 +235,7 @@ def main(args: Arguments) -> None:
     with GracefulStop().heard() as wish:
         rows = [row for row in args.rows if not is_done(args, row, results["thesis"], images)]
         take_turns(args, rows, wish, lambda: write(args, results, before))
-    print(report.thesis(results))
+    print(table(results))
     if left := [row for row in args.rows if not is_done(args, row, results["thesis"], images)]:
         raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why. The same command goes on from there")
 

@@ -15,8 +15,6 @@ same batch, which must be what the authors' does (`Expected`), or it is recorded
 """
 
 import copy
-import gc
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +24,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from benchmarks import measure, report
-from benchmarks.attack import CLASSES, EPS, STEP, ascend, photographs, uniform
+from benchmarks import measure
+from benchmarks.judge import CLASSES, photographs
 from benchmarks.measure import DTYPES, numerics
+from benchmarks.rivals import EPS, STEP, ascend, uniform
+from benchmarks.tables import SETTINGS, environment, fastest, markdown, ratio
 from spat_train.config import Config, Method
 from spat_train.data.images import Dataset, Images
 from spat_train.models.registry import create
@@ -288,15 +288,15 @@ class Options:
             torch.backends.cudnn.benchmark = True  # for all alike
         settings = {"model": self.model, "batch": self.batch, "steps": self.steps, "seconds": self.seconds}
         settings["providers"] = [f"{p.name}, {p.precision}" for p in providers(self)]  # a race has all of them
-        fresh = {"machine": measure.describe(self.device), "settings": settings, "steps": []}
-        results = measure.continued(self.out, fresh)
+        results = measure.continued(self.out, measure.begun("training", self.device, settings=settings, steps=[]))
         yield results
         wrong = {r["method"] for r in results["steps"] if r["ours"] and r["status"] != "timed"}  # these are raced again
         results["steps"] = [r for r in results["steps"] if r["method"] not in wrong]
         done = {record["method"] for record in results["steps"]}
         for method in [m for m in self.methods if m not in done]:
             results["steps"] += [{"method": method} | record for record in self.race(method)]
-            free(self.device)
+            torch._dynamo.reset()
+            measure.free(self.device)
             yield results
 
     def race(self, method: str) -> list[dict]:
@@ -316,38 +316,47 @@ class Options:
             except Exception as error:  # whatever a rival raises is a result of the benchmark
                 record |= {"status": "failed", "note": measure.one_line(error)}
             if "status" not in record:
-                calls[index] = in_precision(provider.precision, update, x, y)
+                calls[index] = measure.in_precision(provider.precision, update, x, y)
         for _ in range(2 if self.device.startswith("cuda") else 0):  # the second attack of a kind is captured as a graph
             for call in calls.values():
                 call()
-        times, errors = measure.race(calls, self.device, self.seconds)
+        measure.race_records(records, calls, self.device, self.seconds)
         measure.synchronize(self.device)  # where ours broke the device, its rivals' failures are no results
-        for index, error in errors.items():
-            records[index] |= {"status": "failed", "note": error}
-        for index, taken in times.items():
-            records[index] |= {"status": "timed", "seconds": taken, "median": statistics.median(taken), "min": min(taken)}
         return records
 
     def main(self) -> None:
         for results in self.run():
             measure.write(self.out, results)
-        print(report.training_table(results))
+        print(full_table(results))
         measure.require_ours(results["steps"])
 
 
-def in_precision(precision: str, update: Update, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    def call():
-        with numerics(precision):
-            return update(x, y)
-
-    return call
+# --- the table ---
 
 
-def free(device: str) -> None:
-    torch._dynamo.reset()
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+def full_table(results: dict, full: bool = True) -> str:
+    """Every record, and how many times faster than the authors' loop in fp32 it is."""
+    rows = []
+    for method in dict.fromkeys(r.get("method") for r in results["steps"]):
+        records = [r for r in results["steps"] if r.get("method") == method]
+        base = fastest([r for r in records if r.get("provider") == "authors"], False, "fp32")
+        rows += [r | {"base": base, "rival": fastest(records, False, r.get("precision"))} for r in records]
+    heads = "method | precision | provider || s an update | images/s"
+    cells = "{method} | {precision} | {provider} || {seconds_or_why} | {rate:.1f}"
+    if not full:
+        rows = [r for r in rows if r.get("provider") == "spat_train" and "median" in r]
+        heads = "method | spat_train || s an update | images/s | fastest rival in that precision"
+        cells = "{method} | {precision} || {median:.3f} | {rate:.1f} | {faster:.2f}x ({rival[provider]})"
+    return markdown(
+        results, rows, f"{heads} | authors' loop, fp32", f"{cells} | {{than_base:.2f}}x", f"{SETTINGS}.", environment,
+        seconds_or_why=lambda r: f"{r['median']:.3f}" if "median" in r else f"{r['status']}: {r['note']}",
+        rate=lambda r: results["settings"]["batch"] / r["median"], faster=ratio("rival", ""), than_base=ratio("base", ""),
+    )  # fmt: skip
+
+
+def table(results: dict) -> str:
+    """A row for each method and precision: the trainer's step, and how many times faster it is than what it replaces."""
+    return full_table(results, full=False)
 
 
 if __name__ == "__main__":

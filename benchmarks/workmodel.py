@@ -137,7 +137,7 @@ class _Flow:
         self.kernel.update(dict.fromkeys(joined, joined))
 
     def _contributions(self, node: fx.Node) -> int:
-        """Kernels that read `node`, so many gradients to add up."""
+        """How many kernels read `node`, which is the number of gradients to add up."""
         return len({self.kernel[reader] for reader in self.readers[node]} - {self.kernel.get(node)})
 
     def _is_folded(self, node: fx.Node) -> bool:
@@ -232,7 +232,7 @@ def main(
         out: write all that as JSON here.
     """
     ceilings = measure.ceilings(device, precisions, small=small) if device else None
-    results = {"machine": measure.describe(device or "cpu"), "batch": batch, "ceilings": ceilings, "models": {}}
+    results = measure.begun("workmodel", device or "cpu", batch=batch, ceilings=ceilings, models={})
     for name in models:
         found = layers(create(name), (3, size, size))
         work = {precision: Work(found, batch, precision) for precision in precisions}
@@ -242,8 +242,7 @@ def main(
             "step_limits_s": {precision: w.limits(ceilings) for precision, w in work.items()} if device else None,
         }
     print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
-    if out:
-        out.write_text(json.dumps(results, indent=1) + "\n")
+    measure.write(out, results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import nn
 
 import spat_kernels as sk
 from benchmarks import autoattack as benchmark
-from benchmarks import measure, report
+from benchmarks import measure
 from spat_kernels import APGD, FAB, AutoAttack, Square
 from spat_kernels.attacks import autoattack
 from tests.attacks.test_apgd import attackable, correct, sharp
@@ -268,7 +268,7 @@ def test_as_robust_as_by_torchattacks(task, norm, eps):
     assert min(theirs["seconds"].values()) > 0
     settings = {"model": "m", "network": "n", "norm": norm, "eps": eps, "images": 25, "clean": 96.0}
     settings |= {"batch_size": 15, "queries": 30}
-    table = report.tables(measure.describe("cpu") | {"settings": settings, "autoattack": found}, full=True)
+    table = benchmark.table(measure.begun("autoattack", "cpu", settings=settings, autoattack=found))
     assert "| spat_kernels |" in table
     assert "25 images" in table
 

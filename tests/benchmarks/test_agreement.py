@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import spat_kernels as sk
-from benchmarks import agreement as judges
+from benchmarks import agreement
 
 torchattacks = pytest.importorskip("torchattacks", reason="torchattacks needs torchvision, which needs its own build of torch")
 
@@ -26,13 +26,13 @@ def assert_same_images(ours, theirs, model, y, minimum=0.999):
     assert abs(accuracies[0] - accuracies[1]) <= 0.003, accuracies
 
 
-@pytest.mark.parametrize("pair", judges.PAIRS, ids=lambda pair: f"{pair.judge}-{pair.attack}")
+@pytest.mark.parametrize("pair", agreement.PAIRS, ids=lambda pair: f"{pair.judge}-{pair.attack}")
 def test_pairs(task, pair):
     """In the dtype that each of them is compared in first: fp64 but for ART."""
     pytest.importorskip(pair.judge.lower())
     model, x, y = task
     dtype = pair.dtypes[0]
-    found = judges.compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, EPS)
+    found = agreement.compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, EPS)
     assert found["pixels_differ"] <= (0.1 if dtype == torch.float64 else 5), found
     assert abs(found["accuracy"][0] - found["accuracy"][1]) <= 0.3, found
     assert 0 < found["accuracy"][0] < 99, "an attack that does something, and leaves something to disagree on"

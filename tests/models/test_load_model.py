@@ -203,7 +203,7 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
     from spat_train import cli
     from spat_train.papers.loaded_run import TestImages, open_model
     from spat_train.papers.options import Options
-from spat_train.papers.runs import Run
+    from spat_train.papers.runs import Run
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     run = a_run(tmp_path, net, model=code, data="digits")
