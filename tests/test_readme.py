@@ -102,12 +102,10 @@ def test_python_blocks(here):
 
 
 def test_commands(here, monkeypatch):
-    for folder in ("runs/other", "runs/standard"):
-        spat_train(monkeypatch, "train", "--method", "standard", "--out", folder)
     for block in SHELL[:-1]:
         for words in block:
             run(monkeypatch, *words)
-    for written in ("figure.png", "curves.png", "report/report.html", "tables/table-6.1.md", "figures/figure-5.3.json"):
+    for written in ("figure.png", "curves.png", "report/report.html", "tables/table-6.1.md", "figures/figure-budget.json"):
         assert Path(written).is_file(), written
 
 
@@ -162,3 +160,8 @@ def test_the_layout_is_that_of_the_repository():
         assert room.is_dir(), line
         for file in re.findall(r"\w+\.(?:py|md)", words):
             assert (room / file).is_file(), line
+
+
+def test_the_citation_is_of_this_version():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert f'\nversion: "{version}"\n' in (ROOT / "CITATION.cff").read_text()
