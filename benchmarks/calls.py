@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import measure, report
 from spat_kernels import PGD
 from spat_kernels.attacks import pgd as attacks
-from spat_kernels.cuda_graphs.capture import Graphs
+from spat_kernels.cuda_graphs.cache import Graphs
 from spat_train.models.registry import create
 
 EPS, ROUNDS, CALLS = 8 / 255, 30, 20

@@ -68,13 +68,13 @@ def seeded():
 
 def test_names_are_those_of_the_registry():
     assert tuple(losses.LOSSES) == tuple(kind.name for kind in losses.OURS)
-    assert losses.named("ls", alpha=0.2) == losses.named("lsce", alpha=0.2) == losses.LabelSmoothedCE(0.2)
-    assert losses.named("ce") == losses.CrossEntropy()
-    assert losses.named("margin", kappa=3.0) == losses.Margin(3.0)
+    assert losses.lookup("ls", alpha=0.2) == losses.lookup("lsce", alpha=0.2) == losses.LabelSmoothedCE(0.2)
+    assert losses.lookup("ce") == losses.CrossEntropy()
+    assert losses.lookup("margin", kappa=3.0) == losses.Margin(3.0)
     with pytest.raises(ValueError, match="loss='ls': alpha must be given, as .*losses.LabelSmoothedCE"):
         losses.as_loss("ls")
     with pytest.raises(ValueError, match="kappa is a setting of loss=margin, not of ce"):
-        losses.named("ce", kappa=1.0)
+        losses.lookup("ce", kappa=1.0)
 
 
 def test_a_name_is_taken_once(plain):

@@ -1,4 +1,4 @@
-"""What attacks other than PGD begin with: settings and batch checked, the model borrowed and ready to be differentiated."""
+"""What the attacks share: settings and batch checked, the model borrowed and ready to be differentiated."""
 
 from contextlib import contextmanager
 from typing import TypeVar
@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..balls import fill_
-from ..cuda_graphs.run import drawing
+from ..balls import as_values
 from ..input_gradient.choose import check_path, check_precision, input_gradient
 from ..model_state.borrow import borrowed
-from ..ops._common import acc_dtype, is_dense
+from ..ops._common import is_dense
 from ..settings import BN_MODES, NORMS
 
 
@@ -42,7 +41,7 @@ def check_radius(attack, x: Tensor) -> None:
 
 
 def check_batch(attack, model, x, y) -> int:
-    """Check what `attack(model, x, y)` is given; return the largest label. Waits for the device once."""
+    """Check what `attack(model, x, y)` is given; return the largest label, -1 without images. Waits for the device once."""
     checks.check_images(x)
     checks.check_model(model, x)
     check_precision(attack.precision, x)
@@ -54,7 +53,7 @@ def check_batch(attack, model, x, y) -> int:
 Labels = TypeVar("Labels", Tensor, Tensor | None)
 
 
-def usable(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
+def as_dense(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
     """Checked images and labels as runs want them: dense, and not made in inference mode, which autograd refuses."""
     x = x.detach()
     x = x if is_dense(x) else x.contiguous()
@@ -63,58 +62,31 @@ def usable(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
     return x.clone() if x.is_inference() else x, y
 
 
-def warn_of_nan(unusable: int, samples: int) -> None:
-    """If elements of some samples' gradients were not usable."""
-    if unusable:
-        checks.warn(
-            f"the input gradient was NaN for {unusable} of {samples} samples and counted as 0 there: they may look "
-            "robust without being so. Look at the model's outputs, or attack in higher precision"
-        )
-
-
 @contextmanager
-def attacked(attack, model, x: Tensor, y: Tensor, highest_label: int):
-    """Within, without gradients: (the way to differentiate `model`, prepared; x; y), the model borrowed, x dense."""
+def prepared_gradient(attack, model, x: Tensor, y: Tensor, highest_label: int):
+    """Within, without gradients: (the input gradient of `model`, prepared; x; y), the model borrowed, x and y dense."""
     with torch.inference_mode(False), torch.no_grad(), borrowed(model, attack.bn_mode):
-        x, y = usable(x, y)
+        x, y = as_dense(x, y)
         gradient = input_gradient(model, x, attack.input_gradient, attack.precision, highest_label)
         with gradient.arithmetic(x.device.type):
             gradient.prepare()
             yield gradient, x, y
 
 
-def per_sample(eps: float | Tensor, x: Tensor) -> Tensor:
+def eps_per_sample(eps: float | Tensor, x: Tensor) -> Tensor:
     """`eps` as [B], in the dtype that arithmetic on x is done in."""
-    values = torch.empty(eps.numel() if isinstance(eps, Tensor) else 1, dtype=acc_dtype(x.dtype), device=x.device)
-    return fill_(values, eps).expand(len(x))
+    return as_values(eps, x).expand(len(x))
 
 
-def of_rows(eps: float | Tensor, rows: Tensor) -> float | Tensor:
-    """`eps` for the samples `rows`, int64 [n], wherever it lives."""
+def take_rows(eps: float | Tensor, rows: Tensor) -> float | Tensor:
+    """`eps` of the samples `rows`, int64 [n], wherever it lives."""
     return eps.to(rows.device)[rows] if isinstance(eps, Tensor) and eps.numel() > 1 else eps
 
 
-def draw(method: str, *size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random numbers [*size] by the in-place `method`, from `generator` wherever it lives, for arithmetic on `like`."""
-    device = like.device if generator is None else generator.device
-    empty = torch.empty(size, dtype=acc_dtype(like.dtype), device=device)
-    with drawing:
-        return getattr(empty, method)(generator=generator).to(like.device)
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-
-
-@contextmanager
-def drawing_undone(*generators: torch.Generator | None):
-    """Within: what raises leaves the states of `generators` as they were."""
-    with drawing:
-        states = [(g, g.get_state()) for g in generators if g is not None]
-    try:
-        yield
-    except BaseException:
-        with drawing:
-            for generator, state in states:
-                generator.set_state(state)
-        raise
+def warn_of_nan(samples_with_nan: int, samples: int) -> None:
+    """Warn if the input gradients of some samples had elements that were NaN (or, in L2, infinite)."""
+    if samples_with_nan:
+        checks.warn(
+            f"the input gradient was NaN for {samples_with_nan} of {samples} samples and counted as 0 there: they may look "
+            "robust without being so. Look at the model's outputs, or attack in higher precision"
+        )

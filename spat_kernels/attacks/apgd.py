@@ -13,7 +13,6 @@ Everything is a tensor with a value per sample, so a run never waits for the dev
 
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,13 +20,13 @@ from torch.utils._pytree import tree_map_only
 
 from .. import checks, ops
 from ..balls import Ball
-from ..cuda_graphs.capture import graphs
+from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch, Run
 from ..losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
 from ..settings import BNMode, GradientPath, Graph, Norm, Precision
-from ._common import attacked, check_batch, check_settings, of_rows, usable, warn_of_nan
+from ._common import as_dense, check_batch, check_settings, prepared_gradient, take_rows, warn_of_nan
 
 FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
 MOMENTUM = 0.75
@@ -250,8 +249,7 @@ class APGD:
             checks.check_count(name, getattr(self, name), 1)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
-        if not isinstance(self.rho, Real) or not 0 <= self.rho <= 1:
-            raise ValueError(f"rho={self.rho!r} must be a number in [0, 1]: the share of steps that must raise the loss")
+        checks.check_number("rho", self.rho, lambda v: 0 <= v <= 1, "in [0, 1], the share of steps that must raise the loss")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """Attack `model` at the images `x`.
@@ -279,9 +277,9 @@ class APGD:
         if x.numel() == 0:
             return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
-            x, y = usable(x, y)
-            with attacked(self, model, x, y, highest_label) as (way, _, _):
-                logits = way.logits(x)
+            x, y = as_dense(x, y)
+            with prepared_gradient(self, model, x, y, highest_label) as (gradient, _, _):
+                logits = gradient.logits(x)
             as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
             robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
@@ -323,5 +321,5 @@ class APGD:
     def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
         eps = self.eps
         if len(rows) < len(x):
-            x, y, targets, eps = x[rows], y[rows], targets if targets is None else targets[rows], of_rows(eps, rows)
+            x, y, targets, eps = x[rows], y[rows], targets if targets is None else targets[rows], take_rows(eps, rows)
         return Batch(x, y, eps, 2 * eps, targets=targets)

@@ -17,8 +17,8 @@ from ..input_gradient.autograd import InputGradient
 from ..model_state.borrow import borrowed
 from ..predictions import predictions
 from ..settings import AttackSettings, BNMode, GradientPath, Graph, Norm, Precision, Version
-from . import signs
-from ._common import attacked, check_ball, check_batch, of_rows, usable
+from . import gradient_masking
+from ._common import as_dense, check_ball, check_batch, prepared_gradient, take_rows
 from .apgd import APGD
 from .fab import FAB
 from .square import Square, check_pixels
@@ -129,9 +129,9 @@ class AutoAttack:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
 
         Warns:
-            RuntimeWarning: a sign that the result may be too good (`signs.py`): outputs that are random (or, for "rand", not),
-                probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients do not.
-                The gradient was NaN for some samples, as for `PGD`.
+            RuntimeWarning: a sign that the result may be too good (`gradient_masking.py`): outputs that are random (or, for
+                "rand", not), probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients
+                do not. The gradient was NaN for some samples, as for `PGD`.
         """
         *_, result = self.stages(model, x, y)
         return result
@@ -146,7 +146,7 @@ class AutoAttack:
         highest_label = check_batch(self, model, x, y)
         if "square" in self.attacks:
             check_pixels(x, self.norm, self.attacks)
-        x, y = usable(x, y)
+        x, y = as_dense(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))
         classes, unanswered, probabilities = 0, 0, True
@@ -157,11 +157,11 @@ class AutoAttack:
                 classes = logits.shape[1]
                 self._check_classes(classes)
             unanswered += int(logits.isnan().any(1).sum())
-            probabilities = probabilities and signs.are_probabilities(logits)
+            probabilities = probabilities and gradient_masking.are_probabilities(logits)
             result.broken_by[rows[predictions(logits) != y[rows]]] = 0
             if self.precision is not None:
-                with attacked(self, model, x[rows], y[rows], highest_label) as (way, images, labels):
-                    close[rows] = predictions(way.logits(images)) != labels
+                with prepared_gradient(self, model, x[rows], y[rows], highest_label) as (gradient, images, labels):
+                    close[rows] = predictions(gradient.logits(images)) != labels
         if unanswered:
             checks.warn(f"the logits of {unanswered} of {len(x)} images are NaN, which counts as misclassified")
         if classes and probabilities:
@@ -173,14 +173,14 @@ class AutoAttack:
             # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
             for precision, chosen in ((self.precision, ~close), (None, close)):
                 for rows in self._batches(result.robust & chosen):
-                    attack = self._attack(name, classes, of_rows(self.eps, rows), generator, precision)
+                    attack = self._attack(name, classes, take_rows(self.eps, rows), generator, precision)
                     found = attack(model, x[rows], y[rows])
                     broken = predictions(self._logits(model, found, highest_label)) != y[rows]
                     result.x_adv[rows[broken]] = found[broken]
                     result.broken_by[rows[broken]] = number
             if name == "square" and number > 1:
                 alone = int((result.broken_by == number).sum())
-                if alone > signs.SQUARE_SHARE * len(x):
+                if alone > gradient_masking.SQUARE_SHARE * len(x):
                     checks.warn(
                         f"Square, which needs no gradients, broke {alone} of {len(x)} images that the attacks by gradients left: "
                         "the gradients may be masked, and the model less robust than it looks"
@@ -190,14 +190,14 @@ class AutoAttack:
     def _warn_of_signs(self, model, x: Tensor, y: Tensor, highest_label: int) -> None:
         """What the authors' code warns of, looked for on images that are correct."""
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            differ, allowed = signs.difference(*(self._logits(model, x, highest_label) for _ in range(2)))
+            differ, allowed = gradient_masking.logit_difference(*(self._logits(model, x, highest_label) for _ in range(2)))
         if differ > allowed and self.version != "rand":
             checks.warn(f"the model seems to draw random numbers (its logits differ by {differ:.2g}): use version='rand'")
         if differ <= allowed and self.version == "rand":
             checks.warn("the model draws no random numbers: version='standard' is the stronger one for it")
         if self.attacks != ("square",):
-            with attacked(self, model, x, y, highest_label) as (way, images, labels):
-                zero = int(signs.without_gradient(way, images, labels).sum())
+            with prepared_gradient(self, model, x, y, highest_label) as (gradient, images, labels):
+                zero = int(gradient_masking.has_no_gradient(gradient, images, labels).sum())
             if zero:
                 checks.warn(
                     f"the gradient of the margin is 0 or NaN at {zero} of the first {len(x)} images: attacks by gradients cannot "

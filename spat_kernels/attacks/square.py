@@ -11,7 +11,6 @@ reach, and no more (windows.py).
 import math
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from torch import Tensor
 from .. import checks
 from ..balls import box
 from ..input_gradient.windows import Windows
+from ..ops._common import acc_dtype, broadcast
 from ..predictions import predictions
+from ..rng import draw
 from ..settings import BNMode, GradientPath, Norm, Precision
-from ._common import attacked, check_batch, check_settings, draw, per_sample
+from ._common import check_batch, check_settings, eps_per_sample, prepared_gradient
 
 # (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
@@ -68,8 +69,7 @@ class Square:
     def __post_init__(self):
         check_settings(self)
         checks.check_count("queries", self.queries, 0)
-        if not isinstance(self.p_init, Real) or not 0 < self.p_init <= 1:
-            raise ValueError(f"p_init={self.p_init!r} must be a number in (0, 1]: the share of the image that a square covers")
+        checks.check_number("p_init", self.p_init, lambda v: 0 < v <= 1, "in (0, 1], the share of the image that a square covers")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """Attack `model` at the images `x`.
@@ -93,8 +93,8 @@ class Square:
         check_pixels(x, self.norm)
         if x.numel() == 0:
             return x.detach().clone()
-        with attacked(self, model, x, y, highest_label) as (gradient, x, y):
-            x_adv, eps = x.clone(), per_sample(self.eps, x)
+        with prepared_gradient(self, model, x, y, highest_label) as (gradient, x, y):
+            x_adv, eps = x.clone(), eps_per_sample(self.eps, x)
             robust = predictions(gradient.logits(x)) == y
             for _ in range(self.restarts):
                 if robust.any():
@@ -129,7 +129,7 @@ class _Run:
         self.settings, self.gradient, self.batch = settings, gradient, x.shape
         self.bounds = box(settings.bounds, x.dtype)
         self.index = robust.nonzero()[:, 0]
-        self.x, self.y, self.eps = x[self.index], y[self.index], _wide(eps[self.index])
+        self.x, self.y, self.eps = x[self.index], y[self.index], broadcast(eps[self.index], x)
         self.waits = x.device.type != "cpu"
         self.best = self._start()
         self.margin = self._margins(self._whole_forward(self.best), self.y)
@@ -156,7 +156,7 @@ class _Run:
         raise NotImplementedError
 
     def _uniform(self, *size: int) -> Tensor:
-        return draw("uniform_", *size, like=self.x, generator=self.settings.generator)
+        return draw("uniform_", *size, dtype=acc_dtype(self.x.dtype), device=self.x.device, generator=self.settings.generator)
 
     def _signs(self, *size: int) -> Tensor:
         return torch.where(self._uniform(*size) < 0.5, -1.0, 1.0)
@@ -259,7 +259,7 @@ class _LinfRun(_Run):
         margin = self._margins(logits, self.y[which])
         better = self._better(margin, which)
         self.margin[which] = torch.where(better, margin, self.margin[which])
-        old[which] = torch.where(_wide(better), new, old[which])
+        old[which] = torch.where(broadcast(better, new), new, old[which])
         if self.windows:
             self.windows.adopt(which, better)
 
@@ -305,7 +305,7 @@ class _L2Run(_Run):
         margin = self._margins(self._whole_forward(images), self.y)
         better = self._better(margin)
         self.margin = torch.where(better, margin, self.margin)
-        self.best = torch.where(_wide(better), images, self.best)
+        self.best = torch.where(broadcast(better, images), images, self.best)
 
     def _images(self, delta: Tensor) -> Tensor:
         """x with this perturbation, scaled to length eps."""
@@ -330,10 +330,6 @@ def _hill(height: int, width: int) -> Tensor:
 
 def _norm(v: Tensor, dims=(1, 2, 3)) -> Tensor:
     return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
-
-
-def _wide(v: Tensor) -> Tensor:
-    return v.view(-1, 1, 1, 1)
 
 
 RUNS = {"linf": _LinfRun, "l2": _L2Run}

@@ -10,7 +10,7 @@ import spat_kernels as sk
 from spat_kernels import APGD, balls, losses
 from spat_kernels.attacks import apgd
 from spat_kernels.attacks.apgd import checkpoints
-from spat_kernels.cuda_graphs.capture import Graphs
+from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient import plan
 from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
 from tests.cuda_graphs.fake_graph import FakeGraph

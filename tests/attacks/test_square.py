@@ -8,9 +8,9 @@ from torch import nn
 
 from spat_kernels.attacks import square
 from spat_kernels.attacks.square import Square
-from spat_kernels.cuda_graphs.run import drawing
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_kernels.input_gradient.windows import Windows
+from spat_kernels.rng import rng_lock
 from tests.attacks.test_apgd import NORMS, attackable, correct
 from tests.attacks.test_pgd import Recorder, batch, cnn, strange_layouts
 from tests.model_state.test_borrow import assert_same, mixed_model, snapshot
@@ -440,7 +440,7 @@ def test_draws_no_random_numbers_while_others_capture(monkeypatch):
     """torch forbids it. What draws holds the lock that a capture holds."""
     model, x, y = attackable(4)
     held, uniform_ = [], torch.Tensor.uniform_
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda t, **how: held.append(drawing._is_owned()) or uniform_(t, **how))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda t, **how: held.append(rng_lock._is_owned()) or uniform_(t, **how))
     Square(0.01, queries=3)(model, x, y)
     assert held
     assert all(held)

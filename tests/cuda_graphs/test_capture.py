@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spat_kernels as sk
 from spat_kernels import PGD, checks, losses
 from spat_kernels.attacks import pgd as attacks
-from spat_kernels.cuda_graphs import capture as graph_module
-from spat_kernels.cuda_graphs.capture import CudaGraph, Graphs
+from spat_kernels.cuda_graphs import cuda_graph
+from spat_kernels.cuda_graphs.cache import Graphs
+from spat_kernels.cuda_graphs.cuda_graph import CudaGraph
 from spat_kernels.input_gradient.trace import CannotPlan, _NoLooking
 from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
 from tests.cuda_graphs.fake_graph import FakeGraph
@@ -932,7 +933,7 @@ def test_captures_draw_like_the_attack_itself(played):
 def test_failed_captures_raise_the_cause_and_clean_up(played, monkeypatch):
     calls, default = played
     undead = []
-    monkeypatch.setattr(graph_module, "_undead", undead)
+    monkeypatch.setattr(cuda_graph, "_undead", undead)
     graph, state = CudaGraph(torch.device("cpu")), default.state
 
     def fails():
