@@ -9,8 +9,7 @@ from torch import nn
 
 import spat_kernels as sk
 from spat_kernels import PGD, checks, losses
-from tests.attacks.test_pgd import EPS, batch, cnn
-from tests.model_state.test_borrow import assert_same, snapshot
+from tests.helpers import EPS, assert_same, batch, cnn, snapshot
 
 X, Y = batch()
 

@@ -8,8 +8,10 @@ import torch
 from spat_kernels import AutoAttack
 from spat_kernels.attacks import gradient_masking
 from spat_kernels.predictions import predictions
-from tests.attacks.test_fooled import EPS, Around, attackable, linear
+from tests.helpers import Around, classified, linear
 from tests.test_predictions import Overflows
+
+EPS = 0.1
 
 
 class ZeroGradient(torch.autograd.Function):
@@ -39,7 +41,7 @@ class Softmax(Around):
 
 def said(model, version="standard", eps=0.05) -> list[str]:
     net = getattr(model, "net", model)
-    x, y = attackable(net, 60, (3, 8, 8))
+    x, y = classified(net, 60, (3, 8, 8))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         AutoAttack(eps, version=version, steps=5, queries=100).run(model.eval(), x, y)
@@ -78,7 +80,7 @@ def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
             AutoAttack(0.05, version=("apgd-ce",), steps=2, bounds=(0, 3), **how).run(model.eval(), x, y)
         return [str(w.message) for w in caught]
 
-    x, y = attackable(net, 6, (3, 8, 8))
+    x, y = classified(net, 6, (3, 8, 8))
     x[4, 0, 0, 0] = 2.5
     for batch_size in (None, 2):
         assert said_of(NaNAt(net), x, y, batch_size=batch_size) == [
@@ -101,7 +103,7 @@ def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
 
 
 def test_the_check_for_randomness_draws_nothing_of_the_callers():
-    x, y = attackable(linear(192), 8, (3, 8, 8))
+    x, y = classified(linear(192), 8, (3, 8, 8))
     found = []
     for difference in (gradient_masking.logit_difference, lambda *logits: (0.0, 1.0)):
         torch.manual_seed(3)

@@ -22,9 +22,8 @@ from spat_kernels.cuda_graphs import cuda_graph
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.cuda_graphs.cuda_graph import CudaGraph
 from spat_kernels.input_gradient.trace import CannotPlan, _NoLooking
-from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
 from tests.cuda_graphs.fake_graph import FakeGraph
-from tests.model_state.test_borrow import assert_same, snapshot
+from tests.helpers import EPS, Recorder, assert_same, batch, cnn, snapshot
 
 
 def square(z, y):
@@ -378,7 +377,8 @@ def test_plain_callables_cannot_be_checked(graphs):
         for _ in range(3):
             sk.pgd(model, x, y, EPS)
             counts.append(calls.count)
-    assert len(graphs) == 0 and counts[2] - counts[1] == counts[0], "replays would be invisible to a dispatch mode"
+    assert len(graphs) == 0
+    assert counts[2] - counts[1] == counts[0], "replays would be invisible to a dispatch mode"
 
 
 class Counted(TorchDispatchMode):
@@ -919,7 +919,8 @@ def test_captures_draw_like_the_attack_itself(played):
     graph, state = CudaGraph(torch.device("cpu")), default.state
     with graph.here():
         graph.capture(lambda: default.set_offset(default.get_offset() + 8))
-        assert default.state is state and state == {"seed": 7, "offset": 4, "capturing": False}, "nothing drawn by a capture"
+        assert default.state is state
+        assert state == {"seed": 7, "offset": 4, "capturing": False}, "nothing drawn by a capture"
         graph.replay()
         assert default.state is state
         assert default.get_offset() == 12

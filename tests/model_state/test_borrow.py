@@ -14,55 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 import spat_kernels as sk
 from spat_kernels.model_state.borrow import parts
-from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
+from tests.helpers import EPS, Recorder, assert_same, batch, cnn, mixed_model, snapshot
 
 MODES = ["eval", "train", "keep"]
-
-
-def snapshot(model, x, y):
-    return {
-        "state": copy.deepcopy(model.state_dict()),
-        "identities": {name: id(b) for name, b in model.named_buffers()},
-        "versions": {name: b._version for name, b in (*model.named_buffers(), *model.named_parameters())},
-        "training": [m.training for m in model.modules()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "x": (x.clone(), x._version, x.requires_grad, x.grad),
-        "y": (y.clone(), y._version),
-    }
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    flat_a, flat_b = (torch.utils._pytree.tree_leaves(v) for v in (a, b))
-    for u, v in zip(flat_a, flat_b, strict=True):
-        assert torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v
 
 
 def assert_nearly_same(got, expected):
     """Images by two ways of computing the gradient: equal but where it is so close to 0 that rounding decides its sign."""
     assert ((got - expected).abs() > 1e-6).float().mean() < 0.01
-
-
-def mixed_model():
-    """Some modules in train mode, some not; some parameters frozen, some with gradients already."""
-    model = cnn()
-    model[1].eval()
-    model[0].bias.requires_grad_(False)
-    model[-1].weight.grad = torch.ones_like(model[-1].weight)
-    return model
-
-
-@pytest.mark.parametrize("bn_mode", MODES)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_nothing_changes(bn_mode, norm):
-    model, (x, y) = mixed_model(), batch()
-    x.requires_grad_()
-    before = snapshot(model, x, y)
-    x_adv = sk.pgd_ls(model, x, y, EPS, 0.1, bn_mode=bn_mode, norm=norm, restarts=2)
-    assert_same(before, snapshot(model, x, y))
-    assert not x_adv.requires_grad
-    assert x_adv.grad_fn is None
 
 
 @pytest.mark.parametrize("bn_mode", MODES)
