@@ -75,7 +75,7 @@ class Loss:
 LOSSES: dict[str, type[Loss]] = {}  # by name: see `register`
 # Other names of a loss, with which all its settings must be given. Label-smoothed cross-entropy is "lsce", as its op is. "ce" is
 # the same without smoothing, and "ls" is the short form that runs and recipes have stored since version 0.1.0.
-ALIASES = {"lsce": "ce", "ls": "ce"}
+ALIASES = {"ls": "ce", "lsce": "ce"}
 Kind = TypeVar("Kind", bound=type[Loss])
 
 

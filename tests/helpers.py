@@ -125,7 +125,7 @@ def assert_inside(x_adv, x, eps, norm, bounds=(0.0, 1.0), atol=0.0):
     assert x_adv.min() >= lo
     assert x_adv.max() <= hi
     rounding = torch.finfo(x.dtype).eps * (1 if norm == "linf" else math.sqrt(x[0].numel()))
-    assert (distance(x_adv, x, norm) <= torch.as_tensor(eps).double() + rounding + atol).all()
+    assert (distance(x_adv, x, norm) <= torch.as_tensor(eps, dtype=torch.float64) + rounding + atol).all()
 
 
 def snapshot(model, x, y):

@@ -93,7 +93,7 @@ def test_square_goes_on_where_logits_overflow_together():
 
 
 class Masked(Around):
-    """Of 10 classes 5 are ruled out, as in subsets of ImageNet."""
+    """5 of 10 classes are ruled out, as in subsets of ImageNet."""
 
     def forward(self, x):
         return self.net(x).masked_fill(torch.arange(10) >= 5, -torch.inf)

@@ -10,7 +10,7 @@ and goes to the nearest of its zeros, a hyperplane, with a bias towards the clea
 A misclassified x_{t+1} is kept if it is the nearest so far, and the search goes on from x + beta (x_{t+1} - x).
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -24,21 +24,17 @@ from ..ops._common import acc_dtype, broadcast
 from ..precision import logit_gradient_scale
 from ..predictions import other_classes, predictions
 from ..rng import draw
-from ..settings import BNMode, GradientPath, Norm, Precision
-from ._common import check_batch, check_settings, eps_per_sample, prepared_gradient, warn_of_nan
+from ._common import RestartedAttack, eps_per_sample, warn_of_nan
 
 
-@dataclass(eq=False)
-class FAB:
+@dataclass(eq=False, kw_only=True)
+class FAB(RestartedAttack):
     """The fast adaptive boundary attack as a reusable object: `attack = FAB(8/255)`, then `attack(model, x, y)`.
 
     Each step costs a forward and a backward at one point and a forward at the next; with targets=None K - 1 backwards, all from
     the one forward. Targets and restarts each cost a run, but for samples that are misclassified within eps by then.
 
     Args:
-        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. What is found farther away does not
-            count. 0 is valid.
-        norm: "linf" or "l2".
         steps: of each run, >= 0.
         targets: n >= 1 runs the targeted form FAB-T against the n likeliest wrong classes of the clean image (at most K - 1),
             one after the other. None is the untargeted form: every step goes to the nearest of the K - 1 boundaries.
@@ -46,8 +42,8 @@ class FAB:
         alpha_max: largest weight of the clean image's projection, in [0, 1].
         eta: overshoot beyond the hyperplane, >= 1.
         beta: where to go on from a misclassified point, as a fraction of the way from x to it, in (0, 1].
-        bounds, precision, input_gradient, bn_mode: as for `PGD`. In mode "train" a sample's result depends on the others, of
-            which those already misclassified are left out.
+        eps, norm, bounds, precision, input_gradient, bn_mode: as for `PGD`. What is found farther away than eps does not count.
+            In mode "train" a sample's result depends on the others, of which those already misclassified are left out.
         generator: source of the random starts, on any device; None is torch's default one of x's device. The first run of each
             target draws nothing.
 
@@ -55,23 +51,14 @@ class FAB:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
-    norm: Norm = "linf"
     steps: int = 100
     targets: int | None = 9
-    restarts: int = 1
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
-    generator: torch.Generator | None = None
 
     def __post_init__(self):
-        check_settings(self)
+        super().__post_init__()
         checks.check_count("steps", self.steps, 0)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
@@ -103,10 +90,10 @@ class FAB:
             RuntimeWarning: elements of the gradient were NaN or infinite for some samples. They count as 0, which may look like
                 robustness and be none.
         """
-        highest_label = check_batch(self, model, x, y)
+        highest_label = self._check_batch(model, x, y)
         if x.numel() == 0:
             return x.detach().clone()
-        with prepared_gradient(self, model, x, y, highest_label) as (gradient, x, y):
+        with self._prepared_gradient(model, x, y, highest_label) as (gradient, x, y):
             x_adv, nan_seen = self._attack(gradient, x, y)
         warn_of_nan(int(nan_seen.sum()), len(x))
         return x_adv

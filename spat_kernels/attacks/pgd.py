@@ -7,7 +7,7 @@ Only the direction of the input gradient counts, so nothing else is computed: on
 model's backward to its input, one fused kernel for the step and both projections.
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from ..losses import DLR, OURS, LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype
 from ..predictions import predictions
 from ..rng import default_generator, rewound_on_error
-from ..settings import SELECT, BNMode, GradientPath, Graph, Norm, Precision, Select
-from ._common import as_dense, check_radius, check_settings, warn_of_nan
+from ..settings import SELECT, Graph, Select
+from ._common import RestartedAttack, as_dense, warn_of_nan
 
 
 class PGDRun(Run):
@@ -90,8 +90,8 @@ class PGDRun(Run):
         ops.keep_best_(best, self.best_value, self.best_success, self.x_adv, value, success)
 
 
-@dataclass(eq=False)
-class PGD:
+@dataclass(eq=False, kw_only=True)
+class PGD(RestartedAttack):
     """Projected gradient descent as a reusable object: `attack = PGD(8/255, loss="ce")`, then `attack(model, x, y)`.
 
     Args:
@@ -123,29 +123,20 @@ class PGD:
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
             in a replay; changes of its modules, attributes, modes, hooks and of where its tensors are are noticed, and values
-            of parameters and buffers are read anew. What cannot be captured runs without, and a RuntimeWarning says why; "auto"
-            leaves out attacks of more than 256 forwards, whose graphs are large.
+            of parameters and buffers are read each time. What cannot be captured runs without, and a RuntimeWarning says why;
+            "auto" leaves out attacks of more than 256 forwards, whose graphs are large.
             `spat_kernels.graphs` frees the memory of captures (`.free(model)`) and bounds their number (`.capacity`, 8).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
     loss: LossLike = "ce"
     steps: int = 10
     step_size: float | Tensor | None = None
     random_start: bool = True
-    norm: Norm = "linf"
     targeted: bool = False
-    restarts: int = 1
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
     select: Select = "success"
-    generator: torch.Generator | None = None
     graph: Graph = "auto"
 
     run_class = PGDRun  # what `graphs` runs and captures
@@ -153,7 +144,7 @@ class PGD:
     def __post_init__(self):
         self.loss = loss = as_loss(self.loss)
         loss.check_targeted(self.targeted)
-        check_settings(self)
+        super().__post_init__()
         checks.check_choice("select", self.select, SELECT)
         checks.check_graph(self.graph)
         checks.check_count("steps", self.steps, 0)
@@ -251,7 +242,7 @@ class PGD:
         checks.check_images(x)
         checks.check_callable(model)
         check_precision(self.precision, x)
-        check_radius(self, x)
+        self._check_radius(x)
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:
             checks.check_labels(y, x)

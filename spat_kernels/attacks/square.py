@@ -10,7 +10,7 @@ reach, and no more (windows.py).
 
 import math
 from copy import copy
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,52 +22,40 @@ from ..input_gradient.windows import Windows
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import predictions
 from ..rng import draw
-from ..settings import BNMode, GradientPath, Norm, Precision
-from ._common import check_batch, check_settings, eps_per_sample, prepared_gradient
+from ._common import RestartedAttack, eps_per_sample
 
 # (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
-# On devices that must be waited for, samples drop out after so many queries; and L2 draws the random numbers of so many at once.
+# Number of queries after which samples drop out on devices that must be waited for, and whose random numbers L2 draws at once.
 BLOCK = 50
 CHUNK = 64  # images in a forward on CPUs: more do not make one faster
 # Windows have overheads: they are for squares for which they multiply at most this share of what whole forwards do. The samples
-# then go through their queries in parts of so many images, and of so many bytes of values kept. On one core, a query of one image
+# then go through their queries in parts of at most PART images and PART_BYTES of values kept. On one core, a query of one image
 # takes 153 us in whole forwards (mnist-cnn/8), in windows 225, 151, 122, 105 us in parts of 32, 64, 128, 256.
 WINDOWS_SHARE, PART, PART_BYTES = 0.7, 256, 2**29
 
 
-@dataclass(eq=False)
-class Square:
+@dataclass(eq=False, kw_only=True)
+class Square(RestartedAttack):
     """Square Attack as a reusable object: `attack = Square(8/255)`, then `attack(model, x, y)`.
 
     Args:
-        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
-        norm: "linf" or "l2".
         queries: proposals in each run, >= 0, after one query of where it starts.
         restarts: runs, each on the samples that the ones before have not broken.
         p_init: share of the image that the first squares cover, in (0, 1].
-        bounds, precision, input_gradient, bn_mode: as for `PGD`. No gradient is computed: input_gradient="plan" is the plan's
-            forward, "autograd" calls the model itself. In mode "train" a sample's result depends on the others left.
+        eps, norm, bounds, precision, input_gradient, bn_mode: as for `PGD`. No gradient is computed: input_gradient="plan" is
+            the plan's forward, "autograd" calls the model itself. In mode "train" a sample's result depends on the others left.
         generator: source of all random numbers, on any device; None is torch's default one of x's device.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
-    norm: Norm = "linf"
     queries: int = 5000
-    restarts: int = 1
     p_init: float = 0.8
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
-    generator: torch.Generator | None = None
 
     def __post_init__(self):
-        check_settings(self)
+        super().__post_init__()
         checks.check_count("queries", self.queries, 0)
         checks.check_number("p_init", self.p_init, lambda v: 0 < v <= 1, "in (0, 1], the share of the image that a square covers")
 
@@ -89,11 +77,11 @@ class Square:
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
         """
-        highest_label = check_batch(self, model, x, y)
+        highest_label = self._check_batch(model, x, y)
         check_pixels(x, self.norm)
         if x.numel() == 0:
             return x.detach().clone()
-        with prepared_gradient(self, model, x, y, highest_label) as (gradient, x, y):
+        with self._prepared_gradient(model, x, y, highest_label) as (gradient, x, y):
             x_adv, eps = x.clone(), eps_per_sample(self.eps, x)
             robust = predictions(gradient.logits(x)) == y
             for _ in range(self.restarts):

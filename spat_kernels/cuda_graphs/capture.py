@@ -15,7 +15,7 @@ from .cuda_graph import CudaGraph
 from .key import loss_key
 from .run import Batch, Run
 
-Outcome = tuple[tuple[Tensor, ...], int | None]  # of a run, and the model's number of classes if a forward has told it
+Outcome = tuple[tuple[Tensor, ...], int | None]  # of a run; and the number of classes, None before the first forward
 
 
 class CapturedAttack:

@@ -52,7 +52,7 @@ class CudaGraph:
                     failures.append(error)
                     raise
         except BaseException as error:
-            # If it is cudaStreamEndCapture that failed, torch has not told its allocators of the end; else this is refused.
+            # If it is cudaStreamEndCapture that failed, torch's allocators do not know of the end. Else this is refused.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
                 torch._C._cuda_releasePool(self.stream.device_index, pool)

@@ -37,7 +37,7 @@ def loss_key(loss: Loss):
 
 
 def _function_key(function):
-    """A function by its code and what it closes over, since it may be made anew for each attack; other callables by identity."""
+    """A function by its code and what it closes over, since each attack may make another one; other callables by identity."""
     if isinstance(function, MethodType):
         return freeze(function.__self__), _function_key(function.__func__)
     if not isinstance(function, FunctionType):

@@ -46,7 +46,7 @@ class Run:
     Attributes:
         inner: the ball in which the iterates move: around the same images in the memory format that the model reads, so that no
             step converts them. Random starts and outcomes are in the caller's, so that equal seeds give equal starts.
-        classes: the number of classes K, or None as long as no forward has told.
+        classes: the number of classes K, None before the first forward.
     """
 
     random_start = True

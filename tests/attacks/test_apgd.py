@@ -12,8 +12,8 @@ from spat_kernels.attacks import apgd
 from spat_kernels.attacks.apgd import checkpoints
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient import plan
-from tests.cuda_graphs.fake_graph import FakeGraph
-from tests.helpers import EPS, NORMS, Recorder, assert_inside, attackable, batch, cnn, correct, moved, sharp
+from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
+from tests.helpers import EPS, NORMS, Around, Recorder, assert_inside, attackable, batch, cnn, correct, moved, sharp
 
 # --- against the judge ---
 
@@ -248,12 +248,8 @@ def test_the_attack_attacks():
         assert 5 < robust[3] < min(robust[:2]), robust
 
 
-class Noisy(nn.Module):
-    """`sharp` with random numbers added to its logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = sharp()
+class Noisy(Around):
+    """Random numbers are added to its logits."""
 
     def forward(self, x):
         return self.net(x) + torch.randn(len(x), 10, dtype=x.dtype) / 4
@@ -307,7 +303,7 @@ def test_eot_needs_one_pass_where_nothing_is_random():
 
 
 def test_eot_on_a_random_model():
-    model, x = Noisy(), torch.rand(16, 3, 8, 8).double()
+    model, x = Noisy(sharp()), torch.rand(16, 3, 8, 8).double()
     y = model.net(x).argmax(1)
     x_adv = APGD(0.03, steps=10, eot=10)(model, x, y)
     assert (model.net(x_adv).argmax(1) != y).float().mean() > 0.3
@@ -365,10 +361,8 @@ def test_replays_equal_the_attack_itself(graphs, name):
     model = sharp().float()
     for seed in (1, 2, 3):
         x, _ = batch(16)
-        y, images = model(x).argmax(1), []
-        for graph in (True, False):
-            torch.manual_seed(seed)
-            images.append(APGD(graph=graph, **settings)(model, x, y))
+        y = model(x).argmax(1)
+        images = captured_and_eager(APGD, model=model, x=x, y=y, seed=seed, **settings)
         assert torch.equal(*images)
         broken = int((model(images[0]).argmax(1) != y).sum())
         assert (images[0] != x).any()
@@ -382,10 +376,8 @@ def test_one_capture_serves_shorter_batches(graphs, settings):
     model = sharp()
     for n in (16, 16, 12, 12):
         x = torch.rand(n, 3, 8, 8).double()
-        y, images = model(x).argmax(1), []
-        for graph in (True, False):
-            attack = APGD(0.001, steps=12, graph=graph, generator=torch.Generator().manual_seed(n), **settings)
-            images.append(attack(model, x, y))
+        y = model(x).argmax(1)
+        images = captured_and_eager(APGD, 0.001, model, x, y, seed=n, steps=12, **settings)
         torch.testing.assert_close(*images, rtol=0, atol=1e-12)
     assert len(graphs) == 1
 
@@ -403,11 +395,7 @@ def test_settings_and_weights_tell_captures_apart(graphs):
     with torch.no_grad():
         model[-1].weight.mul_(-1)
     y = model(x).argmax(1)
-    images = []
-    for graph in (True, False):
-        torch.manual_seed(1)
-        images.append(APGD(0.01, steps=4, graph=graph, input_gradient="autograd")(model, x, y))
-    assert torch.equal(*images)
+    assert torch.equal(*captured_and_eager(APGD, 0.01, model, x, y, steps=4, input_gradient="autograd"))
 
 
 def test_auto_captures_the_second_attack(graphs):
@@ -418,7 +406,7 @@ def test_auto_captures_the_second_attack(graphs):
         assert len(graphs) == captures
 
 
-def test_long_runs_are_captured_only_if_told(graphs):
+def test_long_runs_are_captured_only_with_graph_true(graphs):
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 3, 2, 2)
     y = model(x).argmax(1)
     for settings in ({"steps": 300}, {"steps": 9, "eot": 30}):

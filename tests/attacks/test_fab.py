@@ -12,7 +12,7 @@ from spat_kernels.attacks.fab import FAB, project
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_train.models.registry import create
-from tests.helpers import NORMS, Recorder, attackable, batch, cnn, correct, distance, moved, sharp
+from tests.helpers import NORMS, Around, Recorder, attackable, batch, cnn, correct, distance, moved, sharp
 from tests.input_gradient.test_plan import randomized
 
 # --- projections ---
@@ -317,15 +317,11 @@ def test_half_precision_finds_as_much(how, precision):
     assert nearly.abs().max() < 1, "the full one sees it on a boundary"
 
 
-class Checkpointed(nn.Module):
+class Checkpointed(Around):
     """Re-entrant checkpointing refuses torch.autograd.grad."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
     def forward(self, x):
-        return checkpoint(self.model, x, use_reentrant=True)
+        return checkpoint(self.net, x, use_reentrant=True)
 
 
 @pytest.mark.parametrize("kind", ["plan", "autograd"])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spat_kernels as sk
 from spat_kernels.model_state.borrow import parts
-from tests.helpers import EPS, Recorder, assert_same, batch, cnn, mixed_model, snapshot
+from tests.helpers import EPS, Around, Recorder, assert_same, batch, cnn, linear, mixed_model, snapshot
 
 MODES = ["eval", "train", "keep"]
 
@@ -65,23 +65,21 @@ def test_models_made_in_inference_mode_are_refused_untouched():
 
 
 def test_bn_modes_are_what_they_say():
-    class Modes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.seen = cnn(), set()
+    seen = set()
 
+    class Modes(Around):
         def forward(self, x):
-            self.seen.add(tuple(m.training for m in self.net.modules()))
+            seen.add(tuple(m.training for m in self.net.modules()))
             return self.net(x)
 
     x, y = batch()
     for bn_mode in MODES:
-        model = Modes()
+        seen.clear()
+        model = Modes(cnn())
         model.net[1].eval()
         kept = tuple(m.training for m in model.net.modules())
         sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
-        expected = {"eval": (False,) * len(kept), "train": (True,) * len(kept), "keep": kept}[bn_mode]
-        assert model.seen == {expected}
+        assert seen == {{"eval": (False,) * len(kept), "train": (True,) * len(kept), "keep": kept}[bn_mode]}
 
 
 def test_train_mode_uses_batch_statistics():
@@ -107,11 +105,7 @@ def test_no_weight_gradient_is_computed():
     """The graph that an attack differentiates has the images as its only leaf."""
     leaves = set()
 
-    class Spy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = cnn()
-
+    class Spy(Around):
         def forward(self, x):
             z = self.net(x)
             stack = [z.grad_fn]
@@ -123,7 +117,7 @@ def test_no_weight_gradient_is_computed():
             return z
 
     x, y = batch()
-    sk.pgd(Spy(), x, y, EPS, input_gradient="autograd")
+    sk.pgd(Spy(cnn()), x, y, EPS, input_gradient="autograd")
     assert leaves == {x.shape}
 
 
@@ -224,11 +218,7 @@ def test_distributed_data_parallel(tmp_path, nested):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
-    class Checkpointed(nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.net = net
-
+    class Checkpointed(Around):
         def forward(self, x):
             return self.net[2:](checkpoint(self.net[:2], x, use_reentrant=use_reentrant))
 
@@ -314,18 +304,17 @@ def test_layers_that_stay_frozen_in_training_mode_do():
         def train(self, mode=True):
             return super().train(False)
 
-    class Seen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.seen = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4).eval(), nn.Flatten(), nn.Linear(144, 10)), set()
+    seen = set()
 
+    class Seen(Around):
         def forward(self, x):
-            self.seen.add(tuple(m.training for m in self.net))
+            seen.add(tuple(m.training for m in self.net))
             return self.net(x)
 
-    model, (x, y) = Seen(), batch()
+    net, (x, y) = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4).eval(), nn.Flatten(), nn.Linear(144, 10)), batch()
+    model = Seen(net)
     sk.pgd(model, x, y, EPS, bn_mode="train")
-    assert model.seen == {(True, False, True, True)}
+    assert seen == {(True, False, True, True)}
     assert not model.net[1].training
     assert model.training
 
@@ -481,11 +470,7 @@ def test_modes_of_modules_that_are_shared_or_refuse():
 
 
 def test_an_attack_is_not_lost_where_train_fails_on_the_way_back():
-    class ForInference(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-
+    class ForInference(Around):
         def train(self, mode=True):
             if mode:
                 raise RuntimeError("this model is for inference")
@@ -494,7 +479,7 @@ def test_an_attack_is_not_lost_where_train_fails_on_the_way_back():
         def forward(self, x):
             return self.net(x)
 
-    model, (x, y) = ForInference(), batch()
+    model, (x, y) = ForInference(nn.Sequential(nn.Flatten(), nn.Linear(192, 10))), batch()
     with pytest.warns(RuntimeWarning, match="ForInference changed its mode.*fails on the way back: this model is for inference"):
         x_adv = sk.pgd(model, x, y, EPS)
     assert (x_adv != x).any()
@@ -502,17 +487,14 @@ def test_an_attack_is_not_lost_where_train_fails_on_the_way_back():
 
 
 def test_threads_attack_a_model_that_writes_on_itself():
-    class Caching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.cache = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), {}
-
+    class Caching(Around):
         def forward(self, x):
             self.cache[len(self.cache) % 50] = [x.sum()]
             self.cache.pop(len(self.cache) // 2, None)
             return self.net(x)
 
-    model, (x, y) = Caching(), batch()
+    model, (x, y) = Caching(linear(192).train()), batch()
+    model.cache = {}
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
