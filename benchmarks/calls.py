@@ -21,7 +21,7 @@ from benchmarks import measure
 from benchmarks.tables import environment, markdown
 from spat_kernels import PGD
 from spat_kernels.attacks import pgd as attacks
-from spat_kernels.cuda_graphs.capture import Graphs
+from spat_kernels.cuda_graphs.cache import Graphs
 from spat_train.models.registry import create
 
 EPS, ROUNDS, CALLS = 8 / 255, 30, 20

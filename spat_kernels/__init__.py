@@ -5,9 +5,10 @@ from ._library import config
 from .attacks.apgd import APGD
 from .attacks.autoattack import AutoAttack
 from .attacks.fab import FAB
-from .attacks.pgd import PGD, cw_linf, fgsm, pgd, pgd_kl, pgd_ls
+from .attacks.functional import cw_linf, fgsm, pgd, pgd_kl, pgd_ls
+from .attacks.pgd import PGD
 from .attacks.square import Square
-from .cuda_graphs.capture import graphs
+from .cuda_graphs.cache import graphs
 from .input_gradient.choose import explain
 
 __all__ = [

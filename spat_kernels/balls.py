@@ -1,12 +1,14 @@
 """The sets that an attack stays in: a ball around each clean image, cut by the box of valid values."""
 
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .ops._common import acc_dtype, broadcast, same_layout
+from .rng import draw
 from .settings import Norm
 
 
@@ -24,20 +26,8 @@ class Ball:
 
     def __init__(self, x: Tensor, eps: float | Tensor, step_size: float | Tensor, bounds: tuple[float, float]):
         self.x, self.bounds = x, bounds
-        self.eps, self.step_size = self._values(eps), self._values(step_size)
+        self.eps, self.step_size = as_values(eps, x), as_values(step_size, x)
         self.nan_seen = torch.zeros(len(x), dtype=torch.uint8, device=x.device)
-
-    def _values(self, value: float | Tensor) -> Tensor:
-        values = torch.empty(
-            value.numel() if isinstance(value, Tensor) else 1, dtype=acc_dtype(self.x.dtype), device=self.x.device
-        )
-        return fill_(values, value)
-
-    def _draw(self, generator: torch.Generator | None, method: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Random numbers by the in-place `method`, from `generator` wherever it lives, on x's device."""
-        device = self.x.device if generator is None else generator.device
-        empty = torch.empty(size, dtype=dtype or self.eps.dtype, device=device)
-        return getattr(empty, method)(generator=generator).to(self.x.device)
 
     def draw(self, generator: torch.Generator | None, samples: int) -> tuple[Tensor, ...]:
         """The random numbers of `random_start_`: those of a batch of `samples`, first in every tensor."""
@@ -83,7 +73,7 @@ class Ball:
 
 class LinfBall(Ball):
     def draw(self, generator, samples):
-        return (self._draw(generator, "random_", 2, dtype=torch.int64),)
+        return (draw("random_", 2, dtype=torch.int64, device=self.x.device, generator=generator),)
 
     def random_start_(self, x_adv, draws):
         (seed,) = draws
@@ -102,7 +92,8 @@ class LinfBall(Ball):
 
 class L2Ball(Ball):
     def draw(self, generator, samples):
-        return self._draw(generator, "normal_", samples, *self.x.shape[1:]), self._draw(generator, "uniform_", samples)
+        like: Any = {"dtype": self.eps.dtype, "device": self.x.device, "generator": generator}
+        return draw("normal_", samples, *self.x.shape[1:], **like), draw("uniform_", samples, **like)
 
     def random_start_(self, x_adv, draws):
         """Uniform in the ball: one step of length eps * U^(1/n) in a uniformly random direction."""
@@ -119,8 +110,14 @@ class L2Ball(Ball):
         ops.l2_step_(x_adv, self.x, grad, self.eps, step_size, *self.bounds, self.nan_seen)
 
 
+def as_values(value: float | Tensor, x: Tensor) -> Tensor:
+    """A number or a tensor as [1] or [B], on x's device and in the dtype that arithmetic on the images `x` is done in."""
+    size = value.numel() if isinstance(value, Tensor) else 1
+    return fill_(torch.empty(size, dtype=acc_dtype(x.dtype), device=x.device), value)
+
+
 def fill_(values: Tensor, value: float | Tensor) -> Tensor:
-    """Write a number, or the first so many values of a tensor, into `values` [N]; a number without waiting for the device."""
+    """Write a number, or a tensor of up to N values, into `values` [N]. A number does not wait for the device."""
     if isinstance(value, Tensor):
         values[: value.numel()].copy_(value.detach().reshape(-1))
         return values

@@ -3,6 +3,7 @@
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from numbers import Real
 
 import torch
@@ -49,6 +50,14 @@ def check_count(name: str, value, least: int) -> None:
         raise TypeError(f"{name} must be an int, got {kind(value)}")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_number(name: str, value, fits: Callable[[float], bool], where: str) -> None:
+    """That `value` is a number, and one that `fits`. `where` says which do, as in "in [0, 1]"."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number {where}, got {kind(value)}")
+    if not fits(float(value)):
+        raise ValueError(f"{name}={value} must be {where}")
 
 
 def check_length(name: str, value) -> float:

@@ -73,7 +73,9 @@ class Loss:
 
 
 LOSSES: dict[str, type[Loss]] = {}  # by name: see `register`
-ALIASES = {"ls": "ce", "lsce": "ce"}  # that loss with all its settings given: cross-entropy with an alpha
+# Other names of a loss, with which all its settings must be given. Label-smoothed cross-entropy is "lsce", as its op is. "ce" is
+# the same without smoothing, and "ls" is the short form that runs and recipes have stored since version 0.1.0.
+ALIASES = {"ls": "ce", "lsce": "ce"}
 Kind = TypeVar("Kind", bound=type[Loss])
 
 
@@ -225,9 +227,6 @@ class Custom(AutogradLoss):
 OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR)  # frozen, and of each sample by itself
 
 
-# ---- losses by name
-
-
 def names() -> tuple[str, ...]:
     return *LOSSES, *ALIASES
 
@@ -243,8 +242,8 @@ def settings_of(kind: type[Loss]) -> dict[str, bool]:
     return _settings[kind]
 
 
-def named(name: str, **settings: float) -> Loss:
-    """The registered loss of that name.
+def lookup(name: str, **settings: float) -> Loss:
+    """The registered loss of that name, or alias, with these settings.
 
     Raises:
         ValueError: there is none, or the settings are not its own.
@@ -263,6 +262,8 @@ def named(name: str, **settings: float) -> Loss:
     return kind(**settings)
 
 
+named = lookup  # its name in version 0.1.0
+
 LossLike = str | Loss | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -271,7 +272,7 @@ def as_loss(loss: LossLike) -> Loss:
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, str):
-        return named(loss)
+        return lookup(loss)
     if callable(loss) and not isinstance(loss, type):
         return Custom(loss)
     raise ValueError(

@@ -8,6 +8,7 @@ import torch
 
 backends: Any = torch.backends  # whose type hints do not know `fp32_precision`
 HALVES = (torch.float16, torch.bfloat16)
+FP16_SCALE = 128.0
 
 
 def half_dtype(precision: str | None, device_type: str) -> torch.dtype | None:
@@ -19,6 +20,11 @@ def half_dtype(precision: str | None, device_type: str) -> torch.dtype | None:
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "half": torch.bfloat16 if device_type == "cpu" else torch.float16}
     return named.get(precision)
+
+
+def logit_gradient_scale(dtype: torch.dtype) -> float:
+    """What to multiply gradients at logits of `dtype` by: keeps those of confident samples out of fp16's denormals."""
+    return FP16_SCALE if dtype == torch.float16 else 1.0
 
 
 @contextmanager

@@ -192,7 +192,7 @@ class Config:
     @property
     def maximised(self) -> losses.Loss:
         """The loss of that name."""
-        return losses.named(self.inner_loss, **({"alpha": self.alpha} if self.inner_loss in losses.ALIASES else {}))
+        return losses.lookup(self.inner_loss, **({"alpha": self.alpha} if self.inner_loss in losses.ALIASES else {}))
 
     @property
     def attack_settings(self) -> tuple[float, float, int, str]:

@@ -9,10 +9,10 @@ from torch import nn
 
 import spat_kernels as sk
 from spat_kernels import PGD, checks, losses
-from tests.attacks.test_pgd import EPS, batch, cnn
-from tests.model_state.test_borrow import assert_same, snapshot
+from tests.helpers import EPS, assert_same, batch, cnn, snapshot
 
 X, Y = batch()
+NORMALISE = r": normalise inside the model, nn.Sequential\(normalize, net\), or give the bounds$"
 
 
 class Untouched(nn.Module):
@@ -24,18 +24,8 @@ class Untouched(nn.Module):
     ("x", "y", "error", "message"),
     [
         (X * 255, Y, ValueError, r"x must lie inside bounds=\(0.0, 1.0\).*divide 8-bit images by 255"),
-        (
-            X * 2 - 1,
-            Y,
-            ValueError,
-            r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\), or give the bounds$",
-        ),
-        (
-            X * 5 - 2.1,
-            Y,
-            ValueError,
-            r"found values from -.*: normalise inside the model, nn.Sequential\(normalize, net\), or give the bounds$",
-        ),
+        (X * 2 - 1, Y, ValueError, f"found values from -.*{NORMALISE}"),
+        (X * 5 - 2.1, Y, ValueError, f"found values from -.*{NORMALISE}"),
         (X * 1.9, Y, ValueError, r"found values from .*: normalise inside the model.*, or give the bounds$"),
         (X.where(X > 0.1, torch.nan), Y, ValueError, "x must lie inside.*found NaN"),
         (X.where(X > 0.1, torch.inf), Y, ValueError, "x must lie inside"),
@@ -68,7 +58,6 @@ def test_bad_images_and_labels(x, y, error, message):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"eps": -0.1}, ValueError, "eps=-0.1 must be finite and >= 0"),
         ({"eps": float("nan")}, ValueError, "eps=nan must be finite"),
         ({"eps": 8}, ValueError, r"eps=8 exceeds the width.*8/255"),
         ({"eps": "8/255"}, TypeError, "eps must be a number"),
@@ -77,20 +66,14 @@ def test_bad_images_and_labels(x, y, error, message):
         ({"step_size": float("inf")}, ValueError, "step_size=inf must be finite"),
         ({"steps": -1}, ValueError, "steps=-1 must be at least 0"),
         ({"steps": 2.5}, TypeError, "steps must be an int, got float 2.5"),
-        ({"restarts": 0}, ValueError, "restarts=0 must be at least 1"),
         ({"restarts": 2, "random_start": False}, ValueError, "restarts=2 with random_start=False"),
-        ({"norm": "l1"}, ValueError, "norm='l1': choose one of 'linf', 'l2'"),
-        ({"bn_mode": "test"}, ValueError, "bn_mode='test': choose one of"),
         ({"select": "best"}, ValueError, "select='best': choose one of"),
-        ({"bounds": (1.0, 0.0)}, ValueError, r"bounds must be two numbers \(lo, hi\) with lo < hi, got tuple \(1.0, 0.0\)"),
         ({"bounds": None}, ValueError, "bounds must be two numbers.*got NoneType"),
         ({"bounds": ("0", "1")}, ValueError, r"bounds must be two numbers.*got tuple \('0', '1'\)"),
         ({"bounds": (0.0, 1.0, 2.0)}, ValueError, "bounds must be two numbers"),
         ({"bounds": (torch.zeros(3, 1, 1), torch.ones(3, 1, 1))}, ValueError, r"bounds must be two numbers.*use .item\(\)"),
         ({"bounds": torch.tensor([0.0, 1.0])}, ValueError, r"bounds must be two numbers.*use .item\(\)"),
         ({"eps": torch.tensor([0.1, 8.0])}, ValueError, "eps=8 exceeds the width of bounds"),
-        ({"norm": ["l2"]}, ValueError, "norm=.*choose one of"),
-        ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int 3"),
         ({"loss": "cross_entropy"}, ValueError, "loss='cross_entropy': give one of 'ce', 'kl', 'margin', 'dlr'"),
         ({"loss": nn.CrossEntropyLoss}, ValueError, "loss=.*give one of"),
     ],
@@ -226,7 +209,7 @@ def test_an_l2_radius_beyond_the_box(attack):
         attack(13.8, norm="l2", input_gradient="autograd")(Untouched(), X, Y)
 
 
-def test_lazy_layers_are_told_to_be_called_first():
+def test_lazy_layers_must_be_called_first():
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
     for call in (PGD(EPS), sk.APGD(EPS), lambda *a: sk.explain(*a[:2])):
         with pytest.raises(ValueError, match=r"model has lazy layers.*call model\(x\) once first"):

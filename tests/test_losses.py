@@ -18,7 +18,7 @@ from spat_train.evaluation.command import attacks_command
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.training.objectives import training_attack
 from spat_train.training.trainer import train
-from tests.attacks.test_pgd import EPS, batch, cnn
+from tests.helpers import EPS, batch, cnn
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def seeded():
 
 def test_names_are_those_of_the_registry():
     assert tuple(losses.LOSSES) == tuple(kind.name for kind in losses.OURS)
-    assert losses.named("ls", alpha=0.2) == losses.named("lsce", alpha=0.2) == losses.LabelSmoothedCE(0.2)
-    assert losses.named("ce") == losses.CrossEntropy()
-    assert losses.named("margin", kappa=3.0) == losses.Margin(3.0)
+    assert losses.lookup("ls", alpha=0.2) == losses.lookup("lsce", alpha=0.2) == losses.LabelSmoothedCE(0.2)
+    assert losses.lookup("ce") == losses.CrossEntropy()
+    assert losses.lookup("margin", kappa=3.0) == losses.Margin(3.0)
     with pytest.raises(ValueError, match="loss='ls': alpha must be given, as .*losses.LabelSmoothedCE"):
         losses.as_loss("ls")
     with pytest.raises(ValueError, match="kappa is a setting of loss=margin, not of ce"):
-        losses.named("ce", kappa=1.0)
+        losses.lookup("ce", kappa=1.0)
 
 
 def test_a_name_is_taken_once(plain):
@@ -190,26 +190,14 @@ def test_commands_import_the_module_of_the_model_which_may_register_losses(tmp_p
         words = [sys.executable, "-m", "spat_train", *words]
         return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
-    small = (
-        "--epochs",
-        "1",
-        "--limit",
-        "64",
-        "--steps",
-        "1",
-        "--val-steps",
-        "1",
-        "--no-tensorboard",
-        "--no-test",
-        "--out",
-        "run",
-    )
+    small = ("--epochs=1", "--limit=64", "--steps=1", "--val-steps=1", "--no-tensorboard", "--no-test", "--out=run")
     trained = command("train", "--data", "digits", "--model", "mine:net", "--inner", "entropy", *small)
     assert trained.returncode == 0, trained.stderr
     attacks = "pgd:loss=entropy:steps=2"
     options = ("--model-name", "mine:net", "--limit", "20", "--no-alarms", "--device", "cpu")
     evaluated = command("evaluate", "run", "--attacks", attacks, *options)
-    assert evaluated.returncode == 0 and attacks in evaluated.stdout, evaluated.stderr
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert attacks in evaluated.stdout
     missing = command("train", "--data", "digits", "--model", "none:net", "--inner", "entropy")
     assert missing.returncode == 2
     assert "--model none:net" in missing.stderr

@@ -10,7 +10,9 @@ from torch import nn
 import spat_kernels as sk
 from spat_kernels import APGD, FAB, PGD, AutoAttack, Square
 from spat_kernels.predictions import other_classes, predictions
-from tests.attacks.test_fooled import EPS, Around, accuracy, linear
+from tests.helpers import Around, accuracy, linear
+
+EPS = 0.1
 
 # ---- classes
 
@@ -91,7 +93,7 @@ def test_square_goes_on_where_logits_overflow_together():
 
 
 class Masked(Around):
-    """Of 10 classes 5 are ruled out, as in subsets of ImageNet."""
+    """5 of 10 classes are ruled out, as in subsets of ImageNet."""
 
     def forward(self, x):
         return self.net(x).masked_fill(torch.arange(10) >= 5, -torch.inf)

@@ -1,60 +1,85 @@
-"""What attacks other than PGD begin with: settings and batch checked, the model borrowed and ready to be differentiated."""
+"""What the attacks share: settings and batch checked, the model borrowed and ready to be differentiated."""
 
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..balls import fill_
-from ..cuda_graphs.run import drawing
+from ..balls import as_values
 from ..input_gradient.choose import check_path, check_precision, input_gradient
 from ..model_state.borrow import borrowed
-from ..ops._common import acc_dtype, is_dense
-from ..settings import BN_MODES, NORMS
+from ..ops._common import is_dense
+from ..settings import BN_MODES, NORMS, BNMode, GradientPath, Norm, Precision
 
 
-def check_settings(attack) -> None:
-    """Check the fields eps, norm, restarts, bounds, precision, input_gradient, bn_mode and generator of an attack: see `PGD`."""
-    check_ball(attack)
-    check_path(attack.precision, attack.input_gradient)
-    checks.check_choice("bn_mode", attack.bn_mode, BN_MODES)
-    checks.check_count("restarts", attack.restarts, 1)
-    checks.check_generator(attack.generator)
+@dataclass(eq=False)
+class BallAttack:
+    """The settings of every attack, and what is checked of them and of a batch. `PGD` says what they mean."""
+
+    eps: float | Tensor
+    _: KW_ONLY
+    norm: Norm = "linf"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    precision: Precision | None = None
+    input_gradient: GradientPath = "auto"
+    bn_mode: BNMode = "eval"
+
+    def __post_init__(self):
+        self.norm = checks.as_norm(self.norm)
+        checks.check_choice("norm", self.norm, NORMS)
+        self.largest_eps = checks.check_length("eps", self.eps)  # kept, so that no call waits for the device that eps is on
+        self.bounds = checks.check_bounds(self.bounds)
+        if self.norm == "linf":
+            checks.check_reach("eps", self.largest_eps, self.bounds)
+        check_path(self.precision, self.input_gradient)
+        checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
+
+    def _check_radius(self, x: Tensor) -> None:
+        """That eps goes with the images `x`."""
+        checks.check_per_sample("eps", self.eps, x)
+        if self.norm == "l2" and x.numel():
+            checks.check_reach("eps", self.largest_eps, self.bounds, x[0].numel())
+
+    def _check_batch(self, model, x, y) -> int:
+        """Check what a call is given; return the largest label, -1 without images. Waits for the device once."""
+        checks.check_images(x)
+        checks.check_model(model, x)
+        check_precision(self.precision, x)
+        self._check_radius(x)
+        checks.check_labels(y, x)
+        return checks.Values(x, y, None, self.bounds).read()[0] if x.numel() else -1
+
+    @contextmanager
+    def _prepared_gradient(self, model, x: Tensor, y: Tensor, highest_label: int):
+        """Within, without gradients: (the input gradient of `model`, prepared; x; y), the model borrowed, x and y dense."""
+        with torch.inference_mode(False), torch.no_grad(), borrowed(model, self.bn_mode):
+            x, y = as_dense(x, y)
+            gradient = input_gradient(model, x, self.input_gradient, self.precision, highest_label)
+            with gradient.arithmetic(x.device.type):
+                gradient.prepare()
+                yield gradient, x, y
 
 
-def check_ball(attack) -> None:
-    """Check norm, eps and bounds of an attack; keep the largest eps, so that no call waits for the device that eps is on."""
-    attack.norm = checks.as_norm(attack.norm)
-    checks.check_choice("norm", attack.norm, NORMS)
-    attack.largest_eps = checks.check_length("eps", attack.eps)
-    attack.bounds = checks.check_bounds(attack.bounds)
-    if attack.norm == "linf":
-        checks.check_reach("eps", attack.largest_eps, attack.bounds)
+@dataclass(eq=False, kw_only=True)
+class RestartedAttack(BallAttack):
+    """The settings of an attack that runs from several starts."""
 
+    restarts: int = 1
+    generator: torch.Generator | None = None
 
-def check_radius(attack, x: Tensor) -> None:
-    """That eps goes with the images `x`."""
-    checks.check_per_sample("eps", attack.eps, x)
-    if attack.norm == "l2" and x.numel():
-        checks.check_reach("eps", attack.largest_eps, attack.bounds, x[0].numel())
-
-
-def check_batch(attack, model, x, y) -> int:
-    """Check what `attack(model, x, y)` is given; return the largest label. Waits for the device once."""
-    checks.check_images(x)
-    checks.check_model(model, x)
-    check_precision(attack.precision, x)
-    check_radius(attack, x)
-    checks.check_labels(y, x)
-    return checks.Values(x, y, None, attack.bounds).read()[0] if x.numel() else -1
+    def __post_init__(self):
+        super().__post_init__()
+        checks.check_count("restarts", self.restarts, 1)
+        checks.check_generator(self.generator)
 
 
 Labels = TypeVar("Labels", Tensor, Tensor | None)
 
 
-def usable(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
+def as_dense(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
     """Checked images and labels as runs want them: dense, and not made in inference mode, which autograd refuses."""
     x = x.detach()
     x = x if is_dense(x) else x.contiguous()
@@ -63,58 +88,20 @@ def usable(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
     return x.clone() if x.is_inference() else x, y
 
 
-def warn_of_nan(unusable: int, samples: int) -> None:
-    """If elements of some samples' gradients were not usable."""
-    if unusable:
-        checks.warn(
-            f"the input gradient was NaN for {unusable} of {samples} samples and counted as 0 there: they may look "
-            "robust without being so. Look at the model's outputs, or attack in higher precision"
-        )
-
-
-@contextmanager
-def attacked(attack, model, x: Tensor, y: Tensor, highest_label: int):
-    """Within, without gradients: (the way to differentiate `model`, prepared; x; y), the model borrowed, x dense."""
-    with torch.inference_mode(False), torch.no_grad(), borrowed(model, attack.bn_mode):
-        x, y = usable(x, y)
-        gradient = input_gradient(model, x, attack.input_gradient, attack.precision, highest_label)
-        with gradient.arithmetic(x.device.type):
-            gradient.prepare()
-            yield gradient, x, y
-
-
-def per_sample(eps: float | Tensor, x: Tensor) -> Tensor:
+def eps_per_sample(eps: float | Tensor, x: Tensor) -> Tensor:
     """`eps` as [B], in the dtype that arithmetic on x is done in."""
-    values = torch.empty(eps.numel() if isinstance(eps, Tensor) else 1, dtype=acc_dtype(x.dtype), device=x.device)
-    return fill_(values, eps).expand(len(x))
+    return as_values(eps, x).expand(len(x))
 
 
-def of_rows(eps: float | Tensor, rows: Tensor) -> float | Tensor:
-    """`eps` for the samples `rows`, int64 [n], wherever it lives."""
+def take_rows(eps: float | Tensor, rows: Tensor) -> float | Tensor:
+    """`eps` of the samples `rows`, int64 [n], wherever it lives."""
     return eps.to(rows.device)[rows] if isinstance(eps, Tensor) and eps.numel() > 1 else eps
 
 
-def draw(method: str, *size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random numbers [*size] by the in-place `method`, from `generator` wherever it lives, for arithmetic on `like`."""
-    device = like.device if generator is None else generator.device
-    empty = torch.empty(size, dtype=acc_dtype(like.dtype), device=device)
-    with drawing:
-        return getattr(empty, method)(generator=generator).to(like.device)
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-
-
-@contextmanager
-def drawing_undone(*generators: torch.Generator | None):
-    """Within: what raises leaves the states of `generators` as they were."""
-    with drawing:
-        states = [(g, g.get_state()) for g in generators if g is not None]
-    try:
-        yield
-    except BaseException:
-        with drawing:
-            for generator, state in states:
-                generator.set_state(state)
-        raise
+def warn_of_nan(samples_with_nan: int, samples: int) -> None:
+    """Warn if the input gradients of some samples had elements that were NaN (or, in L2, infinite)."""
+    if samples_with_nan:
+        checks.warn(
+            f"the input gradient was NaN for {samples_with_nan} of {samples} samples and counted as 0 there: they may look "
+            "robust without being so. Look at the model's outputs, or attack in higher precision"
+        )

@@ -12,8 +12,7 @@ Everything is a tensor with a value per sample, so a run never waits for the dev
 """
 
 from copy import copy
-from dataclasses import KW_ONLY, dataclass
-from numbers import Real
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,20 +20,20 @@ from torch.utils._pytree import tree_map_only
 
 from .. import checks, ops
 from ..balls import Ball
-from ..cuda_graphs.capture import graphs
+from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch, Run
 from ..losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
-from ..settings import BNMode, GradientPath, Graph, Norm, Precision
-from ._common import attacked, check_batch, check_settings, of_rows, usable, warn_of_nan
+from ..settings import Graph
+from ._common import RestartedAttack, as_dense, take_rows, warn_of_nan
 
 FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
 MOMENTUM = 0.75
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """After how many steps the step sizes are looked at, each with the length of the period that ends there."""
+    """The steps after which step sizes are adapted, each with the length of the period that ends there."""
     length, shorter, least = (max(int(share * steps), 1) for share in (FIRST, SHORTER, LEAST))
     found, at = {}, length
     while at < steps:  # nothing follows one at the end
@@ -108,7 +107,7 @@ class APGDRun(Run):
                 ours[search.rows] = theirs
 
     def _evaluate(self, search: "_Search", differentiate: bool = True) -> None:
-        """Tell `search` the loss at its iterate, whether that is misclassified, and the gradient, averaged over `eot` passes."""
+        """Give `search` the loss at its iterate, whether that is misclassified, and the gradient, averaged over `eot` passes."""
         passes = 1 if self.model.deterministic else self.eot
         logits, value, grad = self._pass(search, differentiate)
         for _ in range(passes - 1):
@@ -199,44 +198,33 @@ class _ScaledCE(LabelSmoothedCE):
         ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale)
 
 
-@dataclass(eq=False)
-class APGD:
+@dataclass(eq=False, kw_only=True)
+class APGD(RestartedAttack):
     """Auto-PGD as a reusable object: `attack = APGD(8/255)`, then `attack(model, x, y)`.
 
     AutoAttack's APGD-CE is `APGD(eps)`, its APGD-T is `APGD(eps, loss="dlr", targets=9)`.
 
     Args:
-        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B].
         loss: what is maximised, as for `PGD`. An object of the caller's must not leave out factors of its gradient if eot > 1.
         steps: gradient steps, >= 1; a run takes steps + 1 forwards and steps backwards.
-        norm: "linf" or "l2".
         restarts: runs from different random starts (for each target), of what is not misclassified yet.
         rho: the share of steps that must raise the loss, in [0, 1]: see above.
-        eot: gradients and losses are averaged over so many passes, for models that draw random numbers (expectation over
+        eot: number of passes over which gradients and losses are averaged, for models that draw random numbers (expectation over
             transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
-        targets: None moves away from y. A number goes in turn towards each of so many likeliest wrong classes for x, where
-            "dlr" is the targeted form, Eq. 7, between y and the target.
-        bounds, precision, input_gradient, bn_mode, generator, graph: as for `PGD`; a capture is that of a run. What is
-            misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of its own too.
+        targets: None moves away from y. n >= 1 goes in turn towards each of the n likeliest wrong classes for x, where "dlr" is
+            the targeted form, Eq. 7, between y and the target.
+        eps, norm, bounds, precision, input_gradient, bn_mode, generator, graph: as for `PGD`; a capture is that of a run. What
+            is misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of its own.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
     loss: LossLike = "ce"
     steps: int = 100
-    norm: Norm = "linf"
-    restarts: int = 1
     rho: float = 0.75
     eot: int = 1
     targets: int | None = None
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
-    generator: torch.Generator | None = None
     graph: Graph = "auto"
 
     run_class = APGDRun  # what `graphs` runs and captures
@@ -244,14 +232,13 @@ class APGD:
     def __post_init__(self):
         self.loss = loss = as_loss(self.loss)
         loss.check_targeted(self.targets is not None)
-        check_settings(self)
+        super().__post_init__()
         checks.check_graph(self.graph)
         for name in ("steps", "eot"):
             checks.check_count(name, getattr(self, name), 1)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
-        if not isinstance(self.rho, Real) or not 0 <= self.rho <= 1:
-            raise ValueError(f"rho={self.rho!r} must be a number in [0, 1]: the share of steps that must raise the loss")
+        checks.check_number("rho", self.rho, lambda v: 0 <= v <= 1, "in [0, 1], the share of steps that must raise the loss")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """Attack `model` at the images `x`.
@@ -275,13 +262,13 @@ class APGD:
         Warns:
             RuntimeWarning: as for `PGD`, the gradient was NaN for some samples.
         """
-        highest_label = check_batch(self, model, x, y)
+        highest_label = self._check_batch(model, x, y)
         if x.numel() == 0:
             return x.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
-            x, y = usable(x, y)
-            with attacked(self, model, x, y, highest_label) as (way, _, _):
-                logits = way.logits(x)
+            x, y = as_dense(x, y)
+            with self._prepared_gradient(model, x, y, highest_label) as (gradient, _, _):
+                logits = gradient.logits(x)
             as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
             robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
@@ -323,5 +310,5 @@ class APGD:
     def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
         eps = self.eps
         if len(rows) < len(x):
-            x, y, targets, eps = x[rows], y[rows], targets if targets is None else targets[rows], of_rows(eps, rows)
+            x, y, targets, eps = x[rows], y[rows], targets if targets is None else targets[rows], take_rows(eps, rows)
         return Batch(x, y, eps, 2 * eps, targets=targets)

@@ -6,7 +6,7 @@ rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for mod
 """
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from .. import checks, losses
 from ..input_gradient.autograd import InputGradient
 from ..model_state.borrow import borrowed
 from ..predictions import predictions
-from ..settings import AttackSettings, BNMode, GradientPath, Graph, Norm, Precision, Version
-from . import signs
-from ._common import attacked, check_ball, check_batch, of_rows, usable
+from ..settings import AttackSettings, Graph, Precision, Version
+from . import gradient_masking
+from ._common import BallAttack, as_dense, take_rows
 from .apgd import APGD
 from .fab import FAB
 from .square import Square, check_pixels
@@ -57,43 +57,34 @@ class Result(NamedTuple):
         return self.broken_by < 0
 
 
-@dataclass(eq=False)
-class AutoAttack:
+@dataclass(eq=False, kw_only=True)
+class AutoAttack(BallAttack):
     """AutoAttack as a reusable object: `AutoAttack(8/255)(model, x, y)`, or `.run(model, x, y)` to learn what broke what.
 
     Each call draws the same random numbers, from a generator of its own.
 
     Args:
-        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B].
-        norm: "linf" or "l2".
         version: "standard", "plus" or "rand", or names of attacks in their order, of those in "plus", each with one restart.
         steps: of APGD and FAB.
         queries: of Square.
         seed: of all random numbers that are not the model's.
-        batch_size: attack so many images at once; None is all.
-        bounds, precision, input_gradient, bn_mode, graph: as for `PGD`. Whether an image is misclassified is asked of the model
-            itself in any case, in the caller's arithmetic.
+        batch_size: number of images attacked at once; None is all.
+        eps, norm, bounds, precision, input_gradient, bn_mode, graph: as for `PGD`. Whether an image is misclassified is asked of
+            the model itself in any case, in the caller's arithmetic.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
-    norm: Norm = "linf"
     version: Version | tuple[str, ...] = "standard"
     steps: int = 100
     queries: int = 5000
     seed: int = 0
     batch_size: int | None = None
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
     graph: Graph = "auto"
 
     def __post_init__(self):
-        check_ball(self)
+        super().__post_init__()
         checks.check_count("seed", self.seed, 0)
         if self.batch_size is not None:
             checks.check_count("batch_size", self.batch_size, 1)
@@ -129,9 +120,9 @@ class AutoAttack:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
 
         Warns:
-            RuntimeWarning: a sign that the result may be too good (`signs.py`): outputs that are random (or, for "rand", not),
-                probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients do not.
-                The gradient was NaN for some samples, as for `PGD`.
+            RuntimeWarning: a sign that the result may be too good (`gradient_masking.py`): outputs that are random (or, for
+                "rand", not), probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients
+                do not. The gradient was NaN for some samples, as for `PGD`.
         """
         *_, result = self.stages(model, x, y)
         return result
@@ -143,61 +134,72 @@ class AutoAttack:
 
         It is the same `Result` every time, whose tensors are written to.
         """
-        highest_label = check_batch(self, model, x, y)
+        highest_label = self._check_batch(model, x, y)
         if "square" in self.attacks:
             check_pixels(x, self.norm, self.attacks)
-        x, y = usable(x, y)
+        x, y = as_dense(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))
+        classes, only_here = self._without_attack(model, x, y, highest_label, result)
+        for rows in self._batches(result.robust & ~only_here)[:1]:
+            self._warn_of_signs(model, x[rows], y[rows], highest_label)
+        yield result
+        for number, name in enumerate(self.attacks, 1):
+            # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
+            for precision, chosen in ((self.precision, ~only_here), (None, only_here)):
+                for rows in self._batches(result.robust & chosen):
+                    attack = self._attack(name, classes, take_rows(self.eps, rows), generator, precision)
+                    found = attack(model, x[rows], y[rows])
+                    broken = predictions(self._logits(model, found, highest_label)) != y[rows]
+                    result.x_adv[rows[broken]] = found[broken]
+                    result.broken_by[rows[broken]] = number
+            if name == "square" and number > 1:
+                self._warn_of_square(int((result.broken_by == number).sum()), len(x))
+            yield result
+
+    def _without_attack(self, model, x: Tensor, y: Tensor, highest_label: int, result: Result) -> tuple[int, Tensor]:
+        """Put what is misclassified as it is into `result`, and warn of strange logits.
+
+        Returns:
+            tuple: the number of classes, 0 without images; bool [B], what is misclassified in `precision` only.
+        """
         classes, unanswered, probabilities = 0, 0, True
-        close = torch.zeros_like(y, dtype=torch.bool)
+        only_here = torch.zeros_like(y, dtype=torch.bool)
         for rows in self._batches(result.robust):
             logits = self._logits(model, x[rows], highest_label)
             if not classes:
                 classes = logits.shape[1]
                 self._check_classes(classes)
             unanswered += int(logits.isnan().any(1).sum())
-            probabilities = probabilities and signs.are_probabilities(logits)
+            probabilities = probabilities and gradient_masking.are_probabilities(logits)
             result.broken_by[rows[predictions(logits) != y[rows]]] = 0
             if self.precision is not None:
-                with attacked(self, model, x[rows], y[rows], highest_label) as (way, images, labels):
-                    close[rows] = predictions(way.logits(images)) != labels
+                with self._prepared_gradient(model, x[rows], y[rows], highest_label) as (gradient, images, labels):
+                    only_here[rows] = predictions(gradient.logits(images)) != labels
         if unanswered:
             checks.warn(f"the logits of {unanswered} of {len(x)} images are NaN, which counts as misclassified")
         if classes and probabilities:
             checks.warn("the model seems to return probabilities: give its logits, whose gradients do not vanish")
-        for rows in self._batches(result.robust & ~close)[:1]:
-            self._warn_of_signs(model, x[rows], y[rows], highest_label)
-        yield result
-        for number, name in enumerate(self.attacks, 1):
-            # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
-            for precision, chosen in ((self.precision, ~close), (None, close)):
-                for rows in self._batches(result.robust & chosen):
-                    attack = self._attack(name, classes, of_rows(self.eps, rows), generator, precision)
-                    found = attack(model, x[rows], y[rows])
-                    broken = predictions(self._logits(model, found, highest_label)) != y[rows]
-                    result.x_adv[rows[broken]] = found[broken]
-                    result.broken_by[rows[broken]] = number
-            if name == "square" and number > 1:
-                alone = int((result.broken_by == number).sum())
-                if alone > signs.SQUARE_SHARE * len(x):
-                    checks.warn(
-                        f"Square, which needs no gradients, broke {alone} of {len(x)} images that the attacks by gradients left: "
-                        "the gradients may be masked, and the model less robust than it looks"
-                    )
-            yield result
+        return classes, only_here
+
+    def _warn_of_square(self, alone: int, images: int) -> None:
+        if alone > gradient_masking.SQUARE_SHARE * images:
+            checks.warn(
+                f"Square, which needs no gradients, broke {alone} of {images} images that the attacks by gradients left: "
+                "the gradients may be masked, and the model less robust than it looks"
+            )
 
     def _warn_of_signs(self, model, x: Tensor, y: Tensor, highest_label: int) -> None:
         """What the authors' code warns of, looked for on images that are correct."""
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            differ, allowed = signs.difference(*(self._logits(model, x, highest_label) for _ in range(2)))
+            differ, allowed = gradient_masking.logit_difference(*(self._logits(model, x, highest_label) for _ in range(2)))
         if differ > allowed and self.version != "rand":
             checks.warn(f"the model seems to draw random numbers (its logits differ by {differ:.2g}): use version='rand'")
         if differ <= allowed and self.version == "rand":
             checks.warn("the model draws no random numbers: version='standard' is the stronger one for it")
         if self.attacks != ("square",):
-            with attacked(self, model, x, y, highest_label) as (way, images, labels):
-                zero = int(signs.without_gradient(way, images, labels).sum())
+            with self._prepared_gradient(model, x, y, highest_label) as (gradient, images, labels):
+                zero = int(gradient_masking.has_no_gradient(gradient, images, labels).sum())
             if zero:
                 checks.warn(
                     f"the gradient of the margin is 0 or NaN at {zero} of the first {len(x)} images: attacks by gradients cannot "

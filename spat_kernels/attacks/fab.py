@@ -10,10 +10,9 @@ and goes to the nearest of its zeros, a hyperplane, with a bias towards the clea
 A misclassified x_{t+1} is kept if it is the nearest so far, and the search goes on from x + beta (x_{t+1} - x).
 """
 
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from math import inf
-from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +20,21 @@ from torch import Tensor
 
 from .. import checks
 from ..balls import box
-from ..cuda_graphs.run import FP16_SCALE
-from ..ops._common import acc_dtype
+from ..ops._common import acc_dtype, broadcast
+from ..precision import logit_gradient_scale
 from ..predictions import other_classes, predictions
-from ..settings import BNMode, GradientPath, Norm, Precision
-from ._common import attacked, check_batch, check_settings, draw, per_sample, warn_of_nan
+from ..rng import draw
+from ._common import RestartedAttack, eps_per_sample, warn_of_nan
 
 
-@dataclass(eq=False)
-class FAB:
+@dataclass(eq=False, kw_only=True)
+class FAB(RestartedAttack):
     """The fast adaptive boundary attack as a reusable object: `attack = FAB(8/255)`, then `attack(model, x, y)`.
 
     Each step costs a forward and a backward at one point and a forward at the next; with targets=None K - 1 backwards, all from
     the one forward. Targets and restarts each cost a run, but for samples that are misclassified within eps by then.
 
     Args:
-        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. What is found farther away does not
-            count. 0 is valid.
-        norm: "linf" or "l2".
         steps: of each run, >= 0.
         targets: n >= 1 runs the targeted form FAB-T against the n likeliest wrong classes of the clean image (at most K - 1),
             one after the other. None is the untargeted form: every step goes to the nearest of the K - 1 boundaries.
@@ -46,8 +42,8 @@ class FAB:
         alpha_max: largest weight of the clean image's projection, in [0, 1].
         eta: overshoot beyond the hyperplane, >= 1.
         beta: where to go on from a misclassified point, as a fraction of the way from x to it, in (0, 1].
-        bounds, precision, input_gradient, bn_mode: as for `PGD`. In mode "train" a sample's result depends on the others, of
-            which those already misclassified are left out.
+        eps, norm, bounds, precision, input_gradient, bn_mode: as for `PGD`. What is found farther away than eps does not count.
+            In mode "train" a sample's result depends on the others, of which those already misclassified are left out.
         generator: source of the random starts, on any device; None is torch's default one of x's device. The first run of each
             target draws nothing.
 
@@ -55,29 +51,20 @@ class FAB:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
-    norm: Norm = "linf"
     steps: int = 100
     targets: int | None = 9
-    restarts: int = 1
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
-    generator: torch.Generator | None = None
 
     def __post_init__(self):
-        check_settings(self)
+        super().__post_init__()
         checks.check_count("steps", self.steps, 0)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
-        _check_number("alpha_max", self.alpha_max, lambda v: 0 <= v <= 1, "in [0, 1]")
-        _check_number("eta", self.eta, lambda v: 1 <= v < inf, "finite and >= 1")
-        _check_number("beta", self.beta, lambda v: 0 < v <= 1, "in (0, 1]")
+        checks.check_number("alpha_max", self.alpha_max, lambda v: 0 <= v <= 1, "in [0, 1]")
+        checks.check_number("eta", self.eta, lambda v: 1 <= v < inf, "finite and >= 1")
+        checks.check_number("beta", self.beta, lambda v: 0 < v <= 1, "in (0, 1]")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """Attack `model` at the images `x`.
@@ -103,16 +90,16 @@ class FAB:
             RuntimeWarning: elements of the gradient were NaN or infinite for some samples. They count as 0, which may look like
                 robustness and be none.
         """
-        highest_label = check_batch(self, model, x, y)
+        highest_label = self._check_batch(model, x, y)
         if x.numel() == 0:
             return x.detach().clone()
-        with attacked(self, model, x, y, highest_label) as (gradient, x, y):
+        with self._prepared_gradient(model, x, y, highest_label) as (gradient, x, y):
             x_adv, nan_seen = self._attack(gradient, x, y)
         warn_of_nan(int(nan_seen.sum()), len(x))
         return x_adv
 
     def _attack(self, gradient, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x_adv, eps = x.clone(), per_sample(self.eps, x)
+        x_adv, eps = x.clone(), eps_per_sample(self.eps, x)
         logits = gradient.logits(x)
         robust = predictions(logits) == y
         nan_seen = torch.zeros_like(robust)
@@ -127,7 +114,7 @@ class FAB:
                 search = _Search(self, gradient, x[left], y[left], others[left])
                 search.run(None if noise is None else noise[left] * (eps[left, None] / 2))
                 found = search.distance <= eps[left]
-                x_adv[left] = torch.where(_wide(found, x), search.images(search.nearest), x_adv[left])
+                x_adv[left] = torch.where(broadcast(found, x), search.images(search.nearest), x_adv[left])
                 robust[left] = ~found
                 nan_seen[left] |= search.nan_seen
         return x_adv, nan_seen
@@ -135,10 +122,8 @@ class FAB:
     def _noise(self, x: Tensor) -> Tensor:
         """Directions [B, n] of length 1. For all samples, so that none gets other ones when others drop out."""
         size = len(x), x[0].numel()
-        if self.norm == "linf":
-            noise = draw("uniform_", *size, like=x, generator=self.generator) * 2 - 1
-        else:
-            noise = draw("normal_", *size, like=x, generator=self.generator)
+        like: Any = {"dtype": acc_dtype(x.dtype), "device": x.device, "generator": self.generator}
+        noise = draw("uniform_", *size, **like) * 2 - 1 if self.norm == "linf" else draw("normal_", *size, **like)
         return noise / length(noise, self.norm)[:, None]
 
 
@@ -190,7 +175,7 @@ class _Search:
     def _boundary(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """z_k - z_y [B] and its gradient [B, n] at `point`, for the class k of `others` with the nearest linearised boundary."""
         logits = self.gradient.forward(self.images(point))
-        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
+        scale = logit_gradient_scale(logits.dtype)
         nearest = torch.full_like(self.distance, inf)
         gap, w = torch.zeros_like(nearest), torch.zeros_like(point)
         own = F.one_hot(self.y, logits.shape[1])
@@ -251,14 +236,3 @@ def project(points: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float, norm: 
 def length(v: Tensor, norm: str) -> Tensor:
     """Norms [B] of v [B, n]: "linf", "l2" or "l1"."""
     return torch.linalg.vector_norm(v, {"linf": inf, "l2": 2, "l1": 1}[norm], dim=1)
-
-
-def _wide(v: Tensor, x: Tensor) -> Tensor:
-    return v.view(-1, *[1] * (x.ndim - 1))
-
-
-def _check_number(name: str, value, fits: Callable[[float], bool], where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number {where}, got {checks.kind(value)}")
-    if not fits(float(value)):
-        raise ValueError(f"{name}={value} must be {where}")

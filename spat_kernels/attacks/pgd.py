@@ -1,4 +1,4 @@
-"""The attacks: projected gradient ascent on a loss of the logits (Madry et al., arXiv 1706.06083; thesis, Eq. 2.7).
+"""PGD: projected gradient ascent on a loss of the logits (Madry et al., arXiv 1706.06083; thesis, Eq. 2.7).
 
     x_0     = a random point of the ball around x, or x
     x_{t+1} = project(x_t + step_size * direction(d loss / d x_t))     direction: the sign (L-infinity) or g / ||g|| (L2)
@@ -7,23 +7,91 @@ Only the direction of the input gradient counts, so nothing else is computed: on
 model's backward to its input, one fused kernel for the step and both projections.
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from .. import checks
-from ..cuda_graphs.capture import graphs
-from ..cuda_graphs.run import Batch, PGDRun
+from .. import checks, ops
+from ..cuda_graphs.cache import graphs
+from ..cuda_graphs.run import Batch, Run
 from ..input_gradient.choose import check_precision, is_planned
-from ..losses import DLR, OURS, KLDivergence, LabelSmoothedCE, LossLike, Margin, as_loss
-from ..settings import SELECT, BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select
-from ._common import check_radius, check_settings, default_generator, drawing_undone, usable, warn_of_nan
+from ..losses import DLR, OURS, LossLike, as_loss, value_dtype
+from ..ops._common import acc_dtype
+from ..predictions import predictions
+from ..rng import default_generator, rewound_on_error
+from ..settings import SELECT, Graph, Select
+from ._common import RestartedAttack, as_dense, warn_of_nan
 
 
-@dataclass(eq=False)
-class PGD:
+class PGDRun(Run):
+    """Projected gradient descent. With restarts the best so far is kept over the runs since the last `load`.
+
+    Its outcome: adversarial images; nan_seen, uint8 [B], 1 for samples that met an unusable gradient.
+    """
+
+    def __init__(self, settings: "PGD", batch: Batch):
+        super().__init__(settings, batch)
+        self.steps, self.targeted = settings.steps, settings.targeted
+        self.starts_at = "given" if batch.start is not None else "random" if settings.random_start else "clean"
+        self.random_start = self.starts_at == "random"
+        self.x_adv = torch.empty_like(batch.x)
+        self.best: Tensor | None = None  # with restarts
+        self.best_value: Tensor
+        self.best_success: Tensor | None = None
+        if settings.restarts > 1:
+            self.best = torch.empty_like(batch.x)
+            self.best_value = batch.x.new_empty(len(batch.x), dtype=acc_dtype(batch.x.dtype))
+            if settings.select == "success":
+                self.best_success = batch.x.new_empty(len(batch.x), dtype=torch.bool)
+        self._begin_batch(batch)
+
+    def _begin_batch(self, batch: Batch) -> None:
+        super()._begin_batch(batch)
+        if batch.start is not None:
+            self.x_adv[: self.n].copy_(batch.start)
+        if self.best is not None:
+            self.best.copy_(self.ball.x)
+            self.best_value.fill_(-torch.inf)
+            if self.best_success is not None:
+                self.best_success.zero_()
+
+    def attempt(self, captured: bool) -> None:
+        x_adv, ball = self.x_adv, self.ball
+        if self.starts_at == "random":
+            ball.random_start_(x_adv, self.draws)
+        elif self.starts_at == "clean":
+            x_adv.copy_(ball.x)
+        if self.steps == 0 and self.starts_at == "given":
+            ball.project_(x_adv)
+        with self.model.arithmetic(x_adv.device.type):
+            iterate = self.inner.laid_out(x_adv)
+            for _ in range(self.steps):
+                logits = self.model.forward(iterate)
+                self.inner.step_(iterate, self.model.backward(self._logit_gradient(logits, self.reference)))
+            if iterate is not x_adv:
+                x_adv.copy_(iterate)
+            if self.best is not None:
+                self._keep_best(self.best, self.model.logits(iterate))
+
+    @staticmethod
+    def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), x.new_empty(len(x), dtype=torch.uint8)
+
+    def _outcome(self) -> tuple[Tensor, ...]:
+        return self.x_adv if self.best is None else self.best, self.ball.nan_seen
+
+    def _keep_best(self, best: Tensor, logits: Tensor) -> None:
+        value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
+        self._logit_gradient(logits, self.reference, value)
+        found = None if self.best_success is None or self.y is None else predictions(logits).eq(self.y)
+        success = found if found is None or self.targeted else ~found
+        value = value.to(self.best_value.dtype)
+        ops.keep_best_(best, self.best_value, self.best_success, self.x_adv, value, success)
+
+
+@dataclass(eq=False, kw_only=True)
+class PGD(RestartedAttack):
     """Projected gradient descent as a reusable object: `attack = PGD(8/255, loss="ce")`, then `attack(model, x, y)`.
 
     Args:
@@ -55,29 +123,20 @@ class PGD:
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
             in a replay; changes of its modules, attributes, modes, hooks and of where its tensors are are noticed, and values
-            of parameters and buffers are read anew. What cannot be captured runs without, and a RuntimeWarning says why; "auto"
-            leaves out attacks of more than 256 forwards, whose graphs are large.
+            of parameters and buffers are read each time. What cannot be captured runs without, and a RuntimeWarning says why;
+            "auto" leaves out attacks of more than 256 forwards, whose graphs are large.
             `spat_kernels.graphs` frees the memory of captures (`.free(model)`) and bounds their number (`.capacity`, 8).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
     loss: LossLike = "ce"
     steps: int = 10
     step_size: float | Tensor | None = None
     random_start: bool = True
-    norm: Norm = "linf"
     targeted: bool = False
-    restarts: int = 1
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
     select: Select = "success"
-    generator: torch.Generator | None = None
     graph: Graph = "auto"
 
     run_class = PGDRun  # what `graphs` runs and captures
@@ -85,7 +144,7 @@ class PGD:
     def __post_init__(self):
         self.loss = loss = as_loss(self.loss)
         loss.check_targeted(self.targeted)
-        check_settings(self)
+        super().__post_init__()
         checks.check_choice("select", self.select, SELECT)
         checks.check_graph(self.graph)
         checks.check_count("steps", self.steps, 0)
@@ -127,15 +186,15 @@ class PGD:
         with torch.inference_mode(False), torch.no_grad():
             values = checks.Values(x, y, start, self.bounds)
             highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
-            with drawing_undone(self.generator, default_generator(x.device)):
+            with rewound_on_error(self.generator, default_generator(x.device)):
                 try:
                     (x_adv, nan_seen), classes = graphs.attack(self, model, self._batch(x, y, start), highest_label)
                 except Exception:
                     values.read()  # if these are wrong, that is the error
                     raise
-                highest_label, unusable = values.read(nan_seen.sum())  # waits for the device
+                highest_label, with_nan = values.read(nan_seen.sum())  # waits for the device
                 checks.check_classes(highest_label, classes)
-            warn_of_nan(unusable, len(x))
+            warn_of_nan(with_nan, len(x))
         return x_adv
 
     def _may_check_late(self, model, x: Tensor) -> bool:
@@ -165,7 +224,7 @@ class PGD:
         return x_adv, nan_seen
 
     def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:
-        x, y = usable(x, y)
+        x, y = as_dense(x, y)
         step_size = self._default_step_size() if self.step_size is None else self.step_size
         return Batch(x, y, self.eps, step_size, start, runs=self.restarts)
 
@@ -183,7 +242,7 @@ class PGD:
         checks.check_images(x)
         checks.check_callable(model)
         check_precision(self.precision, x)
-        check_radius(self, x)
+        self._check_radius(x)
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:
             checks.check_labels(y, x)
@@ -200,104 +259,3 @@ class PGD:
 
     def _default_step_size(self) -> float | Tensor:
         return self.eps / 4 if self.norm == "linf" else self.eps * (2.5 / max(self.steps, 1))
-
-
-def pgd_ls(
-    model,
-    x: Tensor,
-    y: Tensor,
-    eps: float | Tensor,
-    alpha: float,
-    *,
-    steps: int = 10,
-    step_size: float | Tensor | None = None,
-    random_start: bool = True,
-    norm: Norm = "linf",
-    targeted: bool = False,
-    restarts: int = 1,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    precision: Precision | None = None,
-    input_gradient: GradientPath = "auto",
-    bn_mode: BNMode = "eval",
-    select: Select = "success",
-    generator: torch.Generator | None = None,
-    graph: Graph = "auto",
-    start: Tensor | None = None,
-) -> Tensor:
-    """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
-
-    `alpha` in [0, 1] is the label smoothing (not the step size): the label gets 1 - alpha, every other class alpha / (K - 1).
-    0 is cross-entropy. Where p_y > 1 - alpha this loss pulls *towards* the true class: it makes training examples that keep their
-    meaning, and is too weak to measure robustness with (use `pgd`, `cw_linf` and AutoAttack).
-
-    The other arguments, the result, errors and warnings are those of `PGD`.
-    """
-    attack = PGD(
-        eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
-        targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
-        select=select, generator=generator, graph=graph,
-    )  # fmt: skip
-    return attack(model, x, y, start=start)
-
-
-def pgd(
-    model,
-    x: Tensor,
-    y: Tensor | None,
-    eps: float | Tensor,
-    *,
-    loss: LossLike = "ce",
-    start: Tensor | None = None,
-    **settings: Unpack[PGDSettings],
-) -> Tensor:
-    """PGD on `loss`: a name, an object of `losses`, or a callable. Everything else as in `PGD`, which `settings` go to."""
-    return PGD(eps, loss=loss, **settings)(model, x, y, start=start)
-
-
-def pgd_kl(
-    model, x: Tensor, y: Tensor | None, eps: float | Tensor, *, start: Tensor | None = None, **settings: Unpack[PGDSettings]
-) -> Tensor:
-    """PGD on KL(p(x) || p(x_adv)), the inner attack of TRADES (arXiv 1901.08573). y may be None. `settings` as in `pgd`."""
-    return pgd(model, x, y, eps, loss=KLDivergence(), start=start, **settings)
-
-
-def fgsm(
-    model,
-    x: Tensor,
-    y: Tensor | None,
-    eps: float | Tensor,
-    *,
-    loss: LossLike = "ce",
-    step_size: float | Tensor | None = None,
-    random_start: bool = False,
-    start: Tensor | None = None,
-    **settings: Unpack[CommonSettings],
-) -> Tensor:
-    """One step of length eps (or `step_size`), by default from x itself (Goodfellow et al., arXiv 1412.6572).
-
-    `settings` as in `pgd`, except `steps`.
-    """
-    step_size = eps if step_size is None else step_size
-    attack = PGD(eps, loss=loss, steps=1, step_size=step_size, random_start=random_start, **settings)
-    return attack(model, x, y, start=start)
-
-
-def cw_linf(
-    model,
-    x: Tensor,
-    y: Tensor,
-    eps: float | Tensor,
-    *,
-    kappa: float = 50.0,
-    steps: int = 30,
-    step_size: float | Tensor | None = None,
-    random_start: bool = True,
-    start: Tensor | None = None,
-    **settings: Unpack[CommonSettings],
-) -> Tensor:
-    """C&W-infinity: PGD on the margin loss (Madry et al., section 5; the thesis runs it for 30 steps).
-
-    kappa = 0 stops at the first misclassification; 50 goes on as the public code does. `settings` as in `pgd`.
-    """
-    attack = PGD(eps, loss=Margin(kappa), steps=steps, step_size=step_size, random_start=random_start, **settings)
-    return attack(model, x, y, start=start)

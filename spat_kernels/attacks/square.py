@@ -10,8 +10,7 @@ reach, and no more (windows.py).
 
 import math
 from copy import copy
-from dataclasses import KW_ONLY, dataclass
-from numbers import Real
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,56 +19,45 @@ from torch import Tensor
 from .. import checks
 from ..balls import box
 from ..input_gradient.windows import Windows
+from ..ops._common import acc_dtype, broadcast
 from ..predictions import predictions
-from ..settings import BNMode, GradientPath, Norm, Precision
-from ._common import attacked, check_batch, check_settings, draw, per_sample
+from ..rng import draw
+from ._common import RestartedAttack, eps_per_sample
 
 # (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
-# On devices that must be waited for, samples drop out after so many queries; and L2 draws the random numbers of so many at once.
+# Number of queries after which samples drop out on devices that must be waited for, and whose random numbers L2 draws at once.
 BLOCK = 50
 CHUNK = 64  # images in a forward on CPUs: more do not make one faster
 # Windows have overheads: they are for squares for which they multiply at most this share of what whole forwards do. The samples
-# then go through their queries in parts of so many images, and of so many bytes of values kept. On one core, a query of one image
+# then go through their queries in parts of at most PART images and PART_BYTES of values kept. On one core, a query of one image
 # takes 153 us in whole forwards (mnist-cnn/8), in windows 225, 151, 122, 105 us in parts of 32, 64, 128, 256.
 WINDOWS_SHARE, PART, PART_BYTES = 0.7, 256, 2**29
 
 
-@dataclass(eq=False)
-class Square:
+@dataclass(eq=False, kw_only=True)
+class Square(RestartedAttack):
     """Square Attack as a reusable object: `attack = Square(8/255)`, then `attack(model, x, y)`.
 
     Args:
-        eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
-        norm: "linf" or "l2".
         queries: proposals in each run, >= 0, after one query of where it starts.
         restarts: runs, each on the samples that the ones before have not broken.
         p_init: share of the image that the first squares cover, in (0, 1].
-        bounds, precision, input_gradient, bn_mode: as for `PGD`. No gradient is computed: input_gradient="plan" is the plan's
-            forward, "autograd" calls the model itself. In mode "train" a sample's result depends on the others left.
+        eps, norm, bounds, precision, input_gradient, bn_mode: as for `PGD`. No gradient is computed: input_gradient="plan" is
+            the plan's forward, "autograd" calls the model itself. In mode "train" a sample's result depends on the others left.
         generator: source of all random numbers, on any device; None is torch's default one of x's device.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
     """
 
-    eps: float | Tensor
-    _: KW_ONLY
-    norm: Norm = "linf"
     queries: int = 5000
-    restarts: int = 1
     p_init: float = 0.8
-    bounds: tuple[float, float] = (0.0, 1.0)
-    precision: Precision | None = None
-    input_gradient: GradientPath = "auto"
-    bn_mode: BNMode = "eval"
-    generator: torch.Generator | None = None
 
     def __post_init__(self):
-        check_settings(self)
+        super().__post_init__()
         checks.check_count("queries", self.queries, 0)
-        if not isinstance(self.p_init, Real) or not 0 < self.p_init <= 1:
-            raise ValueError(f"p_init={self.p_init!r} must be a number in (0, 1]: the share of the image that a square covers")
+        checks.check_number("p_init", self.p_init, lambda v: 0 < v <= 1, "in (0, 1], the share of the image that a square covers")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """Attack `model` at the images `x`.
@@ -89,12 +77,12 @@ class Square:
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
         """
-        highest_label = check_batch(self, model, x, y)
+        highest_label = self._check_batch(model, x, y)
         check_pixels(x, self.norm)
         if x.numel() == 0:
             return x.detach().clone()
-        with attacked(self, model, x, y, highest_label) as (gradient, x, y):
-            x_adv, eps = x.clone(), per_sample(self.eps, x)
+        with self._prepared_gradient(model, x, y, highest_label) as (gradient, x, y):
+            x_adv, eps = x.clone(), eps_per_sample(self.eps, x)
             robust = predictions(gradient.logits(x)) == y
             for _ in range(self.restarts):
                 if robust.any():
@@ -129,7 +117,7 @@ class _Run:
         self.settings, self.gradient, self.batch = settings, gradient, x.shape
         self.bounds = box(settings.bounds, x.dtype)
         self.index = robust.nonzero()[:, 0]
-        self.x, self.y, self.eps = x[self.index], y[self.index], _wide(eps[self.index])
+        self.x, self.y, self.eps = x[self.index], y[self.index], broadcast(eps[self.index], x)
         self.waits = x.device.type != "cpu"
         self.best = self._start()
         self.margin = self._margins(self._whole_forward(self.best), self.y)
@@ -156,7 +144,7 @@ class _Run:
         raise NotImplementedError
 
     def _uniform(self, *size: int) -> Tensor:
-        return draw("uniform_", *size, like=self.x, generator=self.settings.generator)
+        return draw("uniform_", *size, dtype=acc_dtype(self.x.dtype), device=self.x.device, generator=self.settings.generator)
 
     def _signs(self, *size: int) -> Tensor:
         return torch.where(self._uniform(*size) < 0.5, -1.0, 1.0)
@@ -259,7 +247,7 @@ class _LinfRun(_Run):
         margin = self._margins(logits, self.y[which])
         better = self._better(margin, which)
         self.margin[which] = torch.where(better, margin, self.margin[which])
-        old[which] = torch.where(_wide(better), new, old[which])
+        old[which] = torch.where(broadcast(better, new), new, old[which])
         if self.windows:
             self.windows.adopt(which, better)
 
@@ -305,7 +293,7 @@ class _L2Run(_Run):
         margin = self._margins(self._whole_forward(images), self.y)
         better = self._better(margin)
         self.margin = torch.where(better, margin, self.margin)
-        self.best = torch.where(_wide(better), images, self.best)
+        self.best = torch.where(broadcast(better, images), images, self.best)
 
     def _images(self, delta: Tensor) -> Tensor:
         """x with this perturbation, scaled to length eps."""
@@ -330,10 +318,6 @@ def _hill(height: int, width: int) -> Tensor:
 
 def _norm(v: Tensor, dims=(1, 2, 3)) -> Tensor:
     return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
-
-
-def _wide(v: Tensor) -> Tensor:
-    return v.view(-1, 1, 1, 1)
 
 
 RUNS = {"linf": _LinfRun, "l2": _L2Run}

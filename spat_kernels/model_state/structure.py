@@ -1,4 +1,4 @@
-"""Whether a model is still what it was when it was traced or captured, told in a fraction of a millisecond.
+"""Whether a model is still what it was when it was traced or captured, found out in a fraction of a millisecond.
 
 A trace or a capture keeps what Python code did once. So all that this code can have looked at is compared: the tree of modules,
 their classes, hooks, modes and attributes, and the shapes, layouts and (for a capture, whose kernels know nothing else) addresses
@@ -154,7 +154,7 @@ class Structure:
             raise TypeError(f"a tensor of the model has no address: {error}") from error
 
     def _signature(self, t: Tensor):
-        """Of a tensor that is an attribute: which one it is, and where its data is."""
+        """What is compared of a tensor that is an attribute: which one it is, and where its data is."""
         self.devices.add(t.device)
         return _Same(t), self._addresses_of([t]), t.dtype, t.shape, t.stride()
 

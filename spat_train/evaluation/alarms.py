@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from spat_kernels.attacks import signs
+from spat_kernels.attacks.gradient_masking import are_probabilities, has_no_gradient, logit_difference
 from spat_kernels.input_gradient.autograd import CUT_OFF, InputGradient
 from spat_kernels.model_state.borrow import borrowed
 from spat_kernels.precision import tf32_switches
@@ -134,7 +134,7 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
     written = int((given != x).flatten(1).any(1).sum())
 
     def compare(name: str, other: Tensor, meaning: str) -> Alarm:
-        difference, allowed = signs.difference(once, other)
+        difference, allowed = logit_difference(once, other)
         changed = int((predictions(other) != predictions(once)).sum())
         numbers = {"images": len(x), "largest difference": difference, "allowed": allowed, "other class": changed}
         return Alarm(name, numbers, difference > allowed, meaning)
@@ -149,7 +149,7 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
             "Gradients know nothing of what a model writes on its input, so that attacks are weaker than they could be.",
         ),
         Alarm(
-            "outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, signs.are_probabilities(once),
+            "outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, are_probabilities(once),
             "Gradients vanish behind a softmax: a model must return its logits.",
         ),
         compare(
@@ -167,7 +167,7 @@ def without_gradient(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) ->
     """bool [B]: where the margin has no gradient that an attack could follow."""
     with torch.inference_mode(False), torch.no_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
         batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-        return torch.cat([signs.without_gradient(InputGradient(model), *batch) for batch in batches])
+        return torch.cat([has_no_gradient(InputGradient(model), *batch) for batch in batches])
 
 
 def gradients(zero: Tensor, unbroken: Tensor) -> Alarm:

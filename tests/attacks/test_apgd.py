@@ -10,21 +10,12 @@ import spat_kernels as sk
 from spat_kernels import APGD, balls, losses
 from spat_kernels.attacks import apgd
 from spat_kernels.attacks.apgd import checkpoints
-from spat_kernels.cuda_graphs.capture import Graphs
+from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient import plan
-from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
-from tests.cuda_graphs.fake_graph import FakeGraph
-from tests.model_state.test_borrow import assert_same, snapshot
-
-NORMS = {"linf": "Linf", "l2": "L2"}
-
+from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
+from tests.helpers import EPS, NORMS, Around, Recorder, assert_inside, attackable, batch, cnn, correct, moved, sharp
 
 # --- against the judge ---
-
-
-def correct(model, x, y, n):
-    rows = (model(x).argmax(1) == y).nonzero()[:n, 0]
-    return x[rows], y[rows]
 
 
 def same_start(monkeypatch, x, norm, eps):
@@ -96,22 +87,6 @@ def test_checkpoints():
 # --- what it gives ---
 
 
-def sharp(size: int = 8) -> nn.Module:
-    """A network on random images that knows more than one class, and changes its mind for less than 0.02."""
-    model = cnn(size=size).double().eval()
-    with torch.no_grad():
-        model[-1].bias -= model(torch.rand(100, 3, size, size).double()).mean(0)
-        model[-1].weight *= 20
-        model[-1].bias *= 20
-    return model
-
-
-def attackable(n: int, size: int = 8):
-    """`sharp`, n images, and the classes that it knows them as."""
-    model, x = sharp(size), torch.rand(n, 3, size, size).double()
-    return model, x, model(x).argmax(1)
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", ["ce", "dlr", "margin", "kl", losses.LabelSmoothedCE(0.2), lambda z, y: z.logsumexp(1)])
@@ -120,13 +95,9 @@ def test_result_is_inside_ball_and_box(norm, dtype, loss):
     x, y = torch.rand(7, 3, 4, 4).to(dtype), torch.randint(5, (7,))
     for eps in (0.0, EPS, torch.linspace(0, 0.1, 7)):
         x_adv = APGD(eps, loss=loss, norm=norm, steps=4, bounds=(0.0, 1.0))(model, x, y)
-        assert x_adv.dtype == dtype
+        assert_inside(x_adv, x, eps, norm)
         assert x_adv.stride() == x.stride()
         assert not x_adv.requires_grad
-        assert x_adv.min() >= 0 and x_adv.max() <= 1, "the box is exact"
-        delta = (x_adv.double() - x.double()).flatten(1)
-        length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-        assert (length <= torch.as_tensor(eps).double() + torch.finfo(dtype).eps * (1 if norm == "linf" else 7)).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -164,17 +135,9 @@ def test_what_is_misclassified_comes_back_as_it_is():
     y = torch.where(torch.arange(8) < 4, right, (right + 1) % 10)
     x_adv = APGD(0.5, steps=3)(model, x, y)
     assert torch.equal(x_adv[4:], x[4:])
-    assert (x_adv[:4] != x[:4]).flatten(1).any(1).all()
+    assert moved(x_adv, x)[:4].all()
     assert torch.equal(APGD(0.5, steps=3)(model, x[4:], y[4:]), x[4:]), "none is left to attack"
     assert (model(x_adv).argmax(1) != y).any()
-
-
-def test_no_image_or_one():
-    model, (x, y) = cnn().double(), batch(8)
-    x, y = x.double(), model.eval()(x.double()).argmax(1)
-    attack = APGD(0.01, steps=8, generator=torch.Generator().manual_seed(3))
-    assert attack(model, x[:0], y[:0]).shape == (0, 3, 8, 8)
-    assert attack(model, x[:1], y[:1]).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -196,50 +159,20 @@ def test_samples_are_independent(monkeypatch, norm, targets, input_gradient):
     assert torch.equal(model(alone).argmax(1), model(together).argmax(1))
 
 
-def test_layouts_labels_and_grad_modes():
-    model, (x, y) = cnn().double().eval(), batch(6)
-    x = x.double()
-    y = model(x).argmax(1)
-    attack = APGD(0.01, norm="l2", steps=6, loss="dlr", targets=2)
-    expected = attack(model, x, y) if attack.generator else None
-    results = []
-    for view, labels in (
-        (x, y), (x.contiguous(memory_format=torch.channels_last), y), (x.repeat_interleave(2, -1)[..., ::2], y),
-        (x, y.repeat_interleave(2)[::2]),
-    ):  # fmt: skip
-        attack.generator = torch.Generator().manual_seed(1)
-        results.append(attack(model, view, labels))
-        assert results[-1].is_contiguous(memory_format=torch.channels_last) == view.is_contiguous(
-            memory_format=torch.channels_last
-        )
-    for mode in (torch.inference_mode, torch.enable_grad):
-        with mode():
-            attack.generator = torch.Generator().manual_seed(1)
-            results.append(attack(model, x + 0, y + 0))
-            assert not results[-1].is_inference()
-    expected = results[0]
-    for got in results:
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-
-
 # --- what it costs, and what it leaves alone ---
-
-
-def images_seen(model):
-    return [shape[0] for shape, _, _ in model.inputs]
 
 
 def test_no_useless_forward():
     model, (x, y) = Recorder(cnn()), batch(6)
     y = model.model.eval()(x).argmax(1)
     APGD(0.0, steps=5)(model, x, y)
-    assert images_seen(model) == [6] * 7, "the clean images, the start, and 5 steps"
+    assert model.sizes == [6] * 7, "the clean images, the start, and 5 steps"
     model.inputs.clear()
     APGD(0.0, steps=5, restarts=2, loss="dlr", targets=3)(model, x, y)
-    assert images_seen(model) == [6] * (1 + 2 * 3 * 6)
+    assert model.sizes == [6] * (1 + 2 * 3 * 6)
     model.inputs.clear()
     APGD(0.0, steps=5, eot=4)(model, x, y)
-    assert images_seen(model) == [6] * (1 + 4 * 6)
+    assert model.sizes == [6] * (1 + 4 * 6)
 
 
 class Brittle(nn.Module):
@@ -261,11 +194,11 @@ def test_what_is_broken_is_attacked_no_further():
     x, y = brittle([0.05, 0.5, 0.08, 0.6])
     model = Recorder(Brittle())
     x_adv = APGD(0.1, steps=4, restarts=3)(model, x, y)
-    assert images_seen(model) == [4] + [4] * 5 + [2] * 10
+    assert model.sizes == [4] + [4] * 5 + [2] * 10
     assert (model(x_adv).argmax(1) != y).tolist() == [True, False, True, False]
     model = Recorder(Brittle())
     APGD(0.1, steps=4, loss="margin", targets=3)(model, *brittle([0.05, 0.06]))
-    assert images_seen(model) == [2] + [2] * 5, "the likeliest wrong class was enough"
+    assert model.sizes == [2] + [2] * 5, "the likeliest wrong class was enough"
 
 
 def test_inside_of_runs_too_where_samples_are_independent(monkeypatch):
@@ -275,7 +208,8 @@ def test_inside_of_runs_too_where_samples_are_independent(monkeypatch):
     monkeypatch.setattr(plan.PlannedGradient, "_forward", lambda self, x, keep: seen.append(len(x)) or forward(self, x, keep))
     x_adv = APGD(0.005, steps=30, input_gradient="plan")(model, x, y)
     robust = int((model(x_adv).argmax(1) == y).sum())
-    assert len(seen) == 32 and seen[:8] == [32] * 8, "the clean images, the start, and the first 6 steps"
+    assert len(seen) == 32
+    assert seen[:8] == [32] * 8, "the clean images, the start, and the first 6 steps"
     assert seen == sorted(seen, reverse=True)
     assert 32 > seen[8] >= seen[-1] >= robust > 0
     seen.clear()
@@ -310,15 +244,12 @@ def test_the_attack_attacks():
                 APGD(eps, norm=norm, steps=10, loss="dlr", targets=9)(model, x, y),
             )
         ]
-        assert robust[1] <= robust[0] + 2 and robust[3] < min(robust[:2]) and robust[3] > 5, robust
+        assert robust[1] <= robust[0] + 2, robust
+        assert 5 < robust[3] < min(robust[:2]), robust
 
 
-class Noisy(nn.Module):
-    """`sharp` with random numbers added to its logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = sharp()
+class Noisy(Around):
+    """Random numbers are added to its logits."""
 
     def forward(self, x):
         return self.net(x) + torch.randn(len(x), 10, dtype=x.dtype) / 4
@@ -334,9 +265,6 @@ def test_gradients_are_averaged_with_their_lengths(loss):
     def model(x):
         turn.append(0)
         return nets[(len(turn) - 2) % 3](x) * 5 ** ((len(turn) - 2) % 3)
-
-    def mean_loss(_, y):  # the same computed by autograd, on all three at once
-        raise NotImplementedError
 
     class Together(nn.Module):
         def forward(self, x):
@@ -354,8 +282,7 @@ def test_gradients_are_averaged_with_their_lengths(loss):
                 total = total + (gap / (top.values[:, 0] - top.values[:, 2] + 1e-12) if loss == "dlr" else gap.clamp(max=0))
         return total
 
-    start = torch.Generator()
-    results = []
+    start, results = torch.Generator(), []
     for attacked, settings in ((model, {"loss": loss, "eot": 3}), (Together(), {"loss": mean})):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "argmax", lambda self, dim: y[: len(self)])  # all stay correct
@@ -376,21 +303,10 @@ def test_eot_needs_one_pass_where_nothing_is_random():
 
 
 def test_eot_on_a_random_model():
-    model, x = Noisy(), torch.rand(16, 3, 8, 8).double()
+    model, x = Noisy(sharp()), torch.rand(16, 3, 8, 8).double()
     y = model.net(x).argmax(1)
     x_adv = APGD(0.03, steps=10, eot=10)(model, x, y)
     assert (model.net(x_adv).argmax(1) != y).float().mean() > 0.3
-
-
-def test_the_caller_is_left_alone():
-    for settings in ({}, {"norm": "l2", "targets": 2, "loss": "dlr"}, {"bn_mode": "train", "restarts": 2}, {"eot": 2}):
-        model, (x, y) = cnn(), batch()
-        x.requires_grad_()
-        before, state = snapshot(model, x, y), torch.get_rng_state()
-        APGD(EPS, steps=3, generator=torch.Generator().manual_seed(1), **settings)(model, x, y)
-        assert_same(before, snapshot(model, x, y))
-        if settings.get("bn_mode") != "train":  # dropout draws
-            assert torch.equal(state, torch.get_rng_state()), "a given generator leaves the default one alone"
 
 
 def test_nan_gradients_are_counted_and_harmless():
@@ -445,10 +361,8 @@ def test_replays_equal_the_attack_itself(graphs, name):
     model = sharp().float()
     for seed in (1, 2, 3):
         x, _ = batch(16)
-        y, images = model(x).argmax(1), []
-        for graph in (True, False):
-            torch.manual_seed(seed)
-            images.append(APGD(graph=graph, **settings)(model, x, y))
+        y = model(x).argmax(1)
+        images = captured_and_eager(APGD, model=model, x=x, y=y, seed=seed, **settings)
         assert torch.equal(*images)
         broken = int((model(images[0]).argmax(1) != y).sum())
         assert (images[0] != x).any()
@@ -462,10 +376,8 @@ def test_one_capture_serves_shorter_batches(graphs, settings):
     model = sharp()
     for n in (16, 16, 12, 12):
         x = torch.rand(n, 3, 8, 8).double()
-        y, images = model(x).argmax(1), []
-        for graph in (True, False):
-            attack = APGD(0.001, steps=12, graph=graph, generator=torch.Generator().manual_seed(n), **settings)
-            images.append(attack(model, x, y))
+        y = model(x).argmax(1)
+        images = captured_and_eager(APGD, 0.001, model, x, y, seed=n, steps=12, **settings)
         torch.testing.assert_close(*images, rtol=0, atol=1e-12)
     assert len(graphs) == 1
 
@@ -483,11 +395,7 @@ def test_settings_and_weights_tell_captures_apart(graphs):
     with torch.no_grad():
         model[-1].weight.mul_(-1)
     y = model(x).argmax(1)
-    images = []
-    for graph in (True, False):
-        torch.manual_seed(1)
-        images.append(APGD(0.01, steps=4, graph=graph, input_gradient="autograd")(model, x, y))
-    assert torch.equal(*images)
+    assert torch.equal(*captured_and_eager(APGD, 0.01, model, x, y, steps=4, input_gradient="autograd"))
 
 
 def test_auto_captures_the_second_attack(graphs):
@@ -498,7 +406,7 @@ def test_auto_captures_the_second_attack(graphs):
         assert len(graphs) == captures
 
 
-def test_long_runs_are_captured_only_if_told(graphs):
+def test_long_runs_are_captured_only_with_graph_true(graphs):
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 3, 2, 2)
     y = model(x).argmax(1)
     for settings in ({"steps": 300}, {"steps": 9, "eot": 30}):
@@ -510,46 +418,6 @@ def test_long_runs_are_captured_only_if_told(graphs):
 
 
 # --- bad input ---
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"eps": -1.0}, "eps=-1.0 must be finite"),
-        ({"eps": 2.0}, "eps=2 exceeds the width of bounds"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"steps": 2.5}, "steps must be an int"),
-        ({"restarts": 0}, "restarts=0 must be at least 1"),
-        ({"eot": 0}, "eot=0 must be at least 1"),
-        ({"targets": 0}, "targets=0 must be at least 1"),
-        ({"rho": 1.5}, "rho=1.5 must be a number in"),
-        ({"rho": "a"}, "rho='a' must be a number in"),
-        ({"norm": "l1"}, "norm='l1': choose one of"),
-        ({"loss": "mse"}, "loss='mse': give one of"),
-        ({"graph": "maybe"}, "graph='maybe': choose one of"),
-        ({"bn_mode": "off"}, "bn_mode='off': choose one of"),
-        ({"precision": "fp8"}, "precision='fp8': choose one of"),
-        ({"generator": 1}, "generator must be a torch.Generator"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises((TypeError, ValueError), match=message.replace("(", r"\(")):
-        APGD(**({"eps": EPS} | settings))
-
-
-def test_bad_calls():
-    model, (x, y) = cnn().eval(), batch()
-    for call, message in [
-        (lambda: APGD(EPS)(model, x * 3, y), "x must lie inside bounds"),
-        (lambda: APGD(EPS)(model, x, y.float()), "y must be an int64 tensor"),
-        (lambda: APGD(EPS)(model, x, y + 10), r"outside \[0, 10\)"),
-        (lambda: APGD(torch.full((3,), EPS))(model, x, y), "eps has shape"),
-        (lambda: APGD(EPS, loss="dlr", targets=10)(model, x, y), "targets=10, but the model has 10 classes: at most 9"),
-        (lambda: APGD(EPS, graph=True)(model, x, y), "graph=True, but x is on cpu"),
-        (lambda: APGD(EPS, loss="kl", targets=1)(model, x, model(x).argmax(1)), "loss 'kl' has no targeted form"),
-    ]:
-        with pytest.raises((TypeError, ValueError), match=message):
-            call()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])

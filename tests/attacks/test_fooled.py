@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import spat_kernels as sk
 from spat_kernels import APGD, FAB, PGD, AutoAttack, Square
 from spat_kernels.predictions import model_logits, predictions
+from tests.helpers import Around, accuracy, assert_inside, classified, linear
 
 EPS = 0.1
 GRADIENT_ATTACKS = {
@@ -24,25 +25,6 @@ GRADIENT_ATTACKS = {
     "autoattack": AutoAttack(EPS, version=("square", "apgd-ce"), steps=5, queries=5),
 }
 gradient_attacks = pytest.mark.parametrize("attack", GRADIENT_ATTACKS.values(), ids=GRADIENT_ATTACKS)
-
-
-class Around(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-
-def linear(pixels: int = 48, classes: int = 10) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes)).eval()
-
-
-def attackable(net, n: int = 16, shape=(3, 4, 4)):
-    x = torch.rand(n, *shape)
-    return x, net(x).argmax(1)
-
-
-def accuracy(model, x, y) -> float:
-    return (predictions(model(x)) == y).float().mean().item()
 
 
 # ---- a gradient that is not there
@@ -85,7 +67,7 @@ def cut_off(kind: str, net):
 @pytest.mark.parametrize("kind", ["detach", "numpy", "8 bits", "function", "module", "unregistered", "constant"])
 def test_logits_cut_off_from_the_images_are_an_error(kind, attack):
     net = linear()
-    x, y = attackable(net)
+    x, y = classified(net)
     model = cut_off(kind, net)
     with pytest.raises(ValueError, match="do not depend on x"):
         attack(model, x, predictions(model(x)))
@@ -103,7 +85,7 @@ def test_other_ways_to_cut_off(kind):
             x = x * 1
         return net(x)
 
-    x, y = attackable(net)
+    x, y = classified(net)
     message = "do not depend on x" if kind == "numpy of a leaf" else "tensors made in torch.inference_mode"
     for attack in (PGD(EPS), APGD(EPS), FAB(EPS, steps=2)):
         with pytest.raises(ValueError, match=message):
@@ -131,7 +113,7 @@ def test_quantised_layers_are_an_error():
 
 def test_attacks_without_gradients_run_all_the_same():
     net = linear()
-    x, y = attackable(net)
+    x, y = classified(net)
     x_adv = Square(EPS, queries=200, generator=torch.Generator().manual_seed(0))(cut_off("8 bits", net), x, y)
     assert accuracy(net, x_adv, y) < 0.7
     alone = AutoAttack(EPS, version=("square",), queries=200)
@@ -148,7 +130,7 @@ def test_a_gradient_that_is_zero_by_arithmetic_is_one(attack):
             return self.net(x.round())
 
     model = Flat(linear())
-    x, _ = attackable(model)
+    x, _ = classified(model)
     y = model(x).argmax(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # AutoAttack's, which are tested below
@@ -160,7 +142,7 @@ def test_a_gradient_that_is_zero_by_arithmetic_is_one(attack):
 @pytest.mark.parametrize("registered", [True, False])
 def test_reentrant_checkpoints(registered):
     net = linear()
-    x, y = attackable(net)
+    x, y = classified(net)
 
     class Detached(Around):
         def forward(self, x):
@@ -176,7 +158,7 @@ def test_reentrant_checkpoints(registered):
 
 
 def test_losses_cut_off_from_the_logits_are_an_error():
-    x, y = attackable(linear())
+    x, y = classified(linear())
     weight = torch.ones(10, requires_grad=True)
     for loss in (lambda z, y: z.detach().sum(1), lambda z, y: (z.detach() * weight).sum(1)):
         with pytest.raises(ValueError, match="does not depend on the logits by differentiable operations"):
@@ -189,7 +171,7 @@ def test_evaluate_says_so_before_any_work():
     from spat_train.evaluation.evaluate import evaluate
 
     net = linear(192)
-    x, y = attackable(net, 8, (3, 8, 8))
+    x, y = classified(net, 8, (3, 8, 8))
 
     class Detached(Around):
         def forward(self, x):
@@ -233,18 +215,14 @@ def test_models_that_write_on_their_input_write_on_a_copy(how, attack):
     """By the sign of the gradient they are attacked as the model that does the same without writing."""
     torch.manual_seed(0)
     writes, reads = writing(how, linear(192))
-    x, y = attackable(reads, 60, (3, 8, 8))
+    x, y = classified(reads, 60, (3, 8, 8))
     before, found = x.clone(), []
     for model in (writes, reads):
         torch.manual_seed(1)
         found.append(attack(model, x, y))
     assert torch.equal(x, before)
     for x_adv in found:
-        moved = (x_adv - x).flatten(1)
-        norm = moved.norm(dim=1) if getattr(attack, "norm", "") == "l2" else moved.abs().amax(1)
-        assert norm.max() <= (0.5 if getattr(attack, "norm", "") == "l2" else EPS) + 1e-6
-        assert x_adv.min() >= 0
-        assert x_adv.max() <= 1
+        assert_inside(x_adv, x, attack.eps, attack.norm, atol=1e-6)
     if not isinstance(attack, FAB):  # which goes by the length of the gradient too
         assert torch.allclose(*found, atol=1e-6)
 
@@ -252,7 +230,7 @@ def test_models_that_write_on_their_input_write_on_a_copy(how, attack):
 @pytest.mark.parametrize("how", ["data", "numpy", "no_grad"])
 def test_writing_where_autograd_does_not_see_it_is_said(how):
     writes, reads = writing(how, linear())
-    x, y = attackable(reads)
+    x, y = classified(reads)
     for attack in (PGD(EPS, input_gradient="autograd"), FAB(EPS, steps=2)):
         with pytest.warns(RuntimeWarning, match="changes its input in place where autograd does not see it"):
             attack(writes, x, y)
@@ -268,7 +246,7 @@ def test_writing_what_is_there_already_is_no_change():
                 x.clamp_(0, 1)
             return self.net(x)
 
-    x, y = attackable(linear())
+    x, y = classified(linear())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sk.pgd(Clamps(linear()), x, y, EPS, input_gradient="autograd")
@@ -285,7 +263,7 @@ def test_what_only_reads_in_one_mode_or_method_may_write_in_another():
             x.data.mul_(0.5)
             return self.net(x)
 
-    x, y = attackable(linear())
+    x, y = classified(linear())
     model, said_by = Writes(linear()), []
     for attacked, bn_mode in ((model, "eval"), (model, "train"), (model.forward, "keep"), (model.dirty, "keep"), (model, "eval")):
         model.eval()
@@ -298,7 +276,7 @@ def test_what_only_reads_in_one_mode_or_method_may_write_in_another():
 
 def test_predictions_leave_the_images_alone():
     writes, reads = writing("no_grad", linear())
-    x, _ = attackable(reads)
+    x, _ = classified(reads)
     before = x.clone()
     assert torch.equal(model_logits(writes, x), model_logits(reads, x))
     assert torch.equal(x, before)
@@ -311,7 +289,7 @@ def test_a_loss_that_writes_on_the_logits_does_not_change_predictions():
         return loss
 
     net = linear()
-    x, y = attackable(net)
+    x, y = classified(net)
     found = []
     for loss in (writes, lambda z, y: F.cross_entropy(z, y, reduction="none")):
         torch.manual_seed(1)
@@ -366,17 +344,13 @@ def test_images_in_another_dtype_than_the_models(layer, x_dtype, model_dtype):
 
 
 def test_errors_that_have_nothing_to_do_with_the_dtype_stay_what_they_are():
-    class Wrapper(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = linear().to(torch.bfloat16)
-
+    class Wrapper(Around):
         def forward(self, x):
             raise KeyError("unknown block type 'foo'")
 
-    x, y = attackable(linear())
+    x, y = classified(linear())
     with pytest.raises(KeyError, match="unknown block type"):
-        sk.pgd(Wrapper(), x, y, EPS)
+        sk.pgd(Wrapper(linear().to(torch.bfloat16)), x, y, EPS)
 
 
 class Recurrent(nn.Module):
@@ -391,7 +365,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.gpu
-def test_recurrent_layers_on_cudnn_are_told_a_way():
+def test_recurrent_layers_on_cudnn_raise_with_a_remedy():
     model, x, y = Recurrent().cuda().eval(), torch.rand(4, 3, 4, 4).cuda(), torch.zeros(4, dtype=torch.int64).cuda()
     with pytest.raises(ValueError, match="recurrent layers in eval mode.*cudnn.flags.*bn_mode='train'"):
         sk.pgd(model, x, y, EPS)
@@ -420,7 +394,7 @@ def test_recurrent_layers_on_the_cpu():
 
 
 def test_models_exported_for_one_number_of_images():
-    x, y = attackable(linear(), 8)
+    x, y = classified(linear(), 8)
     model = torch.export.export(linear(), (x,)).module()
     assert sk.pgd(model, x, y, EPS, bn_mode="keep").shape == x.shape
     with pytest.raises(ValueError, match="exported for images of another shape than x, or for one number of them"):
@@ -440,7 +414,7 @@ def test_the_remedy_for_one_logit_keeps_its_probability():
 
 def test_warnings_reach_callers_without_a_name():
     net = linear()
-    x, y = attackable(net)
+    x, y = classified(net)
     writes, _ = writing("no_grad", net)
     source = "x_adv = pgd(model, x, y, 0.1, input_gradient='autograd')"
     scope = {"pgd": sk.pgd, "model": writes, "x": x, "y": y}
@@ -451,7 +425,7 @@ def test_warnings_reach_callers_without_a_name():
 
 def test_warnings_name_the_callers_line():
     net = linear()
-    x, y = attackable(net)
+    x, y = classified(net)
     writes, _ = writing("no_grad", net)
 
     class Root(Around):

@@ -10,6 +10,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 SYNCHRONISING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}
 
 
+def captured_and_eager(kind, eps, model, x, y, seed: int = 1, graph: bool | str = True, **settings) -> list:
+    """What the attack `kind(eps, **settings)` gives with `graph` and without a graph, from the same seed."""
+    found = []
+    for choice in (graph, False):
+        torch.manual_seed(seed)
+        found.append(kind(eps, graph=choice, **settings)(model, x, y))
+    return found
+
+
 class FakeGraph:
     """Stands in for `CudaGraph` on CPU tensors.
 

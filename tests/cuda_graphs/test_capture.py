@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spat_kernels as sk
 from spat_kernels import PGD, checks, losses
 from spat_kernels.attacks import pgd as attacks
-from spat_kernels.cuda_graphs import capture as graph_module
-from spat_kernels.cuda_graphs.capture import CudaGraph, Graphs
+from spat_kernels.cuda_graphs import cuda_graph
+from spat_kernels.cuda_graphs.cache import Graphs
+from spat_kernels.cuda_graphs.cuda_graph import CudaGraph
 from spat_kernels.input_gradient.trace import CannotPlan, _NoLooking
-from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
-from tests.cuda_graphs.fake_graph import FakeGraph
-from tests.model_state.test_borrow import assert_same, snapshot
+from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
+from tests.helpers import EPS, Around, Recorder, assert_same, batch, cnn, snapshot
 
 
 def square(z, y):
@@ -61,15 +61,11 @@ def graphs(monkeypatch) -> Graphs:
     return graphs
 
 
-def pairs(model, attack: dict, n: int = 4, dtype=torch.float32, seeds=(1, 2, 3), eps=lambda i: EPS * (1 + i), **call):
+def pairs(model, attack: dict, n: int = 4, dtype=torch.float32, seeds=(1, 2, 3), eps=lambda i: EPS * (1 + i)):
     """For batches of their own and radii of their own: images with graph=True and False, from the same seed."""
     for i, seed in enumerate(seeds):
         x, y = batch(n)
-        images = []
-        for graph in (True, False):
-            torch.manual_seed(seed)
-            images.append(PGD(eps(i), graph=graph, **attack)(model, x.to(dtype), y, **call))
-        yield images
+        yield captured_and_eager(PGD, eps(i), model, x.to(dtype), y, seed, **attack)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -185,60 +181,12 @@ class Scaled(nn.Module):
         return self.act(self.net(x) * self.scale + self.offset).pow(self.powers[1])
 
 
-def move(model):
-    model.net[0].weight.data = torch.randn_like(model.net[0].weight)
-
-
-def double(model):
-    model.net[-1].weight.data = model.net[-1].weight.data.flip(0)
-
-
-def replace_parameter(model):
-    model.net[-1].bias = nn.Parameter(torch.randn(10))
-
-
-def load_by_assignment(model):
-    model.net.load_state_dict({k: v + 0.1 for k, v in model.net.state_dict().items()}, assign=True)
-
-
-def replace_buffer(model):
-    model.net[1].running_mean = torch.ones(8)
-
-
-def replace_module(model):
-    model.net[5] = nn.Tanh()
-
-
-def change_scale(model):
-    model.scale = -3.0
-
-
-def change_list(model):
-    model.powers[1] = 3
-
-
-def change_tensor(model):
-    model.offset = torch.ones(()) * 5
-
-
-def change_function(model):
-    model.act = torch.sigmoid
-
-
-def change_class(model):
-    model.net[2].__class__ = nn.Sigmoid
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_replays_in_half_precision_read_changed_weights(graphs, precision):
     model, (x, y) = cnn().eval(), batch()
     settings = {"precision": precision, "input_gradient": "autograd"}
     for seed in range(3):
-        found = []
-        for graph in (True, False):
-            torch.manual_seed(seed)
-            found.append(PGD(EPS, graph=graph, **settings)(model, x, y))
-        assert torch.equal(*found)
+        assert torch.equal(*captured_and_eager(PGD, EPS, model, x, y, seed, **settings))
         with torch.no_grad():
             model[0].weight.mul_(-1)
     assert len(graphs) == 1
@@ -274,22 +222,28 @@ def test_a_replay_is_launched_before_values_are_looked_at(graphs, monkeypatch):
     assert events == ["replayed", "read"] * 2
 
 
-def change_eps_of_bn(model):
-    model.net[1].eps = 10.0
+CHANGES = {
+    "moved weight": lambda m: setattr(m.net[0].weight, "data", torch.randn_like(m.net[0].weight)),
+    "flipped weight": lambda m: setattr(m.net[-1].weight, "data", m.net[-1].weight.data.flip(0)),
+    "parameter": lambda m: setattr(m.net[-1], "bias", nn.Parameter(torch.randn(10, device=m.offset.device))),
+    "load by assignment": lambda m: m.net.load_state_dict({k: v + 0.1 for k, v in m.net.state_dict().items()}, assign=True),
+    "buffer": lambda m: setattr(m.net[1], "running_mean", torch.ones(8, device=m.offset.device)),
+    "module": lambda m: m.net.__setitem__(5, nn.Tanh()),
+    "number": lambda m: setattr(m, "scale", -3.0),
+    "in a list": lambda m: m.powers.__setitem__(1, 3),
+    "tensor": lambda m: setattr(m, "offset", torch.ones_like(m.offset) * 5),
+    "function": lambda m: setattr(m, "act", torch.sigmoid),
+    "class": lambda m: setattr(m.net[2], "__class__", nn.Sigmoid),
+    "eps of batch norm": lambda m: setattr(m.net[1], "eps", 10.0),
+}
 
 
-CHANGES = [
-    move, double, replace_parameter, load_by_assignment, replace_buffer, replace_module, change_scale, change_list, change_tensor,
-    change_function, change_class, change_eps_of_bn,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changes_are_captured_anew(graphs, change):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_captured_again(graphs, change):
     model, (x, y) = Scaled(), batch()
     attack = PGD(EPS, random_start=False, graph=True)
     before = [attack(model, x, y) for _ in range(2)][1]
-    change(model)
+    CHANGES[change](model)
     expected = PGD(EPS, random_start=False, graph=False)(model, x, y)
     assert not torch.equal(before, expected), "a change that matters"
     for _ in range(2):
@@ -377,7 +331,8 @@ def test_plain_callables_cannot_be_checked(graphs):
         for _ in range(3):
             sk.pgd(model, x, y, EPS)
             counts.append(calls.count)
-    assert len(graphs) == 0 and counts[2] - counts[1] == counts[0], "replays would be invisible to a dispatch mode"
+    assert len(graphs) == 0
+    assert counts[2] - counts[1] == counts[0], "replays would be invisible to a dispatch mode"
 
 
 class Counted(TorchDispatchMode):
@@ -546,10 +501,7 @@ def test_padded_radii_and_layouts(graphs):
     for n in (8, 5, 8, 6):
         x, y = batch(n)
         x = x.double().to(memory_format=torch.channels_last)
-        images = []
-        for graph in (True, False):
-            torch.manual_seed(n)
-            images.append(PGD(eps[:n], graph=graph)(model, x, y))
+        images = captured_and_eager(PGD, eps[:n], model, x, y, n)
         torch.testing.assert_close(*images, rtol=0, atol=1e-14)
         assert images[0].shape == x.shape
         assert images[0].stride() == x.stride()
@@ -559,12 +511,8 @@ def test_padded_radii_and_layouts(graphs):
 # --- what cannot be captured ---
 
 
-class Waits(nn.Module):
+class Waits(Around):
     """Decides on the host by what is in the images."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = cnn()
 
     def forward(self, x):
         return self.net(x) if x.mean() > 0.5 else -self.net(x)
@@ -572,7 +520,7 @@ class Waits(nn.Module):
 
 @pytest.mark.parametrize("graph", [True, "auto"])
 def test_what_cannot_be_captured_runs_without(graphs, graph):
-    model = Waits()
+    model = Waits(cnn())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for brightness in (0.9, 0.9, 0.1, 0.9, 0.1):
@@ -592,7 +540,7 @@ def test_what_cannot_be_captured_runs_without(graphs, graph):
     assert "operation not permitted when stream is capturing" in str(warning.message)
     assert warning.filename == __file__
     with pytest.warns(RuntimeWarning, match="run without a CUDA graph") as caught:
-        PGD(EPS, graph=True)(Waits().eval(), x, y)
+        PGD(EPS, graph=True)(Waits(cnn()).eval(), x, y)
     assert caught[0].filename == __file__
     assert len(graphs) == 0
     assert not torch.is_inference_mode_enabled()
@@ -600,7 +548,7 @@ def test_what_cannot_be_captured_runs_without(graphs, graph):
 
 
 def test_failed_captures_keep_nothing_alive(graphs):
-    model, (x, y) = Waits(), batch()
+    model, (x, y) = Waits(cnn()), batch()
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
         sk.pgd(model, x, y, EPS, graph=True)
     part = weakref.ref(model.net[0])
@@ -650,15 +598,11 @@ def test_tensors_elsewhere_are_not_captured(graphs):
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
 def test_choices_by_random_numbers_of_the_host_are_not_captured(graphs, draw):
-    class SkipsLayers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = cnn()
-
+    class SkipsLayers(Around):
         def forward(self, x):
             return self.net(x) if draw() < 0.5 else -self.net(x)
 
-    model, (x, y), images = SkipsLayers(), batch(), []
+    model, (x, y), images = SkipsLayers(cnn()), batch(), []
     for graph in (True, False):
         random.seed(1)
         np.random.seed(1)  # noqa: NPY002
@@ -670,17 +614,15 @@ def test_choices_by_random_numbers_of_the_host_are_not_captured(graphs, draw):
 
 
 def test_models_that_change_as_they_run_are_not_captured(graphs):
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.calls = cnn(), 0
+    class Counting(Around):
+        calls = 0
 
         def forward(self, x):
             self.calls += 1
             return self.net(x)
 
     for graph in (True, "auto"):
-        model, (x, y) = Counting(), batch()
+        model, (x, y) = Counting(cnn()), batch()
         sk.pgd(model, x, y, EPS, graph=graph)
         with pytest.warns(RuntimeWarning, match="changes as it runs .*an attribute changed"):
             sk.pgd(model, x, y, EPS, graph=graph)
@@ -690,12 +632,8 @@ def test_models_that_change_as_they_run_are_not_captured(graphs):
 
 
 def test_models_that_finish_themselves_on_first_use_are_captured(graphs):
-    class Lazy(nn.Module):
+    class Lazy(Around):
         table = None
-
-        def __init__(self):
-            super().__init__()
-            self.net = cnn()
 
         def forward(self, x):
             if self.table is None:
@@ -704,14 +642,10 @@ def test_models_that_finish_themselves_on_first_use_are_captured(graphs):
 
     for graph in (True, "auto"):
         graphs.free()
-        model = Lazy()
+        model = Lazy(cnn())
         for seed in range(4):
             x, y = batch()
-            images = []
-            for g in (graph, False):
-                torch.manual_seed(seed)
-                images.append(PGD(EPS, graph=g)(model, x, y))
-            assert torch.equal(*images)
+            assert torch.equal(*captured_and_eager(PGD, EPS, model, x, y, seed, graph))
         assert len(graphs) == 1
 
 
@@ -918,7 +852,8 @@ def test_captures_draw_like_the_attack_itself(played):
     graph, state = CudaGraph(torch.device("cpu")), default.state
     with graph.here():
         graph.capture(lambda: default.set_offset(default.get_offset() + 8))
-        assert default.state is state and state == {"seed": 7, "offset": 4, "capturing": False}, "nothing drawn by a capture"
+        assert default.state is state
+        assert state == {"seed": 7, "offset": 4, "capturing": False}, "nothing drawn by a capture"
         graph.replay()
         assert default.state is state
         assert default.get_offset() == 12
@@ -932,7 +867,7 @@ def test_captures_draw_like_the_attack_itself(played):
 def test_failed_captures_raise_the_cause_and_clean_up(played, monkeypatch):
     calls, default = played
     undead = []
-    monkeypatch.setattr(graph_module, "_undead", undead)
+    monkeypatch.setattr(cuda_graph, "_undead", undead)
     graph, state = CudaGraph(torch.device("cpu")), default.state
 
     def fails():
@@ -966,11 +901,7 @@ def on_gpu(*tensors, device="cuda"):
 def assert_gpu_equal(model, attack: dict, batches: int = 3, device="cuda"):
     for seed in range(batches):
         x, y = on_gpu(*batch(8), device=device)
-        images = []
-        for graph in (True, False):
-            torch.manual_seed(seed)
-            images.append(PGD(EPS * (1 + seed), graph=graph, **attack)(model, x, y))
-        assert torch.equal(*images), (attack, seed)
+        assert torch.equal(*captured_and_eager(PGD, EPS * (1 + seed), model, x, y, seed, **attack)), (attack, seed)
 
 
 @pytest.fixture
@@ -1040,10 +971,7 @@ def test_gpu_training_loop(real, deterministic, autocast):
     for seed in range(5):
         x, y = on_gpu(*batch(16))
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            images = []
-            for graph in ("auto", False):
-                torch.manual_seed(seed)
-                images.append(sk.pgd_ls(model, x, y, EPS, 0.1, graph=graph))
+            images = captured_and_eager(PGD, EPS, model, x, y, seed, "auto", loss=losses.LabelSmoothedCE(0.1))
             assert torch.equal(*images)
             loss = F.cross_entropy(model(images[0]), y)
         loss.backward()
@@ -1053,15 +981,13 @@ def test_gpu_training_loop(real, deterministic, autocast):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_gpu_changes_are_captured_anew(real, deterministic, change):
+@pytest.mark.parametrize("change", CHANGES)
+def test_gpu_a_changed_model_is_captured_again(real, deterministic, change):
     model, (x, y) = Scaled().cuda(), on_gpu(*batch())
     model.offset = model.offset.cuda()
-    if change is replace_parameter or change is replace_buffer or change is change_tensor:
-        real_change, change = change, lambda m: (real_change(m), m.cuda(), setattr(m, "offset", m.offset.cuda()))
     attack = PGD(EPS, random_start=False, graph=True)
     attack(model, x, y), attack(model, x, y)
-    change(model)
+    CHANGES[change](model)
     expected = PGD(EPS, random_start=False, graph=False)(model, x, y)
     for _ in range(2):
         assert torch.equal(attack(model, x, y), expected)
@@ -1070,16 +996,12 @@ def test_gpu_changes_are_captured_anew(real, deterministic, change):
 
 @pytest.mark.gpu
 def test_gpu_failed_captures_leave_cuda_and_random_numbers_usable(real, deterministic):
-    class Waits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = cnn()
-
+    class Waits(Around):
         def forward(self, x):
             x = F.dropout(x, 0.1)
             return self.net(x) if x.mean().item() > -1 else self.net(-x)
 
-    model, (x, y) = Waits().cuda(), on_gpu(*batch())
+    model, (x, y) = Waits(cnn()).cuda(), on_gpu(*batch())
     torch.manual_seed(1)
     with pytest.warns(RuntimeWarning, match="run without a CUDA graph"):
         first = sk.pgd(model, x, y, EPS, graph=True)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spat_kernels import APGD, PGD
 from spat_kernels.input_gradient.autograd import InputGradient
-from tests.attacks.test_pgd import EPS, batch, cnn
+from tests.helpers import EPS, batch, cnn
 
 
 class Formats(TorchDispatchMode):

@@ -14,55 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 import spat_kernels as sk
 from spat_kernels.model_state.borrow import parts
-from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
+from tests.helpers import EPS, Around, Recorder, assert_same, batch, cnn, linear, mixed_model, snapshot
 
 MODES = ["eval", "train", "keep"]
-
-
-def snapshot(model, x, y):
-    return {
-        "state": copy.deepcopy(model.state_dict()),
-        "identities": {name: id(b) for name, b in model.named_buffers()},
-        "versions": {name: b._version for name, b in (*model.named_buffers(), *model.named_parameters())},
-        "training": [m.training for m in model.modules()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "x": (x.clone(), x._version, x.requires_grad, x.grad),
-        "y": (y.clone(), y._version),
-    }
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    flat_a, flat_b = (torch.utils._pytree.tree_leaves(v) for v in (a, b))
-    for u, v in zip(flat_a, flat_b, strict=True):
-        assert torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v
 
 
 def assert_nearly_same(got, expected):
     """Images by two ways of computing the gradient: equal but where it is so close to 0 that rounding decides its sign."""
     assert ((got - expected).abs() > 1e-6).float().mean() < 0.01
-
-
-def mixed_model():
-    """Some modules in train mode, some not; some parameters frozen, some with gradients already."""
-    model = cnn()
-    model[1].eval()
-    model[0].bias.requires_grad_(False)
-    model[-1].weight.grad = torch.ones_like(model[-1].weight)
-    return model
-
-
-@pytest.mark.parametrize("bn_mode", MODES)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_nothing_changes(bn_mode, norm):
-    model, (x, y) = mixed_model(), batch()
-    x.requires_grad_()
-    before = snapshot(model, x, y)
-    x_adv = sk.pgd_ls(model, x, y, EPS, 0.1, bn_mode=bn_mode, norm=norm, restarts=2)
-    assert_same(before, snapshot(model, x, y))
-    assert not x_adv.requires_grad
-    assert x_adv.grad_fn is None
 
 
 @pytest.mark.parametrize("bn_mode", MODES)
@@ -106,23 +65,21 @@ def test_models_made_in_inference_mode_are_refused_untouched():
 
 
 def test_bn_modes_are_what_they_say():
-    class Modes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.seen = cnn(), set()
+    seen = set()
 
+    class Modes(Around):
         def forward(self, x):
-            self.seen.add(tuple(m.training for m in self.net.modules()))
+            seen.add(tuple(m.training for m in self.net.modules()))
             return self.net(x)
 
     x, y = batch()
     for bn_mode in MODES:
-        model = Modes()
+        seen.clear()
+        model = Modes(cnn())
         model.net[1].eval()
         kept = tuple(m.training for m in model.net.modules())
         sk.pgd(model, x, y, EPS, bn_mode=bn_mode)
-        expected = {"eval": (False,) * len(kept), "train": (True,) * len(kept), "keep": kept}[bn_mode]
-        assert model.seen == {expected}
+        assert seen == {{"eval": (False,) * len(kept), "train": (True,) * len(kept), "keep": kept}[bn_mode]}
 
 
 def test_train_mode_uses_batch_statistics():
@@ -148,11 +105,7 @@ def test_no_weight_gradient_is_computed():
     """The graph that an attack differentiates has the images as its only leaf."""
     leaves = set()
 
-    class Spy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = cnn()
-
+    class Spy(Around):
         def forward(self, x):
             z = self.net(x)
             stack = [z.grad_fn]
@@ -164,7 +117,7 @@ def test_no_weight_gradient_is_computed():
             return z
 
     x, y = batch()
-    sk.pgd(Spy(), x, y, EPS, input_gradient="autograd")
+    sk.pgd(Spy(cnn()), x, y, EPS, input_gradient="autograd")
     assert leaves == {x.shape}
 
 
@@ -265,11 +218,7 @@ def test_distributed_data_parallel(tmp_path, nested):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
-    class Checkpointed(nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.net = net
-
+    class Checkpointed(Around):
         def forward(self, x):
             return self.net[2:](checkpoint(self.net[:2], x, use_reentrant=use_reentrant))
 
@@ -355,18 +304,17 @@ def test_layers_that_stay_frozen_in_training_mode_do():
         def train(self, mode=True):
             return super().train(False)
 
-    class Seen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.seen = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4).eval(), nn.Flatten(), nn.Linear(144, 10)), set()
+    seen = set()
 
+    class Seen(Around):
         def forward(self, x):
-            self.seen.add(tuple(m.training for m in self.net))
+            seen.add(tuple(m.training for m in self.net))
             return self.net(x)
 
-    model, (x, y) = Seen(), batch()
+    net, (x, y) = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4).eval(), nn.Flatten(), nn.Linear(144, 10)), batch()
+    model = Seen(net)
     sk.pgd(model, x, y, EPS, bn_mode="train")
-    assert model.seen == {(True, False, True, True)}
+    assert seen == {(True, False, True, True)}
     assert not model.net[1].training
     assert model.training
 
@@ -522,11 +470,7 @@ def test_modes_of_modules_that_are_shared_or_refuse():
 
 
 def test_an_attack_is_not_lost_where_train_fails_on_the_way_back():
-    class ForInference(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-
+    class ForInference(Around):
         def train(self, mode=True):
             if mode:
                 raise RuntimeError("this model is for inference")
@@ -535,7 +479,7 @@ def test_an_attack_is_not_lost_where_train_fails_on_the_way_back():
         def forward(self, x):
             return self.net(x)
 
-    model, (x, y) = ForInference(), batch()
+    model, (x, y) = ForInference(nn.Sequential(nn.Flatten(), nn.Linear(192, 10))), batch()
     with pytest.warns(RuntimeWarning, match="ForInference changed its mode.*fails on the way back: this model is for inference"):
         x_adv = sk.pgd(model, x, y, EPS)
     assert (x_adv != x).any()
@@ -543,17 +487,14 @@ def test_an_attack_is_not_lost_where_train_fails_on_the_way_back():
 
 
 def test_threads_attack_a_model_that_writes_on_itself():
-    class Caching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.cache = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), {}
-
+    class Caching(Around):
         def forward(self, x):
             self.cache[len(self.cache) % 50] = [x.sum()]
             self.cache.pop(len(self.cache) // 2, None)
             return self.net(x)
 
-    model, (x, y) = Caching(), batch()
+    model, (x, y) = Caching(linear(192).train()), batch()
+    model.cache = {}
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

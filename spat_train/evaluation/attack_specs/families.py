@@ -59,7 +59,7 @@ class _Ascent(Attack):
 
     @property
     def maximised(self) -> losses.Loss:
-        return losses.named(self.loss, **dict(self.settings))
+        return losses.lookup(self.loss, **dict(self.settings))
 
     @property
     @abstractmethod

@@ -1,20 +1,20 @@
-"""Signs that attacks by gradients say little about a model: AutoAttack warns of them, `spat_train` counts them.
+"""Signs of gradient masking, where attacks by gradients say little. AutoAttack warns of them, `spat_train` counts them.
 
-They are those of AutoAttack's authors (arXiv 2003.01690 and its code); see also Athalye et al., arXiv 1802.00420, and Carlini et
-al., arXiv 1902.06705.
+The signs are those of AutoAttack's authors (arXiv 2003.01690 and its code). See also Athalye et al., arXiv 1802.00420, and
+Carlini et al., arXiv 1902.06705.
 """
 
 import torch
 from torch import Tensor
 
-from ..cuda_graphs.run import FP16_SCALE
+from ..precision import logit_gradient_scale
 
 ROUNDING = 1e-4  # of the largest logit. Sums in another order differ by some 1e-6 of it, also in deep networks.
 RULED_OUT = 1e3  # Constants larger than others by this, such as -1e9, rule classes out and say nothing of the logits' size.
-SQUARE_SHARE = 0.002  # of the images: so many that Square alone breaks are more than bad luck
+SQUARE_SHARE = 0.002  # of the images. If Square alone breaks more than these, it is more than bad luck.
 
 
-def difference(logits: Tensor, again: Tensor) -> tuple[float, float]:
+def logit_difference(logits: Tensor, again: Tensor) -> tuple[float, float]:
     """The largest difference of the logits of the same images, [B, K] each, and the largest that rounding explains.
 
     A NaN is no different from another; of a NaN and a number the difference is infinite.
@@ -35,7 +35,7 @@ def are_probabilities(logits: Tensor) -> bool:
     return bool(((rows >= -rounding) & (rows <= 1 + rounding)).all() & ((rows.sum(1) - 1).abs() <= rounding).all())
 
 
-def without_gradient(gradient, x: Tensor, y: Tensor) -> Tensor:
+def has_no_gradient(gradient, x: Tensor, y: Tensor) -> Tensor:
     """bool [B]: where the gradient of the margin z_y - max_{k != y} z_k is NaN, or 0 everywhere.
 
     The margin does not saturate, as cross-entropy does.
@@ -46,7 +46,7 @@ def without_gradient(gradient, x: Tensor, y: Tensor) -> Tensor:
     """
     logits = gradient.forward(x)
     other = logits.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True)
-    scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
+    scale = logit_gradient_scale(logits.dtype)
     dlogits = torch.zeros_like(logits).scatter_(1, other, -scale).scatter_(1, y[:, None], scale)
     grad = gradient.backward(dlogits).flatten(1)
     return (grad == 0).all(1) | grad.isnan().any(1)

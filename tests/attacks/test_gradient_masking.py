@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from spat_kernels import AutoAttack
-from spat_kernels.attacks import signs
+from spat_kernels.attacks import gradient_masking
 from spat_kernels.predictions import predictions
-from tests.attacks.test_fooled import EPS, Around, attackable, linear
+from tests.helpers import Around, classified, linear
 from tests.test_predictions import Overflows
+
+EPS = 0.1
 
 
 class ZeroGradient(torch.autograd.Function):
@@ -39,7 +41,7 @@ class Softmax(Around):
 
 def said(model, version="standard", eps=0.05) -> list[str]:
     net = getattr(model, "net", model)
-    x, y = attackable(net, 60, (3, 8, 8))
+    x, y = classified(net, 60, (3, 8, 8))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         AutoAttack(eps, version=version, steps=5, queries=100).run(model.eval(), x, y)
@@ -78,7 +80,7 @@ def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
             AutoAttack(0.05, version=("apgd-ce",), steps=2, bounds=(0, 3), **how).run(model.eval(), x, y)
         return [str(w.message) for w in caught]
 
-    x, y = attackable(net, 6, (3, 8, 8))
+    x, y = classified(net, 6, (3, 8, 8))
     x[4, 0, 0, 0] = 2.5
     for batch_size in (None, 2):
         assert said_of(NaNAt(net), x, y, batch_size=batch_size) == [
@@ -101,13 +103,13 @@ def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
 
 
 def test_the_check_for_randomness_draws_nothing_of_the_callers():
-    x, y = attackable(linear(192), 8, (3, 8, 8))
+    x, y = classified(linear(192), 8, (3, 8, 8))
     found = []
-    for difference in (signs.difference, lambda *logits: (0.0, 1.0)):
+    for difference in (gradient_masking.logit_difference, lambda *logits: (0.0, 1.0)):
         torch.manual_seed(3)
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch.setattr(signs, "difference", difference)
+            patch.setattr(gradient_masking, "logit_difference", difference)
             AutoAttack(EPS, version=("apgd-ce",), steps=2).run(Noisy(linear(192)), x, y)
         found.append(torch.rand(1))
     assert torch.equal(*found)
@@ -115,19 +117,23 @@ def test_the_check_for_randomness_draws_nothing_of_the_callers():
 
 def test_differences_of_logits():
     a = torch.tensor([[1.0, torch.nan], [torch.inf, -2.0], [-1e9, 0.0]])
-    assert signs.difference(a, a.clone()) == (0.0, 0.0)
+    assert gradient_masking.logit_difference(a, a.clone()) == (0.0, 0.0)
     b = torch.tensor([[1.0, torch.nan], [torch.inf, -2.5], [-1e9, 0.0]])
-    assert signs.difference(a, b) == (0.5, 2 * signs.ROUNDING), "what rules a class out does not count"
-    assert signs.difference(a.bfloat16(), b.bfloat16()) == (0.5, 4 * torch.finfo(torch.bfloat16).eps)
+    assert gradient_masking.logit_difference(a, b) == (0.5, 2 * gradient_masking.ROUNDING), (
+        "what rules a class out does not count"
+    )
+    assert gradient_masking.logit_difference(a.bfloat16(), b.bfloat16()) == (0.5, 4 * torch.finfo(torch.bfloat16).eps)
     small = torch.tensor([[20.0, 0.1, -3.0]])
-    assert signs.difference(small, small + torch.tensor([0.0, 1e-6, 0.0]))[1] == 20 * signs.ROUNDING, "the largest is no mask"
+    assert (
+        gradient_masking.logit_difference(small, small + torch.tensor([0.0, 1e-6, 0.0]))[1] == 20 * gradient_masking.ROUNDING
+    ), "the largest is no mask"
     a = a[:2]
-    assert signs.difference(a, torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
+    assert gradient_masking.logit_difference(a, torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
 
 
 def test_probabilities():
     logits = torch.randn(5, 7)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert signs.are_probabilities(logits.softmax(1).to(dtype))
-        assert not signs.are_probabilities(logits.to(dtype))
-        assert not signs.are_probabilities(logits.sigmoid().to(dtype))
+        assert gradient_masking.are_probabilities(logits.softmax(1).to(dtype))
+        assert not gradient_masking.are_probabilities(logits.to(dtype))
+        assert not gradient_masking.are_probabilities(logits.sigmoid().to(dtype))
