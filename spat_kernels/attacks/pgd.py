@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 from .. import checks
 from ..cuda_graphs.capture import graphs
 from ..cuda_graphs.run import Batch, PGDRun
-from ..input_gradient.choose import check_precision, is_planned
+from ..input_gradient.choose import check_precision
+from ..input_gradient.plan_cache import is_planned
 from ..losses import DLR, OURS, KLDivergence, LabelSmoothedCE, LossLike, Margin, as_loss
 from ..settings import SELECT, BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select
 from ._common import check_radius, check_settings, default_generator, drawing_undone, usable, warn_of_nan

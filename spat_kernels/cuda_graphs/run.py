@@ -10,7 +10,7 @@ from .. import ops
 from ..balls import BALLS, Ball, box, fill_
 from ..input_gradient.autograd import InputGradient
 from ..input_gradient.choose import input_gradient
-from ..input_gradient.plan import PlannedGradient
+from ..input_gradient.planned_gradient import PlannedGradient
 from ..losses import Loss, value_dtype
 from ..ops._common import acc_dtype
 from ..predictions import predictions

@@ -92,7 +92,7 @@ def lsce_grad_kernel(
     scale = tl.cast(scale, ACC) * tl.cast(sign, ACC)
     b_zy = tl.load(logits_ptr + i_b * K + b_y, mask=i_b < B, other=0.0).to(ACC)
     b_top, b_sum = online_softmax(logits_ptr, i_b, b_y, B, K, BLOCK_B, BLOCK_K, ACC)
-    # p_k = e^(z_k - top) * factor / divisor; math.h has the same
+    # p_k = e^(z_k - top) * factor / divisor; losses.h has the same
     b_max = tl.maximum(b_top, b_zy)
     b_factor = tl.exp(b_top - b_max)
     b_others = b_sum * b_factor

@@ -20,7 +20,8 @@ from spat_kernels import PGD, checks, losses
 from spat_kernels.attacks import pgd as attacks
 from spat_kernels.cuda_graphs import capture as graph_module
 from spat_kernels.cuda_graphs.capture import CudaGraph, Graphs
-from spat_kernels.input_gradient.trace import CannotPlan, _NoLooking
+from spat_kernels.input_gradient.nodes import CannotPlan
+from spat_kernels.input_gradient.trace import _NoLooking
 from tests.attacks.test_pgd import EPS, Recorder, batch, cnn
 from tests.cuda_graphs.fake_graph import FakeGraph
 from tests.model_state.test_borrow import assert_same, snapshot

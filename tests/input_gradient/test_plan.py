@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spat_kernels as sk
 from spat_kernels import precision
 from spat_kernels.input_gradient import choose as engine
-from spat_kernels.input_gradient import plan, trace
+from spat_kernels.input_gradient import plan, plan_cache, trace
 from spat_kernels.input_gradient.autograd import InputGradient
-from spat_kernels.input_gradient.plan import Linear, PlannedGradient, PoolLinear
+from spat_kernels.input_gradient.plan import Linear, PoolLinear
+from spat_kernels.input_gradient.planned_gradient import PlannedGradient
 from spat_train.models.registry import SmallCNN, create
 
 EPS = 8 / 255
@@ -678,7 +679,7 @@ def traces(monkeypatch):
         made.append(model)
         return trace.trace(model, x)
 
-    monkeypatch.setattr(engine, "trace", counted)
+    monkeypatch.setattr(plan_cache, "trace", counted)
     yield made
     made.clear()
 
