@@ -7,6 +7,7 @@ import copy
 import inspect
 import operator
 import threading
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -164,17 +165,10 @@ class _Proxy(torch.fx.Proxy):
     def _in_place(self, function, other):
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __iadd__(self, other):
-        return self._in_place(operator.iadd, other)
-
-    def __isub__(self, other):
-        return self._in_place(operator.isub, other)
-
-    def __imul__(self, other):
-        return self._in_place(operator.imul, other)
-
-    def __itruediv__(self, other):
-        return self._in_place(operator.itruediv, other)
+    __iadd__ = partialmethod(_in_place, operator.iadd)
+    __isub__ = partialmethod(_in_place, operator.isub)
+    __imul__ = partialmethod(_in_place, operator.imul)
+    __itruediv__ = partialmethod(_in_place, operator.itruediv)
 
 
 class _Reader(torch.fx.Interpreter, Network):

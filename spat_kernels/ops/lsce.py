@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check, check_rows, is_class, load_rows, row_grid, safe_labels
+from ._common import acc_dtype, check, check_rows, is_class, launch_rows, load_rows, safe_labels
 
 # --- reference ---
 
@@ -127,13 +127,8 @@ def lsce_grad_triton(
     normalize: bool,
 ) -> None:  # fmt: skip
     check_lsce(logits, labels, dlogits, loss, alpha, normalize)
-    if logits.numel():
-        grid, tile = row_grid(logits)
-        with torch.cuda.device_of(logits):
-            lsce_grad_kernel[grid](
-                logits, labels, dlogits, loss, len(logits), alpha, alpha / (logits.shape[1] - 1), scale,
-                -1.0 if targeted else 1.0, WITH_LOSS=loss is not None, SMOOTH=alpha > 0, NORMALIZE=normalize, **tile,
-            )  # fmt: skip
+    numbers = alpha, alpha / (logits.shape[1] - 1), scale, -1.0 if targeted else 1.0
+    launch_rows(lsce_grad_kernel, logits, labels, dlogits, loss, numbers=numbers, SMOOTH=alpha > 0, NORMALIZE=normalize)
 
 
 # --- registration ---

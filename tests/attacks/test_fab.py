@@ -15,7 +15,7 @@ from spat_kernels.input_gradient.choose import input_gradient
 from spat_train.models.registry import create
 from tests.attacks.test_apgd import NORMS, attackable, correct, sharp
 from tests.attacks.test_pgd import EPS, Recorder, batch, cnn, strange_layouts
-from tests.input_gradient.test_plan import randomized
+from tests.input_gradient.models import randomized
 from tests.model_state.test_borrow import assert_same, mixed_model, snapshot
 
 ORDER = {"linf": torch.inf, "l2": 2}

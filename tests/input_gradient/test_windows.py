@@ -7,7 +7,7 @@ from torch import nn
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.windows import Windows
 from spat_train.models.registry import MnistCNN, create
-from tests.input_gradient.test_plan import MODELS, images, planned, randomized
+from tests.input_gradient.models import MODELS, images, planned, randomized
 
 
 def check(model, x, sizes, seed=0):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import acc, reference, sentinels
+from tests.ops.helpers import acc, reference, sentinels
 
 
 def step(impl, x_adv, x, grad, eps, step_size, nan_seen=None):
@@ -84,7 +84,9 @@ def test_unusable_elements_count_as_zero(impl):
     nan_seen = torch.zeros(4, dtype=torch.uint8, device=impl.device)
     delta = step(impl, x.clone(), x, grad, 1.0, 0.25, nan_seen) - x
     assert nan_seen.tolist() == [1, 1, 1, 0]
-    assert delta[0, 3] == 0 and delta[1, 5] == 0 and not delta[2].any(), "nothing usable: no step"
+    assert delta[0, 3] == 0
+    assert delta[1, 5] == 0
+    assert not delta[2].any(), "nothing usable: no step"
     torch.testing.assert_close(delta.norm(dim=1).cpu(), torch.tensor([0.25, 0.25, 0.0, 0.25]))
 
 

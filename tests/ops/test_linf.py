@@ -4,10 +4,19 @@ import pytest
 import torch
 
 from spat_kernels.ops.linf import philox_ref
-from tests.conftest import acc, reference, sentinels
+from tests.ops.helpers import acc, reference, sentinels
 
 SHAPES = [(0, 3, 4, 4), (1, 1), (1, 127), (3, 1001), (5, 3, 7, 7), (4, 3, 32, 32)]
 SEED = (0x0123456789ABCDEF, -5)
+
+
+def samples(dtype):
+    x_adv, x, grad = (torch.rand(4, 3, 32, 32).to(dtype) for _ in range(3))
+    one, each, seed = torch.full((1,), 0.1, dtype=acc(dtype)), torch.rand(4, dtype=acc(dtype)), torch.tensor([1, 2])
+    yield "linf_random_start_", (x_adv, x, one, seed, 0.0, 1.0)
+    for op in ("linf_step_", "l2_step_"):
+        yield op, (x_adv, x, grad, one, one, 0.0, 1.0, torch.zeros(4, dtype=torch.uint8))
+        yield op, (x_adv, x, grad, each, one, 0.0, 1.0, None)
 
 
 def images(shape, dtype, device, **layout):
