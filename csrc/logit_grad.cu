@@ -1,7 +1,8 @@
 // Gradients of the attack losses at the logits. One warp a row: the row is read from memory once and again from L1, the
 // gradient is written once. Rows that start on 16 bytes go in packets, others (K = 10 in fp32) element by element.
-#include "losses.h"
 #include "vec.cuh"
+
+#include "losses.h"
 
 namespace spat {
 namespace {

@@ -1,5 +1,6 @@
 """What the tests of the ops share: where the ops are, tensors in guarded memory, and what is compared."""
 
+import itertools
 import pkgutil
 from importlib import import_module
 
@@ -46,6 +47,14 @@ def sentinels(shape, dtype, device, offset: int = 0, channels_last: bool = False
         return bool((buffer[: margin + offset] == rim).all() and (buffer[margin + offset + numel :] == rim).all())
 
     return t, intact
+
+
+def layouts(impl, shape):
+    """(dtype of the images, dtype of their gradient, layout for `sentinels`)"""
+    halves = set(impl.dtypes) - {torch.float64}
+    formats = [{}, {"offset": 1}] + [{"channels_last": True}, {"channels_last": True, "offset": 3}] * (len(shape) == 4)
+    for dtype in impl.dtypes:
+        yield from itertools.product([dtype], [dtype] if dtype == torch.float64 else halves, formats)
 
 
 def image(shape, channels, dtype, device, offset=0):

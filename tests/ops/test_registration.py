@@ -28,54 +28,50 @@ def test_every_op_is_checked():
     assert {op for op, _ in all_samples()} == set(OPS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_ops_between_convolutions_compile_in_one_graph(device, dynamic):
-    def there_and_back(x, wide, scale, mask, weight):
-        t = ops.split_image(x, wide).float()
-        out = ops.scale_shift_relu(t, torch.empty_like(t), scale=scale, mask=mask)
-        logits = ops.pool_linear(out, weight, out.new_empty(len(x), len(weight)))
-        dx = ops.pool_linear_grad(logits, weight, torch.empty_like(out), mask=mask, scale=scale)
-        return out, logits, ops.scale_shift_relu_grad(dx, torch.empty_like(out), mask=mask, scale=scale)
-
-    compiled = torch.compile(there_and_back, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for batch in (4, 6):
-        x = channels_last(torch.randn(batch, 4, 8, 8, device=device))
-        wide = channels_last(torch.empty(batch, 8, 8, 8, dtype=torch.float16, device=device))
-        scale, mask = torch.randn(8, device=device), torch.zeros(batch * 64, 1, dtype=torch.uint8, device=device)
-        arguments = x, wide, scale, mask, torch.randn(3, 8, device=device)
-        assert all(map(torch.equal, compiled(*arguments), there_and_back(*arguments)))
+def there_and_back(x, wide, scale, mask, weight):
+    t = ops.split_image(x, wide).float()
+    out = ops.scale_shift_relu(t, torch.empty_like(t), scale=scale, mask=mask)
+    logits = ops.pool_linear(out, weight, out.new_empty(len(x), len(weight)))
+    dx = ops.pool_linear_grad(logits, weight, torch.empty_like(out), mask=mask, scale=scale)
+    return out, logits, ops.scale_shift_relu_grad(dx, torch.empty_like(out), mask=mask, scale=scale)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(device, dynamic):
-    def attack_step(x_adv, x, grad, eps, z, y):
-        dlogits = ops.lsce_grad(z, y, torch.empty_like(z), alpha=0.1)
-        return ops.linf_step_(x_adv, x, grad * dlogits.sum().exp(), eps, eps), dlogits
+def network_inputs(batch):
+    x, wide = channels_last(torch.randn(batch, 4, 8, 8)), channels_last(torch.empty(batch, 8, 8, 8, dtype=torch.float16))
+    return x, wide, torch.randn(8), torch.zeros(batch * 64, 1, dtype=torch.uint8), torch.randn(3, 8)
 
-    compiled = torch.compile(attack_step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for batch in (4, 6):
-        x, grad = torch.rand(batch, 3, 8, 8, device=device), torch.randn(batch, 3, 8, 8, device=device)
-        z, y = torch.randn(batch, 10, device=device), torch.randint(10, (batch,), device=device)
-        eps = torch.tensor([0.1], device=device)
-        got, want = compiled(x.clone(), x, grad, eps, z, y), attack_step(x.clone(), x, grad, eps, z, y)
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
+
+def attack_step(x_adv, x, grad, eps, z, y):
+    dlogits = ops.lsce_grad(z, y, torch.empty_like(z), alpha=0.1)
+    return ops.linf_step_(x_adv.clone(), x, grad * dlogits.sum().exp(), eps, eps), dlogits
+
+
+def attack_inputs(batch):
+    x, grad = torch.rand(batch, 3, 8, 8), torch.randn(batch, 3, 8, 8)
+    return x, x, grad, torch.tensor([0.1]), torch.randn(batch, 10), torch.randint(10, (batch,))
+
+
+def crops(images, rows, seed):
+    out = images.new_empty(len(rows), 3, 8, 8, dtype=torch.float32)
+    return [ops.crop_flip(images, rows, rows + 1, seed, out, pad=2, flip=True) * 2]
+
+
+def crop_inputs(batch):
+    images = torch.randint(256, (10, 8, 8, 3), dtype=torch.uint8)
+    return images, torch.randperm(10)[:batch], torch.tensor([3, batch])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_crops_compile_in_one_graph(device, dynamic):
-    def batch_of(images, rows, seed):
-        out = images.new_empty(len(rows), 3, 8, 8, dtype=torch.float32)
-        return ops.crop_flip(images, rows, rows + 1, seed, out, pad=2, flip=True) * 2
-
-    compiled = torch.compile(batch_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    images = torch.randint(256, (10, 8, 8, 3), dtype=torch.uint8, device=device)
+@pytest.mark.parametrize(
+    ("function", "inputs"), [(there_and_back, network_inputs), (attack_step, attack_inputs), (crops, crop_inputs)]
+)
+def test_compiles_in_one_graph(device, function, inputs, dynamic):
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (4, 6):
-        rows, seed = torch.randperm(10, device=device)[:batch], torch.tensor([3, batch], device=device)
-        assert torch.equal(compiled(images, rows, seed), batch_of(images, rows, seed))
+        with torch.device(device):
+            arguments = inputs(batch)
+        assert all(map(torch.equal, compiled(*arguments), function(*arguments)))
 
 
 def test_config_tells_what_serves():
