@@ -21,22 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spat_kernels.ops import (
-    crop_flip,
-    dlr_grad,
-    keep_best_,
-    kl_grad,
-    l2_step_,
-    linf_random_start_,
-    linf_step_,
-    lsce_grad,
-    margin_grad,
-    pool_linear,
-    pool_linear_grad,
-    scale_shift_relu,
-    scale_shift_relu_grad,
-    split_image,
-)
+from spat_kernels import ops
 from spat_kernels.ops.crop_flip import crops_ref
 
 DEVICE = "cpu"
@@ -133,7 +118,7 @@ def images(shape, dtype=torch.float32, memory_format=torch.contiguous_format) ->
     return [t.to(dtype).contiguous(memory_format=memory_format) for t in (x, x_adv, grad)]
 
 
-def linf_step(shape, dtype=torch.float32, memory_format=torch.contiguous_format, op=linf_step_) -> Work:
+def linf_step(shape, dtype=torch.float32, memory_format=torch.contiguous_format, op=ops.linf_step_) -> Work:
     x, x_adv, grad = images(shape, dtype, memory_format)
     eps, step = torch.tensor([EPS]), torch.tensor([STEP])
 
@@ -166,7 +151,7 @@ def linf_random_start(shape) -> Work:
         assert (adv - x).abs().max() <= EPS + 1e-6
         return torch.stack([(adv - x).mean(), (adv - x).std()])
 
-    return Work(lambda: linf_random_start_(x_adv, x, eps, seed), {"eager": eager}, moments, atol=5e-4)
+    return Work(lambda: ops.linf_random_start_(x_adv, x, eps, seed), {"eager": eager}, moments, atol=5e-4)
 
 
 def l2_step(shape) -> Work:
@@ -181,7 +166,7 @@ def l2_step(shape) -> Work:
         factor = torch.min(0.5 / norms, torch.ones_like(norms))
         return torch.clamp(x + delta * factor.view(-1, 1, 1, 1), min=0, max=1).detach()
 
-    return Work(lambda: l2_step_(x_adv, x, grad, eps, step), {"torchattacks": torchattacks})
+    return Work(lambda: ops.l2_step_(x_adv, x, grad, eps, step), {"torchattacks": torchattacks})
 
 
 def keep_best(shape) -> Work:
@@ -200,10 +185,10 @@ def keep_best(shape) -> Work:
         best[better] = x_adv[better]
         return best
 
-    rivals = {"torch.where": where, "index": index}
-    return Work(
-        lambda: keep_best_(best, best_loss, None, x_adv, loss), rivals, reset=lambda: best_loss.fill_(0.5), synchronise=("index",)
-    )
+    def ours():
+        return ops.keep_best_(best, best_loss, None, x_adv, loss)
+
+    return Work(ours, {"torch.where": where, "index": index}, reset=lambda: best_loss.fill_(0.5), synchronise=("index",))
 
 
 # --- between convolutions ---
@@ -235,19 +220,19 @@ def forward(shape, dtype=torch.float32) -> Work:
     def batch_norm():
         return F.batch_norm(a, mean, var, scale, shift, eps=1e-12).relu_()
 
-    ours = partial(scale_shift_relu, a, out, scale=scale, shift=shift, mask=mask)
+    ours = partial(ops.scale_shift_relu, a, out, scale=scale, shift=shift, mask=mask)
     return Work(ours, {"eager": eager, "batch_norm + relu": batch_norm}, atol=rounding(dtype))
 
 
 def backward(shape, dtype=torch.float32) -> Work:
     grad, a, scale, _, wide_scale, _, mask = activations(shape, dtype)
     activation, dx = torch.empty_like(a), torch.empty_like(grad)
-    scale_shift_relu(a, activation, mask=mask)
+    ops.scale_shift_relu(a, activation, mask=mask)
 
     def eager():
         return torch.ops.aten.threshold_backward(grad, activation, 0).mul_(wide_scale)
 
-    ours = partial(scale_shift_relu_grad, grad, dx, mask=mask, scale=scale)
+    ours = partial(ops.scale_shift_relu_grad, grad, dx, mask=mask, scale=scale)
     return Work(ours, {"eager": eager}, atol=rounding(dtype))
 
 
@@ -260,7 +245,7 @@ def split(shape) -> Work:
         hi = x.bfloat16()
         return torch.cat([hi, (x - hi).bfloat16(), zeros], 1)
 
-    return Work(lambda: split_image(x, out), {"eager": eager})
+    return Work(lambda: ops.split_image(x, out), {"eager": eager})
 
 
 def head(shape, classes) -> list[Tensor]:
@@ -276,14 +261,14 @@ def head_forward(shape, dtype=torch.float32, classes=10) -> Work:
     def eager():
         return F.linear(x.mean((2, 3), dtype=torch.float32), weight, bias)
 
-    return Work(lambda: pool_linear(x, weight, logits, bias=bias), {"eager": eager}, atol=1e-4)
+    return Work(lambda: ops.pool_linear(x, weight, logits, bias=bias), {"eager": eager}, atol=1e-4)
 
 
 def head_backward(shape, dtype=torch.float32, classes=10) -> Work:
     """Through the BatchNorm and ReLU in front of the pooling; in bf16 each sample is scaled."""
     a, dx, scale, _, wide_scale, _, mask = activations(shape, dtype)
     weight, _, dlogits = head(shape, classes)
-    activation = scale_shift_relu(a, torch.empty_like(a), mask=mask)
+    activation = ops.scale_shift_relu(a, torch.empty_like(a), mask=mask)
     factor = torch.empty(shape[0]) if dtype == torch.bfloat16 else None
 
     def eager():
@@ -297,7 +282,7 @@ def head_backward(shape, dtype=torch.float32, classes=10) -> Work:
         g = g[:, :, None, None].expand_as(a).contiguous(memory_format=torch.channels_last)
         return torch.ops.aten.threshold_backward(g, activation, 0).mul_(wide_scale)
 
-    ours = partial(pool_linear_grad, dlogits, weight, dx, mask=mask, scale=scale, factor=factor)
+    ours = partial(ops.pool_linear_grad, dlogits, weight, dx, mask=mask, scale=scale, factor=factor)
     return Work(ours, {"eager": eager}, atol=2**-7 if dtype == torch.bfloat16 else 1e-6)
 
 
@@ -330,7 +315,7 @@ def crops(shape, dtype=torch.float32, memory_format=torch.contiguous_format) -> 
             crops.append(image.flip(1) if mirrored else image)
         return torch.stack(crops).movedim(-1, 1).to(dtype, memory_format=memory_format).div_(255)
 
-    ours = partial(crop_flip, pool, rows, rows, seed, out, pad=pad, flip=True)
+    ours = partial(ops.crop_flip, pool, rows, rows, seed, out, pad=pad, flip=True)
     return Work(ours, {"index": index, "one by one": one_by_one})
 
 
@@ -364,7 +349,7 @@ def lsce(alpha: float):
         classes = z.shape[1]
         return F.cross_entropy(z, y, label_smoothing=alpha * classes / (classes - 1), reduction="sum")
 
-    return rows(lambda z, y, q, g: lsce_grad(z, y, g, alpha=alpha), eager)
+    return rows(lambda z, y, q, g: ops.lsce_grad(z, y, g, alpha=alpha), eager)
 
 
 def lsce_normalized(shape) -> Work:
@@ -377,22 +362,17 @@ def lsce_normalized(shape) -> Work:
         y = labels[:, None]
         return z.scatter(1, y, -torch.inf).softmax(1).scatter_(1, y, -1.0)
 
-    return Work(lambda: lsce_grad(z, labels, dlogits, normalize=True), {"eager": eager})
+    return Work(lambda: ops.lsce_grad(z, labels, dlogits, normalize=True), {"eager": eager})
 
 
 def lsce_host(shape) -> Work:
-    z, y, g, loss = (
-        torch.randn(shape),
-        torch.zeros(shape[0], dtype=torch.int64),
-        torch.empty(shape),
-        torch.empty(shape[0]),
-    )
+    z, y, g, loss = torch.randn(shape), torch.zeros(shape[0], dtype=torch.int64), torch.empty(shape), torch.empty(shape[0])
     op = torch.ops.spat.lsce_grad.default
     return Work(lambda: (op(z, y, g, loss, 0.1, False, 1.0, False), g)[1])
 
 
 kl = rows(
-    lambda z, y, q, g: kl_grad(z, q, g),
+    lambda z, y, q, g: ops.kl_grad(z, q, g),
     lambda z, y, q: F.kl_div(F.log_softmax(z, 1), q, reduction="sum"),
 )
 
@@ -402,7 +382,7 @@ def margin_eager(z, y, q):  # Madry et al.'s CW loss
     return (torch.max(z - 1e4 * one_hot, 1)[0] - z.gather(1, y[:, None])[:, 0]).clamp(max=50).sum()
 
 
-margin = rows(lambda z, y, q, g: margin_grad(z, y, g, kappa=50.0), margin_eager)
+margin = rows(lambda z, y, q, g: ops.margin_grad(z, y, g, kappa=50.0), margin_eager)
 
 
 def dlr_eager(z, y, q):  # AutoAttack's dlr_loss
@@ -412,7 +392,7 @@ def dlr_eager(z, y, q):  # AutoAttack's dlr_loss
     return (-(z_y - top[:, -2] * is_top - top[:, -1] * (1.0 - is_top)) / (top[:, -1] - top[:, -3] + 1e-12)).sum()
 
 
-dlr = rows(lambda z, y, q, g: dlr_grad(z, y, g), dlr_eager)
+dlr = rows(lambda z, y, q, g: ops.dlr_grad(z, y, g), dlr_eager)
 
 # --- the registry ---
 

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "cpu.h"
+#include "losses.h"
 
 namespace spat {
 namespace {

@@ -2,6 +2,8 @@
 // gradient is written once. Rows that start on 16 bytes go in packets, others (K = 10 in fp32) element by element.
 #include "vec.cuh"
 
+#include "losses.h"
+
 namespace spat {
 namespace {
 

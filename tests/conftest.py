@@ -1,10 +1,9 @@
-"""Seeds, devices, worker processes and the implementations under test.
+"""Seeds, devices, worker processes, and what several folders of tests share.
 
 Where there is no GPU, Triton interprets its kernels (TRITON_INTERPRET must be set before the first import of triton).
 """
 
 import os
-from importlib import import_module
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
@@ -20,29 +19,6 @@ import pytest
 from torch import nn
 
 import spat_kernels
-from spat_kernels.ops import dlr, keep_best, kl, l2, linf, lsce, margin
-
-# The functions of these names hide their modules.
-crop_flip, pool_linear, scale_shift_relu, split_image = (
-    import_module(f"spat_kernels.ops.{name}") for name in ("crop_flip", "pool_linear", "scale_shift_relu", "split_image")
-)
-
-OPS = {
-    "linf_random_start_": linf,
-    "linf_step_": linf,
-    "l2_step_": l2,
-    "lsce_grad": lsce,
-    "kl_grad": kl,
-    "margin_grad": margin,
-    "dlr_grad": dlr,
-    "keep_best_": keep_best,
-    "scale_shift_relu": scale_shift_relu,
-    "scale_shift_relu_grad": scale_shift_relu,
-    "split_image": split_image,
-    "pool_linear": pool_linear,
-    "pool_linear_grad": pool_linear,
-    "crop_flip": crop_flip,
-}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -63,44 +39,6 @@ def pytest_configure(config):
         raise pytest.UsageError(f"{spat_kernels.__path__[0]} is not compiled: run pip install -e '.[test]' in the checkout")
 
 
-class Implementation:
-    """One way to run the ops: `impl("linf_step_")(x_adv, ...)` writes into its arguments."""
-
-    def __init__(self, name: str):
-        self.kind, self.device = name.split("-")
-        # The interpreter passes scalars as fp32 and truncates to bf16, so those two dtypes are for a GPU to test.
-        self.interpreted = self.kind == "triton" and self.device == "cpu"
-        self.offsets = (1,) if self.interpreted else (0, 1)  # elements off alignment, which the interpreter does not know
-        self.dtypes = [torch.float32, torch.float16] + ([] if self.interpreted else [torch.bfloat16, torch.float64])
-
-    def __call__(self, op: str):
-        if self.kind == "compiled":
-            return getattr(torch.ops.spat, op).default
-        return getattr(OPS[op], f"{op.rstrip('_')}_triton")
-
-    def __repr__(self):
-        return f"{self.kind}-{self.device}"
-
-
-def reference(op: str):
-    return getattr(OPS[op], f"{op.rstrip('_')}_ref")
-
-
-@pytest.fixture(
-    params=[
-        "compiled-cpu",
-        "triton-cpu",
-        pytest.param("compiled-cuda", marks=pytest.mark.gpu),
-        pytest.param("triton-cuda", marks=pytest.mark.gpu),
-    ]
-)
-def impl(request) -> Implementation:
-    implementation = Implementation(request.param)
-    if implementation.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("a GPU is here: Triton compiles instead of interpreting")
-    return implementation
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     return request.param
@@ -117,28 +55,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def sentinels(shape, dtype, device, offset: int = 0, channels_last: bool = False):
-    """A poisoned dense tensor inside a buffer of a known value, `offset` elements off alignment, and a check of the rim."""
-    numel, rim = int(torch.Size(shape).numel()), 64
-    buffer = torch.full((numel + 2 * rim,), 7.0, dtype=dtype, device=device)
-    flat = buffer[rim + offset : rim + offset + numel]
-    flat.fill_(torch.nan)  # poison: what is not written shows
-    if channels_last:
-        b, c, *rest = shape
-        t = flat.view(b, *rest, c).movedim(-1, 1)
-    else:
-        t = flat.view(shape)
-
-    def intact() -> bool:
-        return bool((buffer[: rim + offset] == 7).all() and (buffer[rim + offset + numel :] == 7).all())
-
-    return t, intact
 
 
 @pytest.fixture

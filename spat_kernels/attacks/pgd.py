@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import checks, ops
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch, Run
-from ..input_gradient.choose import check_precision, is_planned
+from ..input_gradient.choose import check_precision
+from ..input_gradient.plan_cache import is_planned
 from ..losses import DLR, OURS, LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype
 from ..predictions import predictions

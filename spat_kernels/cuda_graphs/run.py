@@ -8,7 +8,7 @@ from torch import Tensor
 from ..balls import BALLS, Ball, box, fill_
 from ..input_gradient.autograd import InputGradient
 from ..input_gradient.choose import input_gradient
-from ..input_gradient.plan import PlannedGradient
+from ..input_gradient.planned_gradient import PlannedGradient
 from ..losses import Loss
 from ..precision import logit_gradient_scale
 

@@ -1,76 +1,27 @@
-"""From a model to a list of nodes that the input-gradient plan knows: torch.fx, read as a small language.
+"""From a model to a list of nodes: torch.fx traces it, and each operation of the graph is read by its rule (rules.py).
 
-    input · conv · linear · affine (BatchNorm, normalisation) · relu · add · mean (global average pooling) · reshape
-    local (any other function of a sample's values without parameters of its own: differentiated by autograd, alone)
-
-What does not fit raises `CannotPlan` with the reason. Nodes name parameters and never hold them, so that a list of nodes keeps no
-model alive, and stays right when the weights change.
+What does not fit raises `CannotPlan` with the reason.
 """
 
 import copy
 import inspect
 import operator
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .nodes import CannotPlan, Network, Node
+from .rules import FUNCTIONS, MODULES, find_rule, is_normalize
+
 PROBES = 5  # samples that a model is traced with; no usual size, so that a batch is told from other dimensions
-
-
-class CannotPlan(Exception):
-    """Why a model does not take the plan."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A parameter or buffer, as the path of its module and its name there."""
-
-    path: str
-    name: str
-
-    def of(self, modules: dict[str, nn.Module]) -> Tensor:
-        return getattr(modules[self.path], self.name)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """BatchNorm by its running statistics; `weight` and `bias` may be None."""
-
-    weight: Ref | None
-    bias: Ref | None
-    mean: Ref
-    var: Ref
-    eps: float
-
-
-@dataclass(frozen=True)
-class Term:
-    """One operation with a constant: "mul", "add", "sub", "div", "rsub" (constant - x)."""
-
-    kind: str
-    constant: "Ref | float | tuple[float, ...]"
-
-
-@dataclass
-class Node:
-    """One value of the network. `shape` is that of one sample; `inputs` are indices of earlier nodes."""
-
-    kind: str
-    inputs: tuple[int, ...]
-    shape: tuple[int, ...]
-    name: str
-    weight: Ref | None = None  # conv, linear
-    bias: Ref | None = None
-    conv: dict | None = None  # stride, padding, dilation, groups
-    norm: "Norm | Term | None" = None  # affine
-    function: Callable | None = None  # local: the values of `inputs` -> this value
+ALIASING = {"flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose"}
+ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def trace(model: nn.Module, x: Tensor) -> list[Node]:
@@ -183,7 +134,7 @@ class _Tracer(torch.fx.Tracer):
         self._thread = threading.get_ident()
 
     def is_leaf_module(self, m, path):
-        if _is_normalize(m) or type(m) in MODULES:
+        if is_normalize(m) or type(m) in MODULES:
             return True
         return super().is_leaf_module(m, path) and not isinstance(m, nn.Sequential)
 
@@ -214,37 +165,18 @@ class _Proxy(torch.fx.Proxy):
     def _in_place(self, function, other):
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __iadd__(self, other):
-        return self._in_place(operator.iadd, other)
-
-    def __isub__(self, other):
-        return self._in_place(operator.isub, other)
-
-    def __imul__(self, other):
-        return self._in_place(operator.imul, other)
-
-    def __itruediv__(self, other):
-        return self._in_place(operator.itruediv, other)
+    __iadd__ = partialmethod(_in_place, operator.iadd)
+    __isub__ = partialmethod(_in_place, operator.isub)
+    __imul__ = partialmethod(_in_place, operator.imul)
+    __itruediv__ = partialmethod(_in_place, operator.itruediv)
 
 
-def _is_normalize(m: nn.Module) -> bool:
-    return type(m).__name__ == "Normalize" and type(m).__module__.startswith("torchvision.transforms")
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------------------
-
-
-class _Reader(torch.fx.Interpreter):
-    """Runs the traced graph on a few samples and writes down each operation as a `Node`.
-
-    A value in the graph is a `_Value` (an index of a node) where it depends on the images and plain data where it does not.
-    """
+class _Reader(torch.fx.Interpreter, Network):
+    """Runs the traced graph on a few samples and writes down each operation as a `Node`."""
 
     def __init__(self, model: nn.Module, graph: torch.fx.Graph):
-        super().__init__(torch.fx.GraphModule(model, graph, class_name="traced"), garbage_collect_values=False)
-        self.nodes: list[Node] = []
-        self.model = model
-        self.index: dict[torch.fx.Node, int] = {}  # fx node -> the node that holds its value
+        torch.fx.Interpreter.__init__(self, torch.fx.GraphModule(model, graph, class_name="traced"), garbage_collect_values=False)
+        Network.__init__(self, model)
         self.root: dict[torch.fx.Node, torch.fx.Node] = {}  # fx node -> whose memory it may share
         self.order = {n: i for i, n in enumerate(graph.nodes)}
 
@@ -274,9 +206,9 @@ class _Reader(torch.fx.Interpreter):
                 return result  # a default
             if self.nodes:
                 raise CannotPlan(f"forward takes a second input, {n.target}")
-            self._add(n, "input", ())
-            self.root[n] = n
             self._check_batch(n, result)
+            self.add(n, "input")
+            self.root[n] = n
         elif n.op == "output":
             (answer,) = n.args
             if not isinstance(answer, torch.fx.Node) or answer not in self.index:
@@ -308,7 +240,7 @@ class _Reader(torch.fx.Interpreter):
             raise CannotPlan(f"{n.name} has shape {tuple(result.shape)} for a batch of {len(self.probe)}: samples may mix")
         if result.dtype != self.probe.dtype:
             raise CannotPlan(f"{n.name} changes the dtype from {self.probe.dtype} to {result.dtype}")
-        self._shape = tuple(result.shape[1:])
+        self.shape = tuple(result.shape[1:])
 
     def _check_in_place(self, n):
         """An operation in place is the same as one out of place while nobody reads the old value later."""
@@ -325,19 +257,10 @@ class _Reader(torch.fx.Interpreter):
                 if late:
                     raise CannotPlan(f"{n.name} works in place on a value that {late[0].name} reads later")
 
-    def _add(self, n, kind, inputs, **fields) -> None:
-        shape = fields.pop("shape", None) or (self._shape if self.nodes else tuple(self.probe.shape[1:]))
-        self.nodes.append(Node(kind, tuple(inputs), shape, n.name, **fields))
-        self.index[n] = len(self.nodes) - 1
-
-    def _same(self, n, source) -> None:
-        """`n` is the value of `source`."""
-        self.index[n] = self.index[source]
-
     def _read(self, n: torch.fx.Node) -> None:
         if n.op == "call_module" and isinstance(n.target, str):
             m = self.fetch_attr(n.target)
-            rule = _normalize if _is_normalize(m) else MODULES.get(type(m))
+            rule = find_rule(m)
             if rule is None:
                 raise CannotPlan(f"no rule for {type(m).__module__}.{type(m).__qualname__} ({n.target})")
             if len(n.args) != 1 or n.kwargs:
@@ -351,37 +274,6 @@ class _Reader(torch.fx.Interpreter):
             raise CannotPlan(f"no rule for {name} ({n.name})")
         return rule(self, n, *n.args, **n.kwargs)
 
-    # -- what rules ask --
-
-    def is_value(self, a) -> bool:
-        return isinstance(a, torch.fx.Node) and a in self.index
-
-    def plain(self, a) -> Any:
-        """The data of an argument that does not depend on the images (sizes included)."""
-        return torch.fx.node.map_arg(a, lambda node: self._plain_node(node))
-
-    def _plain_node(self, node):
-        if node in self.index:
-            raise CannotPlan(f"{node.name} is used as an argument that should be constant")
-        return self.env[node]
-
-    def ref(self, a) -> Ref | None:
-        """The parameter that an argument names."""
-        if a is None:
-            return None
-        if not isinstance(a, torch.fx.Node) or a.op != "get_attr" or not isinstance(a.target, str):
-            raise CannotPlan(f"{a} is computed and no parameter or buffer of the model")
-        path, _, name = a.target.rpartition(".")
-        if name.startswith("_tensor_constant") and not hasattr(self._original(path), name):
-            raise CannotPlan("a tensor that is no parameter, buffer or attribute of the model takes part")
-        return Ref(path, name)
-
-    def _original(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
-
-    def path(self, n) -> str:
-        return str(n.target)
-
 
 def _aliases(n, root) -> bool:
     """May the result share its argument's memory?"""
@@ -392,11 +284,6 @@ def _aliases(n, root) -> bool:
     return name in ALIASING or _in_place(n, root)
 
 
-ALIASING = {"flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose"}
-ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-
-
 def _in_place(n, root) -> bool:
     if n.op == "call_module":
         return bool(getattr(root.get_submodule(n.target), "inplace", False))
@@ -404,295 +291,3 @@ def _in_place(n, root) -> bool:
         return True
     name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or n.target in IN_PLACE
-
-
-# ---- rules: modules ---------------------------------------------------------------------------------------------------------
-
-
-def _conv(r: _Reader, n, x, m: nn.Conv2d):
-    if m.padding_mode != "zeros":
-        raise CannotPlan(f"{n.target} pads by {m.padding_mode!r}")
-    bias = None if m.bias is None else Ref(r.path(n), "bias")
-    _add_conv(r, n, x, Ref(r.path(n), "weight"), bias, m.stride, m.padding, m.dilation, m.groups)
-
-
-def _add_conv(r, n, x, weight, bias, stride, padding, dilation, groups):
-    if len(r.nodes[r.index[x]].shape) != 3:
-        raise CannotPlan(f"{n.name} convolves images without a batch")
-    if isinstance(padding, str):
-        kernel = weight.of({weight.path: r._original(weight.path)}).shape[2:]
-        extents = [d * (k - 1) for d, k in zip(_pair(dilation), kernel, strict=True)]
-        if padding == "same" and any(e % 2 for e in extents):
-            raise CannotPlan(f"{n.name} pads unevenly")
-        padding = [e // 2 if padding == "same" else 0 for e in extents]
-    conv = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation), "groups": groups}
-    r._add(n, "conv", (r.index[x],), weight=weight, bias=bias, conv=conv)
-
-
-def _pair(v) -> list[int]:
-    return [v, v] if isinstance(v, int) else list(v)
-
-
-def _batch_norm(r: _Reader, n, x, m):
-    if m.training or m.running_mean is None:
-        raise CannotPlan(f"{n.target} normalises by the statistics of the batch, which couples the samples")
-    at = {name: None if getattr(m, name) is None else Ref(r.path(n), name) for name in ("weight", "bias")}
-    _add_norm(r, n, x, Norm(at["weight"], at["bias"], Ref(r.path(n), "running_mean"), Ref(r.path(n), "running_var"), m.eps))
-
-
-def _add_norm(r, n, x, norm):
-    if len(r.nodes[r.index[x]].shape) not in (1, 3):
-        raise CannotPlan(f"{n.name} normalises values that are neither [B, C] nor [B, C, H, W]")
-    r._add(n, "affine", (r.index[x],), norm=norm)
-
-
-def _linear(r: _Reader, n, x, m: nn.Linear):
-    _add_linear(r, n, x, Ref(r.path(n), "weight"), None if m.bias is None else Ref(r.path(n), "bias"))
-
-
-def _add_linear(r, n, x, weight, bias):
-    if len(r.nodes[r.index[x]].shape) != 1:
-        raise CannotPlan(f"{n.name} applies a linear layer to values that are not [B, C]")
-    r._add(n, "linear", (r.index[x],), weight=weight, bias=bias)
-
-
-def _relu(r: _Reader, n, x, *_, **__):
-    r._add(n, "relu", (r.index[x],))
-
-
-def _identity(r: _Reader, n, x, *_, **__):
-    r._same(n, x)
-
-
-def _dropout(r: _Reader, n, x, m):
-    if m.training and m.p > 0:
-        raise CannotPlan(f"{n.target} is dropout in training mode, which draws random numbers")
-    r._same(n, x)
-
-
-def _reshape(r: _Reader, n, x, *_, **__):
-    r._add(n, "reshape", (r.index[x],))
-
-
-def _average(r: _Reader, n, x, m: nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-    shape = r.nodes[r.index[x]].shape
-    if len(shape) == 3 and r._shape == (shape[0], 1, 1) and _covers(m, shape):
-        r._add(n, "mean", (r.index[x],))
-    else:
-        _local_module(r, n, x, m)
-
-
-def _local_module(r: _Reader, n, x, m):
-    m = copy.deepcopy(m)  # it has no parameters
-    if getattr(m, "inplace", False):
-        m.inplace = False  # the plan may still need what it reads
-    r._add(n, "local", (r.index[x],), function=m)
-
-
-def _covers(pool, shape) -> bool:
-    return isinstance(pool, nn.AdaptiveAvgPool2d) or (
-        _pair(pool.kernel_size) == list(shape[1:]) and _pair(pool.padding) == [0, 0] and pool.divisor_override is None
-    )
-
-
-def _normalize(r: _Reader, n, x, m):
-    middle = _constant(r, n, "sub", x, tuple(float(v) for v in m.mean))
-    r.nodes.append(Node("affine", (middle,), r._shape, n.name + "_std", norm=Term("div", tuple(float(v) for v in m.std))))
-    r.index[n] = len(r.nodes) - 1
-
-
-def _constant(r: _Reader, n, kind, x, constant) -> int:
-    r._add(n, "affine", (r.index[x],), norm=Term(kind, constant))
-    return r.index[n]
-
-
-LOCAL_MODULES = (
-    nn.SiLU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
-    nn.ReLU6, nn.Sigmoid, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d,
-    nn.LocalResponseNorm, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
-    nn.PixelShuffle, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.Softmax2d,
-)  # fmt: skip
-MODULES: dict[type, Callable] = dict.fromkeys(LOCAL_MODULES, _local_module) | {
-    nn.Conv2d: _conv,
-    nn.BatchNorm2d: _batch_norm,
-    nn.BatchNorm1d: _batch_norm,
-    nn.SyncBatchNorm: _batch_norm,
-    nn.AvgPool2d: _average,
-    nn.AdaptiveAvgPool2d: _average,
-    nn.Linear: _linear,
-    nn.ReLU: _relu,
-    nn.Identity: _identity,
-    nn.Dropout: _dropout,
-    nn.Dropout2d: _dropout,
-    nn.AlphaDropout: _dropout,
-    nn.Flatten: _reshape,
-    nn.Unflatten: _reshape,
-}
-
-# ---- rules: functions and methods -------------------------------------------------------------------------------------------
-
-
-def _add_f(r: _Reader, n, a, b, alpha=1):
-    if r.is_value(a) and r.is_value(b) and alpha == 1:
-        shapes = {r.nodes[r.index[v]].shape for v in (a, b)}
-        if len(shapes) == 1 and len(r._shape) in (1, 3):
-            return r._add(n, "add", (r.index[a], r.index[b]))
-    return _arithmetic("add", torch.add)(r, n, a, b, **({} if alpha == 1 else {"alpha": alpha}))
-
-
-def _arithmetic(kind: str, function):
-    """x op constant is an affine map where the constant is one number or one for each channel; else autograd does it."""
-
-    def rule(r: _Reader, n, a, b, **kwargs):
-        if not kwargs and r.is_value(a) != r.is_value(b):
-            x, constant, name = (a, b, kind) if r.is_value(a) else (b, a, {"sub": "rsub"}.get(kind, kind))
-            constant = _as_constant(r, constant, r.nodes[r.index[x]].shape)
-            if constant is not None and not (kind == "div" and x is b):
-                return _constant(r, n, name, x, constant)
-        return _local(function)(r, n, a, b, **kwargs)
-
-    return rule
-
-
-def _as_constant(r: _Reader, constant, shape) -> "Ref | float | None":
-    if isinstance(constant, (int, float)):
-        return float(constant)
-    value = r.plain(constant)
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, Tensor) and len(shape) in (1, 3):
-        per_channel = (shape[0], *[1] * (len(shape) - 1))
-        if value.numel() == 1 or tuple(value.shape) in (per_channel, (1, *per_channel)):
-            return r.ref(constant)
-    return None
-
-
-def _local(function):
-    """A rule that leaves `function` to autograd, with every argument but the values as it is now."""
-
-    def rule(r: _Reader, n, *args, **kwargs):
-        kwargs.pop("inplace", None)
-        values: list[torch.fx.Node] = []
-
-        def slot(a):
-            if r.is_value(a):
-                values.append(a)
-                return _Slot(len(values) - 1)
-            if isinstance(constant := r.plain(a), Tensor):
-                raise CannotPlan(f"{n.name} combines values with a tensor that is neither one number nor one for each channel")
-            return _Constant(constant)
-
-        template = torch.fx.node.map_arg((args, kwargs), slot)
-
-        def call(*tensors):
-            real_args, real_kwargs = _fill(template, tensors)
-            return function(*real_args, **real_kwargs)
-
-        r._add(n, "local", [r.index[v] for v in values], function=call)
-
-    return rule
-
-
-@dataclass(frozen=True)
-class _Slot:
-    index: int
-
-
-@dataclass(frozen=True)
-class _Constant:
-    value: Any
-
-
-def _fill(template, tensors):
-    if isinstance(template, _Slot):
-        return tensors[template.index]
-    if isinstance(template, _Constant):
-        return template.value
-    if isinstance(template, (tuple, list)):
-        return type(template)(_fill(t, tensors) for t in template)
-    if isinstance(template, dict):
-        return {k: _fill(v, tensors) for k, v in template.items()}
-    return template
-
-
-def _pool_f(module, names):
-    """A rule for the function form of a pooling module."""
-
-    def rule(r: _Reader, n, x, *args, **kwargs):
-        settings = dict(zip(names, args, strict=False)) | kwargs
-        settings.pop("inplace", None)
-        return _average(r, n, x, module(**{k: r.plain(v) for k, v in settings.items() if v is not None}))
-
-    return rule
-
-
-def _mean_f(r: _Reader, n, x, dim=None, keepdim=False, **kwargs):
-    shape, dims = r.nodes[r.index[x]].shape, r.plain(dim)
-    if dims is None or 0 in [d % (len(shape) + 1) for d in ([dims] if isinstance(dims, int) else dims)]:
-        raise CannotPlan(f"{n.name} averages over the batch")
-    spatial = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
-    if len(shape) == 3 and spatial and not kwargs:
-        return r._add(n, "mean", (r.index[x],))
-    return _local(torch.mean)(r, n, x, dim, keepdim, **kwargs)
-
-
-def _dropout_f(r: _Reader, n, x, p=0.5, training=True, inplace=False):
-    if training and p > 0:
-        raise CannotPlan(f"{n.name} is dropout in training mode, which draws random numbers")
-    r._same(n, x)
-
-
-def _batch_norm_f(r, n, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if r.plain(training) or running_mean is None:
-        raise CannotPlan(f"{n.name} normalises by the statistics of the batch, which couples the samples")
-    _add_norm(r, n, x, Norm(r.ref(weight), r.ref(bias), r.ref(running_mean), r.ref(running_var), r.plain(eps)))
-
-
-def _conv_f(r, n, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    _add_conv(r, n, x, r.ref(weight), r.ref(bias), *map(r.plain, (stride, padding, dilation, groups)))
-
-
-def _linear_f(r, n, x, weight, bias=None):
-    _add_linear(r, n, x, r.ref(weight), r.ref(bias))
-
-
-LOCAL_FUNCTIONS = (
-    F.silu, F.gelu, F.softplus, F.leaky_relu, F.elu, F.celu, F.selu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6,
-    F.sigmoid, F.tanh, F.softsign, F.logsigmoid, F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.pad,
-    F.interpolate, F.pixel_shuffle, torch.sigmoid, torch.tanh, torch.exp, torch.sqrt, torch.abs, torch.pow, torch.clamp,
-    torch.maximum, torch.minimum, operator.pow, operator.neg, torch.neg,
-)  # fmt: skip
-LOCAL_METHODS = ("sigmoid", "tanh", "exp", "sqrt", "abs", "pow", "clamp", "neg", "square", "permute", "transpose")
-FUNCTIONS: dict[Any, Callable] = {f: _local(f) for f in LOCAL_FUNCTIONS}
-FUNCTIONS |= {name: _local(getattr(Tensor, name)) for name in LOCAL_METHODS}
-FUNCTIONS |= dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _relu)
-FUNCTIONS |= dict.fromkeys((torch.add, operator.add, operator.iadd, "add", "add_"), _add_f)
-for _kind, _targets in {
-    "mul": (torch.mul, operator.mul, operator.imul, "mul", "mul_"),
-    "sub": (torch.sub, operator.sub, operator.isub, "sub", "sub_"),
-    "div": (torch.div, operator.truediv, operator.itruediv, "div", "div_"),
-}.items():
-    FUNCTIONS |= dict.fromkeys(_targets, _arithmetic(_kind, getattr(torch, _kind)))
-FUNCTIONS |= dict.fromkeys((torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze), _reshape)
-FUNCTIONS |= dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unsqueeze"), _reshape)
-FUNCTIONS |= dict.fromkeys(("contiguous", "clone", torch.clone), _identity)
-FUNCTIONS |= dict.fromkeys((F.dropout, F.dropout2d, torch.dropout), _dropout_f)
-FUNCTIONS |= {
-    torch.mean: _mean_f,
-    "mean": _mean_f,
-    torch.cat: lambda r, n, tensors, dim=0: _cat(r, n, tensors, dim),
-    F.avg_pool2d: _pool_f(
-        nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    ),
-    F.adaptive_avg_pool2d: _pool_f(nn.AdaptiveAvgPool2d, ("output_size",)),
-    F.batch_norm: _batch_norm_f,
-    F.conv2d: _conv_f,
-    torch.conv2d: _conv_f,
-    F.linear: _linear_f,
-}
-
-
-def _cat(r: _Reader, n, tensors, dim):
-    if r.plain(dim) % (len(r._shape) + 1) == 0:
-        raise CannotPlan(f"{n.name} joins along the batch")
-    return _local(lambda *parts: torch.cat(parts, dim))(r, n, *tensors)

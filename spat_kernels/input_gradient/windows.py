@@ -12,13 +12,15 @@ prepare for a new shape. Samples are filled up to multiples of 8 for the same re
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plan import FORWARD, Conv, Linear, Local, PlannedGradient, Pointwise, Step
+from .plan import Conv, Linear, Local, Pointwise, Step
+from .planned_gradient import FORWARD, PlannedGradient
+from .weights import ConvWeights
 
 MULTIPLE = 8
 ELEMENTWISE = (
@@ -69,7 +71,7 @@ def _reach(step: Step, bound) -> Reach | None:
     """None: `step` may read everything everywhere."""
     if isinstance(step, Conv):
         c = step.conv
-        extent = [(k - 1) * d + 1 for k, d in zip(bound[0].shape[2:], c["dilation"], strict=True)]
+        extent = [(k - 1) * d + 1 for k, d in zip(bound.weight.shape[2:], c["dilation"], strict=True)]
         return Reach(extent, c["stride"], c["padding"])
     if isinstance(step, Pointwise):
         return Reach() if len(step.shape) == 3 else None
@@ -100,7 +102,7 @@ class Windows:
 
     def __init__(self, gradient: PlannedGradient):
         self.gradient, self.shapes = gradient, [node.shape for node in gradient.plan.nodes]
-        self.steps: list[tuple[Step, tuple, Reach | None]] = []  # with what is bound to them
+        self.steps: list[tuple[Step, Any, Reach | None]] = []  # with what is bound to them
         self.kept: set[int] = set()  # values that some step needs the surroundings of
         local = {0}
         for step, bound in zip(gradient.plan.steps, gradient.bound, strict=True):
@@ -112,8 +114,7 @@ class Windows:
             if isinstance(step, Pointwise):
                 step = replace(step, in_place=False)  # what it reads may be kept
             if type(step) is Linear:
-                weight, bias = bound
-                bound = weight.t().contiguous().t(), bias  # [40, 1568] -> [40, 512]: 1.0 ms instead of 1.5
+                bound = bound._replace(weight=bound.weight.t().contiguous().t())  # [40, 1568] -> [40, 512]: 1.0 ms instead of 1.5
             self.steps.append((step, bound, reach))
         self._ways: dict[tuple[int, int, int], list[Way]] = {}
 
@@ -135,8 +136,8 @@ class Windows:
         for (step, bound, _), rows, columns in zip(self.steps, *(self._way(a, 0, side) for a in (0, 1)), strict=True):
             if isinstance(step, (Conv, Linear)):
                 pixels = prod(step.shape[1:])
-                full += pixels * bound[0].numel()
-                done += (_length(rows.out) * _length(columns.out) if rows.out else pixels) * bound[0].numel()
+                full += pixels * bound.weight.numel()
+                done += (_length(rows.out) * _length(columns.out) if rows.out else pixels) * bound.weight.numel()
         return done / max(full, 1)
 
     def begin(self, images: Tensor) -> None:
@@ -184,7 +185,8 @@ class Windows:
             for j in _made(step):
                 values[j] = inputs[j]
                 if j in self.kept:
-                    assert rows.out and columns.out
+                    assert rows.out
+                    assert columns.out
                     self._new[j] = rows.out, columns.out, values[j]
             for j in step.frees:
                 values[j] = None
@@ -248,12 +250,11 @@ def _length(interval: slice) -> int:
     return interval.stop - interval.start
 
 
-def _pad(step: Conv, bound, inputs: list[Tensor], padding: tuple[int, ...]) -> tuple[Conv, tuple]:
+def _pad(step: Conv, bound: ConvWeights, inputs: list[Tensor], padding: tuple[int, ...]) -> tuple[Conv, ConvWeights]:
     """The step that convolves without padding, after normalising and padding what it reads in `inputs`."""
     (j,) = step.inputs
-    weight, shift, bias, *before = bound
-    scale, offset = (None if v is None else v.view(-1, 1, 1) for v in before)
+    scale, shift = (None if v is None else v.view(-1, 1, 1) for v in (bound.scale, bound.shift))
     inputs[j] = inputs[j] if scale is None else inputs[j] * scale
-    inputs[j] = inputs[j] if offset is None else inputs[j] + offset
+    inputs[j] = inputs[j] if shift is None else inputs[j] + shift
     inputs[j] = F.pad(inputs[j], padding) if any(padding) else inputs[j]
-    return replace(step, conv={**step.conv, "padding": [0, 0]}), (weight, shift, bias, None, None)
+    return replace(step, conv={**step.conv, "padding": [0, 0]}), bound._replace(scale=None, shift=None)

@@ -114,8 +114,8 @@ def is_class(labels: Tensor, classes: int) -> Tensor:
     return (labels >= 0) & (labels < classes)
 
 
-def row_grid(logits: Tensor) -> tuple[tuple[int], dict]:
-    """Launch grid and tile of a row kernel: about 1024 logits a program, long rows in chunks of 1024.
+def launch_rows(kernel, logits: Tensor, *tensors: Tensor | None, numbers: tuple[float, ...], **constants: bool) -> None:
+    """Launch a row kernel, the last of whose `tensors` is the loss: about 1024 logits a program, long rows in chunks of 1024.
 
     K is a compile-time constant (a model has one), so rows of one chunk compile without a loop.
     """
@@ -123,7 +123,10 @@ def row_grid(logits: Tensor) -> tuple[tuple[int], dict]:
     block_k = min(triton.next_power_of_2(classes), 1024)
     block_b = max(1, min(1024 // block_k, 32))
     tile = {"K": classes, "BLOCK_B": block_b, "BLOCK_K": block_k, "ACC": tl_acc(logits.dtype)}
-    return (triton.cdiv(rows, block_b),), tile | EXACT
+    if logits.numel():
+        with torch.cuda.device_of(logits):
+            grid, with_loss = (triton.cdiv(rows, block_b),), tensors[-1] is not None
+            kernel[grid](logits, *tensors, rows, *numbers, WITH_LOSS=with_loss, **constants, **tile, **EXACT)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check_rows, is_class, row_grid, safe_labels
+from ._common import acc_dtype, check_rows, is_class, launch_rows, safe_labels
 from .margin import next_ranked, without_nan
 
 # --- reference ---
@@ -111,13 +111,7 @@ def dlr_grad_triton(
     logits: Tensor, labels: Tensor, targets: Tensor | None, dlogits: Tensor, loss: Tensor | None, scale: float
 ) -> None:
     check_dlr(logits, labels, targets, dlogits, loss)
-    if logits.numel():
-        grid, tile = row_grid(logits)
-        with torch.cuda.device_of(logits):
-            dlr_grad_kernel[grid](
-                logits, labels, targets, dlogits, loss, len(logits), scale,
-                TARGETED=targets is not None, WITH_LOSS=loss is not None, **tile,
-            )  # fmt: skip
+    launch_rows(dlr_grad_kernel, logits, labels, targets, dlogits, loss, numbers=(scale,), TARGETED=targets is not None)
 
 
 # --- registration ---

@@ -8,13 +8,12 @@ summing to 1; dlogits: like logits, scale * dL/dz; loss: fp32 [B] (fp64) or None
 Moves B * K * (2 * itemsize + 4) bytes.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check, check_rows, load_rows, row_grid
+from ._common import acc_dtype, check, check_rows, launch_rows, load_rows
 from .lsce import online_softmax
 
 # --- reference ---
@@ -65,12 +64,7 @@ def kl_grad_kernel(
 
 def kl_grad_triton(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None, scale: float) -> None:
     check_kl(logits, probs, dlogits, loss)
-    if logits.numel():
-        grid, tile = row_grid(logits)
-        with torch.cuda.device_of(logits):
-            kl_grad_kernel[grid](
-                logits, probs, dlogits, loss, len(logits), scale, WITH_LOSS=loss is not None, **tile
-            )  # fmt: skip
+    launch_rows(kl_grad_kernel, logits, probs, dlogits, loss, numbers=(scale,))
 
 
 # --- registration ---

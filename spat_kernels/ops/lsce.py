@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check, check_rows, is_class, load_rows, row_grid, safe_labels
+from ._common import acc_dtype, check, check_rows, is_class, launch_rows, load_rows, safe_labels
 
 # --- reference ---
 
@@ -92,7 +92,7 @@ def lsce_grad_kernel(
     scale = tl.cast(scale, ACC) * tl.cast(sign, ACC)
     b_zy = tl.load(logits_ptr + i_b * K + b_y, mask=i_b < B, other=0.0).to(ACC)
     b_top, b_sum = online_softmax(logits_ptr, i_b, b_y, B, K, BLOCK_B, BLOCK_K, ACC)
-    # p_k = e^(z_k - top) * factor / divisor; math.h has the same
+    # p_k = e^(z_k - top) * factor / divisor; losses.h has the same
     b_max = tl.maximum(b_top, b_zy)
     b_factor = tl.exp(b_top - b_max)
     b_others = b_sum * b_factor
@@ -127,13 +127,8 @@ def lsce_grad_triton(
     normalize: bool,
 ) -> None:  # fmt: skip
     check_lsce(logits, labels, dlogits, loss, alpha, normalize)
-    if logits.numel():
-        grid, tile = row_grid(logits)
-        with torch.cuda.device_of(logits):
-            lsce_grad_kernel[grid](
-                logits, labels, dlogits, loss, len(logits), alpha, alpha / (logits.shape[1] - 1), scale,
-                -1.0 if targeted else 1.0, WITH_LOSS=loss is not None, SMOOTH=alpha > 0, NORMALIZE=normalize, **tile,
-            )  # fmt: skip
+    numbers = alpha, alpha / (logits.shape[1] - 1), scale, -1.0 if targeted else 1.0
+    launch_rows(lsce_grad_kernel, logits, labels, dlogits, loss, numbers=numbers, SMOOTH=alpha > 0, NORMALIZE=normalize)
 
 
 # --- registration ---

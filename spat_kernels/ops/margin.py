@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check_rows, is_class, load_rows, row_grid, safe_labels
+from ._common import acc_dtype, check_rows, is_class, launch_rows, load_rows, safe_labels
 
 # --- reference ---
 
@@ -108,13 +108,8 @@ def margin_grad_triton(
     logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, kappa: float, targeted: bool, scale: float
 ) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
-    if logits.numel():
-        grid, tile = row_grid(logits)
-        with torch.cuda.device_of(logits):
-            margin_grad_kernel[grid](
-                logits, labels, dlogits, loss, len(logits), kappa, scale, -1.0 if targeted else 1.0,
-                WITH_LOSS=loss is not None, **tile,
-            )  # fmt: skip
+    numbers = kappa, scale, -1.0 if targeted else 1.0
+    launch_rows(margin_grad_kernel, logits, labels, dlogits, loss, numbers=numbers)
 
 
 # --- registration ---

@@ -11,7 +11,7 @@ from spat_kernels import APGD, balls, losses
 from spat_kernels.attacks import apgd
 from spat_kernels.attacks.apgd import checkpoints
 from spat_kernels.cuda_graphs.cache import Graphs
-from spat_kernels.input_gradient import plan
+from spat_kernels.input_gradient.planned_gradient import PlannedGradient
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
 from tests.helpers import EPS, NORMS, Around, Recorder, assert_inside, attackable, batch, cnn, correct, moved, sharp
 
@@ -204,8 +204,8 @@ def test_what_is_broken_is_attacked_no_further():
 def test_inside_of_runs_too_where_samples_are_independent(monkeypatch):
     model, x, y = attackable(32)
     assert sk.explain(model, x).path == "plan"
-    seen, forward = [], plan.PlannedGradient._forward
-    monkeypatch.setattr(plan.PlannedGradient, "_forward", lambda self, x, keep: seen.append(len(x)) or forward(self, x, keep))
+    seen, forward = [], PlannedGradient._forward
+    monkeypatch.setattr(PlannedGradient, "_forward", lambda self, x, keep: seen.append(len(x)) or forward(self, x, keep))
     x_adv = APGD(0.005, steps=30, input_gradient="plan")(model, x, y)
     robust = int((model(x_adv).argmax(1) == y).sum())
     assert len(seen) == 32

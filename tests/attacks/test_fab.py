@@ -13,7 +13,7 @@ from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_train.models.registry import create
 from tests.helpers import NORMS, Around, Recorder, attackable, batch, cnn, correct, distance, moved, sharp
-from tests.input_gradient.test_plan import randomized
+from tests.input_gradient.models import randomized
 
 # --- projections ---
 

@@ -21,7 +21,8 @@ from spat_kernels.attacks import pgd as attacks
 from spat_kernels.cuda_graphs import cuda_graph
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.cuda_graphs.cuda_graph import CudaGraph
-from spat_kernels.input_gradient.trace import CannotPlan, _NoLooking
+from spat_kernels.input_gradient.nodes import CannotPlan
+from spat_kernels.input_gradient.trace import _NoLooking
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
 from tests.helpers import EPS, Around, Recorder, assert_same, batch, cnn, snapshot
 

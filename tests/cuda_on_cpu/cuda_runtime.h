@@ -11,7 +11,7 @@
 #define __shared__ static  // one block runs at a time
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
-#define always_inline  // g++ cannot inline what math.h hands over as a function pointer
+#define always_inline  // g++ cannot inline what math.h and losses.h hand over as a function pointer
 
 struct dim3 {
   unsigned x, y, z;

@@ -8,7 +8,7 @@ from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.windows import Windows
 from spat_train.models.networks.small import MnistCNN
 from spat_train.models.registry import create
-from tests.input_gradient.test_plan import MODELS, images, planned, randomized
+from tests.input_gradient.models import MODELS, images, planned, randomized
 
 
 def check(model, x, sizes, seed=0):

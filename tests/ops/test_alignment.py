@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.test_registration import sample_inputs
+from tests.ops.samples import all_samples
 
 
 def copied(t, offset):
@@ -19,7 +19,7 @@ def run(impl, op, arguments, off=None):
     return [a for a in copies if isinstance(a, torch.Tensor)]
 
 
-@pytest.mark.parametrize(("op", "arguments"), list(sample_inputs()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("op", "arguments"), all_samples(), ids=lambda v: v if isinstance(v, str) else "")
 def test_any_argument_may_be_off_alignment(impl, op, arguments):
     if impl.kind == "triton":
         pytest.skip("Triton compiles a kernel for each choice of aligned arguments by itself")

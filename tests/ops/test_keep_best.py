@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import acc, reference, sentinels
+from tests.ops.helpers import acc, reference, sentinels
 
 # best loss, its success, new loss, its success, is the new one better (by success, then loss)?
 CASES = [
@@ -17,6 +17,13 @@ CASES = [
     (float("-inf"), False, -3.0, False, True),
     (1.0, False, float("inf"), False, True),
 ]
+
+
+def samples(dtype):
+    best, x = (torch.rand(4, 3, 32, 32).to(dtype) for _ in range(2))
+    loss, success = torch.zeros(4, dtype=acc(dtype)), torch.tensor([True, False, True, False])
+    yield "keep_best_", (best, loss, success, x, loss + 1, ~success)
+    yield "keep_best_", (best, loss, None, x, loss + 1, None)
 
 
 @pytest.mark.parametrize("by_success", [False, True])

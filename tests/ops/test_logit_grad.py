@@ -1,17 +1,29 @@
 """Gradients at the logits: against formulas written with PyTorch's own losses, differentiated by autograd in fp64.
 
 Tolerance (style of flash-attention): at most twice the error that eager PyTorch makes in the same dtype, with a floor of one
-rounding of the largest result.
+rounding of the largest result, or of what the order of a sum costs (`sum_error`).
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import acc, reference, sentinels
+from tests.ops.helpers import acc, reference, sentinels
 
 CLASSES = [2, 3, 4, 10, 17, 100, 1000, 4099]
 ALPHA, KAPPA, SCALE = 0.3, 1.5, 4.0
+
+
+def samples(dtype):
+    y, loss = torch.tensor([0, 3, 9, 1] * 4), torch.zeros(16, dtype=acc(dtype))
+    for classes, value in ((12, None), (12, loss), (1000, loss), (4096, loss)):  # rows of 48 bytes in fp32, which is packets
+        z, dz, q = torch.rand(16, classes).to(dtype), torch.rand(16, classes).to(dtype), torch.rand(16, classes, dtype=acc(dtype))
+        yield "lsce_grad", (z, y, dz, value, 0.1, False, 1.0, False)
+        yield "lsce_grad", (z, y, dz, value, 0.0, True, 1.0, True)
+        yield "kl_grad", (z, q, dz, value, 1.0)
+        yield "margin_grad", (z, y, dz, value, 0.0, False, 1.0)
+        yield "dlr_grad", (z, y, None, dz, value, 1.0)
+        yield "dlr_grad", (z, y, y.flip(0), dz, value, 1.0)
 
 
 def lsce(z, y, q):
@@ -69,6 +81,7 @@ LOSSES = {
         lambda op, z, y, q, d, v: op("dlr_grad")(z, y, (y + 1) % z.shape[1], d, v, SCALE),
     ),
 }
+SOFTMAX = ("ce", "lsce", "lsce_targeted", "kl")
 
 
 def eager(loss, z, y, q):
@@ -76,6 +89,16 @@ def eager(loss, z, y, q):
     value = loss(z, y, q)
     (grad,) = torch.autograd.grad(value.sum(), z)
     return grad.double() * SCALE, value.detach().double()
+
+
+def sum_error(name, classes, dtype):
+    """The relative error of p_k that adding up a row of e^(z - max) accounts for, where the loss has a softmax.
+
+    A lane of the CUDA kernel adds classes / 32 terms one after another, then five shuffles add the lanes. A sum of n positive
+    terms has a relative error of at most n unit roundoffs, and of about sqrt(n) as they come (Higham and Mary, SIAM J. Sci.
+    Comput. 41, 2019): 11.6 with 4099 classes, where 10.2 were seen. Eager PyTorch spreads a long row over more threads on a GPU.
+    """
+    return (classes / 32 + 5) ** 0.5 * torch.finfo(acc(dtype)).eps / 2 if name in SOFTMAX else 0.0
 
 
 def assert_as_good(ours, rival, exact, floor):
@@ -115,7 +138,8 @@ def test_matches_autograd(impl, name, classes):
             exact, exact_value = eager(loss, z.double(), y, q.double())
             grad, eager_value = eager(loss, z, y, q)
             roundings = 64 if dtype == torch.float64 else 1  # in fp64 the rival is the yardstick itself
-            assert_as_good(dlogits.double(), grad, exact, roundings * exact.abs().max() * torch.finfo(dtype).eps)
+            accuracy = max(roundings * torch.finfo(dtype).eps, sum_error(name, classes, dtype))
+            assert_as_good(dlogits.double(), grad, exact, accuracy * exact.abs().max())
             # a loss is a difference of terms as large as the logits: four roundings of those
             largest = max(z.abs().max(), exact_value.abs().max())
             assert_as_good(value.double(), eager_value, exact_value, 4 * roundings * largest * torch.finfo(acc(dtype)).eps)
@@ -313,7 +337,8 @@ def test_labels_outside_the_classes_are_nan_and_harmless(impl):
         (d, v), (d_bad, v_bad) = results
         if name == "dlr_targeted":  # its targets are (y + 1) % K: valid for y = -1
             d_bad[1], v_bad[1] = torch.nan, torch.nan
-        assert d_bad[1:3].isnan().all() and v_bad[1:3].isnan().all(), name
+        assert d_bad[1:3].isnan().all(), name
+        assert v_bad[1:3].isnan().all(), name
         assert torch.equal(d_bad[[0, 3]], d[[0, 3]])
         assert torch.equal(v_bad[[0, 3]], v[[0, 3]])
 
@@ -325,7 +350,8 @@ def test_masked_logits(impl):
     for name in ("ce", "kl"):
         dlogits, value = torch.empty_like(z), torch.empty(1, device=impl.device)
         LOSSES[name][2](impl, z, y, q, dlogits, value)
-        assert dlogits.isfinite().all() and value.isfinite().all(), name
+        assert dlogits.isfinite().all(), name
+        assert value.isfinite().all(), name
         assert dlogits[0, 1] == 0
         assert dlogits[0, 3] == 0
 
@@ -348,7 +374,8 @@ def test_nan_logits_stay_in_their_row(impl):
     for name in LOSSES:
         dlogits, value = torch.empty_like(z), torch.empty(3, device=impl.device)
         LOSSES[name][2](impl, z, y, q, dlogits, value)
-        assert dlogits[1].isnan().all() and value[1].isnan(), name
+        assert dlogits[1].isnan().all(), name
+        assert value[1].isnan(), name
         assert dlogits[[0, 2]].isfinite().all(), name
 
 

@@ -11,50 +11,11 @@ from torch.library import opcheck
 
 import spat_kernels
 from spat_kernels import ops
-from tests.conftest import OPS
+from tests.ops.helpers import OPS, channels_last
+from tests.ops.samples import all_samples
 
 
-def sample_inputs(device="cpu"):
-    """Arguments of every op, with and without the optional ones."""
-    x, x_adv, grad = (torch.rand(4, 3, 8, 8, device=device) for _ in range(3))
-    one, seed = torch.full((1,), 0.1, device=device), torch.tensor([1, 2], device=device)
-    nan_seen = torch.zeros(4, dtype=torch.uint8, device=device)
-    z, dz, q = (torch.rand(4, 12, device=device) for _ in range(3))  # rows of 48 bytes, which is packets
-    y, loss = torch.tensor([0, 3, 9, 1], device=device), torch.zeros(4, device=device)
-    success = torch.tensor([True, False, True, False], device=device)
-    yield "linf_random_start_", (x_adv, x, one, seed, 0.0, 1.0)
-    yield "lsce_grad", (z, y, dz, loss, 0.1, False, 1.0, False)
-    yield "lsce_grad", (z, y, dz, None, 0.0, True, 1.0, True)
-    yield "kl_grad", (z, q, dz, loss, 1.0)
-    yield "margin_grad", (z, y, dz, loss, 0.0, False, 1.0)
-    yield "dlr_grad", (z, y, None, dz, loss, 1.0)
-    yield "dlr_grad", (z, y, y.flip(0), dz, None, 1.0)
-    for seen in (None, nan_seen):
-        yield "linf_step_", (x_adv, x, grad, one, one, 0.0, 1.0, seen)
-        yield "l2_step_", (x_adv, x, grad, one, one, 0.0, 1.0, seen)
-    a, out, total = (torch.randn(4, 16, 8, 8, device=device).contiguous(memory_format=torch.channels_last) for _ in range(3))
-    v, mask = torch.rand(16, device=device), torch.zeros(4 * 64, 2, dtype=torch.uint8, device=device)
-    yield "scale_shift_relu", (a, a + 1, v, v - 1, total, out, mask, True)
-    yield "scale_shift_relu", (a, None, None, None, None, out, None, False)
-    yield "scale_shift_relu_grad", (a, a + 1, mask, v, total, out)
-    yield "scale_shift_relu_grad", (a, None, None, None, None, out)
-    x, wide = x.contiguous(memory_format=torch.channels_last), out[:, :8].to(torch.float16, memory_format=torch.channels_last)
-    yield "split_image", (x, v[:3], v[:3], wide)
-    yield "split_image", (x, None, None, wide)
-    w, factor = torch.rand(12, 16, device=device), torch.zeros(4, device=device)
-    yield "pool_linear", (a, w, q[0].clone(), dz)
-    yield "pool_linear", (a, w, None, dz)
-    yield "pool_linear_grad", (q, w, mask, v, factor, out)
-    yield "pool_linear_grad", (q, w, None, None, None, out)
-    images, rows = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8, device=device), torch.tensor([5, 0, 5, 2], device=device)
-    yield "crop_flip", (images, rows, y, seed, torch.empty_like(x), 2, True)
-    yield "crop_flip", (images, rows, y, seed, x_adv.half(), 0, False)
-    x = x.contiguous()
-    yield "keep_best_", (x_adv, loss, success, x, loss + 1, ~success)
-    yield "keep_best_", (x_adv, loss, None, x, loss + 1, None)
-
-
-@pytest.mark.parametrize(("op", "arguments"), list(sample_inputs()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("op", "arguments"), all_samples(), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(op, arguments):
     opcheck(
         getattr(torch.ops.spat, op).default,
@@ -64,57 +25,53 @@ def test_opcheck(op, arguments):
 
 
 def test_every_op_is_checked():
-    assert {op for op, _ in sample_inputs()} == set(OPS) == set(spat_kernels.config()["ops"])
+    assert {op for op, _ in all_samples()} == set(OPS)
+
+
+def there_and_back(x, wide, scale, mask, weight):
+    t = ops.split_image(x, wide).float()
+    out = ops.scale_shift_relu(t, torch.empty_like(t), scale=scale, mask=mask)
+    logits = ops.pool_linear(out, weight, out.new_empty(len(x), len(weight)))
+    dx = ops.pool_linear_grad(logits, weight, torch.empty_like(out), mask=mask, scale=scale)
+    return out, logits, ops.scale_shift_relu_grad(dx, torch.empty_like(out), mask=mask, scale=scale)
+
+
+def network_inputs(batch):
+    x, wide = channels_last(torch.randn(batch, 4, 8, 8)), channels_last(torch.empty(batch, 8, 8, 8, dtype=torch.float16))
+    return x, wide, torch.randn(8), torch.zeros(batch * 64, 1, dtype=torch.uint8), torch.randn(3, 8)
+
+
+def attack_step(x_adv, x, grad, eps, z, y):
+    dlogits = ops.lsce_grad(z, y, torch.empty_like(z), alpha=0.1)
+    return ops.linf_step_(x_adv.clone(), x, grad * dlogits.sum().exp(), eps, eps), dlogits
+
+
+def attack_inputs(batch):
+    x, grad = torch.rand(batch, 3, 8, 8), torch.randn(batch, 3, 8, 8)
+    return x, x, grad, torch.tensor([0.1]), torch.randn(batch, 10), torch.randint(10, (batch,))
+
+
+def crops(images, rows, seed):
+    out = images.new_empty(len(rows), 3, 8, 8, dtype=torch.float32)
+    return [ops.crop_flip(images, rows, rows + 1, seed, out, pad=2, flip=True) * 2]
+
+
+def crop_inputs(batch):
+    images = torch.randint(256, (10, 8, 8, 3), dtype=torch.uint8)
+    return images, torch.randperm(10)[:batch], torch.tensor([3, batch])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_ops_between_convolutions_compile_in_one_graph(device, dynamic):
-    def there_and_back(x, wide, scale, mask, weight):
-        t = ops.split_image(x, wide).float()
-        out = ops.scale_shift_relu(t, torch.empty_like(t), scale=scale, mask=mask)
-        logits = ops.pool_linear(out, weight, out.new_empty(len(x), len(weight)))
-        dx = ops.pool_linear_grad(logits, weight, torch.empty_like(out), mask=mask, scale=scale)
-        return out, logits, ops.scale_shift_relu_grad(dx, torch.empty_like(out), mask=mask, scale=scale)
-
-    compiled = torch.compile(there_and_back, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+@pytest.mark.parametrize(
+    ("function", "inputs"), [(there_and_back, network_inputs), (attack_step, attack_inputs), (crops, crop_inputs)]
+)
+def test_compiles_in_one_graph(device, function, inputs, dynamic):
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (4, 6):
-        x = torch.randn(batch, 4, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
-        wide = torch.empty(batch, 8, 8, 8, dtype=torch.float16, device=device).contiguous(memory_format=torch.channels_last)
-        scale, mask = torch.randn(8, device=device), torch.zeros(batch * 64, 1, dtype=torch.uint8, device=device)
-        arguments = x, wide, scale, mask, torch.randn(3, 8, device=device)
-        assert all(map(torch.equal, compiled(*arguments), there_and_back(*arguments)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(device, dynamic):
-    def attack_step(x_adv, x, grad, eps, z, y):
-        dlogits = ops.lsce_grad(z, y, torch.empty_like(z), alpha=0.1)
-        return ops.linf_step_(x_adv, x, grad * dlogits.sum().exp(), eps, eps), dlogits
-
-    compiled = torch.compile(attack_step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for batch in (4, 6):
-        x, grad = torch.rand(batch, 3, 8, 8, device=device), torch.randn(batch, 3, 8, 8, device=device)
-        z, y = torch.randn(batch, 10, device=device), torch.randint(10, (batch,), device=device)
-        eps = torch.tensor([0.1], device=device)
-        got, want = compiled(x.clone(), x, grad, eps, z, y), attack_step(x.clone(), x, grad, eps, z, y)
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_crops_compile_in_one_graph(device, dynamic):
-    def batch_of(images, rows, seed):
-        out = images.new_empty(len(rows), 3, 8, 8, dtype=torch.float32)
-        return ops.crop_flip(images, rows, rows + 1, seed, out, pad=2, flip=True) * 2
-
-    compiled = torch.compile(batch_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    images = torch.randint(256, (10, 8, 8, 3), dtype=torch.uint8, device=device)
-    for batch in (4, 6):
-        rows, seed = torch.randperm(10, device=device)[:batch], torch.tensor([3, batch], device=device)
-        assert torch.equal(compiled(images, rows, seed), batch_of(images, rows, seed))
+        with torch.device(device):
+            arguments = inputs(batch)
+        assert all(map(torch.equal, compiled(*arguments), function(*arguments)))
 
 
 def test_config_tells_what_serves():
@@ -174,7 +131,7 @@ def test_unknown_backend_is_refused():
 def test_second_device_is_guarded():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    for op, arguments in sample_inputs("cuda:1"):
+    for op, arguments in all_samples("cuda:1"):
         with torch.cuda.device(0):
             getattr(torch.ops.spat, op)(*arguments)
     torch.cuda.synchronize(1)
@@ -182,7 +139,7 @@ def test_second_device_is_guarded():
 
 @pytest.mark.gpu
 def test_captures_on_a_side_stream():
-    for op, arguments in sample_inputs("cuda"):
+    for op, arguments in all_samples("cuda"):
         eager = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         graph = torch.cuda.CUDAGraph()
         call = getattr(torch.ops.spat, op)

@@ -8,153 +8,106 @@ import torch
 
 from spat_kernels import ops
 from spat_kernels.ops.scale_shift_relu import as_rows, pack_bits, unpack_bits
-from tests.conftest import acc, reference, sentinels
+from tests.ops.helpers import acc, assert_refused, bits_of, channels_last, image, mask_like, reference, sentinels, values
 
 CHANNELS = [1, 3, 8, 10, 16, 20, 160]
 SHAPES = [(0,), (1,), (127,), (1, 1, 1), (2, 3, 5), (3, 7)]  # N and the spatial sizes
-EXTREMES = [0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-45, 6e-8, -6e-8, 3e38, -3e38, 1.0]
-FORWARD = ("b", "scale", "shift", "total", "mask")
-BACKWARD = ("grad2", "mask", "scale", "residual")
+OPTIONAL = {
+    "scale_shift_relu": ("b", "scale", "shift", "total", "mask"),
+    "scale_shift_relu_grad": ("grad2", "mask", "scale", "residual"),
+}
+USUAL = {"scale_shift_relu": ("scale", "shift", "mask"), "scale_shift_relu_grad": ("mask", "scale")}
+FLAGS = {"scale_shift_relu": (True,), "scale_shift_relu_grad": ()}  # `relu`, the last argument
 
 
-def image(shape, channels, dtype, device, offset=0):
-    """Channels innermost, poisoned, in sentinels."""
-    n, *size = shape
-    t, intact = sentinels((n * max(1, torch.Size(size).numel()), channels), dtype, device, offset)
-    return t.view(n, *size, channels).movedim(-1, 1), intact
-
-
-def values(t, extremes=True):
-    """Normal numbers into `t`, and at every seventh place an extreme one."""
-    flat = torch.randn(t.numel())
-    if extremes:
-        where = torch.arange(0, t.numel(), 7)
-        flat[where] = torch.tensor(EXTREMES)[torch.randint(len(EXTREMES), (len(where),))]
-    return t.copy_(flat.view(as_rows(t).shape).view(t.movedim(1, -1).shape).movedim(-1, 1))
-
-
-def bits_of(t):
-    """Its bits, with one NaN for all of them: which one arithmetic gives is the processor's choice."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    t = as_rows(t).clone() if t.ndim > 2 else t.clone()
-    return (t.masked_fill(t.isnan(), torch.nan) if t.is_floating_point() else t).view(integers[t.element_size()])
-
-
-def mask_like(t, offset=0):
-    rows, channels = as_rows(t).shape
-    storage = torch.full((rows * -(-channels // 8) + 128,), 7, dtype=torch.uint8, device=t.device)
-    mask = storage[64 + offset : len(storage) - 64 + offset].view(rows, -(-channels // 8)).fill_(0xA5)
-    return mask, lambda: bool((storage[: 64 + offset] == 7).all() and (storage[len(storage) - 64 + offset :] == 7).all())
+def samples(dtype):
+    a, out, total = (channels_last(torch.randn(4, 16, 8, 8).to(dtype)) for _ in range(3))
+    v, mask = torch.rand(16, dtype=acc(dtype)), torch.zeros(4 * 64, 2, dtype=torch.uint8)
+    yield "scale_shift_relu", (a, a + 1, v, v - 1, total, out, mask, True)
+    yield "scale_shift_relu", (a, None, None, None, None, out, None, False)
+    yield "scale_shift_relu_grad", (a, a + 1, mask, v, total, out)
+    yield "scale_shift_relu_grad", (a, None, None, None, None, out)
 
 
 def choices(names):
     return [set(itertools.compress(names, chosen)) for chosen in itertools.product((0, 1), repeat=len(names))]
 
 
-def forward_case(shape, channels, dtype, device, given, offset):
-    """Arguments of scale_shift_relu, of which `given` are there, and a check of every rim."""
+def case(op, shape, channels, dtype, device, given, offset):
+    """Arguments of `op`, of which `given` of the optional ones are there, by name, and a check of every rim."""
     rims = []
 
-    def new(fill=True):
-        t, intact = image(shape, channels, dtype, device, offset)
+    def new(sentinel, fill=None):
+        t, intact = sentinel
         rims.append(intact)
-        return values(t) if fill else t
+        return t if fill is None else fill(t)
+
+    def images(fill=values):
+        return new(image(shape, channels, dtype, device, offset), fill)
 
     def vector():
-        t, _ = sentinels((channels,), acc(dtype), device, offset)
-        return t.copy_(torch.randn(channels))
+        return new(sentinels((channels,), acc(dtype), device, offset), lambda t: t.copy_(torch.randn(channels)))
 
-    a, out = new(), new(fill=False)
-    mask, mask_intact = mask_like(a, offset)
-    arguments = [
-        a,
-        new() if "b" in given else None,
-        vector() if "scale" in given else None,
-        vector() if "shift" in given else None,
-        new(fill=False) if "total" in given else None,
-        out,
-        mask if "mask" in given else None,
-    ]
-    return arguments, lambda: mask_intact() and all(intact() for intact in rims)
+    first = images()
+    mask, mask_intact = mask_like(first, offset)
+    rims.append(mask_intact)
+    if op == "scale_shift_relu":
+        made = {"a": first, "b": images, "scale": vector, "shift": vector, "total": lambda: images(None)}
+        made |= {"out": images(None), "mask": lambda: mask}
+    else:
+        mask.copy_(pack_bits(torch.rand(as_rows(first).shape) < 0.5))
+        made = {"grad": first, "grad2": images, "mask": lambda: mask, "scale": vector, "residual": images, "dx": images(None)}
+    arguments = {n: t if isinstance(t, torch.Tensor) else t() if n in given else None for n, t in made.items()}
+    return arguments, lambda: all(intact() for intact in rims)
 
 
-def backward_case(shape, channels, dtype, device, given, offset):
-    rims = []
-
-    def new(fill=True):
-        t, intact = image(shape, channels, dtype, device, offset)
-        rims.append(intact)
-        return values(t) if fill else t
-
-    grad, dx = new(), new(fill=False)
-    mask, mask_intact = mask_like(grad, offset)
-    mask.copy_(pack_bits(torch.rand(as_rows(grad).shape) < 0.5))
-    scale, _ = sentinels((channels,), acc(dtype), device, offset)
-    arguments = [
-        grad,
-        new() if "grad2" in given else None,
-        mask if "mask" in given else None,
-        scale.copy_(torch.randn(channels)) if "scale" in given else None,
-        new() if "residual" in given else None,
-        dx,
-    ]
-    return arguments, lambda: mask_intact() and all(intact() for intact in rims)
+def copies(arguments):
+    return {n: None if t is None else t.clone(memory_format=torch.preserve_format) for n, t in arguments.items()}
 
 
-def assert_bitwise(op, impl, case, arguments, intact, *relu):
-    expected = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in arguments]
-    reference(op)(*expected, *relu)
-    impl(op)(*arguments, *relu)
-    for got, want in zip(arguments, expected, strict=True):
-        assert got is None or torch.equal(bits_of(got), bits_of(want)), case
-    assert intact(), case
+def assert_bitwise(op, impl, shape, channels, dtype, given, offset=0, relu=True):
+    arguments, intact = case(op, shape, channels, dtype, impl.device, given, offset)
+    expected, last = copies(arguments), FLAGS[op] and (relu,)
+    reference(op)(*expected.values(), *last)
+    impl(op)(*arguments.values(), *last)
+    for got, want in zip(arguments.values(), expected.values(), strict=True):
+        assert got is None or torch.equal(bits_of(got), bits_of(want)), (dtype, shape, offset, given, relu)
+    assert intact(), (dtype, shape, offset, given, relu)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_forward_is_bitwise_the_reference(impl, channels):
+@pytest.mark.parametrize("op", OPTIONAL)
+def test_is_bitwise_the_reference(impl, op, channels):
     for dtype, shape, offset in itertools.product(impl.dtypes, SHAPES, impl.offsets):
-        for given in ({"scale", "shift", "mask"}, set(FORWARD)):
-            arguments, intact = forward_case(shape, channels, dtype, impl.device, given, offset)
-            assert_bitwise("scale_shift_relu", impl, (dtype, shape, offset, given), arguments, intact, True)
-
-
-@pytest.mark.parametrize("channels", CHANNELS)
-def test_gradient_is_bitwise_the_reference(impl, channels):
-    for dtype, shape, offset in itertools.product(impl.dtypes, SHAPES, impl.offsets):
-        for given in ({"mask", "scale"}, set(BACKWARD)):
-            arguments, intact = backward_case(shape, channels, dtype, impl.device, given, offset)
-            assert_bitwise("scale_shift_relu_grad", impl, (dtype, shape, offset, given), arguments, intact)
+        for given in (USUAL[op], OPTIONAL[op]):
+            assert_bitwise(op, impl, shape, channels, dtype, given, offset)
 
 
 @pytest.mark.parametrize("channels", [10, 16])
-def test_every_choice_of_arguments(impl, channels):
-    for dtype in impl.dtypes:
-        for given, relu in itertools.product(choices(FORWARD), (True, False)):
-            if relu or "mask" not in given:
-                arguments, intact = forward_case((3, 7), channels, dtype, impl.device, given, 0)
-                assert_bitwise("scale_shift_relu", impl, (dtype, given, relu), arguments, intact, relu)
-        for given in choices(BACKWARD):
-            arguments, intact = backward_case((3, 7), channels, dtype, impl.device, given, 0)
-            assert_bitwise("scale_shift_relu_grad", impl, (dtype, given), arguments, intact)
+@pytest.mark.parametrize("op", OPTIONAL)
+def test_every_choice_of_arguments(impl, op, channels):
+    for dtype, given in itertools.product(impl.dtypes, choices(OPTIONAL[op])):
+        assert_bitwise(op, impl, (3, 7), channels, dtype, given)
+        if FLAGS[op] and "mask" not in given:
+            assert_bitwise(op, impl, (3, 7), channels, dtype, given, relu=False)
 
 
 @pytest.mark.parametrize("channels", [3, 20, 64])
-def test_results_may_take_the_place_of_inputs(impl, channels):
-    for dtype in impl.dtypes:
-        for place in (0, 1):  # out is a, out is b
-            arguments, _ = forward_case((2, 3, 5), channels, dtype, impl.device, set(FORWARD), 0)
-            apart = [t.clone(memory_format=torch.preserve_format) for t in arguments]
-            arguments[5] = arguments[place]
-            impl("scale_shift_relu")(*arguments, True)
-            impl("scale_shift_relu")(*apart, True)
-            assert all(torch.equal(bits_of(arguments[k]), bits_of(apart[k])) for k in (4, 5, 6)), (dtype, place)
-        for place in (0, 1, 4):  # dx is grad, grad2, residual
-            arguments, _ = backward_case((2, 3, 5), channels, dtype, impl.device, set(BACKWARD), 0)
-            apart = [t.clone(memory_format=torch.preserve_format) for t in arguments]
-            arguments[5] = arguments[place]
-            impl("scale_shift_relu_grad")(*arguments)
-            impl("scale_shift_relu_grad")(*apart)
-            assert torch.equal(bits_of(arguments[5]), bits_of(apart[5])), (dtype, place)
+@pytest.mark.parametrize(
+    ("op", "results", "places"),
+    [
+        ("scale_shift_relu", ("out", "total", "mask"), ("a", "b")),
+        ("scale_shift_relu_grad", ("dx",), ("grad", "grad2", "residual")),
+    ],
+)
+def test_results_may_take_the_place_of_inputs(impl, op, results, places, channels):
+    for dtype, place in itertools.product(impl.dtypes, places):
+        arguments, _ = case(op, (2, 3, 5), channels, dtype, impl.device, OPTIONAL[op], 0)
+        apart = copies(arguments)
+        arguments[results[0]] = arguments[place]
+        for given in (arguments, apart):
+            impl(op)(*given.values(), *FLAGS[op])
+        assert all(torch.equal(bits_of(arguments[r]), bits_of(apart[r])) for r in results), (dtype, place)
 
 
 def test_formula_by_hand(impl):
@@ -190,7 +143,7 @@ def test_bits_are_where_autograd_passes_a_gradient(impl):
 def test_gradient_is_the_forwards(device):
     """Two residual blocks' worth in fp64: relu(bn(total)) with total = a + b, whose gradient arrives by both ways."""
     a, b, g_out, g_total = (torch.randn(2, 10, 3, 5, dtype=torch.float64, device=device) for _ in range(4))
-    a, b, g_out, g_total = (t.contiguous(memory_format=torch.channels_last) for t in (a, b, g_out, g_total))
+    a, b, g_out, g_total = map(channels_last, (a, b, g_out, g_total))
     scale, shift = (torch.randn(10, dtype=torch.float64, device=device) for _ in range(2))
     out, total, dx = (torch.empty_like(a) for _ in range(3))
     mask, _ = mask_like(a)
@@ -215,7 +168,7 @@ def test_gradient_is_the_forwards(device):
 
 def test_more_than_one_thread(device):
     """Rows enough to be split; the bits too."""
-    a = torch.randn(40, 24, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    a = channels_last(torch.randn(40, 24, 32, 32, device=device))
     mask, _ = mask_like(a)
     out = ops.scale_shift_relu(a, torch.empty_like(a), mask=mask)
     assert torch.equal(out, a.relu())
@@ -233,38 +186,30 @@ def wrong(t):
     }
 
 
-@pytest.mark.parametrize("op", ["scale_shift_relu", "scale_shift_relu_grad"])
+@pytest.mark.parametrize("op", OPTIONAL)
 def test_wrong_arguments_raise(impl, op):
-    case, names = (
-        (forward_case, ("a", "b", "scale", "shift", "total", "out", "mask"))
-        if op == "scale_shift_relu"
-        else (backward_case, ("grad", "grad2", "mask", "scale", "residual", "dx"))
-    )
-    relu = (True,) if op == "scale_shift_relu" else ()
-    arguments, _ = case((4, 3, 5), 16, torch.float32, impl.device, set(FORWARD + BACKWARD), 0)
+    arguments, _ = case(op, (4, 3, 5), 16, torch.float32, impl.device, OPTIONAL[op], 0)
 
-    def refused(name, value, message=None):
-        changed = [value if n == name else t for n, t in zip(names, arguments, strict=True)]
-        with pytest.raises(RuntimeError, match=message or rf"\b{name}\b"):
-            impl(op)(*changed, *relu)
+    def call(*tensors):
+        impl(op)(*tensors, *FLAGS[op])
 
-    impl(op)(*arguments, *relu)
-    for name, t in zip(names, arguments, strict=True):
+    call(*arguments.values())
+    for i, (name, t) in enumerate(arguments.items()):
         if name == "mask":
             for mask in (t.bool(), t[:, :1].contiguous(), t[:-1], t.t().contiguous().t(), t.flatten()):
-                refused(name, mask)
+                assert_refused(call, arguments, name, mask)
         elif name in ("scale", "shift"):
             for vector in (t.double(), t[:-1], torch.zeros(32, device=impl.device)[::2], t[None]):
-                refused(name, vector)
+                assert_refused(call, arguments, name, vector)
         else:
             for kind, value in wrong(t).items():
                 # of a wrong first argument, the second is the one that does not fit
-                first = name == names[0] and kind in ("dtype", "shape")
-                refused(name, value, "must|wrong" if first else None)
+                message = "must|wrong" if i == 0 and kind in ("dtype", "shape") else None
+                assert_refused(call, arguments, name, value, message)
         if impl.device == "cuda":
-            refused(name, t.cpu(), "device|CPU|cpu")
-    if relu:
+            assert_refused(call, arguments, name, t.cpu(), "device|CPU|cpu")
+    if FLAGS[op]:
         with pytest.raises(RuntimeError, match="mask goes with relu"):
-            impl(op)(*arguments, False)
+            impl(op)(*arguments.values(), False)
     with pytest.raises(RuntimeError, match="float32, float16"):
-        impl(op)(*[None if t is None else t.long() for t in arguments], *relu)
+        call(*(t.long() for t in arguments.values()))

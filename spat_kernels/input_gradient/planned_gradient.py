@@ -1,0 +1,321 @@
+"""Running a plan: logits, then d(logits) -> d(input), step by step, with the interface of `InputGradient`.
+
+In half precision (fp16, bf16) the image is not rounded: the first convolution reads it as two halves (ops.split_image). From the
+pooled features on, values are fp32, and there the gradient of each sample is scaled to a largest element of 1: samples are
+independent, only directions count, and neither the factors 1/B and 1 - p_y nor small weights can push it out of fp16's range.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops._common import acc_dtype
+from ..precision import HALVES, arithmetic
+from .autograd import check_logits
+from .plan import Conv, Linear, Local, Mean, Plan, Pointwise, PoolLinear, Reshape, Step
+from .weights import CHANNELS_LAST, ConvWeights, LinearWeights, ScaleShift, Weights
+
+Saved = Any  # what a step's forward keeps for its backward
+Grads = list[list[tuple[Tensor, bool]]]  # for each value: what its readers contribute, and whether that memory may be written to
+
+
+class PlannedGradient:
+    """A `Plan` bound to a model's weights, for one attack in one thread.
+
+    Args:
+        plan: made for this model and image size.
+        model: where the weights are read, at every `prepare`.
+        image_dtype: of the images.
+        dtype: of the convolutions.
+        precision: as the caller asked for it, for the TF32 switches.
+        highest_label: the largest class that the labels name, to be checked against the number of classes.
+
+    Attributes:
+        bound: what each step reads of the model (weights.py).
+        factor: [B], by which samples of the last `backward` are to be multiplied where lengths count; None is 1.
+        keep: whether that `backward` may be called again.
+    """
+
+    independent_samples = deterministic = True
+    factor: Tensor | None = None
+    keep = False
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        image_dtype: torch.dtype,
+        dtype: torch.dtype,
+        precision: str | None = None,
+        highest_label: int = -1,
+    ):
+        self.plan, self.image_dtype, self.dtype = plan, image_dtype, dtype
+        self.precision, self.highest_label = precision, highest_label
+        self.logits_dtype = acc_dtype(dtype)
+        self._weights = Weights(plan, model, image_dtype, dtype)
+        self.device = self._weights.device
+        self._saved: list = [None] * len(plan.steps)
+
+    def arithmetic(self, device_type: str):
+        """The context that `prepare`, `logits`, `forward` and `backward` are called in."""
+        return arithmetic(self.precision, device_type, autocast=False)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Images in the memory format in which the plan reads them fastest."""
+        return _rows(x) if self.plan.reads_rows else x
+
+    def release(self) -> None:
+        """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
+        self._weights.release()
+
+    def prepare(self) -> None:
+        """Fold and cast the weights as they are now."""
+        self.bound = self._weights.bind()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of `x`, contiguous [B, K]; nothing is kept."""
+        return self._forward(x, keep=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of `x`, contiguous [B, K]; what `backward` needs is kept."""
+        return self._forward(x, keep=True)
+
+    def _forward(self, x: Tensor, keep: bool) -> Tensor:
+        values: list = [None] * len(self.plan.nodes)  # Tensors, as long as a step still reads them
+        values[0] = x
+        for i, step in enumerate(self.plan.steps):
+            result, saved = FORWARD[type(step)](self, step, self.bound[i], values, keep)
+            values[step.out] = result
+            if keep:
+                self._saved[i] = saved
+            for j in step.frees:
+                values[j] = None
+        logits = values[self.plan.last]
+        logits = logits.to(self.logits_dtype).contiguous()
+        return check_logits(logits, x, self.highest_label)
+
+    def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
+        """Gradient at the x of the last `forward`, to be multiplied by `factor`; what was kept is dropped, unless `keep`."""
+        self.factor, self.keep = None, keep
+        grads: Grads = [[] for _ in self.plan.nodes]
+        grads[self.plan.last] = [(dlogits if self.plan.last in self.plan.exact else self.into_network(dlogits), False)]
+        for i in reversed(range(len(self.plan.steps))):
+            step, saved = self.plan.steps[i], self._saved[i]
+            if not keep:
+                self._saved[i] = None
+            BACKWARD[type(step)](self, step, self.bound[i], saved, grads)
+        return take(grads, 0)[0]
+
+    def kept_bytes(self) -> int:
+        """Bytes that the last `forward` keeps for `backward`."""
+        return sum(t.numel() * t.element_size() for s in self._saved for t in _tensors(s))
+
+    def enters(self, step: Step) -> bool:
+        """Does the gradient leave the fp32 head behind this step?"""
+        return step.out in self.plan.exact and step.inputs[0] not in self.plan.exact
+
+    def into_network(self, grad: Tensor) -> Tensor:
+        """A gradient [B, ...] that leaves the fp32 head: in half precision each sample is scaled to a largest element of 1."""
+        if self.dtype not in HALVES:
+            return grad
+        largest = grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny)
+        self.factor = largest
+        return (grad / largest.view(-1, *[1] * (grad.ndim - 1))).to(self.dtype)
+
+
+# ---- the steps --------------------------------------------------------------------------------------------------------------
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` with its channels innermost in memory."""
+    return t.contiguous(memory_format=CHANNELS_LAST) if t.ndim == 4 else t.contiguous()
+
+
+def take(grads: Grads, value: int) -> tuple[Tensor, bool]:
+    """The gradient of `value`, summed over its readers, and whether its memory may be written to. It is dropped from `grads`."""
+    contributions, grads[value] = grads[value], []
+    return _sum(contributions)
+
+
+def _sum(contributions: list[tuple[Tensor, bool]]) -> tuple[Tensor, bool]:
+    if len(contributions) == 1:
+        return contributions[0]
+    total = contributions[0][0] + contributions[1][0]
+    for grad, _ in contributions[2:]:
+        total += grad
+    return total, True
+
+
+def _tensors(saved) -> list[Tensor]:
+    if isinstance(saved, Tensor):
+        return [saved]
+    return [t for s in saved for t in _tensors(s)] if isinstance(saved, (tuple, list)) else []
+
+
+def _conv_forward(run: PlannedGradient, step: Conv, bound: ConvWeights, values, keep):
+    x = _rows(values[step.inputs[0]])
+    if bound.splits:
+        shape = len(x), bound.weight.shape[1], *x.shape[2:]
+        wide = torch.empty(shape, dtype=run.dtype, device=x.device, memory_format=CHANNELS_LAST)
+        x = ops.split_image(x, wide, scale=bound.scale, shift=bound.shift)
+    elif bound.scale is not None or bound.shift is not None:
+        x = ops.scale_shift_relu(x, torch.empty_like(x), scale=bound.scale, shift=bound.shift, relu=False)
+    x = x.to(run.dtype, memory_format=bound.layout)
+    c = step.conv
+    y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
+    return _rows(y), x.shape
+
+
+def _conv_backward(run: PlannedGradient, step: Conv, bound: ConvWeights, shape, grads):
+    grad = take(grads, step.out)[0].contiguous(memory_format=bound.layout)
+    unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=bound.layout)
+    c, only_input = step.conv, [True, False, False]
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        grad, unread, bound.weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"], only_input
+    )
+    if bound.splits:
+        dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
+    if bound.scale is not None:
+        dx = dx * bound.scale.view(-1, 1, 1).to(dx.dtype)
+    if step.inputs[0] != 0 and step.inputs[0] in run.plan.exact:
+        dx = dx.to(run.image_dtype)  # other gradients meet it there
+    grads[step.inputs[0]].append((dx, not bound.splits))
+
+
+def _pointwise_forward(run: PlannedGradient, step: Pointwise, bound: ScaleShift, values, keep):
+    a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
+    a, b = _rows(a), b if b is None else _rows(b)
+    mask = None
+    if keep and step.relu:
+        rows = a.numel() // a.shape[1]
+        mask = torch.empty(rows, -(-a.shape[1] // 8), dtype=torch.uint8, device=a.device)
+    total = None
+    if step.total is not None:
+        total = a if step.in_place else torch.empty_like(a)
+        values[step.total] = total
+    out = a if step.in_place and total is None else torch.empty_like(a)
+    ops.scale_shift_relu(a, out, b=b, scale=bound.scale, shift=bound.shift, total=total, mask=mask, relu=step.relu)
+    return out, mask
+
+
+def _pointwise_backward(run: PlannedGradient, step: Pointwise, bound: ScaleShift, mask, grads):
+    if step.in_head:
+        return
+    outs, grads[step.out] = grads[step.out], []
+    if len(outs) > 2:
+        outs = [_sum(outs[1:]), outs[0]]
+    stream = step.total if len(step.inputs) > 1 else step.inputs[0]  # the value before scale and shift
+    residual, residual_fresh = take(grads, stream) if stream is not None and grads[stream] else (None, False)
+    outs = [(_rows(g), fresh) for g, fresh in outs]
+    if mask is None and bound.scale is None and residual is None and len(outs) == 1:
+        dx, fresh = outs[0]  # a bare addition
+    else:
+        (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
+        reusable = [g for g, fresh in outs if fresh]
+        if residual is not None:
+            residual = _rows(residual)
+            reusable += [residual] * residual_fresh
+        target = reusable[0] if reusable else torch.empty_like(grad)
+        dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=bound.scale, residual=residual)
+        fresh = True
+    _give(step, dx, fresh, grads)
+
+
+def _give(step: Step, dx: Tensor, fresh: bool, grads: Grads) -> None:
+    """The gradient of the sum, before scale and shift, is that of each of its inputs."""
+    for j in step.inputs:
+        grads[j].append((dx, fresh and len(step.inputs) == 1))
+
+
+def _linear_forward(run: PlannedGradient, step: Linear, bound: LinearWeights, values, keep):
+    x = values[step.inputs[0]]
+    return nn.functional.linear(x.to(bound.weight.dtype), *bound), None
+
+
+def _linear_backward(run: PlannedGradient, step: Linear, bound: LinearWeights, saved, grads):
+    grad, _ = take(grads, step.out)
+    dx = grad @ bound.weight
+    grads[step.inputs[0]].append((run.into_network(dx) if run.enters(step) else dx, True))
+
+
+def _pool_linear_forward(run: PlannedGradient, step: PoolLinear, bound: LinearWeights, values, keep):
+    x, (weight, bias) = _rows(values[step.inputs[0]]), bound
+    logits = torch.empty(len(x), len(weight), dtype=weight.dtype, device=x.device)
+    return ops.pool_linear(x, weight, logits, bias=bias), (x.shape, x.dtype)
+
+
+def _pool_linear_backward(run: PlannedGradient, step: PoolLinear, bound: LinearWeights, saved, grads):
+    shape, dtype = saved
+    grad = take(grads, step.out)[0].contiguous()
+    dx = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=CHANNELS_LAST)
+    if run.dtype in HALVES and run.enters(step):  # scaled as in `into_network`
+        run.factor = torch.empty(len(grad), dtype=grad.dtype, device=grad.device)
+    if step.pointwise is None:
+        ops.pool_linear_grad(grad, bound.weight, dx, factor=run.factor)
+        grads[step.inputs[0]].append((dx, True))
+    else:
+        mask, (scale, _) = run._saved[step.pointwise], run.bound[step.pointwise]
+        ops.pool_linear_grad(grad, bound.weight, dx, mask=mask, scale=scale, factor=run.factor)
+        _give(run.plan.steps[step.pointwise], dx, True, grads)
+
+
+def _mean_forward(run: PlannedGradient, step: Mean, bound, values, keep):
+    x = values[step.inputs[0]]
+    dtype = acc_dtype(x.dtype) if step.out in run.plan.exact else x.dtype
+    return x.mean((2, 3), dtype=dtype).view(len(x), *step.shape), x.shape
+
+
+def _mean_backward(run: PlannedGradient, step: Mean, bound, shape, grads):
+    grad, _ = take(grads, step.out)
+    grad = grad.reshape(shape[0], shape[1], 1, 1)
+    # The factor 1 / (H W) is one of those that do not count where each sample is scaled anyway.
+    scaled = run.dtype in HALVES and run.enters(step)
+    pixels = shape[2] * shape[3]
+    if scaled:
+        grad = run.into_network(grad)
+        run.factor = run.factor / pixels
+    else:
+        grad = grad / pixels
+    grads[step.inputs[0]].append((grad.expand(shape).contiguous(memory_format=CHANNELS_LAST), True))
+
+
+def _reshape_forward(run: PlannedGradient, step: Reshape, bound, values, keep):
+    x = values[step.inputs[0]]
+    return x.reshape(len(x), *step.shape), x.shape
+
+
+def _reshape_backward(run: PlannedGradient, step: Reshape, bound, shape, grads):
+    grad, _ = take(grads, step.out)
+    grads[step.inputs[0]].append((grad.reshape(shape), False))
+
+
+def _local_forward(run: PlannedGradient, step: Local, bound, values, keep):
+    inputs = [values[j] for j in step.inputs]
+    if not keep:
+        return step.function(*inputs), None
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = step.function(*leaves)
+    return y.detach(), (leaves, y)
+
+
+def _local_backward(run: PlannedGradient, step: Local, bound, saved, grads):
+    leaves, y = saved
+    grad, _ = take(grads, step.out)
+    for j, dx in zip(step.inputs, torch.autograd.grad(y, leaves, grad, retain_graph=run.keep), strict=True):
+        grads[j].append((dx, False))
+
+
+# (run, step, what is bound to it, values, whether to keep what the backward needs) -> the step's value, what was kept
+FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
+    Conv: _conv_forward, Pointwise: _pointwise_forward, Linear: _linear_forward, PoolLinear: _pool_linear_forward,
+    Mean: _mean_forward, Reshape: _reshape_forward, Local: _local_forward,
+}  # fmt: skip
+# (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
+BACKWARD: dict[type[Step], Callable[..., None]] = {
+    Conv: _conv_backward, Pointwise: _pointwise_backward, Linear: _linear_backward, PoolLinear: _pool_linear_backward,
+    Mean: _mean_backward, Reshape: _reshape_backward, Local: _local_backward,
+}  # fmt: skip

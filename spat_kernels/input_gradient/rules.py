@@ -1,0 +1,314 @@
+"""What each module and function of PyTorch is in a plan: one rule for each kind, which adds its nodes to the network.
+
+A rule takes (network, fx node, arguments of the call) for a function, and (network, fx node, x, module) for a module. What is in
+neither table has no rule, and its model no plan.
+"""
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .nodes import CannotPlan, Network, Node, Norm, Ref, Term
+
+
+def find_rule(module: nn.Module) -> Callable | None:
+    return _normalize if is_normalize(module) else MODULES.get(type(module))
+
+
+def is_normalize(module: nn.Module) -> bool:
+    """torchvision need not be installed."""
+    return type(module).__name__ == "Normalize" and type(module).__module__.startswith("torchvision.transforms")
+
+
+def _called(n: torch.fx.Node) -> str:
+    """What a user knows the call by."""
+    return str(n.target) if n.op == "call_module" else n.name
+
+
+def _own(n: torch.fx.Node, module: nn.Module, name: str) -> Ref | None:
+    """The parameter or buffer `name` of the module that `n` calls."""
+    return None if getattr(module, name) is None else Ref(str(n.target), name)
+
+
+# ---- convolutions, linear layers and BatchNorm ------------------------------------------------------------------------------
+
+
+def _conv2d(net: Network, n, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    settings = map(net.plain, (stride, padding, dilation, groups))
+    _conv(net, n, x, net.ref(weight), net.ref(bias), *settings)
+
+
+def _conv_module(net: Network, n, x, m: nn.Conv2d):
+    if m.padding_mode != "zeros":
+        raise CannotPlan(f"{n.target} pads by {m.padding_mode!r}")
+    _conv(net, n, x, _own(n, m, "weight"), _own(n, m, "bias"), m.stride, m.padding, m.dilation, m.groups)
+
+
+def _conv(net: Network, n, x, weight, bias, stride, padding, dilation, groups):
+    if len(net.shape_of(x)) != 3:
+        raise CannotPlan(f"{n.name} convolves images without a batch")
+    if isinstance(padding, str):
+        kernel = weight.of({weight.path: net.model.get_submodule(weight.path)}).shape[2:]
+        extents = [d * (k - 1) for d, k in zip(_pair(dilation), kernel, strict=True)]
+        if padding == "same" and any(e % 2 for e in extents):
+            raise CannotPlan(f"{n.name} pads unevenly")
+        padding = [e // 2 if padding == "same" else 0 for e in extents]
+    conv = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation), "groups": groups}
+    net.add(n, "conv", x, weight=weight, bias=bias, conv=conv)
+
+
+def _pair(v) -> list[int]:
+    return [v, v] if isinstance(v, int) else list(v)
+
+
+def _linear(net: Network, n, x, weight, bias=None):
+    _dense(net, n, x, net.ref(weight), net.ref(bias))
+
+
+def _linear_module(net: Network, n, x, m: nn.Linear):
+    _dense(net, n, x, _own(n, m, "weight"), _own(n, m, "bias"))
+
+
+def _dense(net: Network, n, x, weight, bias):
+    if len(net.shape_of(x)) != 1:
+        raise CannotPlan(f"{n.name} applies a linear layer to values that are not [B, C]")
+    net.add(n, "linear", x, weight=weight, bias=bias)
+
+
+def _batch_norm(net: Network, n, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    _affine(net, n, x, net.plain(training), net.plain(eps), *map(net.ref, (weight, bias, running_mean, running_var)))
+
+
+def _batch_norm_module(net: Network, n, x, m):
+    _affine(net, n, x, m.training, m.eps, *(_own(n, m, name) for name in ("weight", "bias", "running_mean", "running_var")))
+
+
+def _affine(net: Network, n, x, training, eps, weight=None, bias=None, mean=None, var=None):
+    if training or mean is None:
+        raise CannotPlan(f"{_called(n)} normalises by the statistics of the batch, which couples the samples")
+    if len(net.shape_of(x)) not in (1, 3):
+        raise CannotPlan(f"{n.name} normalises values that are neither [B, C] nor [B, C, H, W]")
+    net.add(n, "affine", x, norm=Norm(weight, bias, mean, var, eps))
+
+
+def _normalize(net: Network, n, x, m):
+    mean, std = (tuple(float(v) for v in values) for values in (m.mean, m.std))
+    net.add(n, "affine", x, norm=Term("sub", mean))
+    net.nodes.append(Node("affine", (net.index[n],), net.shape, n.name + "_std", norm=Term("div", std)))
+    net.index[n] = len(net.nodes) - 1
+
+
+# ---- what changes no value, or the shape alone ------------------------------------------------------------------------------
+
+
+def _kind(kind: str):
+    """A rule that adds a node of this kind."""
+    return lambda net, n, x, *_, **__: net.add(n, kind, x)
+
+
+def _identity(net: Network, n, x, *_, **__):
+    net.same(n, x)
+
+
+def _dropout(net: Network, n, x, p=0.5, training=True, inplace=False):
+    if training and p > 0:
+        raise CannotPlan(f"{_called(n)} is dropout in training mode, which draws random numbers")
+    net.same(n, x)
+
+
+def _dropout_module(net: Network, n, x, m):
+    _dropout(net, n, x, m.p, m.training)
+
+
+# ---- pooling ----------------------------------------------------------------------------------------------------------------
+
+
+def _average(net: Network, n, x, m: nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+    shape = net.shape_of(x)
+    if len(shape) == 3 and net.shape == (shape[0], 1, 1) and _covers(m, shape):
+        net.add(n, "mean", x)
+    else:
+        _local_module(net, n, x, m)
+
+
+def _covers(pool, shape) -> bool:
+    return isinstance(pool, nn.AdaptiveAvgPool2d) or (
+        _pair(pool.kernel_size) == list(shape[1:]) and _pair(pool.padding) == [0, 0] and pool.divisor_override is None
+    )
+
+
+def _average_by(module: type, *names: str):
+    """A rule for the function form of a pooling module, whose arguments are these."""
+
+    def rule(net: Network, n, x, *args, **kwargs):
+        settings = dict(zip(names, args, strict=False)) | kwargs
+        settings.pop("inplace", None)
+        return _average(net, n, x, module(**{k: net.plain(v) for k, v in settings.items() if v is not None}))
+
+    return rule
+
+
+def _mean(net: Network, n, x, dim=None, keepdim=False, **kwargs):
+    shape, dims = net.shape_of(x), net.plain(dim)
+    if dims is None or 0 in [d % (len(shape) + 1) for d in ([dims] if isinstance(dims, int) else dims)]:
+        raise CannotPlan(f"{n.name} averages over the batch")
+    spatial = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
+    if len(shape) == 3 and spatial and not kwargs:
+        return net.add(n, "mean", x)
+    return _local(torch.mean)(net, n, x, dim, keepdim, **kwargs)
+
+
+# ---- arithmetic -------------------------------------------------------------------------------------------------------------
+
+
+def _add(net: Network, n, a, b, alpha=1):
+    if net.is_value(a) and net.is_value(b) and alpha == 1 and net.shape_of(a) == net.shape_of(b) and len(net.shape) in (1, 3):
+        return net.add(n, "add", a, b)
+    return _arithmetic("add")(net, n, a, b, **({} if alpha == 1 else {"alpha": alpha}))
+
+
+def _arithmetic(kind: str):
+    """x op constant is an affine map where the constant is one number or one for each channel; else autograd does it."""
+
+    def rule(net: Network, n, a, b, **kwargs):
+        if not kwargs and net.is_value(a) != net.is_value(b):
+            x, constant, name = (a, b, kind) if net.is_value(a) else (b, a, {"sub": "rsub"}.get(kind, kind))
+            constant = _as_constant(net, constant, net.shape_of(x))
+            if constant is not None and not (kind == "div" and x is b):
+                return net.add(n, "affine", x, norm=Term(name, constant))
+        return _local(getattr(torch, kind))(net, n, a, b, **kwargs)
+
+    return rule
+
+
+def _as_constant(net: Network, constant, shape) -> Ref | float | None:
+    value = constant if isinstance(constant, (int, float)) else net.plain(constant)
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Tensor) and len(shape) in (1, 3):
+        per_channel = (shape[0], *[1] * (len(shape) - 1))
+        if value.numel() == 1 or tuple(value.shape) in (per_channel, (1, *per_channel)):
+            return net.ref(constant)
+    return None
+
+
+# ---- what is left to autograd -----------------------------------------------------------------------------------------------
+
+
+def _local_module(net: Network, n, x, m):
+    m = copy.deepcopy(m)  # it has no parameters
+    if getattr(m, "inplace", False):
+        m.inplace = False  # the plan may still need what it reads
+    net.add(n, "local", x, function=m)
+
+
+def _local(function):
+    """A rule that leaves `function` to autograd, with every argument but the values as it is now."""
+
+    def rule(net: Network, n, *args, **kwargs):
+        kwargs.pop("inplace", None)
+        values: list[torch.fx.Node] = []
+
+        def slot(a):
+            if net.is_value(a):
+                values.append(a)
+                return _Slot(len(values) - 1)
+            if isinstance(constant := net.plain(a), Tensor):
+                raise CannotPlan(f"{n.name} combines values with a tensor that is neither one number nor one for each channel")
+            return _Constant(constant)
+
+        template = torch.fx.node.map_arg((args, kwargs), slot)
+
+        def call(*tensors):
+            real_args, real_kwargs = _fill(template, tensors)
+            return function(*real_args, **real_kwargs)
+
+        net.add(n, "local", *values, function=call)
+
+    return rule
+
+
+@dataclass(frozen=True)
+class _Slot:
+    index: int
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+
+def _fill(template, tensors):
+    if isinstance(template, _Slot):
+        return tensors[template.index]
+    if isinstance(template, _Constant):
+        return template.value
+    if isinstance(template, (tuple, list)):
+        return type(template)(_fill(t, tensors) for t in template)
+    if isinstance(template, dict):
+        return {k: _fill(v, tensors) for k, v in template.items()}
+    return template
+
+
+def _cat(net: Network, n, tensors, dim=0):
+    if net.plain(dim) % (len(net.shape) + 1) == 0:
+        raise CannotPlan(f"{n.name} joins along the batch")
+    return _local(lambda *parts: torch.cat(parts, dim))(net, n, *tensors)
+
+
+# ---- the tables -------------------------------------------------------------------------------------------------------------
+
+LOCAL_MODULES = (
+    nn.SiLU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
+    nn.ReLU6, nn.Sigmoid, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d,
+    nn.LocalResponseNorm, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+    nn.PixelShuffle, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.Softmax2d,
+)  # fmt: skip
+MODULES: dict[type, Callable] = {
+    nn.Conv2d: _conv_module,
+    nn.Linear: _linear_module,
+    nn.ReLU: _kind("relu"),
+    nn.Identity: _identity,
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), _batch_norm_module),
+    **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), _average),
+    **dict.fromkeys((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), _dropout_module),
+    **dict.fromkeys((nn.Flatten, nn.Unflatten), _kind("reshape")),
+    **dict.fromkeys(LOCAL_MODULES, _local_module),
+}
+
+LOCAL_FUNCTIONS = (
+    F.silu, F.gelu, F.softplus, F.leaky_relu, F.elu, F.celu, F.selu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6,
+    F.sigmoid, F.tanh, F.softsign, F.logsigmoid, F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.pad,
+    F.interpolate, F.pixel_shuffle, torch.sigmoid, torch.tanh, torch.exp, torch.sqrt, torch.abs, torch.pow, torch.clamp,
+    torch.maximum, torch.minimum, operator.pow, operator.neg, torch.neg,
+)  # fmt: skip
+LOCAL_METHODS = ("sigmoid", "tanh", "exp", "sqrt", "abs", "pow", "clamp", "neg", "square", "permute", "transpose")
+RESHAPES = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "view", "reshape", "squeeze", "unsqueeze")
+FUNCTIONS: dict[Any, Callable] = {  # functions, and the names of methods
+    **{f: _local(f) for f in LOCAL_FUNCTIONS},
+    **{name: _local(getattr(Tensor, name)) for name in LOCAL_METHODS},
+    **dict.fromkeys((F.conv2d, torch.conv2d), _conv2d),
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _kind("relu")),
+    **dict.fromkeys(("contiguous", "clone", torch.clone), _identity),
+    **dict.fromkeys((F.dropout, F.dropout2d, torch.dropout), _dropout),
+    **dict.fromkeys(RESHAPES, _kind("reshape")),
+    **dict.fromkeys((torch.mean, "mean"), _mean),
+    F.avg_pool2d: _average_by(
+        nn.AvgPool2d, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    ),
+    F.adaptive_avg_pool2d: _average_by(nn.AdaptiveAvgPool2d, "output_size"),
+    **dict.fromkeys((torch.add, operator.add, operator.iadd, "add", "add_"), _add),
+    **dict.fromkeys((torch.mul, operator.mul, operator.imul, "mul", "mul_"), _arithmetic("mul")),
+    **dict.fromkeys((torch.sub, operator.sub, operator.isub, "sub", "sub_"), _arithmetic("sub")),
+    **dict.fromkeys((torch.div, operator.truediv, operator.itruediv, "div", "div_"), _arithmetic("div")),
+    torch.cat: _cat,
+}

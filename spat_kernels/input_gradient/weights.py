@@ -1,0 +1,178 @@
+"""The weights that the steps of a plan read: a model's parameters as they are now, folded, cast and laid out.
+
+BatchNorm and normalisation become one scale and one shift a channel, those behind a convolution a part of its weights. All of it
+takes a few launches, so that a training loop may change the model between attacks.
+"""
+
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._common import acc_dtype
+from ..precision import HALVES
+from .nodes import Norm, Ref, Term
+from .plan import Conv, Linear, Maps, Plan, Pointwise, Step
+
+CHANNELS_LAST = torch.channels_last
+ALIGNED = 4  # scales and shifts start at multiples of 4 values, 16 bytes of fp32, which CUDA kernels read at once
+
+
+class ConvWeights(NamedTuple):
+    """What a convolution reads, besides its input."""
+
+    weight: Tensor
+    folded: Tensor | None  # the bias, in the dtype of the arithmetic
+    bias: Tensor | None  # the bias as the convolution adds it; None where a Pointwise does
+    scale: Tensor | None  # of the image's channels, before the convolution
+    shift: Tensor | None
+    layout: torch.memory_format = CHANNELS_LAST  # of input, output and weights
+    splits: bool = False  # fp32 values are read in half precision, as two halves (ops.split_image)
+
+
+class ScaleShift(NamedTuple):
+    """What a pass between convolutions applies; None for 1 and 0."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class LinearWeights(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Weights:
+    """Binds the steps of a plan to a model.
+
+    Args:
+        model: where the weights are read, at every `bind`.
+        image_dtype: of the images.
+        dtype: of the convolutions.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module, image_dtype: torch.dtype, dtype: torch.dtype):
+        self.plan, self.image_dtype, self.dtype, self.acc = plan, image_dtype, dtype, acc_dtype(dtype)
+        self.device = next(model.parameters()).device
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._constants: dict = {}  # made at the first `bind`: a captured one cannot copy from the host
+
+    def release(self) -> None:
+        """Forget the model."""
+        self._modules = {}
+
+    def bind(self) -> list:
+        """What each step reads: ConvWeights, ScaleShift or LinearWeights; None for the others."""
+        steps = self.plan.steps
+        maps = [m for s in steps for kind in ("before", "after", "affine") for m in getattr(s, kind, ())]
+        self._norms = self._fold_norms([m for m in maps if isinstance(m, Norm)])
+        bound: list = [None] * len(steps)
+        for i, step in enumerate(steps):
+            if isinstance(step, Conv):
+                bound[i] = self._conv(step)
+            elif isinstance(step, Linear):
+                dtype = self.acc if step.out in self.plan.exact else self.dtype
+                bias = None if step.bias is None else self._of(step.bias).to(dtype).contiguous()
+                bound[i] = LinearWeights(self._of(step.weight).to(dtype).contiguous(), bias)
+        for i, step in enumerate(steps):
+            if isinstance(step, Pointwise):
+                scale, shift = self._scale_shift(step.affine, self.plan.nodes[step.inputs[0]].shape[0])
+                for j in step.shifts:
+                    shift = _sum(shift, bound[j].folded)
+                bound[i] = ScaleShift(scale, shift)
+        return bound
+
+    def _of(self, ref: Ref) -> Tensor:
+        return ref.of(self._modules).detach()
+
+    def _conv(self, step: Conv) -> ConvWeights:
+        weight = self._of(step.weight)
+        scale, shift = self._scale_shift(step.after, len(weight))
+        if step.bias is not None:
+            bias = self._of(step.bias).to(self.acc)
+            shift = _sum(bias if scale is None else bias * scale, shift)
+        layout = self._layout(step)
+        if scale is None:
+            folded = weight.to(self.dtype, memory_format=layout)
+        else:
+            folded = torch.empty_like(weight, dtype=self.dtype, memory_format=layout)
+            torch.mul(weight, scale.view(-1, 1, 1, 1), out=folded)
+        splits = self.dtype in HALVES and self.image_dtype == torch.float32 and step.inputs[0] in self.plan.exact
+        folded = _twice(folded) if splits else folded
+        inside = None if shift is None or step.shift_moves else shift.to(self.dtype)
+        return ConvWeights(folded, shift, inside, *self._scale_shift(step.before, weight.shape[1]), layout, splits)
+
+    def _layout(self, step: Step) -> torch.memory_format:
+        """channels_last, but for fp32 on CPUs with few pixels: there oneDNN reads all weights again for every image.
+
+        512 channels at 4x4, batch 64: 18.4 ms in channels_last, 10.8 ms with both conversions; at 8x8, 256: 10.3 and 13.1.
+        """
+        few = self.device.type == "cpu" and self.dtype not in HALVES and prod(step.shape[1:]) <= 16
+        return torch.contiguous_format if few else CHANNELS_LAST
+
+    def _fold_norms(self, norms: list[Norm]) -> dict[Norm, ScaleShift]:
+        """scale = weight / sqrt(var + eps) and shift = bias - mean * scale of every BatchNorm, all at once."""
+        if not norms:
+            return {}
+        means = [self._of(n.mean) for n in norms]
+        sizes = [len(m) for m in means]
+        padded = [-(-size // ALIGNED) * ALIGNED for size in sizes]  # else what follows odd channels would be read one by one
+        padding = self._constant("padding", lambda: torch.zeros(ALIGNED, dtype=means[0].dtype))
+
+        def joined(refs, absent):
+            parts = [torch.full_like(m, absent) if r is None else self._of(r) for r, m in zip(refs, means, strict=True)]
+            rests = [padding[: n - size] for n, size in zip(padded, sizes, strict=True)]
+            return torch.cat([t for pair in zip(parts, rests, strict=True) for t in pair if len(t)]).to(self.acc)
+
+        each = [n.eps for n in norms]
+        eps = self._constant("eps", lambda: torch.tensor(each, dtype=self.acc).repeat_interleave(torch.tensor(padded)))
+        scale = (joined([n.var for n in norms], 1.0) + eps).rsqrt_() * joined([n.weight for n in norms], 1.0)
+        shift = joined([n.bias for n in norms], 0.0) - joined([n.mean for n in norms], 0.0) * scale
+        parts = ([t[:size] for t, size in zip(joint.split(padded), sizes, strict=True)] for joint in (scale, shift))
+        return dict(zip(norms, map(ScaleShift, *parts), strict=True))
+
+    def _constant(self, key, make) -> Tensor:
+        """What `make()` gave the first time, on the model's device."""
+        if key not in self._constants:
+            self._constants[key] = make().to(self.device)
+        return self._constants[key]
+
+    def _scale_shift(self, maps: Maps, channels: int) -> ScaleShift:
+        """The maps one after the other as one scale and one shift [C]."""
+        scale = shift = None
+        for m in maps:
+            s, t = self._norms[m] if isinstance(m, Norm) else self._term(m, channels)
+            if shift is not None and s is not None:
+                shift = shift * s
+            shift = _sum(shift, t)
+            scale = s if scale is None else scale if s is None else scale * s
+        return ScaleShift(scale, shift)
+
+    def _term(self, term: Term, channels: int) -> ScaleShift:
+        if isinstance(term.constant, Ref):
+            c = self._of(term.constant).to(self.device, self.acc).reshape(-1).expand(channels).contiguous()
+        else:
+            value = partial(torch.tensor, term.constant, dtype=torch.float64)
+            c = self._constant((term, channels), lambda: value().to(self.acc).reshape(-1).expand(channels).contiguous())
+        if term.kind in ("mul", "div"):
+            return ScaleShift(scale=c if term.kind == "mul" else 1 / c)
+        if term.kind == "rsub":
+            return ScaleShift(torch.full_like(c, -1.0), c)
+        return ScaleShift(shift=c if term.kind == "add" else -c)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is 0."""
+    return b if a is None else a if b is None else a + b
+
+
+def _twice(weight: Tensor) -> Tensor:
+    """Weights [O, C, h, w] for an image in two halves: the same for both, [O, P, h, w], zeros up to a multiple P of 8."""
+    out, channels, *kernel = weight.shape
+    shape = out, -(-2 * channels // 8) * 8, *kernel
+    wide = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=CHANNELS_LAST).zero_()
+    wide[:, :channels] = weight
+    wide[:, channels : 2 * channels] = weight
+    return wide
