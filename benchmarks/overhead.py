@@ -11,8 +11,7 @@ import signal
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -22,11 +21,13 @@ import tyro
 
 from benchmarks import measure, report, training
 from benchmarks.attack import CLASSES
-from benchmarks.training import METHODS, free, trainer
+from benchmarks.training import METHODS, free
 from spat_train.config import Config
-from spat_train.data.images import Images
+from spat_train.data.images import Dataset, Images
+from spat_train.runtime.distributed import World
+from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import GracefulStop, Stopped
-from spat_train.training.objectives import HEADS
+from spat_train.training.run import Run
 from spat_train.training.trainer import gpu_arithmetic
 
 
@@ -38,15 +39,13 @@ class Clock:
         self.cuda, self.events = device.startswith("cuda"), []
         self.seconds: dict[str, float] = defaultdict(float)
 
-    def around(self, name: str, call: Callable) -> Callable:
-        def timed(*args, **kwargs):
-            start = self._now()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.events.append((name, start, self._now()))
-
-        return timed
+    @contextmanager
+    def span(self, name: str):
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.events.append((name, start, self._now()))
 
     def _now(self):
         if not self.cuda:
@@ -64,11 +63,6 @@ class Clock:
         self.events.clear()
         return dict(self.seconds)
 
-    def around_items(self, name: str, iterator: Iterator) -> Iterator:
-        following = self.around(name, lambda: next(iterator, None))
-        while (item := following()) is not None:
-            yield item
-
 
 def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates: int) -> dict:
     """Train as `config` says into `folder`, stop after `warm_up` + `updates` steps, and take the time of those `updates` apart.
@@ -77,41 +71,37 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
         dict: `step_seconds`, per step; `parts`, what of that went where; `epoch_parts`, what an epoch takes beside its steps;
         `epoch_seconds`; `head_seconds`, the loss without the model, forward and backward; `steps_per_epoch`.
     """
-    wish, clock, device = GracefulStop(), Clock(config.device), config.device
-    run = trainer(config, images, wish, folder)
-    # "update" is around the optimiser's calls, "between" around the stop's save.
-    run.attack = clock.around("attack", run.attack)
-    run.update = clock.around("update", run.update)
-    run.settle = clock.around("settle", run.settle)
-    run.save = clock.around("save", run.save)
-    run.between_steps = clock.around("between", run.between_steps)
-    for owner, names in ((run.scaler, ("step", "update")), (run.optimizer, ("zero_grad",))):
-        for name in names:
-            setattr(owner, name, clock.around("optimizer", getattr(owner, name)))
-    batches, step, marks = run.loader.epoch, run.step, []
-    run.loader.epoch = lambda *args: clock.around_items("loader", batches(*args))
+    wish, clock, begin_of_steps = GracefulStop(), Clock(config.device), []
+    marks: list[tuple[float, dict[str, float]]] = []  # at the end of each step
 
-    def counted_step(*batch) -> None:
-        waits = len(marks) in (0, warm_up, warm_up + updates)
+    def span(name: str):
+        if name == "attack" and not begin_of_steps:
+            measure.synchronize(config.device)
+            begin_of_steps.append(time.perf_counter())
+        return clock.span(name)
+
+    def on_step(run: Run) -> None:
+        waits = len(marks) + 1 in (warm_up, warm_up + updates)
         if waits:
-            measure.synchronize(device)
+            measure.synchronize(config.device)
         marks.append((time.perf_counter(), clock.read() if waits else {}))
-        if len(marks) > warm_up + updates:
+        if len(marks) == warm_up + updates:
             wish.number = signal.SIGTERM
-        step(*batch)
 
-    run.step = counted_step
+    dataset = Dataset("images", images, images, tuple(map(str, range(CLASSES))))
+    world = World(0, 1, torch.device(config.device))
+    run = Run(config, dataset, world, wish, RunFolder(folder), on_step=on_step, span=span)
     start = time.perf_counter()
     with gpu_arithmetic(config.precision), suppress(Stopped):
         run.all()
     if not wish.number:
-        raise ValueError(f"there are no {warm_up + updates + 1} steps in {config.epochs} epochs: give more images")
-    (begin, before), (end, after) = marks[warm_up], marks[warm_up + updates]
+        raise ValueError(f"there are no {warm_up + updates} steps in {config.epochs} epochs: give more images")
+    (begin, before), (end, after) = marks[warm_up - 1], marks[-1]
     parts = {name: (after[name] - before.get(name, 0.0)) / updates for name in after if name != "save"}
     total = (end - begin) / updates
     parts["forward, backward"] = parts.pop("update") - parts["optimizer"]
     parts["rest"] = total - sum(parts.values())
-    once = {"start": marks[0][0] - start, "save": clock.read()["save"]}
+    once = {"start": begin_of_steps[0] - start, "save": clock.read()["save"]}
     steps = run.loader.order.steps
     by_time = once["save"] * steps * total / (60 * config.checkpoint_minutes)
     return {
@@ -128,11 +118,11 @@ def head_seconds(config: Config) -> float:
     """The loss of `config.method` at logits [B, K] in fp32, forward and backward."""
     clean, adv = (torch.randn(config.batch_size, CLASSES, device=config.device, requires_grad=True) for _ in range(2))
     y = torch.randint(CLASSES, (config.batch_size,), device=config.device)
-    head, reads_clean, _ = HEADS[config.method]
+    method = config.objective
+    inputs = [{"clean": clean, "adv": adv}[kind] for kind in method.reads]
 
     def call() -> None:
-        inputs = (clean, adv) if reads_clean else (adv,)
-        torch.autograd.grad(sum(head(clean, adv, y, beta=config.kl_weight).values()), inputs)
+        torch.autograd.grad(sum(method.head(clean, adv, y, beta=config.kl_weight).values()), inputs)
 
     return measure.seconds_per_call(call, config.device)
 
@@ -151,7 +141,7 @@ class Options:
     updates: int = 10
     """Steps of the trainer that are measured."""
     warm_up: int = 3
-    """Steps before those."""
+    """Steps before those, at least 1."""
     images: int = 50_000
     """Random images in an epoch."""
     out: Path | None = None

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from benchmarks import measure, report
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError
 from spat_train.evaluation.evaluate import evaluate
@@ -35,6 +35,7 @@ from spat_train.presets import PRESETS
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
 from spat_train.runtime.signals import GracefulStop, Stopped
+from spat_train.training.check import check
 from spat_train.training.trainer import TrainingError, train
 
 TABLE = TABLES["6.1"]

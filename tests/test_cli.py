@@ -15,10 +15,11 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 from spat_train import cli
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.loader import Order
 from spat_train.presets import PRESETS
 from spat_train.runtime import logs
+from spat_train.training.check import check
 from spat_train.training.optim import learning_rate
 
 SMALL = [

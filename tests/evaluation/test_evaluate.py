@@ -44,7 +44,7 @@ from spat_train.runtime import logs
 from spat_train.runtime.atomic_write import SaveError
 from spat_train.runtime.seeding import derived_seed
 from spat_train.training.trainer import train
-from tests.training.test_trainer import on_one_thread, processes
+from tests.training.helpers import on_one_thread, processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = 15.3 / 255
