@@ -50,7 +50,7 @@ class Config:
     beta: float | None = None
     """Weight of the KL term. Default: that of the method's paper, 6 for trades and 5 for mart."""
     label_smoothing: float = 0.0
-    """Of the outer cross-entropy, spread over all classes as in PyTorch. Not the alpha of SPAT."""
+    """Label smoothing of the loss itself, over all classes as in PyTorch. Not the alpha of SPAT."""
     forwards: Literal["clean-adv", "adv-clean", "clean-adv-clean"] = "clean-adv"
     """Order of an update's forwards, by which the statistics of batch norm differ. MART's code: clean-adv; RST's: adv-clean;
     TRADES's: clean-adv-clean, whose third changes these statistics alone."""
@@ -123,7 +123,7 @@ class Config:
     scale_lr: bool = False
     """Multiply lr by batch_size / 128."""
     momentum: float = 0.9
-    """Of SGD; beta1 of Adam."""
+    """Momentum of SGD, or beta1 of Adam."""
     nesterov: bool = False
     weight_decay: float = 5e-4
     """As an L2 term, in Adam too."""
@@ -141,9 +141,9 @@ class Config:
 
     # ---- arithmetic
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Of the update, and of attacks unless --attack-precision differs. Losses are fp32 always."""
+    """Precision of the update, and of attacks unless --attack-precision differs. Losses are always fp32."""
     attack_precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
-    """Of all attacks, those of validation and test too, where predictions are fp32. Default: --precision."""
+    """Precision of all attacks, also in validation and test, where predictions are fp32. Default: --precision."""
     input_gradient: Literal["auto", "plan", "autograd"] = "auto"
     """How the attack differentiates the model (`spat_kernels.explain`)."""
     graph: Literal["auto", "never"] = "auto"

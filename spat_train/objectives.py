@@ -56,31 +56,18 @@ def mart(clean, adv, y, *, beta, label_smoothing=0.0) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Method:
-    """An objective and the defaults of its training attack.
+    """An objective and the defaults of its training attack."""
 
-    Attributes:
-        title: its name in tables.
-        summary: one line for the help of `spat-train train`.
-        head: the loss, from logits.
-        reads: the logits that the loss needs, "clean" before "adv". Without "adv" there is no attack.
-        beta: default weight of the KL term. None: the loss has none.
-        inner: the loss that the attack maximises.
-        steps: gradient steps of the attack.
-        step_in_eps: length of a step, as a fraction of eps.
-        start: where the attack starts: "uniform", "normal" or "clean".
-        needs_extra: whether it trains on pseudo-labelled images too.
-    """
-
-    title: str
-    summary: str
+    title: str  # its name in tables
+    summary: str  # for the help of `spat-train train`
     head: Head
-    reads: tuple[Literal["clean", "adv"], ...] = ("clean", "adv")
-    beta: float | None = None
-    inner: str = "ce"
-    steps: int = 10
-    step_in_eps: float = 0.25
-    start: str = "uniform"
-    needs_extra: bool = False
+    reads: tuple[Literal["clean", "adv"], ...] = ("clean", "adv")  # the logits that the loss needs; without "adv" no attack
+    beta: float | None = None  # default weight of the KL term; None: the loss has none
+    inner: str = "ce"  # the loss that the attack maximises
+    steps: int = 10  # of the attack
+    step_in_eps: float = 0.25  # length of a step, as a fraction of eps
+    start: str = "uniform"  # of the attack: "uniform", "normal" or "clean"
+    needs_extra: bool = False  # whether it trains on pseudo-labelled images too
 
     @property
     def attacks(self) -> bool:

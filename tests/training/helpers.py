@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from spat_train.runtime.distributed import World
 from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import GracefulStop, Stopped
 from spat_train.training.run import OnStep, Run
-from spat_train.training.trainer import train
+from spat_train.training.trainer import Result, train
 
 TIMEOUT = 600  # seconds: only a process that hangs takes as long
 EVERYTHING = {"method": "mart", "alpha": 0.3, "ema": 0.9, "awp": 0.01, "nesterov": True, "start": "uniform"}
@@ -148,6 +149,20 @@ def train_until_stopped(config: Config, on_step: OnStep | None = None) -> int:
     with pytest.raises(Stopped, match="last.pt, to go on with by --resume") as stopped:
         train(config, on_step=on_step)
     return stopped.value.exit_code
+
+
+def expected_and_other(tmp_path: Path, **options) -> Config:
+    """Train in tmp_path/expected. Returns the config of the same run in tmp_path/other, to interrupt and to resume."""
+    expected = settings(tmp_path / "expected", **options)
+    train(expected)
+    return replace(expected, out=tmp_path / "other", resume=True)
+
+
+def assert_ends_alike(config: Config) -> Result:
+    """Train, and compare with the run in "expected" beside it."""
+    result = train(config)
+    assert_same_run(config.out, config.out.with_name("expected"))
+    return result
 
 
 def processes() -> multiprocessing.context.ForkServerContext:

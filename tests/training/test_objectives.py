@@ -65,6 +65,14 @@ FORMULAS = {
 }
 
 
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    """And the same statistics of batch norm."""
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(b, c), name
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_every_gradient_are_those_of_the_formula(method, smoothing):
@@ -80,10 +88,7 @@ def test_loss_and_every_gradient_are_those_of_the_formula(method, smoothing):
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(sum(terms.values()), loss.detach(), rtol=1e-12, atol=0)
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
-    for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(b, c, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("forwards", ["clean-adv", "adv-clean", "clean-adv-clean"])
@@ -101,10 +106,7 @@ def test_forwards_move_the_statistics_in_the_order_asked_for(method, forwards):
     expected = sum((first | {"kl": last["kl"]} if "kl" in last else first).values())  # TRADES: CE of the first, KL of the last
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
-    for b, c in zip(ours.buffers(), theirs.buffers(), strict=True):
-        assert torch.equal(b, c)
+    assert_same_gradients(ours, theirs)
     other = network()
     Objective(other, Config(method=method, forwards="clean-adv"))(x, x_adv, y)
     assert torch.equal(ours[1].running_mean, other[1].running_mean) == (forwards == "clean-adv")

@@ -40,9 +40,11 @@ from tests.training.helpers import (
     EVERYTHING,
     TIMEOUT,
     after,
+    assert_ends_alike,
     assert_same,
     assert_same_run,
     events,
+    expected_and_other,
     for_three_classes,
     on_one_thread,
     processes,
@@ -94,31 +96,26 @@ def test_killed_at_any_moment_the_run_ends_bit_by_bit_alike(tmp_path, options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("steps", [1, 5, 8])
+@pytest.mark.parametrize("steps", [1, 5, 8, 12])
 def test_signals_save_first(tmp_path, number, steps):
-    expected = settings(tmp_path / "expected", **EVERYTHING)
-    train(expected)
-    stopped = replace(expected, out=tmp_path / "stopped", resume=True)
-    before = signal.getsignal(number)
-    assert train_until_stopped(stopped, after(steps, partial(send, number))) == 128 + number
+    config, before = expected_and_other(tmp_path, **EVERYTHING), signal.getsignal(number)
+    assert train_until_stopped(config, after(steps, partial(send, number))) == 128 + number
     assert signal.getsignal(number) is before
-    progress = weights(tmp_path / "stopped")["progress"]
+    progress = weights(config.out)["progress"]
     assert 5 * progress["epoch"] + progress["step"] == steps
-    train(stopped)
-    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+    (config.out / "best.pt").unlink(missing_ok=True)  # it is written after last.pt: killed in between, there may be none
+    assert_ends_alike(config)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"ema": 0.9, "optimizer": "adam", "lr": 1e-3}])
 def test_a_stopped_run_goes_on_on_the_gpu(tmp_path, options):
     """Generators, scaler and fused optimisers too; cuDNN's sums are not repeatable to the last bit."""
-    expected = settings(tmp_path / "expected", method="mart", alpha=0.3, device="cuda", **options)
-    train(expected)
-    stopped = replace(expected, out=tmp_path / "stopped", resume=True)
-    train_until_stopped(stopped, after(8, send))
-    train(stopped)
-    ours, theirs = (weights(tmp_path / name) for name in ("stopped", "expected"))
-    assert_same(ours["progress"]["epoch"], 4)
+    config = expected_and_other(tmp_path, method="mart", alpha=0.3, device="cuda", **options)
+    train_until_stopped(config, after(8, send))
+    train(config)
+    ours, theirs = (weights(tmp_path / name) for name in ("other", "expected"))
+    assert ours["progress"]["epoch"] == 4
     assert_same(ours["processes"][0]["random"], theirs["processes"][0]["random"])
     for name, t in theirs["model"].items():
         assert (ours["model"][name] - t).float().norm() <= 0.05 * t.float().norm(), name
@@ -190,17 +187,14 @@ def test_signals_of_forked_processes_are_their_own(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
 def test_a_reader_that_dies_ends_the_run(tmp_path, number):
-    expected = settings(tmp_path / "expected", stream=True, epochs=3, limit=400, log_every=1)
-    train(expected)
-    killed = replace(expected, out=tmp_path / "killed", resume=True)
+    config = expected_and_other(tmp_path, stream=True, epochs=3, limit=400, log_every=1)
     name = {signal.SIGKILL: "Killed", signal.SIGBUS: "Bus error"}[number]
     with pytest.raises(TrainingError, match=f"reader process .*({name}|exited).*--workers 0.*last.pt; with --resume"):
-        train(killed, on_step=after(15, lambda: [os.kill(p.pid, number) for p in multiprocessing.active_children()[:1]]))
+        train(config, on_step=after(15, lambda: [os.kill(p.pid, number) for p in multiprocessing.active_children()[:1]]))
     for reader in multiprocessing.active_children():  # killed, but perhaps not gone yet
         reader.join(TIMEOUT)
         assert not reader.is_alive()
-    train(killed)
-    assert_same_run(tmp_path / "killed", tmp_path / "expected")
+    assert_ends_alike(config)
 
 
 def exit_code(config: Config) -> None:
@@ -224,40 +218,24 @@ def test_a_signal_to_the_group_does_not_kill_the_readers_before_the_save(tmp_pat
     assert weights(tmp_path / "run")["progress"]["count"] >= 0
 
 
-def test_a_signal_during_validation(tmp_path, monkeypatch):
-    train(settings(tmp_path / "expected"))
-    stopped = settings(tmp_path / "stopped", resume=True)
-    with monkeypatch.context() as patched:
-        original = run_module.accuracies
+@pytest.mark.parametrize("during_test", [False, True])
+def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, during_test):
+    """In the test, the model has its best weights, which are not the last ones."""
+    config, signals_left = expected_and_other(tmp_path, epochs=3, test=True), iter([send])
 
-        def interrupted(*args, on_progress, **kwargs):
-            send()
-            return original(*args, on_progress=on_progress, **kwargs)
-
-        patched.setattr(run_module, "accuracies", interrupted)
-        train_until_stopped(stopped)
-    assert weights(tmp_path / "stopped")["progress"]["step"] == 5
-    train(stopped)
-    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
-
-
-def test_a_signal_during_the_test(tmp_path, monkeypatch):
-    """The model has its best weights by then, which are not the last ones."""
-    train(settings(tmp_path / "expected", epochs=3))
-    stopped = settings(tmp_path / "stopped", epochs=3, test=True, resume=True)
-    interrupted = iter([send])
-
-    def on_progress(run):
-        if run.finished:
-            next(interrupted)()
-        return original(run)
+    def interrupted(run):
+        if run.finished == during_test:
+            next(signals_left)()
+        between_batches(run)
 
     with monkeypatch.context() as patched:
-        original = Run.between_batches
-        patched.setattr(Run, "between_batches", on_progress)
-        train_until_stopped(stopped)
-    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
-    assert train(stopped).test is not None
+        between_batches = Run.between_batches
+        patched.setattr(Run, "between_batches", interrupted)
+        train_until_stopped(config)
+    assert weights(config.out)["progress"]["step"] == (0 if during_test else 5)
+    if during_test:
+        assert_same_run(config.out, tmp_path / "expected")
+    assert assert_ends_alike(config).test is not None
 
 
 # ---- what a resumed run compares
@@ -316,16 +294,6 @@ def test_another_number_of_threads_is_noted_on_resume(tmp_path, monkeypatch, cap
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     train(replace(config, epochs=4, resume=True))
     assert "spat-train: saved with threads 1, now 7: going on is equal but for rounding\n" in capsys.readouterr().err
-
-
-def test_best_weights_come_from_the_checkpoint(tmp_path):
-    """best.pt is written after last.pt: killed in between, it is older, or not there; going on writes it again."""
-    train(settings(tmp_path / "expected"))
-    config = settings(tmp_path / "run", resume=True)
-    train_until_stopped(config, after(12, send))
-    (tmp_path / "run" / "best.pt").unlink()
-    train(config)
-    assert_same_run(tmp_path / "run", tmp_path / "expected")
 
 
 def test_a_changed_model_is_refused(tmp_path, monkeypatch):
@@ -439,7 +407,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_a_loser_leaves_the_winner_s_folder(tmp_path, monkeypatch):
-    """Of two that start at once, the one that made the folder may be the one that is refused."""
+    """When two start at once, the one that made the folder may be the one that is refused."""
     winner, loser = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     flock = fcntl.flock
 
@@ -465,27 +433,11 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
-def test_the_best_weights_are_written_when_they_change(tmp_path, monkeypatch):
-    scores, written = iter([30.0, 50.0, 20.0, 40.0]), []
-    monkeypatch.setattr(run_module, "accuracies", lambda *args, **kwargs: {"clean": 80.0, "pgd": next(scores)})
-    original = files.write_torch
-    monkeypatch.setattr(
-        files, "write_torch", lambda path, *args, **options: written.append(path.name) or original(path, *args, **options)
-    )
-    train(settings(tmp_path / "run"))
-    assert written == ["last.pt", "best.pt"] * 2 + ["last.pt"] * 2
-
-
 def test_a_run_is_not_overwritten(tmp_path):
     config = settings(tmp_path / "run", epochs=1)
     train(config)
     with pytest.raises(InputError, match="holds a run: add --resume"):
         train(config)
-
-
-def test_results_alone_are_not_overwritten(tmp_path):
-    config = settings(tmp_path / "run", epochs=1)
-    train(config)
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "run" / name).unlink(missing_ok=True)
     for resume, message in ((False, "holds a run"), (True, "holds best.pt but no last.pt")):
@@ -495,23 +447,20 @@ def test_results_alone_are_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 100, -1])
 def test_truncated_checkpoint(tmp_path, size):
-    train(settings(tmp_path / "expected"))
-    config = settings(tmp_path / "run", resume=True)
-    train(replace(config))
-    last = tmp_path / "run" / "last.pt"
+    config = expected_and_other(tmp_path)
+    train(config)
+    last = config.out / "last.pt"
     os.truncate(last, size if size >= 0 else last.stat().st_size - 50)
     with pytest.raises(InputError, match="last.pt is damaged .*previous.pt"):
         train(config)
     last.unlink()
-    train(config)
-    assert_same_run(tmp_path / "run", tmp_path / "expected")
+    assert_ends_alike(config)
 
 
 @pytest.mark.parametrize("call", range(1, 9))
 def test_full_disk(tmp_path, monkeypatch, call):
     """The disk is full at one of the first writes: an error, what was good stays, and the run goes on from there."""
-    train(settings(tmp_path / "expected", epochs=3))
-    config, fsync, count = settings(tmp_path / "run", epochs=3, resume=True), os.fsync, iter(range(1, 1000))
+    config, fsync, count = expected_and_other(tmp_path, epochs=3), os.fsync, iter(range(1, 1000))
 
     def full(descriptor):
         if next(count) == call:
@@ -522,9 +471,8 @@ def test_full_disk(tmp_path, monkeypatch, call):
         patched.setattr(os, "fsync", full)
         with pytest.raises(SaveError, match="No space left"):
             train(config)
-    assert not list((tmp_path / "run").glob("*.tmp"))
-    train(config)
-    assert_same_run(tmp_path / "run", tmp_path / "expected")
+    assert not list(config.out.glob("*.tmp"))
+    assert_ends_alike(config)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")

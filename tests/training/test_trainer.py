@@ -19,6 +19,7 @@ from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, Images
 from spat_train.errors import InputError
 from spat_train.models.registry import create
+from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
 from spat_train.training import checkpoint
 from spat_train.training import run as run_module
@@ -243,15 +244,17 @@ def test_images_and_model_have_the_memory_format_asked_for(channels_last, monkey
 
 def test_attacks_get_the_options_of_the_engine(monkeypatch):
     made, asked = [], []
-    monkeypatch.setattr("spat_train.training.step.PGD", lambda *args, **how: made.append(how))
-    monkeypatch.setattr(run_module, "accuracies", lambda *args, **how: asked.append((args[3], how)) or {"clean": 0.0, "pgd": 0.0})
+    monkeypatch.setattr("spat_train.training.step.PGD", lambda *args, **options: made.append(options))
+    monkeypatch.setattr(
+        run_module, "accuracies", lambda *args, **used: asked.append((args[3], used)) or {"clean": 0.0, "pgd": 0.0}
+    )
     options = {"graph": "never", "input_gradient": "autograd", "attack_precision": "bf16", "eval_eps": 51.0, "bn_mode": "batch"}
     run = new_run(settings(**options, eval_batch_size=7))
     run.validate()
-    (how,) = made
-    assert (how["graph"], how["input_gradient"], how["precision"], how["bn_mode"]) == (False, "autograd", "bf16", "batch")
-    ((eps, how),) = asked
-    assert (eps, how["batch_size"], how["precision"], how["input_gradient"]) == (0.2, 7, "bf16", "autograd")
+    (used,) = made
+    assert (used["graph"], used["input_gradient"], used["precision"], used["bn_mode"]) == (False, "autograd", "bf16", "batch")
+    ((eps, used),) = asked
+    assert (eps, used["batch_size"], used["precision"], used["input_gradient"]) == (0.2, 7, "bf16", "autograd")
 
 
 # ---- optimiser and learning rate
@@ -364,13 +367,15 @@ def test_held_out_images_are_not_trained_on():
 
 
 def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch):
-    scores = iter([30.0, 50.0, 50.0, 40.0, 99.0])
-    monkeypatch.setattr(run_module, "accuracies", lambda *args, **kwargs: {"clean": 80.0, "pgd": next(scores)})
+    scores, written, write = iter([30.0, 50.0, 50.0, 40.0, 99.0]), [], files.write_torch
+    monkeypatch.setattr(run_module, "accuracies", lambda *args, **options: {"clean": 80.0, "pgd": next(scores)})
+    monkeypatch.setattr(files, "write_torch", lambda path, *args, **kept: written.append(path.name) or write(path, *args, **kept))
     result = train(settings(tmp_path / "run", epochs=9, patience=2))
     assert result.best == {"epoch": 2, "clean": 80.0, "pgd": 50.0}
     assert [event["pgd"] for event in events(tmp_path / "run", "validation")] == [30, 50, 50, 40]
     assert_same(dict(result.model.state_dict()), weights(tmp_path / "run", "best.pt")["model"])
     assert weights(tmp_path / "run")["progress"]["epoch"] == 4
+    assert written == ["last.pt", "best.pt"] * 2 + ["last.pt"] * 2
 
 
 def test_validation_repeats_and_leaves_training_alone():
