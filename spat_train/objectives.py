@@ -1,4 +1,6 @@
-"""The training objectives: their losses, and what each one sets by default. To add one, add it here.
+"""The training objectives: their losses, and what each one sets by default.
+
+To add one: its loss, its row in METHODS and its name in MethodName, all in this file.
 
     standard   CE(z(x), y)
     madry      CE(z(x'), y)                                                          Madry et al., arXiv 1706.06083
@@ -16,11 +18,12 @@ than a percent of a step (benchmarks/NOTES.md).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
+MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]  # those of METHODS
 # (clean logits [B, K], adversarial logits [B, K], y int64 [B]; beta, label_smoothing) -> the terms of the loss by name, each a
 # mean over the batch. Logits that the method does not read are None.
 Head = Callable[..., dict[str, Tensor]]
@@ -74,7 +77,7 @@ class Method:
         return "adv" in self.reads
 
 
-METHODS = {
+METHODS: dict[MethodName, Method] = {
     "standard": Method("standard", "clean images", standard, reads=("clean",)),
     "madry": Method("Madry", "CE(x')", madry, reads=("adv",)),
     "trades": Method("TRADES", "CE(x) + beta KL(p(x) || p(x'))", trades, beta=6.0, inner="kl"),
@@ -84,8 +87,3 @@ METHODS = {
     ),
     "fgsm": Method("FGSM", "the mean of CE(x) and CE(x'), x' by one step of eps", fgsm, steps=1, step_in_eps=1.0, start="clean"),
 }
-
-if TYPE_CHECKING:
-    MethodName = str
-else:
-    MethodName = Literal[tuple(METHODS)]  # the choices on the command line

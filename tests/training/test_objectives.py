@@ -1,6 +1,7 @@
 """The objectives against their formulas, written out sample by sample in fp64; the examples that they are trained on."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("tyro")
 
 from spat_kernels import PGD, losses
 from spat_train.config import Config
-from spat_train.objectives import METHODS
+from spat_train.objectives import METHODS, MethodName
 from spat_train.training.step import Objective, training_attack
 
 CLASSES, BETA = 5, 3.0
@@ -139,6 +140,7 @@ def test_mart_stays_finite_on_confident_mistakes():
 
 
 def test_defaults_of_the_methods():
+    assert get_args(MethodName) == tuple(METHODS)
     assert Config(method="mart").kl_weight == 5
     assert Config(method="trades").kl_weight == 6
     assert [Config(method=m).inner_loss for m in ("madry", "mart", "trades", "rst")] == ["ce", "ce", "kl", "kl"]
