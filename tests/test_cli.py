@@ -70,7 +70,7 @@ def test_presets_are_the_settings_of_the_sources():
             assert start == "uniform"
             assert steps == 10
             assert step_size == pytest.approx(eps / 4)
-            assert c.kl_weight == (5 if c.method == "mart" else 6)
+            assert c.kl_weight == {"mart": 5, "trades": 6}.get(c.method)
         if name.startswith("table6.1"):
             assert (c.model, c.data, c.weight_decay, c.batch_size, eps) == ("wrn-34-10", "cifar10", 7e-4, 128, 8 / 255)
             assert c.milestones == (75, 90)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, Images
 from spat_train.errors import InputError
@@ -24,6 +24,7 @@ from spat_train.models.checkpoints import _prefixes, load_checkpoint, load_model
 from spat_train.models.registry import Normalize, PreActResNet18, WideResNet, create
 from spat_train.papers.runs import Options, Run, Scale, Wanted, completed
 from spat_train.runtime.run_folder import FORMAT, RunFolder
+from spat_train.training.check import check
 from spat_train.training.trainer import train
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]

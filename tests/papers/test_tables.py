@@ -15,7 +15,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 from spat_train import cli
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.errors import InputError
 from spat_train.evaluation.evaluate import evaluate
@@ -39,6 +39,7 @@ from spat_train.papers.runs import (
     width,
 )
 from spat_train.presets import PRESETS
+from spat_train.training.check import check
 from tests.papers.finished_runs import EPS
 
 # As the papers print them; not read from the code.
