@@ -11,8 +11,7 @@ import signal
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -24,12 +23,14 @@ from benchmarks import measure, training
 from benchmarks.data import random_images
 from benchmarks.judge import CLASSES
 from benchmarks.tables import SETTINGS, Formula, environment, markdown
-from benchmarks.training import METHODS, trainer
+from benchmarks.training import METHODS
 from spat_train.config import Config
-from spat_train.data.images import Images
+from spat_train.data.images import Dataset, Images
+from spat_train.runtime.distributed import World
+from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import GracefulStop, Stopped
-from spat_train.training.objectives import HEADS
-from spat_train.training.trainer import Run, gpu_arithmetic
+from spat_train.training.run import Run
+from spat_train.training.trainer import gpu_arithmetic
 
 
 class Clock:
@@ -37,18 +38,16 @@ class Clock:
     of others count in both."""
 
     def __init__(self, device: str):
-        self.device, self.cuda, self.events = device, device.startswith("cuda"), []
+        self.cuda, self.events = device.startswith("cuda"), []
         self.seconds: dict[str, float] = defaultdict(float)
 
-    def around(self, name: str, call: Callable) -> Callable:
-        def timed(*args, **kwargs):
-            start = self._now()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.events.append((name, start, self._now()))
-
-        return timed
+    @contextmanager
+    def span(self, name: str):
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.events.append((name, start, self._now()))
 
     def _now(self):
         if not self.cuda:
@@ -66,11 +65,6 @@ class Clock:
         self.events.clear()
         return dict(self.seconds)
 
-    def around_items(self, name: str, iterator: Iterator) -> Iterator:
-        following = self.around(name, lambda: next(iterator, None))
-        while (item := following()) is not None:
-            yield item
-
 
 def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates: int) -> dict:
     """Train as `config` says into `folder`, stop after `warm_up` + `updates` steps, and take the time of those `updates` apart.
@@ -78,24 +72,38 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
     Returns:
         dict: `step_seconds`, per step; `parts`, what of that went where; `epoch_parts`, what an epoch takes beside its steps;
         `epoch_seconds`; `head_seconds`, the loss without the model, forward and backward; `steps_per_epoch`.
-
-    Raises:
-        ValueError: the run ends before that.
     """
-    wish, clock = GracefulStop(), Clock(config.device)
-    run = trainer(config, images, wish, folder)
-    measure_calls(run, clock)
-    marks, start = mark_steps(run, clock, wish, warm_up, updates), time.perf_counter()
+    wish, clock, begin_of_steps = GracefulStop(), Clock(config.device), []
+    marks: list[tuple[float, dict[str, float]]] = []  # at the end of each step
+
+    def span(name: str):
+        if name == "attack" and not begin_of_steps:
+            measure.synchronize(config.device)
+            begin_of_steps.append(time.perf_counter())
+        return clock.span(name)
+
+    def on_step(run: Run) -> None:
+        waits = len(marks) + 1 in (warm_up, warm_up + updates)
+        if waits:
+            measure.synchronize(config.device)
+        marks.append((time.perf_counter(), clock.read() if waits else {}))
+        if len(marks) == warm_up + updates:
+            wish.number = signal.SIGTERM
+
+    dataset = Dataset("images", images, images, tuple(map(str, range(CLASSES))))
+    world = World(0, 1, torch.device(config.device))
+    run = Run(config, dataset, world, wish, RunFolder(folder), on_step=on_step, span=span)
+    start = time.perf_counter()
     with gpu_arithmetic(config.precision), suppress(Stopped):
         run.all()
     if not wish.number:
-        raise ValueError(f"there are no {warm_up + updates + 1} steps in {config.epochs} epochs: give more images")
-    (begin, before), (end, after) = marks[warm_up], marks[warm_up + updates]
+        raise ValueError(f"there are no {warm_up + updates} steps in {config.epochs} epochs: give more images")
+    (begin, before), (end, after) = marks[warm_up - 1], marks[-1]
     parts = {name: (after[name] - before.get(name, 0.0)) / updates for name in after if name != "save"}
     total = (end - begin) / updates
     parts["forward, backward"] = parts.pop("update") - parts["optimizer"]
     parts["rest"] = total - sum(parts.values())
-    once = {"start": marks[0][0] - start, "save": clock.read()["save"]}
+    once = {"start": begin_of_steps[0] - start, "save": clock.read()["save"]}
     steps = run.loader.order.steps
     by_time = once["save"] * steps * total / (60 * config.checkpoint_minutes)
     return {
@@ -108,43 +116,15 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
     }
 
 
-def measure_calls(run: Run, clock: Clock) -> None:
-    """Put the clock around the parts of a step. "update" is around the optimiser's calls, "between" around the stop's save."""
-    timed = [(run, name, name) for name in ("attack", "update", "settle", "save")] + [(run, "between_steps", "between")]
-    timed += [(run.scaler, name, "optimizer") for name in ("step", "update")] + [(run.optimizer, "zero_grad", "optimizer")]
-    for owner, method, name in timed:
-        setattr(owner, method, clock.around(name, getattr(owner, method)))
-    batches = run.loader.epoch
-    run.loader.epoch = lambda *args: clock.around_items("loader", batches(*args))
-
-
-def mark_steps(run: Run, clock: Clock, wish: GracefulStop, warm_up: int, updates: int) -> list[tuple[float, dict]]:
-    """The time at which each step of the run begins, to be filled as it goes on, and what the clock has at the first, where the
-    warm-up ends, and where the run is asked to stop."""
-    marks, step = [], run.step
-
-    def marked_step(*batch) -> None:
-        waits = len(marks) in (0, warm_up, warm_up + updates)
-        if waits:
-            measure.synchronize(clock.device)
-        marks.append((time.perf_counter(), clock.read() if waits else {}))
-        if len(marks) > warm_up + updates:
-            wish.number = signal.SIGTERM
-        step(*batch)
-
-    run.step = marked_step
-    return marks
-
-
 def head_seconds(config: Config) -> float:
     """The loss of `config.method` at logits [B, K] in fp32, forward and backward."""
     clean, adv = (torch.randn(config.batch_size, CLASSES, device=config.device, requires_grad=True) for _ in range(2))
     y = torch.randint(CLASSES, (config.batch_size,), device=config.device)
-    head, reads_clean, _ = HEADS[config.method]
+    method = config.objective
+    inputs = [{"clean": clean, "adv": adv}[kind] for kind in method.reads]
 
     def call() -> None:
-        inputs = (clean, adv) if reads_clean else (adv,)
-        torch.autograd.grad(sum(head(clean, adv, y, beta=config.kl_weight).values()), inputs)
+        torch.autograd.grad(sum(method.head(clean, adv, y, beta=config.kl_weight).values()), inputs)
 
     return measure.seconds_per_call(call, config.device)
 
@@ -163,7 +143,7 @@ class Options:
     updates: int = 10
     """Steps of the trainer that are measured."""
     warm_up: int = 3
-    """Steps before those."""
+    """Steps before those, at least 1."""
     images: int = 50_000
     """Random images in an epoch."""
     out: Path | None = None

@@ -26,7 +26,7 @@ import tyro
 
 from benchmarks import measure
 from benchmarks.tables import columns, environment, filled, markdown
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError, check_count
 from spat_train.evaluation.evaluate import evaluate
@@ -39,6 +39,7 @@ from spat_train.presets import PRESETS
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
 from spat_train.runtime.signals import GracefulStop, Stopped
+from spat_train.training.check import check
 from spat_train.training.trainer import TrainingError, train
 
 TABLE = TABLES["6.1"]

@@ -2,12 +2,11 @@
 
     python -m benchmarks.training --model wrn-16-4 --batch 64 --out benchmarks/results/cpu/training.json
 
-Ours is the trainer's own step (`spat_train.training.trainer.Run.step`: attack, update, optimiser, and all around them).
-"authors" is the
-loop that the method was published with, written out here from its formulas: fp32, contiguous, `torch.autograd.grad` in eval
-mode for the attack. TRADES computes the clean probabilities anew in every step of its attack and runs three forwards in train
-mode for the update; MART runs two, Madry one. The same loop under autocast in channels_last, and compiled as well, are rivals.
-All start alike: uniformly in the ball for Madry, at x + 0.001 randn for the others.
+Ours is the trainer's own step (`spat_train.training.step.TrainStep`: attack, update, optimiser, and reading the loss).
+"authors" is the loop that the method was published with, written out here from its formulas: fp32, contiguous,
+`torch.autograd.grad` in eval mode for the attack. TRADES computes the clean probabilities again in every step of its attack and
+runs three forwards in train mode for the update; MART runs two, Madry one. The same loop under autocast in channels_last, and
+compiled as well, are rivals. All start alike: uniformly in the ball for Madry, at x + 0.001 randn for the others.
 
 Before anything is timed, ours and the authors' loop must find the same examples from the same start on a small model, and have
 the same loss and gradients on the same examples (`verify`). Then each provider makes one update of the same weights on the
@@ -29,16 +28,13 @@ from benchmarks.judge import CLASSES, photographs
 from benchmarks.measure import DTYPES, numerics
 from benchmarks.rivals import EPS, STEP, ascend, uniform
 from benchmarks.tables import SETTINGS, environment, fastest, markdown, ratio
-from spat_train.config import Config, Method
-from spat_train.data.images import Dataset, Images
+from spat_train.config import Config
 from spat_train.models.registry import create
-from spat_train.runtime.distributed import World
-from spat_train.runtime.run_folder import RunFolder
-from spat_train.runtime.signals import GracefulStop
-from spat_train.training.trainer import Run
+from spat_train.objectives import METHODS as OBJECTIVES
+from spat_train.runtime.seeding import derived_seed
+from spat_train.training.step import Launched, Objective, TrainStep
 
 METHODS = "madry", "trades", "mart"
-BETA = {"trades": 6.0, "mart": 5.0}
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # a small lr: the same batch comes again and again
 
 Update = Callable[[Tensor, Tensor], Tensor]
@@ -54,18 +50,18 @@ def inner_loss(method: str, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tenso
 
 
 def outer_loss(method: str, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """What the weights minimise; the formulas of `training.objectives`, with the forwards that the authors' code runs."""
+    """What the weights minimise; the formulas of `spat_train.objectives`, with the forwards that the authors' code runs."""
     if method == "madry":
         return F.cross_entropy(model(x_adv), y)
     clean = model(x)
     if method == "trades":
         kl = F.kl_div(model(x_adv).log_softmax(1), model(x).softmax(1), reduction="batchmean")
-        return F.cross_entropy(clean, y) + BETA[method] * kl
+        return F.cross_entropy(clean, y) + OBJECTIVES[method].beta * kl
     adv = model(x_adv)
     p, q, label = clean.softmax(1), adv.softmax(1), F.one_hot(y, clean.shape[1]).bool()
     bce = F.cross_entropy(adv, y) - torch.log(1.0001 - q.masked_fill(label, 0).amax(1) + 1e-12).mean()
     kl = F.kl_div(torch.log(q + 1e-12), p, reduction="none").sum(1)
-    return bce + BETA[method] * (kl * (1.0000001 - p[label])).mean()
+    return bce + OBJECTIVES[method].beta * (kl * (1.0000001 - p[label])).mean()
 
 
 class Authors:
@@ -121,38 +117,35 @@ class Authors:
 # --- ours ---
 
 
-def settings(model: str, batch: int, method: Method, precision: str, device: str, steps: int, **options) -> Config:
+def settings(model: str, batch: int, method: str, precision: str, device: str, steps: int, **options) -> Config:
     """The trainer's options that do what `Authors` does."""
     start = "uniform" if method == "madry" else "normal"
     chosen = {"holdout": 0, "test": False, "tensorboard": False, "start": start, "step_size": 255 * STEP, "eps": 255 * EPS}
     return Config(
-        model=model, batch_size=batch, method=method, precision=precision, device=device, steps=steps, beta=BETA.get(method),
+        model=model, batch_size=batch, method=method, precision=precision, device=device, steps=steps,
         data="images", **chosen | SGD | options,
     )  # fmt: skip
-
-
-def trainer(config: Config, images: Images, wish: GracefulStop, folder: Path | None = None) -> Run:
-    dataset = Dataset("images", images, images, tuple(map(str, range(CLASSES))))
-    run = Run(config, dataset, World(0, 1, torch.device(config.device)), wish, RunFolder(folder))
-    run.model.train()
-    return run
 
 
 class Ours:
     """The trainer's own step, from the weights of `model`; the interface of `Authors`."""
 
     def __init__(self, model: nn.Module, config: Config):
-        nothing = Images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))  # batches are given
-        self.run = trainer(config, nothing, GracefulStop())
-        self.run.model.load_state_dict(model.state_dict())
-        self.model = self.run.model
+        self.model = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
+        self.config, self.step, self.count = config, TrainStep(config, self.model), 0
+        self.launched: Launched | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        # As the loader hands it over. A step is another one each time, with random numbers of its own.
-        self.run.step(x.contiguous(memory_format=torch.channels_last), y, len(x))
-        self.run.progress.step += 1
-        _, values, *_, (_, self.x_adv, _), _, _ = self.run.pending
-        return values[0]  # on its way from the device
+        x = x.contiguous(memory_format=torch.channels_last)  # as the loader gives it
+        before, self.launched = self.launched, self.step(x, y, epoch=0, part=1.0, seed=self.seed(self.count))
+        self.count += 1
+        if before:
+            before.read()  # as the trainer does: the loss of one step during the next
+        self.x_adv = self.launched.x_adv
+        return self.launched.values[0]  # on its way from the device
+
+    def seed(self, count: int) -> int:
+        return derived_seed(self.config.seed, count, 0)
 
 
 # --- providers ---
@@ -212,7 +205,7 @@ def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, s
     config = settings(model, count, method, "fp32", device, steps, start="normal")  # which can be drawn again
     ours = Ours(network, config)
     authors, exact = Authors(network, method, steps), Authors(network.double(), method, steps)
-    generator = torch.Generator(device).manual_seed(ours.run.random_seed())
+    generator = torch.Generator(device).manual_seed(ours.seed(0))
     start = x + 0.001 * torch.randn(x.shape, generator=generator, device=device)
     with numerics("fp32"):
         ours(x, y)
@@ -220,12 +213,12 @@ def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, s
     x, start = x.double(), start.double()
     exact(x, y, start)
     shares = [((loop.x_adv - exact.x_adv).abs() > 1e-6).float().mean().item() for loop in (ours, authors)]
-    ours.run.objective.model = network
-    losses = ours.run.objective(x, exact.x_adv, y)[0], outer_loss(method, network, exact.x_adv, x, y)
+    losses = Objective(network, config)(x, exact.x_adv, y)[0], outer_loss(method, network, exact.x_adv, x, y)
     gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]) for loss in losses]
     relative = [((a - b).norm() / b.norm()).item() for a, b in (losses, gradients)]
     result = dict(zip(("ours", "authors", "loss", "gradients"), shares + relative, strict=True))
-    assert shares[0] <= 2 * shares[1] + 1e-3 and max(relative) < 1e-9, f"{method} differs: {result}"
+    assert shares[0] <= 2 * shares[1] + 1e-3, f"{method} differs: {result}"
+    assert max(relative) < 1e-9, f"{method} differs: {result}"
     return result
 
 
@@ -272,7 +265,7 @@ class Options:
     batch: int = 64
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
-    """Of fp32, tf32 (GPU), bf16, fp16 (GPU)."""
+    """Some of fp32, tf32 (GPU), bf16, fp16 (GPU)."""
     providers: list[str] = field(default_factory=list)
     """Names, all by default."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

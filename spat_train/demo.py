@@ -9,13 +9,12 @@ import torch
 from .config import Config
 from .data.datasets import load
 from .data.images import Dataset
-from .errors import InputError
+from .errors import InputError, check_count, check_eps, check_seed
 from .evaluation.evaluate import TEST, accuracies, table
 from .papers.pictures import large_eps, write_attacked
 from .training.trainer import train
 
 DIGITS, GREY, COLOUR = (51.0, 14), (76.5, 15), (8.0, 15)  # eps in 1/255, epochs
-
 # No validation: the demo selects nothing, and trains on every image.
 SETTINGS = Config(
     model="small-cnn", optimizer="adam", lr=5e-3, schedule="one-cycle", weight_decay=0.0, batch_size=64,
@@ -39,12 +38,12 @@ def demo(
     Args:
         data: as in `spat-train train`: digits, mnist, cifar10, ..., or an .npz file of x_train, y_train, x_test, y_test: images
             uint8 [N, H, W] or [N, H, W, 3], labels int64 [N]; and, optionally, the names of the classes.
-        limit: number of training images, and the most test images, drawn at random. Default: all.
+        limit: number of training images and maximum number of test images, drawn at random. Default: all.
         epochs: passes over the training images of each training. Default: 14 for the digits, else 15.
         eps: radius of the L-infinity ball, in 1/255. Default: 51 (0.2) for the digits, 76.5 (0.3) grey, 8 colour.
         alpha: label smoothing of the SPAT examples, in [0, 1].
-        seed: source of all randomness.
-        out: where the figure goes, a .png file.
+        seed: of everything random.
+        out: the figure, a .png file.
 
     Returns:
         Accuracy in percent, per model and attack.
@@ -72,7 +71,7 @@ def demo(
 
 def run(config: Config, dataset: Dataset, alpha: float, out: Path) -> dict[str, dict[str, float]]:
     """Train three ways from the same initial weights, print the table, write the figure."""
-    start, eps = time.perf_counter(), config.eps / 255
+    start, eps = time.perf_counter(), config.evaluation_eps_in_x
     trainings = {
         "standard": replace(config, method="standard"),
         "Madry": config,
@@ -89,16 +88,12 @@ def run(config: Config, dataset: Dataset, alpha: float, out: Path) -> dict[str, 
 
 def check(limit: int | None, epochs: int | None, eps: float | None, alpha: float, seed: int, out: Path) -> None:
     """Raise InputError for what would fail, or mean nothing, after minutes of training."""
-    if limit is not None and limit < 2:
-        raise InputError(f"--limit {limit}: give at least 2 images, or leave it out for all")
-    if epochs is not None and epochs < 1:
-        raise InputError(f"--epochs {epochs}: give at least 1")
-    if eps is not None and not 0.5 <= eps <= 255:
-        raise InputError(f"--eps {eps}: it is in units of 1/255, from 0.5 to 255 (8 means 8/255, and 76.5 is 0.3)")
+    check_count("--limit", limit, least=2)
+    check_count("--epochs", epochs)
+    check_eps("--eps", eps)
+    check_seed(seed)
     if not 0 <= alpha <= 1:
         raise InputError(f"--alpha {alpha}: give a number in [0, 1], it is a label smoothing")
-    if not 0 <= seed < 2**31:
-        raise InputError(f"--seed {seed}: give an integer from 0 to 2**31 - 1")
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: give a name that ends in .png")
     try:

@@ -6,7 +6,8 @@ The thesis attacks with PGD-10, eps 8/255, steps of eps/4 and a uniform start. W
 from dataclasses import replace
 from typing import Literal
 
-from .config import Config, Method
+from .config import Config
+from .objectives import MethodName
 
 # The thesis divides lr at epochs 75 and 90, "as MART", whose code ends with epoch 90.
 _TABLE_61 = Config(data="cifar10", model="wrn-34-10", weight_decay=7e-4, epochs=90, milestones=(75, 90))
@@ -41,7 +42,7 @@ _MADRY_CIFAR = Config(
 _FORWARDS: dict[str, Literal["clean-adv-clean", "adv-clean"]] = {"trades": "clean-adv-clean", "rst": "adv-clean"}
 
 
-def _row(table: Config, method: Method, alpha: float = 0.0) -> Config:
+def _row(table: Config, method: MethodName, alpha: float = 0.0) -> Config:
     return replace(table, method=method, alpha=alpha, forwards=_FORWARDS.get(method, table.forwards))
 
 

@@ -15,10 +15,11 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 from spat_train import cli
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.loader import Order
 from spat_train.presets import PRESETS
 from spat_train.runtime import logs
+from spat_train.training.check import check
 from spat_train.training.optim import learning_rate
 from tests.evaluation.helpers import command, error
 
@@ -72,7 +73,7 @@ def test_presets_are_the_settings_of_the_sources():
         assert (eps, step_size) == pytest.approx(expected[:2]), name
         assert rest == list(expected[2:]), name
         if kind in ("table6.1", "table6.2", "table6.4", "figure"):
-            assert c.kl_weight == (5 if c.method == "mart" else 6)
+            assert c.kl_weight == {"mart": 5, "trades": 6}.get(c.method)
         if kind == "table6.2":
             assert c.weight_decay == (7e-4 if c.method == "mart" else 2e-4)
         if kind == "table6.3":

@@ -10,13 +10,14 @@ from torch import nn
 
 from spat_kernels import APGD, AutoAttack, losses, pgd
 from spat_kernels.attacks.autoattack import VERSIONS, fewest_classes
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.errors import InputError
 from spat_train.evaluation.attack_specs import parse
 from spat_train.evaluation.command import attacks_command
 from spat_train.evaluation.evaluate import evaluate
-from spat_train.training.objectives import training_attack
+from spat_train.training.check import check
+from spat_train.training.step import training_attack
 from spat_train.training.trainer import train
 from tests.helpers import EPS, batch, cnn
 
@@ -156,7 +157,7 @@ def test_the_trainer_counts_the_classes_first():
     data = load("digits")
     two = replace(data, train=replace(data.train, labels=data.train.labels % 2), classes=("0", "1"))
     with pytest.raises(InputError, match="--inner dlr: loss 'dlr' needs at least 3 classes here, the model has 2"):
-        train(Config(inner="dlr", data="digits", device="cpu", model="tests.training.test_trainer:without_parameters"), two)
+        train(Config(inner="dlr", data="digits", device="cpu", model="tests.training.helpers:without_parameters"), two)
 
 
 def test_a_setting_is_not_called_as_one_of_the_attack():

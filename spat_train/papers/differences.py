@@ -1,7 +1,8 @@
 """Where a run was trained otherwise than in the source."""
 
 from ..config import Config
-from .runs import METHODS, Run, data_name, format_eps
+from ..objectives import METHODS
+from .runs import Run, data_name, format_eps
 
 PLAIN = {  # by name, the options whose value is shown as it is
     "held-out images": "holdout", "padding before crops": "pad", "flips": "flip", "forwards": "forwards",
@@ -21,7 +22,7 @@ def settings(c: Config) -> dict[str, str]:
         "inner loss": c.inner_loss, "mode in attacks": c.bn_mode,
     }  # fmt: skip
     return {
-        "method": METHODS[c.method],
+        "method": METHODS[c.method].title,
         "data": data_name(c.data),
         "model": c.model.removesuffix("/16") if c.model.startswith("mnist-cnn") else c.model,
         "training images": "all" if c.limit is None else f"{c.limit:,}",
@@ -29,7 +30,7 @@ def settings(c: Config) -> dict[str, str]:
         "epochs": f"{c.epochs}",
         "alpha": f"{c.alpha:g}",
         **(dict.fromkeys(attack, "none") if c.method == "standard" else attack),
-        "beta": f"{c.kl_weight:g}" if c.method in ("trades", "rst", "mart") else "none",
+        "beta": "none" if c.kl_weight is None else f"{c.kl_weight:g}",
         "lr": f"{c.peak_lr:g}",
         "lr drops": drops,
         **{name: _text(getattr(c, option)) for name, option in PLAIN.items()},

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..config import Config
 from ..errors import InputError
 from ..models.checkpoints import run_config
+from ..objectives import METHODS
 from ..runtime import logs
 
 CHECKPOINTS = ("best.pt", "last.pt")
-METHODS = {"standard": "standard", "madry": "Madry", "trades": "TRADES", "mart": "MART", "rst": "RST", "fgsm": "FGSM"}
 
 
 @dataclass(frozen=True)
@@ -84,4 +84,4 @@ def format_eps(eps: float) -> str:
 
 def title(config: Config) -> str:
     """The method as the thesis writes it: MART+SPAT(.3)."""
-    return METHODS[config.method] + (f"+SPAT({config.alpha:g})".replace("(0.", "(.") if config.alpha else "")
+    return METHODS[config.method].title + (f"+SPAT({config.alpha:g})".replace("(0.", "(.") if config.alpha else "")

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import Config, Method
+from ..config import Config
 from ..errors import InputError
+from ..objectives import MethodName
 from ..presets import PRESETS
 from .differences import differences
 from .options import Options
@@ -24,7 +25,7 @@ class RunSpec:
     """
 
     preset: str
-    method: Method | None = None
+    method: MethodName | None = None
     model: str | None = None
     copy_of: str = ""
 

@@ -1,7 +1,6 @@
 """Two processes on the CPU: the gradients and metrics of one, resumed bit by bit, and no hang when one of them dies."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,29 +24,25 @@ from spat_train.evaluation.evaluate import TEST, accuracies
 from spat_train.runtime import logs
 from spat_train.runtime.distributed import World, world
 from spat_train.runtime.signals import Stopped
-from spat_train.training.trainer import Run, train
-from tests.training.test_trainer import (
+from spat_train.training.run import Run
+from spat_train.training.step import TrainStep
+from spat_train.training.trainer import train
+from tests.training.helpers import (
     TIMEOUT,
+    after,
     assert_same,
     assert_same_run,
-    interrupt,
+    events,
     network,
+    new_run,
     on_one_thread,
     processes,
+    send,
     settings,
     weights,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class FrozenBatchNorm(nn.BatchNorm2d):
-    def train(self, mode: bool = True):
-        return super().train(False)
-
-
-def frozen(num_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), FrozenBatchNorm(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, num_classes))
 
 
 def free_port() -> int:
@@ -88,24 +83,16 @@ def in_two(function, *arguments) -> list[int]:
 )
 def test_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, options):
     """Without momentum a step is the gradient; the last batch, of 7, is shared 4 to 3."""
-    config = settings(tmp_path / "one", model="tests.training.test_distributed:frozen", momentum=0.0, epochs=1, **options)
+    config = settings(tmp_path / "one", model="tests.training.helpers:frozen", momentum=0.0, epochs=1, **options)
     train(config)
     assert in_two(train, replace(config, out=tmp_path / "two")) == [0, 0]
     one, two = (weights(tmp_path / name)["model"] for name in ("one", "two"))
-    start = Run(replace(config, out=tmp_path / "start"), None, *alone()).model.state_dict()
+    start = new_run(config).model.state_dict()
     for name in one:
         moved = (one[name] - start[name]).float().norm()
         assert (one[name] - two[name]).float().norm() <= 1e-5 * moved, name
     assert sum(float((one[name] - start[name]).float().norm()) for name in one) > 0.01
-    assert logs.read(tmp_path / "two", "validation")[0]["clean"] == logs.read(tmp_path / "one", "validation")[0]["clean"]
-
-
-def alone():
-    from spat_train.runtime.distributed import World
-    from spat_train.runtime.run_folder import RunFolder
-    from spat_train.runtime.signals import GracefulStop
-
-    return World(0, 1, torch.device("cpu")), GracefulStop(), RunFolder(None)
+    assert events(tmp_path / "two", "validation")[0]["clean"] == events(tmp_path / "one", "validation")[0]["clean"]
 
 
 def evaluate_shared(path) -> None:
@@ -125,15 +112,16 @@ def test_metrics_are_exactly_those_of_one_process(tmp_path):
     assert 0 < alone["clean"] < 100
 
 
+def exit_code_of(config, on_step=None) -> None:
+    try:
+        train(config, on_step=on_step)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
+
+
 def stop_after(config, steps) -> None:
-    with pytest.MonkeyPatch.context() as patched:
-        # One process is asked to stop; both must save at the same step.
-        if os.environ["RANK"] == "1":
-            interrupt(patched, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        try:
-            train(config)
-        except Stopped as stopped:
-            sys.exit(stopped.exit_code)
+    """One process is asked to stop; both must save at the same step."""
+    exit_code_of(config, after(steps, send) if os.environ["RANK"] == "1" else None)
 
 
 def test_stopped_and_resumed_bit_by_bit(tmp_path):
@@ -155,14 +143,11 @@ def validate_interrupted(config) -> None:
 
         def interrupted(run):
             if run.world.rank == 1 and run.progress.epoch == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+                send()
             between(run)
 
         patched.setattr(Run, "between_batches", interrupted)
-        try:
-            train(config)
-        except Stopped as stopped:
-            sys.exit(stopped.exit_code)
+        exit_code_of(config)
 
 
 def test_a_signal_during_validation_stops_all_processes(tmp_path):
@@ -179,19 +164,19 @@ def test_a_signal_during_validation_stops_all_processes(tmp_path):
 
 def train_with_own_losses(config) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        update = Run.update
+        update = TrainStep.update
 
-        def counted(run, *batch):
-            loss, terms = update(run, *batch)
-            return loss * 0 + 1 + run.world.rank, {"term": loss * 0 + 10 * run.world.rank}
+        def counted(step, *batch, **options):
+            loss, terms = update(step, *batch, **options)
+            return loss * 0 + 1 + step.world.rank, {"term": loss * 0 + 10 * step.world.rank}
 
-        patched.setattr(Run, "update", counted)
+        patched.setattr(TrainStep, "update", counted)
         train(config)
 
 
 def test_logged_losses_are_means_over_processes(tmp_path):
     assert in_two(train_with_own_losses, settings(tmp_path / "run", epochs=1)) == [0, 0]
-    for event in logs.read(tmp_path / "run", "train"):
+    for event in events(tmp_path / "run", "train"):
         assert (event["loss"], event["term"]) == (1.5, 5)
 
 
@@ -292,7 +277,7 @@ def test_buffers_are_not_broadcast_and_torch_does_not_warn():
 
 def test_a_bar_counts_the_images_of_all_processes_once(monkeypatch):
     bars, kind = [], logs.bar
-    monkeypatch.setattr(logs, "bar", lambda total, *_, **how: bars.append(kind(total, "shared", **how)) or bars[-1])
+    monkeypatch.setattr(logs, "bar", lambda total, *_, **options: bars.append(kind(total, "shared", **options)) or bars[-1])
     data, model = load("digits", limit=50), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     for rank in range(2):
         shared = SimpleNamespace(rank=rank, size=2, add=lambda *numbers: list(numbers))
@@ -335,13 +320,13 @@ def test_one_process_dying_ends_the_job(tmp_path):
     script.write_text(
         "import os, signal, sys, torch\n"
         "from spat_train import cli\n"
-        "from spat_train.training.trainer import Run\n"
+        "from spat_train.training.run import Run\n"
         "torch.set_num_threads(1)\n"
-        "step = Run.step\n"
+        "train_on = Run.train_on\n"
         "def dying(self, *batch):\n"
-        "    step(self, *batch)\n"
+        "    train_on(self, *batch)\n"
         "    if self.global_step == 6 and self.world.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Run.step = dying\n"
+        "Run.train_on = dying\n"
         "cli.main()\n"
     )
     command = [

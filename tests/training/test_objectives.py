@@ -1,6 +1,7 @@
 """The objectives against their formulas, written out sample by sample in fp64; the examples that they are trained on."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ pytest.importorskip("tyro")
 
 from spat_kernels import PGD, losses
 from spat_train.config import Config
-from spat_train.training.objectives import HEADS, Objective, training_attack
+from spat_train.objectives import METHODS, MethodName
+from spat_train.training.step import Objective, training_attack
 
 CLASSES, BETA = 5, 3.0
 
@@ -64,8 +66,16 @@ FORMULAS = {
 }
 
 
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
+    """And the same statistics of batch norm."""
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(b, c), name
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("method", METHODS)
 def test_loss_and_every_gradient_are_those_of_the_formula(method, smoothing):
     ours, theirs = network(), network()
     x, x_adv, y = batch()
@@ -79,10 +89,7 @@ def test_loss_and_every_gradient_are_those_of_the_formula(method, smoothing):
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(sum(terms.values()), loss.detach(), rtol=1e-12, atol=0)
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
-    for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(b, c, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("forwards", ["clean-adv", "adv-clean", "clean-adv-clean"])
@@ -96,20 +103,17 @@ def test_forwards_move_the_statistics_in_the_order_asked_for(method, forwards):
     z = [(kind, theirs(x if kind == "clean" else x_adv)) for kind in forwards.split("-")]
     (adv,) = (logits for kind, logits in z if kind == "adv")
     clean = [logits for kind, logits in z if kind == "clean"]
-    first, last = (HEADS[method][0](logits, adv, y, beta=BETA) for logits in (clean[0], clean[-1]))
+    first, last = (METHODS[method].head(logits, adv, y, beta=BETA) for logits in (clean[0], clean[-1]))
     expected = sum((first | {"kl": last["kl"]} if "kl" in last else first).values())  # TRADES: CE of the first, KL of the last
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11)
-    for b, c in zip(ours.buffers(), theirs.buffers(), strict=True):
-        assert torch.equal(b, c)
+    assert_same_gradients(ours, theirs)
     other = network()
     Objective(other, Config(method=method, forwards="clean-adv"))(x, x_adv, y)
     assert torch.equal(ours[1].running_mean, other[1].running_mean) == (forwards == "clean-adv")
 
 
-@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("method", METHODS)
 def test_losses_are_fp32_under_autocast(method):
     """MART's 1.0001 and 1e-12 vanish in half precision: the head must see fp32, and give what fp32 gives on the same logits."""
     model = network(torch.float32)
@@ -121,14 +125,14 @@ def test_losses_are_fp32_under_autocast(method):
         clean, adv = objective.logits(x), objective.logits(x_adv)
     assert loss.dtype == torch.float32
     assert all(term.dtype == torch.float32 for term in terms.values())
-    expected = sum(HEADS[method][0](clean.double(), adv.double(), y, **objective.settings).values())
+    expected = sum(METHODS[method].head(clean.double(), adv.double(), y, **objective.settings).values())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mart_stays_finite_on_confident_mistakes():
     adv = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
     clean = torch.tensor([[-200.0, 200.0, 0.0]], requires_grad=True)
-    loss = sum(HEADS["mart"][0](clean, adv, torch.tensor([1])).values())
+    loss = sum(METHODS["mart"].head(clean, adv, torch.tensor([1]), beta=5.0).values())
     loss.backward()
     assert loss.isfinite()
     assert adv.grad.isfinite().all()
@@ -136,6 +140,7 @@ def test_mart_stays_finite_on_confident_mistakes():
 
 
 def test_defaults_of_the_methods():
+    assert get_args(MethodName) == tuple(METHODS)
     assert Config(method="mart").kl_weight == 5
     assert Config(method="trades").kl_weight == 6
     assert [Config(method=m).inner_loss for m in ("madry", "mart", "trades", "rst")] == ["ce", "ce", "kl", "kl"]
@@ -187,4 +192,4 @@ def test_log_target_form_of_kl_is_kl():
     clean, adv, y = torch.zeros(2, 4), torch.tensor([[3.0, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([0, 1])
     p = torch.softmax(adv[0], 0)
     expected = sum(0.25 * (math.log(0.25) - math.log(float(q))) for q in p) / 2
-    assert float(HEADS["trades"][0](clean, adv, y, beta=1.0)["kl"]) == pytest.approx(expected, rel=1e-5)
+    assert float(METHODS["trades"].head(clean, adv, y, beta=1.0)["kl"]) == pytest.approx(expected, rel=1e-5)

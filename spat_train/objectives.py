@@ -1,0 +1,89 @@
+"""The training objectives: their losses, and what each one sets by default.
+
+To add one: its loss, its row in METHODS and its name in MethodName, all in this file.
+
+    standard   CE(z(x), y)
+    madry      CE(z(x'), y)                                                          Madry et al., arXiv 1706.06083
+    trades     CE(z(x), y) + beta mean KL(p(x) || p(x'))                             Zhang et al., arXiv 1901.08573
+    mart       BCE(z(x'), y) + beta mean KL(p(x) || p(x')) (1 - p_y(x))              Wang et al., ICLR 2020
+               BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
+    rst        the TRADES loss on labelled and pseudo-labelled images                Carmon et al., arXiv 1905.13736
+    fgsm       c CE(z(x), y) + (1 - c) CE(z(x'), y), c = 0.5                         Goodfellow et al., arXiv 1412.6572
+
+z are logits and p probabilities. x' is PGD on cross-entropy (TRADES, RST: on the KL term), or with SPAT on label-smoothed
+cross-entropy. Gradients flow through both arguments of KL and through MART's weight, as in the public code, whose constants
+(1.0001, 1e-12) are kept. They vanish in half precision, so the losses take logits in fp32. Plain PyTorch, since all of it is less
+than a percent of a step (benchmarks/NOTES.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]  # those of METHODS
+# (clean logits [B, K], adversarial logits [B, K], y int64 [B]; beta, label_smoothing) -> the terms of the loss by name, each a
+# mean over the batch. Logits that the method does not read are None.
+Head = Callable[..., dict[str, Tensor]]
+
+
+def standard(clean, adv, y, *, beta=None, label_smoothing=0.0) -> dict[str, Tensor]:
+    return {"ce": F.cross_entropy(clean, y, label_smoothing=label_smoothing)}
+
+
+def madry(clean, adv, y, *, beta=None, label_smoothing=0.0) -> dict[str, Tensor]:
+    return {"adv_ce": F.cross_entropy(adv, y, label_smoothing=label_smoothing)}
+
+
+def fgsm(clean, adv, y, *, beta=None, label_smoothing=0.0, c=0.5) -> dict[str, Tensor]:
+    ce, adv_ce = (F.cross_entropy(z, y, label_smoothing=label_smoothing) for z in (clean, adv))
+    return {"ce": c * ce, "adv_ce": (1 - c) * adv_ce}
+
+
+def trades(clean, adv, y, *, beta, label_smoothing=0.0) -> dict[str, Tensor]:
+    kl = F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
+    return {"ce": F.cross_entropy(clean, y, label_smoothing=label_smoothing), "kl": beta * kl}
+
+
+def mart(clean, adv, y, *, beta, label_smoothing=0.0) -> dict[str, Tensor]:
+    log_p, q, label = clean.log_softmax(1), adv.softmax(1), y[:, None]
+    p = log_p.exp()  # from its logarithm, since F.kl_div's gradient is NaN where a probability is 0
+    runner_up = q.scatter(1, label, -1.0).max(1).values
+    bce = F.cross_entropy(adv, y, label_smoothing=label_smoothing) - (1.0001 - runner_up + 1e-12).log().mean()
+    kl = (p * (log_p - (q + 1e-12).log())).sum(1)
+    weight = 1.0000001 - p.gather(1, label)[:, 0]
+    return {"bce": bce, "kl": beta * (kl * weight).mean()}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An objective and the defaults of its training attack."""
+
+    title: str  # its name in tables
+    summary: str  # for the help of `spat-train train`
+    head: Head
+    reads: tuple[Literal["clean", "adv"], ...] = ("clean", "adv")  # the logits that the loss needs; without "adv" no attack
+    beta: float | None = None  # default weight of the KL term; None: the loss has none
+    inner: str = "ce"  # the loss that the attack maximises
+    steps: int = 10  # of the attack
+    step_in_eps: float = 0.25  # length of a step, as a fraction of eps
+    start: str = "uniform"  # of the attack: "uniform", "normal" or "clean"
+    needs_extra: bool = False  # whether it trains on pseudo-labelled images too
+
+    @property
+    def attacks(self) -> bool:
+        return "adv" in self.reads
+
+
+METHODS: dict[MethodName, Method] = {
+    "standard": Method("standard", "clean images", standard, reads=("clean",)),
+    "madry": Method("Madry", "CE(x')", madry, reads=("adv",)),
+    "trades": Method("TRADES", "CE(x) + beta KL(p(x) || p(x'))", trades, beta=6.0, inner="kl"),
+    "mart": Method("MART", "BCE(x') + beta KL (1 - p_y(x))", mart, beta=5.0),
+    "rst": Method(
+        "RST", "TRADES on labelled and pseudo-labelled images (--extra)", trades, beta=6.0, inner="kl", needs_extra=True
+    ),
+    "fgsm": Method("FGSM", "the mean of CE(x) and CE(x'), x' by one step of eps", fgsm, steps=1, step_in_eps=1.0, start="clean"),
+}

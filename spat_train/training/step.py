@@ -1,0 +1,218 @@
+"""One training step: attack a batch, then update the weights. It needs no files, no loader and no log."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spat_kernels import PGD
+from spat_kernels.attacks._common import warn_of_nan
+
+from ..config import Config
+from ..runtime.distributed import World
+from .optim import Average, kept_buffers, learning_rate, make_optimizer, perturbed_weights
+
+T = TypeVar("T")
+# (model, x [B, C, H, W] in [0, 1], y int64 [B], generator) -> x_adv like x, nan_seen uint8 [B]
+TrainingAttack = Callable[[nn.Module, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+# Called with the name of a part of a step, gives what surrounds that part: a timer, or a range of a profiler.
+Span = Callable[[str], AbstractContextManager]
+
+
+def no_span(name: str) -> AbstractContextManager:
+    return nullcontext()
+
+
+def spanned(span: Span, name: str, items: Iterator[T]) -> Iterator[T]:
+    """`items`, with every wait for the next one in a span."""
+    while True:
+        with span(name):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
+class Objective(nn.Module):
+    """A method's loss as one module, so that DDP and torch.compile see one forward for each update.
+
+    forward(x, x_adv, y): images [B, C, H, W] (a method that attacks nothing does not read `x_adv`), y int64 [B] -> (loss, its
+    terms), in fp32 (fp64 for an fp64 model). The loss is the sum of the terms.
+    """
+
+    def __init__(self, model: nn.Module, config: Config):
+        super().__init__()
+        self.model = model
+        self.head, reads = config.objective.head, config.objective.reads
+        self.order = [kind for kind in config.forwards.split("-") if kind in reads]
+        self.settings = {"beta": config.kl_weight, "label_smoothing": config.label_smoothing}
+
+    def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        z: dict[str, Tensor] = {}
+        for kind in self.order:
+            images = x if kind == "clean" else x_adv
+            if kind not in z:
+                z[kind] = self.logits(images)
+            else:  # the logits are the same again: only the statistics of batch norm move
+                with torch.no_grad():
+                    self.model(images)
+        with torch.autocast(y.device.type, enabled=False):
+            terms = self.head(z.get("clean"), z.get("adv"), y, **self.settings)
+            return reduce(add, terms.values()), {name: term.detach() for name, term in terms.items()}
+
+    def logits(self, x: Tensor) -> Tensor:
+        z = self.model(x)
+        return z if z.dtype == torch.float64 else z.float()
+
+
+def training_attack(config: Config) -> TrainingAttack:
+    """The attack of `config` as attack(model, x, y, generator) -> (x_adv, nan_seen).
+
+    `x_adv` are the images to train on: x itself where the method attacks nothing. `nan_seen` is 1 for images whose input gradient
+    had unusable elements, which counted as 0. Nothing waits for the device (see `PGD.launch`).
+    """
+    if not config.objective.attacks:
+        return lambda model, x, y, generator: (x, torch.zeros_like(y, dtype=torch.uint8))
+    eps, step_size, steps, start = config.attack_settings
+    attack = PGD(
+        eps,
+        loss=config.maximised,
+        steps=steps,
+        step_size=step_size,
+        random_start=start == "uniform",
+        bn_mode=config.bn_mode,
+        precision=config.precision_of_attacks,
+        input_gradient=config.input_gradient,
+        graph=config.graph if config.graph == "auto" else False,
+    )
+
+    def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        attack.generator = generator
+        noise = None
+        if start == "normal":
+            noise = x + 0.001 * torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
+        return attack.launch(model, x, y, start=noise)
+
+    return perturb
+
+
+@dataclass
+class Launched:
+    """A step that the device may still be working on: its batch, and its losses on their way to the host."""
+
+    x: Tensor
+    x_adv: Tensor
+    y: Tensor
+    names: list[str]  # "loss", then its terms
+    values: Tensor
+    nan_seen: Tensor
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> dict[str, float]:
+        """The loss and its terms. Waits for the device, and warns of unusable gradients in the attack."""
+        if self.arrived:
+            self.arrived.synchronize()
+        warn_of_nan(int(self.nan_seen.sum()), len(self.nan_seen))
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+class TrainStep:
+    """Calls attack and update `model` as `config` says. Holds all that updates change: weights, averages, optimiser, scaler.
+
+    Args:
+        model: on the device of `world`, in train mode when it is called.
+        world: the processes that share the batch. None: this one alone, on the model's device.
+        span: surrounds "attack", "update" and, inside of it, "optimizer".
+    """
+
+    def __init__(self, config: Config, model: nn.Module, world: World | None = None, span: Span = no_span):
+        self.config, self.model, self.span = config, model, span
+        self.world = world or World(0, 1, next(model.parameters()).device)
+        device = self.world.device
+        self.statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.ema = Average(model, config.ema) if config.ema else None
+        self.objective: Callable[..., Any] = self.world.wrap(Objective(model, config))
+        if config.compile:
+            self.objective = torch.compile(self.objective)
+        self.attack = training_attack(config)
+        self.generator = torch.Generator(device)
+
+    def __call__(self, x: Tensor, y: Tensor, *, epoch: int, part: float, seed: int, weight: float = 1.0) -> Launched:
+        """Attack and update. Nothing here waits for the device: the hundreds of launches of an update take longer than its
+        kernels, and are made while the attack runs.
+
+        Args:
+            x, y: images [B, C, H, W] in [0, 1] and labels int64 [B] on the device.
+            epoch: counted from 0. part: in (0, 1], how much of the epoch is done after this step.
+            seed: of the attack's random numbers.
+            weight: of this process's mean loss, where processes have parts of different sizes.
+        """
+        self.generator.manual_seed(seed)
+        with self.span("attack"):
+            x_adv, nan_seen = self.attack(self.model, x, y, self.generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, epoch, part)
+        with self.span("update"):
+            loss, terms = self.update(x, x_adv, y, weight, perturb=self.config.awp > 0 and epoch >= self.config.awp_warmup)
+        values = torch.stack([loss.detach(), *terms.values()]).to("cpu", non_blocking=True)
+        nan_seen = nan_seen.to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if self.world.device.type == "cuda" else None
+        return Launched(x, x_adv, y, ["loss", *terms], values, nan_seen, arrived)
+
+    def update(
+        self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float = 1.0, perturb: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward, backward and the optimiser. `perturb`: with the gradient at adversarially perturbed weights (AWP)."""
+        if perturb:
+            with kept_buffers(self.model):
+                self.differentiate(x, x_adv, y, weight)
+            with perturbed_weights(self.model, self.config.awp):
+                self.optimizer.zero_grad()
+                loss, terms = self.differentiate(x, x_adv, y, weight)
+        else:
+            loss, terms = self.differentiate(x, x_adv, y, weight)
+        with self.span("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        self.world.average_buffers(self.statistics)
+        if self.ema:
+            self.ema.update(self.model)
+        return loss, terms
+
+    def differentiate(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
+        with torch.autocast(self.world.device.type, half, enabled=half is not None):
+            loss, terms = self.objective(x, x_adv, y)
+        self.scaler.scale(loss * weight).backward()
+        return loss, terms
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to validate and to test."""
+        return self.ema.module if self.ema else self.model
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "averaged": self.ema.count if self.ema else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises: RuntimeError: the model's weights are others."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.count = state["averaged"]
