@@ -21,7 +21,7 @@ from spat_train.errors import InputError
 from spat_train.evaluation.attack_specs import PGD
 from spat_train.runtime.atomic_write import SaveError
 from tests.evaluation.helpers import Escaping, contents, digits, fitted, quiet
-from tests.training.test_trainer import on_one_thread, processes
+from tests.training.helpers import on_one_thread, processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, Images
 from spat_train.errors import InputError
@@ -19,6 +19,7 @@ from spat_train.models.checkpoints import load_model, with_classes_of
 from spat_train.models.run_config import run_config
 from spat_train.models.wrapping import normalisation
 from spat_train.runtime.run_folder import FORMAT
+from spat_train.training.check import check
 from spat_train.training.trainer import train
 from tests.models.helpers import CIFAR, MEAN, STD, X, network, numbers, own, refusal, saved
 

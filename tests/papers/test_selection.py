@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from spat_train.config import Config, check
+from spat_train.config import Config
 from spat_train.errors import InputError
 from spat_train.papers.differences import differences
 from spat_train.papers.figures import FIGURES, radius
@@ -18,6 +18,7 @@ from spat_train.papers.reported import TABLES
 from spat_train.papers.runs import Run, find_runs, format_eps, read_run, title
 from spat_train.papers.selection import RunSpec, candidates
 from spat_train.presets import PRESETS
+from spat_train.training.check import check
 from tests.papers.finished_runs import copy_run
 
 
