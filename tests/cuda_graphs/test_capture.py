@@ -377,23 +377,20 @@ def test_objects_and_tensors_that_losses_read_go_by_identity(graphs):
 def test_every_setting_tells_captures_apart(graphs):
     graphs.capacity = 100
     model, (x, y) = cnn(), batch(4)
-    for n, name in enumerate(SETTINGS, 1):
-        for _ in range(2):
-            PGD(EPS, graph=True, **SETTINGS[name])(model, x, y)
-        assert len(graphs) == n, name
-    before = len(graphs)
-    variants = [
-        lambda: PGD(torch.full((4,), EPS), graph=True)(model, x, y),
-        lambda: PGD(EPS, step_size=torch.full((4,), EPS), graph=True)(model, x, y),
-        lambda: PGD(EPS, graph=True)(model, x, y, start=x),
-        lambda: PGD(EPS, graph=True)(model, x[:1], y[:1]),
-        lambda: PGD(EPS, graph=True)(model, x.to(memory_format=torch.channels_last), y),
-        lambda: PGD(EPS, loss="kl", graph=True)(model, x, None),
-        lambda: PGD(EPS, loss=losses.LabelSmoothedCE(0.31), graph=True)(model, x, y),
+    calls = [
+        *((PGD(EPS, graph=True, **settings), {}) for settings in SETTINGS.values()),
+        (PGD(torch.full((4,), EPS), graph=True), {}),
+        (PGD(EPS, step_size=torch.full((4,), EPS), graph=True), {}),
+        (PGD(EPS, loss=losses.LabelSmoothedCE(0.31), graph=True), {}),
+        (PGD(EPS, loss="kl", graph=True), {"y": None}),
+        (PGD(EPS, graph=True), {"start": x}),
+        (PGD(EPS, graph=True), {"x": x[:1], "y": y[:1]}),
+        (PGD(EPS, graph=True), {"x": x.to(memory_format=torch.channels_last)}),
     ]
-    for n, variant in enumerate(variants, 1):
-        variant(), variant()
-        assert len(graphs) == before + n, n
+    for n, (attack, given) in enumerate(calls, 1):
+        for _ in range(2):
+            attack(model, **({"x": x, "y": y} | given))
+        assert len(graphs) == n, n
     with torch.autocast("cpu", torch.bfloat16):
         PGD(EPS, graph=True)(model, x, y)
     torch.use_deterministic_algorithms(True)
@@ -401,7 +398,7 @@ def test_every_setting_tells_captures_apart(graphs):
         PGD(EPS, graph=True)(model, x, y)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(graphs) == before + len(variants) + 2
+    assert len(graphs) == len(calls) + 2
 
 
 def test_labels_are_checked_in_replays_too(graphs):
