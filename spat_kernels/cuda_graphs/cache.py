@@ -21,6 +21,7 @@ import atexit
 import threading
 import weakref
 from itertools import count
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -161,23 +162,21 @@ class _AttacksOnModel:
         self.warned: set[str] = set()
 
     def find(self, key: tuple, samples: int, model: nn.Module) -> CapturedAttack:
-        """The attack of that kind on that many samples: one that is captured, a larger captured one that serves, or a new one."""
-        entry = self.entries.get((key, samples))
-        if entry is not None and entry.captured is not None:
-            return entry
-        return (
-            self._larger_capture(key, samples, model) or entry or self.entries.setdefault((key, samples), CapturedAttack(samples))
-        )
+        """The attack of that kind on that many samples, which may be a new one.
 
-    def _larger_capture(self, key: tuple, samples: int, model: nn.Module) -> CapturedAttack | None:
-        """The smallest capture of up to twice as many samples, if one sample's result does not depend on the others."""
-        fitting = [
-            entry
-            for (other, n), entry in list(self.entries.items())
-            if other == key and samples < n <= 2 * samples and entry.captured is not None and entry.independent
-        ]
-        entry = min(fitting, key=lambda found: found.samples, default=None)
-        return entry if entry is not None and entry.matches(model) else None
+        Where it is not captured, the smallest capture of up to twice as many serves, if no sample's result depends on the others.
+        """
+        entry = self.entries.get((key, samples))
+        if entry is None or entry.captured is None:
+            larger = [
+                found
+                for (other, n), found in list(self.entries.items())
+                if other == key and samples < n <= 2 * samples and found.captured is not None and found.independent
+            ]
+            smallest = min(larger, key=attrgetter("samples"), default=None)
+            if smallest is not None and smallest.matches(model):
+                return smallest
+        return entry or self.entries.setdefault((key, samples), CapturedAttack(samples))
 
     def warn(self, name: str, reason: str) -> None:
         if reason not in self.warned:

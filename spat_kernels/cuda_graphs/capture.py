@@ -60,7 +60,8 @@ class CapturedAttack:
                 run.draw(settings.generator)
                 with rng.rng_lock:
                     graph.replay()
-            _copy(outcome, run.outcome)
+            for ours, found in zip(outcome, run.outcome, strict=True):
+                ours.copy_(found)
         return outcome, run.classes
 
     def capture(self, graph_class: type[CudaGraph], settings, model, batch: Batch, highest_label: int) -> Outcome:
@@ -79,7 +80,8 @@ class CapturedAttack:
             run = settings.run_class(settings, batch.copy())
             with borrowed(model, settings.bn_mode):
                 run.attack(model, settings.generator, batch.runs, highest_label)
-            _copy(outcome, run.outcome)
+            for ours, found in zip(outcome, run.outcome, strict=True):
+                ours.copy_(found)
             if self._has_changed(model, settings, loss, settled):
                 return outcome, run.classes
             self.refused = _capture(graph, run, model, settings.bn_mode)
@@ -110,11 +112,6 @@ def eager_attack(settings, model, batch: Batch, highest_label: int) -> Outcome:
     with borrowed(model, settings.bn_mode):
         run.attack(model, settings.generator, batch.runs, highest_label)
     return run.outcome, run.classes
-
-
-def _copy(outcome: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
-    for ours, theirs in zip(outcome, found, strict=True):
-        ours.copy_(theirs)
 
 
 def _obstacle(model: nn.Module, structure: Structure, x: Tensor) -> str | None:

@@ -18,6 +18,7 @@ from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 OWN = ("training", "_modules", "_parameters", "_buffers", *HOOKS)
@@ -65,7 +66,7 @@ class Structure:
             if t is not None
         ]
         hooked = (name for name, m in zip(self._names, modules, strict=True) if any(getattr(m, hooks) for hooks in HOOKS))
-        self.hooked = "every module" if _global_hooks() else next(hooked, None)
+        self.hooked = "every module" if _has_any_global_hook() else next(hooked, None)
 
     def _add(self, name: str, module: nn.Module, queue: deque) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -116,7 +117,7 @@ class Structure:
             same = flat is not None and type(value) is list and len(value) == len(flat) and all(map(is_, value, flat))
             if not same and _freeze(value, self._signature) != frozen:
                 return f"{self._names[i]}: attribute '{name}' changed"
-        return "every module: its hooks changed" if _global_hooks() and self.hooked != "every module" else None
+        return "every module: its hooks changed" if _has_any_global_hook() and self.hooked != "every module" else None
 
     def _take(self, modules: list) -> tuple[dict[str, list], ...]:
         """Aspects that each module has, those of each tensor, and those of all together. Ids are of objects that are alive."""
@@ -125,6 +126,7 @@ class Structure:
         slots = [t for d in chain(parameters, buffers) if d for t in d.values()]
         tensors = [t for t in slots if t is not None]
         classes: list[type[nn.Module]] = list(map(type, modules))
+        first: dict[int, int] = {}  # where in the list each tensor comes first
         of_modules: dict[str, list] = {
             "class": list(map(id, classes)),
             "mode (train, eval)": list(modes) if self._training else [],
@@ -143,7 +145,7 @@ class Structure:
             "modules": [id(child) for d in children if d for child in d.values()],
             "hooks": list(map(tuple, chain(*hooks))) if any(map(any, hooks)) else [],  # by ids, which are never used again
             "parameters or buffers that are None": [i for i, t in enumerate(slots) if t is None],
-            "shared tensors": _first_of_each(tensors),
+            "shared tensors": [first.setdefault(id(t), i) for i, t in enumerate(tensors)],
         }
         return of_model, of_modules, of_tensors
 
@@ -166,9 +168,8 @@ class _Same:
 
     def __init__(self, value):
         self._id = id(value), type(value)
-        self._ref: weakref.ref | None
         try:
-            self._ref = weakref.ref(value)
+            self._ref: weakref.ref | None = weakref.ref(value)
         except TypeError:
             self._ref = None
 
@@ -206,16 +207,6 @@ def _freeze(value, signature, queue: deque | None = None, name: str = ""):
     return _Same(value)
 
 
-def _first_of_each(tensors: list[Tensor]) -> list[int]:
-    """For each tensor, where in the list it comes first."""
-    first: dict[int, int] = {}
-    return [first.setdefault(id(t), i) for i, t in enumerate(tensors)]
-
-
 def _is_plain(value) -> bool:
     """Whether `value` never changes and holds on to nothing, so that the same object means the same value."""
     return type(value) in PLAIN or (isinstance(value, tuple) and all(map(_is_plain, value)))
-
-
-def _global_hooks() -> bool:
-    return bool(nn.modules.module._has_any_global_hook())

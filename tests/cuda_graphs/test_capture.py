@@ -1,11 +1,11 @@
 """Captured attacks: the same images as without a graph, and never those of another model than the one at hand."""
 
-import copy
 import gc
 import random
-import threading
+import re
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -62,20 +62,43 @@ def graphs(monkeypatch) -> Graphs:
     return graphs
 
 
+@pytest.fixture
+def real(monkeypatch) -> Graphs:
+    """CUDA's graphs, and the same algorithms of cuDNN with and without."""
+    graphs = Graphs()
+    monkeypatch.setattr(attacks, "graphs", graphs)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    return graphs
+
+
+@pytest.fixture
+def each_graphs(device, request) -> Graphs:
+    """`graphs` on the CPU, and `real` on a GPU."""
+    return request.getfixturevalue("real" if device == "cuda" else "graphs")
+
+
+def on_gpu(*tensors):
+    return [t.cuda() for t in tensors]
+
+
 def pairs(model, attack: dict, n: int = 4, dtype=torch.float32, seeds=(1, 2, 3), eps=lambda i: EPS * (1 + i)):
     """For batches of their own and radii of their own: images with graph=True and False, from the same seed."""
+    device = next(model.parameters()).device
     for i, seed in enumerate(seeds):
         x, y = batch(n)
-        yield captured_and_eager(PGD, eps(i), model, x.to(dtype), y, seed, **attack)
+        yield captured_and_eager(PGD, eps(i), model, x.to(device, dtype), y.to(device), seed, **attack)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_replays_equal_the_attack_itself(graphs, name):
-    model = cnn()
-    model[1].eval()
+def test_replays_equal_the_attack_itself(each_graphs, device, name):
+    if device == "cuda" and name == "train_mode":
+        pytest.skip("see test_gpu_dropout_is_fresh_and_follows_the_seed")
+    model = cnn().to(device)
+    (model if device == "cuda" else model[1]).eval()
     for got, expected in pairs(model, SETTINGS[name]):
         assert torch.equal(got, expected)
-    assert len(graphs) == 1
+    assert len(each_graphs) == 1
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -117,32 +140,15 @@ def test_any_grad_mode(graphs, context):
     assert len(graphs) == 1
 
 
-def test_layouts_are_kept(graphs):
-    model, (x, y) = cnn(), batch(4)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        images = x.contiguous(memory_format=layout)
-        for _ in range(2):
-            got, expected = (PGD(EPS, random_start=False, graph=graph)(model, images, y) for graph in (True, False))
-            assert torch.equal(got, expected)
-            assert got.stride() == images.stride()
-    assert len(graphs) == 2
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_noise_is_fresh_and_follows_the_seed(graphs, norm, own_generator):
-    model, (x, y) = cnn(), batch()
-
-    def three(graph):
-        generator = torch.Generator().manual_seed(5) if own_generator else None
-        torch.manual_seed(5)
-        attack = PGD(EPS, steps=1, norm=norm, generator=generator, graph=graph)
-        return [attack(model, x, y) for _ in range(3)]
-
-    got, expected = three(True), three(False)
-    assert all(map(torch.equal, got, expected))
-    assert not torch.equal(got[1], got[2])
-    assert torch.equal(torch.stack(three(True)), torch.stack(got))
+def test_noise_is_fresh_and_follows_a_generator(graphs, norm):
+    model, (x, y), images = cnn(), batch(), []
+    for graph in (True, True, False):
+        attack = PGD(EPS, steps=1, norm=norm, generator=torch.Generator().manual_seed(5), graph=graph)
+        images.append(torch.stack([attack(model, x, y) for _ in range(3)]))
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], images[2])
+    assert not torch.equal(*images[1][1:])
     assert len(graphs) == 1
 
 
@@ -162,35 +168,23 @@ def test_the_caller_is_left_alone(graphs):
 # --- what the model may and may not do meanwhile ---
 
 
-def test_updates_in_place_are_seen(graphs):
-    """A training loop: SGD and batch statistics change the weights under the graph."""
-    model, optimiser = (m := cnn()), torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9)
-    for got, expected in pairs(model, {}, seeds=range(4)):
-        assert torch.equal(got, expected)
-        F.cross_entropy(model(got), torch.zeros(len(got), dtype=torch.int64)).backward()
+@pytest.mark.parametrize("precision", [None, "autocast", "bf16", "fp16"])
+def test_updates_in_place_are_seen(each_graphs, device, precision):
+    """A training loop: SGD and batch statistics change the weights, which half precision casts in the graph."""
+    model = cnn().to(device)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    settings = {"precision": precision, "input_gradient": "autograd"} if precision in ("bf16", "fp16") else {}
+    for seed in range(5):
+        x, y = (t.to(device) for t in batch(16))
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
+            images = captured_and_eager(PGD, EPS, model, x, y, seed, "auto", loss=losses.LabelSmoothedCE(0.1), **settings)
+            assert torch.equal(*images)
+            assert torch.is_autocast_cache_enabled()
+            loss = F.cross_entropy(model(images[0]), y)
+        loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    assert len(graphs) == 1
-
-
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net, self.scale, self.powers, self.offset, self.act = cnn().eval(), 1.0, [1, 2], torch.zeros(()), F.relu
-
-    def forward(self, x):
-        return self.act(self.net(x) * self.scale + self.offset).pow(self.powers[1])
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_replays_in_half_precision_read_changed_weights(graphs, precision):
-    model, (x, y) = cnn().eval(), batch()
-    settings = {"precision": precision, "input_gradient": "autograd"}
-    for seed in range(3):
-        assert torch.equal(*captured_and_eager(PGD, EPS, model, x, y, seed, **settings))
-        with torch.no_grad():
-            model[0].weight.mul_(-1)
-    assert len(graphs) == 1
+    assert len(each_graphs) == 1
 
 
 def test_nothing_looks_at_values_where_a_launched_attack_is_replayed(graphs):
@@ -218,9 +212,15 @@ def test_a_replay_is_launched_before_values_are_looked_at(graphs, monkeypatch):
     monkeypatch.setattr(checks.Values, "read", lambda self, *counts: (events.append("read"), read(self, *counts))[1])
     attack(model, x, y)
     assert events == ["replayed", "read"]
-    with _NoLooking(), pytest.raises(CannotPlan, match="looks at the values"):
-        attack(model, x, y)
-    assert events == ["replayed", "read"] * 2
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale, self.powers, self.offset, self.act = cnn().eval(), 1.0, [1, 2], torch.zeros(()), F.relu
+
+    def forward(self, x):
+        return self.act(self.net(x) * self.scale + self.offset).pow(self.powers[1])
 
 
 CHANGES = {
@@ -240,8 +240,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_is_captured_again(graphs, change):
-    model, (x, y) = Scaled(), batch()
+def test_a_changed_model_is_captured_again(each_graphs, device, change):
+    model, (x, y) = Scaled().to(device), (t.to(device) for t in batch())
+    model.offset = model.offset.to(device)
     attack = PGD(EPS, random_start=False, graph=True)
     before = [attack(model, x, y) for _ in range(2)][1]
     CHANGES[change](model)
@@ -249,21 +250,18 @@ def test_a_changed_model_is_captured_again(graphs, change):
     assert not torch.equal(before, expected), "a change that matters"
     for _ in range(2):
         assert torch.equal(attack(model, x, y), expected)
+    assert len(each_graphs) == 1
 
 
 def test_mode_counts_where_it_is_kept(graphs):
     model, (x, y) = cnn(), batch()
     model[3].p = 0.0
-    kept, evaluated = (PGD(EPS, random_start=False, bn_mode=mode, graph=True) for mode in ("keep", "eval"))
-    images = {}
-    for training in (True, False, True, False):
+    for training in (True, False, True):
         model.train(training)
-        for attack in (kept, evaluated):
-            for _ in range(2):
-                got = attack(model, x, y)
-                assert torch.equal(images.setdefault((attack.bn_mode, attack is kept and training), got), got)
-    assert torch.equal(images["keep", False], images["eval", False])
-    assert not torch.equal(images["keep", True], images["eval", False])
+        for bn_mode in ("keep", "eval", "keep", "eval"):
+            got, expected = (PGD(EPS, random_start=False, bn_mode=bn_mode, graph=g)(model, x, y) for g in (True, False))
+            assert torch.equal(got, expected)
+    assert len(graphs) == 2
 
 
 def test_auto_recaptures_on_the_second_attack_after_a_change(graphs):
@@ -293,26 +291,12 @@ class Forgetful:
 # --- policy ---
 
 
-def test_policy(graphs):
-    model, (x, y) = cnn(), batch()
-    for _ in range(3):
-        PGD(EPS, graph=False)(model, x, y)
-    assert len(graphs) == 0
-    PGD(EPS)(model, x, y)
-    assert len(graphs) == 0, "one attack alone does not pay for a capture"
-    PGD(EPS / 2)(model, x, y)
-    assert len(graphs) == 1, "the second of the kind does"
-    PGD(EPS, steps=3, graph=True)(model, x, y)
-    assert len(graphs) == 2, "True: the first"
-    with pytest.raises(ValueError, match="graph='always': choose one of"):
-        PGD(EPS, graph="always")
-
-
 def test_true_names_what_is_missing():
     model, (x, y) = cnn(), batch()
     with pytest.raises(ValueError, match="graph=True, but x is on cpu.*graph='auto'"):
         sk.pgd_ls(model, x, y, EPS, 0.1, graph=True)
-    assert torch.equal(*(sk.pgd(model, x, y, EPS, random_start=False, graph=g) for g in ("auto", False)))
+    with pytest.raises(ValueError, match="graph='always': choose one of"):
+        PGD(EPS, graph="always")
 
 
 def test_plain_callables_cannot_be_checked(graphs):
@@ -325,6 +309,7 @@ def test_plain_callables_cannot_be_checked(graphs):
         for _ in range(3):
             sk.pgd(lambda x: model(x), x, y, EPS)
             sk.pgd(model, x, y, EPS, loss=own_loss)
+            sk.pgd(model, x, y, EPS, graph=False)
     assert len(graphs) == 0
     calls = Counted()
     counts = []
@@ -344,32 +329,6 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Method:
-    def loss(self, z, y):
-        return square(z, y)
-
-
-def test_callable_losses_go_by_code_and_closure(graphs):
-    model, (x, y), method = cnn(), batch(), Method()
-
-    def weighted(weight, anchor=None):
-        return lambda z, y, power=1: weight * square(z, y) ** power + (0 if anchor is None else anchor.sum())
-
-    for _ in range(3):
-        sk.pgd(model, x, y, EPS, loss=method.loss, graph=True)
-    assert len(graphs) == 1
-    sk.pgd(model, x, y, EPS, loss=Method().loss, graph=True)
-    assert len(graphs) == 2
-    images = [sk.pgd(model, x, y, EPS, loss=weighted(w), graph=True, random_start=False) for w in (1.0, 1.0, -1.0, 1.0)]
-    assert len(graphs) == 4
-    assert torch.equal(images[0], images[1])
-    assert torch.equal(images[0], images[3])
-    assert not torch.equal(images[0], images[2])
-    for _ in range(2):
-        sk.pgd(model, x, y, EPS, loss=weighted(1.0, torch.ones(1)), graph=True)
-    assert len(graphs) == 6, "tensors by identity"
-
-
 class Weighted(losses.Loss):
     def __init__(self, weight):
         self.weight = weight
@@ -377,78 +336,69 @@ class Weighted(losses.Loss):
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
         dlogits.copy_(self.weight * logits)
 
+    def changed(self, weight):
+        self.weight = weight
+        return self
 
-@pytest.mark.parametrize("same_object", [True, False])
-def test_own_loss_objects_go_by_their_attributes(graphs, same_object):
-    model, (x, y), loss = cnn(), batch(), Weighted(1.0)
-    images = []
-    for weight in (1.0, 1.0, -1.0, -1.0):
-        loss = loss if same_object else Weighted(weight)
-        loss.weight = weight
-        images.append(sk.pgd(model, x, y, EPS, loss=loss, random_start=False, graph=True))
-    assert len(graphs) == 2
+    def method(self, z, y):
+        return self.weight * square(z, y)
+
+
+OWN_LOSSES = {
+    "closure": lambda weight: lambda z, y: weight * square(z, y),
+    "default": lambda weight: lambda z, y, weight=weight: weight * square(z, y),
+    "object": Weighted,
+    "same object": Weighted(1.0).changed,
+}
+
+
+@pytest.mark.parametrize("kind", OWN_LOSSES)
+def test_losses_of_the_callers_go_by_what_they_are_made_of(graphs, kind):
+    model, (x, y) = cnn(), batch()
+    weights = (1.0, 1.0, -1.0, 1.0)
+    images = [sk.pgd(model, x, y, EPS, loss=OWN_LOSSES[kind](w), random_start=False, graph=True) for w in weights]
     assert torch.equal(images[0], images[1])
-    assert torch.equal(images[2], images[3])
+    assert torch.equal(images[0], images[3])
     assert not torch.equal(images[0], images[2])
+    assert len(graphs) == 2
 
 
-def test_losses_that_change_as_they_run_are_not_captured(graphs):
-    class Remembers(Weighted):
-        def reference(self, y, clean_logits, targeted):
-            self.calls = getattr(self, "calls", 0) + 1
-            return y
-
-    model, (x, y), loss = cnn(), batch(), Remembers(1.0)
-    with pytest.warns(RuntimeWarning, match="the loss changes its attributes as it runs") as caught:
-        for _ in range(3):
-            sk.pgd(model, x, y, EPS, loss=loss, graph=True)
-    assert len(caught) == 1
-    assert loss.calls == 3
-    assert len(graphs) == 0
+def test_objects_and_tensors_that_losses_read_go_by_identity(graphs):
+    model, (x, y), loss = cnn(), batch(), Weighted(1.0)
+    for function in (loss.method, loss.method, Weighted(1.0).method):
+        sk.pgd(model, x, y, EPS, loss=function, graph=True)
+    assert len(graphs) == 2
+    for _ in range(2):
+        anchor = torch.ones(1)
+        sk.pgd(model, x, y, EPS, loss=lambda z, y, anchor=anchor: square(z, y) + anchor, graph=True)
+    assert len(graphs) == 4
 
 
 def test_every_setting_tells_captures_apart(graphs):
     graphs.capacity = 100
     model, (x, y) = cnn(), batch(4)
-    for n, name in enumerate(SETTINGS, 1):
-        for _ in range(2):
-            PGD(EPS, graph=True, **SETTINGS[name])(model, x, y)
-        assert len(graphs) == n, name
-    before = len(graphs)
-    variants = [
-        lambda: PGD(torch.full((4,), EPS), graph=True)(model, x, y),
-        lambda: PGD(EPS, step_size=torch.full((4,), EPS), graph=True)(model, x, y),
-        lambda: PGD(EPS, graph=True)(model, x, y, start=x),
-        lambda: PGD(EPS, graph=True)(model, x[:1], y[:1]),
-        lambda: PGD(EPS, graph=True)(model, x.to(memory_format=torch.channels_last), y),
-        lambda: PGD(EPS, loss="kl", graph=True)(model, x, None),
-        lambda: PGD(EPS, loss=losses.LabelSmoothedCE(0.31), graph=True)(model, x, y),
+    calls = [
+        *((PGD(EPS, graph=True, **settings), {}) for settings in SETTINGS.values()),
+        (PGD(torch.full((4,), EPS), graph=True), {}),
+        (PGD(EPS, step_size=torch.full((4,), EPS), graph=True), {}),
+        (PGD(EPS, loss=losses.LabelSmoothedCE(0.31), graph=True), {}),
+        (PGD(EPS, loss="kl", graph=True), {"y": None}),
+        (PGD(EPS, graph=True), {"start": x}),
+        (PGD(EPS, graph=True), {"x": x[:1], "y": y[:1]}),
+        (PGD(EPS, graph=True), {"x": x.to(memory_format=torch.channels_last)}),
     ]
-    for n, variant in enumerate(variants, 1):
-        variant(), variant()
-        assert len(graphs) == before + n, n
+    for n, (attack, given) in enumerate(calls, 1):
+        for _ in range(2):
+            attack(model, **({"x": x, "y": y} | given))
+        assert len(graphs) == n, n
     with torch.autocast("cpu", torch.bfloat16):
-        got, expected = (PGD(EPS, random_start=False, graph=graph)(model, x, y) for graph in (True, False))
-        assert torch.equal(got, expected)
+        PGD(EPS, graph=True)(model, x, y)
     torch.use_deterministic_algorithms(True)
     try:
         PGD(EPS, graph=True)(model, x, y)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(graphs) == before + len(variants) + 2
-
-
-def test_autocast_casts_the_weights_in_the_graph(graphs):
-    model, (x, y) = cnn(), batch()
-    attack = {"random_start": False, "steps": 3}
-    for _ in range(3):
-        with torch.autocast("cpu", torch.bfloat16):
-            got, expected = (PGD(EPS, graph=graph, **attack)(model, x, y) for graph in (True, False))
-            assert torch.is_autocast_cache_enabled()
-        assert torch.equal(got, expected)
-        with torch.no_grad():
-            model[0].weight.neg_()
-    assert len(graphs) == 1
+    assert len(graphs) == len(calls) + 2
 
 
 def test_labels_are_checked_in_replays_too(graphs):
@@ -519,30 +469,74 @@ class Waits(Around):
         return self.net(x) if x.mean() > 0.5 else -self.net(x)
 
 
+class Draws(Around):
+    """Chooses by random numbers of the host."""
+
+    def __init__(self, net, draw):
+        super().__init__(net)
+        self.draw = draw
+
+    def forward(self, x):
+        return self.net(x) if self.draw() < 0.5 else -self.net(x)
+
+
+class Counts(Around):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x)
+
+
+class Remembers(Weighted):
+    def reference(self, y, clean_logits, targeted):
+        self.calls = getattr(self, "calls", 0) + 1
+        return y
+
+
+def hooked():
+    model = cnn()
+    model[2].register_forward_hook(lambda *_: None)
+    return model
+
+
+def elsewhere():
+    model = Counts(cnn())
+    model.unused = torch.zeros((), device="meta")
+    return model
+
+
+REFUSED = {
+    "waits": (lambda: Waits(cnn()), {}, "operation not permitted when stream is capturing"),
+    "hooks": (hooked, {}, "Sequential.2 has hooks, which would not run in a replay"),
+    "tensors elsewhere": (elsewhere, {}, "it has tensors on meta and x is on cpu"),
+    "random": (lambda: Draws(cnn(), random.random), {}, "drawn on the host"),
+    "numpy": (lambda: Draws(cnn(), np.random.rand), {}, "drawn on the host"),
+    "changing model": (lambda: Counts(cnn()), {}, "the model changes as it runs .*an attribute changed"),
+    "changing loss": (cnn, {"loss": Remembers(1.0)}, "the loss changes its attributes as it runs"),
+}
+
+
 @pytest.mark.parametrize("graph", [True, "auto"])
-def test_what_cannot_be_captured_runs_without(graphs, graph):
-    model = Waits(cnn())
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_captured_runs_without(graphs, name, graph):
+    make, settings, reason = REFUSED[name]
+    model, (x, y), images = make(), batch(), []
+    before = snapshot(model, x, y)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for brightness in (0.9, 0.9, 0.1, 0.9, 0.1):
-            x, y = batch()
-            x = x * 0.1 + brightness * 0.9
-            before = snapshot(model, x, y)
-            images = []
-            for g in (graph, False):
-                torch.manual_seed(3)
-                images.append(sk.pgd(model, x, y, EPS, graph=g))
-            assert torch.equal(*images)
-            assert_same(before, snapshot(model, x, y))
-        PGD(EPS, steps=3, graph=True)(model, x, y)
+        for choice in (graph, False):
+            for seed in (random.seed, np.random.seed, torch.manual_seed):
+                seed(1)
+            bright = (0.9, 0.9, 0.1, 0.9, 0.1)
+            images.append([sk.pgd(model, x * 0.1 + b * 0.9, y, EPS, graph=choice, **settings) for b in bright])
+        PGD(EPS, steps=3, graph=True, **settings)(model, x, y)
+    assert all(map(torch.equal, *images))
+    assert_same(before, snapshot(model, x, y))
     (warning,) = caught
     assert warning.category is RuntimeWarning
-    assert "attacks on this Waits run without a CUDA graph" in str(warning.message)
-    assert "operation not permitted when stream is capturing" in str(warning.message)
+    assert re.search(f"attacks on this {type(model).__name__} run without a CUDA graph.*{reason}", str(warning.message))
     assert warning.filename == __file__
-    with pytest.warns(RuntimeWarning, match="run without a CUDA graph") as caught:
-        PGD(EPS, graph=True)(Waits(cnn()).eval(), x, y)
-    assert caught[0].filename == __file__
     assert len(graphs) == 0
     assert not torch.is_inference_mode_enabled()
     assert gc.isenabled()
@@ -576,62 +570,6 @@ def test_refused_captures_are_not_tried_again(graphs, monkeypatch):
     assert len(tries) == 2
 
 
-def test_hooks_are_not_captured(graphs):
-    model, (x, y), seen = cnn(), batch(), []
-    sk.pgd(model, x, y, EPS, graph=True)
-    handle = model[2].register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(RuntimeWarning, match="Sequential.2 has hooks, which would not run in a replay"):
-        sk.pgd(model, x, y, EPS, graph=True)
-    sk.pgd(model, x, y, EPS, graph=True)
-    assert len(seen) == 20
-    assert len(graphs) == 0
-    handle.remove()
-
-
-def test_tensors_elsewhere_are_not_captured(graphs):
-    model, (x, y) = Scaled(), batch()
-    model.offset = torch.zeros((), device="meta")
-    model.act = lambda z: z
-    model.forward = lambda x: model.net(x)
-    with pytest.warns(RuntimeWarning, match="it has tensors on meta and x is on cpu"):
-        sk.pgd(model, x, y, EPS, graph=True)
-
-
-@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
-def test_choices_by_random_numbers_of_the_host_are_not_captured(graphs, draw):
-    class SkipsLayers(Around):
-        def forward(self, x):
-            return self.net(x) if draw() < 0.5 else -self.net(x)
-
-    model, (x, y), images = SkipsLayers(cnn()), batch(), []
-    for graph in (True, False):
-        random.seed(1)
-        np.random.seed(1)  # noqa: NPY002
-        attack = PGD(EPS, random_start=False, graph=graph)
-        with pytest.warns(RuntimeWarning, match="drawn on the host") if graph else nullcontext():
-            images.append([attack(model, x, y) for _ in range(3)])
-    assert all(map(torch.equal, *images))
-    assert not torch.equal(*images[0][:2])
-
-
-def test_models_that_change_as_they_run_are_not_captured(graphs):
-    class Counting(Around):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.net(x)
-
-    for graph in (True, "auto"):
-        model, (x, y) = Counting(cnn()), batch()
-        sk.pgd(model, x, y, EPS, graph=graph)
-        with pytest.warns(RuntimeWarning, match="changes as it runs .*an attribute changed"):
-            sk.pgd(model, x, y, EPS, graph=graph)
-        for _ in range(2):
-            sk.pgd(model, x, y, EPS, graph=graph)
-        assert model.calls == 40
-
-
 def test_models_that_finish_themselves_on_first_use_are_captured(graphs):
     class Lazy(Around):
         table = None
@@ -660,11 +598,9 @@ def test_errors_of_the_model_are_raised_and_leave_it_as_it_was(graphs, graph):
 
     model, (x, y), fails = Fails(cnn()), batch(), False
     attack = {"eps": EPS, "graph": graph, "input_gradient": "autograd"}  # which runs the model's own code
-    sk.pgd(model, x, y, **attack)
+    if graph == "auto":
+        sk.pgd(model, x, y, **attack)
     before, fails = snapshot(model, x, y), True
-    if graph is True:
-        sk.pgd(model, x, y, **attack)  # a replay
-        graphs.free()
     for _ in range(2):
         with pytest.raises(KeyError, match="in the middle"):
             sk.pgd(model, x, y, **attack)
@@ -708,12 +644,14 @@ def test_attacks_seen_once_are_forgotten(graphs):
 
 
 @pytest.mark.parametrize(
-    "attack", [{}, {"loss": "kl"}, {"restarts": 2}, {"loss": square}], ids=["ce", "kl", "restarts", "own loss"]
+    "attack",
+    [lambda _: {}, lambda _: {"loss": "kl"}, lambda _: {"restarts": 2}, lambda m: {"loss": lambda z, y, model=m: square(z, y)}],
+    ids=["ce", "kl", "restarts", "loss that knows the model"],
 )
 def test_models_are_not_kept_alive(graphs, attack):
     models = [cnn() for _ in range(3)]
     for model in models:
-        for got, expected in pairs(model, attack):
+        for got, expected in pairs(model, attack(model)):
             assert torch.equal(got, expected)
     assert len(graphs) == 3
     parts = [weakref.ref(part) for part in (*models[0].modules(), *models[0].parameters())]
@@ -724,55 +662,22 @@ def test_models_are_not_kept_alive(graphs, attack):
     assert len(graphs._models) == 2
 
 
-def test_a_loss_that_knows_the_model_does_not_keep_it(graphs):
-    model, (x, y) = cnn(), batch()
-    sk.pgd(model, x, y, EPS, loss=lambda z, y, model=model: square(z, y), graph=True)
-    assert len(graphs) == 1
-    part = weakref.ref(model)
-    del model
-    gc.collect()
-    assert part() is None
-    assert len(graphs) == 0
-
-
-def test_copies_are_models_of_their_own(graphs):
-    model, (x, y) = cnn(), batch()
-    sk.pgd(model, x, y, EPS, graph=True)
-    other = copy.deepcopy(model)
-    other[-1].weight.data.neg_()
-    for got, expected in pairs(other, {}):
-        assert torch.equal(got, expected)
-    assert len(graphs) == 2
-
-
 def test_threads(graphs):
     """Two models, two threads, one cache: nobody gets another's images."""
     models, (x, y) = [cnn(), cnn()], batch()
     attack = PGD(EPS, random_start=False, steps=2)
     expected = [[PGD(EPS, random_start=False, steps=2, graph=False)(m, v, y) for v in (x, x * 0.5)] for m in models]
-    failures = []
 
-    def hammer():
+    def hammer(_):
         for i in range(20):
             for m, images in zip(models, expected, strict=True):
-                if not torch.equal(attack(m, (x, x * 0.5)[i % 2], y), images[i % 2]):
-                    failures.append(i)
-
-    def run():
-        try:
-            hammer()
-        except BaseException as error:
-            failures.append(error)
+                assert torch.equal(attack(m, (x, x * 0.5)[i % 2], y), images[i % 2])
 
     # The modes of a model are set while it is attacked, so threads share one only once it is captured.
     for m in models:
         attack(m, x, y), attack(m, x, y)
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(hammer, range(3)))
     assert len(graphs) == 2
 
 
@@ -888,39 +793,8 @@ def test_failed_captures_raise_the_cause_and_clean_up(played, monkeypatch):
 # --- on a GPU ---
 
 
-@pytest.fixture
-def real(monkeypatch) -> Graphs:
-    graphs = Graphs()
-    monkeypatch.setattr(attacks, "graphs", graphs)
-    return graphs
-
-
-def on_gpu(*tensors, device="cuda"):
-    return [t.to(device) for t in tensors]
-
-
-def assert_gpu_equal(model, attack: dict, batches: int = 3, device="cuda"):
-    for seed in range(batches):
-        x, y = on_gpu(*batch(8), device=device)
-        assert torch.equal(*captured_and_eager(PGD, EPS * (1 + seed), model, x, y, seed, **attack)), (attack, seed)
-
-
-@pytest.fixture
-def deterministic(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "train_mode"])
-def test_gpu_replays_equal_the_attack_itself(real, deterministic, name):
-    model = cnn().eval().cuda()
-    assert_gpu_equal(model, SETTINGS[name])
-    assert len(real) == 1
-
-
-@pytest.mark.gpu
-def test_gpu_dropout_is_fresh_and_follows_the_seed(real, deterministic):
+def test_gpu_dropout_is_fresh_and_follows_the_seed(real):
     model, (x, y) = cnn().cuda(), on_gpu(*batch(8))
     attack = PGD(EPS, bn_mode="train", graph=True)
     attack(model, x, y)
@@ -941,7 +815,7 @@ def test_gpu_dropout_is_fresh_and_follows_the_seed(real, deterministic):
 
 
 @pytest.mark.gpu
-def test_gpu_streams(real, deterministic):
+def test_gpu_streams(real):
     model, attack = cnn().eval().cuda(), PGD(EPS, random_start=False, graph=True)
     batches = [on_gpu(*batch(64)) for _ in range(6)]
     expected = [PGD(EPS, random_start=False, graph=False)(model, x, y) for x, y in batches]
@@ -958,45 +832,14 @@ def test_gpu_streams(real, deterministic):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_gpu_second_device(real, deterministic):
-    model = cnn().eval().to("cuda:1")
-    assert_gpu_equal(model, {}, device="cuda:1")
+def test_gpu_second_device(real):
+    for got, expected in pairs(cnn().eval().to("cuda:1"), {}):
+        assert torch.equal(got, expected)
     assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("autocast", [False, True])
-def test_gpu_training_loop(real, deterministic, autocast):
-    model = cnn().cuda()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for seed in range(5):
-        x, y = on_gpu(*batch(16))
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            images = captured_and_eager(PGD, EPS, model, x, y, seed, "auto", loss=losses.LabelSmoothedCE(0.1))
-            assert torch.equal(*images)
-            loss = F.cross_entropy(model(images[0]), y)
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    assert len(real) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("change", CHANGES)
-def test_gpu_a_changed_model_is_captured_again(real, deterministic, change):
-    model, (x, y) = Scaled().cuda(), on_gpu(*batch())
-    model.offset = model.offset.cuda()
-    attack = PGD(EPS, random_start=False, graph=True)
-    attack(model, x, y), attack(model, x, y)
-    CHANGES[change](model)
-    expected = PGD(EPS, random_start=False, graph=False)(model, x, y)
-    for _ in range(2):
-        assert torch.equal(attack(model, x, y), expected)
-    assert len(real) == 1
-
-
-@pytest.mark.gpu
-def test_gpu_failed_captures_leave_cuda_and_random_numbers_usable(real, deterministic):
+def test_gpu_failed_captures_leave_cuda_and_random_numbers_usable(real):
     class Waits(Around):
         def forward(self, x):
             x = F.dropout(x, 0.1)
@@ -1011,7 +854,7 @@ def test_gpu_failed_captures_leave_cuda_and_random_numbers_usable(real, determin
     assert torch.equal(sk.pgd(model, x, y, EPS, graph=False), first)
     assert torch.equal(torch.rand(4, device="cuda"), after)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    assert_gpu_equal(cnn().eval().cuda(), {})  # another capture
+    assert all(torch.equal(*images) for images in pairs(cnn().eval().cuda(), {}))  # another capture
     t = torch.rand(1 << 20, device="cuda")
     side = torch.cuda.Stream()
     t.record_stream(side)  # deferred for ever while the allocator believes in a capture
@@ -1021,12 +864,15 @@ def test_gpu_failed_captures_leave_cuda_and_random_numbers_usable(real, determin
 
 
 @pytest.mark.gpu
-def test_gpu_memory_is_freed_with_the_model(real, deterministic):
+def test_gpu_models_in_turn_whose_memory_is_freed_with_them(real):
+    def attack(model):
+        x, y = on_gpu(*batch(64, size=32))
+        assert torch.equal(*captured_and_eager(PGD, EPS, model, x, y))
+
     def captured():
         model = cnn(size=32).eval().cuda()
-        x, y = on_gpu(*batch(64, size=32))
         for _ in range(2):
-            sk.pgd(model, x, y, EPS, graph=True)
+            attack(model)
         return model
 
     def used():
@@ -1037,6 +883,8 @@ def test_gpu_memory_is_freed_with_the_model(real, deterministic):
     captured()
     before = used()
     models = [captured() for _ in range(3)]
+    for _ in range(2):
+        list(map(attack, models))
     assert len(real) == 3
     assert used() > before
     models.clear()
@@ -1051,49 +899,22 @@ def test_gpu_memory_is_freed_with_the_model(real, deterministic):
 
 
 @pytest.mark.gpu
-def test_gpu_three_models_in_turn(real, deterministic):
-    models = [cnn().eval().cuda() for _ in range(3)]
-    for _ in range(2):
-        for model in models:
-            assert_gpu_equal(model, {}, batches=2)
-    assert len(real) == 3
-
-
-@pytest.mark.gpu
-def test_gpu_launched_replays_wait_for_nothing(real):
+def test_gpu_replays_launch_one_graph_and_wait_once_if_at_all(real):
     model, (x, y), attack = cnn().eval().cuda(), on_gpu(*batch()), PGD(EPS, graph=True)
     attack(model, x, y), attack.launch(model, x, y)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         attack.launch(model, x, y)
         with pytest.raises(RuntimeError, match="synchronizing"):
             attack(model, x, y)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_gpu_calls_wait_once(real):
-    model, (x, y), attack = cnn().eval().cuda(), on_gpu(*batch()), PGD(EPS, graph=True)
-    attack(model, x, y)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
+        torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
             attack(model, x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
-
-
-@pytest.mark.gpu
-def test_gpu_replay_launches_one_graph(real):
-    model, (x, y) = cnn().eval().cuda(), on_gpu(*batch())
-    attack = PGD(EPS, graph=True)
-    attack(model, x, y), attack(model, x, y)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         attack(model, x, y)
-    launches = [e for e in profile.events() if e.name == "cudaGraphLaunch"]
-    assert len(launches) == 1
+    assert [e.name for e in profile.events()].count("cudaGraphLaunch") == 1

@@ -58,10 +58,6 @@ def write_in_place(net):
     net.bn(torch.rand(2, 4, 3, 3))
 
 
-def freeze_parameters(net):
-    net.requires_grad_(False)
-
-
 def attack(net):
     for mode in BN_MODES:
         with borrowed(net, mode):
@@ -72,22 +68,18 @@ def assign_equal_values(net):
     net.scale, net.nested, net.shape, net.name = 0.25 * 2, [1, {"a": [2.0]}, {3}], (0 + 1, 2), "".join(["n", "et"])
 
 
-def hook_for_saving(net):
+def freeze_and_hook_for_saving(net):
+    net.requires_grad_(False)
     net.register_state_dict_pre_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [train_step, write_in_place, freeze_parameters, attack, assign_equal_values, hook_for_saving],
-    ids=lambda f: f.__name__,
-)
+@pytest.mark.parametrize("change", [train_step, write_in_place, attack, assign_equal_values, freeze_and_hook_for_saving])
 def test_the_same_model(change, addresses):
     net = Net()
     structure = Structure(net, addresses=addresses)
-    assert structure.difference(net) is None
+    assert structure.matches(net)
     change(net)
     assert structure.difference(net) is None
-    assert structure.matches(net)
 
 
 def set_attribute(name, value):
@@ -98,18 +90,16 @@ DIFFERENT = {
     "scale": set_attribute("scale", 0.6),
     "type_of_scale": set_attribute("scale", torch.tensor(0.5)),
     "type_of_count": set_attribute("count", True),
-    "name": set_attribute("name", "other"),
     "shape": set_attribute("shape", (1, 3)),
     "type_in_shape": set_attribute("shape", (1.0, 2)),
     "tensor_in_shape": set_attribute("shape", (1, torch.ones(3))),
     "list": lambda net: net.nested.append(4),
+    "type_of_list": lambda net: setattr(net, "nested", tuple(net.nested)),
     "in_a_list": lambda net: net.nested[1]["a"].append(1.0),
     "in_a_set": lambda net: net.nested[2].add(5),
     "tensor": set_attribute("mean", torch.zeros(3)),
-    "tensor_in_a_list": lambda net: net.tensors.__setitem__(0, torch.ones(2)),
     "tensor_deeper": lambda net: net.tensors[1].__setitem__("t", torch.ones(3)),
     "function": set_attribute("act", F.gelu),
-    "dtype": set_attribute("dtype", torch.float64),
     "object": set_attribute("other", Other()),
     "new_attribute": set_attribute("extra", 1),
     "removed_attribute": lambda net: delattr(net, "scale"),
@@ -125,14 +115,10 @@ DIFFERENT = {
     "other_hidden_module": lambda net: net.hidden.__setitem__(0, nn.Linear(4, 4)),
     "module": lambda net: setattr(net, "bn", nn.BatchNorm2d(4)),
     "module_added": lambda net: net.blocks.append(nn.ReLU()),
-    "module_removed": lambda net: net.blocks.__delitem__(1),
     "modules_swapped": lambda net: setattr(net, "blocks", nn.Sequential(*reversed(net.blocks))),
     "module_from_none": lambda net: setattr(net, "missing", nn.ReLU()),
     "mode": lambda net: net.bn.eval(),
     "class": lambda net: setattr(net.blocks[0], "__class__", nn.Tanh),
-    "setting": lambda net: setattr(net.bn, "eps", 1.0),
-    "stride": lambda net: setattr(net.conv, "stride", (2, 2)),
-    "dropout": lambda net: setattr(net.blocks[1], "p", 0.2),
     "own_forward": lambda net: setattr(net, "forward", lambda x: x),
     "forward_hook": lambda net: net.conv.register_forward_hook(lambda *_: None),
     "forward_pre_hook": lambda net: net.conv.register_forward_pre_hook(lambda *_: None),
@@ -147,40 +133,35 @@ def test_another_model(name, addresses):
     structure = Structure(net, addresses=addresses)
     DIFFERENT[name](net)
     if not addresses and name in ("parameter", "buffer", "hidden_module"):
-        return  # another tensor of the same kind is no difference then: see test_moved_data_counts_where_addresses_do
+        return  # another tensor of the same kind is no difference then: see below
     assert structure.difference(net)
     assert not structure.matches(net)
     assert Structure(net, addresses=addresses).matches(net)
 
 
-@pytest.mark.parametrize("of_attribute", [False, True])
-def test_moved_data_counts_where_addresses_do(of_attribute):
+@pytest.mark.parametrize(
+    ("change", "noticed"),
+    [
+        (lambda net: setattr(net.mean, "data", torch.rand(3)), True),
+        (lambda net: setattr(net.conv.weight, "data", torch.rand_like(net.conv.weight)), True),
+        (lambda net: setattr(net.conv, "weight", nn.Parameter(torch.rand_like(net.conv.weight))), True),
+        (lambda net: setattr(net.conv, "weight", nn.Parameter(net.conv.weight.data)), False),
+    ],
+    ids=["attribute", "data", "parameter", "parameter at the same address"],
+)
+def test_an_address_is_all_that_a_capture_knows_and_a_trace_does_not(change, noticed):
     net = Net()
     by_address, without = Structure(net), Structure(net, addresses=False)
-    tensor = net.mean if of_attribute else net.conv.weight
-    tensor.data = torch.rand_like(tensor)
-    assert not by_address.matches(net)
-    assert without.matches(net)
-
-
-def test_an_address_is_all_that_a_capture_knows_of_a_parameter():
-    net = Net()
-    by_address, without = Structure(net), Structure(net, addresses=False)
-    net.conv.weight = nn.Parameter(net.conv.weight.data)
-    assert by_address.matches(net)
-    assert without.matches(net)
-    net.conv.weight = nn.Parameter(torch.rand_like(net.conv.weight))
-    assert not by_address.matches(net)
+    change(net)
+    assert by_address.matches(net) != noticed
     assert without.matches(net)
 
 
 def test_modes_can_be_left_out():
     net = Net()
-    structure = Structure(net, training=False)
-    assert structure.matches(net.eval())
-    assert structure.matches(net.train())
-    structure = Structure(net)
-    assert structure.difference(net.eval()) == "Net: its mode (train, eval) changed"
+    without, structure = Structure(net, training=False), Structure(net)
+    assert without.matches(net.eval())
+    assert structure.difference(net) == "Net: its mode (train, eval) changed"
 
 
 def test_differences_have_names():
@@ -248,17 +229,12 @@ def test_what_cannot_be_seen_is_refused():
     scripted = torch.jit.trace(nn.ReLU(), torch.ones(1))
     with pytest.raises(TypeError, match="TorchScript"):
         Structure(nn.Sequential(scripted))
-    sparse = nn.Module()
-    sparse.register_buffer("t", torch.eye(3).to_sparse())
-    with pytest.raises(TypeError, match="has no address"):
-        Structure(sparse)
-
-
-def test_tensors_that_lose_their_address():
     net = Net()
     structure = Structure(net)
     net.bn.running_mean = torch.eye(4).to_sparse()
     assert "has no address" in structure.difference(net)
+    with pytest.raises(TypeError, match="has no address"):
+        Structure(net)
 
 
 def test_devices():
@@ -268,20 +244,9 @@ def test_devices():
     assert torch.device("meta") in Structure(net).devices
 
 
-def test_freeze():
-    class Thing:
-        pass
-
-    thing, t = Thing(), torch.ones(2)
-    assert freeze([1, (t, thing), {"a": {2}}]) == freeze([1, (t, thing), {"a": {2}}])
-    assert freeze(1) != freeze(True)
-    assert freeze(1) != freeze(1.0)
-    assert freeze((1,)) != freeze([1])
-    assert freeze(t) != freeze(torch.ones(2))
-    assert freeze(thing) != freeze(Thing())
-    assert len({freeze({"a": thing, "b": [t]}), freeze({"a": thing, "b": [t]})}) == 1
-    gone = freeze(Thing())
-    assert gone != freeze(Thing())
+def test_an_object_that_is_gone_is_no_other_one():
+    gone = freeze(Other())
+    assert gone != freeze(Other())
 
 
 def test_checking_costs_little():
