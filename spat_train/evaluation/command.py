@@ -21,11 +21,11 @@ from ..data.images import Dataset, Folder, Images
 from ..errors import InputError, check_count, check_eps
 from ..models.checkpoints import checkpoint_file, chosen_name, load_model, normalisation, run_config, with_classes_of
 from ..models.registry import import_own
+from ..runtime.signals import interruptible
 from . import attack_specs
 from .alarms import Alarm, alarms, beyond_chance, rechecked
 from .checks import check_numbers
 from .evaluate import evaluate
-from .interruptible import interruptible
 from .report import hardware, summary, write_report
 from .result import Evaluation, Options
 
@@ -243,7 +243,7 @@ def _attack(
         begun = ", in another --out" if (folder / "samples.jsonl").exists() else ""
         return f"--batch-size {options.batch_size}: out of memory on {device}: lower it{begun}"
 
-    with interruptible(f"the same command goes on where {folder} ends", too_large) as on_progress:
+    with interruptible(f"the same command continues {folder}", too_large) as on_progress:
         settings["on_progress"] = on_progress
         model.to(device)
         source = source and source.to(device)

@@ -20,12 +20,8 @@ from ..runtime.seeding import derived_seed, model_draws
 from . import checks
 from .attack_specs import Attack, parse, parse_all
 from .batches import Task, attack_batches, broken_by, predict
-from .hashes import tensor_hash, weights_hash
-from .record_log import Samples, decoded, encoded
-from .result import WORST, Evaluation, Example, Recheck
-from .text_table import text_table
-
-__all__ = ["TEST", "WORST", "Attack", "Evaluation", "accuracies", "evaluate", "table", "validation"]
+from .record_log import Samples, decoded, encoded, tensor_hash, weights_hash
+from .result import Evaluation, Example, Recheck, text_table
 
 BATCH = 512
 EXAMPLES = 4  # images kept of each attack

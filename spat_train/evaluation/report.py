@@ -20,7 +20,6 @@ from ..runtime import atomic_write
 from .alarms import Alarm
 from .attack_specs import NAMED, published
 from .result import WORST, Evaluation, Example, interval, percent
-from .text_table import markdown_table
 
 FORMAT = "spat_train evaluation 1"
 STYLE = """
@@ -240,6 +239,11 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
         lines += [markdown_table(section.header, section.rows)] if section.rows else []
         lines += ["```", section.code, "```"] if section.code else []
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
 def web_page(title: str, sections: Sequence[Section], shown: Sequence[Picture]) -> str:

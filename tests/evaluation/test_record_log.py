@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 from spat_train.data.datasets import load
 from spat_train.data.images import Images
 from spat_train.errors import InputError
-from spat_train.evaluation.attack_specs import PGD
+from spat_train.evaluation.attack_specs.families import PGD
 from spat_train.runtime.atomic_write import SaveError
 from tests.evaluation.helpers import Escaping, contents, digits, fitted, quiet
 from tests.training.helpers import on_one_thread, processes
@@ -121,20 +121,6 @@ def test_pictures_of_the_same_names_are_other_data(tmp_path, pictures):
     (pictures / "val" / "dog" / "0.png").unlink()
     with pytest.raises(InputError, match="dog/0.png cannot be read .No such file"):
         quiet(model, images, "fgsm")
-
-
-def test_a_full_disk(tmp_path, monkeypatch):
-    from spat_train.evaluation import record_log as samples
-
-    def full(number):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(samples.os, "fsync", full)
-        with pytest.raises(SaveError, match="No space left on device"):
-            quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
-    found = quiet(fitted(), digits(20), "fgsm", folder=tmp_path / "full")
-    assert torch.equal(found.predicted["fgsm"], quiet(fitted(), digits(20), "fgsm").predicted["fgsm"])
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_line(tmp_path):

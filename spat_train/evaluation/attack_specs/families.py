@@ -19,8 +19,7 @@ from spat_kernels.predictions import model_logits, other_classes, predictions
 from spat_kernels.settings import Version
 
 from ...errors import InputError
-from .attack import Attack
-from .values import choice, count, loss_name, number, positive, setting, share_of_eps
+from .attack import Attack, choice, count, loss_name, number, positive, setting, share_of_eps
 
 TARGETS = {  # of PGD, in words
     "least-likely": "the least-likely class", "random": "a random wrong class", "all": "all wrong classes in turn",
