@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from spat_kernels import losses
 from ..config import Config, check_device
 from ..data.datasets import load
 from ..data.images import Dataset, Folder, Images
-from ..errors import InputError, check_count, check_eps
+from ..errors import InputError, as_input_error, check_count, check_eps
 from ..models.checkpoints import checkpoint_file, chosen_name, load_model, normalisation, run_config, with_classes_of
 from ..models.registry import import_own
 from ..runtime.signals import interruptible
@@ -30,17 +30,6 @@ from .report import hardware, summary, write_report
 from .result import Evaluation, Options
 
 Activation = Literal["relu", "silu", "gelu", "softplus"]
-
-
-class Checkpoint(NamedTuple):
-    """What the options say of the model, or of the source: `kind` is one of these words."""
-
-    kind: str
-    path: Path
-    name: str | None
-    activation: Activation | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -127,11 +116,6 @@ class EvaluateOptions:
     def folder(self) -> Path:
         return self.out or default_folder(self.model, self.source)
 
-    def checkpoint(self, kind: Literal["model", "source"]) -> Checkpoint:
-        prefix = "source_" if kind == "source" else ""
-        activation, mean, std = (getattr(self, prefix + name) for name in ("activation", "mean", "std"))
-        return Checkpoint(kind, getattr(self, kind), getattr(self, f"{kind}_name"), activation, mean, std)
-
 
 def evaluate_command(options: EvaluateOptions) -> None:
     """Attack a trained model at the test images, and write a report.
@@ -145,9 +129,9 @@ def evaluate_command(options: EvaluateOptions) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda" and options.precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
-    network, about = _open(options.checkpoint("model"), dataset)
+    network, about = _open(options, "model", dataset)
     dataset = with_classes_of(network, dataset)
-    source, source_about = _open(options.checkpoint("source"), dataset) if options.source else (None, {})
+    source, source_about = _open(options, "source", dataset) if options.source else (None, {})
     rows = _choose_rows(options, len(dataset.test))
     about |= {"data": options.data or (config.data if config else ""), "test images": f"{len(rows)} of {len(dataset.test)}"}
     about |= source_about | {
@@ -170,10 +154,8 @@ def evaluate_command(options: EvaluateOptions) -> None:
 def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
     """Raise InputError for what does not fit, before anything is loaded."""
     name = chosen_name(options.model, config, options.model_name, "--model-name")
-    try:
+    with as_input_error(f"--model-name {name}"):
         import_own(name)  # it may register losses
-    except ValueError as error:
-        raise InputError(f"--model-name {name}: {error}") from error
     attack_specs.parse_all(options.attacks)
     check_device(options.device)
     check_count("--limit", options.limit)
@@ -202,23 +184,21 @@ def _load_data(options: EvaluateOptions, config: Config | None) -> Dataset:
         raise InputError(f"{where} ({error})") from error
 
 
-def _open(given: Checkpoint, dataset: Dataset) -> tuple[nn.Module, dict[str, str]]:
-    """The model of a checkpoint, and what a report says of it."""
-    option, whose = f"--{given.kind}-name", "source's " if given.kind == "source" else ""
+def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: Dataset) -> tuple[nn.Module, dict[str, str]]:
+    """The model or the source, and what a report says of it."""
+    prefix, whose = ("source_", "source's ") if kind == "source" else ("", "")
+    path, given, option = getattr(options, kind), getattr(options, f"{kind}_name"), f"--{kind}-name"
+    changes = {name: getattr(options, prefix + name) for name in ("activation", "mean", "std")}
     try:
-        network, config = load_model(
-            given.path, dataset, given.name, activation=given.activation, mean=given.mean, std=given.std, option=option
-        )
+        network, config = load_model(path, dataset, given, option=option, **changes)
     except InputError as error:
-        if given.kind == "model":
+        if kind == "model":
             raise
-        raise InputError(re.sub("--(activation|mean|std)", rf"--{given.kind}-\1", str(error))) from error
-    name = chosen_name(given.path, config, given.name, option)
-    return network, {
-        given.kind: str(checkpoint_file(given.path)),
-        f"{whose}network": f"{name} with {given.activation}" if given.activation else name,
-        f"{whose}normalisation": normalisation(network) or "none",
-    }
+        raise InputError(re.sub("--(activation|mean|std)", r"--source-\1", str(error))) from error
+    name = chosen_name(path, config, given, option)
+    activation = f" with {changes['activation']}" if changes["activation"] else ""
+    about = {kind: str(checkpoint_file(path)), f"{whose}network": name + activation}
+    return network, about | {f"{whose}normalisation": normalisation(network) or "none"}
 
 
 def _choose_rows(options: EvaluateOptions, count: int) -> Tensor:

@@ -273,21 +273,14 @@ def _collect(
 ) -> Evaluation:
     batches = range(-(-len(rows) // settings["batch_size"]))
     records = {name: [samples.records[name, number] for number in batches] for name in attacks}
-    attacked = {name: found for name, found in records.items() if name != "clean"}
-    return Evaluation(
-        settings, attacks, classes, rows, labels,
-        predicted={name: torch.tensor([p for r in found for p in r["predicted"]]) for name, found in records.items()},
-        part={
-            name: torch.tensor([p for r in found for p in r["part"]])
-            for name, found in attacked.items() if all("part" in r for r in found)
-        },
-        rechecks={
-            name: Recheck(*(sum(r[key] for r in found) for key in ("adversarial", "outside", "rounded")))
-            for name, found in attacked.items()
-        },
-        examples={
-            name: [Example(e["index"], decoded(e["image"])) for r in found for e in r["examples"]]
-            for name, found in attacked.items()
-        },
-        folder=samples.folder,
-    )  # fmt: skip
+
+    def joined(key: str) -> dict[str, Tensor]:
+        having = {name: found for name, found in records.items() if all(key in r for r in found)}
+        return {name: torch.tensor([p for r in found for p in r[key]]) for name, found in having.items()}
+
+    found = Evaluation(settings, attacks, classes, rows, labels, joined("predicted"), joined("part"), folder=samples.folder)
+    for name in list(attacks)[1:]:
+        counts = (sum(r[key] for r in records[name]) for key in ("adversarial", "outside", "rounded"))
+        found.rechecks[name] = Recheck(*counts)
+        found.examples[name] = [Example(e["index"], decoded(e["image"])) for r in records[name] for e in r["examples"]]
+    return found

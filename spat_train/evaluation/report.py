@@ -7,6 +7,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from ..data.images import Floats, Folder, Images, floats
 from ..runtime import atomic_write
 from .alarms import Alarm
 from .attack_specs import NAMED, published
-from .result import WORST, Evaluation, Example, interval, percent
+from .result import WORST, Evaluation, interval, percent
 
 FORMAT = "spat_train evaluation 1"
 STYLE = """
@@ -34,8 +35,6 @@ figure { display: inline-block; margin: .5em 1.5em .5em 0; }
 figcaption { font-size: 13px; color: #555; }
 img { width: min(112px, 28vw); height: min(112px, 28vw); image-rendering: pixelated; border: 1px solid #ddd; }
 """
-
-
 HASHES = {
     "weights": "hash of the weights", "source weights": "hash of the source's", "data": "hash of the data",
     "rows": "hash of the rows",
@@ -44,7 +43,7 @@ HASHES = {
 
 class Section(NamedTuple):
     title: str
-    text: str
+    text: str = ""
     header: tuple[str, ...] = ()
     rows: Sequence[tuple[str, ...]] = ()
     code: str = ""
@@ -75,7 +74,7 @@ def write_report(
         *alarm_section(found),
         recheck_section(evaluation),
         settings_section(evaluation, about),
-        *([Section("Command", "", code=about["command"])] if "command" in about else []),
+        *([Section("Command", code=about["command"])] if "command" in about else []),
     ]
     atomic_write.write(folder / "evaluation.json", to_json(evaluation, classes, found, about).encode())
     atomic_write.write(folder / "report.md", markdown(title, sections).encode())
@@ -99,8 +98,8 @@ def accuracy_section(e: Evaluation) -> Section:
     )  # fmt: skip
     made = " Adversarial images are made on another model (black box)." if e.settings["source_weights"] else ""
     text = (
-        f"{len(e)} images, eps {_length(e.settings['eps'])}, for L2 {e.settings['eps_l2']:g}. {wrong}{made} "
-        "Intervals are Wilson's, 95 %."
+        f"{len(e)} images, eps {255 * e.settings['eps']:.4g}/255 ({e.settings['eps']:.4g}), for L2 {e.settings['eps_l2']:g}. "
+        f"{wrong}{made} Intervals are Wilson's, 95 %."
     )
     return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "broken", "settings"), e.lines())
 
@@ -127,7 +126,7 @@ def settings_section(e: Evaluation, about: dict[str, str]) -> Section:
     settings = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
     values = {name: value for name, value in about.items() if name != "command"}
     values |= {HASHES.get(name, name): value for name, value in settings.items()} | versions()
-    return Section("Settings", "", ("", ""), [(name, str(value)) for name, value in values.items()])
+    return Section("Settings", header=("", ""), rows=[(name, str(value)) for name, value in values.items()])
 
 
 def versions() -> dict[str, str]:
@@ -143,10 +142,6 @@ def hardware(device: torch.device) -> str:
     return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 
-def _length(eps: float) -> str:
-    return f"{255 * eps:.4g}/255 ({eps:.4g})"
-
-
 def _numbers(alarm: Alarm) -> str:
     shown = ((name.removesuffix(", %"), f"{value:.4g}" + " %" * name.endswith(", %")) for name, value in alarm.numbers.items())
     return ", ".join(f"{name} {value}" for name, value in shown)
@@ -158,31 +153,28 @@ def _numbers(alarm: Alarm) -> str:
 class Picture(NamedTuple):
     attack: str
     caption: str
-    images: tuple[str, str, str]  # original, adversarial, difference: PNG, base64
+    images: list[str]  # original, adversarial, difference: PNG, base64
 
 
 def pictures(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[str]) -> list[Picture]:
     """The first images that each attack broke."""
     found = []
-    for name, examples in e.examples.items():
-        radius = e.attacks[name].radius(e.settings["eps"], e.settings["eps_l2"])
-        for example in examples:
-            clean, _ = floats(images, e.rows[example.index : example.index + 1], "cpu", torch.contiguous_format)
-            found.append(picture(e, name, example, clean[0].float().permute(1, 2, 0), classes, radius))
+    for name, attack in e.attacks.items():
+        for example in e.examples.get(name, []):
+            at = example.index
+            x, _ = floats(images, e.rows[at : at + 1], "cpu", torch.contiguous_format)
+            clean = x[0].float().permute(1, 2, 0)
+            moved = example.image / 255 - clean
+            # So that the largest difference is as bright as it can be: for L2 it is that of this image.
+            l2 = attack.norm == "l2"
+            most = float(moved.abs().max()) if l2 else attack.radius(e.settings["eps"], e.settings["eps_l2"])
+            factor = max(int(0.5 / max(most, 1 / 255)), 1)
+            predicted = int(e.predicted[name][at])
+            became = classes[predicted] if predicted >= 0 else "NaN"
+            caption = f"image {int(e.rows[at])}: {classes[int(e.labels[at])]}, predicted {became}; difference x {factor}"
+            shown = clean, example.image / 255, (0.5 + factor * moved).clamp(0, 1)
+            found.append(Picture(name, caption, [png((255 * image).round().to(torch.uint8)) for image in shown]))
     return found
-
-
-def picture(e: Evaluation, name: str, example: Example, clean: Tensor, classes: Sequence[str], radius: float) -> Picture:
-    moved = example.image / 255 - clean
-    # So that the largest difference is as bright as it can be: for L2 it is that of this image.
-    most = radius if e.attacks[name].norm == "linf" else float(moved.abs().max())
-    factor = max(int(0.5 / max(most, 1 / 255)), 1)
-    shown = (clean, example.image / 255, (0.5 + factor * moved).clamp(0, 1))
-    true, predicted = (int(t[example.index]) for t in (e.labels, e.predicted[name]))
-    became = classes[predicted] if predicted >= 0 else "NaN"
-    caption = f"image {int(e.rows[example.index])}: {classes[true]}, predicted {became}; difference x {factor}"
-    original, adversarial, difference = (png((255 * image).round().to(torch.uint8)) for image in shown)
-    return Picture(name, caption, (original, adversarial, difference))
 
 
 def png(image: Tensor) -> str:
@@ -208,28 +200,22 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
     content = {
         "format": FORMAT, "about": about, "settings": e.settings, "versions": versions(), "classes": list(classes),
         "attacks": attacks, "results": results, "checked": {name: vars(r) for name, r in e.rechecks.items()},
-        "alarms": [vars(alarm) | {"numbers": _finite(alarm.numbers)} for alarm in found],
+        # JSON knows no NaN
+        "alarms": [
+            vars(a) | {"numbers": {name: v if math.isfinite(v) else None for name, v in a.numbers.items()}} for a in found
+        ],
     }  # fmt: skip
-    correct = {name: e.correct(name).tolist() for name in e.attacks}
-    predicted = {name: e.predicted[name].tolist() for name in e.attacks}
-    samples = [
-        {
-            "row": row, "label": label, "broken_by": [name for name in e.attacks if not correct[name][i]],
-            "predicted": {name: predicted[name][i] for name in e.attacks},
-        }
-        for i, (row, label) in enumerate(zip(e.rows.tolist(), e.labels.tolist(), strict=True))
-    ]  # fmt: skip
+    samples = []
+    for row, label, *classes_found in zip(*(t.tolist() for t in (e.rows, e.labels, *e.predicted.values())), strict=True):
+        predicted = dict(zip(e.predicted, classes_found, strict=True))
+        broken_by = [name for name, found_class in predicted.items() if found_class != label]
+        samples.append({"row": row, "label": label, "broken_by": broken_by, "predicted": predicted})
     lines = ",\n  ".join(map(json.dumps, samples))  # a line for each image
     return f'{json.dumps(content, indent=1)[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'
 
 
 def _result(correct: Tensor) -> dict:
     return {"accuracy": percent(correct), "interval": interval(correct), "broken": int((~correct).sum())}
-
-
-def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
@@ -271,12 +257,12 @@ def _cell(text: str) -> str:
 
 
 def _gallery(shown: Sequence[Picture]) -> list[str]:
-    parts, last = ["<h2>Images that attacks broke</h2>", "<p>The original, the adversarial image and their difference.</p>"], None
-    for attack, caption, images in shown:
-        if attack != last:
-            parts.append(f"<h3>{html.escape(attack)}</h3>")
-            last = attack
-        named = zip(("original", "adversarial", "difference"), images, strict=True)
-        row = "".join(f'<img alt="{what}" src="data:image/png;base64,{data}">' for what, data in named)
-        parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return parts if shown else [*parts[:1], "<p>None broke an image.</p>"]
+    text = "The original, the adversarial image and their difference." if shown else "None broke an image."
+    parts = ["<h2>Images that attacks broke</h2>", f"<p>{text}</p>"]
+    for attack, found in groupby(shown, lambda picture: picture.attack):
+        parts.append(f"<h3>{html.escape(attack)}</h3>")
+        for _, caption, images in found:
+            named = zip(("original", "adversarial", "difference"), images, strict=True)
+            row = "".join(f'<img alt="{what}" src="data:image/png;base64,{data}">' for what, data in named)
+            parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return parts

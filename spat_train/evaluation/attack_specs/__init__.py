@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import InputError, did_you_mean
+from ...errors import InputError, as_input_error, did_you_mean
 from .attack import Attack, read_setting
 from .families import FAMILIES, NAMED, TARGETS
 
@@ -32,22 +32,13 @@ def parse(spec: str | Attack) -> Attack:
         return spec
     name, *settings = spec.strip().split(":")
     name = re.sub(r"^.+?(?=(x[1-9]\d*)?$)", lambda base: ALIASES.get(base[0], base[0]), name.lower())
-    kind, values = _named(name)
-    values |= _given(spec, settings)
-    known = kind.readers()
-    if unknown := next((key for key in values if key not in known), None):
-        near = did_you_mean(unknown, known)
-        raise InputError(f"attack {spec}: {kind.family} has no setting {unknown}: {near}it has {', '.join(known) or 'none'}")
-    own: dict[str, Any] = {key: value for key, value in values.items() if key in kind.__dataclass_fields__}
-    try:
-        of_loss = tuple((key, read_setting(key, known[key], values[key])) for key in known if key in values and key not in own)
-        own |= {"settings": of_loss} if of_loss else {}
-        return kind(name=":".join([name, *settings]), **own)
-    except ValueError as error:
-        raise InputError(f"attack {spec}: {error}") from error
-
-
-def _given(spec: str, settings: Sequence[str]) -> dict[str, str]:
+    base, values = published(name)
+    family, *preset = NAMED[base][0].split(":") if base in NAMED else [base]
+    if family not in FAMILIES:
+        near = did_you_mean(name, {**NAMED, **ALIASES, **FAMILIES})
+        raise InputError(
+            f"attack {name}: there is none: {near}see spat-train attacks, or write pgd:steps=50:step=1/20 and the like"
+        )
     given: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -56,7 +47,16 @@ def _given(spec: str, settings: Sequence[str]) -> dict[str, str]:
         if key in given:
             raise InputError(f"attack {spec}: {key} is given twice")
         given[key] = value
-    return given
+    kind, values = FAMILIES[family], dict(setting.split("=") for setting in preset) | values | given
+    known = kind.readers()
+    if unknown := next((key for key in values if key not in known), None):
+        near = did_you_mean(unknown, known)
+        raise InputError(f"attack {spec}: {kind.family} has no setting {unknown}: {near}it has {', '.join(known) or 'none'}")
+    own: dict[str, Any] = {key: value for key, value in values.items() if key in kind.__dataclass_fields__}
+    with as_input_error(f"attack {spec}"):
+        of_loss = tuple((key, read_setting(key, known[key], values[key])) for key in known if key in values and key not in own)
+        own |= {"settings": of_loss} if of_loss else {}
+        return kind(name=":".join([name, *settings]), **own)
 
 
 def published(name: str) -> tuple[str, dict[str, str]]:
@@ -70,18 +70,6 @@ def published(name: str) -> tuple[str, dict[str, str]]:
             if bare != base and NAMED.get(bare, ("",))[0].startswith("pgd:"):
                 base, values["target"] = bare, target
     return base, values
-
-
-def _named(name: str) -> tuple[type[Attack], dict[str, str]]:
-    """The family and the settings behind a name."""
-    base, values = published(name)
-    family, *settings = NAMED[base][0].split(":") if base in NAMED else [base]
-    if family not in FAMILIES:
-        near = did_you_mean(name, {**NAMED, **ALIASES, **FAMILIES})
-        raise InputError(
-            f"attack {name}: there is none: {near}see spat-train attacks, or write pgd:steps=50:step=1/20 and the like"
-        )
-    return FAMILIES[family], dict(setting.split("=") for setting in settings) | values
 
 
 def parse_all(specs: Sequence[str | Attack] | str) -> dict[str, Attack]:

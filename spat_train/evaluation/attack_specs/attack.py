@@ -1,7 +1,6 @@
 """What all attacks have in common: settings and how they are read, one run on a batch, and a description."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -79,7 +78,7 @@ def setting(default: object, read: Callable[[str], object]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack:
     """One attack with all its settings: `parse` makes them, and `attack(model, x, y, eps, generator)` is one run of it.
 
     Settings are read as in the grammar, so that norm="L2" is "l2".
@@ -222,6 +221,5 @@ class Attack(ABC):
         radius = "" if self.eps is None else f", eps {self.eps:.4g}"
         return f"{what}{repeated}{radius}, {'L2' if self.norm == 'l2' else 'L-infinity'}"
 
-    @abstractmethod
     def _describe(self) -> list[str]:
         raise NotImplementedError

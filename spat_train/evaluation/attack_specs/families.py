@@ -3,7 +3,6 @@
 A new attack is a class here, in `FAMILIES`.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +40,6 @@ class Clean(Attack):
     def describe(self):
         return "no attack"
 
-    def _describe(self):
-        return []
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Ascent(Attack):
@@ -61,7 +57,6 @@ class _Ascent(Attack):
         return losses.lookup(self.loss, **dict(self.settings))
 
     @property
-    @abstractmethod
     def targeted(self) -> bool:
         raise NotImplementedError
 
@@ -247,9 +242,7 @@ class FAB(_Engine):
     """The fast adaptive boundary attack; with `targets` n, FAB-T towards the n likeliest wrong classes in turn."""
 
     family, random = "fab", False  # it begins at the image
-    named = {
-        "fab-t": ("fab:targets=9", "Croce and Hein, 2020, arXiv 1907.02044"),
-    }
+    named = {"fab-t": ("fab:targets=9", "Croce and Hein, 2020, arXiv 1907.02044")}
 
     steps: int = setting(100, positive)
     targets: int | None = setting(None, positive)
@@ -270,9 +263,7 @@ class Square(_Engine):
     """Random search by squares, without gradients."""
 
     family, follows_gradients = "square", False
-    named = {
-        "square": ("square", "Andriushchenko et al., 2020: no gradients"),
-    }
+    named = {"square": ("square", "Andriushchenko et al., 2020: no gradients")}
 
     queries: int = setting(5000, positive)
 
