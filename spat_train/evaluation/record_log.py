@@ -130,16 +130,12 @@ def changes(before: dict, now: dict) -> list[str]:
     names = [name for name in now | before if before.get(name) != now.get(name)]
     if {"images", "seed", "data"} & set(names):  # which images are chosen follows from these
         names = [name for name in names if name != "rows"]
-    return [DIFFER.get(name) or f"{_option(name)} was {_shown(name, before)}, now {_shown(name, now)}" for name in names]
-
-
-def _option(name: str) -> str:
-    return "--limit" if name == "images" else f"--{name.replace('_', '-')}"
-
-
-def _shown(name: str, settings: dict) -> str:
-    value = settings.get(name)
-    return f"{255 * value:.6g}" if name == "eps" and value is not None else str(value)
+    found = []
+    for name in names:
+        was, is_now = (f"{255 * s[name]:.6g}" if name == "eps" and name in s else str(s.get(name)) for s in (before, now))
+        option = "limit" if name == "images" else name.replace("_", "-")
+        found.append(DIFFER.get(name) or f"--{option} was {was}, now {is_now}")
+    return found
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +77,7 @@ def write_report(
     ]
     atomic_write.write(folder / "evaluation.json", to_json(evaluation, classes, found, about).encode())
     atomic_write.write(folder / "report.md", markdown(title, sections).encode())
-    atomic_write.write(folder / "report.html", web_page(title, sections, pictures(evaluation, images, classes)).encode())
+    atomic_write.write(folder / "report.html", web_page(title, sections, gallery(evaluation, images, classes)).encode())
 
 
 # ---- sections
@@ -150,39 +149,36 @@ def _numbers(alarm: Alarm) -> str:
 # ---- pictures
 
 
-class Picture(NamedTuple):
-    attack: str
-    caption: str
-    images: list[str]  # original, adversarial, difference: PNG, base64
-
-
-def pictures(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[str]) -> list[Picture]:
-    """The first images that each attack broke."""
-    found = []
-    for name, attack in e.attacks.items():
-        for example in e.examples.get(name, []):
+def gallery(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[str]) -> list[str]:
+    """HTML of the first images that each attack broke."""
+    parts = []
+    for name, examples in e.examples.items():
+        parts += [f"<h3>{html.escape(name)}</h3>"] if examples else []
+        for example in examples:
             at = example.index
             x, _ = floats(images, e.rows[at : at + 1], "cpu", torch.contiguous_format)
             clean = x[0].float().permute(1, 2, 0)
             moved = example.image / 255 - clean
             # So that the largest difference is as bright as it can be: for L2 it is that of this image.
-            l2 = attack.norm == "l2"
-            most = float(moved.abs().max()) if l2 else attack.radius(e.settings["eps"], e.settings["eps_l2"])
+            l2 = e.attacks[name].norm == "l2"
+            most = float(moved.abs().max()) if l2 else e.attacks[name].radius(e.settings["eps"], e.settings["eps_l2"])
             factor = max(int(0.5 / max(most, 1 / 255)), 1)
             predicted = int(e.predicted[name][at])
             became = classes[predicted] if predicted >= 0 else "NaN"
             caption = f"image {int(e.rows[at])}: {classes[int(e.labels[at])]}, predicted {became}; difference x {factor}"
-            shown = clean, example.image / 255, (0.5 + factor * moved).clamp(0, 1)
-            found.append(Picture(name, caption, [png((255 * image).round().to(torch.uint8)) for image in shown]))
-    return found
+            shown = {"original": clean, "adversarial": example.image / 255, "difference": (0.5 + factor * moved).clamp(0, 1)}
+            row = "".join(f'<img alt="{what}" src="data:image/png;base64,{png(image)}">' for what, image in shown.items())
+            parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    text = "The original, the adversarial image and their difference." if parts else "None broke an image."
+    return ["<h2>Images that attacks broke</h2>", f"<p>{text}</p>", *parts]
 
 
 def png(image: Tensor) -> str:
-    """uint8 [H, W, C], C 1 or 3, as PNG in base64."""
+    """An image [H, W, C] in [0, 1], C 1 or 3, as PNG in base64."""
     from PIL import Image
 
     content = io.BytesIO()
-    Image.fromarray(image.squeeze(-1).numpy()).save(content, format="PNG")
+    Image.fromarray((255 * image).round().to(torch.uint8).squeeze(-1).numpy()).save(content, format="PNG")
     return base64.b64encode(content.getvalue()).decode()
 
 
@@ -232,7 +228,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
-def web_page(title: str, sections: Sequence[Section], shown: Sequence[Picture]) -> str:
+def web_page(title: str, sections: Sequence[Section], pictures: Sequence[str]) -> str:
     """One file: styles and pictures are in it."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for section in sections:
@@ -241,8 +237,7 @@ def web_page(title: str, sections: Sequence[Section], shown: Sequence[Picture]) 
         rows = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in section.rows)
         parts += [f'<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>'] if section.rows else []
         parts += [f"<pre>{html.escape(section.code)}</pre>"] if section.code else []
-        if section.title == "Accuracy":
-            parts += _gallery(shown)
+        parts += pictures if section.title == "Accuracy" else []
     body = "\n".join(parts)
     phones = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">\n{phones}\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
@@ -254,15 +249,3 @@ def _cell(text: str) -> str:
         return f'<td><span class="{text}">{text}</span></td>'
     number = text.replace(".", "").replace(" to ", "").isdecimal()
     return f'<td class="number">{text}</td>' if number else f"<td>{html.escape(text)}</td>"
-
-
-def _gallery(shown: Sequence[Picture]) -> list[str]:
-    text = "The original, the adversarial image and their difference." if shown else "None broke an image."
-    parts = ["<h2>Images that attacks broke</h2>", f"<p>{text}</p>"]
-    for attack, found in groupby(shown, lambda picture: picture.attack):
-        parts.append(f"<h3>{html.escape(attack)}</h3>")
-        for _, caption, images in found:
-            named = zip(("original", "adversarial", "difference"), images, strict=True)
-            row = "".join(f'<img alt="{what}" src="data:image/png;base64,{data}">' for what, data in named)
-            parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return parts

@@ -121,10 +121,4 @@ def interruptible(stopped: str, out_of_memory: Callable[[], str]) -> Iterator[Ca
 _watched: list[int] = []
 
 
-def _leave_watch() -> None:
-    """In a forked process, whose signals are its own."""
-    if _watched:
-        signal.set_wakeup_fd(-1)
-
-
-os.register_at_fork(after_in_child=_leave_watch)
+os.register_at_fork(after_in_child=lambda: _watched and signal.set_wakeup_fd(-1))  # signals of a forked process are its own

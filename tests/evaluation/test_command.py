@@ -9,15 +9,10 @@ import re
 import shlex
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("sklearn")
-pytest.importorskip("tyro")
-pytest.importorskip("tqdm")
 
 from spat_train.config import Config
 from spat_train.data.datasets import load
@@ -57,12 +52,6 @@ def evaluating(monkeypatch, capsys, a_run):
     return run
 
 
-def alarm(out: str) -> str:
-    """The only alarm that was printed."""
-    (line,) = [line for line in out.splitlines() if line.startswith("ALARM")]
-    return line
-
-
 OPTIONS = ("--limit", 60, "--attacks", "noise,fgsm,pgd-10,pgd-l2-10", "--eps-l2", 1, "--device", "cpu", "--batch-size", 32)
 
 
@@ -92,7 +81,6 @@ def test_the_report(monkeypatch, capsys, a_run):
     assert len(told["alarms"]) == 14
     typed = shlex.join(["spat-train", "evaluate", *map(str, (a_run, *OPTIONS)), "--model-name", FEATURES])
     assert told["about"]["command"] == typed
-    assert time.strptime(told["about"]["date"], "%Y-%m-%d %H:%M UTC")
     assert told["about"]["hardware"].endswith("1 threads")
     for i, sample in enumerate(told["samples"]):
         assert sample["predicted"] == {name: int(p[i]) for name, p in expected.predicted.items()}
@@ -103,7 +91,7 @@ def test_the_report(monkeypatch, capsys, a_run):
         low, high = expected.interval(name)
         assert f"| {name} | {expected.accuracy(name):.2f} | {low:.2f} to {high:.2f} |" in report
     assert f"```\n{typed}\n```" in report
-    assert f"| date | {told['about']['date']} |" in report
+    assert re.search(r"^\| date \| \d{4}-\d\d-\d\d \d\d:\d\d UTC \|$", report, re.MULTILINE)
 
     text = (folder / "report.html").read_text()
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
@@ -168,14 +156,18 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
     assert "ALARM" not in capsys.readouterr().out
 
 
-def test_a_source_that_takes_normalised_images(evaluating, tmp_path):
+def test_models_that_take_normalised_images(evaluating, a_run, tmp_path):
     torch.save(fitted(1).state_dict(), tmp_path / "theirs.pth")
-    options = (*OPTIONS[:2], "--attacks", "fgsm", "--source", tmp_path / "theirs.pth", "--no-alarms")
-    options += ("--source-name", NORMALISED)
-    line = alarm(evaluating(*options)[1])
-    assert "expected that the source's clean accuracy is beyond chance" in line
-    assert "(--source-mean, --source-std)" in line
-    options += ("--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu")
+    options = (*OPTIONS[:2], "--attacks", "fgsm", "--model-name", NORMALISED, "--no-alarms")
+    options += ("--source", tmp_path / "theirs.pth", "--source-name", NORMALISED)
+    own, source = [line for line in evaluating(*options)[1].splitlines() if line.startswith("ALARM")]
+    assert own.startswith("ALARM: expected that clean accuracy is beyond chance; found clean ")
+    assert "chance 10 %" in own
+    assert "(--mean, --std)" in own
+    assert "expected that the source's clean accuracy is beyond chance" in source
+    assert "(--source-mean, --source-std)" in source
+    assert "| ALARM | clean accuracy is beyond chance |" in (a_run / "evaluation" / "report.md").read_text()
+    options += ("--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu", "--mean", 1, "--std", 0.05)
     told, out = evaluating(*options, out=tmp_path / "mended")
     assert told["about"]["source's normalisation"] == "mean 1, std 0.05"
     assert told["about"]["source's network"].endswith("with relu")
@@ -194,14 +186,6 @@ def test_checkpoints_and_data_of_somebody_else(evaluating, monkeypatch, capsys, 
     (a_run / "config.json").write_text(json.dumps(config | {"data": "gone.npz"}))
     message = error(monkeypatch, capsys, "evaluate", a_run)
     assert "was trained on --data gone.npz; give --data where that is now (" in message
-
-
-def test_an_accuracy_of_chance_is_an_alarm_in_any_case(evaluating, a_run):
-    _, out = evaluating("--limit", 100, "--attacks", "fgsm", "--no-alarms", "--model-name", NORMALISED)
-    assert alarm(out).startswith("ALARM: expected that clean accuracy is beyond chance; found clean ")
-    assert "chance 10 %" in alarm(out)
-    assert "(--mean, --std)" in alarm(out)
-    assert "| ALARM | clean accuracy is beyond chance |" in (a_run / "evaluation" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sklearn")
-pytest.importorskip("tyro")
-pytest.importorskip("tqdm")
-
 from spat_train.data.datasets import load
 from spat_train.data.images import Images
 from spat_train.errors import InputError
