@@ -166,11 +166,7 @@ def without_gradient(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) ->
 
 
 def gradients(zero: Tensor, unbroken: Tensor) -> Alarm:
-    """Checks that images have a gradient, unless an attack broke them all the same.
-
-    Args:
-        zero, unbroken: bool [B], the images without a gradient, and those that attacks did not break.
-    """
+    """Checks that the images without a gradient, `zero`, were broken all the same; both are bool [B]."""
     both = int((zero & unbroken).sum())
     share = 100 * int(zero.sum()) / len(zero)
     numbers = {"images": len(zero), "zero or NaN, %": share, "of them not broken": both}

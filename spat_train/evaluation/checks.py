@@ -41,7 +41,7 @@ def check_images(images: object) -> Images | Folder | Floats:
         raise InputError("images: there is none: give at least one")
     if isinstance(images, Images):
         _check_pixels(images.pixels, (torch.uint8,), "[N, H, W, C]", len(labels))
-    elif isinstance(images, Floats):
+    if isinstance(images, Floats):
         _check_pixels(images.x, (torch.float32, torch.float64), "[N, C, H, W]", len(labels))
         low, high = (float(v) for v in images.x.aminmax())
         with as_input_error("images"):

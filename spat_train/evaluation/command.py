@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from spat_kernels import losses
 
@@ -132,7 +132,9 @@ def evaluate_command(options: EvaluateOptions) -> None:
     network, about = _open(options, "model", dataset)
     dataset = with_classes_of(network, dataset)
     source, source_about = _open(options, "source", dataset) if options.source else (None, {})
-    rows = _choose_rows(options, len(dataset.test))
+    rows = torch.arange(len(dataset.test))
+    if options.limit is not None and options.limit < len(rows):
+        rows = torch.from_numpy(np.random.default_rng(options.seed).permutation(len(rows))[: options.limit])
     about |= {"data": options.data or (config.data if config else ""), "test images": f"{len(rows)} of {len(dataset.test)}"}
     about |= source_about | {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "hardware": hardware(device),
@@ -201,20 +203,13 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
     return network, about | {f"{whose}normalisation": normalisation(network) or "none"}
 
 
-def _choose_rows(options: EvaluateOptions, count: int) -> Tensor:
-    """int64 [N], the test images to attack."""
-    if options.limit is None or options.limit >= count:
-        return torch.arange(count)
-    return torch.from_numpy(np.random.default_rng(options.seed).permutation(count)[: options.limit])
-
-
 def _attack(
     options: EvaluateOptions,
     model: nn.Module,
     source: nn.Module | None,
     images: Images | Folder,
     device: torch.device,
-    settings: Options,
+    how: Options,
 ) -> tuple[Evaluation, list[Alarm]]:
     """The evaluation, and every check for alarms."""
     folder = options.folder
@@ -224,18 +219,18 @@ def _attack(
         return f"--batch-size {options.batch_size}: out of memory on {device}: lower it{begun}"
 
     with interruptible(f"the same command continues {folder}", too_large) as on_progress:
-        settings["on_progress"] = on_progress
+        how["on_progress"] = on_progress
         model.to(device)
         source = source and source.to(device)
         evaluation = evaluate(
             model, images, options.attacks, source=source, eps_l2=options.eps_l2, attack_wrong=options.attack_wrong,
-            folder=folder, save_images=options.save_images, **settings,
+            folder=folder, save_images=options.save_images, **how,
         )  # fmt: skip
         found = [beyond_chance(evaluation)]
         if options.alarms:
-            found += alarms(model, images, folder=folder / "alarms", source=source, **settings)
+            found += alarms(model, images, folder=folder / "alarms", source=source, **how)
         if source:
-            own = evaluate(source, images, "clean", folder=folder / "source", bar="source", **settings)
+            own = evaluate(source, images, "clean", folder=folder / "source", bar="source", **how)
             found.append(beyond_chance(own, source=True))
     return evaluation, [*found, rechecked(evaluation)]
 

@@ -78,14 +78,12 @@ class Samples:
     def _read(self, file: BinaryIO) -> None:
         file.seek(0)
         whole = 0
-        for line in file.read().splitlines(keepends=True):
+        for line in file.read().split(b"\n")[:-1]:
             try:
                 record = json.loads(line)
             except ValueError:
                 break
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
+            whole += len(line) + 1
             self.records[record["attack"], record["batch"]] = record
         file.truncate(whole)
 

@@ -34,10 +34,7 @@ figure { display: inline-block; margin: .5em 1.5em .5em 0; }
 figcaption { font-size: 13px; color: #555; }
 img { width: min(112px, 28vw); height: min(112px, 28vw); image-rendering: pixelated; border: 1px solid #ddd; }
 """
-HASHES = {
-    "weights": "hash of the weights", "source weights": "hash of the source's", "data": "hash of the data",
-    "rows": "hash of the rows",
-}  # fmt: skip
+HASHES = "weights", "source weights", "data", "rows"
 
 
 class Section(NamedTuple):
@@ -124,7 +121,7 @@ def recheck_section(e: Evaluation) -> Section:
 def settings_section(e: Evaluation, about: dict[str, str]) -> Section:
     settings = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
     values = {name: value for name, value in about.items() if name != "command"}
-    values |= {HASHES.get(name, name): value for name, value in settings.items()} | versions()
+    values |= {f"hash of the {name}" if name in HASHES else name: value for name, value in settings.items()} | versions()
     return Section("Settings", header=("", ""), rows=[(name, str(value)) for name, value in values.items()])
 
 

@@ -21,6 +21,7 @@ from spat_train.evaluation.attack_specs import NAMED
 from spat_train.evaluation.command import default_folder
 from spat_train.evaluation.result import WORST
 from spat_train.models.checkpoints import load_model
+from spat_train.runtime.run_folder import FORMAT
 from spat_train.training.trainer import train
 from tests.evaluation.helpers import EPS, FEATURES, Features, command, error, fitted, quiet
 
@@ -34,9 +35,8 @@ def a_run(tmp_path):
     folder.mkdir()
     config = Config(data="digits", model=FEATURES, eps=15.3)
     (folder / "config.json").write_text(config.to_json())
-    torch.save(
-        {"format": "spat_train 3", "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt"
-    )
+    content = {"format": FORMAT, "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}
+    torch.save(content, folder / "best.pt")
     return folder
 
 
@@ -158,16 +158,16 @@ def test_a_black_box_by_command(monkeypatch, capsys, a_run, tmp_path):
 
 def test_models_that_take_normalised_images(evaluating, a_run, tmp_path):
     torch.save(fitted(1).state_dict(), tmp_path / "theirs.pth")
-    options = (*OPTIONS[:2], "--attacks", "fgsm", "--model-name", NORMALISED, "--no-alarms")
-    options += ("--source", tmp_path / "theirs.pth", "--source-name", NORMALISED)
-    own, source = [line for line in evaluating(*options)[1].splitlines() if line.startswith("ALARM")]
+    options = (*OPTIONS[:2], "--attacks", "fgsm", "--source", tmp_path / "theirs.pth", "--source-name", NORMALISED, "--no-alarms")
+    _, out = evaluating(*options, "--model-name", NORMALISED)
+    own, source = [line for line in out.splitlines() if line.startswith("ALARM")]
     assert own.startswith("ALARM: expected that clean accuracy is beyond chance; found clean ")
     assert "chance 10 %" in own
     assert "(--mean, --std)" in own
     assert "expected that the source's clean accuracy is beyond chance" in source
     assert "(--source-mean, --source-std)" in source
     assert "| ALARM | clean accuracy is beyond chance |" in (a_run / "evaluation" / "report.md").read_text()
-    options += ("--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu", "--mean", 1, "--std", 0.05)
+    options += ("--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu")
     told, out = evaluating(*options, out=tmp_path / "mended")
     assert told["about"]["source's normalisation"] == "mean 1, std 0.05"
     assert told["about"]["source's network"].endswith("with relu")
@@ -203,17 +203,12 @@ def test_checkpoints_and_data_of_somebody_else(evaluating, monkeypatch, capsys, 
         (["--source", ".."], "no best.pt or last.pt"),
         (["--source-mean", "0.5"], "--source-mean, --source-std: give the --source that they are of, or leave them out"),
         (["--source", ".", "--source-name", FEATURES, "--source-mean", "0.5"], "--source-mean, --source-std: . is"),
-        (["--data", "three.npz"], r"run as tests.evaluation.helpers:Features for three \(3 classes.*looks like 10 classes"),
-        (["--data", "large.npz"], r"does not take images \[1, 9, 9\]"),
         (["--source", "theirs.pth"], "theirs.pth: it does not say which architecture it is: give --source-name"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, a_run, arguments, message):
     monkeypatch.chdir(a_run)
     torch.save(fitted().state_dict(), "theirs.pth")
-    for name, side, classes in (("three", 8, 3), ("large", 9, 10)):
-        x, y = np.zeros((12, side, side), np.uint8), np.arange(12) % classes
-        np.savez(f"{name}.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     assert re.search(message, error(monkeypatch, capsys, "evaluate", a_run, *arguments))
     assert not (a_run / "evaluation").exists()
 
@@ -237,15 +232,11 @@ def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):
     def no_memory(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    arguments = monkeypatch, capsys, "evaluate", a_run, "--device", "cpu", "--limit", 10
     monkeypatch.setattr(module, "broken_by", no_memory)
-    with pytest.raises(SystemExit) as exit_info:
-        command(monkeypatch, "evaluate", a_run, "--device", "cpu", "--limit", 10)
-    assert exit_info.value.code == 2
-    assert capsys.readouterr().err.endswith("lower it, in another --out\n")
-    monkeypatch.setattr(module, "predict", no_memory)
-    with pytest.raises(SystemExit):  # of the first batch as it is: nothing is left behind
-        command(monkeypatch, "evaluate", a_run, "--device", "cpu", "--limit", 10, "--out", a_run / "none")
-    assert capsys.readouterr().err.endswith("--batch-size 256: out of memory on cpu: lower it\n")
+    assert error(*arguments).endswith("lower it, in another --out\n")
+    monkeypatch.setattr(module, "predict", no_memory)  # of the first batch as it is: nothing is left behind
+    assert error(*arguments, "--out", a_run / "none").endswith("--batch-size 256: out of memory on cpu: lower it\n")
     assert not (a_run / "none").exists()
 
 

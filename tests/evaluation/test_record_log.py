@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -30,25 +29,14 @@ def work(folder: Path, on_progress=lambda: None):
     return quiet(fitted(), load("digits").test, ATTACKS, folder=folder, on_progress=on_progress, **how)
 
 
-def tell(folder: Path, after: int, pipe) -> None:
-    """Evaluate, and say so once that many attacks on batches are done."""
+def work_until_killed(folder: Path, after: int) -> None:
+    """Evaluate until that many attacks on batches are done."""
 
     def on_progress():
         if (folder / "samples.jsonl").read_bytes().count(b"\n") == after:
-            pipe.send(after)
-            signal.pause()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     work(folder, on_progress)
-
-
-def killed_after(folder: Path, after: int) -> int:
-    ours, its = processes().Pipe(duplex=False)
-    child = processes().Process(target=on_one_thread, args=(tell, folder, after, its))
-    child.start()
-    if ours in connection.wait([child.sentinel, ours]):
-        child.kill()
-    child.join()
-    return child.exitcode
 
 
 def test_killed_and_called_again_it_ends_with_the_same_files(tmp_path):
@@ -57,7 +45,10 @@ def test_killed_and_called_again_it_ends_with_the_same_files(tmp_path):
     assert len(expected) == 2 + 4 * 3
     assert expected["samples.jsonl"].count(b"\n") == 5 * 3
     for lines in (1, 9):  # attacks on batches, of 15
-        assert killed_after(tmp_path / "killed", lines) == -signal.SIGKILL
+        child = processes().Process(target=on_one_thread, args=(work_until_killed, tmp_path / "killed", lines))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         kept = (tmp_path / "killed" / "samples.jsonl").read_bytes()
         assert kept.count(b"\n") == lines
         assert expected["samples.jsonl"].startswith(kept)
@@ -114,9 +105,6 @@ def test_pictures_of_the_same_names_are_other_data(tmp_path, pictures):
     shutil.copy(pictures / "val" / "dog" / "1.png", pictures / "val" / "dog" / "0.png")
     with pytest.raises(InputError, match="the images or labels of --data differ"):
         quiet(model, images, "fgsm", folder=tmp_path / "out")
-    (pictures / "val" / "dog" / "0.png").unlink()
-    with pytest.raises(InputError, match="dog/0.png cannot be read .No such file"):
-        quiet(model, images, "fgsm")
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_line(tmp_path):

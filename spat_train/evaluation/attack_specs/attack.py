@@ -13,6 +13,8 @@ from spat_kernels import losses
 from spat_kernels.checks import as_norm
 from spat_kernels.settings import NORMS, Norm
 
+from ...errors import as_input_error
+
 # ---- how settings are read: functions text -> value, which raise a ValueError that says what to give
 
 
@@ -63,10 +65,8 @@ def loss_name(text: str) -> str:
 
 def read_setting(key: str, read: Callable[[str], Any], text: str) -> Any:
     """`read(text)`, whose errors name the setting."""
-    try:
+    with as_input_error(f"{key}={text}"):
         return read(text)
-    except ValueError as error:
-        raise ValueError(f"{key}={text}: {error}") from error
 
 
 def setting(default: object, read: Callable[[str], object]) -> Any:

@@ -141,10 +141,9 @@ class PGD(_Ascent):
         return self.target != "none"
 
     def _draw(self, x, y, eps, generator):
-        start = x
+        start, which = x, None
         if self.start == "uniform":  # of no steps: nothing is asked of the model
             start = pgd(lambda x: x, x, y, eps, steps=0, norm=self.norm, generator=generator)
-        which = None
         if self.target == "random":
             which = torch.rand(len(x), generator=generator, device=generator.device).to(x.device)
         return [start, which]
