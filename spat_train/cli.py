@@ -39,7 +39,7 @@ def train(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Attack a trained model at the test images, and write a report. Interrupted, the same command goes on."""
+    """Attack a trained model at the test images, and write a report. Interrupted, the same command continues."""
     evaluate_command(parse(EvaluateOptions, arguments, prog="spat-train evaluate", description=evaluate_command.__doc__))
 
 

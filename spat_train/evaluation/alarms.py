@@ -67,7 +67,7 @@ def alarms(
     Args:
         source: a model that attacks are transferred from, for one check more.
         count: how many of the images to use, evenly spread.
-        folder: where the attacks' results are kept, so that the same call goes on.
+        folder: where the attacks' results are kept, so that the same call continues.
         options: as for `evaluate`; `eps` must be given.
 
     Raises:
@@ -135,26 +135,16 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
         return Alarm(name, numbers, difference > allowed, meaning)
 
     return [
-        Alarm(
-            "outputs are numbers", {"images": len(x), "NaN": unanswered}, unanswered > 0,
-            "NaN is no prediction and counts as misclassified; a model that overflows has to be mended, or run in fp32.",
-        ),
-        Alarm(
-            "images are only read", {"images": len(x), "written on": written}, written > 0,
-            "Gradients know nothing of what a model writes on its input, so that attacks are weaker than they could be.",
-        ),
-        Alarm(
-            "outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, are_probabilities(once),
-            "Gradients vanish behind a softmax: a model must return its logits.",
-        ),
-        compare(
-            "outputs are deterministic", again,
-            "A model that draws at random has to be attacked on the average (autoattack-rand), and evaluated several times.",
-        ),
-        compare(
-            "outputs do not depend on the batch", apart,
-            "If the other images of a batch change an image's logits, so does attacking those.",
-        ),
+        Alarm("outputs are numbers", {"images": len(x), "NaN": unanswered}, unanswered > 0,
+              "NaN is no prediction and counts as misclassified; a model that overflows has to be mended, or run in fp32."),
+        Alarm("images are only read", {"images": len(x), "written on": written}, written > 0,
+              "Gradients know nothing of what a model writes on its input, so that attacks are weaker than they could be."),
+        Alarm("outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, are_probabilities(once),
+              "Gradients vanish behind a softmax: a model must return its logits."),
+        compare("outputs are deterministic", again,
+                "A model that draws at random has to be attacked on the average (autoattack-rand), and evaluated several times."),
+        compare("outputs do not depend on the batch", apart,
+                "If the other images of a batch change an image's logits, so does attacking those."),
     ]  # fmt: skip
 
 
@@ -170,7 +160,7 @@ def gradients(zero: Tensor, unbroken: Tensor) -> Alarm:
     both = int((zero & unbroken).sum())
     share = 100 * int(zero.sum()) / len(zero)
     numbers = {"images": len(zero), "zero or NaN, %": share, "of them not broken": both}
-    meaning = "Attacks cannot tell where to move an image whose gradient is zero or NaN: it looks robust without being tested."
+    meaning = "Gradient attacks cannot move an image whose gradient is zero or NaN: it looks robust without being tested."
     return Alarm(NOT_ZERO, numbers, both > 0, meaning)
 
 

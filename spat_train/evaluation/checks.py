@@ -89,16 +89,14 @@ def check_models(
             raise InputError(
                 f"{name}: {training} is in training mode, so that outputs depend on the batch or on chance: call {name}.eval()"
             )
-        differentiate = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
+        follow = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
         with as_input_error(name), model_draws(device_of(each), name):
-            classes, memory_format = try_on(
-                each, images.image_shape, classes or None, memory_format, dtype, differentiate=differentiate
-            )
+            shape = images.image_shape
+            classes, memory_format = try_on(each, shape, classes or None, memory_format, dtype, differentiate=follow)
     if source is not None and device_of(source) != device_of(model):
         raise InputError(f"source: it is on {device_of(source)}, the model on {device_of(model)}: move one by .to(device)")
-    if labels.min() < 0 or labels.max() >= classes:
-        wrong = int(labels.min() if labels.min() < 0 else labels.max())
-        raise InputError(f"images: there is a label {wrong}, and the model has classes 0 to {classes - 1}: give those labels")
+    if wrong := [label for label in map(int, labels.aminmax()) if not 0 <= label < classes]:
+        raise InputError(f"images: there is a label {wrong[0]}, and the model has classes 0 to {classes - 1}: give those labels")
     return classes, memory_format
 
 

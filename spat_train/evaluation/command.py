@@ -120,7 +120,7 @@ class EvaluateOptions:
 def evaluate_command(options: EvaluateOptions) -> None:
     """Attack a trained model at the test images, and write a report.
 
-    Interrupted or killed, the same command goes on. With other attacks it adds those to what the report has.
+    Interrupted or killed, the same command continues it. With other attacks it adds those to what the report has.
     """
     config = run_config(options.model)
     eps = options.eps if options.eps is not None else config.evaluation_eps if config else 8.0

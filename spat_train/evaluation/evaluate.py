@@ -140,7 +140,7 @@ def evaluate(
         rows: int64 [N], which images; None is all.
         seed: seeds everything random, with an attack's name, the number of the batch and that of the run.
         batch_size: images attacked at once.
-        folder: where the evaluation is kept, so that the same call goes on; None keeps it in memory.
+        folder: where the evaluation is kept, so that the same call continues it; None keeps it in memory.
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz in the folder.
         bar: the name of a progress bar; None shows none.
         on_progress: called after every attack on a batch, and before its runs and parts (to stop by an exception).

@@ -120,9 +120,8 @@ def recheck_section(e: Evaluation) -> Section:
 
 def settings_section(e: Evaluation, about: dict[str, str]) -> Section:
     settings = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
-    values = {name: value for name, value in about.items() if name != "command"}
-    values |= {f"hash of the {name}" if name in HASHES else name: value for name, value in settings.items()} | versions()
-    return Section("Settings", header=("", ""), rows=[(name, str(value)) for name, value in values.items()])
+    values = about | {f"hash of the {name}" if name in HASHES else name: value for name, value in settings.items()} | versions()
+    return Section("Settings", header=("", ""), rows=[(name, str(v)) for name, v in values.items() if name != "command"])
 
 
 def versions() -> dict[str, str]:
