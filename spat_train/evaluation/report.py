@@ -82,10 +82,8 @@ def write_report(
 
 def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
     """For the terminal."""
-    raised = [alarm for alarm in found if alarm.raised]
-    lines = [evaluation.table()]
-    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}. {alarm.meaning}" for alarm in raised]
-    return "\n".join(lines)
+    raised = [f"ALARM: expected that {a.name}; found {_numbers(a)}. {a.meaning}" for a in found if a.raised]
+    return "\n".join([evaluation.table(), *raised])
 
 
 def accuracy_section(e: Evaluation) -> Section:

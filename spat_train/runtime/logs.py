@@ -16,7 +16,7 @@ MINUTE = 60.0
 
 
 class _Bar(tqdm):
-    """A bar that goes on where the reader of stderr has left, as `head` does."""
+    """A bar that ignores a reader of stderr that has left, as `head` does."""
 
     def display(self, msg=None, pos=None) -> None:
         with suppress(BrokenPipeError):

@@ -203,11 +203,11 @@ def test_targets():
     model, (x, y) = fitted(dtype=torch.float64), digits(40, torch.float64)
     order = model(x).scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True)
 
-    def told(name, run=0, seed=0):
+    def chosen(name, run=0, seed=0):
         return parse(name)._targets(model, x, y, torch.rand(len(x), generator=torch.Generator().manual_seed(seed)), run)
 
-    assert torch.equal(told("pgd-7-least-likely"), order[:, -1])
-    every = torch.stack([told("pgd-7-all", run) for run in range(9)], 1)
+    assert torch.equal(chosen("pgd-7-least-likely"), order[:, -1])
+    every = torch.stack([chosen("pgd-7-all", run) for run in range(9)], 1)
     assert torch.equal(every, order[:, 1:])
-    assert torch.equal(told("pgd-7-all", 9), order[:, 1])
-    assert (told("pgd-7-random") != told("pgd-7-random", seed=1)).any()
+    assert torch.equal(chosen("pgd-7-all", 9), order[:, 1])
+    assert (chosen("pgd-7-random") != chosen("pgd-7-random", seed=1)).any()

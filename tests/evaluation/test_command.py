@@ -69,19 +69,19 @@ def test_the_report(monkeypatch, capsys, a_run):
     assert expected.table() in out
     assert "ALARM" not in out
 
-    told = json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
-    assert told["settings"] == expected.settings
-    assert told["about"]["network"] == "tests.evaluation.helpers:Features"
-    assert {"spat_kernels", "torch"} <= told["versions"].keys()
-    assert told["attacks"]["fgsm"]["source"].startswith("Goodfellow")
-    assert told["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
-    assert told["results"][WORST]["accuracy"] == expected.worst_case()
-    assert [s["row"] for s in told["samples"]] == rows.tolist()
-    assert len(told["alarms"]) == 14
+    saved = json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert saved["settings"] == expected.settings
+    assert saved["about"]["network"] == "tests.evaluation.helpers:Features"
+    assert {"spat_kernels", "torch"} <= saved["versions"].keys()
+    assert saved["attacks"]["fgsm"]["source"].startswith("Goodfellow")
+    assert saved["results"]["pgd-10"]["interval"] == list(expected.interval("pgd-10"))
+    assert saved["results"][WORST]["accuracy"] == expected.worst_case()
+    assert [s["row"] for s in saved["samples"]] == rows.tolist()
+    assert len(saved["alarms"]) == 14
     typed = shlex.join(["spat-train", "evaluate", *map(str, (a_run, *OPTIONS)), "--model-name", FEATURES])
-    assert told["about"]["command"] == typed
-    assert told["about"]["hardware"].endswith("1 threads")
-    for i, sample in enumerate(told["samples"]):
+    assert saved["about"]["command"] == typed
+    assert saved["about"]["hardware"].endswith("1 threads")
+    for i, sample in enumerate(saved["samples"]):
         assert sample["predicted"] == {name: int(p[i]) for name, p in expected.predicted.items()}
         assert sample["broken_by"] == [name for name in expected.attacks if not expected.correct(name)[i]]
 
@@ -167,20 +167,20 @@ def test_models_that_take_normalised_images(evaluating, a_run, tmp_path):
     assert "(--source-mean, --source-std)" in source
     assert "| ALARM | clean accuracy is beyond chance |" in (a_run / "evaluation" / "report.md").read_text()
     options += ("--source-mean", 1, "--source-std", 0.05, "--source-activation", "relu")
-    told, out = evaluating(*options, out=tmp_path / "mended")
-    assert told["about"]["source's normalisation"] == "mean 1, std 0.05"
-    assert told["about"]["source's network"].endswith("with relu")
+    saved, out = evaluating(*options, out=tmp_path / "mended")
+    assert saved["about"]["source's normalisation"] == "mean 1, std 0.05"
+    assert saved["about"]["source's network"].endswith("with relu")
     assert "ALARM" not in out
 
 
 def test_checkpoints_and_data_of_somebody_else(evaluating, monkeypatch, capsys, a_run, tmp_path):
     theirs, options = tmp_path / "theirs.pth", ("--limit", 20, "--attacks", "fgsm", "--no-alarms")
     torch.save({"state_dict": fitted().state_dict()}, theirs)
-    told, _ = evaluating("--data", "digits", *options, path=theirs)
-    assert told["settings"]["eps"] == 8 / 255
-    assert told["results"]["clean"]["accuracy"] > 80
-    told, _ = evaluating(*options, path=a_run / "best.pt", out=tmp_path / "file")  # the checkpoint of a run has its config
-    assert told["settings"]["eps"] == EPS
+    saved, _ = evaluating("--data", "digits", *options, path=theirs)
+    assert saved["settings"]["eps"] == 8 / 255
+    assert saved["results"]["clean"]["accuracy"] > 80
+    saved, _ = evaluating(*options, path=a_run / "best.pt", out=tmp_path / "file")  # the checkpoint of a run has its config
+    assert saved["settings"]["eps"] == EPS
     config = json.loads((a_run / "config.json").read_text())
     (a_run / "config.json").write_text(json.dumps(config | {"data": "gone.npz"}))
     message = error(monkeypatch, capsys, "evaluate", a_run)
@@ -216,9 +216,9 @@ def test_test_images_alone_leave_the_number_of_classes_to_the_model(evaluating, 
     data = load("digits").test
     some = data.labels < 3
     np.savez(a_run / "test.npz", x_test=data.pixels[some], y_test=data.labels[some].to(torch.uint8))
-    told, _ = evaluating("--data", a_run / "test.npz", *OPTIONS)
-    assert told["classes"] == list("0123456789")
-    assert told["results"]["clean"]["accuracy"] > 80
+    saved, _ = evaluating("--data", a_run / "test.npz", *OPTIONS)
+    assert saved["classes"] == list("0123456789")
+    assert saved["results"]["clean"]["accuracy"] > 80
 
 
 def test_the_list_of_attacks(monkeypatch, capsys):

@@ -314,7 +314,7 @@ PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
         ),
     ],
 )
-def test_what_does_not_fit_is_told_before_any_work(tmp_path, monkeypatch, arguments, message):
+def test_what_does_not_fit_is_an_error_before_any_work(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(module, "broken_by", None)
     given = {"model": fitted(), "images": (X, Y), "attacks": "fgsm", "eps": 0.1, "folder": tmp_path / "out", **arguments}
     with pytest.raises(InputError, match=message) as caught:
