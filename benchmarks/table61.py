@@ -30,7 +30,6 @@ from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError, check_count
 from spat_train.evaluation.evaluate import evaluate
-from spat_train.evaluation.interruptible import interruptible
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.differences import differences
 from spat_train.papers.reported import TABLES
@@ -38,7 +37,7 @@ from spat_train.papers.runs import Run, find_runs, title
 from spat_train.presets import PRESETS
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
-from spat_train.runtime.signals import GracefulStop, Stopped
+from spat_train.runtime.signals import GracefulStop, Stopped, interruptible
 from spat_train.training.check import check
 from spat_train.training.trainer import TrainingError, train
 

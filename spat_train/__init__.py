@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Config
     from .data.datasets import load as load_data
-    from .evaluation.evaluate import Evaluation, evaluate
+    from .evaluation.evaluate import evaluate
+    from .evaluation.result import Evaluation
     from .models.checkpoints import load_checkpoint, load_model
     from .models.registry import create as create_model
     from .training.trainer import Result, train
@@ -29,7 +30,7 @@ __all__ = [
 
 _PLACES = {
     "Config": "config:Config", "train": "training.trainer:train", "Result": "training.trainer:Result",
-    "evaluate": "evaluation.evaluate:evaluate", "Evaluation": "evaluation.evaluate:Evaluation",
+    "evaluate": "evaluation.evaluate:evaluate", "Evaluation": "evaluation.result:Evaluation",
     "create_model": "models.registry:create", "load_model": "models.checkpoints:load_model",
     "load_checkpoint": "models.checkpoints:load_checkpoint", "load_data": "data.datasets:load",
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The `spat-train` command."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -28,24 +29,17 @@ from .training.trainer import train as run
 
 def train(arguments: list[str]) -> None:
     """Train a robust model: attack, update, validate, save; with --resume go on after any interruption."""
-    chosen = _value_of("--preset", arguments)
+    parser = argparse.ArgumentParser("spat-train train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="")
+    chosen = parser.parse_known_args(arguments)[0].preset
     default = lookup("--preset", chosen, PRESETS, remedy="see spat-train presets") if chosen else None
     result = run(parse(Config, arguments, prog="spat-train train", description=train.__doc__, default=default))
     if result.summary:
         print(result.summary)
 
 
-def _value_of(option: str, arguments: list[str]) -> str:
-    for i, argument in enumerate(arguments):
-        if argument == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
-    return ""
-
-
 def evaluate(arguments: list[str]) -> None:
-    """Attack a trained model at the test images, and write a report. Interrupted, the same command goes on."""
+    """Attack a trained model at the test images, and write a report. Interrupted, the same command continues."""
     evaluate_command(parse(EvaluateOptions, arguments, prog="spat-train evaluate", description=evaluate_command.__doc__))
 
 

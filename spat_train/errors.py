@@ -1,6 +1,7 @@
 """Errors that a user can mend, and the checks that several commands share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -11,6 +12,15 @@ T = TypeVar("T")
 
 class InputError(ValueError):
     """An argument does not fit. The message is one line: argument, value, remedy."""
+
+
+@contextmanager
+def as_input_error(what: str) -> Iterator[None]:
+    """Within, a ValueError becomes an InputError about `what`."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

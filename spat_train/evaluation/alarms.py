@@ -30,6 +30,16 @@ IMAGES = 100
 LONG, UNBOUNDED = "pgd-10:steps=40", "pgd-10:steps=40:eps=1"
 SIGNIFICANT = 0.01
 NOT_ZERO = "gradients are not zero"
+STRONGER = [  # the attack that must be stronger, the weaker one, the name of the check, and what it means
+    ("fgsm", "noise", "noise is weaker than FGSM",
+     "One step along the gradient must do more than noise of the same size, or the gradient points nowhere."),
+    ("pgd-10", "fgsm", "FGSM is weaker than PGD",
+     "Ten steps can do what one does: where they cannot, the loss is too rugged for gradients to be of use."),
+    ("pgd-10", "noisex20", "random search is weaker than PGD",
+     "Twenty random points must not find what ten steps along the gradient miss."),
+    (LONG, "pgd-10", "more steps break more",
+     "Forty steps must not lose what ten have found, or the attack converges on nothing."),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def alarms(
     Args:
         source: a model that attacks are transferred from, for one check more.
         count: how many of the images to use, evenly spread.
-        folder: where the attacks' results are kept, so that the same call goes on.
+        folder: where the attacks' results are kept, so that the same call continues.
         options: as for `evaluate`; `eps` must be given.
 
     Raises:
@@ -85,31 +95,16 @@ def alarms(
         model, images, ["noise", "noisex20", "fgsm", "pgd-10", LONG, *radii, UNBOUNDED], folder=folder, bar=bar, **options
     )
     unbroken = torch.stack([ran.correct(name) for name in ("fgsm", "pgd-10", LONG)]).all(0).to(x.device)
-    found += [
-        gradients(zero, unbroken),
-        compared(
-            ran, "fgsm", "noise", "noise is weaker than FGSM",
-            "One step along the gradient must do more than noise of the same size, or the gradient points nowhere.",
-        ),
-        compared(
-            ran, "pgd-10", "fgsm", "FGSM is weaker than PGD",
-            "Ten steps can do what one does: where they cannot, the loss is too rugged for gradients to be of use.",
-        ),
-        compared(
-            ran, "pgd-10", "noisex20", "random search is weaker than PGD",
-            "Twenty random points must not find what ten steps along the gradient miss.",
-        ),
-        compared(
-            ran, LONG, "pgd-10", "more steps break more",
-            "Forty steps must not lose what ten have found, or the attack converges on nothing.",
-        ),
-        larger(ran, {"pgd-10": eps} | radii),
-        unbounded(ran),
-    ]  # fmt: skip
+    found.append(gradients(zero, unbroken))
+    for strong, weak, name, meaning in STRONGER:
+        found.append(Alarm(name, *compare(ran.correct(strong), ran.correct(weak), strong, weak), meaning))
+    found += [larger(ran, {"pgd-10": eps} | radii), unbounded(ran)]
     if source is not None:
         black = Path(folder) / "black-box" if folder is not None else None
         transferred = evaluate(model, images, [LONG], source=source, folder=black, bar=bar, **options)
-        found.append(black_box(ran, transferred))
+        numbers, raised = compare(ran.correct(LONG), transferred.correct(LONG), "white box", "black box")
+        meaning = "If another model's gradients break more than the model's own, its own are masked."
+        found.append(Alarm("black box is weaker than white box", numbers, raised, meaning))
     return found
 
 
@@ -119,13 +114,13 @@ def alarms(
 def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
     """Checks that logits are numbers, not probabilities, and depend on one image alone, which the model does not write on."""
 
-    def logits(parts) -> Tensor:
-        return torch.cat([model_logits(model, part) for part in parts if len(part)])
+    def logits(images: Tensor) -> Tensor:
+        return torch.cat([model_logits(model, part) for part in images.split(batch_size) if len(part)])
 
-    once, again = (logits(x.split(batch_size)) for _ in range(2))
-    even, odd = torch.arange(0, len(x), 2), torch.arange(1, len(x), 2)
+    once, again = logits(x), logits(x)
     apart = torch.empty_like(once)
-    apart[torch.cat([even, odd])] = logits([*x[even].split(batch_size), *x[odd].split(batch_size)])
+    for first in range(min(2, len(x))):
+        apart[first::2] = logits(x[first::2])
     unanswered, finite = int((predictions(once) < 0).sum()), once[once.isfinite()]
     given = x.clone()
     with torch.no_grad(), borrowed(model, "eval"):
@@ -140,26 +135,16 @@ def outputs(model: nn.Module, x: Tensor, batch_size: int) -> list[Alarm]:
         return Alarm(name, numbers, difference > allowed, meaning)
 
     return [
-        Alarm(
-            "outputs are numbers", {"images": len(x), "NaN": unanswered}, unanswered > 0,
-            "NaN is no prediction and counts as misclassified; a model that overflows has to be mended, or run in fp32.",
-        ),
-        Alarm(
-            "images are only read", {"images": len(x), "written on": written}, written > 0,
-            "Gradients know nothing of what a model writes on its input, so that attacks are weaker than they could be.",
-        ),
-        Alarm(
-            "outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, are_probabilities(once),
-            "Gradients vanish behind a softmax: a model must return its logits.",
-        ),
-        compare(
-            "outputs are deterministic", again,
-            "A model that draws at random has to be attacked on the average (autoattack-rand), and evaluated several times.",
-        ),
-        compare(
-            "outputs do not depend on the batch", apart,
-            "If the other images of a batch change an image's logits, so does attacking those.",
-        ),
+        Alarm("outputs are numbers", {"images": len(x), "NaN": unanswered}, unanswered > 0,
+              "NaN is no prediction and counts as misclassified; a model that overflows has to be mended, or run in fp32."),
+        Alarm("images are only read", {"images": len(x), "written on": written}, written > 0,
+              "Gradients know nothing of what a model writes on its input, so that attacks are weaker than they could be."),
+        Alarm("outputs are logits", {"finite": len(finite), "their mean": float(finite.mean())}, are_probabilities(once),
+              "Gradients vanish behind a softmax: a model must return its logits."),
+        compare("outputs are deterministic", again,
+                "A model that draws at random has to be attacked on the average (autoattack-rand), and evaluated several times."),
+        compare("outputs do not depend on the batch", apart,
+                "If the other images of a batch change an image's logits, so does attacking those."),
     ]  # fmt: skip
 
 
@@ -171,22 +156,12 @@ def without_gradient(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) ->
 
 
 def gradients(zero: Tensor, unbroken: Tensor) -> Alarm:
-    """Checks that images have a gradient, unless an attack broke them all the same.
-
-    Args:
-        zero, unbroken: bool [B], the images without a gradient, and those that attacks did not break.
-    """
+    """Checks that the images without a gradient, `zero`, were broken all the same; both are bool [B]."""
     both = int((zero & unbroken).sum())
     share = 100 * int(zero.sum()) / len(zero)
     numbers = {"images": len(zero), "zero or NaN, %": share, "of them not broken": both}
-    meaning = (
-        "Gradient attacks cannot tell where to move an image whose gradient is zero or NaN: it looks robust without being tested."
-    )
+    meaning = "Gradient attacks cannot move an image whose gradient is zero or NaN: it looks robust without being tested."
     return Alarm(NOT_ZERO, numbers, both > 0, meaning)
-
-
-def compared(ran: Evaluation, strong: str, weak: str, name: str, meaning: str) -> Alarm:
-    return Alarm(name, *compare(ran.correct(strong), ran.correct(weak), strong, weak), meaning)
 
 
 def compare(strong: Tensor, weak: Tensor, *names: str) -> tuple[dict[str, float], bool]:
@@ -217,15 +192,9 @@ def larger(ran: Evaluation, radii: dict[str, float]) -> Alarm:
 def unbounded(ran: Evaluation) -> Alarm:
     left = int(ran.correct(UNBOUNDED).sum())
     meaning = (
-        "With eps 1 every image of another class is in the ball, so an image that is left is one that the attack cannot handle."
+        "With eps 1 every image of another class is in the ball: an image that is left is one that the attack cannot handle."
     )
     return Alarm("unbounded attacks break all", {"images": len(ran), "left": left}, left > 0, meaning)
-
-
-def black_box(ran: Evaluation, transferred: Evaluation) -> Alarm:
-    numbers, raised = compare(ran.correct(LONG), transferred.correct(LONG), "white box", "black box")
-    meaning = "If another model's gradients break more than the model's own, its own are masked."
-    return Alarm("black box is weaker than white box", numbers, raised, meaning)
 
 
 def beyond_chance(ran: Evaluation, source: bool = False) -> Alarm:

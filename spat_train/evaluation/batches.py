@@ -38,16 +38,13 @@ def broken_by(
     """All runs of `attack` on a batch, each on what is not broken yet.
 
     Args:
-        x: images [B, C, H, W] in [0, 1]. y: int64 [B], their labels.
-        eps: the radius.
+        x, y, eps, attack_options: as for `Attack.stages`.
         seed: the seed of a run, by its number.
         clean: int64 [B], what the model predicts of x: what is wrong already counts as broken and is not attacked. None attacks
             every image, and the prediction after the attack counts.
         source: the model that adversarial images are made on; None is `model`.
         classes: K, where the attack goes through targets.
-        on_progress: called before every part of every run with the name of the part, and with how many parts of all runs are
-            done (to show it, or to stop by an exception).
-        attack_options: those of `Attack.stages`.
+        on_progress: called before every part of every run with its name and the number of parts that are done.
 
     Returns:
         predicted: int64 [B], the first wrong class that an image was brought to, else y.
@@ -104,11 +101,10 @@ def attack_batches(
 ) -> None:
     """Call `run` for every attack on every batch that is not `finished`, batch by batch, and show the progress.
 
-    With several processes each takes a batch of a round. All call `on_progress` equally often: in the last round also those that
-    are without a batch.
+    With several processes each takes a batch of a round. All call `on_progress` equally often, even without a batch in the last.
 
     Args:
-        model: what the images are brought to. rows: int64 [N], which images.
+        rows: int64 [N], which images.
         leave: whether the bar stays on the terminal.
         on_progress: called after every attack on a batch, and by `Task.on_progress`.
         classes: K, which the number of runs of an attack may depend on.

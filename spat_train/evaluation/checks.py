@@ -1,7 +1,6 @@
 """Checks of an evaluation's arguments, before any work: errors name argument, value and remedy."""
 
 import math
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,10 @@ from spat_kernels.input_gradient.choose import check_path, check_precision, expl
 from spat_kernels.settings import GradientPath, Graph, Precision
 
 from ..data.images import Floats, Folder, Images
-from ..errors import InputError
+from ..errors import InputError, as_input_error
 from ..models.registry import device_of, try_on
 from ..runtime.seeding import model_draws
 from .attack_specs import Attack
-
-
-@contextmanager
-def _as_input_error(what: str):
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{what}: {error}") from error
 
 
 def check_numbers(eps: float, eps_l2: float, seed: int, batch_size: int) -> None:
@@ -50,10 +41,10 @@ def check_images(images: object) -> Images | Folder | Floats:
         raise InputError("images: there is none: give at least one")
     if isinstance(images, Images):
         _check_pixels(images.pixels, (torch.uint8,), "[N, H, W, C]", len(labels))
-    elif isinstance(images, Floats):
+    if isinstance(images, Floats):
         _check_pixels(images.x, (torch.float32, torch.float64), "[N, C, H, W]", len(labels))
         low, high = (float(v) for v in images.x.aminmax())
-        with _as_input_error("images"):
+        with as_input_error("images"):
             check_range(low, high, (0, 1), images.x.dtype, fixed=True)
     return images
 
@@ -90,28 +81,22 @@ def check_models(
     """
     classes = 0
     dtype = images.x.dtype if isinstance(images, Floats) else torch.float32
-    for name, each in (("model", model), ("source", source)):
-        if each is None and name == "source":
-            continue
+    models = {"model": model} if source is None else {"model": model, "source": source}
+    for name, each in models.items():
         if not isinstance(each, nn.Module):
             raise InputError(f"{name}: give a torch.nn.Module, not a {type(each).__name__}")
         if training := next((at or type(m).__name__ for at, m in each.named_modules() if m.training), None):
             raise InputError(
                 f"{name}: {training} is in training mode, so that outputs depend on the batch or on chance: call {name}.eval()"
             )
-        try:
-            with model_draws(device_of(each), name):
-                differentiate = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
-                classes, memory_format = try_on(
-                    each, images.image_shape, classes or None, memory_format, dtype, differentiate=differentiate
-                )
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from error
+        follow = each is (source or model) and any(attack.follows_gradients for attack in attacks.values())
+        with as_input_error(name), model_draws(device_of(each), name):
+            shape = images.image_shape
+            classes, memory_format = try_on(each, shape, classes or None, memory_format, dtype, differentiate=follow)
     if source is not None and device_of(source) != device_of(model):
         raise InputError(f"source: it is on {device_of(source)}, the model on {device_of(model)}: move one by .to(device)")
-    if labels.min() < 0 or labels.max() >= classes:
-        wrong = int(labels.min() if labels.min() < 0 else labels.max())
-        raise InputError(f"images: there is a label {wrong}, and the model has classes 0 to {classes - 1}: give those labels")
+    if wrong := [label for label in map(int, labels.aminmax()) if not 0 <= label < classes]:
+        raise InputError(f"images: there is a label {wrong[0]}, and the model has classes 0 to {classes - 1}: give those labels")
     return classes, memory_format
 
 
@@ -125,7 +110,7 @@ def check_attacks(
             remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
             raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
         if attack.norm == "l2":
-            with _as_input_error(f"attack {name}"):
+            with as_input_error(f"attack {name}"):
                 own = "eps_l2" if attack.eps is None else "eps"
                 check_reach(own, attack.radius(eps, eps_l2), (0, 1), math.prod(image_shape))
 

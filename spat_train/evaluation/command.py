@@ -6,41 +6,30 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from spat_kernels import losses
 
 from ..config import Config, check_device
 from ..data.datasets import load
 from ..data.images import Dataset, Folder, Images
-from ..errors import InputError, check_count, check_eps
+from ..errors import InputError, as_input_error, check_count, check_eps
 from ..models.checkpoints import checkpoint_file, chosen_name, load_model, normalisation, run_config, with_classes_of
 from ..models.registry import import_own
+from ..runtime.signals import interruptible
 from . import attack_specs
 from .alarms import Alarm, alarms, beyond_chance, rechecked
 from .checks import check_numbers
 from .evaluate import evaluate
-from .interruptible import interruptible
 from .report import hardware, summary, write_report
 from .result import Evaluation, Options
 
 Activation = Literal["relu", "silu", "gelu", "softplus"]
-
-
-class Checkpoint(NamedTuple):
-    """What the options say of the model, or of the source: `kind` is one of these words."""
-
-    kind: str
-    path: Path
-    name: str | None
-    activation: Activation | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -127,16 +116,11 @@ class EvaluateOptions:
     def folder(self) -> Path:
         return self.out or default_folder(self.model, self.source)
 
-    def checkpoint(self, kind: Literal["model", "source"]) -> Checkpoint:
-        prefix = "source_" if kind == "source" else ""
-        activation, mean, std = (getattr(self, prefix + name) for name in ("activation", "mean", "std"))
-        return Checkpoint(kind, getattr(self, kind), getattr(self, f"{kind}_name"), activation, mean, std)
-
 
 def evaluate_command(options: EvaluateOptions) -> None:
     """Attack a trained model at the test images, and write a report.
 
-    Interrupted or killed, the same command goes on. With other attacks it adds those to what the report has.
+    Interrupted or killed, the same command continues it. With other attacks it adds those to what the report has.
     """
     config = run_config(options.model)
     eps = options.eps if options.eps is not None else config.evaluation_eps if config else 8.0
@@ -145,10 +129,12 @@ def evaluate_command(options: EvaluateOptions) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda" and options.precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
-    network, about = _open(options.checkpoint("model"), dataset)
+    network, about = _open(options, "model", dataset)
     dataset = with_classes_of(network, dataset)
-    source, source_about = _open(options.checkpoint("source"), dataset) if options.source else (None, {})
-    rows = _choose_rows(options, len(dataset.test))
+    source, source_about = _open(options, "source", dataset) if options.source else (None, {})
+    rows = torch.arange(len(dataset.test))
+    if options.limit is not None and options.limit < len(rows):
+        rows = torch.from_numpy(np.random.default_rng(options.seed).permutation(len(rows))[: options.limit])
     about |= {"data": options.data or (config.data if config else ""), "test images": f"{len(rows)} of {len(dataset.test)}"}
     about |= source_about | {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "hardware": hardware(device),
@@ -170,10 +156,8 @@ def evaluate_command(options: EvaluateOptions) -> None:
 def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
     """Raise InputError for what does not fit, before anything is loaded."""
     name = chosen_name(options.model, config, options.model_name, "--model-name")
-    try:
+    with as_input_error(f"--model-name {name}"):
         import_own(name)  # it may register losses
-    except ValueError as error:
-        raise InputError(f"--model-name {name}: {error}") from error
     attack_specs.parse_all(options.attacks)
     check_device(options.device)
     check_count("--limit", options.limit)
@@ -202,30 +186,21 @@ def _load_data(options: EvaluateOptions, config: Config | None) -> Dataset:
         raise InputError(f"{where} ({error})") from error
 
 
-def _open(given: Checkpoint, dataset: Dataset) -> tuple[nn.Module, dict[str, str]]:
-    """The model of a checkpoint, and what a report says of it."""
-    option, whose = f"--{given.kind}-name", "source's " if given.kind == "source" else ""
+def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: Dataset) -> tuple[nn.Module, dict[str, str]]:
+    """The model or the source, and what a report says of it."""
+    prefix, whose = ("source_", "source's ") if kind == "source" else ("", "")
+    path, given, option = getattr(options, kind), getattr(options, f"{kind}_name"), f"--{kind}-name"
+    changes = {name: getattr(options, prefix + name) for name in ("activation", "mean", "std")}
     try:
-        network, config = load_model(
-            given.path, dataset, given.name, activation=given.activation, mean=given.mean, std=given.std, option=option
-        )
+        network, config = load_model(path, dataset, given, option=option, **changes)
     except InputError as error:
-        if given.kind == "model":
+        if kind == "model":
             raise
-        raise InputError(re.sub("--(activation|mean|std)", rf"--{given.kind}-\1", str(error))) from error
-    name = chosen_name(given.path, config, given.name, option)
-    return network, {
-        given.kind: str(checkpoint_file(given.path)),
-        f"{whose}network": f"{name} with {given.activation}" if given.activation else name,
-        f"{whose}normalisation": normalisation(network) or "none",
-    }
-
-
-def _choose_rows(options: EvaluateOptions, count: int) -> Tensor:
-    """int64 [N], the test images to attack."""
-    if options.limit is None or options.limit >= count:
-        return torch.arange(count)
-    return torch.from_numpy(np.random.default_rng(options.seed).permutation(count)[: options.limit])
+        raise InputError(re.sub("--(activation|mean|std)", r"--source-\1", str(error))) from error
+    name = chosen_name(path, config, given, option)
+    activation = f" with {changes['activation']}" if changes["activation"] else ""
+    about = {kind: str(checkpoint_file(path)), f"{whose}network": name + activation}
+    return network, about | {f"{whose}normalisation": normalisation(network) or "none"}
 
 
 def _attack(
@@ -234,7 +209,7 @@ def _attack(
     source: nn.Module | None,
     images: Images | Folder,
     device: torch.device,
-    settings: Options,
+    how: Options,
 ) -> tuple[Evaluation, list[Alarm]]:
     """The evaluation, and every check for alarms."""
     folder = options.folder
@@ -243,19 +218,19 @@ def _attack(
         begun = ", in another --out" if (folder / "samples.jsonl").exists() else ""
         return f"--batch-size {options.batch_size}: out of memory on {device}: lower it{begun}"
 
-    with interruptible(f"the same command goes on where {folder} ends", too_large) as on_progress:
-        settings["on_progress"] = on_progress
+    with interruptible(f"the same command continues {folder}", too_large) as on_progress:
+        how["on_progress"] = on_progress
         model.to(device)
         source = source and source.to(device)
         evaluation = evaluate(
             model, images, options.attacks, source=source, eps_l2=options.eps_l2, attack_wrong=options.attack_wrong,
-            folder=folder, save_images=options.save_images, **settings,
+            folder=folder, save_images=options.save_images, **how,
         )  # fmt: skip
         found = [beyond_chance(evaluation)]
         if options.alarms:
-            found += alarms(model, images, folder=folder / "alarms", source=source, **settings)
+            found += alarms(model, images, folder=folder / "alarms", source=source, **how)
         if source:
-            own = evaluate(source, images, "clean", folder=folder / "source", bar="source", **settings)
+            own = evaluate(source, images, "clean", folder=folder / "source", bar="source", **how)
             found.append(beyond_chance(own, source=True))
     return evaluation, [*found, rechecked(evaluation)]
 

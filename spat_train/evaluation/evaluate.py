@@ -20,12 +20,8 @@ from ..runtime.seeding import derived_seed, model_draws
 from . import checks
 from .attack_specs import Attack, parse, parse_all
 from .batches import Task, attack_batches, broken_by, predict
-from .hashes import tensor_hash, weights_hash
-from .record_log import Samples, decoded, encoded
-from .result import WORST, Evaluation, Example, Recheck
-from .text_table import text_table
-
-__all__ = ["TEST", "WORST", "Attack", "Evaluation", "accuracies", "evaluate", "table", "validation"]
+from .record_log import Samples, decoded, encoded, tensor_hash, weights_hash
+from .result import Evaluation, Example, Recheck, text_table
 
 BATCH = 512
 EXAMPLES = 4  # images kept of each attack
@@ -144,7 +140,7 @@ def evaluate(
         rows: int64 [N], which images; None is all.
         seed: seeds everything random, with an attack's name, the number of the batch and that of the run.
         batch_size: images attacked at once.
-        folder: where the evaluation is kept, so that the same call goes on; None keeps it in memory.
+        folder: where the evaluation is kept, so that the same call continues it; None keeps it in memory.
         save_images: write the adversarial images, rounded to 8 bits, to images/ATTACK/BATCH.npz in the folder.
         bar: the name of a progress bar; None shows none.
         on_progress: called after every attack on a batch, and before its runs and parts (to stop by an exception).
@@ -277,21 +273,14 @@ def _collect(
 ) -> Evaluation:
     batches = range(-(-len(rows) // settings["batch_size"]))
     records = {name: [samples.records[name, number] for number in batches] for name in attacks}
-    attacked = {name: found for name, found in records.items() if name != "clean"}
-    return Evaluation(
-        settings, attacks, classes, rows, labels,
-        predicted={name: torch.tensor([p for r in found for p in r["predicted"]]) for name, found in records.items()},
-        part={
-            name: torch.tensor([p for r in found for p in r["part"]])
-            for name, found in attacked.items() if all("part" in r for r in found)
-        },
-        rechecks={
-            name: Recheck(*(sum(r[key] for r in found) for key in ("adversarial", "outside", "rounded")))
-            for name, found in attacked.items()
-        },
-        examples={
-            name: [Example(e["index"], decoded(e["image"])) for r in found for e in r["examples"]]
-            for name, found in attacked.items()
-        },
-        folder=samples.folder,
-    )  # fmt: skip
+
+    def joined(key: str) -> dict[str, Tensor]:
+        having = {name: found for name, found in records.items() if all(key in r for r in found)}
+        return {name: torch.tensor([p for r in found for p in r[key]]) for name, found in having.items()}
+
+    found = Evaluation(settings, attacks, classes, rows, labels, joined("predicted"), joined("part"), folder=samples.folder)
+    for name in list(attacks)[1:]:
+        counts = (sum(r[key] for r in records[name]) for key in ("adversarial", "outside", "rounded"))
+        found.rechecks[name] = Recheck(*counts)
+        found.examples[name] = [Example(e["index"], decoded(e["image"])) for r in records[name] for e in r["examples"]]
+    return found

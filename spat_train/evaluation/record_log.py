@@ -1,6 +1,7 @@
 """An evaluation on disk, as far as it got: a line of samples.jsonl for each attack on each batch, and settings.json."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..runtime import atomic_write
@@ -77,14 +78,12 @@ class Samples:
     def _read(self, file: BinaryIO) -> None:
         file.seek(0)
         whole = 0
-        for line in file.read().splitlines(keepends=True):
+        for line in file.read().split(b"\n")[:-1]:
             try:
                 record = json.loads(line)
             except ValueError:
                 break
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
+            whole += len(line) + 1
             self.records[record["attack"], record["batch"]] = record
         file.truncate(whole)
 
@@ -129,16 +128,29 @@ def changes(before: dict, now: dict) -> list[str]:
     names = [name for name in now | before if before.get(name) != now.get(name)]
     if {"images", "seed", "data"} & set(names):  # which images are chosen follows from these
         names = [name for name in names if name != "rows"]
-    return [DIFFER.get(name) or f"{_option(name)} was {_shown(name, before)}, now {_shown(name, now)}" for name in names]
+    found = []
+    for name in names:
+        was, is_now = (f"{255 * s[name]:.6g}" if name == "eps" and name in s else str(s.get(name)) for s in (before, now))
+        option = "limit" if name == "images" else name.replace("_", "-")
+        found.append(DIFFER.get(name) or f"--{option} was {was}, now {is_now}")
+    return found
 
 
-def _option(name: str) -> str:
-    return "--limit" if name == "images" else f"--{name.replace('_', '-')}"
+def weights_hash(model: nn.Module) -> str:
+    """A short hash of all parameters and buffers with their names, and of the modules with the settings that they print: an
+    activation, a stride or a dilation leaves no trace in the weights."""
+    kinds = " ".join(f"{name} {type(m).__name__}({m.extra_repr()})" for name, m in model.named_modules())
+    # Without the addresses of functions and the devices of parameters in lists, which are not alike everywhere.
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+| \((cuda|xpu|mps)[^)]*\)", "", kinds).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
-def _shown(name: str, settings: dict) -> str:
-    value = settings.get(name)
-    return f"{255 * value:.6g}" if name == "eps" and value is not None else str(value)
+def tensor_hash(tensor: Tensor) -> str:
+    """A short hash of the values."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def file_name(attack: str) -> str:

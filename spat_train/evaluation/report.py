@@ -19,8 +19,7 @@ from ..data.images import Floats, Folder, Images, floats
 from ..runtime import atomic_write
 from .alarms import Alarm
 from .attack_specs import NAMED, published
-from .result import WORST, Evaluation, Example, interval, percent
-from .text_table import markdown_table
+from .result import WORST, Evaluation, interval, percent
 
 FORMAT = "spat_train evaluation 1"
 STYLE = """
@@ -35,17 +34,12 @@ figure { display: inline-block; margin: .5em 1.5em .5em 0; }
 figcaption { font-size: 13px; color: #555; }
 img { width: min(112px, 28vw); height: min(112px, 28vw); image-rendering: pixelated; border: 1px solid #ddd; }
 """
-
-
-HASHES = {
-    "weights": "hash of the weights", "source weights": "hash of the source's", "data": "hash of the data",
-    "rows": "hash of the rows",
-}  # fmt: skip
+HASHES = "weights", "source weights", "data", "rows"
 
 
 class Section(NamedTuple):
     title: str
-    text: str
+    text: str = ""
     header: tuple[str, ...] = ()
     rows: Sequence[tuple[str, ...]] = ()
     code: str = ""
@@ -76,11 +70,11 @@ def write_report(
         *alarm_section(found),
         recheck_section(evaluation),
         settings_section(evaluation, about),
-        *([Section("Command", "", code=about["command"])] if "command" in about else []),
+        *([Section("Command", code=about["command"])] if "command" in about else []),
     ]
     atomic_write.write(folder / "evaluation.json", to_json(evaluation, classes, found, about).encode())
     atomic_write.write(folder / "report.md", markdown(title, sections).encode())
-    atomic_write.write(folder / "report.html", web_page(title, sections, pictures(evaluation, images, classes)).encode())
+    atomic_write.write(folder / "report.html", web_page(title, sections, gallery(evaluation, images, classes)).encode())
 
 
 # ---- sections
@@ -88,10 +82,8 @@ def write_report(
 
 def summary(evaluation: Evaluation, found: Sequence[Alarm]) -> str:
     """For the terminal."""
-    raised = [alarm for alarm in found if alarm.raised]
-    lines = [evaluation.table()]
-    lines += [f"ALARM: expected that {alarm.name}; found {_numbers(alarm)}. {alarm.meaning}" for alarm in raised]
-    return "\n".join(lines)
+    raised = [f"ALARM: expected that {a.name}; found {_numbers(a)}. {a.meaning}" for a in found if a.raised]
+    return "\n".join([evaluation.table(), *raised])
 
 
 def accuracy_section(e: Evaluation) -> Section:
@@ -100,8 +92,8 @@ def accuracy_section(e: Evaluation) -> Section:
     )  # fmt: skip
     made = " Adversarial images are made on another model (black box)." if e.settings["source_weights"] else ""
     text = (
-        f"{len(e)} images, eps {_length(e.settings['eps'])}, for L2 {e.settings['eps_l2']:g}. {wrong}{made} "
-        "Intervals are Wilson's, 95 %."
+        f"{len(e)} images, eps {255 * e.settings['eps']:.4g}/255 ({e.settings['eps']:.4g}), for L2 {e.settings['eps_l2']:g}. "
+        f"{wrong}{made} Intervals are Wilson's, 95 %."
     )
     return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "broken", "settings"), e.lines())
 
@@ -126,9 +118,8 @@ def recheck_section(e: Evaluation) -> Section:
 
 def settings_section(e: Evaluation, about: dict[str, str]) -> Section:
     settings = {name.replace("_", " "): value for name, value in e.settings.items() if value is not None}
-    values = {name: value for name, value in about.items() if name != "command"}
-    values |= {HASHES.get(name, name): value for name, value in settings.items()} | versions()
-    return Section("Settings", "", ("", ""), [(name, str(value)) for name, value in values.items()])
+    values = about | {f"hash of the {name}" if name in HASHES else name: value for name, value in settings.items()} | versions()
+    return Section("Settings", header=("", ""), rows=[(name, str(v)) for name, v in values.items() if name != "command"])
 
 
 def versions() -> dict[str, str]:
@@ -144,10 +135,6 @@ def hardware(device: torch.device) -> str:
     return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 
-def _length(eps: float) -> str:
-    return f"{255 * eps:.4g}/255 ({eps:.4g})"
-
-
 def _numbers(alarm: Alarm) -> str:
     shown = ((name.removesuffix(", %"), f"{value:.4g}" + " %" * name.endswith(", %")) for name, value in alarm.numbers.items())
     return ", ".join(f"{name} {value}" for name, value in shown)
@@ -156,42 +143,36 @@ def _numbers(alarm: Alarm) -> str:
 # ---- pictures
 
 
-class Picture(NamedTuple):
-    attack: str
-    caption: str
-    images: tuple[str, str, str]  # original, adversarial, difference: PNG, base64
-
-
-def pictures(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[str]) -> list[Picture]:
-    """The first images that each attack broke."""
-    found = []
+def gallery(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[str]) -> list[str]:
+    """HTML of the first images that each attack broke."""
+    parts = []
     for name, examples in e.examples.items():
-        radius = e.attacks[name].radius(e.settings["eps"], e.settings["eps_l2"])
+        parts += [f"<h3>{html.escape(name)}</h3>"] if examples else []
         for example in examples:
-            clean, _ = floats(images, e.rows[example.index : example.index + 1], "cpu", torch.contiguous_format)
-            found.append(picture(e, name, example, clean[0].float().permute(1, 2, 0), classes, radius))
-    return found
-
-
-def picture(e: Evaluation, name: str, example: Example, clean: Tensor, classes: Sequence[str], radius: float) -> Picture:
-    moved = example.image / 255 - clean
-    # So that the largest difference is as bright as it can be: for L2 it is that of this image.
-    most = radius if e.attacks[name].norm == "linf" else float(moved.abs().max())
-    factor = max(int(0.5 / max(most, 1 / 255)), 1)
-    shown = (clean, example.image / 255, (0.5 + factor * moved).clamp(0, 1))
-    true, predicted = (int(t[example.index]) for t in (e.labels, e.predicted[name]))
-    became = classes[predicted] if predicted >= 0 else "NaN"
-    caption = f"image {int(e.rows[example.index])}: {classes[true]}, predicted {became}; difference x {factor}"
-    original, adversarial, difference = (png((255 * image).round().to(torch.uint8)) for image in shown)
-    return Picture(name, caption, (original, adversarial, difference))
+            at = example.index
+            x, _ = floats(images, e.rows[at : at + 1], "cpu", torch.contiguous_format)
+            clean = x[0].float().permute(1, 2, 0)
+            moved = example.image / 255 - clean
+            # So that the largest difference is as bright as it can be: for L2 it is that of this image.
+            l2 = e.attacks[name].norm == "l2"
+            most = float(moved.abs().max()) if l2 else e.attacks[name].radius(e.settings["eps"], e.settings["eps_l2"])
+            factor = max(int(0.5 / max(most, 1 / 255)), 1)
+            predicted = int(e.predicted[name][at])
+            became = classes[predicted] if predicted >= 0 else "NaN"
+            caption = f"image {int(e.rows[at])}: {classes[int(e.labels[at])]}, predicted {became}; difference x {factor}"
+            shown = {"original": clean, "adversarial": example.image / 255, "difference": (0.5 + factor * moved).clamp(0, 1)}
+            row = "".join(f'<img alt="{what}" src="data:image/png;base64,{png(image)}">' for what, image in shown.items())
+            parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    text = "The original, the adversarial image and their difference." if parts else "None broke an image."
+    return ["<h2>Images that attacks broke</h2>", f"<p>{text}</p>", *parts]
 
 
 def png(image: Tensor) -> str:
-    """uint8 [H, W, C], C 1 or 3, as PNG in base64."""
+    """An image [H, W, C] in [0, 1], C 1 or 3, as PNG in base64."""
     from PIL import Image
 
     content = io.BytesIO()
-    Image.fromarray(image.squeeze(-1).numpy()).save(content, format="PNG")
+    Image.fromarray((255 * image).round().to(torch.uint8).squeeze(-1).numpy()).save(content, format="PNG")
     return base64.b64encode(content.getvalue()).decode()
 
 
@@ -209,28 +190,22 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
     content = {
         "format": FORMAT, "about": about, "settings": e.settings, "versions": versions(), "classes": list(classes),
         "attacks": attacks, "results": results, "checked": {name: vars(r) for name, r in e.rechecks.items()},
-        "alarms": [vars(alarm) | {"numbers": _finite(alarm.numbers)} for alarm in found],
+        # JSON knows no NaN
+        "alarms": [
+            vars(a) | {"numbers": {name: v if math.isfinite(v) else None for name, v in a.numbers.items()}} for a in found
+        ],
     }  # fmt: skip
-    correct = {name: e.correct(name).tolist() for name in e.attacks}
-    predicted = {name: e.predicted[name].tolist() for name in e.attacks}
-    samples = [
-        {
-            "row": row, "label": label, "broken_by": [name for name in e.attacks if not correct[name][i]],
-            "predicted": {name: predicted[name][i] for name in e.attacks},
-        }
-        for i, (row, label) in enumerate(zip(e.rows.tolist(), e.labels.tolist(), strict=True))
-    ]  # fmt: skip
+    samples = []
+    for row, label, *classes_found in zip(*(t.tolist() for t in (e.rows, e.labels, *e.predicted.values())), strict=True):
+        predicted = dict(zip(e.predicted, classes_found, strict=True))
+        broken_by = [name for name, found_class in predicted.items() if found_class != label]
+        samples.append({"row": row, "label": label, "broken_by": broken_by, "predicted": predicted})
     lines = ",\n  ".join(map(json.dumps, samples))  # a line for each image
     return f'{json.dumps(content, indent=1)[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'
 
 
 def _result(correct: Tensor) -> dict:
     return {"accuracy": percent(correct), "interval": interval(correct), "broken": int((~correct).sum())}
-
-
-def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
@@ -242,7 +217,12 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def web_page(title: str, sections: Sequence[Section], shown: Sequence[Picture]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+def web_page(title: str, sections: Sequence[Section], pictures: Sequence[str]) -> str:
     """One file: styles and pictures are in it."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for section in sections:
@@ -251,8 +231,7 @@ def web_page(title: str, sections: Sequence[Section], shown: Sequence[Picture]) 
         rows = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in section.rows)
         parts += [f'<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>'] if section.rows else []
         parts += [f"<pre>{html.escape(section.code)}</pre>"] if section.code else []
-        if section.title == "Accuracy":
-            parts += _gallery(shown)
+        parts += pictures if section.title == "Accuracy" else []
     body = "\n".join(parts)
     phones = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">\n{phones}\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
@@ -264,15 +243,3 @@ def _cell(text: str) -> str:
         return f'<td><span class="{text}">{text}</span></td>'
     number = text.replace(".", "").replace(" to ", "").isdecimal()
     return f'<td class="number">{text}</td>' if number else f"<td>{html.escape(text)}</td>"
-
-
-def _gallery(shown: Sequence[Picture]) -> list[str]:
-    parts, last = ["<h2>Images that attacks broke</h2>", "<p>The original, the adversarial image and their difference.</p>"], None
-    for attack, caption, images in shown:
-        if attack != last:
-            parts.append(f"<h3>{html.escape(attack)}</h3>")
-            last = attack
-        named = zip(("original", "adversarial", "difference"), images, strict=True)
-        row = "".join(f'<img alt="{what}" src="data:image/png;base64,{data}">' for what, data in named)
-        parts.append(f"<figure>{row}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return parts if shown else [*parts[:1], "<p>None broke an image.</p>"]

@@ -1,6 +1,6 @@
 """The result of an evaluation: the outcome of every attack on every image, and the numbers that follow from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -11,7 +11,6 @@ from torch import Tensor
 from spat_kernels.settings import GradientPath, Graph, Precision
 
 from .attack_specs import Attack
-from .text_table import text_table
 
 WORST = "worst case"
 
@@ -142,3 +141,10 @@ def interval(correct: Tensor) -> tuple[float, float]:
 
     found = binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, method="wilson")
     return 100 * float(found.low), 100 * float(found.high)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells in columns, the first aligned to the left and the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = (f"{row[0]:<{first}}" + "".join(f"  {cell:>{n}}" for cell, n in zip(row[1:], others, strict=True)) for row in rows)
+    return "\n".join(map(str.rstrip, lines))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..data.datasets import load
 from ..data.images import Dataset, fingerprint, floats
 from ..errors import InputError
-from ..evaluation.evaluate import evaluate, tensor_hash, weights_hash
-from ..evaluation.interruptible import interruptible
+from ..evaluation.evaluate import evaluate
+from ..evaluation.record_log import tensor_hash, weights_hash
 from ..models.checkpoints import load_model
 from ..models.registry import device_of
+from ..runtime.signals import interruptible
 from .options import Options
 from .runs import Run, data_name, title
 

@@ -16,7 +16,7 @@ MINUTE = 60.0
 
 
 class _Bar(tqdm):
-    """A bar that goes on where the reader of stderr has left, as `head` does."""
+    """A bar that ignores a reader of stderr that has left, as `head` does."""
 
     def display(self, msg=None, pos=None) -> None:
         with suppress(BrokenPipeError):
@@ -127,10 +127,9 @@ def _board(folder: Path, step: int):
         raise
     except Exception as error:  # a tensorboard that does not fit protobuf or NumPy raises TypeError and others
         if getattr(error, "name", "") != "tensorboard":  # else it is not installed
-            reason = first_line(error)
             print(
-                f"spat-train: TensorBoard does not work here ({type(error).__name__}: {reason}): the run goes on without; "
-                "--no-tensorboard, or another version, ends this message",
+                f"spat-train: TensorBoard does not work here ({type(error).__name__}: {first_line(error)}): the run goes on "
+                "without; --no-tensorboard, or another version, ends this message",
                 file=sys.stderr,
             )
         return None
@@ -140,10 +139,6 @@ def read(folder: Path, kind: str) -> list[dict]:
     """The events of one kind in a run's log, in order; half a line at the end (a killed run's) is left out."""
     events = []
     for line in (folder / "log.jsonl").read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if event["kind"] == kind:
-            events.append(event)
-    return events
+        with suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return [event for event in events if event["kind"] == kind]

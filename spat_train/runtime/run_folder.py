@@ -12,7 +12,6 @@ import torch
 
 from ..errors import InputError, first_line
 from . import atomic_write
-from .seeding import random_state, set_random_state  # noqa: F401  (training imports them from here)
 
 FORMAT = "spat_train 3"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
@@ -103,11 +102,10 @@ class RunFolder:
             atomic_write.check_sums(io.BytesIO(content))
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises almost anything on a damaged file
-            reason = first_line(error)
             previous = path.with_name("previous.pt")
-            goes_on = path != previous and previous.exists()
-            remedy = f"remove it, and --resume goes on from {previous}" if goes_on else "start again in another --out"
-            raise InputError(f"--resume: {path} is damaged ({reason[:120]}): {remedy}") from error
+            usable = path != previous and previous.exists()
+            remedy = f"remove it, and --resume goes on from {previous}" if usable else "start again in another --out"
+            raise InputError(f"--resume: {path} is damaged ({first_line(error)[:120]}): {remedy}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise InputError(f"--resume: {path} is no checkpoint of this version ({FORMAT}): start again in another --out")
         return state

@@ -4,11 +4,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-COPY = 2.0  # seconds: torchrun and batch systems send SIGTERM to a process twice, on its own and by its parent
+from ..errors import InputError, is_out_of_memory
 
-EVALUATING = "spat-train: stopping after this run or part of an attack; the batch that it is on is attacked again"
+COPY = 2.0  # seconds: torchrun and batch systems send SIGTERM to a process twice, on its own and by its parent
 
 
 class Stopped(BaseException):
@@ -91,13 +92,33 @@ def _second_sigterm_ends():
             os.close(writing)
 
 
+@contextmanager
+def interruptible(stopped: str, out_of_memory: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Yields `on_progress` for `evaluate`.
+
+    Args:
+        stopped: the message where SIGTERM or Ctrl-C stops the evaluation.
+        out_of_memory: makes the message where memory does not suffice.
+
+    Raises:
+        Stopped: a signal came. InputError: out of memory.
+    """
+    stopping = "spat-train: stopping after this run or part of an attack; the batch that it is on is attacked again"
+    with GracefulStop(stopping).heard() as wish:
+
+        def on_progress() -> None:
+            if wish.number:
+                raise Stopped(wish.number, f"stopped by signal {wish.number}: {stopped}")
+
+        try:
+            yield on_progress
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(out_of_memory()) from error
+
+
 _watched: list[int] = []
 
 
-def _leave_watch() -> None:
-    """In a forked process, whose signals are its own."""
-    if _watched:
-        signal.set_wakeup_fd(-1)
-
-
-os.register_at_fork(after_in_child=_leave_watch)
+os.register_at_fork(after_in_child=lambda: _watched and signal.set_wakeup_fd(-1))  # signals of a forked process are its own

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data.images import Dataset, Folder, Images
 from ..errors import InputError
-from ..evaluation.evaluate import TEST, Attack, accuracies, validation
+from ..evaluation.attack_specs import Attack
+from ..evaluation.evaluate import TEST, accuracies, validation
 from ..runtime.distributed import World
 from ..runtime.logs import Log
-from ..runtime.run_folder import RunFolder, random_state, set_random_state
-from ..runtime.seeding import derived_seed
+from ..runtime.run_folder import RunFolder
+from ..runtime.seeding import derived_seed, random_state, set_random_state
 from ..runtime.signals import GracefulStop, Stopped
 from .checkpoint import ImageRecord, Progress, arithmetic, environment, find_saved, warn_of_rounding
 from .messages import FINER, TrainingError, not_finite, say

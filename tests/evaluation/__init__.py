@@ -1,0 +1,4 @@
+import pytest
+
+for package in ("sklearn", "tyro", "tqdm"):
+    pytest.importorskip(package)

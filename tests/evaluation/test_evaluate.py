@@ -1,21 +1,15 @@
 """Evaluations: the outcome of every attack on every image, as counted by hand."""
 
-import copy
-import re
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sklearn")
-pytest.importorskip("tyro")
-pytest.importorskip("tqdm")
-
 import spat_kernels
 from spat_train.data.datasets import load
-from spat_train.data.images import Folder, Images, floats
+from spat_train.data.images import Images, floats
 from spat_train.errors import InputError
 from spat_train.evaluation import evaluate as module
 from spat_train.evaluation.alarms import alarms, rechecked
@@ -26,6 +20,7 @@ from spat_train.evaluation.result import WORST, interval
 from spat_train.runtime import logs
 from spat_train.runtime.seeding import derived_seed
 from tests.evaluation.helpers import EPS, Escaping, Features, Maps, digits, fitted, quiet
+from tests.helpers import assert_same, distance, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,21 +82,18 @@ def test_autoattack_by_parts(monkeypatch, capsys):
         by[keep] = run.run(model, x[rows][keep], y[rows][keep]).broken_by.sub(1).clamp(min=-1)
         expected.append(by)
     expected = torch.cat(expected)
-    assert torch.equal(found.part[name], expected)
     assert found.part.keys() == {name}
+    assert torch.equal(found.part[name], expected)
+    assert len(expected.unique()) > 3, "several broke some"
     after = found.after(name)
     assert list(after) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    assert len(expected.unique()) > 3, "several broke some"
     right = found.correct("clean")
     for number, left in enumerate(after.values()):
         assert torch.equal(left, right & ~((expected >= 0) & (expected <= number)))
     assert torch.equal(left, found.correct(name))
     assert found.after("fgsm") == {}
-    lines = found.table().splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith(name))
-    assert [line.split()[:3] for line in lines[at + 1 : at + 5]] == [
-        ["after", part, f"{100 * int(left.sum()) / 120:.2f}"] for part, left in after.items()
-    ]
+    shown = [line[:2] for line in found.lines() if line[0].startswith("  after")]
+    assert shown == [(f"  after {part}", f"{100 * int(left.sum()) / 120:.2f}") for part, left in after.items()]
 
 
 def brute_force(model, source, x, y, attack, eps, seed, batch_size) -> torch.Tensor:
@@ -127,23 +119,12 @@ def test_restarts_on_what_is_left_find_what_restarts_on_all_find(name, black_box
     attack = parse(name)
     expected = brute_force(model, source, x, y, attack, attack.radius(EPS, 0.5), 5, 20)
     assert torch.equal(~found.correct(name), expected)
-    if name != "noisex20":
-        assert 0 < found.accuracy(name) < found.accuracy("clean")
+    assert name == "noisex20" or 0 < found.accuracy(name) < found.accuracy("clean")
     fgsm = brute_force(model, source, x, y, parse("fgsm"), EPS, 5, 20)
     assert torch.equal(found.correct(WORST), ~(expected | fgsm))
     assert found.worst_case() == 100 * float((~(expected | fgsm)).sum()) / 50
     wrong = model(x).argmax(1) != y
     assert torch.equal(found.predicted[name][wrong], model(x).argmax(1)[wrong])  # as it was, not attacked
-
-
-def test_a_black_box_is_the_source_attacked_and_the_model_asked():
-    model, source = fitted(0), fitted(1)
-    images = digits(60)
-    white, black, own = (quiet(model, images, "pgd-10", source=other) for other in (None, source, model))
-    assert torch.equal(white.predicted["pgd-10"], own.predicted["pgd-10"])
-    assert white.accuracy("pgd-10") < black.accuracy("pgd-10") < black.accuracy("clean") == white.accuracy("clean")
-    assert white.settings["source_weights"] is None
-    assert black.settings["source_weights"] == module.weights_hash(source)
 
 
 def test_images_that_are_wrong_are_attacked_where_that_is_asked():
@@ -162,43 +143,21 @@ def test_images_that_are_wrong_are_attacked_where_that_is_asked():
     assert (part[~parts.correct("clean")] == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("correct", "count", "low", "high"),
-    [(81, 263, 25.53, 36.62), (0, 20, 0, 16.11), (0, 5, 0, 43.45), (5, 5, 56.55, 100)],  # Newcombe (1998), Table I, method 3
-)
-def test_the_interval_is_wilsons(correct, count, low, high):
-    found = interval(torch.arange(count) < correct)
-    assert found == pytest.approx((low, high), abs=5e-3)
-    assert correct or found[0] == 0
-    assert correct < count or found[1] == 100
-
-
-def test_numbers_of_an_evaluation():
-    found = quiet(fitted(), digits(40), "pgd-10,noise", rows=torch.arange(39, -1, -2))
-    assert len(found) == 20
-    assert torch.equal(found.labels, digits(40)[1][torch.arange(39, -1, -2)])
-    count = int(found.correct("pgd-10").sum())
-    assert found.accuracy("pgd-10") == 5 * count
-    assert found.interval("pgd-10") == interval(torch.arange(20) < count)
-    assert re.search(rf"^pgd-10 +{5 * count:.2f} ", found.table(), re.MULTILINE)
-    assert WORST in found.table()
+def test_the_interval_is_wilsons():
+    """Newcombe (1998), Table I, method 3."""
+    for correct, count, low, high in ((81, 263, 25.53, 36.62), (0, 20, 0, 16.11), (5, 5, 56.55, 100)):
+        assert interval(torch.arange(count) < correct) == pytest.approx((low, high), abs=5e-3)
 
 
 def test_nothing_else_is_changed():
     model, (x, y) = fitted(), digits(30)
     model.features.weight.requires_grad_(False)
     model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    copies, state, numpy_state = (x.clone(), y.clone()), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before, numpy_state = (snapshot(model, x, y), torch.get_rng_state()), np.random.get_state()[1].copy()  # noqa: NPY002
     quiet(model, (x, y), "pgd-10x2,pgd-7-random,square:queries=5")
-    assert torch.equal(torch.get_rng_state(), state)
+    alarms(model, (x, y), eps=EPS, bar=None)
+    assert_same(dict(enumerate((snapshot(model, x, y), torch.get_rng_state()))), dict(enumerate(before)))
     assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002  (the global one is meant)
-    assert torch.equal(x, copies[0])
-    assert torch.equal(y, copies[1])
-    assert not model.training
-    assert not model.features.weight.requires_grad
-    assert bool((model.classifier.weight.grad == 1).all())
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_models_that_take_contiguous_images_alone(tmp_path):
@@ -216,7 +175,7 @@ def test_models_that_take_contiguous_images_alone(tmp_path):
         quiet(model, (torch.rand(4, 1, 9, 9), torch.arange(4)), "fgsm")
 
 
-def test_images_as_they_come():
+def test_images_with_strides_and_gradients():
     model, (x, y) = fitted(), digits(40)
     expected = quiet(model, (x[::2].clone(), y[::2].clone()), "pgd-10").predicted["pgd-10"]
     assert torch.equal(quiet(model, (x.requires_grad_()[::2], y[::2]), "pgd-10").predicted["pgd-10"], expected)
@@ -241,18 +200,6 @@ def test_a_model_that_draws_is_a_function_of_the_seed_and_leaves_the_global_gene
     assert not torch.equal(first.predicted["noise"], other.predicted["noise"])
 
 
-class NaN(Features):
-    def forward(self, x):
-        return super().forward(x).log()
-
-
-@pytest.mark.filterwarnings("ignore:the input gradient was NaN")
-def test_logits_that_are_nan_are_no_prediction():
-    found = quiet(NaN().eval(), digits(20), "fgsm")
-    assert found.accuracy("clean") == 0
-    assert (found.predicted["clean"] == -1).all()
-
-
 # ---- adversarial images, checked again and saved
 
 
@@ -267,18 +214,6 @@ def test_an_attack_that_leaves_the_ball_is_caught():
     assert alarm.raised
     assert alarm.numbers["escaping"] == found.rechecks["escaping"].outside
     assert not rechecked(quiet(model, (x, y), "fgsm,pgd-l2-20")).raised
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_more_steps_of_a_flat_loss_do_not_mend_what_is_broken(norm):
-    """The margin with kappa = 0 has no gradient beyond the boundary."""
-    steps = (3, 5, 20, 100)
-    names = [f"pgd:norm={norm}:loss=margin:kappa=0:start=clean:steps={n}:step=1/10" for n in steps]
-    found = quiet(fitted(), digits(120), names, eps=0.15, eps_l2=0.8)
-    broken = [found.correct("clean") & ~found.correct(name) for name in names]
-    assert 5 < broken[0].sum() < broken[-1].sum(), "some of both"
-    for fewer, more in zip(broken, broken[1:], strict=False):
-        assert (more | ~fewer).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -297,22 +232,16 @@ def test_saved_images(tmp_path):
         model, data, "pgd-10,pgd:norm=l2:eps=1/2", rows=torch.arange(50), batch_size=20, folder=tmp_path, save_images=True
     )
     for name, eps in (("pgd-10", EPS), ("pgd:norm=l2:eps=1/2", 0.5)):
-        files = sorted((tmp_path / "images" / file_name(name)).iterdir())
-        arrays = [np.load(file) for file in files]
+        arrays = [np.load(file) for file in sorted((tmp_path / "images" / file_name(name)).iterdir())]
         saved = {key: torch.from_numpy(np.concatenate([a[key] for a in arrays])) for key in arrays[0]}
-        assert len(files) == 3
-        assert saved["x_adv"].dtype == torch.uint8
-        assert saved["x_adv"].shape == (50, 8, 8, 1)
+        assert len(arrays) == 3
+        assert (saved["x_adv"].dtype, saved["x_adv"].shape) == (torch.uint8, (50, 8, 8, 1))
         assert torch.equal(saved["rows"], torch.arange(50))
         assert torch.equal(saved["y"], data.labels[:50])
         assert torch.equal(saved["predicted"], found.predicted[name])
-        moved = (saved["x_adv"].double() - data.pixels[:50].double()).flatten(1) / 255
-        if "l2" in name:
-            assert (moved.norm(dim=1) <= eps + 8 * 0.5 / 255).all()
-            assert moved.norm(dim=1).max() > 0.95 * eps
-        else:
-            assert (moved.abs() <= eps + 0.5 / 255).all()
-            assert moved.abs().max() > 0.95 * eps
+        moved = distance(saved["x_adv"], data.pixels[:50], parse(name).norm) / 255
+        assert (moved <= eps + (8 if "l2" in name else 1) * 0.5 / 255).all()
+        assert moved.max() > 0.95 * eps
         broken = found.correct("clean") & ~found.correct(name)
         x = saved["x_adv"].permute(0, 3, 1, 2).float() / 255
         kept = int((model(x).argmax(1) != saved["y"])[broken].sum())
@@ -323,36 +252,20 @@ def test_saved_images(tmp_path):
             assert torch.equal(example.image, saved["x_adv"][row])
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (nn.Conv2d, {"in_channels": 1, "out_channels": 1, "kernel_size": 3, "padding": 1, "dilation": 1}),
-        (nn.LeakyReLU, {"negative_slope": 0.5}),
-        (nn.Softplus, {"beta": 2}),
-        (nn.BatchNorm2d, {"num_features": 1, "eps": 0.1}),
-    ],
-)
-def test_what_leaves_no_trace_in_the_weights_is_another_model(kind, options):
-    model = nn.Sequential(kind(**options))
-    other = copy.deepcopy(model)
-    assert module.weights_hash(other) == module.weights_hash(model)
-    name = list(options)[-1]
-    setattr(other[0], name, 2 * getattr(model[0], name) if name != "dilation" else (2, 2))
-    assert module.weights_hash(other) != module.weights_hash(model)
+def test_the_hash_of_weights_knows_settings_that_leave_no_trace_in_them():
+    convolution = partial(nn.Conv2d, 1, 1, 3, padding=1)
+    for plain, other in (
+        (convolution, partial(convolution, dilation=2)), (nn.LeakyReLU, partial(nn.LeakyReLU, 0.5)),
+        (nn.Softplus, partial(nn.Softplus, 2)), (partial(nn.BatchNorm2d, 1), partial(nn.BatchNorm2d, 1, 0.1)),
+    ):  # fmt: skip
+        models = [nn.Sequential(kind()) for kind in (plain, plain, other)]
+        for model in models[1:]:
+            model.load_state_dict(models[0].state_dict())
+        first, same, changed = map(module.weights_hash, models)
+        assert first == same != changed
 
 
 # ---- bad input
-
-
-class Training(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = fitted()
-        self.eval()
-        self.inner.features.train()
-
-    def forward(self, x):
-        return self.inner(x)
 
 
 class Branching(Features):
@@ -368,52 +281,27 @@ PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
     ("arguments", "message"),
     [
         ({"model": fitted().train()}, "model: Features is in training mode.*call model.eval"),
-        ({"model": Training()}, "model: inner.features is in training mode"),
-        ({"source": fitted().train()}, "source: Features is in training mode"),
         ({"model": lambda x: x}, "model: give a torch.nn.Module, not a function"),
         ({"model": nn.Conv2d(3, 4, 3).eval()}, r"model: it does not take images \[1, 8, 8\]"),
         ({"model": nn.Flatten(0).eval()}, r"model: two images give \[128\]: it must return logits \[2, K\]"),
         ({"source": Features(7).eval()}, r"source: two images give \[2, 7\]: it must return logits \[2, 10\]"),
         ({"images": (X[:0], Y[:0])}, "images: there is none"),
         ({"images": (X - 0.1, Y)}, r"images: x must lie inside .*from -0\.\d+ to .*normalise inside the model.*net\)$"),
-        ({"images": (X * 6 - 2, Y)}, r"images: x must lie inside .*normalise inside the model"),
-        ({"images": (X.clamp(min=0.1) * 1.9, Y)}, r"images: x must lie inside .*normalise inside the model.*net\)$"),
-        ({"images": (torch.where(X < 0.5, X, 1 + 2**-22), Y)}, r"images: x exceeds .* by 2.4e-07.*x.clamp\(0, 1\)"),
-        ({"images": (255 * X, Y)}, "divide 8-bit images by 255"),
-        ({"images": (X / 0, Y)}, "images: x must lie inside"),
-        (
-            {"images": (X[0], Y)},
-            r"images: they are torch.float32 \[1, 8, 8\]: give torch.float32 or torch.float64 \[N, C, H, W\]",
-        ),
-        ({"images": (X.half(), Y)}, "images: they are torch.float16"),
+        ({"images": (X[0], Y)}, r"images: they are torch.float32 \[1, 8, 8\]: give torch.float32 or torch.float64 \[N, C"),
         ({"images": (X, Y[:5])}, "images: there are 6 and 5 labels"),
         ({"images": (X, Y + 5)}, "there is a label 10, and the model has classes 0 to 9"),
         ({"images": (X, Y - 1)}, "there is a label -1"),
         ({"images": (X, Y.float())}, "labels must be an int64 tensor"),
         ({"images": Images(PIXELS[..., 0], Y)}, r"images: they are torch.uint8 \[6, 8, 8\]: give torch.uint8 \[N, H, W, C\]"),
-        ({"images": Images(PIXELS.float(), Y)}, "images: they are torch.float32"),
-        ({"images": Folder(Path("."), [], Y[:0], 8)}, "images: there is none"),
         ({"images": [1, 2]}, "images: give Images"),
         ({"rows": torch.arange(7)}, "rows: they go from 0 to 6, there are 6 images"),
         ({"rows": torch.arange(0)}, "rows: give an int64 tensor"),
-        ({"attacks": "fgsm,nosuch"}, "attack nosuch: there is none"),
-        (
-            {"attacks": "apgd-dlr", "model": Features(2).eval(), "images": (X, Y % 2)},
-            "apgd-dlr: it needs 3 classes, the model has 2",
-        ),
-        *(
-            ({"attacks": name, "model": Features(6).eval()}, f"{name}: it needs 10 classes, the model has 6: give fewer targets")
-            for name in ("apgd-t", "fab-t")
-        ),
+        ({"attacks": "apgd-t", "model": Features(6).eval()}, "apgd-t: it needs 10 classes, the model has 6: give fewer targets"),
         ({"eps": 8}, "eps=8: give a number above 0, for images in .0, 1.: 8/255"),
-        ({"eps": 0.0}, "eps=0.0: give a number above 0"),
-        ({"eps": float("nan")}, "eps=nan"),
-        ({"eps_l2": -1.0}, "eps_l2=-1.0"),
         ({"eps_l2": 128.0, "attacks": "pgd-l2-20"}, r"attack pgd-l2-20: eps_l2=128 exceeds the diagonal, 8, .*\(128/255 for"),
         ({"attacks": "fgsm,fab:norm=l2:eps=9"}, "attack fab:norm=l2:eps=9: eps=9 exceeds the diagonal, 8,"),
         ({"seed": -1}, "seed=-1: give an integer"),
         ({"batch_size": 0}, "batch_size=0: give an integer from 1"),
-        ({"precision": "int8"}, "precision='int8': choose one of"),
         ({"precision": "tf32"}, "precision='tf32': TF32 is for GPUs"),
         ({"images": (X.double(), Y), "model": fitted().double()}, "precision='fp32' is for float32 images"),
         ({"graph": "never"}, "graph='never': choose"),
@@ -422,11 +310,11 @@ PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
         ({"save_images": True, "folder": None}, "save_images=True: give a folder"),
         (
             {"attacks": "fgsm,pgd-20-rst", "source": fitted(1)},
-            "attack pgd-20-rst: right_at=every asks the model that is attacked: leave it out, or the source",
+            "attack pgd-20-rst: right_at=every asks the model that is attacked",
         ),
     ],
 )
-def test_what_does_not_fit_is_told_before_any_work(tmp_path, monkeypatch, arguments, message):
+def test_what_does_not_fit_is_an_error_before_any_work(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(module, "broken_by", None)
     given = {"model": fitted(), "images": (X, Y), "attacks": "fgsm", "eps": 0.1, "folder": tmp_path / "out", **arguments}
     with pytest.raises(InputError, match=message) as caught:

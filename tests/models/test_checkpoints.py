@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spat_train.errors import InputError
-from spat_train.evaluation.evaluate import weights_hash
+from spat_train.evaluation.record_log import weights_hash
 from spat_train.models import create
 from spat_train.models.checkpoints import load_checkpoint, load_model
 from spat_train.models.matching import prefixes

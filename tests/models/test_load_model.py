@@ -13,7 +13,7 @@ from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, Images
 from spat_train.errors import InputError
-from spat_train.evaluation.evaluate import weights_hash
+from spat_train.evaluation.record_log import weights_hash
 from spat_train.models import Normalize, create
 from spat_train.models.checkpoints import load_model, with_classes_of
 from spat_train.models.run_config import run_config

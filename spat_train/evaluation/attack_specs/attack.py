@@ -1,21 +1,84 @@
-"""What all attacks have in common: settings, one run on a batch, and a description."""
+"""What all attacks have in common: settings and how they are read, one run on a batch, and a description."""
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from spat_kernels import losses
 from spat_kernels.checks import as_norm
 from spat_kernels.settings import NORMS, Norm
 
-from .values import choice, number, positive, read_setting, setting
+from ...errors import as_input_error
+
+# ---- how settings are read: functions text -> value, which raise a ValueError that says what to give
+
+
+def number(text: str) -> float:
+    """0.1 or 1/10, finite and at least 0."""
+    try:
+        value = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError("give a number of at least 0, such as 0.1 or 1/10")
+    return value
+
+
+def share_of_eps(text: str) -> float:
+    if text.endswith("/255"):
+        raise ValueError("it is in units of eps, not in 1/255: give 1/4 for a quarter of eps")
+    return number(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("give a whole number")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if count(text) < 1:
+        raise ValueError("give at least 1")
+    return int(text)
+
+
+def choice(*choices: str) -> Callable[[str], str]:
+    """Reads one of `choices`, in capitals or not, unless choices differ by that alone."""
+
+    def read(text: str) -> str:
+        found = [text] if text in choices else [each for each in choices if each.lower() == text.lower()]
+        if len(found) != 1:
+            raise ValueError(f"choose one of {', '.join(choices)}")
+        return found[0]
+
+    return read
+
+
+def loss_name(text: str) -> str:
+    return choice(*losses.names())(text)
+
+
+def read_setting(key: str, read: Callable[[str], Any], text: str) -> Any:
+    """`read(text)`, whose errors name the setting."""
+    with as_input_error(f"{key}={text}"):
+        return read(text)
+
+
+def setting(default: object, read: Callable[[str], object]) -> Any:
+    """A dataclass field that the grammar reads by `read`."""
+    return field(default=default, metadata={"read": read})
+
+
+# ---- an attack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack:
     """One attack with all its settings: `parse` makes them, and `attack(model, x, y, eps, generator)` is one run of it.
 
     Settings are read as in the grammar, so that norm="L2" is "l2".
@@ -158,6 +221,5 @@ class Attack(ABC):
         radius = "" if self.eps is None else f", eps {self.eps:.4g}"
         return f"{what}{repeated}{radius}, {'L2' if self.norm == 'l2' else 'L-infinity'}"
 
-    @abstractmethod
     def _describe(self) -> list[str]:
         raise NotImplementedError

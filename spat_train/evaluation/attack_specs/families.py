@@ -3,7 +3,6 @@
 A new attack is a class here, in `FAMILIES`.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,7 @@ from spat_kernels.predictions import model_logits, other_classes, predictions
 from spat_kernels.settings import Version
 
 from ...errors import InputError
-from .attack import Attack
-from .values import choice, count, loss_name, number, positive, setting, share_of_eps
+from .attack import Attack, choice, count, loss_name, number, positive, setting, share_of_eps
 
 TARGETS = {  # of PGD, in words
     "least-likely": "the least-likely class", "random": "a random wrong class", "all": "all wrong classes in turn",
@@ -42,9 +40,6 @@ class Clean(Attack):
     def describe(self):
         return "no attack"
 
-    def _describe(self):
-        return []
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Ascent(Attack):
@@ -62,7 +57,6 @@ class _Ascent(Attack):
         return losses.lookup(self.loss, **dict(self.settings))
 
     @property
-    @abstractmethod
     def targeted(self) -> bool:
         raise NotImplementedError
 
@@ -147,10 +141,9 @@ class PGD(_Ascent):
         return self.target != "none"
 
     def _draw(self, x, y, eps, generator):
-        start = x
+        start, which = x, None
         if self.start == "uniform":  # of no steps: nothing is asked of the model
             start = pgd(lambda x: x, x, y, eps, steps=0, norm=self.norm, generator=generator)
-        which = None
         if self.target == "random":
             which = torch.rand(len(x), generator=generator, device=generator.device).to(x.device)
         return [start, which]
@@ -248,9 +241,7 @@ class FAB(_Engine):
     """The fast adaptive boundary attack; with `targets` n, FAB-T towards the n likeliest wrong classes in turn."""
 
     family, random = "fab", False  # it begins at the image
-    named = {
-        "fab-t": ("fab:targets=9", "Croce and Hein, 2020, arXiv 1907.02044"),
-    }
+    named = {"fab-t": ("fab:targets=9", "Croce and Hein, 2020, arXiv 1907.02044")}
 
     steps: int = setting(100, positive)
     targets: int | None = setting(None, positive)
@@ -271,9 +262,7 @@ class Square(_Engine):
     """Random search by squares, without gradients."""
 
     family, follows_gradients = "square", False
-    named = {
-        "square": ("square", "Andriushchenko et al., 2020: no gradients"),
-    }
+    named = {"square": ("square", "Andriushchenko et al., 2020: no gradients")}
 
     queries: int = setting(5000, positive)
 
