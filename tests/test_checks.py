@@ -126,8 +126,8 @@ def test_kl_needs_a_start_away_from_x():
     ("model", "error", "message"),
     [
         (lambda x: x.flatten(), ValueError, r"model must return logits \[B, K\] with B=6.*got shape \(1152,\)"),
-        (lambda x: x.flatten(1)[:, :1], ValueError, r"K >= 2, got shape \(6, 1\): return torch.cat\(\[-z, z\], 1\)"),
-        (lambda x: x.flatten(1)[:, 0], ValueError, r"K >= 2, got shape \(6,\): return torch.stack\(\[-z, z\], 1\)"),
+        (lambda x: x.flatten(1)[:, :1], ValueError, r"K >= 2, got shape \(6, 1\): return torch.cat\(\[-z, z\], 1\) / 2"),
+        (lambda x: x.flatten(1)[:, 0], ValueError, r"K >= 2, got shape \(6,\): return torch.stack\(\[-z, z\], 1\) / 2"),
         (lambda x: x.flatten(1)[:3], ValueError, "B=6"),
         (lambda x: (x.flatten(1), 0), TypeError, "got tuple: wrap it"),
         (lambda x: x.flatten(1).long(), TypeError, "floating-point tensor of logits.*torch.int64"),
