@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spat_kernels.attacks.fab import FAB, project
-from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_train.models.registry import create
 from tests.helpers import NORMS, Around, Recorder, batch, cnn, correct, distance, sharp
@@ -263,11 +262,8 @@ def test_no_weight_gradient_is_computed():
     model = cnn().eval()
     y = model(x).argmax(1)
     seen = []
-    with torch.no_grad():
-        gradient = InputGradient(model)
-        for p in model.parameters():
-            p.register_hook(seen.append)
-        FAB(0.01, steps=2, input_gradient="autograd")(model, x, y)
+    for p in model.parameters():
+        p.register_hook(seen.append)
+    FAB(0.01, steps=2, input_gradient="autograd")(model, x, y)
     assert not seen
     assert all(p.grad is None for p in model.parameters())
-    assert gradient.factor is None
