@@ -86,7 +86,7 @@ def cw_linf(
 ) -> Tensor:
     """C&W-infinity: PGD on the margin loss (Madry et al., section 5; the thesis runs it for 30 steps).
 
-    kappa = 0 stops at the first misclassification; 50 goes on as the public code does. `settings` as in `pgd`.
+    kappa = 0 stops at the first misclassification; 50 continues as the public code does. `settings` as in `pgd`.
     """
     attack = PGD(eps, loss=Margin(kappa), steps=steps, step_size=step_size, random_start=random_start, **settings)
     return attack(model, x, y, start=start)

@@ -11,7 +11,7 @@ from spat_kernels.attacks.apgd import checkpoints
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient.planned_gradient import PlannedGradient
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
-from tests.helpers import EPS, NORMS, Recorder, attackable, batch, cnn, correct, margin, sharp
+from tests.helpers import EPS, NORMS, Recorder, attackable, batch, cnn, correct, margin, moved, sharp
 
 # --- against the judge ---
 
@@ -180,7 +180,7 @@ def test_restarts_and_targets_keep_the_highest_loss():
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin"])
-def test_gradients_are_averaged_with_their_lengths(loss):
+def test_gradients_are_averaged_with_their_lengths(loss, monkeypatch):
     """eot=3 on three networks in turn is one attack on the mean of their losses."""
     nets = [cnn().double().eval() for _ in range(3)]
     x, y = torch.rand(8, 3, 8, 8).double(), torch.randint(10, (8,))
@@ -195,16 +195,18 @@ def test_gradients_are_averaged_with_their_lengths(loss):
             return torch.cat([net(x) * 5**i for i, net in enumerate(nets)], 1)
 
     def mean(z, y):
-        values = {"ce": lambda z, y: nn.functional.cross_entropy(z, y, reduction="none"), "margin": margin}
-        return sum(values[loss](part, y) for part in z.split(10, dim=1))
+        parts = z.split(10, dim=1)
+        if loss == "ce":
+            return sum(nn.functional.cross_entropy(part, y, reduction="none") for part in parts)
+        return sum(margin(part, y).clamp(max=0) for part in parts)
 
+    monkeypatch.setattr(apgd, "predictions", lambda logits: y[: len(logits)])  # all stay correct
     start, results = torch.Generator(), []
     for attacked, settings in ((model, {"loss": loss, "eot": 3}), (Together(), {"loss": mean})):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "argmax", lambda self, dim: y[: len(self)])  # all stay correct
-            attack = APGD(EPS, steps=6, generator=start.manual_seed(1), norm="l2", **settings)
-            results.append(attack(attacked, x, y))
+        attack = APGD(EPS, steps=6, generator=start.manual_seed(1), norm="l2", **settings)
+        results.append(attack(attacked, x, y))
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+    assert moved(results[0], x).all()
 
 
 def test_eot_needs_one_pass_where_nothing_is_random():

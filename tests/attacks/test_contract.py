@@ -252,7 +252,7 @@ class Broken(Plain):
     partial(FAB, 0.5, steps=3, targets=2), partial(FAB, 0.5, steps=3, targets=None),
 ])  # fmt: skip
 def test_nan_gradients_are_counted_and_harmless(attack, norm, part):
-    """An element that is NaN counts as 0, and the others go on."""
+    """An element that is NaN counts as 0; the others count as they are."""
     x = torch.rand(5, 3, 4, 4) * 0.8
     x[1, 2, 3, 3] = x[4, 2, 3, 3] = 0.95
     y, broken = Broken(part)(x).argmax(1), torch.tensor([False, True, False, False, True])
