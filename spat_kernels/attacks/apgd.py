@@ -4,8 +4,8 @@
     z       = project(x_t + step_size * direction(d loss / d x_t))
     x_{t+1} = project(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1}))                                           (x_1 = z)
 
-The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample, and the run
-continues from its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not
+The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample, and the run continues
+from its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not
 halved then and the best loss has not changed since. As in the authors' code the first step rises if its loss is positive.
 
 Everything is a tensor with a value per sample, so a run never waits for the device: the schedule knows no data.
