@@ -40,7 +40,7 @@ class CommonSettings(AttackSettings, total=False):
 
 
 class PGDSettings(CommonSettings, total=False):
-    """Keyword arguments of `pgd` and `pgd_kl`: all of `PGD` but eps and loss."""
+    """Keyword arguments of `pgd`, `pgd_ls` and `pgd_kl`: all of `PGD` but eps and loss."""
 
     steps: int
     step_size: float | torch.Tensor | None

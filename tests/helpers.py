@@ -147,6 +147,11 @@ def assert_same(a, b):
         assert torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v
 
 
+def margin(z, y):
+    """max_{k != y} z_k - z_y, [B]: positive where misclassified."""
+    return z.scatter(1, y[:, None], -torch.inf).amax(1) - z.gather(1, y[:, None])[:, 0]
+
+
 def accuracy(model, x, y) -> float:
     """Share of the images that are classified as y; a NaN is no class."""
     logits = model(x)

@@ -151,6 +151,8 @@ def test_fewest_classes(toy):
     for attack in (APGD(EPS, loss=toy(1.0)), lambda *args: pgd(*args, EPS, loss=toy(1.0)), AutoAttack(EPS, version="rand")):
         with pytest.raises(ValueError, match="needs at least 3 classes"):
             attack(model, x, y)
+    with pytest.raises(ValueError, match="needs at least 4 classes here, the model has 2"):
+        APGD(EPS, loss="dlr", targets=1)(model, x, y)
 
 
 def test_the_trainer_counts_the_classes_first():

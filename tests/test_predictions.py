@@ -10,7 +10,7 @@ from torch import nn
 import spat_kernels as sk
 from spat_kernels import APGD, FAB, PGD, AutoAttack, Square
 from spat_kernels.predictions import other_classes, predictions
-from tests.helpers import Around, accuracy, linear
+from tests.helpers import Around, accuracy, linear, moved
 
 EPS = 0.1
 
@@ -84,9 +84,8 @@ def test_square_goes_on_where_logits_overflow_together():
     x = torch.rand(64, 3, 8, 8)
     y = predictions(model(x))
     x_adv = Square(EPS, queries=100, generator=torch.Generator().manual_seed(0))(model, x, y)
-    moved = (x_adv != x).flatten(1).any(1)
-    assert moved.any()
-    assert torch.equal(moved, predictions(model(x_adv)) != y)
+    assert moved(x_adv, x).any()
+    assert torch.equal(moved(x_adv, x), predictions(model(x_adv)) != y)
 
 
 # ---- classes that are ruled out
@@ -104,6 +103,14 @@ class Subset(Around):
         return self.net(x)[:, :5]
 
 
+def subset(dtype=torch.float32):
+    """A network, 40 images, and what it gives them of the first 5 classes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).to(dtype).eval()
+    x = torch.rand(40, 1, 8, 8, dtype=dtype)
+    return net, x, Subset(net)(x).argmax(1)
+
+
 @pytest.mark.parametrize(
     "attack",
     [
@@ -114,11 +121,8 @@ class Subset(Around):
     ids=lambda attack: f"{type(attack).__name__}-{type(getattr(attack, 'loss', None)).__name__}-{attack.norm}",
 )  # fmt: skip
 def test_classes_that_are_ruled_out_change_nothing(attack):
-    """Neither what is found, nor what is said."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).double()
-    x = torch.rand(40, 1, 8, 8, dtype=torch.float64)
-    y, found = Subset(net)(x).argmax(1), []
+    """Same images, no warnings."""
+    (net, x, y), found = subset(torch.float64), []
     for model in (Subset(net).eval(), Masked(net).eval()):
         torch.manual_seed(1)
         with warnings.catch_warnings():
@@ -129,10 +133,7 @@ def test_classes_that_are_ruled_out_change_nothing(attack):
 
 
 def test_more_targets_than_classes_that_are_possible():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    x = torch.rand(40, 1, 8, 8)
-    y = Subset(net)(x).argmax(1)
+    net, x, y = subset()
     for kind in (FAB, APGD):
         left = []
         for targets, model in ((4, Subset(net).eval()), (9, Masked(net).eval())):
@@ -145,11 +146,10 @@ def test_more_targets_than_classes_that_are_possible():
 
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
 def test_labels_that_are_ruled_out_are_misclassified_in_silence(loss):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
-    x, y = torch.rand(8, 1, 8, 8), torch.full((8,), 7)
+    net, x, y = subset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        x_adv = sk.pgd(Masked(net).eval(), x, y, EPS, loss=loss)
+        x_adv = sk.pgd(Masked(net).eval(), x, torch.full_like(y, 7), EPS, loss=loss)
     assert x_adv.isfinite().all()
 
 
@@ -176,9 +176,7 @@ def test_targets_of_an_evaluation_are_possible_classes():
     pytest.importorskip("tqdm")
     from spat_train.evaluation.attack_specs import parse
 
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    x, seen = torch.rand(40, 1, 8, 8), set()
-    y, which = Subset(net)(x).argmax(1), torch.rand(40)
+    (net, x, y), which, seen = subset(), torch.rand(40), set()
     for name, runs in (("pgd-10-least-likely", 1), ("pgd-10-random", 1), ("pgd-10-all", 9)):
         attack = parse(name)
         for run in range(runs):

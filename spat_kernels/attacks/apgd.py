@@ -4,7 +4,7 @@
     z       = project(x_t + step_size * direction(d loss / d x_t))
     x_{t+1} = project(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1}))                                           (x_1 = z)
 
-The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample and the run goes on
+The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`), it is halved for a sample, and the run continues
 from its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not
 halved then and the best loss has not changed since. As in the authors' code the first step rises if its loss is positive.
 
@@ -95,7 +95,7 @@ class APGDRun(Run):
         self._store(search)
 
     def _can_drop(self) -> bool:
-        """Whether to go on without broken samples: a CPU takes less time for fewer, and others' results do not change."""
+        """Whether to drop broken samples: a CPU takes less time for fewer, and the results of the others do not change."""
         return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in (*OURS, _ScaledCE)
 
     def _store(self, search: "_Search") -> None:

@@ -7,7 +7,7 @@ and goes to the nearest of its zeros, a hyperplane, with a bias towards the clea
     x_{t+1} = clamp((1 - a) (x_t + eta (pi(x_t) - x_t)) + a (x + eta (pi(x) - x)))
     a       = min(|pi(x_t) - x_t| / (|pi(x_t) - x_t| + |pi(x) - x|), alpha_max)
 
-A misclassified x_{t+1} is kept if it is the nearest so far, and the search goes on from x + beta (x_{t+1} - x).
+A misclassified x_{t+1} is kept if it is the nearest so far, and the search continues from x + beta (x_{t+1} - x).
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class FAB(RestartedAttack):
         restarts: runs for each target: the first from x, the others from random points halfway to the rim of the ball.
         alpha_max: largest weight of the clean image's projection, in [0, 1].
         eta: overshoot beyond the hyperplane, >= 1.
-        beta: where to go on from a misclassified point, as a fraction of the way from x to it, in (0, 1].
+        beta: where to continue from a misclassified point, as a fraction of the way from x to it, in (0, 1].
         eps, norm, bounds, precision, input_gradient, bn_mode: as for `PGD`. What is found farther away than eps does not count.
             In mode "train" a sample's result depends on the others, of which those already misclassified are left out.
         generator: source of the random starts, on any device; None is torch's default one of x's device. The first run of each

@@ -1,11 +1,10 @@
 """PGD as functions, one call an attack: `pgd_ls` (SPAT), `pgd`, `pgd_kl` (TRADES), `fgsm` and `cw_linf`."""
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..losses import KLDivergence, LabelSmoothedCE, LossLike, Margin
-from ..settings import BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select
+from ..settings import CommonSettings, PGDSettings
 from .pgd import PGD
 
 
@@ -16,20 +15,8 @@ def pgd_ls(
     eps: float | Tensor,
     alpha: float,
     *,
-    steps: int = 10,
-    step_size: float | Tensor | None = None,
-    random_start: bool = True,
-    norm: Norm = "linf",
-    targeted: bool = False,
-    restarts: int = 1,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    precision: Precision | None = None,
-    input_gradient: GradientPath = "auto",
-    bn_mode: BNMode = "eval",
-    select: Select = "success",
-    generator: torch.Generator | None = None,
-    graph: Graph = "auto",
     start: Tensor | None = None,
+    **settings: Unpack[PGDSettings],
 ) -> Tensor:
     """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
 
@@ -37,14 +24,9 @@ def pgd_ls(
     0 is cross-entropy. Where p_y > 1 - alpha this loss pulls *towards* the true class: it makes training examples that keep their
     meaning, and is too weak to measure robustness with (use `pgd`, `cw_linf` and AutoAttack).
 
-    The other arguments, the result, errors and warnings are those of `PGD`.
+    The other arguments, `settings`, and the result, errors and warnings are those of `PGD`.
     """
-    attack = PGD(
-        eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
-        targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
-        select=select, generator=generator, graph=graph,
-    )  # fmt: skip
-    return attack(model, x, y, start=start)
+    return pgd(model, x, y, eps, loss=LabelSmoothedCE(alpha), start=start, **settings)
 
 
 def pgd(
@@ -104,7 +86,7 @@ def cw_linf(
 ) -> Tensor:
     """C&W-infinity: PGD on the margin loss (Madry et al., section 5; the thesis runs it for 30 steps).
 
-    kappa = 0 stops at the first misclassification; 50 goes on as the public code does. `settings` as in `pgd`.
+    kappa = 0 stops at the first misclassification; 50 continues as the public code does. `settings` as in `pgd`.
     """
     attack = PGD(eps, loss=Margin(kappa), steps=steps, step_size=step_size, random_start=random_start, **settings)
     return attack(model, x, y, start=start)

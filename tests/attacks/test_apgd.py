@@ -1,19 +1,17 @@
 """APGD: step by step what torchattacks does, in fewer passes, of each sample by itself, and as a capture."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
 
 import spat_kernels as sk
-from spat_kernels import APGD, balls, losses
+from spat_kernels import APGD, balls
 from spat_kernels.attacks import apgd
 from spat_kernels.attacks.apgd import checkpoints
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient.planned_gradient import PlannedGradient
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
-from tests.helpers import EPS, NORMS, Around, Recorder, assert_inside, attackable, batch, cnn, correct, moved, sharp
+from tests.helpers import EPS, NORMS, Recorder, attackable, batch, cnn, correct, margin, moved, sharp
 
 # --- against the judge ---
 
@@ -88,19 +86,6 @@ def test_checkpoints():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", ["ce", "dlr", "margin", "kl", losses.LabelSmoothedCE(0.2), lambda z, y: z.logsumexp(1)])
-def test_result_is_inside_ball_and_box(norm, dtype, loss):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).to(dtype)
-    x, y = torch.rand(7, 3, 4, 4).to(dtype), torch.randint(5, (7,))
-    for eps in (0.0, EPS, torch.linspace(0, 0.1, 7)):
-        x_adv = APGD(eps, loss=loss, norm=norm, steps=4, bounds=(0.0, 1.0))(model, x, y)
-        assert_inside(x_adv, x, eps, norm)
-        assert x_adv.stride() == x.stride()
-        assert not x_adv.requires_grad
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_starts_lie_on_the_surface(norm):
     x = torch.full((5, 3, 4, 4), 0.5, dtype=torch.float64)
     ball = balls.BALLS[norm](x, torch.linspace(0.01, 0.1, 5), 0.0, (0.0, 1.0))
@@ -115,29 +100,6 @@ def test_starts_lie_on_the_surface(norm):
         assert (delta > 0).double().mean() > 0.3
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[1], starts[2])
-
-
-def test_half_precision_of_the_model():
-    model, x, y = attackable(16)
-    model, x = model.float(), x.float()
-    for settings in ({}, {"norm": "l2", "loss": "dlr", "targets": 2}, {"eot": 2}):
-        for way in ("plan", "autograd"):
-            x_adv = APGD(0.02, steps=8, precision="half", input_gradient=way, **settings)(model, x, y)
-            assert x_adv.dtype == torch.float32
-            assert (x_adv != x).any()
-            assert (model(x_adv).argmax(1) != y).any() or settings.get("norm")
-
-
-def test_what_is_misclassified_comes_back_as_it_is():
-    model, (x, y) = cnn(), batch(8)
-    model.eval()
-    right = model(x).argmax(1)
-    y = torch.where(torch.arange(8) < 4, right, (right + 1) % 10)
-    x_adv = APGD(0.5, steps=3)(model, x, y)
-    assert torch.equal(x_adv[4:], x[4:])
-    assert moved(x_adv, x)[:4].all()
-    assert torch.equal(APGD(0.5, steps=3)(model, x[4:], y[4:]), x[4:]), "none is left to attack"
-    assert (model(x_adv).argmax(1) != y).any()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -165,40 +127,26 @@ def test_samples_are_independent(monkeypatch, norm, targets, input_gradient):
 def test_no_useless_forward():
     model, (x, y) = Recorder(cnn()), batch(6)
     y = model.model.eval()(x).argmax(1)
-    APGD(0.0, steps=5)(model, x, y)
-    assert model.sizes == [6] * 7, "the clean images, the start, and 5 steps"
-    model.inputs.clear()
-    APGD(0.0, steps=5, restarts=2, loss="dlr", targets=3)(model, x, y)
-    assert model.sizes == [6] * (1 + 2 * 3 * 6)
-    model.inputs.clear()
-    APGD(0.0, steps=5, eot=4)(model, x, y)
-    assert model.sizes == [6] * (1 + 4 * 6)
+    for settings, forwards in [
+        ({}, 1 + 6),  # the clean images, the start, and 5 steps
+        ({"restarts": 2, "loss": "dlr", "targets": 3}, 1 + 2 * 3 * 6),
+        ({"eot": 4}, 1 + 4 * 6),
+    ]:
+        model.inputs.clear()
+        APGD(0.0, steps=5, **settings)(model, x, y)
+        assert model.sizes == [6] * forwards, settings
 
 
-class Brittle(nn.Module):
-    """Class 0 until the first pixel is further than `threshold` above 0.5; linear otherwise. Samples have their own threshold."""
-
-    def forward(self, x):
-        gap = x[:, 0, 0, 0] - 0.5 - x[:, 0, 1, 1]
-        return torch.stack((torch.zeros_like(gap), 10 * gap, gap - 50, gap - 60), 1)
-
-
-def brittle(thresholds):
-    x = torch.full((len(thresholds), 1, 2, 2), 0.5)
-    x[:, 0, 1, 1] = torch.tensor(thresholds) + 0.1
-    return x, torch.zeros(len(thresholds), dtype=torch.int64)
-
-
-def test_what_is_broken_is_attacked_no_further():
-    """eps = 0.1 breaks thresholds up to 0.1 (pixel [1, 1] falls by as much)."""
-    x, y = brittle([0.05, 0.5, 0.08, 0.6])
-    model = Recorder(Brittle())
-    x_adv = APGD(0.1, steps=4, restarts=3)(model, x, y)
-    assert model.sizes == [4] + [4] * 5 + [2] * 10
-    assert (model(x_adv).argmax(1) != y).tolist() == [True, False, True, False]
-    model = Recorder(Brittle())
-    APGD(0.1, steps=4, loss="margin", targets=3)(model, *brittle([0.05, 0.06]))
-    assert model.sizes == [2] + [2] * 5, "the likeliest wrong class was enough"
+@pytest.mark.parametrize("settings", [{"restarts": 3}, {"loss": "dlr", "targets": 3}], ids=str)
+def test_what_is_broken_is_attacked_no_further(settings):
+    net, x, y = attackable(32)
+    y[::8] = (y[::8] + 1) % 10
+    model = Recorder(net)
+    x_adv = APGD(0.004, steps=4, input_gradient="autograd", **settings)(model, x, y)
+    runs = model.sizes[1::5]
+    assert model.sizes == [32] + [n for n in runs for _ in range(5)]
+    assert 28 == runs[0] > runs[1] >= runs[2] >= int((net(x_adv).argmax(1) == y).sum()) > 0
+    assert torch.equal(x_adv[::8], x[::8]), "misclassified as they are"
 
 
 def test_inside_of_runs_too_where_samples_are_independent(monkeypatch):
@@ -231,32 +179,8 @@ def test_restarts_and_targets_keep_the_highest_loss():
     assert not torch.equal(best, runs[0])
 
 
-def test_the_attack_attacks():
-    """As well as PGD with a step size tuned by hand; and better towards nine targets than away from the class."""
-    model, x, y = attackable(50)
-    for norm, eps in (("linf", 0.006), ("l2", 0.07)):
-        robust = [
-            int((model(x_adv).argmax(1) == y).sum())
-            for x_adv in (
-                sk.pgd(model, x, y, eps, norm=norm, steps=20),
-                APGD(eps, norm=norm, steps=20)(model, x, y),
-                APGD(eps, norm=norm, steps=20, loss="dlr")(model, x, y),
-                APGD(eps, norm=norm, steps=10, loss="dlr", targets=9)(model, x, y),
-            )
-        ]
-        assert robust[1] <= robust[0] + 2, robust
-        assert 5 < robust[3] < min(robust[:2]), robust
-
-
-class Noisy(Around):
-    """Random numbers are added to its logits."""
-
-    def forward(self, x):
-        return self.net(x) + torch.randn(len(x), 10, dtype=x.dtype) / 4
-
-
-@pytest.mark.parametrize("loss", ["ce", "dlr", "margin"])
-def test_gradients_are_averaged_with_their_lengths(loss):
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_gradients_are_averaged_with_their_lengths(loss, monkeypatch):
     """eot=3 on three networks in turn is one attack on the mean of their losses."""
     nets = [cnn().double().eval() for _ in range(3)]
     x, y = torch.rand(8, 3, 8, 8).double(), torch.randint(10, (8,))
@@ -271,24 +195,18 @@ def test_gradients_are_averaged_with_their_lengths(loss):
             return torch.cat([net(x) * 5**i for i, net in enumerate(nets)], 1)
 
     def mean(z, y):
-        total = 0
-        for part in z.split(10, dim=1):
-            if loss == "ce":
-                total = total + nn.functional.cross_entropy(part, y, reduction="none")
-            else:
-                top, own = part.sort(1, descending=True), part.gather(1, y[:, None])[:, 0]
-                other = torch.where(top.indices[:, 0] == y, top.values[:, 1], top.values[:, 0])
-                gap = other - own
-                total = total + (gap / (top.values[:, 0] - top.values[:, 2] + 1e-12) if loss == "dlr" else gap.clamp(max=0))
-        return total
+        parts = z.split(10, dim=1)
+        if loss == "ce":
+            return sum(nn.functional.cross_entropy(part, y, reduction="none") for part in parts)
+        return sum(margin(part, y).clamp(max=0) for part in parts)
 
+    monkeypatch.setattr(apgd, "predictions", lambda logits: y[: len(logits)])  # all stay correct
     start, results = torch.Generator(), []
     for attacked, settings in ((model, {"loss": loss, "eot": 3}), (Together(), {"loss": mean})):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "argmax", lambda self, dim: y[: len(self)])  # all stay correct
-            attack = APGD(EPS, steps=6, generator=start.manual_seed(1), norm="l2", **settings)
-            results.append(attack(attacked, x, y))
+        attack = APGD(EPS, steps=6, generator=start.manual_seed(1), norm="l2", **settings)
+        results.append(attack(attacked, x, y))
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+    assert moved(results[0], x).all()
 
 
 def test_eot_needs_one_pass_where_nothing_is_random():
@@ -300,33 +218,6 @@ def test_eot_needs_one_pass_where_nothing_is_random():
     ]
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-12)
-
-
-def test_eot_on_a_random_model():
-    model, x = Noisy(sharp()), torch.rand(16, 3, 8, 8).double()
-    y = model.net(x).argmax(1)
-    x_adv = APGD(0.03, steps=10, eot=10)(model, x, y)
-    assert (model.net(x_adv).argmax(1) != y).float().mean() > 0.3
-
-
-def test_nan_gradients_are_counted_and_harmless():
-    class Broken(nn.Module):
-        def forward(self, x):
-            z = x.flatten(1)[:, :3] * 5
-            return z / (x[:, 0, 0, 0] <= 0.9)[:, None].to(x.dtype).sqrt()  # 5 x / 0 is inf, its gradient NaN
-
-    x, y = torch.rand(5, 3, 4, 4) * 0.8, torch.tensor([0, 1, 2, 0, 1])
-    y = (x.flatten(1)[:, :3]).argmax(1)
-    x[1, 0, 0, 0] = 0.95
-    y[1] = 0
-    for norm in ("linf", "l2"):
-        with pytest.warns(RuntimeWarning, match="NaN for 1 of 5 samples"):
-            x_adv = APGD(0.02, norm=norm, steps=5)(Broken(), x, y)
-        assert x_adv.isfinite().all()
-        assert ((x_adv - x).flatten(1).abs().amax(1) <= 0.0201).all()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            APGD(0.02, norm=norm, steps=5)(Broken(), x[[0, 2]], y[[0, 2]])
 
 
 # --- captures ---
@@ -391,19 +282,10 @@ def test_settings_and_weights_tell_captures_apart(graphs):
         for eps in (0.0, 1e-9):
             APGD(eps, graph=True, **({"steps": 4} | variant))(model, x, y)
         assert len(graphs) == n, variant
-    sk.PGD(1e-9, steps=4, graph=True, generator=None)  # of another class: its captures are others
     with torch.no_grad():
         model[-1].weight.mul_(-1)
     y = model(x).argmax(1)
     assert torch.equal(*captured_and_eager(APGD, 0.01, model, x, y, steps=4, input_gradient="autograd"))
-
-
-def test_auto_captures_the_second_attack(graphs):
-    model, (x, _) = cnn().eval(), batch(4)
-    y = model(x).argmax(1)
-    for n, captures in enumerate((0, 1, 1)):
-        APGD(1e-9 * (1 + n), steps=3)(model, x, y)
-        assert len(graphs) == captures
 
 
 def test_long_runs_are_captured_only_with_graph_true(graphs):
@@ -415,19 +297,3 @@ def test_long_runs_are_captured_only_with_graph_true(graphs):
     assert len(graphs) == 0
     APGD(0.0, graph=True, steps=9, eot=30)(model, x, y)
     assert len(graphs) == 1
-
-
-# --- bad input ---
-
-
-@pytest.mark.parametrize("classes", [2, 3, 4])
-def test_few_classes(classes):
-    model, (x, _) = cnn(classes=classes).eval(), batch(8)
-    y = model(x).argmax(1)
-    for settings, needed in (({}, 2), ({"targets": 1}, 2), ({"loss": "dlr"}, 3), ({"loss": "dlr", "targets": 1}, 4)):
-        attack = APGD(0.02, steps=3, **settings)
-        if classes < needed:
-            with pytest.raises(ValueError, match=f"at least {needed} classes here, the model has {classes}"):
-                attack(model, x, y)
-        else:
-            assert attack(model, x, y).shape == x.shape

