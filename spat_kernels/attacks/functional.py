@@ -1,10 +1,11 @@
 """PGD as functions, one call an attack: `pgd_ls` (SPAT), `pgd`, `pgd_kl` (TRADES), `fgsm` and `cw_linf`."""
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..losses import KLDivergence, LabelSmoothedCE, LossLike, Margin
-from ..settings import CommonSettings, PGDSettings
+from ..settings import BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select
 from .pgd import PGD
 
 
@@ -15,8 +16,20 @@ def pgd_ls(
     eps: float | Tensor,
     alpha: float,
     *,
+    steps: int = 10,
+    step_size: float | Tensor | None = None,
+    random_start: bool = True,
+    norm: Norm = "linf",
+    targeted: bool = False,
+    restarts: int = 1,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    precision: Precision | None = None,
+    input_gradient: GradientPath = "auto",
+    bn_mode: BNMode = "eval",
+    select: Select = "success",
+    generator: torch.Generator | None = None,
+    graph: Graph = "auto",
     start: Tensor | None = None,
-    **settings: Unpack[PGDSettings],
 ) -> Tensor:
     """PGD on label-smoothed cross-entropy: the training examples of SPAT (thesis, Eq. 4.1-4.3).
 
@@ -24,9 +37,14 @@ def pgd_ls(
     0 is cross-entropy. Where p_y > 1 - alpha this loss pulls *towards* the true class: it makes training examples that keep their
     meaning, and is too weak to measure robustness with (use `pgd`, `cw_linf` and AutoAttack).
 
-    The other arguments, `settings`, and the result, errors and warnings are those of `PGD`.
+    The other arguments, the result, errors and warnings are those of `PGD`.
     """
-    return pgd(model, x, y, eps, loss=LabelSmoothedCE(alpha), start=start, **settings)
+    attack = PGD(
+        eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
+        targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
+        select=select, generator=generator, graph=graph,
+    )  # fmt: skip
+    return attack(model, x, y, start=start)
 
 
 def pgd(
