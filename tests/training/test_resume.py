@@ -32,9 +32,8 @@ from spat_train.runtime import signals
 from spat_train.runtime.atomic_write import SaveError
 from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import Stopped
-from spat_train.training import run as run_module
-from spat_train.training.messages import TrainingError
-from spat_train.training.run import Run
+from spat_train.training import setup
+from spat_train.training.run import Run, TrainingError
 from spat_train.training.trainer import train
 from tests.training.helpers import (
     EVERYTHING,
@@ -136,7 +135,7 @@ def test_a_second_sigterm_does_not_stop_the_save(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("name", ["load_images", "make_model"])
 def test_signals_before_the_first_step_end_the_run_at_once(tmp_path, monkeypatch, number, name):
-    original = getattr(run_module, name)
+    original = getattr(setup, name)
 
     def interrupted(*args, **options):
         try:
@@ -145,7 +144,7 @@ def test_signals_before_the_first_step_end_the_run_at_once(tmp_path, monkeypatch
             pytest.fail("the signal was swallowed")
         return original(*args, **options)
 
-    monkeypatch.setattr(run_module, name, interrupted)
+    monkeypatch.setattr(setup, name, interrupted)
     with pytest.raises(Stopped, match="before the first step: there is nothing to save") as stop:
         train(settings(tmp_path / "runs" / "run"))
     assert stop.value.exit_code == 128 + number

@@ -21,12 +21,11 @@ from spat_train.errors import InputError
 from spat_train.models.registry import create
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
-from spat_train.training import checkpoint
+from spat_train.training import checkpoint, setup
 from spat_train.training import run as run_module
 from spat_train.training.check import check
-from spat_train.training.messages import TrainingError
 from spat_train.training.optim import learning_rate, make_optimizer, perturbed_weights
-from spat_train.training.run import Run
+from spat_train.training.run import Run, TrainingError
 from spat_train.training.setup import batch_sizes
 from spat_train.training.step import Objective, TrainStep
 from spat_train.training.trainer import train
@@ -451,7 +450,7 @@ def test_diverging_weights_are_never_saved(tmp_path):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-@pytest.mark.parametrize(("owner", "name"), [(TrainStep, "update"), (run_module, "make_model"), (Run, "validate")])
+@pytest.mark.parametrize(("owner", "name"), [(TrainStep, "update"), (setup, "make_model"), (Run, "validate")])
 @pytest.mark.parametrize(
     "error",
     [
