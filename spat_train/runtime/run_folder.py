@@ -12,7 +12,6 @@ import torch
 
 from ..errors import InputError, first_line
 from . import atomic_write
-from .seeding import random_state, set_random_state  # noqa: F401  (training imports them from here)
 
 FORMAT = "spat_train 3"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the weights, and whether a run may go on from it. The files: runtime/run_folder.py."""
+"""What a checkpoint holds beside the weights, and whether a run may continue from it. The files: runtime/run_folder.py."""
 
 import platform
 import sys
@@ -29,7 +29,7 @@ class Progress:
 
 
 def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
-    """The checkpoint to go on from, or None. Claims the folder for this run.
+    """The checkpoint to continue from, or None. Claims the folder for this run.
 
     Raises:
         InputError: there is one that cannot be used, that was made with other options, or that not all processes see.
@@ -38,13 +38,11 @@ def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
         folder.claim()  # before reading: another run may be at its last save
     saved = folder.open(config.resume)
     if len(set(world.gather(saved and saved["id"]))) > 1:
-        raise InputError(
-            f"--out {folder.path}: processes find different checkpoints there: give a folder that all machines share"
-        )
+        remedy = "give a folder that all machines share"
+        raise InputError(f"--out {folder.path}: processes find different checkpoints there: {remedy}")
     if saved and (changed := config.differences(saved["config"])):
-        raise InputError(
-            f"--resume: {folder.path} was made with other options ({'; '.join(changed)}): give the same, or choose another --out"
-        )
+        remedy = "give the same, or choose another --out"
+        raise InputError(f"--resume: {folder.path} was made with other options ({'; '.join(changed)}): {remedy}")
     return saved
 
 

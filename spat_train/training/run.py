@@ -119,7 +119,10 @@ class Run:
             if self.log:
                 self.log.advance(size)
             with self.span("between"):
-                self.between_steps()
+                if progress.count >= config.log_every:
+                    self.write_losses()
+                late = time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+                self.save_or_stop(due=late and self.world.main)
         self.settle()
         self.write_losses()
         if len(self.held_out) and ((progress.epoch + 1) % config.val_every == 0 or progress.epoch + 1 == config.epochs):
@@ -148,12 +151,6 @@ class Run:
     @property
     def global_step(self) -> int:
         return self.progress.epoch * self.loader.order.steps + self.progress.step
-
-    def between_steps(self) -> None:
-        if self.progress.count >= self.config.log_every:
-            self.write_losses()
-        late = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
-        self.save_or_stop(due=late and self.world.main)
 
     def between_batches(self) -> None:
         """Of an evaluation."""
@@ -205,11 +202,7 @@ class Run:
         self.progress.sums = {name: sums.get(name, 0.0) + number for name, number in losses.items()}
         self.progress.count += 1
         if self.log:
-            self.log.show(**losses, lr=self.learning_rate)
-
-    @property
-    def learning_rate(self) -> float:
-        return self.step.optimizer.param_groups[0]["lr"]
+            self.log.show(**losses, lr=self.step.optimizer.param_groups[0]["lr"])
 
     def write_losses(self) -> None:
         """Their means since the last call, over all processes, to the log."""
@@ -217,7 +210,7 @@ class Run:
         totals = self.world.add(*progress.sums.values())
         if self.log and progress.count:
             means = {name: t / progress.count / self.world.size for name, t in zip(progress.sums, totals, strict=True)}
-            means |= {"lr": self.learning_rate, "images_per_second": self.log.rate()}
+            means |= {"lr": self.step.optimizer.param_groups[0]["lr"], "images_per_second": self.log.rate()}
             step = self.global_step - (self.pending is not None)  # whose loss is not read yet
             self.log.write("train", epoch=progress.epoch + 1, step=step, **means)
         progress.sums, progress.count = {}, 0
