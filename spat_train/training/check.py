@@ -41,9 +41,8 @@ def check(c: Config) -> None:
             value = getattr(c, option)
             need(value is None or holds(value), option, remedy)
     check_seed(c.seed)
-    check_eps("--eps", c.eps)
-    check_eps("--eval-eps", c.eval_eps)
-    check_eps("--step-size", c.step_size, least=0.05)
+    for option, value, least in (("--eps", c.eps, 0.5), ("--eval-eps", c.eval_eps, 0.5), ("--step-size", c.step_size, 0.05)):
+        check_eps(option, value, least)
     check_device(c.device)
     try:
         import_own(c.model)  # it may register the loss

@@ -47,11 +47,9 @@ def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
 
 
 def image_record(dataset: Dataset, extra: Images | None, world: World) -> dict:
-    """What a checkpoint has of the images, by which --resume sees whether they are the same.
+    """What a checkpoint has of the images, by which --resume sees whether they are the same, by "train", "test" and "extra".
 
-    Returns:
-        dict: `data`, the fingerprints of "train", "test" and, where there are any, "extra" images; `file_sizes`, of the main
-        process alone, by the same names, int64 [N]: bytes of each picture in a folder.
+    `data`: their fingerprints; `file_sizes`: bytes of each picture in a folder, int64 [N], of the main process alone.
     """
     images = {"train": dataset.train, "test": dataset.test} | ({"extra": extra} if extra else {})
     folders = {name: part for name, part in images.items() if isinstance(part, Folder) and world.main}

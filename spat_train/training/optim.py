@@ -15,9 +15,9 @@ from ..config import Config
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """SGD or Adam; without `decay_norm`, parameters of one dimension (biases, batch norm) are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    decayed = [p for p in parameters if p.ndim > 1 or config.decay_norm]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if not config.decay_norm:
-        groups[0]["params"] = [p for p in parameters if p.ndim > 1]
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
     fused = all(p.is_floating_point() and is_dense(p) for p in parameters)  # what the fused kernels take for granted
     if config.optimizer == "adam":

@@ -145,8 +145,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        patience = self.config.patience
-        return self.progress.epoch >= self.config.epochs or (patience is not None and self.progress.stale >= patience)
+        return self.progress.epoch >= self.config.epochs or self.progress.stale >= (self.config.patience or math.inf)
 
     @property
     def global_step(self) -> int:

@@ -37,9 +37,8 @@ def load_images(c: Config, dataset: Dataset | None) -> tuple[Dataset, Images | N
         c.maximised.check_classes(data.num_classes, targeted=False)
     except ValueError as error:
         raise InputError(f"--inner {c.inner_loss}: {error}") from error
-    if c.extra is None:
-        return data, None
-    return data, load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes)
+    extra = load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes) if c.extra else None
+    return data, extra
 
 
 def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tuple[nn.Module, torch.memory_format]:

@@ -74,14 +74,13 @@ def explained(config: Config, world: World, folder: RunFolder) -> Iterator[None]
     except (RuntimeError, MemoryError) as error:
         if reason := death(error):
             raise TrainingError(f"{reason}; {folder.kept()}; with --resume the same command goes on") from error
-        if world.size > 1 and not is_out_of_memory(error) and re.search(PEER, str(error)):
-            raise TrainingError(
-                f"another process ended, and may say why ({first_line(error)}); {folder.kept()}, to go on with by --resume"
+        if is_out_of_memory(error):
+            raise InputError(
+                f"--batch-size {config.batch_size}: out of memory on {world.device}: lower it, or use --precision bf16 or "
+                "more GPUs (torchrun); where that is enough, and on --resume too: --graph never, --stream, or a lower "
+                f"--eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
             ) from error
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"--batch-size {config.batch_size}: out of memory on {world.device}: lower it, or use --precision bf16 or "
-            "more GPUs (torchrun); where that is enough, and on --resume too: --graph never, --stream, or a lower "
-            f"--eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
-        ) from error
+        if world.size > 1 and re.search(PEER, str(error)):
+            reason = f"another process ended, and may say why ({first_line(error)})"
+            raise TrainingError(f"{reason}; {folder.kept()}, to go on with by --resume") from error
+        raise
