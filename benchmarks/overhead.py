@@ -83,8 +83,7 @@ def run_for(config: Config, images: Images, folder: Path, warm_up: int, updates:
         if waits:
             measure.synchronize(config.device)
         marks.append((time.perf_counter(), clock.read() if waits else {}))
-        if len(marks) == warm_up + updates:
-            wish.number = signal.SIGTERM
+        wish.number = signal.SIGTERM if len(marks) == warm_up + updates else 0
 
     dataset = Dataset("images", images, images, tuple(map(str, range(CLASSES))))
     world = World(0, 1, torch.device(config.device))

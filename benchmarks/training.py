@@ -170,8 +170,8 @@ def providers(options: "Options") -> list[Provider]:
     found += [Provider("authors", p, partial(authors, precision=p), "as published") for p in full]
     found += [Provider("autocast", p, partial(authors, precision=p), "channels_last") for p in half]
     found += [Provider("compiled autocast", "bf16", partial(authors, precision="bf16", compiled=True), "channels_last")]
-    named = [p for p in found if not options.providers or p.name in options.providers]
-    return [p for p in named if p.precision in options.precisions]
+    names = options.providers or [p.name for p in found]
+    return [p for p in found if p.name in names and p.precision in options.precisions]
 
 
 # --- agreement ---
@@ -283,8 +283,7 @@ class Options:
         records, calls = [], {}
         for index, provider in enumerate(providers(self)):
             record = {"provider": provider.name, "precision": provider.precision, "note": provider.note}
-            record["ours"] = provider.name == "spat_train"
-            records.append(record)
+            records.append(record := record | {"ours": provider.name == "spat_train"})
             try:
                 update = provider.build(model, method)
                 record |= expected.verdict(*first(update, model, provider.precision, x, y))

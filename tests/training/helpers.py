@@ -52,12 +52,10 @@ def for_three_classes(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
 
-class GivingADict(nn.Linear):
-    def __init__(self, num_classes: int):
-        super().__init__(64, num_classes)
-
-    def forward(self, x):
-        return {"logits": super().forward(x.flatten(1))}
+def giving_a_dict(num_classes: int) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    model.register_forward_hook(lambda model, args, z: {"logits": z})
+    return model
 
 
 def without_parameters(num_classes: int) -> nn.Module:

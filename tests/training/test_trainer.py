@@ -398,7 +398,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, owner, name, k
         ({"model": "tests.training.helpers:for_8x8_colour"}, r"for digits, it does not take images \[1, 8, 8\]"),
         ({"model": "tests.training.helpers:for_three_classes"}, r"two images give \[2, 3\]: it must return logits \[2, 10\]"),
         ({"model": "tests.training.helpers:without_parameters"}, "it has no parameter to train"),
-        ({"model": "tests.training.helpers:GivingADict"}, r"two images give dict: it must return logits \[2, 10\]"),
+        ({"model": "tests.training.helpers:giving_a_dict"}, r"two images give dict: it must return logits \[2, 10\]"),
         ({"method": "xyz"}, "--method xyz: choose one of standard, madry"),
         ({"inner": "xyz"}, "--inner xyz: loss='xyz': give one of 'ce', 'kl'"),
         ({"milestones": (90, 75)}, "--milestones"),
