@@ -16,6 +16,7 @@ same batch, which must be what the authors' does (`Expected`), or it is recorded
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,9 +84,12 @@ class Authors:
 
     def __call__(self, x: Tensor, y: Tensor, start: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=self.layout)
-        self.model.eval()
-        self.x_adv = self.examples(x, y, start)
-        self.model.train()
+        if start is None:
+            start = uniform(x) if self.method == "madry" else x + 0.001 * torch.randn_like(x)
+        self.model.eval().requires_grad_(not self.compiled)
+        with self.autocast():  # around all steps: it caches the casts of weights that require a gradient
+            self.x_adv = self.examples(x, y, start)
+        self.model.train().requires_grad_(True)
         self.optimizer.zero_grad()
         with self.autocast():
             loss = outer_loss(self.method, self.logits, self.x_adv, x, y)
@@ -94,17 +98,11 @@ class Authors:
         self.scaler.update()
         return loss.detach()
 
-    def examples(self, x: Tensor, y: Tensor, start: Tensor | None) -> Tensor:
+    def examples(self, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
         def gradient(x_adv: Tensor) -> Tensor:
             return torch.autograd.grad(self.scaler.scale(inner_loss(self.method, self.logits, x_adv, x, y)), x_adv)[0]
 
-        if start is None:
-            start = uniform(x) if self.method == "madry" else x + 0.001 * torch.randn_like(x)
-        self.model.requires_grad_(not self.compiled)
-        with self.autocast():  # around all steps: it caches the casts of weights that require a gradient
-            x_adv = ascend(x, start, self.steps, gradient)
-        self.model.requires_grad_(True)
-        return x_adv
+        return ascend(x, start, self.steps, gradient)
 
     def autocast(self):
         return torch.autocast(next(self.model.parameters()).device.type, self.dtype, enabled=self.tuned)
@@ -137,15 +135,13 @@ class Ours:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # as the loader gives it
-        before, self.launched = self.launched, self.step(x, y, epoch=0, part=1.0, seed=self.seed(self.count))
+        seed = derived_seed(self.config.seed, self.count, 0)
+        before, self.launched = self.launched, self.step(x, y, epoch=0, part=1.0, seed=seed)
         self.count += 1
         if before:
             before.read()  # as the trainer does: the loss of one step during the next
         self.x_adv = self.launched.x_adv
         return self.launched.values[0]  # on its way from the device
-
-    def seed(self, count: int) -> int:
-        return derived_seed(self.config.seed, count, 0)
 
 
 # --- providers ---
@@ -158,45 +154,36 @@ class Provider:
     name: str
     precision: str
     build: Callable[[nn.Module, str], Update]
-    ours: bool = False
     note: str = ""
 
 
 def providers(options: "Options") -> list[Provider]:
+    def ours(model: nn.Module, method: str, precision: str) -> Ours:
+        return Ours(model, settings(options.model, options.batch, method, precision, options.device, options.steps))
+
+    def authors(model: nn.Module, method: str, precision: str, compiled: bool = False) -> Authors:
+        return Authors(model, method, options.steps, precision, compiled)
+
     cuda = options.device.startswith("cuda")
     full, half = ["fp32", "tf32"] if cuda else ["fp32"], ["bf16", "fp16"] if cuda else ["bf16"]
-
-    def ours(precision: str):
-        return lambda model, method: Ours(
-            model, settings(options.model, options.batch, method, precision, options.device, options.steps)
-        )
-
-    def authors(precision: str, compiled: bool = False):
-        return lambda model, method: Authors(model, method, options.steps, precision, compiled)
-
-    found = [Provider("spat_train", precision, ours(precision), ours=True) for precision in full + half]
-    found += [Provider("authors", precision, authors(precision), note="as published") for precision in full]
-    found += [Provider("autocast", precision, authors(precision), note="channels_last") for precision in half]
-    found += [Provider("compiled autocast", "bf16", authors("bf16", True), note="channels_last")]
-    return [
-        p for p in found
-        if p.precision in options.precisions and (not options.providers or p.name in options.providers)
-    ]  # fmt: skip
+    found = [Provider("spat_train", p, partial(ours, precision=p)) for p in full + half]
+    found += [Provider("authors", p, partial(authors, precision=p), "as published") for p in full]
+    found += [Provider("autocast", p, partial(authors, precision=p), "channels_last") for p in half]
+    found += [Provider("compiled autocast", "bf16", partial(authors, precision="bf16", compiled=True), "channels_last")]
+    names = options.providers or [p.name for p in found]
+    return [p for p in found if p.name in names and p.precision in options.precisions]
 
 
 # --- agreement ---
 
 
-def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, steps: int = 3) -> dict[str, float]:
+def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, steps: int = 3) -> None:
     """Ours and the authors' loop do the same, from the same start.
 
-    Returns:
-        dict: `ours` and `authors`, the shares of pixels where their fp32 examples are not those of the authors' loop in fp64 (a
-        gradient within rounding of 0 turns its pixel's step around); `loss` and `gradients`, the relative differences of the loss
-        and of the weights' gradients in fp64, on the same examples.
-
     Raises:
-        AssertionError: ours differ on more than twice as many pixels (or 0.1 %), or by more than rounding.
+        AssertionError: the fp32 examples of ours differ from those of the authors' loop in fp64 on more than twice as many pixels
+            (or 0.1 %) as those of the authors' in fp32 do: a gradient within rounding of 0 turns its pixel's step around. Or the
+            loss or its gradients in fp64, on the same examples, differ by more than rounding.
     """
     torch.manual_seed(0)
     x = photographs(count, 32).to(device)
@@ -205,7 +192,7 @@ def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, s
     config = settings(model, count, method, "fp32", device, steps, start="normal")  # which can be drawn again
     ours = Ours(network, config)
     authors, exact = Authors(network, method, steps), Authors(network.double(), method, steps)
-    generator = torch.Generator(device).manual_seed(ours.seed(0))
+    generator = torch.Generator(device).manual_seed(derived_seed(config.seed, 0, 0))
     start = x + 0.001 * torch.randn(x.shape, generator=generator, device=device)
     with numerics("fp32"):
         ours(x, y)
@@ -216,10 +203,8 @@ def verify(method: str, device: str, model: str = "wrn-10-1", count: int = 16, s
     losses = Objective(network, config)(x, exact.x_adv, y)[0], outer_loss(method, network, exact.x_adv, x, y)
     gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]) for loss in losses]
     relative = [((a - b).norm() / b.norm()).item() for a, b in (losses, gradients)]
-    result = dict(zip(("ours", "authors", "loss", "gradients"), shares + relative, strict=True))
-    assert shares[0] <= 2 * shares[1] + 1e-3, f"{method} differs: {result}"
-    assert max(relative) < 1e-9, f"{method} differs: {result}"
-    return result
+    same = shares[0] <= 2 * shares[1] + 1e-3 and max(relative) < 1e-9
+    assert same, f"{method} differs: on {shares} of the pixels, loss and gradients by {relative}"
 
 
 def first(update: Update, model: nn.Module, precision: str, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
@@ -240,18 +225,15 @@ class Expected:
 
     def __init__(self, model: nn.Module, method: str, steps: int, x: Tensor, y: Tensor):
         (self.loss, self.change), (_, other) = (first(Authors(model, method, steps), model, "fp32", x, y) for _ in range(2))
-        self.cosine = 1 - 2 * (1 - self._cosine(other)) - 0.02
+        self.cosine = 2 * F.cosine_similarity(other, self.change, dim=0).item() - 1.02
 
     def verdict(self, loss: float, change: Tensor) -> dict:
-        cosine = self._cosine(change)
+        cosine = F.cosine_similarity(change, self.change, dim=0).item()
         found = {"loss": loss, "expected_loss": self.loss, "cosine": cosine, "least_cosine": self.cosine}
         if abs(loss / self.loss - 1) <= 0.01 and cosine >= self.cosine:
             return found
         note = f"loss {loss:.4f} for {self.loss:.4f}, cosine of the change {cosine:.3f}, at least {self.cosine:.3f} expected"
         return found | {"status": "disagrees", "note": note}
-
-    def _cosine(self, change: Tensor) -> float:
-        return F.cosine_similarity(change, self.change, dim=0).item()
 
 
 # --- the race ---
@@ -285,8 +267,7 @@ class Options:
         yield results
         wrong = {r["method"] for r in results["steps"] if r["ours"] and r["status"] != "timed"}  # these are raced again
         results["steps"] = [r for r in results["steps"] if r["method"] not in wrong]
-        done = {record["method"] for record in results["steps"]}
-        for method in [m for m in self.methods if m not in done]:
+        for method in [m for m in self.methods if m not in {r["method"] for r in results["steps"]}]:
             results["steps"] += [{"method": method} | record for record in self.race(method)]
             torch._dynamo.reset()
             measure.free(self.device)
@@ -301,8 +282,8 @@ class Options:
         expected = Expected(model, method, self.steps, x, y)
         records, calls = [], {}
         for index, provider in enumerate(providers(self)):
-            record = {"provider": provider.name, "precision": provider.precision, "ours": provider.ours, "note": provider.note}
-            records.append(record)
+            record = {"provider": provider.name, "precision": provider.precision, "note": provider.note}
+            records.append(record := record | {"ours": provider.name == "spat_train"})
             try:
                 update = provider.build(model, method)
                 record |= expected.verdict(*first(update, model, provider.precision, x, y))

@@ -176,7 +176,7 @@ class Config:
     """Folder of the run: config.json, log.jsonl, last.pt (and previous.pt, the checkpoint before it, should last.pt be damaged),
     result.json and, with validation, best.pt. Default: in runs/."""
     resume: bool = False
-    """Go on with the run in --out where there is one; the same command again. More --epochs extend a constant schedule, and
+    """Continue the run in --out where there is one; the same command again. More --epochs extend a constant schedule, and
     a piecewise one whose --milestones so far stay."""
     checkpoint_minutes: float = 10.0
     """Minutes between saves within an epoch. The end of every epoch is saved too."""
@@ -274,25 +274,18 @@ class Config:
 
         More epochs are no difference where the learning rates of the earlier epochs stay.
         """
-        now = self.to_dict()
+        now, why = self.to_dict(), ""
         names = [name for name in now | saved if name not in FREE_ON_RESUME and saved.get(name) != now.get(name)]
-        why = ""
-        if self.epochs > saved.get("epochs", 0):
-            why = self._why_not_longer(saved)
-            names = names if why else [name for name in names if name not in ("epochs", "milestones")]
+        before, milestones = saved.get("epochs", 0), saved.get("milestones")
+        if self.epochs > before and self.schedule != "constant":
+            old = dataclasses.replace(self, epochs=before, milestones=None if milestones is None else tuple(milestones))
+            if self.schedule != "piecewise":
+                why = f", which --schedule {self.schedule} cannot change"
+            elif old.lr_drops != tuple(epoch for epoch in self.lr_drops if epoch <= before):
+                why = f", where lr dropped at {' '.join(map(str, old.lr_drops))}: let --milestones begin with these"
+        if self.epochs > before and not why:
+            names = [name for name in names if name not in ("epochs", "milestones")]
         return [f"{n}: {saved.get(n)} -> {now.get(n)}{why if n == 'epochs' else ''}" for n in names]
-
-    def _why_not_longer(self, saved: dict) -> str:
-        """Why the learning rates of the saved run's epochs would be others now that there are more; "" where they stay."""
-        before, drops = saved.get("epochs", 0), saved.get("milestones")
-        if self.schedule == "constant":
-            return ""
-        if self.schedule != "piecewise":
-            return f", which --schedule {self.schedule} cannot change"
-        old = dataclasses.replace(self, epochs=before, milestones=None if drops is None else tuple(drops))
-        if old.lr_drops == tuple(epoch for epoch in self.lr_drops if epoch <= before):
-            return ""
-        return f", where lr dropped at {' '.join(map(str, old.lr_drops))}: let --milestones begin with these"
 
 
 def check_device(device: str | None) -> None:

@@ -8,7 +8,6 @@ import torch
 
 from .config import Config
 from .data.datasets import load
-from .data.images import Dataset
 from .errors import InputError, check_count, check_eps, check_seed
 from .evaluation.evaluate import TEST, accuracies, table
 from .papers.pictures import large_eps, write_attacked
@@ -48,46 +47,7 @@ def demo(
     Returns:
         Accuracy in percent, per model and attack.
     """
-    check(limit, epochs, eps, alpha, seed, out)
-    dataset = load(data, limit=limit, seed=seed)
-    default_eps, default_epochs = DIGITS if data == "digits" else GREY if dataset.image_shape[0] == 1 else COLOUR
-    config = replace(
-        SETTINGS, data=data, limit=limit, seed=seed, eps=default_eps if eps is None else eps, epochs=epochs or default_epochs
-    )
-    print(
-        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images {list(dataset.image_shape)}, "
-        f"eps {config.eps:g}/255, alpha {alpha:g}, {config.epochs} epochs, on {'cuda' if torch.cuda.is_available() else 'cpu'}"
-    )
-
-    threads = torch.get_num_threads()
-    if data == "digits":
-        # 8x8 images are too small to gain from a second thread, and threads waiting for a busy core cost ten times the run.
-        torch.set_num_threads(1)
-    try:
-        return run(config, dataset, alpha, out)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def run(config: Config, dataset: Dataset, alpha: float, out: Path) -> dict[str, dict[str, float]]:
-    """Train three ways from the same initial weights, print the table, write the figure."""
-    start, eps = time.perf_counter(), config.evaluation_eps_in_x
-    trainings = {
-        "standard": replace(config, method="standard"),
-        "Madry": config,
-        "Madry+SPAT": replace(config, alpha=alpha),
-    }
-    models = {name: train(settings, dataset, save=False).model for name, settings in trainings.items()}
-    rows = {name: accuracies(model, dataset.test, TEST, eps, seed=config.seed) for name, model in models.items()}
-    print(table(rows))
-
-    write_attacked(out, models["Madry"], dataset, large_eps(eps, dataset.image_shape[0]), config.seed)
-    print(f"{out} written; {time.perf_counter() - start:.0f} s")
-    return rows
-
-
-def check(limit: int | None, epochs: int | None, eps: float | None, alpha: float, seed: int, out: Path) -> None:
-    """Raise InputError for what would fail, or mean nothing, after minutes of training."""
+    # first what would fail, or mean nothing, after minutes of training
     check_count("--limit", limit, least=2)
     check_count("--epochs", epochs)
     check_eps("--eps", eps)
@@ -103,3 +63,27 @@ def check(limit: int | None, epochs: int | None, eps: float | None, alpha: float
             out.unlink()
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}): give a file in a writable folder") from error
+    dataset = load(data, limit=limit, seed=seed)
+    default_eps, default_epochs = DIGITS if data == "digits" else GREY if dataset.image_shape[0] == 1 else COLOUR
+    eps = default_eps if eps is None else eps
+    config = replace(SETTINGS, data=data, limit=limit, seed=seed, eps=eps, epochs=epochs or default_epochs)
+    print(
+        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images {list(dataset.image_shape)}, "
+        f"eps {config.eps:g}/255, alpha {alpha:g}, {config.epochs} epochs, on {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    )
+
+    threads, start = torch.get_num_threads(), time.perf_counter()
+    if data == "digits":
+        # 8x8 images are too small to gain from a second thread, and threads waiting for a busy core cost ten times the run.
+        torch.set_num_threads(1)
+    try:  # from the same initial weights
+        trainings = {"standard": replace(config, method="standard"), "Madry": config, "Madry+SPAT": replace(config, alpha=alpha)}
+        models = {name: train(settings, dataset, save=False).model for name, settings in trainings.items()}
+        radius = config.evaluation_eps_in_x
+        rows = {name: accuracies(model, dataset.test, TEST, radius, seed=seed) for name, model in models.items()}
+        print(table(rows))
+        write_attacked(out, models["Madry"], dataset, large_eps(radius, dataset.image_shape[0]), seed)
+    finally:
+        torch.set_num_threads(threads)
+    print(f"{out} written; {time.perf_counter() - start:.0f} s")
+    return rows

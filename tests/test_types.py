@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
 
@@ -37,6 +38,7 @@ CALLS = [
     ("sk.pgd_ls(model, x, y, 0.1, 0.2, stpes=20)", "call-arg"),
     ("sk.pgd(model, x, y, 0.1, norm='l3')", "arg-type"),
     ("sk.fgsm(model, x, y, 0.1, norm='l3')", "arg-type"),
+    ("sk.pgd_ls(model, x, y, 0.1, 0.2, norm='l3')", "arg-type"),
     ("sk.PGD(0.1, precision='fp8')", "arg-type"),
     ("sk.PGD(0.1, graph='always')", "arg-type"),
     ("sk.PGD(0.1, bn_mode='test')", "arg-type"),
@@ -79,11 +81,20 @@ def test_settings_are_those_of_the_attacks():
         own = get_type_hints(attack)
         assert {name: own[name] for name in get_type_hints(settings.AttackSettings)} == get_type_hints(settings.AttackSettings)
     call = {"start": get_type_hints(sk.PGD.__call__)["start"], "alpha": float, "kappa": float}
-    for function in (sk.pgd, sk.pgd_ls, sk.pgd_kl, sk.fgsm, sk.cw_linf):
-        shared = settings.CommonSettings if function in (sk.fgsm, sk.cw_linf) else settings.PGDSettings
+    for function, shared in [
+        (sk.pgd, settings.PGDSettings),
+        (sk.pgd_kl, settings.PGDSettings),
+        (sk.fgsm, settings.CommonSettings),
+        (sk.cw_linf, settings.CommonSettings),
+    ]:
         assert function.__annotations__["settings"].__args__ == (shared,)
         assert not hints(function).keys() & get_type_hints(shared).keys()
         assert all((pgd | call)[name] == hint for name, hint in hints(function).items()), function
+    assert hints(sk.pgd_ls) == {name: hint for name, hint in (pgd | call).items() if name not in ("loss", "kappa")}
+    defaults = {f.name: f.default for f in fields(sk.PGD) if f.default is not MISSING}
+    given = {name: p.default for name, p in signature(sk.pgd_ls).parameters.items() if name in defaults}
+    assert given == {name: defaults[name] for name in given}
+    assert len(given) == len(pgd) - 2
 
 
 def test_choices_are_those_at_run_time():

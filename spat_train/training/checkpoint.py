@@ -1,6 +1,7 @@
-"""What a checkpoint holds beside the weights, and whether a run may go on from it. The files: runtime/run_folder.py."""
+"""What a checkpoint holds beside the weights, and whether a run may continue from it. The files: runtime/run_folder.py."""
 
 import platform
+import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -12,7 +13,6 @@ from ..data.images import Dataset, Folder, Images, fingerprint
 from ..errors import InputError
 from ..runtime.distributed import World
 from ..runtime.run_folder import RunFolder
-from .messages import say
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Progress:
 
 
 def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
-    """The checkpoint to go on from, or None. Claims the folder for this run.
+    """The checkpoint to continue from, or None. Claims the folder for this run.
 
     Raises:
         InputError: there is one that cannot be used, that was made with other options, or that not all processes see.
@@ -38,49 +38,43 @@ def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
         folder.claim()  # before reading: another run may be at its last save
     saved = folder.open(config.resume)
     if len(set(world.gather(saved and saved["id"]))) > 1:
-        raise InputError(
-            f"--out {folder.path}: processes find different checkpoints there: give a folder that all machines share"
-        )
+        remedy = "give a folder that all machines share"
+        raise InputError(f"--out {folder.path}: processes find different checkpoints there: {remedy}")
     if saved and (changed := config.differences(saved["config"])):
-        raise InputError(
-            f"--resume: {folder.path} was made with other options ({'; '.join(changed)}): give the same, or choose another --out"
-        )
+        remedy = "give the same, or choose another --out"
+        raise InputError(f"--resume: {folder.path} was made with other options ({'; '.join(changed)}): {remedy}")
     return saved
 
 
-class ImageRecord:
-    """The images of a run as fingerprints, by which --resume sees whether they are the same.
+def image_record(dataset: Dataset, extra: Images | None, world: World) -> dict:
+    """What a checkpoint has of the images, by which --resume sees whether they are the same, by "train", "test" and "extra".
 
-    Attributes:
-        fingerprints: of "train", "test" and, where there are any, "extra" images.
-        file_sizes: by the same names, int64 [N]: bytes of each picture in a folder. Of the main process alone.
+    `data`: their fingerprints; `file_sizes`: bytes of each picture in a folder, int64 [N], of the main process alone.
     """
+    images = {"train": dataset.train, "test": dataset.test} | ({"extra": extra} if extra else {})
+    folders = {name: part for name, part in images.items() if isinstance(part, Folder) and world.main}
+    return {
+        "data": {name: fingerprint(part) for name, part in images.items()},
+        "file_sizes": {name: folder.bytes() for name, folder in folders.items()},
+    }
 
-    def __init__(self, dataset: Dataset, extra: Images | None, world: World):
-        self.world = world
-        self.images: dict[str, Images | Folder] = {"train": dataset.train, "test": dataset.test}
-        self.images |= {"extra": extra} if extra else {}
-        self.fingerprints = {name: fingerprint(images) for name, images in self.images.items()}
-        folders = {name: images for name, images in self.images.items() if isinstance(images, Folder)}
-        self.file_sizes = {name: images.bytes() for name, images in folders.items()} if world.main else {}
 
-    def compare(self, saved: dict, folder: RunFolder) -> None:
-        """Refuse other images than the run began with. Files of another size may have been repaired: a note names them."""
-        before, now = saved["data"], self.fingerprints
-        if changed := [kind for kind in {**before, **now} if before.get(kind) != now.get(kind)]:
-            given = ", ".join(f"--{name} {saved['config'][name]}" for name in ("data", "extra") if saved["config"][name])
-            raise InputError(
-                f"--resume: {' and '.join(changed)} images or labels differ from those that {folder.path} was trained on "
-                f"({given}): give those, or choose another --out"
+def compare_images(dataset: Dataset, record: dict, saved: dict, folder: RunFolder) -> None:
+    """Refuse other images than the run began with. Files of another size may have been repaired: a note names them."""
+    before, now = saved["data"], record["data"]
+    if changed := [kind for kind in {**before, **now} if before.get(kind) != now.get(kind)]:
+        given = ", ".join(f"--{name} {saved['config'][name]}" for name in ("data", "extra") if saved["config"][name])
+        raise InputError(
+            f"--resume: {' and '.join(changed)} images or labels differ from those that {folder.path} was trained on "
+            f"({given}): give those, or choose another --out"
+        )
+    for kind, sizes in record["file_sizes"].items():
+        if others := (sizes != saved["file_sizes"][kind]).nonzero()[:, 0].tolist():
+            first = getattr(dataset, kind).files[others[0]]
+            say(
+                f"{len(others)} of {len(sizes)} {kind} pictures, {first} the first, have another size than before: right if they "
+                "were repaired"
             )
-        for kind, sizes in self.file_sizes.items():
-            images, others = self.images[kind], (sizes != saved["file_sizes"][kind]).nonzero()[:, 0].tolist()
-            if others and isinstance(images, Folder):
-                say(
-                    self.world,
-                    f"{len(others)} of {len(images)} {kind} pictures, {images.files[others[0]]} the first, have another size "
-                    "than before: right if they were repaired",
-                )
 
 
 def arithmetic(world: World) -> dict:
@@ -102,7 +96,13 @@ def environment(world: World) -> dict:
 
 
 def warn_of_rounding(saved: dict, world: World) -> None:
-    """Say that another machine goes on with the run, which changes its rounding."""
+    """Say that the run continues on another machine, which changes its rounding."""
     was, now = saved.get("arithmetic", {}), arithmetic(world)
     if changed := [f"{name} {value}, now {now[name]}" for name, value in was.items() if value != now[name]]:
-        say(world, f"saved with {'; '.join(changed)}: going on is equal but for rounding")
+        say(f"saved with {'; '.join(changed)}: going on is equal but for rounding", world)
+
+
+def say(text: str, world: World | None = None) -> None:
+    """A line on stderr, by the main process of `world`."""
+    if world is None or world.main:
+        print(f"spat-train: {text}", file=sys.stderr)

@@ -30,9 +30,8 @@ def write_curves(path: Path, runs: Sequence[Path]) -> None:
         raise InputError(f"--out {path}: give a name that ends in .png or .pdf")
     if not runs:
         raise InputError("plot: name at least one folder of a run")
-    for run in runs:
-        if not (run / "log.jsonl").is_file():
-            raise InputError(f"{run}: no log.jsonl there: give the folder of a run")
+    if missing := [run for run in runs if not (run / "log.jsonl").is_file()]:
+        raise InputError(f"{missing[0]}: no log.jsonl there: give the folder of a run")
     with style():
         figure = new_figure(PAGE, 4.6)
         for ax, (title, (kind, value, unit)) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):

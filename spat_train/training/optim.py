@@ -15,9 +15,9 @@ from ..config import Config
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """SGD or Adam; without `decay_norm`, parameters of one dimension (biases, batch norm) are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    decayed = [p for p in parameters if p.ndim > 1 or config.decay_norm]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if not config.decay_norm:
-        groups[0]["params"] = [p for p in parameters if p.ndim > 1]
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
     fused = all(p.is_floating_point() and is_dense(p) for p in parameters)  # what the fused kernels take for granted
     if config.optimizer == "adam":
@@ -60,22 +60,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
-        averaged, counters = ([pair for pair in pairs if pair[0].is_floating_point() == kind] for kind in (True, False))
-        ours, theirs = _columns(averaged)
-        torch._foreach_lerp_(ours, theirs, 1 - self.decay if self.count else 1.0)
-        if counters:
-            ours, theirs = _columns(counters)
-            torch._foreach_copy_(ours, theirs)
+        torch._foreach_lerp_(_tensors(self.module, True), _tensors(model, True), 1 - self.decay if self.count else 1.0)
+        if counters := _tensors(self.module, False):
+            torch._foreach_copy_(counters, _tensors(model, False))
         self.count += 1
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+def _tensors(model: nn.Module, floating: bool) -> list[Tensor]:
+    return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() == floating]
 
 
 @contextmanager
@@ -85,26 +77,21 @@ def perturbed_weights(model: nn.Module, size: float):
     w + size ||w|| g / ||g||, with g read from `.grad`. Afterwards the weights are as before, bit for bit.
     """
     weights = [(p, p.grad) for p in model.parameters() if p.ndim > 1 and p.grad is not None]
-    before = [p.detach().clone() for p, _ in weights]
-    with torch.no_grad():
-        for p, grad in weights:
-            grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
-            p.add_(grad * (size * p.norm() / (grad.norm() + 1e-12)))
-    try:
-        yield
-    finally:
+    with restored([p for p, _ in weights]):
         with torch.no_grad():
-            for (p, _), saved in zip(weights, before, strict=True):
-                p.copy_(saved)
+            for p, grad in weights:
+                grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
+                p.add_(grad * (size * p.norm() / (grad.norm() + 1e-12)))
+        yield
 
 
 @contextmanager
-def kept_buffers(model: nn.Module):
-    """Within, forwards may change buffers (the statistics of batch norm); afterwards they are as before."""
-    before = [b.detach().clone() for b in model.buffers()]
+def restored(tensors: list[Tensor]):
+    """Within, `tensors` may change; afterwards they are as before."""
+    before = [t.detach().clone() for t in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for b, saved in zip(model.buffers(), before, strict=True):
-                b.copy_(saved)
+            for t, saved in zip(tensors, before, strict=True):
+                t.copy_(saved)

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,17 +20,22 @@ from ..data.images import Dataset, Folder, Images
 from ..errors import InputError
 from ..evaluation.attack_specs import Attack
 from ..evaluation.evaluate import TEST, accuracies, validation
+from ..runtime.atomic_write import write_torch
 from ..runtime.distributed import World
 from ..runtime.logs import Log
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import derived_seed, random_state, set_random_state
 from ..runtime.signals import GracefulStop, Stopped
-from .checkpoint import ImageRecord, Progress, arithmetic, environment, find_saved, warn_of_rounding
-from .messages import FINER, TrainingError, not_finite, say
-from .setup import batch_sizes, load_images, make_loader, make_log, make_model, seed_generators, smallest_batch
-from .step import Launched, Span, TrainStep, no_span, spanned
+from . import checkpoint, setup
+from .checkpoint import Progress, say
+from .step import Launched, Span, TrainStep, spanned
 
 OnStep = Callable[["Run"], object]
+FINER = "with a lower --lr, or --precision bf16 or fp32"
+
+
+class TrainingError(RuntimeError):
+    """The run cannot continue. The message says what was saved, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +68,21 @@ class Run:
 
     def __init__(
         self, config: Config, dataset: Dataset | None, processes: World, wish: GracefulStop, folder: RunFolder,
-        *, on_step: OnStep | None = None, span: Span = no_span,
+        *, on_step: OnStep | None = None, span: Span = nullcontext,
     ):  # fmt: skip
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
-        self.on_step, self.span = on_step or (lambda run: None), span
-        saved = find_saved(config, processes, folder)
-        self.dataset, extra = processes.in_turn(lambda: load_images(config, dataset))
-        self.images = ImageRecord(self.dataset, extra, processes)
+        self.on_step, self.span = on_step, span
+        saved = checkpoint.find_saved(config, processes, folder)
+        self.dataset, extra = processes.in_turn(lambda: setup.load_images(config, dataset))
+        self.images = checkpoint.image_record(self.dataset, extra, processes)
         if saved is not None:
-            self.images.compare(saved, folder)
-        self.model, self.memory_format = make_model(config, self.dataset, processes, init=saved is None)
+            checkpoint.compare_images(self.dataset, self.images, saved, folder)
+        self.model, self.memory_format = setup.make_model(config, self.dataset, processes, init=saved is None)
         self.step = TrainStep(config, self.model, processes, span)
         if processes.rank:
-            seed_generators(config.seed + processes.rank)  # from here on for dropout and its like
-        self.loader, self.held_out = make_loader(config, self.dataset, extra, processes, self.memory_format)
+            setup.seed_generators(config.seed + processes.rank)  # from here on for dropout and its like
+        self.loader, self.held_out = setup.make_loader(config, self.dataset, extra, processes, self.memory_format)
+        self.sizes = setup.batch_sizes(self.loader.order)
         self.progress = Progress()
         self.log: Log | None = None
         self.pending: tuple[Launched, int, int] | None = None  # the last step, its epoch and number: `settle` reads its loss
@@ -89,14 +96,13 @@ class Run:
     def all(self) -> Result:
         result = self.world.gather(self.folder.result())[0] if self.finished else None
         if self.finished and (result or not self.config.test):
-            say(self.world, f"{self.folder.path} is finished: nothing is done again")
+            say(f"{self.folder.path} is finished: nothing is done again", self.world)
             return self.result(result and result["test"])
         if self.world.main:
-            self.log = make_log(self.config, self.loader.order, self.progress, self.folder, self.world)
+            self.log = self.open_log()
         try:
             while not self.finished:
                 self.epoch()
-            self.take_best()
             test = self.test() if self.config.test else None
         finally:
             if self.log:
@@ -106,16 +112,18 @@ class Run:
     def epoch(self) -> None:
         config, progress = self.config, self.progress
         self.model.train()
-        sizes, smallest = batch_sizes(self.loader.order), smallest_batch(config, self.world)
         for x, y in spanned(self.span, "loader", self.loader.epoch(progress.epoch, progress.step)):
-            size = sizes[progress.step]
-            if size >= smallest:
+            size = self.sizes[progress.step]
+            if size >= setup.smallest_batch(config, self.world):
                 self.train_on(x, y, size)
             progress.step += 1
             if self.log:
                 self.log.advance(size)
             with self.span("between"):
-                self.between_steps()
+                if progress.count >= config.log_every:
+                    self.write_losses()
+                late = time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
+                self.save_or_stop(due=late and self.world.main)
         self.settle()
         self.write_losses()
         if len(self.held_out) and ((progress.epoch + 1) % config.val_every == 0 or progress.epoch + 1 == config.epochs):
@@ -133,41 +141,45 @@ class Run:
         )  # fmt: skip
         self.settle()  # the loss of the step before: the device is busy with this one meanwhile
         self.pending = launched, epoch, step
-        self.on_step(self)
+        if self.on_step:
+            self.on_step(self)
 
     @property
     def finished(self) -> bool:
-        patience = self.config.patience
-        return self.progress.epoch >= self.config.epochs or (patience is not None and self.progress.stale >= patience)
+        return self.progress.epoch >= self.config.epochs or self.progress.stale >= (self.config.patience or math.inf)
 
     @property
     def global_step(self) -> int:
         return self.progress.epoch * self.loader.order.steps + self.progress.step
 
-    def between_steps(self) -> None:
-        """Log; save where it is time; stop where a signal asks for it."""
-        if self.progress.count >= self.config.log_every:
-            self.write_losses()
-        late = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
-        signal, due = self.world.agree(self.wish.number, late and self.world.main)
-        if signal:
-            self.stop(int(signal))
-        elif due:
-            self.save()
-
     def between_batches(self) -> None:
-        """During an evaluation: stop where a signal asks for it."""
-        (signal,) = self.world.agree(self.wish.number)
-        if signal:
-            self.stop(int(signal))
+        """Of an evaluation."""
+        self.save_or_stop()
 
-    def stop(self, signal: int) -> None:
-        if not self.finished:  # else all is saved, and the model may have its best weights now
+    def save_or_stop(self, due: bool = False) -> None:
+        """Save where it is due in any process; save and stop where a signal asks one of them to."""
+        signal, due_anywhere = self.world.agree(self.wish.number, due)
+        if (signal or due_anywhere) and not self.finished:  # else all is saved, and the model may have its best weights now
             self.save()
-        place = f"epoch {self.progress.epoch + 1}; {self.folder.kept()}, to go on with by --resume"
-        raise Stopped(signal, f"stopped by signal {signal} in {place}")
+        if signal:
+            place = f"epoch {self.progress.epoch + 1}; {self.folder.kept()}, to go on with by --resume"
+            raise Stopped(int(signal), f"stopped by signal {int(signal)} in {place}")
 
     # ---- losses and the log
+
+    def open_log(self) -> Log:
+        """The log of the main process from `progress` on. Writes config.json too."""
+        c, progress, images = self.config, self.progress, sum(self.sizes)
+        self.folder.write("config.json", c.to_json())
+        log = Log(
+            self.folder.path, total=c.epochs * images, done=progress.epoch * images + sum(self.sizes[: progress.step]),
+            position=progress.log_bytes, step=self.global_step, tensorboard=c.tensorboard, name=c.preset or c.label,
+        )  # fmt: skip
+        start = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(self.sizes)}
+        log.write("start", **start, **checkpoint.environment(self.world))
+        if progress.best:
+            log.show(best_pgd=progress.best["pgd"])
+        return log
 
     def settle(self) -> None:
         """Read the loss of the last step, and stop where it is not finite; warn of unusable gradients in its attack."""
@@ -177,17 +189,20 @@ class Run:
         with self.span("settle"):
             losses = launched.read()
         if not all(map(math.isfinite, losses.values())):
-            raise not_finite(self.folder, self.world.rank, launched, losses, epoch, step)
+            where = ""
+            if self.folder.path:
+                path = self.folder.path / f"nonfinite-rank{self.world.rank}.pt"
+                path.parent.mkdir(parents=True, exist_ok=True)  # other machines may have a disk of their own
+                images = {name: getattr(launched, name).cpu() for name in ("x", "x_adv", "y")}
+                write_torch(path, images | {"epoch": epoch, "step": step, "loss": losses})
+                where = f" its batch is in {path};"
+            place = f"epoch {epoch + 1}, step {step + 1}"
+            raise TrainingError(f"the loss of {place} is not finite ({losses});{where} {self.folder.kept()}: start again {FINER}")
         sums = self.progress.sums
-        for name, number in losses.items():
-            sums[name] = sums.get(name, 0.0) + number
+        self.progress.sums = {name: sums.get(name, 0.0) + number for name, number in losses.items()}
         self.progress.count += 1
         if self.log:
-            self.log.show(**losses, lr=self.learning_rate)
-
-    @property
-    def learning_rate(self) -> float:
-        return self.step.optimizer.param_groups[0]["lr"]
+            self.log.show(**losses, lr=self.step.optimizer.param_groups[0]["lr"])
 
     def write_losses(self) -> None:
         """Their means since the last call, over all processes, to the log."""
@@ -195,11 +210,9 @@ class Run:
         totals = self.world.add(*progress.sums.values())
         if self.log and progress.count:
             means = {name: t / progress.count / self.world.size for name, t in zip(progress.sums, totals, strict=True)}
-            place = {
-                "epoch": progress.epoch + 1,
-                "step": self.global_step - (self.pending is not None),
-            }  # whose loss is not read yet
-            self.log.write("train", **place, lr=self.learning_rate, **means, images_per_second=self.log.rate())
+            means |= {"lr": self.step.optimizer.param_groups[0]["lr"], "images_per_second": self.log.rate()}
+            step = self.global_step - (self.pending is not None)  # whose loss is not read yet
+            self.log.write("train", epoch=progress.epoch + 1, step=step, **means)
         progress.sums, progress.count = {}, 0
 
     # ---- validation and test
@@ -218,13 +231,18 @@ class Run:
             self.log.write("validation", step=self.global_step, **record)
             self.log.rate()  # the validation's time is not the training's
 
+    def take_best(self) -> None:
+        if self.best_weights is not None:
+            self.step.evaluated.load_state_dict(self.best_weights)
+
     def test(self) -> dict[str, float]:
+        self.take_best()
         percent = self.accuracies("test", self.dataset.test, TEST)
         if self.log:
             self.log.write("test", step=self.global_step, **percent)
             result = {
                 "test": percent, "test_images": len(self.dataset.test), "best": self.progress.best,
-                "checkpoint": self.folder.saved_id, "config": self.config.to_dict(), **environment(self.world),
+                "checkpoint": self.folder.saved_id, "config": self.config.to_dict(), **checkpoint.environment(self.world),
             }  # fmt: skip
             self.folder.write("result.json", json.dumps(result, indent=1))
         return percent
@@ -240,10 +258,6 @@ class Run:
             memory_format=self.memory_format, bar=name if self.world.main else None,
             input_gradient=c.input_gradient, graph=False,
         )  # fmt: skip
-
-    def take_best(self) -> None:
-        if self.best_weights is not None:
-            self.step.evaluated.load_state_dict(self.best_weights)
 
     def result(self, test: dict[str, float] | None) -> Result:
         self.take_best()
@@ -270,16 +284,8 @@ class Run:
             raise TrainingError(f"weights are not finite; {self.folder.kept()}: start again {FINER}")
         if self.log:
             self.progress.log_bytes = self.log.position()
-        state = {
-            "config": self.config.to_dict(),
-            "data": self.images.fingerprints,
-            "file_sizes": self.images.file_sizes,
-            **self.step.state_dict(),
-            "processes": own,
-            "arithmetic": arithmetic(self.world),
-            "progress": asdict(self.progress),
-            "best": self.best_weights,
-        }
+        state = {"config": self.config.to_dict(), "progress": asdict(self.progress), "best": self.best_weights, "processes": own}
+        state |= {"arithmetic": checkpoint.arithmetic(self.world), **self.images, **self.step.state_dict()}
         with self.span("save"):
             self.folder.save(state)
 
@@ -287,15 +293,13 @@ class Run:
         try:
             self.step.load_state_dict(saved)
         except RuntimeError as error:
-            raise InputError(
-                f"--model {self.config.model}: its weights differ from those in {self.folder.path}: restore its code, or choose "
-                "another --out"
-            ) from error
+            where = f"its weights differ from those in {self.folder.path}: restore its code, or choose another --out"
+            raise InputError(f"--model {self.config.model}: {where}") from error
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
         if self.world.main:
             self.folder.write_best(saved)
         if not self.finished:
-            warn_of_rounding(saved, self.world)
+            checkpoint.warn_of_rounding(saved, self.world)
         own = saved["processes"][self.world.rank % len(saved["processes"])]
         set_random_state(own["random"])
         self.progress.sums = own["sums"]

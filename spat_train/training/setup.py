@@ -1,4 +1,4 @@
-"""What a run is built from: its images, model, loader and log, as the config says."""
+"""What a run is built from: its images, model and loader, as the config says."""
 
 import random
 
@@ -13,12 +13,10 @@ from ..data.loader import Loader, Order
 from ..data.pseudo_labels import load_extra
 from ..errors import InputError
 from ..models.checkpoints import checkpoint_file, load_checkpoint, normalisation
-from ..models.registry import create, try_on
+from ..models.registry import create
+from ..models.try_on import try_on
 from ..runtime.distributed import World
-from ..runtime.logs import Log
-from ..runtime.run_folder import RunFolder
-from .checkpoint import Progress, environment
-from .messages import say
+from .checkpoint import say
 
 
 def seed_generators(seed: int) -> None:
@@ -39,9 +37,8 @@ def load_images(c: Config, dataset: Dataset | None) -> tuple[Dataset, Images | N
         c.maximised.check_classes(data.num_classes, targeted=False)
     except ValueError as error:
         raise InputError(f"--inner {c.inner_loss}: {error}") from error
-    if c.extra is None:
-        return data, None
-    return data, load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes)
+    extra = load_extra(c.extra, image_shape=data.image_shape, num_classes=data.num_classes) if c.extra else None
+    return data, extra
 
 
 def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tuple[nn.Module, torch.memory_format]:
@@ -55,42 +52,30 @@ def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tupl
         model = create(c.model, classes, shape, activation=c.activation, mean=c.mean, std=c.std)
     except ValueError as error:
         raise InputError(f"--model {c.model}: {error}") from error
-    model = model.to(world.device)
-    memory_format = try_model(model, c, dataset)  # first: lazy layers have no weights before
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"--model {c.model}: it has no parameter to train")
+    model = model.to(world.device).eval()
+    try:  # before any work, and before the weights are filled: lazy layers have none yet
+        _, memory_format = try_on(model, shape, classes, c.memory_format, differentiate=True)
+    except ValueError as error:
+        raise InputError(f"--model {c.model}: for {c.data}, {error}") from error
+    model.train()
     if memory_format != c.memory_format:
-        say(world, f"--model {c.model} fails on channels_last: it gets contiguous images")
+        say(f"--model {c.model} fails on channels_last: it gets contiguous images", world)
     if c.init and init:
-        load_initial(model, c)
+        try:
+            given = normalisation(model)
+            load_checkpoint(model, checkpoint_file(c.init))
+            if (its := normalisation(model)) != given:
+                raise InputError(f"--mean, --std: {c.init} has others: give its own ({its})")
+        except InputError as error:
+            raise InputError(f"--init: {error}") from error
     model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's hints do not know this form
     if c.sync_bn:
         if world.size == 1:
             raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model, memory_format
-
-
-def try_model(model: nn.Module, c: Config, dataset: Dataset) -> torch.memory_format:
-    """Two images through the model, so that one that does not fit them says so before any work."""
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(f"--model {c.model}: it has no parameter to train")
-    model.eval()
-    try:
-        _, memory_format = try_on(model, dataset.image_shape, dataset.num_classes, c.memory_format, differentiate=True)
-    except ValueError as error:
-        raise InputError(f"--model {c.model}: for {c.data}, {error}") from error
-    model.train()
-    return memory_format
-
-
-def load_initial(model: nn.Module, c: Config) -> None:
-    assert c.init is not None
-    try:
-        before = normalisation(model)
-        load_checkpoint(model, checkpoint_file(c.init))
-        if (its := normalisation(model)) != before:
-            raise InputError(f"--mean, --std: {c.init} has others: give its own ({its})")
-    except InputError as error:
-        raise InputError(f"--init: {error}") from error
 
 
 def make_loader(
@@ -107,11 +92,9 @@ def make_loader(
     if order.batch_size < world.size:
         raise InputError(f"--batch-size {c.batch_size}: it is over all {world.size} processes: give at least as many")
     loader = Loader(
-        train, order, device=world.device, extra=extra, workers=c.workers,
-        pad=c.pad if c.pad is not None else side // 8 if colour else 0,
-        flip=colour if c.flip is None else c.flip,
-        rank=world.rank, world=world.size, resident=False if c.stream else None,
-        memory_format=memory_format,
+        train, order, device=world.device, extra=extra, workers=c.workers, rank=world.rank, world=world.size,
+        pad=c.pad if c.pad is not None else side // 8 if colour else 0, flip=colour if c.flip is None else c.flip,
+        resident=False if c.stream else None, memory_format=memory_format,
     )  # fmt: skip
     if max(batch_sizes(order)) < smallest_batch(c, world):
         raise InputError(
@@ -129,17 +112,3 @@ def batch_sizes(order: Order) -> list[int]:
 def smallest_batch(c: Config, world: World) -> int:
     """The fewest images to train on: less would leave a process without an image, or batch norm with one."""
     return min(2 * world.size, c.batch_size)
-
-
-def make_log(c: Config, order: Order, progress: Progress, folder: RunFolder, world: World) -> Log:
-    """The log of the main process from `progress` on. Writes config.json too."""
-    folder.write("config.json", c.to_json())
-    sizes, step = batch_sizes(order), progress.epoch * order.steps + progress.step
-    log = Log(
-        folder.path, total=c.epochs * sum(sizes), done=progress.epoch * sum(sizes) + sum(sizes[: progress.step]),
-        position=progress.log_bytes, step=step, tensorboard=c.tensorboard, name=c.preset or c.label,
-    )  # fmt: skip
-    log.write("start", epoch=progress.epoch + 1, step=step, steps_per_epoch=len(sizes), **environment(world))
-    if progress.best:
-        log.show(best_pgd=progress.best["pgd"])
-    return log

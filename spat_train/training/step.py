@@ -15,17 +15,14 @@ from spat_kernels.attacks._common import warn_of_nan
 
 from ..config import Config
 from ..runtime.distributed import World
-from .optim import Average, kept_buffers, learning_rate, make_optimizer, perturbed_weights
+from .optim import Average, learning_rate, make_optimizer, perturbed_weights, restored
 
 T = TypeVar("T")
+Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, its terms by name
 # (model, x [B, C, H, W] in [0, 1], y int64 [B], generator) -> x_adv like x, nan_seen uint8 [B]
 TrainingAttack = Callable[[nn.Module, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 # Called with the name of a part of a step, gives what surrounds that part: a timer, or a range of a profiler.
 Span = Callable[[str], AbstractContextManager]
-
-
-def no_span(name: str) -> AbstractContextManager:
-    return nullcontext()
 
 
 def spanned(span: Span, name: str, items: Iterator[T]) -> Iterator[T]:
@@ -52,7 +49,7 @@ class Objective(nn.Module):
         self.order = [kind for kind in config.forwards.split("-") if kind in reads]
         self.settings = {"beta": config.kl_weight, "label_smoothing": config.label_smoothing}
 
-    def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Losses:
         z: dict[str, Tensor] = {}
         for kind in self.order:
             images = x if kind == "clean" else x_adv
@@ -79,17 +76,9 @@ def training_attack(config: Config) -> TrainingAttack:
     if not config.objective.attacks:
         return lambda model, x, y, generator: (x, torch.zeros_like(y, dtype=torch.uint8))
     eps, step_size, steps, start = config.attack_settings
-    attack = PGD(
-        eps,
-        loss=config.maximised,
-        steps=steps,
-        step_size=step_size,
-        random_start=start == "uniform",
-        bn_mode=config.bn_mode,
-        precision=config.precision_of_attacks,
-        input_gradient=config.input_gradient,
-        graph=config.graph if config.graph == "auto" else False,
-    )
+    engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
+    engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
+    attack = PGD(eps, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
 
     def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         attack.generator = generator
@@ -130,7 +119,7 @@ class TrainStep:
         span: surrounds "attack", "update" and, inside of it, "optimizer".
     """
 
-    def __init__(self, config: Config, model: nn.Module, world: World | None = None, span: Span = no_span):
+    def __init__(self, config: Config, model: nn.Module, world: World | None = None, span: Span = nullcontext):
         self.config, self.model, self.span = config, model, span
         self.world = world or World(0, 1, next(model.parameters()).device)
         device = self.world.device
@@ -166,17 +155,13 @@ class TrainStep:
         arrived = torch.cuda.current_stream().record_event() if self.world.device.type == "cuda" else None
         return Launched(x, x_adv, y, ["loss", *terms], values, nan_seen, arrived)
 
-    def update(
-        self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float = 1.0, perturb: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float = 1.0, perturb: bool = False) -> Losses:
         """Forward, backward and the optimiser. `perturb`: with the gradient at adversarially perturbed weights (AWP)."""
         if perturb:
-            with kept_buffers(self.model):
+            with restored(list(self.model.buffers())):  # the statistics of batch norm move once
                 self.differentiate(x, x_adv, y, weight)
-            with perturbed_weights(self.model, self.config.awp):
-                self.optimizer.zero_grad()
-                loss, terms = self.differentiate(x, x_adv, y, weight)
-        else:
+        with perturbed_weights(self.model, self.config.awp) if perturb else nullcontext():
+            self.optimizer.zero_grad()
             loss, terms = self.differentiate(x, x_adv, y, weight)
         with self.span("optimizer"):
             self.scaler.step(self.optimizer)
@@ -187,7 +172,7 @@ class TrainStep:
             self.ema.update(self.model)
         return loss, terms
 
-    def differentiate(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def differentiate(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> Losses:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
         with torch.autocast(self.world.device.type, half, enabled=half is not None):
             loss, terms = self.objective(x, x_adv, y)

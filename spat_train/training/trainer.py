@@ -1,5 +1,7 @@
 """Adversarial training as one call. The loop is in run.py, what a step does in step.py."""
 
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,14 +10,15 @@ from spat_kernels.precision import tf32_switches
 
 from ..config import Config
 from ..data.images import Dataset
-from ..runtime.distributed import world
+from ..data.loader import death
+from ..errors import InputError, first_line, is_out_of_memory
+from ..runtime.distributed import World, world
 from ..runtime.run_folder import RunFolder
 from ..runtime.signals import GracefulStop
 from .check import check
-from .messages import TrainingError, explained
-from .run import OnStep, Result, Run
+from .run import OnStep, Result, Run, TrainingError
 
-__all__ = ["Result", "TrainingError", "gpu_arithmetic", "train"]
+PEER = r"Connection (closed|reset) by peer|[Tt]imed out|ncclRemoteError"  # what a process sees of another that ended
 
 
 def train(config: Config, dataset: Dataset | None = None, *, save: bool = True, on_step: OnStep | None = None) -> Result:
@@ -61,3 +64,23 @@ def gpu_arithmetic(precision: str):
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def explained(config: Config, world: World, folder: RunFolder) -> Iterator[None]:
+    """Within, what torch raises of dead readers, other processes and memory becomes a message with a remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if reason := death(error):
+            raise TrainingError(f"{reason}; {folder.kept()}; with --resume the same command goes on") from error
+        if is_out_of_memory(error):
+            raise InputError(
+                f"--batch-size {config.batch_size}: out of memory on {world.device}: lower it, or use --precision bf16 or "
+                "more GPUs (torchrun); where that is enough, and on --resume too: --graph never, --stream, or a lower "
+                f"--eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
+            ) from error
+        if world.size > 1 and re.search(PEER, str(error)):
+            reason = f"another process ended, and may say why ({first_line(error)})"
+            raise TrainingError(f"{reason}; {folder.kept()}, to go on with by --resume") from error
+        raise

@@ -6,12 +6,12 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten_with_path
 
 from spat_train.config import Config
 from spat_train.data.images import Dataset
@@ -44,27 +44,18 @@ def frozen(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), FrozenBatchNorm(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, num_classes))
 
 
-def linear(num_classes: int, inputs: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, num_classes))
-
-
-for_8x8_colour = partial(linear, inputs=192)
-
-
-def for_colour(num_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))
+def for_8x8_colour(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
 
 
 def for_three_classes(num_classes: int) -> nn.Module:
-    return linear(3, inputs=64)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
 
-class GivingADict(nn.Linear):
-    def __init__(self, num_classes: int):
-        super().__init__(64, num_classes)
-
-    def forward(self, x):
-        return {"logits": super().forward(x.flatten(1))}
+def giving_a_dict(num_classes: int) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    model.register_forward_hook(lambda model, args, z: {"logits": z})
+    return model
 
 
 def without_parameters(num_classes: int) -> nn.Module:
@@ -101,19 +92,11 @@ def events(folder: Path, kind: str) -> list[dict]:
     return logs.read(folder, kind) if (folder / "log.jsonl").exists() else []
 
 
-def assert_same(a, b, where="") -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (v, w) in enumerate(zip(a, b, strict=True)):
-            assert_same(v, w, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+def assert_same(a, b) -> None:
+    """Nested dicts, lists and tuples are equal, tensors bit by bit."""
+    for (place, v), (other, w) in zip(*(tree_flatten_with_path(tree)[0] for tree in (a, b)), strict=True):
+        assert place == other
+        assert torch.equal(v, w) if isinstance(v, torch.Tensor) else v == w, place
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:

@@ -27,20 +27,8 @@ from spat_train.runtime.signals import Stopped
 from spat_train.training.run import Run
 from spat_train.training.step import TrainStep
 from spat_train.training.trainer import train
-from tests.training.helpers import (
-    TIMEOUT,
-    after,
-    assert_same,
-    assert_same_run,
-    events,
-    network,
-    new_run,
-    on_one_thread,
-    processes,
-    send,
-    settings,
-    weights,
-)
+from tests.training import helpers
+from tests.training.helpers import TIMEOUT, assert_same, assert_same_run, events, network, new_run, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,13 +43,13 @@ def as_rank(rank: int, port: str, function, *arguments) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
     }  # fmt: skip
-    on_one_thread(function, *arguments)
+    helpers.on_one_thread(function, *arguments)
 
 
 def in_two(function, *arguments) -> list[int]:
     """Run function(*arguments) in two processes that see each other, as torchrun would start them. Returns their exit codes."""
     port = str(free_port())
-    children = [processes().Process(target=as_rank, args=(rank, port, function, *arguments)) for rank in range(2)]
+    children = [helpers.processes().Process(target=as_rank, args=(rank, port, function, *arguments)) for rank in range(2)]
     for child in children:
         child.start()
     end = time.monotonic() + TIMEOUT
@@ -95,71 +83,38 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, option
     assert events(tmp_path / "two", "validation")[0]["clean"] == events(tmp_path / "one", "validation")[0]["clean"]
 
 
-def evaluate_shared(path) -> None:
-    data = load("digits", limit=150)
-    torch.manual_seed(0)
-    with world("cpu") as processes:
-        percent = accuracies(network(10), data.test, TEST, 0.1, batch_size=32, seed=3, world=processes)
-    torch.save(percent, path / f"rank{processes.rank}.pt")
+def stopped(where: str, config) -> None:
+    """The second process is asked to stop: after the third step, or in the second validation."""
+    between = Run.between_batches
 
+    def interrupted(run):
+        if run.world.rank == 1 and run.progress.epoch == 1:
+            helpers.send()
+        between(run)
 
-def test_metrics_are_exactly_those_of_one_process(tmp_path):
-    assert in_two(evaluate_shared, tmp_path) == [0, 0]
-    data = load("digits", limit=150)
-    torch.manual_seed(0)
-    alone = accuracies(network(10), data.test, TEST, 0.1, batch_size=32, seed=3)
-    assert [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)] == [alone, alone]
-    assert 0 < alone["clean"] < 100
-
-
-def exit_code_of(config, on_step=None) -> None:
-    try:
-        train(config, on_step=on_step)
-    except Stopped as stopped:
-        sys.exit(stopped.exit_code)
-
-
-def stop_after(config, steps) -> None:
-    """One process is asked to stop; both must save at the same step."""
-    exit_code_of(config, after(steps, send) if os.environ["RANK"] == "1" else None)
-
-
-def test_stopped_and_resumed_bit_by_bit(tmp_path):
-    config = settings(tmp_path / "expected", method="mart", alpha=0.3, ema=0.9, epochs=2)
-    assert in_two(train, config) == [0, 0]
-    stopped = replace(config, out=tmp_path / "stopped", resume=True)
-    assert in_two(stop_after, stopped, 3) == [143, 143]
-    assert weights(tmp_path / "stopped")["progress"]["step"] == 3
-    assert in_two(train, stopped) == [0, 0]
-    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
-    own = weights(tmp_path / "expected")["processes"]
-    assert len(own) == 2
-    assert not torch.equal(*(each["random"]["torch"] for each in own))
-
-
-def validate_interrupted(config) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        between = Run.between_batches
-
-        def interrupted(run):
-            if run.world.rank == 1 and run.progress.epoch == 1:
-                send()
-            between(run)
-
-        patched.setattr(Run, "between_batches", interrupted)
-        exit_code_of(config)
+        if where == "validation":
+            patched.setattr(Run, "between_batches", interrupted)
+        asked = where == "step" and os.environ["RANK"] == "1"
+        try:
+            train(config, on_step=helpers.after(3, helpers.send) if asked else None)
+        except Stopped as stop:
+            sys.exit(stop.exit_code)
 
 
-def test_a_signal_during_validation_stops_all_processes(tmp_path):
-    """The first one has two batches of held-out images, the second one has one."""
-    config = settings(tmp_path / "expected", epochs=2, eval_batch_size=6)
+@pytest.mark.parametrize(("where", "place"), [("step", (0, 3)), ("validation", (1, 5))])
+def test_stopped_at_the_same_step_and_resumed_bit_by_bit(tmp_path, where, place):
+    """In a validation, the first process has two batches of held-out images, the second one has one."""
+    config = settings(tmp_path / "expected", method="mart", alpha=0.3, ema=0.9, epochs=2, eval_batch_size=6)
     assert in_two(train, config) == [0, 0]
-    stopped = replace(config, out=tmp_path / "stopped", resume=True)
-    assert in_two(validate_interrupted, stopped) == [143, 143]
-    progress = weights(tmp_path / "stopped")["progress"]
-    assert (progress["epoch"], progress["step"]) == (1, 5)
-    assert in_two(train, stopped) == [0, 0]
-    assert_same_run(tmp_path / "stopped", tmp_path / "expected")
+    other = replace(config, out=tmp_path / "other", resume=True)
+    assert in_two(stopped, where, other) == [143, 143]
+    progress = weights(tmp_path / "other")["progress"]
+    assert (progress["epoch"], progress["step"]) == place
+    assert in_two(train, other) == [0, 0]
+    assert_same_run(tmp_path / "other", tmp_path / "expected")
+    first, second = (own["random"]["torch"] for own in weights(tmp_path / "expected")["processes"])
+    assert not torch.equal(first, second)
 
 
 def train_with_own_losses(config) -> None:
@@ -171,13 +126,18 @@ def train_with_own_losses(config) -> None:
             return loss * 0 + 1 + step.world.rank, {"term": loss * 0 + 10 * step.world.rank}
 
         patched.setattr(TrainStep, "update", counted)
-        train(config)
+        model = train(config).model
+    torch.save(model.state_dict(), config.out.with_name(f"rank{os.environ['RANK']}.pt"))
 
 
-def test_logged_losses_are_means_over_processes(tmp_path):
+def test_logged_losses_are_means_and_batch_norm_is_the_same_over_processes(tmp_path):
+    """Each saw half of the batches; the attack and the validation of each read the statistics of batch norm."""
     assert in_two(train_with_own_losses, settings(tmp_path / "run", epochs=1)) == [0, 0]
     for event in events(tmp_path / "run", "train"):
         assert (event["loss"], event["term"]) == (1.5, 5)
+    states = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert_same(*states)
+    assert states[0]["1.running_mean"].any()
 
 
 def refused(config, path) -> None:
@@ -187,19 +147,18 @@ def refused(config, path) -> None:
         (path / f"rank{os.environ['RANK']}").write_text(str(error))
 
 
-def test_processes_must_see_the_same_checkpoint(tmp_path):
-    """With a disk of its own each, the main process has checkpoints and the others have none."""
-    config = settings(tmp_path, resume=True, epochs=1)
-    assert in_two(refused, config, tmp_path) == [0, 0]
-    assert in_two(refused, config, tmp_path) == [0, 0]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resume": True}, "processes find different checkpoints there"),  # with a disk each, only the main one has any
+        ({"data": "nowhere.npz"}, "--data nowhere.npz: there is no such file"),
+    ],
+)
+def test_an_input_error_is_every_process_s(tmp_path, options, message):
+    for _ in range(2):
+        assert in_two(refused, settings(tmp_path, epochs=1, **options), tmp_path) == [0, 0]
     for rank in range(2):
-        assert "processes find different checkpoints there" in (tmp_path / f"rank{rank}").read_text()
-
-
-def test_an_input_error_is_every_process_s(tmp_path):
-    assert in_two(refused, settings(tmp_path, data="nowhere.npz"), tmp_path) == [0, 0]
-    for rank in range(2):
-        assert "--data nowhere.npz: there is no such file" in (tmp_path / f"rank{rank}").read_text()
+        assert message in (tmp_path / f"rank{rank}").read_text()
 
 
 def test_every_process_has_an_image_where_labelled_and_extra_ones_are_few(tmp_path):
@@ -236,10 +195,8 @@ def test_each_process_has_its_gpu(monkeypatch, device, size, place):
         (LAUNCHED | {"LOCAL_RANK": "one"}, "LOCAL_RANK=one: "),
         (LAUNCHED | {"MASTER_PORT": "http"}, "MASTER_PORT=http: .*0 to 65535"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: it is the number of processes: "),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: "),
         ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}, None),
-        ({"WORLD_SIZE": "1"}, None),
-        ({"RANK": "1"}, None),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, None),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, None),
     ],
 )  # fmt: skip
@@ -286,31 +243,25 @@ def test_a_bar_counts_the_images_of_all_processes_once(monkeypatch):
     assert [(bar.n, bar.total) for bar in bars] == [(100, 100)] * 4
 
 
-def statistics_of_both(path) -> None:
+def shared(path) -> None:
+    torch.manual_seed(0)
     with world("cpu") as processes:
+        test = load("digits", limit=150).test
+        percent = accuracies(network(10), test, TEST, 0.1, batch_size=32, seed=3, world=processes)
         buffers = [torch.full((3,), float(processes.rank)), torch.full((2, 2), 10.0 * processes.rank)]
         processes.average_buffers(buffers)
         assert processes.agree(processes.rank, -processes.rank) == [1, 0]
         assert processes.gather(processes.rank) == [0, 1]
-    torch.save(buffers, path / f"rank{processes.rank}.pt")
+    torch.save((percent, buffers), path / f"rank{processes.rank}.pt")
 
 
-def test_statistics_are_averaged(tmp_path):
-    assert in_two(statistics_of_both, tmp_path) == [0, 0]
+def test_metrics_are_exactly_those_of_one_process_and_statistics_are_averaged(tmp_path):
+    assert in_two(shared, tmp_path) == [0, 0]
+    torch.manual_seed(0)
+    alone = accuracies(network(10), load("digits", limit=150).test, TEST, 0.1, batch_size=32, seed=3)
+    assert 0 < alone["clean"] < 100
     for rank in range(2):
-        assert_same(torch.load(tmp_path / f"rank{rank}.pt"), [torch.full((3,), 0.5), torch.full((2, 2), 5.0)])
-
-
-def test_batch_norm_is_the_same_in_both_processes(tmp_path):
-    """Each saw half of the batches, the attack and the validation of each read these statistics."""
-    assert in_two(train_and_keep, settings(tmp_path / "run", epochs=1, method="madry"), tmp_path) == [0, 0]
-    states = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert_same(*states)
-    assert states[0]["1.running_mean"].any()
-
-
-def train_and_keep(config, path) -> None:
-    torch.save(train(config).model.state_dict(), path / f"rank{os.environ['RANK']}.pt")
+        assert_same(torch.load(tmp_path / f"rank{rank}.pt"), (alone, [torch.full((3,), 0.5), torch.full((2, 2), 5.0)]))
 
 
 @pytest.mark.slow
@@ -329,19 +280,16 @@ def test_one_process_dying_ends_the_job(tmp_path):
         "Run.train_on = dying\n"
         "cli.main()\n"
     )
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), str(script),
-        "train", "--data", "digits", "--model", "small-cnn", "--eps", "51", "--limit", "150", "--batch-size", "32",
-        "--epochs", "3", "--device", "cpu", "--no-tensorboard", "--no-test", "--out", str(tmp_path / "run"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    options = (
+        "--data digits --model small-cnn --eps 51 --limit 150 --batch-size 32 --epochs 3 --device cpu --no-tensorboard --no-test"
     )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    one_thread = {"capture_output": True, "text": True, "timeout": TIMEOUT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    arguments = ["train", *options.split(), "--out", str(tmp_path / "run")]
+    done = subprocess.run([*launch, str(script), *arguments], check=False, **one_thread)
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
     assert weights(tmp_path / "run")["progress"]["epoch"] == 1  # what was saved before is whole
-    command = [part for part in command if part != str(script)]
-    command[command.index("train") : command.index("train")] = ["-m", "spat_train"]
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    again = subprocess.run([*launch, "-m", "spat_train", *arguments, "--resume"], check=False, **one_thread)
     assert again.returncode == 0, again.stderr
     assert weights(tmp_path / "run")["progress"]["epoch"] == 3
