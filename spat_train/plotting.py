@@ -47,6 +47,12 @@ def new_figure(width: float, height: float = HEIGHT) -> Figure:
     return figure
 
 
+def panel_row(count: int, *, sharex: bool = False, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    """A figure as wide as a page with `count` panels beside each other."""
+    figure = new_figure(PAGE)
+    return figure, figure.subplots(1, count, squeeze=False, sharex=sharex, sharey=sharey)[0]
+
+
 def save(figure: Figure, *paths: Path) -> None:
     """Write .png and .pdf files. The same figure gives the same bytes.
 

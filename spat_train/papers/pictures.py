@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from spat_kernels.settings import PGDSettings
 from ..data.images import Dataset, floats
 from ..models.registry import device_of
 from ..plotting import image_grid, save, style
-from .model_values import cross_entropies, logits_of
+from .loaded_run import logits_of
 
 ROWS = 5
 CANDIDATES = 256  # images that the rows of a picture are chosen from
@@ -64,7 +65,7 @@ def attacked_grid(model: nn.Module, columns: dict[str, Tensor], y: Tensor, class
     numbers = {}
     for title, images in columns.items():
         logits = logits_of(model, images)
-        predicted, losses = predictions(logits), cross_entropies(logits, y)
+        predicted, losses = predictions(logits), F.cross_entropy(logits, y.cpu(), reduction="none")
         names = [classes[p] if p >= 0 else "NaN" for p in predicted.tolist()]
         captions[title] = list(zip(names, (predicted == y.cpu()).tolist(), strict=True))
         numbers[title] = {"predicted": names, "loss": losses.tolist()}

@@ -2,10 +2,8 @@
 
 import math
 
-from matplotlib.figure import Figure
-
-from ...plotting import PAGE, accuracy_curves, legend_below, new_figure, x_ticks
-from ..figure import Drawing, FigureContext, PaperFigure
+from ...plotting import accuracy_curves, legend_below, panel_row, x_ticks
+from ..figure import Drawing, FigureContext, paper_figure
 from ..selection import ANY_RUNS
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # of the radius
@@ -34,34 +32,18 @@ def panels_of(eps: float, pixels: int, trained: bool) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def measure(context: FigureContext) -> dict[str, dict]:
-    """`panels_of`, with models: by name, a point for each radius."""
+@paper_figure("budget", "Madry et al., Fig. 6; ARES: accuracy against eps, L-infinity and L2", ANY_RUNS)
+def make(context: FigureContext) -> Drawing:
     trained = any(not run.standard for run in context.runs)
     panels = panels_of(context.eps, math.prod(context.images.dataset.image_shape), trained)
-    for panel in panels.values():
-        specs = ["clean", *(f"{panel['spec']}:eps={r:.6g}" for r in panel["radii"][1:])]
-        found = {each.name: context.measure(each, specs) for each in context.loaded}
-        panel["models"] = {name: [points[spec] for spec in specs] for name, points in found.items()}
-    return panels
-
-
-def plot(panels: dict[str, dict]) -> Figure:
-    """A panel for each norm, from what `measure` gives."""
-    figure = new_figure(PAGE)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, axes = panel_row(len(panels), sharey=True)
     for ax, (norm, panel) in zip(axes, panels.items(), strict=True):
+        specs = ["clean", *(f"{panel['spec']}:eps={r:.6g}" for r in panel["radii"][1:])]
+        panel["models"] = {each.name: context.measure(each, specs) for each in context.loaded}
         accuracy_curves(ax, panel["radii"], panel["models"], f"{norm}, {panel['attack']}", panel["label"])
         if panel["trained"] is not None:
             ax.axvline(panel["trained"], color="0.4", linewidth=0.8, linestyle=":", label="ε of the training")
         x_ticks(ax, panel["radii"], panel["names"])
     axes[0].set_ylabel("accuracy, %")
     legend_below(figure, axes[0], len(axes[0].get_legend_handles_labels()[0]))
-    return figure
-
-
-def make(context: FigureContext) -> Drawing:
-    numbers = measure(context)
-    return {"": plot(numbers)}, {"panels": numbers}
-
-
-FIGURE = PaperFigure("budget", "Madry et al., Fig. 6; ARES: accuracy against eps, L-infinity and L2", ANY_RUNS, make)
+    return {"": figure}, {"panels": panels}
