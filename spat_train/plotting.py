@@ -83,8 +83,7 @@ def line_styles(marked: bool = True) -> Iterator[dict]:
 def show(ax: Axes, image: Tensor) -> None:
     """Draw an image [C, H, W] in [0, 1], C = 1 or 3, without ticks."""
     ax.imshow(image.detach().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy())  # one channel repeats to grey RGB
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
     ax.grid(False)
 
 

@@ -1,8 +1,7 @@
 """Models of runs on test images: loaded, checked and measured. Accuracies are kept in the run's folder."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,22 +133,15 @@ def open_model(run: Run, images: TestImages, options: Options, name: str = "") -
     return LoadedRun(run, model.to(device), name or run.folder.name)
 
 
-@contextmanager
-def _exact(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Within: eval mode, no parameter gradients, and matrix products in full precision."""
-    with borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
-        yield
-
-
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """Logits [B, K] on the CPU, of images [B, C, H, W]. The model is left as it was."""
-    with _exact(model, x):
+    with borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
         return torch.cat([model_logits(model, images).cpu() for images in x.split(CHUNK)])
 
 
 def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The gradient of each image's cross-entropy with respect to its pixels, like x [B, C, H, W]. The model is left as it was."""
-    with torch.enable_grad(), _exact(model, x):
+    with torch.enable_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
         found = []
         for images, labels in zip(x.detach().split(CHUNK), y.split(CHUNK), strict=True):
             images = images.clone().requires_grad_()

@@ -29,16 +29,12 @@ def large_eps(eps: float, channels: int) -> float:
     return min(4 * eps if channels == 3 else 2 * eps, 0.45)
 
 
-def one_per_class(y: Tensor, count: int) -> list[int]:
-    """Index of the first image of each of the first `count` classes that occur in y [N]."""
-    return [int((y == label).nonzero()[0]) for label in y.unique()[:count]]
-
-
 def examples(models: Sequence[nn.Module], x: Tensor, y: Tensor, count: int = ROWS) -> list[int]:
-    """Indices of one image of each class that all models get right, or of any image if there are none."""
+    """Indices of one image of each of `count` classes that all models get right, or of any image if there are none."""
     right = torch.stack([predictions(logits_of(model, x)) == y.cpu() for model in models]).all(0)
     among = right.nonzero()[:, 0] if right.any() else torch.arange(len(y))
-    return among[one_per_class(y.cpu()[among], count)].tolist()
+    labels = y.cpu()[among]
+    return [int(among[labels == label][0]) for label in labels.unique()[:count]]
 
 
 def smoothed_attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> dict[str, Tensor]:

@@ -16,9 +16,6 @@ class Cell:
     """One number.
 
     Args:
-        row, column: where it stands.
-        accuracy: in percent.
-        attack: a name of `spat_train.evaluation.attack_specs`.
         target: key of the run whose accuracy it is.
         source: key of the run that the attack was made on, for black boxes; "" is `target`.
     """

@@ -56,26 +56,22 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json there: give the folder of a run")
-    if not _has_checkpoint(folder):
+    if not any((folder / name).is_file() for name in CHECKPOINTS):
         raise InputError(f"{folder}: neither {' nor '.join(CHECKPOINTS)} there: give the folder of a run that has trained")
     if (config := run_config(folder)) is None:
         raise InputError(f"{folder / 'config.json'}: it is no run's: give the folder of a run")
     return Run(folder, config)
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in CHECKPOINTS)
-
-
 def find_runs(folder: Path | None) -> list[Run]:
     """All runs in `folder` that have a checkpoint, by name. One that cannot be read is left out and reported on stderr."""
     runs = []
-    for path in sorted(folder.glob("*/config.json")) if folder else []:
-        if _has_checkpoint(path.parent):
-            try:
-                runs.append(read_run(path.parent))
-            except InputError as error:
-                print(f"spat-train: left out {path.parent}: {error}", file=sys.stderr)
+    trained = {path.parent for name in CHECKPOINTS for path in folder.glob(f"*/{name}")} if folder else set()
+    for path in sorted(path for path in trained if (path / "config.json").is_file()):
+        try:
+            runs.append(read_run(path))
+        except InputError as error:
+            print(f"spat-train: left out {path}: {error}", file=sys.stderr)
     return runs
 
 

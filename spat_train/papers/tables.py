@@ -200,10 +200,10 @@ def write(filled: Filled, out: Path) -> list[Path]:
     """table-NAME.md and .json in the folder `out`."""
     atomic_write.make_folder(out)
     contents = {".md": markdown(filled), ".json": json.dumps(as_json(filled), indent=1) + "\n"}
-    paths = [out / f"table-{filled.name}{ending}" for ending in contents]
-    for path, content in zip(paths, contents.values(), strict=True):
+    files = {out / f"table-{filled.name}{ending}": content for ending, content in contents.items()}
+    for path, content in files.items():
         atomic_write.write(path, content.encode())
-    return paths
+    return list(files)
 
 
 def listing() -> str:

@@ -37,12 +37,8 @@ def _cheap(one_thread, monkeypatch):
     monkeypatch.setitem(plotting.STYLE, "pdf.fonttype", 3)  # subsets of TrueType fonts take a second each
 
 
-def draw(name, folder, out, given=(), **options):
+def draw(name, folder, out, given=(), **options) -> list[Path]:
     return figures.draw(name, given, Options(runs=folder, test_images=4, **options), FEW, out)
-
-
-def content_of(*arguments, **options) -> dict:
-    return json.loads(draw(*arguments, **options)[-1].read_text())
 
 
 # ---- pictures
@@ -198,16 +194,17 @@ def test_every_figure_is_drawn(name, finished_runs, tmp_path, capsys):
 
 
 def test_pictures_say_what_they_show(finished_runs, tmp_path):
-    content = content_of("5.1", finished_runs, tmp_path)
+    def content_of(name, given=(), **options) -> dict:
+        return json.loads(draw(name, finished_runs, tmp_path, given, **options)[-1].read_text())
+
+    content = content_of("5.1")
     assert content["radii"] == [0.45, 0.3, 0.15]
     assert list(content["columns"]) == ["original", "ε = 0.45", "ε = 0.3", "ε = 0.15"]
     assert all(len(column["predicted"]) == len(column["loss"]) == len(content["rows"]) for column in content["columns"].values())
-    content = content_of("5.1", finished_runs, tmp_path, eps=32.0)
-    assert list(content["columns"]) == ["original", "ε = 32/255", "ε = 16/255", "ε = 8/255"]
-    content = content_of("5.2", finished_runs, tmp_path)
-    assert list(content["columns"]) == ["original", "PGD-CE", "PGD-LS(.2)", "PGD-LS(.8)"]
-    content = content_of("4.1", None, tmp_path, [finished_runs / "madry", finished_runs / "standard"])
-    assert list(content["gradients"]) == ["standard", "Madry"]
+    assert list(content_of("5.1", eps=32.0)["columns"]) == ["original", "ε = 32/255", "ε = 16/255", "ε = 8/255"]
+    assert list(content_of("5.2")["columns"]) == ["original", "PGD-CE", "PGD-LS(.2)", "PGD-LS(.8)"]
+    given = [finished_runs / "madry", finished_runs / "standard"]
+    assert list(content_of("4.1", given)["gradients"]) == ["standard", "Madry"]
 
 
 def test_lines_of_trainings_and_the_thesis_s_point(finished_runs):

@@ -19,17 +19,14 @@ def panels_of(eps: float, pixels: int, trained: bool) -> dict[str, dict]:
     coarse = eps > 0.1  # shown in [0, 1] instead of 1/255
     radii = [share * eps for share in SHARES]
     quarter = float(f"{eps * math.sqrt(pixels) * L2_CORNER / 4:.1g}")  # a round number
-    l2 = [round(4 * share * quarter, 9) for share in SHARES]
+    l2_radii = [round(4 * share * quarter, 9) for share in SHARES]
+    names = [f"{r if coarse else 255 * r:.3g}" for r in radii]
+    linf = {"spec": "pgd-20", "radii": radii, "trained": eps if trained else None, "label": "ε" if coarse else "ε, in 1/255"}
+    l2 = {"spec": "pgd-l2-20", "radii": l2_radii, "trained": None, "label": "ε"}
     return {
-        "L∞": {
-            "attack": "PGD-20", "spec": "pgd-20", "radii": radii, "trained": eps if trained else None,
-            "label": "ε" if coarse else "ε, in 1/255", "names": [f"{r if coarse else 255 * r:.3g}" for r in radii],
-        },
-        "L2": {
-            "attack": "PGD-20", "spec": "pgd-l2-20", "radii": l2, "trained": None,
-            "label": "ε", "names": [f"{r:g}" for r in l2],
-        },
-    }  # fmt: skip
+        "L∞": {"attack": "PGD-20", **linf, "names": names},
+        "L2": {"attack": "PGD-20", **l2, "names": [f"{r:g}" for r in l2_radii]},
+    }
 
 
 @paper_figure("budget", "Madry et al., Fig. 6; ARES: accuracy against eps, L-infinity and L2", ANY_RUNS)

@@ -55,13 +55,7 @@ class Ascents:
 def ascend(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, *, restarts: int, steps: int, step_size: float, seed: int
 ) -> Ascents:
-    """Follow PGD (L-infinity, cross-entropy) from uniform random points of the ball.
-
-    Args:
-        model: images [N, C, H, W] in [0, 1] -> logits [N, K].
-        eps, step_size: in the units of x.
-        seed: of the starts.
-    """
+    """Follow PGD (L-infinity, cross-entropy) on images x [N, C, H, W] from uniform random points of the ball, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     per_round = max(1, CHUNK // len(x))
@@ -86,10 +80,9 @@ def ascend(
 
 
 def pairwise(points: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pair of `points` [R, ...]: L2 distance, and cosine of the angle between them as seen from `centre` [...].
+    """L2 distance of each pair of `points` [R, ...], and cosine of the angle between them as seen from `centre` [...].
 
-    Returns:
-        Tensor, Tensor: [R (R - 1) / 2] each, pairs (0, 1), (0, 2), ... (R - 2, R - 1).
+    Both are [R (R - 1) / 2], of the pairs (0, 1), (0, 2), ... (R - 2, R - 1).
     """
     away = (points - centre).flatten(1).double()
     i, j = torch.triu_indices(len(away), len(away), offset=1)
@@ -104,12 +97,8 @@ def corners(x: Tensor, eps: float, count: int, seed: int) -> Tensor:
 
 
 def losses_between(model: nn.Module, points: Tensor, y: Tensor, pairs: int, parts: int = 10) -> Tensor:
-    """Mean loss [parts + 1] along the segments between neighbours of `points` [R, C, H, W], divided by that at their ends.
-
-    Args:
-        y: int64 [], the class of all points.
-        pairs: maximum number of segments, each in `parts` steps.
-    """
+    """Mean loss [parts + 1] along at most `pairs` segments between neighbours of `points` [R, C, H, W], which are all of class y,
+    divided by that at their ends."""
     pairs = min(pairs, len(points) - 1)
     shares = torch.linspace(0, 1, parts + 1).to(points).view(-1, 1, 1, 1, 1)
     images = torch.lerp(points[None, :pairs], points[None, 1 : pairs + 1], shares).flatten(0, 1)
@@ -122,9 +111,8 @@ def losses_between(model: nn.Module, points: Tensor, y: Tensor, pairs: int, part
 
 
 def surface(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, points: int, seed: int) -> dict:
-    """The loss around one image x [C, H, W] of class y [], at x + eps (a g + b r) inside the box.
-
-    g is the sign of the gradient at x, r a random sign of each pixel.
+    """The loss around one image x [C, H, W] of class y [], at x + eps (a g + b r) inside the box, where g is the sign of the
+    gradient at x, and r a random sign of each pixel.
 
     Returns:
         dict: shares [points] from -1 to 1, of a and b; losses and margins [points][points], rows b, columns a. A margin is the
@@ -181,12 +169,9 @@ def summary(numbers: dict) -> str:
     """The result of `compare` in a sentence."""
     distance, cosine = (sum(numbers[name]) / len(numbers[name]) for name in ("distances", "cosines"))
     middle = numbers["between"][len(numbers["between"]) // 2]
+    which = "different points of one plateau" if middle > 0.98 else "distinct maxima"
     if distance < 0.1 * numbers["random_distance"]:
         which = "all starts lead to one maximum"
-    elif middle > 0.98:
-        which = "different points of one plateau"
-    else:
-        which = "distinct maxima"
     return (
         f"{which}: on average {distance:.3g} apart in L2 (random points of the ball {numbers['random_distance']:.3g}, its random "
         f"corners {numbers['corner_distance']:.3g}), at a cosine of {cosine:.2f} ({numbers['random_cosine']:.2f} and "
@@ -199,12 +184,7 @@ def summary(numbers: dict) -> str:
 
 
 def plot_ascents(models: dict[str, np.ndarray], images: Sequence[Tensor], names: Sequence[str]) -> Figure:
-    """Madry et al., Figure 1: images across, models down, a line for each start.
-
-    Args:
-        models: by name, losses [R, N, steps + 1].
-        images: N of [C, H, W]. names: their classes.
-    """
+    """Madry et al., Figure 1, of losses [R, N, steps + 1]: N images [C, H, W] across, models down, a line for each start."""
     figure = new_figure(PAGE, 1.25 * len(models) + 1.15)
     axes = figure.subplots(len(models) + 1, len(images), squeeze=False, sharey="row", height_ratios=[0.7] + [1] * len(models))
     for ax, image, name in zip(axes[0], images, names, strict=True):
