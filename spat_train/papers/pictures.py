@@ -49,10 +49,7 @@ def smoothed_attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: i
 
 
 def attacked_grid(model: nn.Module, columns: dict[str, Tensor], y: Tensor, classes: Sequence[str]) -> tuple[Figure, dict]:
-    """Draw attacked images, each with the class that the model sees.
-
-    Args:
-        columns: by title, images [N, C, H, W]. y: their labels, int64 [N].
+    """Draw `columns` of attacked images [N, C, H, W], whose labels are y, each with the class that the model sees.
 
     Returns:
         The drawing, and by title the predicted classes and the losses.

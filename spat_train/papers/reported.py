@@ -13,35 +13,24 @@ from .selection import RunSpec
 
 @dataclass(frozen=True)
 class Cell:
-    """One number.
-
-    Args:
-        target: key of the run whose accuracy it is.
-        source: key of the run that the attack was made on, for black boxes; "" is `target`.
-    """
+    """One number."""
 
     row: str
     column: str
-    accuracy: float
-    attack: str
-    target: str
-    source: str = ""
+    accuracy: float  # in percent
+    attack: str  # a name of `spat_train.evaluation.attack_specs`
+    target: str  # key of the run whose accuracy it is
+    source: str = ""  # key of the run that the attack was made on, for black boxes; "" is `target`
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a source.
-
-    Args:
-        corner: the heading of the column of rows.
-        eps: the radius of its attacks, in 1/255.
-        runs: by key. Copies come after their originals.
-    """
+    """A table of a source."""
 
     title: str
-    corner: str
-    eps: float
-    runs: dict[str, RunSpec]
+    corner: str  # the heading of the column of rows
+    eps: float  # of its attacks, in 1/255
+    runs: dict[str, RunSpec]  # by key; copies come after their originals
     cells: tuple[Cell, ...]
 
 

@@ -17,18 +17,12 @@ from .runs import Run, data_name, differences, find_runs, read_run
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run of a source: a preset and, where the sources need a variant of it, what replaces its settings.
+    """A run of a source: a preset and, where the sources need a variant of it, what replaces its settings."""
 
-    Args:
-        preset: a name in `PRESETS`.
-        method, model: instead of the preset's.
-        copy_of: key of the run in the same table that this one is a copy of, trained from another seed (A' in Madry et al.).
-    """
-
-    preset: str
-    method: MethodName | None = None
-    model: str | None = None
-    copy_of: str = ""
+    preset: str  # a name in `PRESETS`
+    method: MethodName | None = None  # instead of the preset's
+    model: str | None = None  # instead of the preset's
+    copy_of: str = ""  # key of the run in the same table that it repeats from another seed (A' in Madry et al.)
 
     @property
     def config(self) -> Config:
@@ -146,7 +140,7 @@ class RunSelector:
         data = options.data or next((run.config.data for run in taken), None)
         places = set(map(self.place, taken))
         missing = [spec for spec in self.specs if self.place(Run(Path(), spec.config)) not in places]
-        first = min(missing or self.specs, key=lambda spec: spec.config.data != data)
+        first = min(missing or self.specs, key=lambda spec: spec.config.data != data_name(data or ""))
         any_would_do = self._one_for_each_place(known)
         command = shlex.join(["spat-train", "figure", figure, *(str(run.folder) for run in any_would_do)])
         how = f"name them, such as {command}" if self.fits(any_would_do) else "name their folders"
@@ -154,19 +148,12 @@ class RunSelector:
         return f"{lacking}: {how}, or {training_hint(first, options.runs, data)}"
 
 
-def roles(runs: Sequence[Run]) -> tuple[int, int]:
-    """How many standard and how many robust runs."""
-    standard = sum(run.standard for run in runs)
-    return standard, len(runs) - standard
-
-
-_ROWS = {name: config for name, config in PRESETS.items() if not name.startswith("figure")}
-_STANDARD = (
-    RunSpec("table6.1/madry", method="standard"),
-    *(RunSpec(name) for name, config in _ROWS.items() if config.method == "standard"),
+_ROWS = [RunSpec("table6.1/madry", method="standard"), *(RunSpec(name) for name in PRESETS if not name.startswith("figure"))]
+_ANY = tuple(sorted(_ROWS, key=lambda spec: spec.config.method != "standard"))  # standard ones first
+_ROBUST = tuple(spec for spec in _ANY if spec.config.method != "standard")
+STANDARD_AND_ROBUST = RunSelector(
+    "one standard and one robust run", lambda runs: sorted(run.standard for run in runs) == [False, True], _ANY
 )
-_ROBUST = tuple(RunSpec(name) for name, config in _ROWS.items() if config.method != "standard")
-STANDARD_AND_ROBUST = RunSelector("one standard and one robust run", lambda runs: roles(runs) == (1, 1), _STANDARD + _ROBUST)
-ONE_ROBUST = RunSelector("one robust run", lambda runs: roles(runs) == (0, 1), _ROBUST)
-ROBUST_RUNS = RunSelector("robust runs, one or more", lambda runs: roles(runs)[0] == 0 < len(runs), _ROBUST)
-ANY_RUNS = RunSelector("one run or more", lambda runs: len(runs) > 0, _STANDARD + _ROBUST)
+ONE_ROBUST = RunSelector("one robust run", lambda runs: [run.standard for run in runs] == [False], _ROBUST)
+ROBUST_RUNS = RunSelector("robust runs, one or more", lambda runs: {run.standard for run in runs} == {False}, _ROBUST)
+ANY_RUNS = RunSelector("one run or more", bool, _ANY)

@@ -37,26 +37,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Filled:
-    """A table with our numbers.
-
-    Attributes:
-        eps: of the attacks, in 1/255.
-        runs: by key, None where missing.
-        changes: by key, how the run differs from the source's.
-        candidates: by key, the number of runs that fit.
-        images, total: how many test images were used, and how many there are.
-    """
+    """A table with our numbers."""
 
     name: str
     table: Table
     entries: tuple[Entry, ...]
-    eps: float
+    eps: float  # of the attacks, in 1/255
     data: str
-    runs: dict[str, Run | None]
-    changes: dict[str, list[str]]
-    candidates: dict[str, int]
-    images: int
-    total: int
+    runs: dict[str, Run | None]  # by key, None where missing
+    changes: dict[str, list[str]]  # by key, how the run differs from the source's
+    candidates: dict[str, int]  # by key, the number of runs that fit
+    images: int  # the number of test images used
+    total: int  # of how many
 
     def marked(self, entry: Entry) -> bool:
         """Whether it is measured, but its runs or its test images differ from the source's."""

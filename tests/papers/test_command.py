@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,50 +9,43 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
-from spat_train import cli
 from spat_train.papers.figures import FIGURES
 from spat_train.papers.reported import TABLES
+from tests.evaluation.helpers import command
 from tests.papers.finished_runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder; gives its stdout."""
-
-    def run(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["spat-train", *map(str, arguments)])
-        cli.main()
-        return capsys.readouterr().out
-
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return run
 
 
 @pytest.mark.parametrize(("name", "known", "word"), [("figure", FIGURES, "needs"), ("table", TABLES, "runs")])
-def test_all_are_listed(command, capsys, name, known, word):
-    lines = command(name).splitlines()
+def test_all_are_listed(monkeypatch, capsys, name, known, word):
+    command(monkeypatch, name)
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(known)
     assert all(word in line for line in lines)
     with pytest.raises(SystemExit):
-        command(name, "--help")
+        command(monkeypatch, name, "--help")
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     assert all(each in text for each in known)
 
 
-def test_a_figure_of_named_runs(finished_runs, command):
-    out = command("figure", "training-loss", finished_runs / "madry", finished_runs / "wide", "--out", "there")
-    assert "there/figure-training-loss.png written" in out
+def test_a_figure_of_named_runs(finished_runs, monkeypatch, capsys):
+    command(monkeypatch, "figure", "training-loss", finished_runs / "madry", finished_runs / "wide", "--out", "there")
+    assert "there/figure-training-loss.png written" in capsys.readouterr().out
     content = json.loads(Path("there/figure-training-loss.json").read_text())
     assert list(content["models"]) == ["madry", "wide"]  # the same method, so they are named by their folders
 
 
-def test_a_table_of_a_run_without_a_preset(finished_runs, command, tmp_path):
+def test_a_table_of_a_run_without_a_preset(finished_runs, monkeypatch, capsys, tmp_path):
     """As version 0.1.0 wrote them."""
     run = copy_run(finished_runs / "wide", tmp_path / "runs" / "mine", preset="")
-    out = command("table", "5.1", "--runs", "runs", "--test-images", "12", "--run", f"standard={run}")
-    assert "Table 5.1" in out
+    command(monkeypatch, "table", "5.1", "--runs", "runs", "--test-images", "12", "--run", f"standard={run}")
+    out = capsys.readouterr().out
     assert f"Runs: standard: {run} (Madry, mnist-cnn/2)." in out
     assert "tables/table-5.1.json written" in out
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["table-5.1.json", "table-5.1.md"]
@@ -86,15 +78,13 @@ def test_a_table_of_a_run_without_a_preset(finished_runs, command, tmp_path):
         ("table madry-mnist --run A=RUNS/madry --data digits", "as mnist-cnn/1 for digits .10 classes"),
     ],
 )
-def test_errors_come_before_any_work(finished_runs, tmp_path, monkeypatch, capsys, command, arguments, message):
+def test_errors_come_before_any_work(finished_runs, tmp_path, monkeypatch, capsys, arguments, message):
     pytest.importorskip("sklearn")
     monkeypatch.setattr("spat_train.papers.loaded_run.evaluate", lambda *args, **kwargs: pytest.fail("work began"))
-    (tmp_path / "file").touch()
+    Path("file").touch()
     with pytest.raises(SystemExit) as exit_info:
-        command(*arguments.replace("RUNS", str(finished_runs)).split())
+        command(monkeypatch, *arguments.replace("RUNS", str(finished_runs)).split())
     out, err = capsys.readouterr()
-    assert exit_info.value.code == 2
-    assert "written" not in out
-    assert err.count("\n") == 1
+    assert (exit_info.value.code, err.count("\n"), "written" in out) == (2, 1, False)
     assert re.search(message, err), err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -44,16 +44,14 @@ def draw(name, folder, out, given=(), **options) -> list[Path]:
 # ---- pictures
 
 
-def test_a_gradient_as_a_picture():
+def test_gradients_as_pictures_and_their_smoothness():
     gradient = torch.randn(3, 8, 8)
     picture = figure_4_1.gradient_picture(gradient)
     assert 0 <= picture.min() <= picture.max() <= 1
     assert torch.equal(picture > 0.5, gradient > 0)
     assert torch.equal(figure_4_1.gradient_picture(torch.zeros(3, 8, 8)), torch.full((3, 8, 8), 0.5))
     assert torch.allclose(figure_4_1.gradient_picture(1e-9 * gradient), picture, atol=1e-5)
-
-
-def test_smoothness_tells_shapes_from_noise():
+    # Smoothness tells shapes from noise.
     noise = torch.randn(20, 3, 32, 32)
     shapes = F.avg_pool2d(torch.randn(20, 3, 40, 40), 9, stride=1)
     assert abs(figure_4_1.smoothness(noise)) < 0.05

@@ -61,17 +61,15 @@ def test_a_run_is_what_its_preset_says():
 
 def test_the_command_that_trains_what_is_missing():
     specs = TABLES["madry-mnist"].runs
-    assert specs["A"].command(Path("my runs")) == (
-        "spat-train train --preset madry-mnist/madry --out 'my runs/madry-mnist-madry'"
-    )
+    expected = "spat-train train --preset madry-mnist/madry --out 'my runs/madry-mnist-madry'"
+    assert specs["A"].command(Path("my runs")) == expected
     assert "--seed 1 --out runs/madry-mnist-madry-1" in specs["A'"].command(None)
     assert "--model mnist-b --data digits --out" in specs["B"].command(None, "digits")
     assert "--extra PSEUDO_LABELS" in TABLES["6.3"].runs["rst"].command(None)
     assert "--preset table6.1/madry --method standard" in TABLES["5.1"].runs["standard"].command(None, "cifar10")
     smaller = {"limit": 2000, "epochs": 6, "milestones": None, "model": "small-cnn", "extra": Path("x.pickle")}
-    for table in TABLES.values():
-        for spec in table.runs.values():
-            check(replace(spec.config, **smaller))
+    for spec in (spec for table in TABLES.values() for spec in table.runs.values()):
+        check(replace(spec.config, **smaller))
 
 
 def test_differences_are_those_that_change_the_weights():
@@ -80,20 +78,15 @@ def test_differences_are_those_that_change_the_weights():
     assert differences(run(preset="table6.1/mart", step_size=2.0, beta=5.0), source) == []  # as by default
     changed = {"model": "wrn-10-2", "limit": 5000, "epochs": 6, "milestones": None, "steps": 5, "method": "madry"}
     assert differences(run(preset="table6.1/mart", **changed), source) == [
-        "method Madry (MART)",
-        "model wrn-10-2 (wrn-34-10)",
-        "training images 5,000 (all)",
-        "epochs 6 (90)",
-        "attack steps 5 (10)",
-        "beta none (5)",
-    ]
+        "method Madry (MART)", "model wrn-10-2 (wrn-34-10)", "training images 5,000 (all)", "epochs 6 (90)",
+        "attack steps 5 (10)", "beta none (5)",
+    ]  # fmt: skip
     natural = PRESETS["madry-mnist/natural"]  # it has no attack whose settings could differ
     assert differences(run(preset="madry-mnist/natural", eps=8.0, steps=3, model="mnist-cnn/16"), natural) == []
     unfinished = run(preset="table6.1/mart")
     unfinished.__dict__["epochs"] = 1.5
     assert differences(unfinished, source) == ["stopped after 1.5 of its 90 epochs"]
-    extra = run(preset="table6.3/rst", extra=Path("x.pickle"))
-    assert differences(extra, PRESETS["table6.3/rst"]) == []
+    assert differences(run(preset="table6.3/rst", extra=Path("x.pickle")), PRESETS["table6.3/rst"]) == []
 
 
 def test_runs_in_a_folder(finished_runs, tmp_path, capsys):

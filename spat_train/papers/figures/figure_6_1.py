@@ -23,17 +23,12 @@ def trainings(figure: str) -> RunSelector:
     return RunSelector("Madry runs that differ in alpha, and in eps where that has several lines", fits, specs, place)
 
 
-def radius(context: FigureContext) -> float:
-    """--eps, else 8/255 on CIFAR, else the middle one of the trainings', as 8 of 4, 8 and 16. For images in [0, 1]."""
-    radii = sorted(run.config.eps for run in context.runs)
-    own = context.images.dataset.name in ("cifar10", "cifar100")
-    return (context.options.eps or (8.0 if own else radii[len(radii) // 2])) / 255
-
-
 @paper_figure("6.1", "thesis: clean and robust accuracy against alpha of the training, CIFAR-10", trainings("6.1"))
 @paper_figure("6.2", "thesis: the same on CIFAR-100", trainings("6.2"))
 def make(context: FigureContext) -> Drawing:
-    eps = radius(context)
+    radii = sorted(run.config.eps for run in context.runs)
+    own = 8.0 if context.images.dataset.name in ("cifar10", "cifar100") else radii[len(radii) // 2]  # 8 of 4, 8 and 16
+    eps = (context.options.eps or own) / 255
     lines: dict[str, dict] = {}
     for run in sorted(context.runs, key=lambda run: (run.config.eps, run.config.alpha)):
         line = lines.setdefault(f"trained with ε = {format_eps(run.config.eps)}", {"alphas": [], "clean": [], "robust": []})

@@ -38,18 +38,12 @@ LEAST = 1e-4  # the smallest loss drawn on log scales
 
 @dataclass(frozen=True, eq=False)
 class Ascents:
-    """PGD on each of N images from R random starts.
+    """PGD on each of N images from R random starts."""
 
-    Attributes:
-        losses: [R, N, steps + 1], from the start on.
-        predicted: int64 [R, N], at the end.
-        starts, ends: images [R, N, C, H, W].
-    """
-
-    losses: Tensor
-    predicted: Tensor
-    starts: Tensor
-    ends: Tensor
+    losses: Tensor  # [R, N, steps + 1], from the start on
+    predicted: Tensor  # int64 [R, N], at the end
+    starts: Tensor  # images [R, N, C, H, W]
+    ends: Tensor  # the same
 
 
 def ascend(
@@ -151,16 +145,14 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float, found: Ascents, 
         lines.append(losses_between(model, found.ends[:, n], label, pairs=10))
     pairs = {kind: torch.cat(group, 1) for kind, group in groups.items()}
     distances, cosines = pairs.pop("found").tolist()
-    means = {
-        f"{kind}_{name}": float(both[i].mean()) for kind, both in pairs.items() for i, name in enumerate(("distance", "cosine"))
-    }
+    kinds = [(f"{kind}_{name}", pairs[kind][i]) for kind in pairs for i, name in enumerate(("distance", "cosine"))]
     return {
         "losses": final.tolist(),
         "fooled": float((found.predicted != y.cpu()).float().mean()),
         "spread": float((final.std(0) / final.mean(0).clamp(min=1e-12)).mean()),
         "distances": distances,
         "cosines": cosines,
-        **means,
+        **{kind: float(values.mean()) for kind, values in kinds},
         "between": torch.stack(lines).mean(0).tolist(),
     }
 
