@@ -31,9 +31,8 @@ from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError, check_count
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
-from spat_train.papers.differences import differences
 from spat_train.papers.reported import TABLES
-from spat_train.papers.runs import Run, find_runs, title
+from spat_train.papers.runs import Run, differences, find_runs, title
 from spat_train.presets import PRESETS
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs

@@ -17,8 +17,7 @@ from .demo import demo
 from .errors import InputError, lookup
 from .evaluation.command import EvaluateOptions, attacks_command, evaluate_command
 from .papers import figures, tables
-from .papers.figure import Extent
-from .papers.options import Options
+from .papers.options import Extent, Options
 from .presets import PRESETS
 from .runtime.atomic_write import SaveError
 from .runtime.signals import Stopped

@@ -47,6 +47,12 @@ def new_figure(width: float, height: float = HEIGHT) -> Figure:
     return figure
 
 
+def panel_row(count: int, *, sharex: bool = False, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    """A figure as wide as a page with `count` panels beside each other."""
+    figure = new_figure(PAGE)
+    return figure, figure.subplots(1, count, squeeze=False, sharex=sharex, sharey=sharey)[0]
+
+
 def save(figure: Figure, *paths: Path) -> None:
     """Write .png and .pdf files. The same figure gives the same bytes.
 
@@ -77,8 +83,7 @@ def line_styles(marked: bool = True) -> Iterator[dict]:
 def show(ax: Axes, image: Tensor) -> None:
     """Draw an image [C, H, W] in [0, 1], C = 1 or 3, without ticks."""
     ax.imshow(image.detach().cpu().clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy())  # one channel repeats to grey RGB
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
     ax.grid(False)
 
 

@@ -4,7 +4,7 @@ The thesis attacks with PGD-10, eps 8/255, steps of eps/4 and a uniform start. W
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 from .config import Config
 from .objectives import MethodName
@@ -40,37 +40,23 @@ _MADRY_CIFAR = Config(
 
 # As in the authors' code. MART's order is the default.
 _FORWARDS: dict[str, Literal["clean-adv-clean", "adv-clean"]] = {"trades": "clean-adv-clean", "rst": "adv-clean"}
+_TABLES = {  # settings, and alpha of each row
+    "table6.1": (_TABLE_61, {"madry": 0.0, "trades": 0.0, "mart": 0.0, "trades+spat": 0.1, "mart+spat": 0.3}),
+    "table6.2": (_TABLE_62, {"madry": 0.0, "trades": 0.0, "mart": 0.0, "trades+spat": 0.1, "mart+spat": 0.2}),
+    "table6.3": (_TABLE_63, {"rst": 0.0, "mart": 0.0, "rst+spat": 0.1, "mart+spat": 0.1}),
+    "table6.4": (_TABLE_64, {"trades": 0.0, "mart": 0.0, "trades+spat": 0.1, "mart+spat": 0.2}),
+    "madry-mnist": (_MNIST, {"natural": 0.0, "madry": 0.0, "madry+spat": 0.2}),
+    "madry-cifar10": (_MADRY_CIFAR, {"natural": 0.0, "madry": 0.0}),
+}
 
 
-def _row(table: Config, method: MethodName, alpha: float = 0.0) -> Config:
-    return replace(table, method=method, alpha=alpha, forwards=_FORWARDS.get(method, table.forwards))
+def _row(table: str, key: str, alpha: float) -> Config:
+    method = cast(MethodName, key.removesuffix("+spat").replace("natural", "standard"))
+    base = _MART_62 if (table, method) == ("table6.2", "mart") else _TABLES[table][0]
+    return replace(base, method=method, alpha=alpha, forwards=_FORWARDS.get(method, base.forwards))
 
 
-_ROWS = {
-    "table6.1/madry": _TABLE_61,
-    "table6.1/trades": _row(_TABLE_61, "trades"),
-    "table6.1/mart": _row(_TABLE_61, "mart"),
-    "table6.1/trades+spat": _row(_TABLE_61, "trades", alpha=0.1),
-    "table6.1/mart+spat": _row(_TABLE_61, "mart", alpha=0.3),
-    "table6.2/madry": _TABLE_62,
-    "table6.2/trades": _row(_TABLE_62, "trades"),
-    "table6.2/mart": _row(_MART_62, "mart"),
-    "table6.2/trades+spat": _row(_TABLE_62, "trades", alpha=0.1),
-    "table6.2/mart+spat": _row(_MART_62, "mart", alpha=0.2),
-    "table6.3/rst": _row(_TABLE_63, "rst"),
-    "table6.3/mart": _row(_TABLE_63, "mart"),
-    "table6.3/rst+spat": _row(_TABLE_63, "rst", alpha=0.1),
-    "table6.3/mart+spat": _row(_TABLE_63, "mart", alpha=0.1),
-    "table6.4/trades": _row(_TABLE_64, "trades"),
-    "table6.4/mart": _row(_TABLE_64, "mart"),
-    "table6.4/trades+spat": _row(_TABLE_64, "trades", alpha=0.1),
-    "table6.4/mart+spat": _row(_TABLE_64, "mart", alpha=0.2),
-    "madry-mnist/natural": _row(_MNIST, "standard"),
-    "madry-mnist/madry": _MNIST,
-    "madry-mnist/madry+spat": _row(_MNIST, "madry", alpha=0.2),
-    "madry-cifar10/natural": _row(_MADRY_CIFAR, "standard"),
-    "madry-cifar10/madry": _MADRY_CIFAR,
-} | {
+_ROWS = {f"{table}/{key}": _row(table, key, alpha) for table, (_, alphas) in _TABLES.items() for key, alpha in alphas.items()} | {
     f"{figure}/eps{eps}-alpha{alpha:g}": replace(
         _TABLE_61, data=data, model="resnet-50", eps=float(eps), eval_eps=8.0, alpha=alpha
     )

@@ -1,37 +1,18 @@
 """What a figure of the papers is, and what it is made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..errors import check_count
 from ..models.registry import device_of
-from .loaded_run import LoadedRun, TestImages, open_models
-from .options import Options
+from .loaded_run import LoadedRun, TestImages, open_model, open_models
+from .options import Extent, Options
 from .pictures import CANDIDATES, examples
 from .runs import Run
 from .selection import RunSelector
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much the pictures and the landscape show."""
-
-    examples: int = 5
-    """Images shown, in pictures and in the landscape."""
-    restarts: int = 20
-    """Random starts from each of them, in the landscape."""
-    ascent_steps: int = 100
-    """Steps of PGD from each start, each of 2.5 eps / steps, in the landscape."""
-
-    def check(self) -> None:
-        """Raise InputError for a number that is too small."""
-        check_count("--examples", self.examples)
-        check_count("--restarts", self.restarts, least=2)
-        check_count("--ascent-steps", self.ascent_steps)
 
 
 @dataclass(frozen=True)
@@ -56,9 +37,11 @@ class FigureContext:
     def classes(self) -> tuple[str, ...]:
         return self.images.dataset.classes
 
-    def measure(self, loaded: LoadedRun, attacks: list[str], **settings) -> dict[str, dict[str, float]]:
-        """`LoadedRun.measure` with this context's images, options and radius."""
-        return loaded.measure(self.images, attacks, self.options, **{"eps": self.eps} | settings)
+    def measure(self, run: Run | LoadedRun, attacks: Sequence[str], **settings) -> list[dict[str, float]]:
+        """`LoadedRun.measure` with this context's images, options and radius: a point for each of `attacks`."""
+        loaded = open_model(run, self.images, self.options) if isinstance(run, Run) else run
+        found = loaded.measure(self.images, attacks, self.options, **{"eps": self.eps} | settings)
+        return [found[attack] for attack in attacks]
 
     def examples(self) -> tuple[Tensor, Tensor, list[int]]:
         """Images [N, C, H, W], their labels [N] and their rows in the test set: one of each class, right for all models."""
@@ -73,9 +56,21 @@ Drawing = tuple[dict[str, Figure], dict]
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure: its name on the command line, what it shows, the runs that it takes, and how it is made."""
+    """A figure: what it shows, the runs that it takes, and how it is made."""
 
-    name: str
     about: str
     selector: RunSelector
     make: Callable[[FigureContext], Drawing]
+
+
+FIGURES: dict[str, PaperFigure] = {}
+
+
+def paper_figure(name: str, about: str, selector: RunSelector) -> Callable:
+    """Decorator: make the function the figure `name` of the command line."""
+
+    def register(make: Callable[[FigureContext], Drawing]) -> Callable[[FigureContext], Drawing]:
+        FIGURES[name] = PaperFigure(about, selector, make)
+        return make
+
+    return register

@@ -1,12 +1,18 @@
-"""Models of runs on test images: loaded, checked and measured. What was measured is kept in the run's folder."""
+"""Models of runs on test images: loaded, checked and measured. Accuracies are kept in the run's folder."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spat_kernels.model_state.borrow import borrowed
+from spat_kernels.precision import tf32_switches
+from spat_kernels.predictions import model_logits
 
 from ..data.datasets import load
 from ..data.images import Dataset, fingerprint, floats
@@ -18,6 +24,8 @@ from ..models.registry import device_of
 from ..runtime.signals import interruptible
 from .options import Options
 from .runs import Run, data_name, title
+
+CHUNK = 512  # images in one forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,24 +93,20 @@ class LoadedRun:
             source: the model that the attacks are made on, if another one.
             attack_wrong: as in `evaluate`.
         """
-        settings = {"eps": eps, "seed": options.seed, "batch_size": options.eval_batch_size, "attack_wrong": attack_wrong}
-        parts = (
-            weights_hash(self.model),
-            source and weights_hash(source),
-            fingerprint(images.dataset.test, contents=True),
-            tensor_hash(images.rows),
-        )
+        size = options.eval_batch_size
+        settings: dict[str, Any] = {"eps": eps, "seed": options.seed, "batch_size": size, "attack_wrong": attack_wrong}
+        weights = weights_hash(self.model), source and weights_hash(source)
+        parts = *weights, fingerprint(images.dataset.test, contents=True), tensor_hash(images.rows)
         key = hashlib.sha256(repr((parts, sorted(settings.items()))).encode()).hexdigest()[:12]
         folder = self.run.folder / "evaluations" / f"{data_name(images.dataset.name)}-{len(images)}-{key}"
         device = device_of(self.model)
         with interruptible(
             "the same command goes on from there",
-            lambda: f"--eval-batch-size {options.eval_batch_size}: out of memory on {device}: lower it",
+            lambda: f"--eval-batch-size {size}: out of memory on {device}: lower it",
         ) as on_progress:
             found = evaluate(
-                self.model, images.dataset.test, attacks, eps=eps, source=source, attack_wrong=attack_wrong,
-                rows=images.rows, seed=options.seed, batch_size=options.eval_batch_size, folder=folder, bar=self.name,
-                on_progress=on_progress, memory_format=self.run.config.memory_format,
+                self.model, images.dataset.test, attacks, **settings, source=source, rows=images.rows, folder=folder,
+                bar=self.name, on_progress=on_progress, memory_format=self.run.config.memory_format,
             )  # fmt: skip
         return {
             name: {"accuracy": found.accuracy(name)} | dict(zip(("low", "high"), found.interval(name), strict=True))
@@ -127,3 +131,19 @@ def open_model(run: Run, images: TestImages, options: Options, name: str = "") -
     model, _ = load_model(run.folder, images.dataset, allowed, option="--model")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LoadedRun(run, model.to(device), name or run.folder.name)
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits [B, K] on the CPU, of images [B, C, H, W]. The model is left as it was."""
+    with borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
+        return torch.cat([model_logits(model, images).cpu() for images in x.split(CHUNK)])
+
+
+def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The gradient of each image's cross-entropy with respect to its pixels, like x [B, C, H, W]. The model is left as it was."""
+    with torch.enable_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
+        found = []
+        for images, labels in zip(x.detach().split(CHUNK), y.split(CHUNK), strict=True):
+            images = images.clone().requires_grad_()
+            found.append(torch.autograd.grad(F.cross_entropy(model(images), labels, reduction="sum"), images)[0])
+    return torch.cat(found)

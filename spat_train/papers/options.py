@@ -1,4 +1,4 @@
-"""Options that `spat-train figure` and `spat-train table` share."""
+"""Options of `spat-train figure` and `spat-train table`."""
 
 import os
 from dataclasses import dataclass
@@ -35,7 +35,19 @@ class Options:
     """Allow runs of this package.module:factory, whose code is imported."""
 
 
-def check(options: Options, out: Path) -> None:
+@dataclass(frozen=True)
+class Extent:
+    """How much the pictures and the landscape show."""
+
+    examples: int = 5
+    """Images shown, in pictures and in the landscape."""
+    restarts: int = 20
+    """Random starts from each of them, in the landscape."""
+    ascent_steps: int = 100
+    """Steps of PGD from each start, each of 2.5 eps / steps, in the landscape."""
+
+
+def check(options: Options, out: Path, extent: Extent = Extent()) -> None:  # noqa: B008  (frozen)
     """Raise InputError for an option that does not fit, or where the folder `out` does not exist and cannot be made."""
     check_device(options.device)
     for option, folder in (("runs", options.runs), ("root", options.root)):
@@ -43,6 +55,9 @@ def check(options: Options, out: Path) -> None:
             raise InputError(f"--{option} {folder}: there is no such folder")
     check_count("--test-images", options.test_images)
     check_count("--eval-batch-size", options.eval_batch_size)
+    check_count("--examples", extent.examples)
+    check_count("--restarts", extent.restarts, least=2)
+    check_count("--ascent-steps", extent.ascent_steps)
     check_eps("--eps", options.eps)
     check_seed(options.seed)
     there = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from spat_kernels.settings import PGDSettings
 from ..data.images import Dataset, floats
 from ..models.registry import device_of
 from ..plotting import image_grid, save, style
-from .model_values import cross_entropies, logits_of
+from .loaded_run import logits_of
 
 ROWS = 5
 CANDIDATES = 256  # images that the rows of a picture are chosen from
@@ -28,16 +29,12 @@ def large_eps(eps: float, channels: int) -> float:
     return min(4 * eps if channels == 3 else 2 * eps, 0.45)
 
 
-def one_per_class(y: Tensor, count: int) -> list[int]:
-    """Index of the first image of each of the first `count` classes that occur in y [N]."""
-    return [int((y == label).nonzero()[0]) for label in y.unique()[:count]]
-
-
 def examples(models: Sequence[nn.Module], x: Tensor, y: Tensor, count: int = ROWS) -> list[int]:
-    """Indices of one image of each class that all models get right, or of any image if there are none."""
+    """Indices of one image of each of `count` classes that all models get right, or of any image if there are none."""
     right = torch.stack([predictions(logits_of(model, x)) == y.cpu() for model in models]).all(0)
     among = right.nonzero()[:, 0] if right.any() else torch.arange(len(y))
-    return among[one_per_class(y.cpu()[among], count)].tolist()
+    labels = y.cpu()[among]
+    return [int(among[labels == label][0]) for label in labels.unique()[:count]]
 
 
 def smoothed_attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> dict[str, Tensor]:
@@ -52,10 +49,7 @@ def smoothed_attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: i
 
 
 def attacked_grid(model: nn.Module, columns: dict[str, Tensor], y: Tensor, classes: Sequence[str]) -> tuple[Figure, dict]:
-    """Draw attacked images, each with the class that the model sees.
-
-    Args:
-        columns: by title, images [N, C, H, W]. y: their labels, int64 [N].
+    """Draw `columns` of attacked images [N, C, H, W], whose labels are y, each with the class that the model sees.
 
     Returns:
         The drawing, and by title the predicted classes and the losses.
@@ -64,7 +58,7 @@ def attacked_grid(model: nn.Module, columns: dict[str, Tensor], y: Tensor, class
     numbers = {}
     for title, images in columns.items():
         logits = logits_of(model, images)
-        predicted, losses = predictions(logits), cross_entropies(logits, y)
+        predicted, losses = predictions(logits), F.cross_entropy(logits, y.cpu(), reduction="none")
         names = [classes[p] if p >= 0 else "NaN" for p in predicted.tolist()]
         captions[title] = list(zip(names, (predicted == y.cpu()).tolist(), strict=True))
         numbers[title] = {"predicted": names, "loss": losses.tolist()}

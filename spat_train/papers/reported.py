@@ -13,38 +13,24 @@ from .selection import RunSpec
 
 @dataclass(frozen=True)
 class Cell:
-    """One number.
-
-    Args:
-        row, column: where it stands.
-        accuracy: in percent.
-        attack: a name of `spat_train.evaluation.attack_specs`.
-        target: key of the run whose accuracy it is.
-        source: key of the run that the attack was made on, for black boxes; "" is `target`.
-    """
+    """One number."""
 
     row: str
     column: str
-    accuracy: float
-    attack: str
-    target: str
-    source: str = ""
+    accuracy: float  # in percent
+    attack: str  # a name of `spat_train.evaluation.attack_specs`
+    target: str  # key of the run whose accuracy it is
+    source: str = ""  # key of the run that the attack was made on, for black boxes; "" is `target`
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a source.
-
-    Args:
-        corner: the heading of the column of rows.
-        eps: the radius of its attacks, in 1/255.
-        runs: by key. Copies come after their originals.
-    """
+    """A table of a source."""
 
     title: str
-    corner: str
-    eps: float
-    runs: dict[str, RunSpec]
+    corner: str  # the heading of the column of rows
+    eps: float  # of its attacks, in 1/255
+    runs: dict[str, RunSpec]  # by key; copies come after their originals
     cells: tuple[Cell, ...]
 
 
@@ -59,32 +45,21 @@ def _smoothed(number: str, key: str, spec: RunSpec, kl: float, accuracies: dict[
 
 # ---- thesis, chapter 6: one training in each row
 
-
-def _trainings(number: str, about: str, eps: float, columns: dict[str, str], rows: dict[str, tuple[float, ...]]) -> Table:
-    runs = {key: RunSpec(f"table{number}/{key}") for key in rows}
-    cells = [
-        Cell(title(runs[key].config), column, accuracy, attack, key)
-        for key, accuracies in rows.items()
-        for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True)
-    ]
-    return Table(f"Thesis, Table {number}: {about}", "defence", eps, runs, tuple(cells))
-
-
 _FOUR = {"natural": "clean", "FGSM": "fgsm", "PGD-20": "pgd-20", "C&W-inf": "cw-30"}
 _TWO = {"natural": "clean", "PGD-20": "pgd-20"}
 _RST = {"natural": "clean", "PGD-20": "pgd-20-rst"}  # "settings in [39]": as RST's code validates
 FIGURE_61 = {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}  # what the text says, trained with 8/255
 
 
-def _broken(about: str) -> Table:
-    """The one point of Figure 6.1 that has numbers."""
-    spec = RunSpec("figure6.1/eps8-alpha1")
-    name = title(spec.config)
-    cells = (
-        Cell(name, "natural", FIGURE_61["clean"][0], "clean", "alpha1"),
-        Cell(name, "PGD-20", FIGURE_61["robust"][0], "pgd-20", "alpha1"),
-    )
-    return Table(about, "defence", 8.0, {"alpha1": spec}, cells)
+def _trainings(about: str, presets: str, columns: dict[str, str], rows: dict[str, tuple[float, ...]], eps: float = 8.0) -> Table:
+    """`presets`: what the names of the rows' presets begin with. `columns`: by title, the attack."""
+    runs = {key: RunSpec(presets + key) for key in rows}
+    cells = [
+        Cell(title(runs[key].config), column, accuracy, attack, key)
+        for key, accuracies in rows.items()
+        for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True)
+    ]
+    return Table(f"Thesis, {about}", "defence", eps, runs, tuple(cells))
 
 
 # ---- Madry et al.: an attack in each row, on one robust model
@@ -108,33 +83,35 @@ TABLES = {
     "5.2": _smoothed("5.2", "robust", RunSpec("table6.1/madry"), 71.58, {
         "0.1": 57.7, "0.2": 62.93, "0.3": 67.7, "0.4": 72.14, "0.5": 75.57,
     }),
-    "6.1": _trainings("6.1", "WRN-34-10 on CIFAR-10", 8.0, _FOUR, {
+    "6.1": _trainings("Table 6.1: WRN-34-10 on CIFAR-10", "table6.1/", _FOUR, {
         "madry": (84.39, 59.93, 56.37, 54.14),
         "trades": (85.97, 62.29, 57.32, 54.38),
         "mart": (83.7, 61.93, 58.46, 53.28),
         "trades+spat": (84.6, 61.46, 58.22, 54.97),
         "mart+spat": (81.93, 61.87, 59.59, 51.57),
     }),
-    "6.2": _trainings("6.2", "WRN-34-10 on CIFAR-100", 8.0, _FOUR, {
+    "6.2": _trainings("Table 6.2: WRN-34-10 on CIFAR-100", "table6.2/", _FOUR, {
         "madry": (61.77, 34.42, 31.51, 30.1),
         "trades": (57.13, 32.9, 31.02, 28.07),
         "mart": (58.56, 36.46, 34.12, 30.16),
         "trades+spat": (55.54, 33.35, 31.20, 28.14),
         "mart+spat": (60.28, 36.91, 34.66, 30.93),
     }),
-    "6.3": _trainings("6.3", "WRN-28-10 on CIFAR-10 and 500,000 pseudo-labelled images", 0.031 * 255, _RST, {
+    "6.3": _trainings("Table 6.3: WRN-28-10 on CIFAR-10 and 500,000 pseudo-labelled images", "table6.3/", _RST, {
         "rst": (89.65, 63.00),
         "mart": (89.81, 63.06),
         "rst+spat": (89.52, 63.47),
         "mart+spat": (89.44, 63.37),
-    }),
-    "6.4": _trainings("6.4", "ResNet-18 on STL-10", 8.0, _TWO, {
+    }, eps=0.031 * 255),
+    "6.4": _trainings("Table 6.4: ResNet-18 on STL-10", "table6.4/", _TWO, {
         "trades": (70.15, 42.16),
         "mart": (67.89, 44.24),
         "trades+spat": (69.24, 43.33),
         "mart+spat": (67.85, 45.19),
     }),
-    "figure-6.1": _broken("Thesis, section 6.2: ResNet-50 on CIFAR-10, trained at α = 1"),
+    "figure-6.1": _trainings("section 6.2: ResNet-50 on CIFAR-10, trained at α = 1", "figure6.1/eps8-", _TWO, {
+        "alpha1": (FIGURE_61["clean"][0], FIGURE_61["robust"][0]),
+    }),
     "madry-mnist": _attacks(
         1, "MNIST", 76.5,
         {

@@ -1,4 +1,4 @@
-"""Finished runs on disk, and how their settings are written."""
+"""Finished runs on disk: how their settings are written, and where they differ from a source's."""
 
 import sys
 from dataclasses import dataclass
@@ -12,6 +12,13 @@ from ..objectives import METHODS
 from ..runtime import logs
 
 CHECKPOINTS = ("best.pt", "last.pt")
+PLAIN = {  # by name, the options whose value is shown as it is
+    "held-out images": "holdout", "padding before crops": "pad", "flips": "flip", "forwards": "forwards",
+    "optimiser": "optimizer", "schedule": "schedule", "momentum": "momentum", "Nesterov": "nesterov", "batch size": "batch_size",
+    "weight decay": "weight_decay", "decay of biases and norms": "decay_norm", "weight averaging": "ema", "AWP": "awp",
+    "label smoothing": "label_smoothing", "activation": "activation", "mean": "mean", "std": "std", "first weights": "init",
+    "precision": "precision",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,26 +56,22 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json there: give the folder of a run")
-    if not _has_checkpoint(folder):
+    if not any((folder / name).is_file() for name in CHECKPOINTS):
         raise InputError(f"{folder}: neither {' nor '.join(CHECKPOINTS)} there: give the folder of a run that has trained")
     if (config := run_config(folder)) is None:
         raise InputError(f"{folder / 'config.json'}: it is no run's: give the folder of a run")
     return Run(folder, config)
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in CHECKPOINTS)
-
-
 def find_runs(folder: Path | None) -> list[Run]:
     """All runs in `folder` that have a checkpoint, by name. One that cannot be read is left out and reported on stderr."""
     runs = []
-    for path in sorted(folder.glob("*/config.json")) if folder else []:
-        if _has_checkpoint(path.parent):
-            try:
-                runs.append(read_run(path.parent))
-            except InputError as error:
-                print(f"spat-train: left out {path.parent}: {error}", file=sys.stderr)
+    trained = {path.parent for name in CHECKPOINTS for path in folder.glob(f"*/{name}")} if folder else set()
+    for path in sorted(path for path in trained if (path / "config.json").is_file()):
+        try:
+            runs.append(read_run(path))
+        except InputError as error:
+            print(f"spat-train: left out {path}: {error}", file=sys.stderr)
     return runs
 
 
@@ -85,3 +88,42 @@ def format_eps(eps: float) -> str:
 def title(config: Config) -> str:
     """The method as the thesis writes it: MART+SPAT(.3)."""
     return METHODS[config.method].title + (f"+SPAT({config.alpha:g})".replace("(0.", "(.") if config.alpha else "")
+
+
+def settings(c: Config) -> dict[str, str]:
+    """What changes the weights, as text, with the defaults filled in that follow from other options."""
+    _, step_size, steps, start = c.attack_settings
+    drops = ", ".join(f"{100 * epoch / c.epochs:.0f} %" for epoch in c.lr_drops) if c.schedule == "piecewise" else "none"
+    attack = {
+        "eps": format_eps(c.eps), "attack steps": f"{steps}", "step size": format_eps(255 * step_size), "start": start,
+        "inner loss": c.inner_loss, "mode in attacks": c.bn_mode,
+    }  # fmt: skip
+    return {
+        "method": METHODS[c.method].title,
+        "data": data_name(c.data),
+        "model": c.model.removesuffix("/16") if c.model.startswith("mnist-cnn") else c.model,
+        "training images": "all" if c.limit is None else f"{c.limit:,}",
+        "pseudo-labelled images": "some" if c.extra or c.preset.startswith("table6.3/") else "none",
+        "epochs": f"{c.epochs}",
+        "alpha": f"{c.alpha:g}",
+        **(dict.fromkeys(attack, "none") if c.method == "standard" else attack),
+        "beta": "none" if c.kl_weight is None else f"{c.kl_weight:g}",
+        "lr": f"{c.peak_lr:g}",
+        "lr drops": drops,
+        **{name: _text(getattr(c, option)) for name, option in PLAIN.items()},
+    }
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "default" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def differences(run: Run, source: Config) -> list[str]:
+    """Settings of `run` that differ from `source`, whose own are in brackets, and how far it is, where it is unfinished."""
+    ours, theirs = settings(run.config), settings(source)
+    found = [f"{name} {ours[name]} ({theirs[name]})" for name in ours if ours[name] != theirs[name]]
+    if not run.finished:
+        found.append(f"stopped after {run.epochs:.3g} of its {run.config.epochs} epochs")
+    return found

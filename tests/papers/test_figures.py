@@ -20,22 +20,15 @@ from spat_train.errors import InputError
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
 from spat_train.papers import figures, pictures
-from spat_train.papers.figure import Extent, FigureContext
-from spat_train.papers.figures import budget, capacity, figure_4_1, figure_5_3, figure_6_1, steps, training_loss
-from spat_train.papers.loaded_run import TestImages as Drawn
+from spat_train.papers.figure import FigureContext
+from spat_train.papers.figures import FIGURES, budget, figure_4_1, training_loss
 from spat_train.papers.loaded_run import open_images
-from spat_train.papers.options import Options
+from spat_train.papers.options import Extent, Options
 from spat_train.papers.runs import Run, read_run
-from spat_train.runtime.atomic_write import SaveError
 from tests.papers.finished_runs import EPS, copy_run
 
 MAGIC = {".png": b"\x89PNG", ".pdf": b"%PDF"}
 FEW = Extent(examples=2, restarts=3, ascent_steps=4)
-
-
-@pytest.fixture
-def folder(finished_runs):
-    return finished_runs
 
 
 @pytest.fixture(autouse=True)
@@ -44,28 +37,21 @@ def _cheap(one_thread, monkeypatch):
     monkeypatch.setitem(plotting.STYLE, "pdf.fonttype", 3)  # subsets of TrueType fonts take a second each
 
 
-def draw(name, folder, out, given=(), **options):
-    options = {"runs": None if given else folder, "test_images": 4} | options
-    return figures.draw(name, given, Options(**options), FEW, out)
-
-
-def content_of(*arguments, **options) -> dict:
-    return json.loads(draw(*arguments, **options)[-1].read_text())
+def draw(name, folder, out, given=(), **options) -> list[Path]:
+    return figures.draw(name, given, Options(runs=folder, test_images=4, **options), FEW, out)
 
 
 # ---- pictures
 
 
-def test_a_gradient_as_a_picture():
+def test_gradients_as_pictures_and_their_smoothness():
     gradient = torch.randn(3, 8, 8)
     picture = figure_4_1.gradient_picture(gradient)
     assert 0 <= picture.min() <= picture.max() <= 1
     assert torch.equal(picture > 0.5, gradient > 0)
     assert torch.equal(figure_4_1.gradient_picture(torch.zeros(3, 8, 8)), torch.full((3, 8, 8), 0.5))
     assert torch.allclose(figure_4_1.gradient_picture(1e-9 * gradient), picture, atol=1e-5)
-
-
-def test_smoothness_tells_shapes_from_noise():
+    # Smoothness tells shapes from noise.
     noise = torch.randn(20, 3, 32, 32)
     shapes = F.avg_pool2d(torch.randn(20, 3, 40, 40), 9, stride=1)
     assert abs(figure_4_1.smoothness(noise)) < 0.05
@@ -94,9 +80,9 @@ def test_examples_are_right_for_all_models():
 # ---- the numbers of curves are what evaluate finds
 
 
-def context_of(folder, *names) -> FigureContext:
+def context_of(finished_runs, *names) -> FigureContext:
     options = Options(test_images=8, seed=1)
-    found = [read_run(folder / name) for name in names]
+    found = [read_run(finished_runs / name) for name in names]
     return FigureContext(found, open_images(found, options), options, FEW, 0.3)
 
 
@@ -110,9 +96,8 @@ def check_points(points, context, run, attacks, **settings):
         assert point == {"accuracy": found.accuracy(attack), "low": low, "high": high}
 
 
-def test_images_are_drawn_by_the_seed(folder):
-    images = context_of(folder, "madry").images
-    assert isinstance(images, Drawn)
+def test_images_are_drawn_by_the_seed(finished_runs):
+    images = context_of(finished_runs, "madry").images
     assert len(images) == len(set(images.rows.tolist())) == 8
     assert images.total == 40
     x, y = images.floats(3, "cpu")
@@ -123,43 +108,43 @@ def test_images_are_drawn_by_the_seed(folder):
         open_images(others, Options())
 
 
-def test_accuracy_against_alpha(folder):
-    context = context_of(folder, "standard")
-    numbers = figure_5_3.measure(context, context.loaded[0])
+def test_accuracy_against_alpha(finished_runs):
+    context = context_of(finished_runs, "standard")
+    numbers = FIGURES["5.3"].make(context)[1]["models"]["standard"]
     assert numbers["alphas"] == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     points = [numbers["clean"], numbers["pgd-kl"], numbers["pgd-ls"][3], numbers["pgd-ls"][10]]
     attacks = ["clean", "pgd-kl-20", "pgd-ls-20:alpha=0.3", "pgd-ls-20:alpha=1"]
-    check_points(points, context, folder / "standard", attacks, attack_wrong=True)
+    check_points(points, context, finished_runs / "standard", attacks, attack_wrong=True)
     assert numbers["pgd-ls"][10]["accuracy"] >= numbers["clean"]["accuracy"]
 
 
-def test_accuracy_against_the_radius_and_steps(folder):
-    context = context_of(folder, "standard", "madry")
-    panels = budget.measure(context)
+def test_accuracy_against_the_radius_and_steps(finished_runs):
+    context = context_of(finished_runs, "standard", "madry")
+    panels = FIGURES["budget"].make(context)[1]["panels"]
     assert panels["L∞"]["names"] == ["0", "0.075", "0.15", "0.225", "0.3", "0.375", "0.45"]
     assert panels["L∞"]["trained"] == 0.3
     assert panels["L2"]["radii"] == [0, 1, 2, 3, 4, 5, 6]  # of 0.3 * 28 / 2
     curves = {norm: panel["models"]["Madry"] for norm, panel in panels.items()}
     points = [curves["L∞"][0], curves["L∞"][1], curves["L2"][2]]
-    check_points(points, context, folder / "madry", ["clean", "pgd-20:eps=0.075", "pgd-l2-20:eps=2"])
+    check_points(points, context, finished_runs / "madry", ["clean", "pgd-20:eps=0.075", "pgd-l2-20:eps=2"])
     small = budget.panels_of(8 / 255, 784, trained=False)["L∞"]
     assert small["names"] == ["0", "2", "4", "6", "8", "10", "12"]
     assert small["trained"] is None
 
-    points = steps.measure(context)["models"]["standard"]
+    points = FIGURES["steps"].make(context)[1]["models"]["standard"]
     attacks = ["clean", "pgd-20:steps=5", "pgd-20:steps=100"]
-    check_points([points[0], points[3], points[-1]], context, folder / "standard", attacks)
+    check_points([points[0], points[3], points[-1]], context, finished_runs / "standard", attacks)
 
 
-def test_accuracy_against_width(folder):
-    context = context_of(folder, "wide", "madry", "standard", "wide-standard")
-    panels = capacity.measure(context)
+def test_accuracy_against_width(finished_runs):
+    context = context_of(finished_runs, "wide", "madry", "standard", "wide-standard")
+    panels = FIGURES["capacity"].make(context)[1]["panels"]
     assert {name: panel["widths"] for name, panel in panels.items()} == {
         "standard training": [1, 2],
         "adversarial training": [1, 2],
     }
     attacks = panels["adversarial training"]["attacks"]
-    check_points([attacks["FGSM"][1], attacks["PGD-20"][1]], context, folder / "wide", ["fgsm", "pgd-20"])
+    check_points([attacks["FGSM"][1], attacks["PGD-20"][1]], context, finished_runs / "wide", ["fgsm", "pgd-20"])
     assert panels["adversarial training"]["loss"][1] == training_loss.training_loss(context.runs[0])["losses"][-1]
 
 
@@ -177,14 +162,14 @@ def test_losses_are_means_of_epochs(tmp_path):
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_every_figure_is_drawn(name, folder, tmp_path, capsys):
+def test_every_figure_is_drawn(name, finished_runs, tmp_path, capsys):
     if name.startswith("6"):
         runs = tmp_path / "runs"
         for alpha in (0.0, 0.4):
             preset = f"figure{name}/eps8-alpha{alpha:g}"
-            copy_run(folder / "madry", runs / f"alpha{alpha}", preset=preset, alpha=alpha)
+            copy_run(finished_runs / "madry", runs / f"alpha{alpha}", preset=preset, alpha=alpha)
     else:
-        runs = folder
+        runs = finished_runs
     settings, out = dict(matplotlib.rcParams), tmp_path / "out"
     paths = draw(name, runs, out)
     assert dict(matplotlib.rcParams) == settings
@@ -202,31 +187,29 @@ def test_every_figure_is_drawn(name, folder, tmp_path, capsys):
         assert each["config"]["eps"] == EPS
     if name in ("4.1", "5.3"):
         before = {path: path.read_bytes() for path in paths}
-        draw(name, folder, out)
+        draw(name, finished_runs, out)
         assert {path: path.read_bytes() for path in paths} == before
 
 
-def test_pictures_say_what_they_show(folder, tmp_path):
-    content = content_of("5.1", folder, tmp_path)
+def test_pictures_say_what_they_show(finished_runs, tmp_path):
+    def content_of(name, given=(), **options) -> dict:
+        return json.loads(draw(name, finished_runs, tmp_path, given, **options)[-1].read_text())
+
+    content = content_of("5.1")
     assert content["radii"] == [0.45, 0.3, 0.15]
     assert list(content["columns"]) == ["original", "ε = 0.45", "ε = 0.3", "ε = 0.15"]
     assert all(len(column["predicted"]) == len(column["loss"]) == len(content["rows"]) for column in content["columns"].values())
-    content = content_of("5.1", folder, tmp_path, eps=32.0)
-    assert list(content["columns"]) == ["original", "ε = 32/255", "ε = 16/255", "ε = 8/255"]
-    content = content_of("5.2", folder, tmp_path)
-    assert list(content["columns"]) == ["original", "PGD-CE", "PGD-LS(.2)", "PGD-LS(.8)"]
+    assert list(content_of("5.1", eps=32.0)["columns"]) == ["original", "ε = 32/255", "ε = 16/255", "ε = 8/255"]
+    assert list(content_of("5.2")["columns"]) == ["original", "PGD-CE", "PGD-LS(.2)", "PGD-LS(.8)"]
+    given = [finished_runs / "madry", finished_runs / "standard"]
+    assert list(content_of("4.1", given)["gradients"]) == ["standard", "Madry"]
 
 
-def test_figure_41_names_its_columns_by_what_the_runs_are(folder, tmp_path):
-    given = [folder / "madry", folder / "standard"]
-    assert list(content_of("4.1", None, tmp_path, given)["gradients"]) == ["standard", "Madry"]
-
-
-def test_lines_of_trainings_and_the_thesis_s_point(folder):
-    context = context_of(folder, "madry")
+def test_lines_of_trainings_and_the_thesis_s_point(finished_runs):
+    context = context_of(finished_runs, "madry")
     own = replace(context.images, dataset=replace(context.images.dataset, name="cifar10"))
     runs = [replace(context.runs[0], config=Config(eps=e, alpha=a)) for e in (8.0, 4.0) for a in (1.0, 0.0)]
-    drawn, numbers = figure_6_1.make(replace(context, runs=runs, images=own))
+    drawn, numbers = FIGURES["6.1"].make(replace(context, runs=runs, images=own))
     assert {name: line["alphas"] for name, line in numbers["lines"].items()} == {
         "trained with ε = 4/255": [0.0, 1.0],
         "trained with ε = 8/255": [0.0, 1.0],
@@ -236,23 +219,5 @@ def test_lines_of_trainings_and_the_thesis_s_point(folder):
     for ax, value in zip(drawn[""].axes, (32.44, 0.0), strict=True):
         (theirs,) = [line for line in ax.lines if line.get_label().startswith("thesis")]
         assert theirs.get_xydata().tolist() == [[1.0, value]]
-    _, numbers = figure_6_1.make(replace(context, runs=runs))  # other data
+    _, numbers = FIGURES["6.1"].make(replace(context, runs=runs))  # other data
     assert numbers["source"] is None
-
-
-def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
-    figure = plotting.new_figure(2, 2)
-    figure.subplots().plot([1, 2])
-    path = tmp_path / "a.png"
-    plotting.save(figure, path)
-    before = path.read_bytes()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("spat_train.runtime.atomic_write.os.replace", full)
-    figure.axes[0].plot([2, 1])
-    with pytest.raises(SaveError, match="No space left"):
-        plotting.save(figure, path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -1,5 +1,6 @@
 """Which finished runs are taken: by preset, in what order, from which data; what is said where there are none."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,14 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
+
 from spat_train.config import Config
 from spat_train.errors import InputError
-from spat_train.papers.differences import differences
 from spat_train.papers.figures import FIGURES, radius
 from spat_train.papers.figures.capacity import family_and_width
 from spat_train.papers.options import Options
 from spat_train.papers.reported import TABLES
-from spat_train.papers.runs import Run, find_runs, format_eps, read_run, title
+from spat_train.papers.runs import Run, differences, find_runs, format_eps, read_run, title
 from spat_train.papers.selection import RunSpec, candidates
 from spat_train.presets import PRESETS
 from spat_train.training.check import check
@@ -30,65 +31,45 @@ def names(runs) -> list[str]:
     return [found.folder.name for found in runs]
 
 
-def test_names():
+def test_names_and_radii():
     models = ["wrn-34-10", "mnist-cnn/8", "mnist-cnn", "mnist-b", "resnet-18/stl10", "small-cnn"]
     assert [family_and_width(name)[1] for name in models] == [10, 8, 16, None, None, None]
     assert family_and_width("mnist-cnn")[0] == family_and_width("mnist-cnn/2")[0] != family_and_width("wrn-34-2")[0]
     assert title(Config(method="mart", alpha=0.3)) == "MART+SPAT(.3)"
     assert title(Config(method="standard")) == "standard"
     assert [format_eps(eps) for eps in (8, 76.5, 0.031 * 255)] == ["8/255", "0.3", "0.031"]
+    standard, robust = run("a", method="standard", eps=4.0), run("b", eps=8.0, eval_eps=16.0)
+    assert [radius([standard, robust], Options()), radius([standard], Options())] == [16 / 255, 4 / 255]
+    assert radius([robust], Options(eps=2.0)) == 2 / 255
 
 
-@pytest.mark.parametrize(
-    ("changed", "fits"),
-    [
-        ({}, True),
-        ({"data": "digits", "epochs": 3, "limit": 100, "model": "wrn-10-2", "eps": 16.0, "seed": 4}, True),
-        ({"preset": ""}, False),
-        ({"preset": "table6.2/mart+spat"}, False),
-        ({"method": "trades"}, False),
-        ({"alpha": 0.2}, False),
-    ],
-)
-def test_a_run_is_what_its_preset_says(changed, fits):
+def test_a_run_is_what_its_preset_says():
     spec = RunSpec("table6.1/mart+spat")
-    assert spec.fits(Run(Path("anything"), replace(spec.config, **changed))) is fits
-
-
-def test_variants_of_a_preset():
-    natural, other = run(preset="madry-mnist/natural"), run(preset="madry-mnist/natural", model="mnist-b")
-    spec = RunSpec("madry-mnist/natural", model="mnist-b")
-    assert [spec.fits(found) for found in (natural, other)] == [False, True]
-    spec = RunSpec("table6.1/madry", method="standard")
-    assert [spec.fits(run(preset="table6.1/madry", method=method)) for method in ("standard", "madry")] == [True, False]
-
-
-def test_of_several_runs_a_finished_one_with_the_lowest_seed():
-    spec = RunSpec("table6.1/madry")
-    runs = [
-        run("c", spec.preset, seed=1),
-        run("b", spec.preset, seed=0),
-        run("a", spec.preset, seed=0),
-        run("x", spec.preset, model="small-cnn"),
-        run("unfinished", spec.preset),
-    ]
-    runs[-1].__dict__["epochs"] = 1
-    assert names(sorted(runs, key=spec.rank)) == ["a", "b", "c", "x", "unfinished"]
+    smaller = {"data": "digits", "epochs": 3, "limit": 100, "model": "wrn-10-2", "eps": 16.0}
+    runs = [run("c", spec.preset, seed=1), run("b", spec.preset), run("a", spec.preset), run("x", spec.preset, **smaller)]
+    unfinished = run("unfinished", spec.preset)
+    unfinished.__dict__["epochs"] = 1
+    assert names(sorted([unfinished, *runs], key=spec.rank)) == ["a", "b", "c", "x", "unfinished"]
+    assert all(map(spec.fits, runs))
+    others = {"preset": ""}, {"preset": "table6.2/mart+spat"}, {"method": "trades"}, {"alpha": 0.2}
+    assert not any(spec.fits(replace(runs[0], config=replace(spec.config, **changed))) for changed in others)
+    variant, plain = RunSpec("madry-mnist/natural", model="mnist-b"), run(preset="madry-mnist/natural")
+    assert (variant.fits(run(preset="madry-mnist/natural", model="mnist-b")), variant.fits(plain)) == (True, False)
+    variant, plain = RunSpec("table6.1/madry", method="standard"), run(preset="table6.1/madry")
+    assert (variant.fits(run(preset="table6.1/madry", method="standard")), variant.fits(plain)) == (True, False)
 
 
 def test_the_command_that_trains_what_is_missing():
     specs = TABLES["madry-mnist"].runs
-    assert specs["A"].command(Path("my runs")) == (
-        "spat-train train --preset madry-mnist/madry --out 'my runs/madry-mnist-madry'"
-    )
+    expected = "spat-train train --preset madry-mnist/madry --out 'my runs/madry-mnist-madry'"
+    assert specs["A"].command(Path("my runs")) == expected
     assert "--seed 1 --out runs/madry-mnist-madry-1" in specs["A'"].command(None)
     assert "--model mnist-b --data digits --out" in specs["B"].command(None, "digits")
     assert "--extra PSEUDO_LABELS" in TABLES["6.3"].runs["rst"].command(None)
     assert "--preset table6.1/madry --method standard" in TABLES["5.1"].runs["standard"].command(None, "cifar10")
     smaller = {"limit": 2000, "epochs": 6, "milestones": None, "model": "small-cnn", "extra": Path("x.pickle")}
-    for table in TABLES.values():
-        for spec in table.runs.values():
-            check(replace(spec.config, **smaller))
+    for spec in (spec for table in TABLES.values() for spec in table.runs.values()):
+        check(replace(spec.config, **smaller))
 
 
 def test_differences_are_those_that_change_the_weights():
@@ -97,47 +78,36 @@ def test_differences_are_those_that_change_the_weights():
     assert differences(run(preset="table6.1/mart", step_size=2.0, beta=5.0), source) == []  # as by default
     changed = {"model": "wrn-10-2", "limit": 5000, "epochs": 6, "milestones": None, "steps": 5, "method": "madry"}
     assert differences(run(preset="table6.1/mart", **changed), source) == [
-        "method Madry (MART)",
-        "model wrn-10-2 (wrn-34-10)",
-        "training images 5,000 (all)",
-        "epochs 6 (90)",
-        "attack steps 5 (10)",
-        "beta none (5)",
-    ]
+        "method Madry (MART)", "model wrn-10-2 (wrn-34-10)", "training images 5,000 (all)", "epochs 6 (90)",
+        "attack steps 5 (10)", "beta none (5)",
+    ]  # fmt: skip
     natural = PRESETS["madry-mnist/natural"]  # it has no attack whose settings could differ
     assert differences(run(preset="madry-mnist/natural", eps=8.0, steps=3, model="mnist-cnn/16"), natural) == []
     unfinished = run(preset="table6.1/mart")
     unfinished.__dict__["epochs"] = 1.5
     assert differences(unfinished, source) == ["stopped after 1.5 of its 90 epochs"]
-    extra = run(preset="table6.3/rst", extra=Path("x.pickle"))
-    assert differences(extra, PRESETS["table6.3/rst"]) == []
+    assert differences(run(preset="table6.3/rst", extra=Path("x.pickle")), PRESETS["table6.3/rst"]) == []
 
 
 def test_runs_in_a_folder(finished_runs, tmp_path, capsys):
     assert names(find_runs(finished_runs)) == ["b", "madry", "madry-seed1", "standard", "wide", "wide-standard"]
-    assert all(found.finished and found.epochs == found.config.epochs for found in find_runs(finished_runs))
+    assert all(found.epochs == found.config.epochs for found in find_runs(finished_runs))
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text(Config().to_json())
     assert find_runs(tmp_path) == find_runs(None) == find_runs(tmp_path / "nowhere") == []
     with pytest.raises(InputError, match=r"neither best.pt nor last.pt"):
         read_run(tmp_path / "begun")
-    with pytest.raises(InputError, match=r"no config.json"):
-        read_run(tmp_path)
     for content, reason in (('{"method": "mad', "cannot be read"), ("[1]", "is no run's")):
         broken = copy_run(finished_runs / "b", tmp_path / reason[:2])
         (broken / "config.json").write_text(content)
         assert find_runs(tmp_path) == []
-        err = capsys.readouterr().err
-        assert f"left out {broken}" in err
-        assert reason in err
-        with pytest.raises(InputError, match=reason):
-            read_run(broken)
+        assert re.search(f"left out {broken}.*{reason}", capsys.readouterr().err)
         (broken / "config.json").unlink()
 
 
 def test_the_runs_of_a_table(finished_runs, tmp_path):
-    def keys(given=(), table="madry-mnist", **options):
-        found = candidates(TABLES[table].runs, Options(**{"runs": finished_runs} | options), dict(given))
+    def keys(given=(), runs=finished_runs, **options):
+        found = candidates(TABLES["madry-mnist"].runs, find_runs(runs), Options(runs=runs, **options), dict(given))
         return {key: names(runs) for key, runs in found.items()}
 
     assert keys() == {"A": ["madry", "wide", "madry-seed1"], "A'": ["madry-seed1"], "B": ["b"]}
@@ -150,7 +120,7 @@ def test_the_runs_of_a_table(finished_runs, tmp_path):
     copy_run(finished_runs / "madry", tmp_path / "on-mnist")
     assert keys(runs=tmp_path)["A"] == ["on-mnist"]  # the source's
     assert keys(runs=tmp_path, data="digits")["A"] == ["on-digits"]
-    copy_run(finished_runs / "madry", tmp_path / "on-mnist" / ".." / "on-cifar", data="cifar10")
+    copy_run(finished_runs / "madry", tmp_path / "on-cifar", data="cifar10")
     (tmp_path / "on-mnist" / "config.json").unlink()
     with pytest.raises(InputError, match=r"--data: --runs .* holds runs on cifar10, digits: say which"):
         keys(runs=tmp_path)
@@ -183,12 +153,5 @@ def test_runs_without_a_preset_are_to_be_named(finished_runs, tmp_path):
         copy_run(finished_runs / name, tmp_path / name, preset="")
     with pytest.raises(InputError, match="figure 5.3: it needs one standard and one robust run") as caught:
         FIGURES["5.3"].selector.take("5.3", [], Options(runs=tmp_path))
-    assert f"name them, such as spat-train figure 5.3 {tmp_path}/standard {tmp_path}/madry, or" in str(caught.value)
+    assert f"name them, such as spat-train figure 5.3 {tmp_path}/madry {tmp_path}/standard, or" in str(caught.value)
     assert "or train it: spat-train train --preset table6.1/madry --method standard --out" in str(caught.value)
-
-
-def test_the_radius():
-    standard, robust = run("a", method="standard", eps=4.0), run("b", eps=8.0, eval_eps=16.0)
-    assert radius([standard, robust], Options()) == 16 / 255
-    assert radius([standard], Options()) == 4 / 255
-    assert radius([robust], Options(eps=2.0)) == 2 / 255

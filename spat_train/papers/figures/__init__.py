@@ -1,4 +1,4 @@
-"""`spat-train figure`: the figures of the papers. Each module here is one figure, and its `FIGURE` is found by itself."""
+"""`spat-train figure`: the figures of the papers. Each module here is one figure, and is found by itself."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,18 +6,18 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from matplotlib.figure import Figure
-
 from ...errors import lookup
 from ...plotting import save, style
 from ...runtime import atomic_write
-from ..figure import Extent, FigureContext, PaperFigure
+from .. import figure
+from ..figure import FigureContext
 from ..loaded_run import open_images
-from ..options import Options, check
+from ..options import Extent, Options, check
 from ..runs import Run
 
-_modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-FIGURES: dict[str, PaperFigure] = {figure.name: figure for figure in sorted((m.FIGURE for m in _modules), key=lambda f: f.name)}
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+FIGURES = dict(sorted(figure.FIGURES.items()))
 
 
 def listing() -> str:
@@ -38,8 +38,7 @@ def draw(name: str, given: Sequence[Path], options: Options, extent: Extent, out
         InputError: no such figure, or not the runs that it needs, or an option, a run or the data do not fit.
     """
     figure = lookup("figure", name, FIGURES)
-    check(options, out)
-    extent.check()
+    check(options, out, extent)
     runs = figure.selector.take(name, given, options)
     images = open_images(runs, options)
     print(f"figure {name}: from {', '.join(str(run.folder) for run in runs)}")
@@ -48,25 +47,22 @@ def draw(name: str, given: Sequence[Path], options: Options, extent: Extent, out
         drawn, numbers = figure.make(context)
     configs = {run.folder.name: {"folder": str(run.folder), "config": run.config.to_dict()} for run in runs}
     head = {"figure": name, "data": images.dataset.name, "test_images": len(images), "eps": context.eps}
-    return write(name, drawn, head | numbers | {"runs": configs}, out)
+
+    atomic_write.make_folder(out)
+    paths = []
+    for part, drawing in drawn.items():
+        stem = f"figure-{name}-{part}" if part else f"figure-{name}"
+        pair = [out / f"{stem}.png", out / f"{stem}.pdf"]
+        save(drawing, *pair)
+        paths += pair
+    # One key a line: with indentation each number of a matrix would take a line.
+    content = head | numbers | {"runs": configs}
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    atomic_write.write(out / f"figure-{name}.json", f"{{\n{lines}\n}}\n".encode())
+    return [*paths, out / f"figure-{name}.json"]
 
 
 def radius(runs: Iterable[Run], options: Options) -> float:
     """--eps, else what the first robust run (or the first of all) is evaluated at; for images in [0, 1]."""
     first = min(runs, key=lambda run: run.standard)
     return (options.eps or first.config.evaluation_eps) / 255
-
-
-def write(name: str, drawn: dict[str, Figure], numbers: dict, out: Path) -> list[Path]:
-    """Write drawings by the name of their part, and their numbers. Returns the files."""
-    atomic_write.make_folder(out)
-    paths = []
-    for part, figure in drawn.items():
-        stem = f"figure-{name}-{part}" if part else f"figure-{name}"
-        pair = [out / f"{stem}.png", out / f"{stem}.pdf"]
-        save(figure, *pair)
-        paths += pair
-    # One key a line: with indentation each number of a matrix would take a line.
-    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in numbers.items())
-    atomic_write.write(out / f"figure-{name}.json", f"{{\n{lines}\n}}\n".encode())
-    return [*paths, out / f"figure-{name}.json"]

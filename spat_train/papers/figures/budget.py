@@ -2,10 +2,8 @@
 
 import math
 
-from matplotlib.figure import Figure
-
-from ...plotting import PAGE, accuracy_curves, legend_below, new_figure, x_ticks
-from ..figure import Drawing, FigureContext, PaperFigure
+from ...plotting import accuracy_curves, legend_below, panel_row, x_ticks
+from ..figure import Drawing, FigureContext, paper_figure
 from ..selection import ANY_RUNS
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # of the radius
@@ -21,47 +19,28 @@ def panels_of(eps: float, pixels: int, trained: bool) -> dict[str, dict]:
     coarse = eps > 0.1  # shown in [0, 1] instead of 1/255
     radii = [share * eps for share in SHARES]
     quarter = float(f"{eps * math.sqrt(pixels) * L2_CORNER / 4:.1g}")  # a round number
-    l2 = [round(4 * share * quarter, 9) for share in SHARES]
+    l2_radii = [round(4 * share * quarter, 9) for share in SHARES]
+    names = [f"{r if coarse else 255 * r:.3g}" for r in radii]
+    linf = {"spec": "pgd-20", "radii": radii, "trained": eps if trained else None, "label": "ε" if coarse else "ε, in 1/255"}
+    l2 = {"spec": "pgd-l2-20", "radii": l2_radii, "trained": None, "label": "ε"}
     return {
-        "L∞": {
-            "attack": "PGD-20", "spec": "pgd-20", "radii": radii, "trained": eps if trained else None,
-            "label": "ε" if coarse else "ε, in 1/255", "names": [f"{r if coarse else 255 * r:.3g}" for r in radii],
-        },
-        "L2": {
-            "attack": "PGD-20", "spec": "pgd-l2-20", "radii": l2, "trained": None,
-            "label": "ε", "names": [f"{r:g}" for r in l2],
-        },
-    }  # fmt: skip
+        "L∞": {"attack": "PGD-20", **linf, "names": names},
+        "L2": {"attack": "PGD-20", **l2, "names": [f"{r:g}" for r in l2_radii]},
+    }
 
 
-def measure(context: FigureContext) -> dict[str, dict]:
-    """`panels_of`, with models: by name, a point for each radius."""
+@paper_figure("budget", "Madry et al., Fig. 6; ARES: accuracy against eps, L-infinity and L2", ANY_RUNS)
+def make(context: FigureContext) -> Drawing:
     trained = any(not run.standard for run in context.runs)
     panels = panels_of(context.eps, math.prod(context.images.dataset.image_shape), trained)
-    for panel in panels.values():
-        specs = ["clean", *(f"{panel['spec']}:eps={r:.6g}" for r in panel["radii"][1:])]
-        found = {each.name: context.measure(each, specs) for each in context.loaded}
-        panel["models"] = {name: [points[spec] for spec in specs] for name, points in found.items()}
-    return panels
-
-
-def plot(panels: dict[str, dict]) -> Figure:
-    """A panel for each norm, from what `measure` gives."""
-    figure = new_figure(PAGE)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, axes = panel_row(len(panels), sharey=True)
     for ax, (norm, panel) in zip(axes, panels.items(), strict=True):
+        specs = ["clean", *(f"{panel['spec']}:eps={r:.6g}" for r in panel["radii"][1:])]
+        panel["models"] = {each.name: context.measure(each, specs) for each in context.loaded}
         accuracy_curves(ax, panel["radii"], panel["models"], f"{norm}, {panel['attack']}", panel["label"])
         if panel["trained"] is not None:
             ax.axvline(panel["trained"], color="0.4", linewidth=0.8, linestyle=":", label="ε of the training")
         x_ticks(ax, panel["radii"], panel["names"])
     axes[0].set_ylabel("accuracy, %")
     legend_below(figure, axes[0], len(axes[0].get_legend_handles_labels()[0]))
-    return figure
-
-
-def make(context: FigureContext) -> Drawing:
-    numbers = measure(context)
-    return {"": plot(numbers)}, {"panels": numbers}
-
-
-FIGURE = PaperFigure("budget", "Madry et al., Fig. 6; ARES: accuracy against eps, L-infinity and L2", ANY_RUNS, make)
+    return {"": figure}, {"panels": panels}

@@ -3,11 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
-from ...plotting import PAGE, accuracy_curves, line_styles, log_y, new_figure, x_ticks
-from ..figure import Drawing, FigureContext, PaperFigure
-from ..loaded_run import open_model
+from ...plotting import accuracy_curves, line_styles, log_y, panel_row, x_ticks
+from ..figure import Drawing, FigureContext, paper_figure
 from ..runs import Run
 from ..selection import STANDARD_AND_ROBUST, RunSelector
 from .training_loss import training_loss
@@ -35,44 +32,29 @@ _PLAIN = tuple(s for s in STANDARD_AND_ROBUST.specs if s.config.method in ("stan
 WIDTHS = RunSelector("runs of wrn-DEPTH-WIDTH or mnist-cnn/WIDTH of different widths", _fits, _PLAIN, _place)
 
 
-def measure(context: FigureContext) -> dict[str, dict]:
-    """By kind of training: widths, attacks (a point for each width), loss at the end of training (a number for each)."""
+@paper_figure("capacity", "Madry et al., Fig. 4: accuracy against width, standard and adversarial training", WIDTHS)
+def make(context: FigureContext) -> Drawing:
     panels: dict[str, dict] = {}
     widths = {run.folder: family_and_width(run.config.model)[1] for run in context.runs}
     for run in sorted(context.runs, key=lambda run: (not run.standard, widths[run.folder])):
         kind = "standard training" if run.standard else "adversarial training"
         panel = panels.setdefault(kind, {"widths": [], "attacks": {name: [] for name in ATTACKS}, "loss": []})
-        found = context.measure(open_model(run, context.images, context.options), list(ATTACKS.values()))
         panel["widths"].append(widths[run.folder])
-        panel["loss"].append(training_loss(run)["losses"][-1])
-        for name, spec in ATTACKS.items():
-            panel["attacks"][name].append(found[spec])
-    return panels
+        panel["loss"].append(training_loss(run)["losses"][-1])  # at the end of training
+        for points, point in zip(panel["attacks"].values(), context.measure(run, [*ATTACKS.values()]), strict=True):
+            points.append(point)
 
-
-def plot(panels: dict[str, dict]) -> Figure:
-    """Panels of accuracy and one of losses, from what `measure` gives."""
-    figure = new_figure(PAGE)
-    axes = figure.subplots(1, len(panels) + 1, sharex=True)
-    for ax, (name, numbers) in zip(axes, panels.items(), strict=False):
-        accuracy_curves(ax, numbers["widths"], numbers["attacks"], name, "width")
-    axes[0].set_ylabel("accuracy on test images, %")
-    for style, (name, numbers) in zip(line_styles(), panels.items(), strict=False):
+    figure, axes = panel_row(len(panels) + 1, sharex=True)
+    for ax, style, (name, panel) in zip(axes, line_styles(), panels.items(), strict=False):
+        accuracy_curves(ax, panel["widths"], panel["attacks"], name, "width")
         black = style | {"color": "black", "markerfacecolor": "white"}
-        axes[-1].plot(numbers["widths"], numbers["loss"], label=f"loss, {name}", **black)
+        axes[-1].plot(panel["widths"], panel["loss"], label=f"loss, {name}", **black)
+    axes[0].set_ylabel("accuracy on test images, %")
     axes[-1].set(title="loss at the end of training", xlabel="width")
     log_y(axes[-1])
     axes[0].set_xscale("log", base=2)
     for ax in axes:
-        x_ticks(ax, sorted({width for numbers in panels.values() for width in numbers["widths"]}))
+        x_ticks(ax, sorted({width for panel in panels.values() for width in panel["widths"]}))
     handles = [handle for ax in (axes[0], axes[-1]) for handle in ax.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return figure
-
-
-def make(context: FigureContext) -> Drawing:
-    numbers = measure(context)
-    return {"": plot(numbers)}, {"panels": numbers}
-
-
-FIGURE = PaperFigure("capacity", "Madry et al., Fig. 4: accuracy against width, standard and adversarial training", WIDTHS, make)
+    return {"": figure}, {"panels": panels}

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ...plotting import image_grid
-from ..figure import Drawing, FigureContext, PaperFigure
-from ..model_values import input_gradients
+from ..figure import Drawing, FigureContext, paper_figure
+from ..loaded_run import input_gradients
 from ..pictures import CANDIDATES
 from ..selection import STANDARD_AND_ROBUST
 
@@ -22,6 +22,7 @@ def gradient_picture(gradient: Tensor) -> Tensor:
     return (0.5 + gradient / (6 * gradient.std()).clamp(min=1e-30)).clamp(0, 1)
 
 
+@paper_figure("4.1", "thesis: the gradient of the loss by the image, of a standard and of a robust model", STANDARD_AND_ROBUST)
 def make(context: FigureContext) -> Drawing:
     x, y, rows = context.examples()
     many, labels = context.images.floats(CANDIDATES, x.device)
@@ -36,8 +37,3 @@ def make(context: FigureContext) -> Drawing:
         columns[title] = torch.stack([gradient_picture(g) for g in input_gradients(each.model, x, y)])
     drawn = image_grid(columns, [context.classes[label] for label in y], {})
     return {"": drawn}, {"rows": rows, "gradients": numbers, "gradients of": len(many)}
-
-
-FIGURE = PaperFigure(
-    "4.1", "thesis: the gradient of the loss by the image, of a standard and of a robust model", STANDARD_AND_ROBUST, make
-)

@@ -7,7 +7,7 @@ appendices A and B of the paper: PGD ends at losses that are nearly equal, at po
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from spat_kernels.predictions import predictions
 from ...models.registry import device_of
 from ...plotting import NUMBERS, PAGE, line_styles, log_ticks, log_y, new_figure, show
 from ...runtime.seeding import derived_seed
-from ..figure import Drawing, FigureContext, PaperFigure
-from ..model_values import CHUNK, cross_entropies, input_gradients, logits_of
+from ..figure import Drawing, FigureContext, paper_figure
+from ..loaded_run import CHUNK, input_gradients, logits_of
 from ..runs import format_eps
 from ..selection import ANY_RUNS
 
@@ -38,30 +38,18 @@ LEAST = 1e-4  # the smallest loss drawn on log scales
 
 @dataclass(frozen=True, eq=False)
 class Ascents:
-    """PGD on each of N images from R random starts.
+    """PGD on each of N images from R random starts."""
 
-    Attributes:
-        losses: [R, N, steps + 1], from the start on.
-        predicted: int64 [R, N], at the end.
-        starts, ends: images [R, N, C, H, W].
-    """
-
-    losses: Tensor
-    predicted: Tensor
-    starts: Tensor
-    ends: Tensor
+    losses: Tensor  # [R, N, steps + 1], from the start on
+    predicted: Tensor  # int64 [R, N], at the end
+    starts: Tensor  # images [R, N, C, H, W]
+    ends: Tensor  # the same
 
 
 def ascend(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, *, restarts: int, steps: int, step_size: float, seed: int
 ) -> Ascents:
-    """Follow PGD (L-infinity, cross-entropy) from uniform random points of the ball.
-
-    Args:
-        model: images [N, C, H, W] in [0, 1] -> logits [N, K].
-        eps, step_size: in the units of x.
-        seed: of the starts.
-    """
+    """Follow PGD (L-infinity, cross-entropy) on images x [N, C, H, W] from uniform random points of the ball, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     per_round = max(1, CHUNK // len(x))
@@ -73,13 +61,12 @@ def ascend(
         losses = []
         for step in range(steps + 1):
             logits = logits_of(model, point)
-            losses.append(cross_entropies(logits, labels))
+            losses.append(F.cross_entropy(logits, labels.cpu(), reduction="none"))
             if step < steps:
                 with tf32_switches("fp32", x.device.type):
                     point = pgd(model, images, labels, eps, steps=1, step_size=step_size, start=point, graph=False)
-        shape = count, len(x)
         parts = torch.stack(losses, -1), predictions(logits), start.cpu(), point.cpu()
-        found.append([part.unflatten(0, shape) for part in parts])
+        found.append([part.unflatten(0, (count, len(x))) for part in parts])
     return Ascents(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -87,10 +74,9 @@ def ascend(
 
 
 def pairwise(points: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pair of `points` [R, ...]: L2 distance, and cosine of the angle between them as seen from `centre` [...].
+    """L2 distance of each pair of `points` [R, ...], and cosine of the angle between them as seen from `centre` [...].
 
-    Returns:
-        Tensor, Tensor: [R (R - 1) / 2] each, pairs (0, 1), (0, 2), ... (R - 2, R - 1).
+    Both are [R (R - 1) / 2], of the pairs (0, 1), (0, 2), ... (R - 2, R - 1).
     """
     away = (points - centre).flatten(1).double()
     i, j = torch.triu_indices(len(away), len(away), offset=1)
@@ -105,18 +91,13 @@ def corners(x: Tensor, eps: float, count: int, seed: int) -> Tensor:
 
 
 def losses_between(model: nn.Module, points: Tensor, y: Tensor, pairs: int, parts: int = 10) -> Tensor:
-    """Mean loss [parts + 1] along the segments between neighbours of `points` [R, C, H, W], divided by that at their ends.
-
-    Args:
-        y: int64 [], the class of all points.
-        pairs: maximum number of segments.
-        parts: steps from one end to the other.
-    """
+    """Mean loss [parts + 1] along at most `pairs` segments between neighbours of `points` [R, C, H, W], which are all of class y,
+    divided by that at their ends."""
     pairs = min(pairs, len(points) - 1)
     shares = torch.linspace(0, 1, parts + 1).to(points).view(-1, 1, 1, 1, 1)
     images = torch.lerp(points[None, :pairs], points[None, 1 : pairs + 1], shares).flatten(0, 1)
     logits = logits_of(model, images.to(device_of(model)))
-    losses = cross_entropies(logits, y.expand(len(images))).view(parts + 1, pairs).mean(1)
+    losses = F.cross_entropy(logits, y.cpu().expand(len(images)), reduction="none").view(parts + 1, pairs).mean(1)
     return losses / ((losses[0] + losses[-1]) / 2)
 
 
@@ -124,9 +105,8 @@ def losses_between(model: nn.Module, points: Tensor, y: Tensor, pairs: int, part
 
 
 def surface(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, points: int, seed: int) -> dict:
-    """The loss around one image x [C, H, W] of class y [], at x + eps (a g + b r) inside the box.
-
-    g is the sign of the gradient at x, r a random sign of each pixel.
+    """The loss around one image x [C, H, W] of class y [], at x + eps (a g + b r) inside the box, where g is the sign of the
+    gradient at x, and r a random sign of each pixel.
 
     Returns:
         dict: shares [points] from -1 to 1, of a and b; losses and margins [points][points], rows b, columns a. A margin is the
@@ -140,7 +120,7 @@ def surface(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, points: int, 
     logits = logits_of(model, (x + eps * (a * g + b * r)).clamp(0, 1))
     label = y.cpu().expand(len(logits))
     own, other = logits.gather(1, label[:, None])[:, 0], logits.scatter(1, label[:, None], -torch.inf).amax(1)
-    square = {"losses": cross_entropies(logits, label), "margins": own - other}
+    square = {"losses": F.cross_entropy(logits, label, reduction="none"), "margins": own - other}
     return {"shares": shares.tolist()} | {name: values.view(points, points).tolist() for name, values in square.items()}
 
 
@@ -156,26 +136,23 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float, found: Ascents, 
         of the same for random points and random corners of the ball; between, the mean over images of `losses_between`.
     """
     final = found.losses[..., -1]
-    groups: dict[str, list[tuple[Tensor, ...]]] = {"": [], "random_": [], "corner_": []}
+    groups: dict[str, list[Tensor]] = {"found": [], "random": [], "corner": []}
     lines = []
     for n, (image, label) in enumerate(zip(x.cpu(), y.cpu(), strict=True)):
         points = found.ends[:, n], found.starts[:, n], corners(image, eps, len(final), derived_seed(seed, "corners", n))
         for group, each in zip(groups.values(), points, strict=True):
-            group.append(pairwise(each, image))
+            group.append(torch.stack(pairwise(each, image)))
         lines.append(losses_between(model, found.ends[:, n], label, pairs=10))
-    pairs = {kind: [torch.cat(parts) for parts in zip(*group, strict=True)] for kind, group in groups.items()}
-    means = {
-        f"{kind}{name}": float(values.mean())
-        for kind in ("random_", "corner_")
-        for name, values in zip(("distance", "cosine"), pairs[kind], strict=True)
-    }
+    pairs = {kind: torch.cat(group, 1) for kind, group in groups.items()}
+    distances, cosines = pairs.pop("found").tolist()
+    kinds = [(f"{kind}_{name}", pairs[kind][i]) for kind in pairs for i, name in enumerate(("distance", "cosine"))]
     return {
         "losses": final.tolist(),
         "fooled": float((found.predicted != y.cpu()).float().mean()),
         "spread": float((final.std(0) / final.mean(0).clamp(min=1e-12)).mean()),
-        "distances": pairs[""][0].tolist(),
-        "cosines": pairs[""][1].tolist(),
-        **means,
+        "distances": distances,
+        "cosines": cosines,
+        **{kind: float(values.mean()) for kind, values in kinds},
         "between": torch.stack(lines).mean(0).tolist(),
     }
 
@@ -184,12 +161,9 @@ def summary(numbers: dict) -> str:
     """The result of `compare` in a sentence."""
     distance, cosine = (sum(numbers[name]) / len(numbers[name]) for name in ("distances", "cosines"))
     middle = numbers["between"][len(numbers["between"]) // 2]
+    which = "different points of one plateau" if middle > 0.98 else "distinct maxima"
     if distance < 0.1 * numbers["random_distance"]:
         which = "all starts lead to one maximum"
-    elif middle > 0.98:
-        which = "different points of one plateau"
-    else:
-        which = "distinct maxima"
     return (
         f"{which}: on average {distance:.3g} apart in L2 (random points of the ball {numbers['random_distance']:.3g}, its random "
         f"corners {numbers['corner_distance']:.3g}), at a cosine of {cosine:.2f} ({numbers['random_cosine']:.2f} and "
@@ -202,12 +176,7 @@ def summary(numbers: dict) -> str:
 
 
 def plot_ascents(models: dict[str, np.ndarray], images: Sequence[Tensor], names: Sequence[str]) -> Figure:
-    """Madry et al., Figure 1: images across, models down, a line for each start.
-
-    Args:
-        models: by name, losses [R, N, steps + 1].
-        images: N of [C, H, W]. names: their classes.
-    """
+    """Madry et al., Figure 1, of losses [R, N, steps + 1]: N images [C, H, W] across, models down, a line for each start."""
     figure = new_figure(PAGE, 1.25 * len(models) + 1.15)
     axes = figure.subplots(len(models) + 1, len(images), squeeze=False, sharey="row", height_ratios=[0.7] + [1] * len(models))
     for ax, image, name in zip(axes[0], images, names, strict=True):
@@ -216,29 +185,24 @@ def plot_ascents(models: dict[str, np.ndarray], images: Sequence[Tensor], names:
     for row, style, (name, losses) in zip(axes[1:], line_styles(), models.items(), strict=False):
         for j, ax in enumerate(row):
             ax.plot(losses[:, j].T.clip(LEAST), color=style["color"], linewidth=0.6, alpha=0.6)
+            ax.xaxis.set_major_locator(MaxNLocator(max(1, 10 // len(names)), integer=True, steps=[1, 2, 5, 10]))
         log_y(row[0])
         row[0].set_ylabel(f"loss, {name}", parse_math=False)
-    for ax in axes[1:].flat:
-        ax.xaxis.set_major_locator(MaxNLocator(max(1, 10 // len(names)), integer=True, steps=[1, 2, 5, 10]))
     for ax in axes[-1]:
         ax.set_xlabel("PGD step")
     return figure
 
 
-def plot_maxima(numbers: dict[str, dict], names: Sequence[str]) -> Figure:
-    """Madry et al., Figure 5 and Appendix B.
-
-    Args:
-        numbers: by model, what `compare` gives.
-        names: the classes of the images.
-    """
+def plot_maxima(models: dict[str, dict], names: Sequence[str]) -> Figure:
+    """Madry et al., Figure 5 and Appendix B: what `compare` gives for each model, for images of the classes `names`."""
     figure = new_figure(PAGE, 4.0)
     top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    finals = [np.asarray(each["losses"]).clip(LEAST) for each in numbers.values()]
+    styles = list(islice(line_styles(marked=False), len(models)))
+    finals = [np.asarray(each["losses"]).clip(LEAST) for each in models.values()]
     bins = np.geomspace(min(f.min() for f in finals) / 1.5, max(f.max() for f in finals) * 1.5, 60)
     axes = top.subplots(1, len(names), squeeze=False, sharex=True, sharey=True)[0]
     for j, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        for style, hatch, final in zip(line_styles(), cycle(HATCHES), finals, strict=False):
+        for style, hatch, final in zip(styles, cycle(HATCHES), finals, strict=False):
             ax.hist(final[:, j], bins, color=style["color"], alpha=0.7, hatch=hatch, edgecolor="white", linewidth=0.2)
         ax.set(xscale="log", xlabel="final loss")
         ax.set_title(name, parse_math=False)
@@ -246,23 +210,22 @@ def plot_maxima(numbers: dict[str, dict], names: Sequence[str]) -> Figure:
     axes[0].set_ylabel("restarts")
 
     left, middle, right = bottom.subplots(1, 3)
-    for ax, key in ((left, "distances"), (middle, "cosines")):
-        bins = np.histogram_bin_edges(np.concatenate([each[key] for each in numbers.values()]), 40)
-        for style, (name, each) in zip(line_styles(marked=False), numbers.items(), strict=False):
-            ax.hist(each[key], bins, histtype="step", density=True, label=name, **style)
-    for style, each in zip(line_styles(marked=False), numbers.values(), strict=False):
-        right.plot(np.linspace(0, 1, len(each["between"])), each["between"], **style)
-    first = next(iter(numbers.values()))
+    first = next(iter(models.values()))
     for ax, key in ((left, "distance"), (middle, "cosine")):
-        for kind, what, line in (("random", "points", (0, (1, 1))), ("corner", "corners", (0, (6, 2)))):
-            ax.axvline(first[f"{kind}_{key}"], color="black", linewidth=1, linestyle=line, label=f"random {what} of the ball")
+        values = [each[f"{key}s"] for each in models.values()]
+        bins = np.histogram_bin_edges(np.concatenate(values), 40)
+        for style, each in zip(styles, values, strict=True):
+            ax.hist(each, bins, histtype="step", density=True, **style)
+        for kind, line in (("random", (0, (1, 1))), ("corner", (0, (6, 2)))):
+            ax.axvline(first[f"{kind}_{key}"], color="black", linewidth=1, linestyle=line)
+    for style, each in zip(styles, models.values(), strict=True):
+        right.plot(np.linspace(0, 1, len(each["between"])), each["between"], **style)
     left.set(xlabel="L2 distance between two maxima", ylabel="density of pairs", yticks=[])
     middle.set(xlabel="cosine of the angle between two", yticks=[])
     right.set(xlabel="from one maximum to another", ylabel="loss, by that at both", ylim=(0, None))
-    handles = [Line2D([], [], label=name, **style) for style, name in zip(line_styles(marked=False), numbers, strict=False)]
-    bottom.legend(
-        handles=handles + left.get_legend_handles_labels()[0][len(numbers) :], loc="outside lower center", ncols=len(numbers) + 2
-    )
+    labels = [*models, "random points of the ball", "random corners of the ball"]
+    handles = [Line2D([], [], **style) for style in styles] + list(left.lines)
+    bottom.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -270,28 +233,28 @@ def plot_surfaces(models: dict[str, dict], radius: str) -> Figure:
     """A panel of losses for each model, from what `surface` gives, with a line where the class changes."""
     figure = new_figure(min(PAGE, 3.2 * len(models) + 0.4), 2.9)
     axes = figure.subplots(1, len(models), squeeze=False)[0]
+    ticks = [-1, -0.5, 0, 0.5, 1]
     for ax, (name, each) in zip(axes, models.items(), strict=True):
-        losses, margins = np.asarray(each["losses"]), np.asarray(each["margins"])
-        filled = ax.contourf(each["shares"], each["shares"], losses, levels=20, cmap="cividis")
+        place, margins = (each["shares"], each["shares"]), np.asarray(each["margins"])
+        filled = ax.contourf(*place, each["losses"], levels=20, cmap="cividis")
         filled.set_edgecolor("face")  # else seams show in PDF
         if margins.min() < 0 < margins.max():
-            ax.contour(each["shares"], each["shares"], margins, levels=[0], colors="white", linewidths=1.2)
+            ax.contour(*place, margins, levels=[0], colors="white", linewidths=1.2)
         ax.plot(0, 0, marker="+", color="white", markersize=7)
-        ticks = [-1, -0.5, 0, 0.5, 1]
         ax.set(xlabel=f"along the gradient's sign, in ε = {radius}", aspect="equal", xticks=ticks, yticks=ticks)
         ax.set_title(name, parse_math=False)
         ax.grid(False)
         figure.colorbar(filled, ax=ax, shrink=0.9, format=NUMBERS, ticks=MaxNLocator(5), label="loss")
     axes[0].set_ylabel("along a random sign, in ε")
-    boundary = Line2D([], [], color="0.6", label="the class changes")
-    centre = Line2D([], [], color="0.6", marker="+", linestyle="", label="the image")
-    figure.legend(handles=[boundary, centre], loc="outside lower center", ncols=2)
+    handles = [Line2D([], [], color="0.6"), Line2D([], [], color="0.6", marker="+", linestyle="")]
+    figure.legend(handles, ["the class changes", "the image"], loc="outside lower center", ncols=2)
     return figure
 
 
-# ---- all of it
+# ---- the figure
 
 
+@paper_figure("landscape", "Madry et al., Fig. 1 and 5: PGD from many starts, its maxima, a slice of the loss", ANY_RUNS)
 def make(context: FigureContext) -> Drawing:
     x, y, rows = context.examples()
     names = [context.classes[label] for label in y]
@@ -302,27 +265,16 @@ def make(context: FigureContext) -> Drawing:
         for name, model in context.models.items()
     }
     hardest = int(next(reversed(found.values())).losses[..., -1].mean(0).argmax())  # for the last model: its slice is shown
-    comparisons, slices = {}, {}
-    for name, model in context.models.items():
-        comparisons[name] = compare(model, x, y, eps, found[name], seed)
-        slices[name] = surface(model, x[hardest], y[hardest], eps, points=41, seed=seed)
+    maxima = {name: compare(model, x, y, eps, found[name], seed) for name, model in context.models.items()}
+    slices = {name: surface(model, x[hardest], y[hardest], eps, points=41, seed=seed) for name, model in context.models.items()}
     drawn = {
         "curves": plot_ascents({name: each.losses.numpy() for name, each in found.items()}, list(x), names),
-        "maxima": plot_maxima(comparisons, names),
+        "maxima": plot_maxima(maxima, names),
         "surface": plot_surfaces(slices, format_eps(255 * eps)),
     }
-    meaning = {name: summary(numbers) for name, numbers in comparisons.items()}
+    meaning = {name: summary(numbers) for name, numbers in maxima.items()}
     losses = {name: each.losses.tolist() for name, each in found.items()}
-    many = {"losses": losses, "maxima": comparisons, "surfaces": {"row": rows[hardest], **slices}}
+    many = {"losses": losses, "maxima": maxima, "surfaces": {"row": rows[hardest], **slices}}
     head = {"rows": rows, "labels": names, "restarts": restarts, "steps": steps, "step_size": step_size, "meaning": meaning}
-    return drawn, head | _rounded(many)
-
-
-def _rounded(values: dict) -> dict:
-    """To five digits, which is enough to draw and makes the file three times smaller."""
-    return json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.5g}"))
-
-
-FIGURE = PaperFigure(
-    "landscape", "Madry et al., Fig. 1 and 5: PGD from many starts, its maxima, a slice of the loss", ANY_RUNS, make
-)
+    # Five digits are enough to draw, and make the file three times smaller.
+    return drawn, head | json.loads(json.dumps(many), parse_float=lambda text: float(f"{float(text):.5g}"))

@@ -1,11 +1,9 @@
 """Madry et al., Figure 2: the loss on adversarial images during training."""
 
-from matplotlib.figure import Figure
-
 from ...errors import InputError
 from ...plotting import COLUMN, legend_below, line_styles, log_y, new_figure
 from ...runtime import logs
-from ..figure import Drawing, FigureContext, PaperFigure
+from ..figure import Drawing, FigureContext, paper_figure
 from ..runs import Run
 from ..selection import ROBUST_RUNS
 
@@ -32,8 +30,9 @@ def training_loss(run: Run) -> dict:
     return {"epochs": list(epochs), "losses": means, "term": term}
 
 
-def plot(runs: dict[str, dict]) -> Figure:
-    """A line for each run, from what `training_loss` gives, on a log scale."""
+@paper_figure("training-loss", "Madry et al., Fig. 2: adversarial loss during training", ROBUST_RUNS)
+def make(context: FigureContext) -> Drawing:
+    runs = {each.name: training_loss(each.run) for each in context.loaded}
     figure = new_figure(COLUMN)
     ax = figure.subplots()
     for style, (name, numbers) in zip(line_styles(marked=False), runs.items(), strict=False):
@@ -41,12 +40,4 @@ def plot(runs: dict[str, dict]) -> Figure:
     ax.set(xlabel="epoch", ylabel="loss on adversarial training images")
     log_y(ax)
     legend_below(figure, ax, 2)
-    return figure
-
-
-def make(context: FigureContext) -> Drawing:
-    numbers = {each.name: training_loss(each.run) for each in context.loaded}
-    return {"": plot(numbers)}, {"models": numbers}
-
-
-FIGURE = PaperFigure("training-loss", "Madry et al., Fig. 2: adversarial loss during training", ROBUST_RUNS, make)
+    return {"": figure}, {"models": runs}
