@@ -65,8 +65,8 @@ def figure(
     run: tuple[Path, ...] = (),
     /,
     out: Path = Path("figures"),
-    options: tyro.conf.OmitArgPrefixes[Options] = Options(),  # noqa: B008  (frozen)
-    extent: tyro.conf.OmitArgPrefixes[Extent] = Extent(),  # noqa: B008
+    options: Annotated[tyro.conf.OmitArgPrefixes[Options], tyro.conf.arg(name="runs and attacks")] = Options(),  # noqa: B008
+    extent: Annotated[tyro.conf.OmitArgPrefixes[Extent], tyro.conf.arg(name="picture")] = Extent(),  # noqa: B008
 ) -> None:
     """Draw a figure of the papers from finished runs; without a name, list them all and what each needs.
 
@@ -86,7 +86,7 @@ def table(
     /,
     run: tuple[str, ...] = (),
     out: Path = Path("tables"),
-    options: tyro.conf.OmitArgPrefixes[Options] = Options(),  # noqa: B008  (frozen)
+    options: Annotated[tyro.conf.OmitArgPrefixes[Options], tyro.conf.arg(name="runs and attacks")] = Options(),  # noqa: B008
 ) -> None:
     """Fill a table of the papers from finished runs, ours beside theirs; without a name, list them all and their runs.
 

@@ -14,6 +14,7 @@ import tyro
 
 T = TypeVar("T")
 HEADING = "    # ---- "
+DEFAULT_IN_HELP = tyro.conf.arg(help_behavior_hint="")  # for options whose help text says what None stands for
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: str | None, default: T | None = None) -> T:

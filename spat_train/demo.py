@@ -3,9 +3,11 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
+from .command_line import DEFAULT_IN_HELP
 from .config import Config
 from .data.datasets import load
 from .errors import InputError, check_count, check_eps, check_seed
@@ -23,9 +25,9 @@ SETTINGS = Config(
 
 def demo(
     data: str = "digits",
-    limit: int | None = None,
-    epochs: int | None = None,
-    eps: float | None = None,
+    limit: Annotated[int | None, DEFAULT_IN_HELP] = None,
+    epochs: Annotated[int | None, DEFAULT_IN_HELP] = None,
+    eps: Annotated[float | None, DEFAULT_IN_HELP] = None,
     alpha: float = 0.2,
     seed: int = 0,
     out: Path = Path("figure.png"),

@@ -22,7 +22,7 @@ FLOORS = {
         __init__
     """,
     "spat_train": """
-        __init__ errors objectives
+        __init__ command_line errors objectives
         config runtime
         plotting presets data
         models
@@ -30,7 +30,6 @@ FLOORS = {
         training
         papers
         demo
-        command_line
         cli
         __main__
     """,

@@ -3,7 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from ..command_line import DEFAULT_IN_HELP
 from ..config import check_device
 from ..errors import InputError, check_count, check_eps, check_seed
 
@@ -15,21 +17,21 @@ class Options:
     runs: Path | None = None
     """Folder that holds the folders of finished runs. Those trained with the source's preset are taken, such as by
     spat-train train --preset table6.1/mart --out RUNS/mart."""
-    data: str | None = None
+    data: Annotated[str | None, DEFAULT_IN_HELP] = None
     """Data set, as in `spat-train train`. Default: that of the runs."""
-    root: Path | None = None
+    root: Annotated[Path | None, DEFAULT_IN_HELP] = None
     """Where torchvision's data sets are. Default: where the runs had them."""
     download: bool = False
     """Fetch torchvision's data sets."""
-    test_images: int | None = None
+    test_images: Annotated[int | None, DEFAULT_IN_HELP] = None
     """Maximum number of test images, drawn at random by --seed. Default: all."""
-    eps: float | None = None
+    eps: Annotated[float | None, DEFAULT_IN_HELP] = None
     """Radius of the attacks, in 1/255. Default: the source's, or on other data that of the runs."""
     seed: int = 0
     """Seed of the images drawn and of the attacks."""
     eval_batch_size: int = 256
     """Images that are attacked at once."""
-    device: str | None = None
+    device: Annotated[str | None, DEFAULT_IN_HELP] = None
     """Default: cuda where there is one, else cpu."""
     model: str | None = None
     """Allow runs of this package.module:factory, whose code is imported."""
