@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check_rows, is_class, launch_rows, load_rows, safe_labels
+from ._common import Maybe, acc_dtype, check_rows, is_class, launch_rows, load_rows, safe_labels
 
 # --- reference ---
 
 
 def margin_grad_ref(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, kappa: float, targeted: bool, scale: float
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe, kappa: float, targeted: bool, scale: float
 ) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
     valid = is_class(labels, logits.shape[1]) & ~logits.isnan().any(1)
@@ -105,7 +105,7 @@ def margin_grad_kernel(
 
 
 def margin_grad_triton(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, kappa: float, targeted: bool, scale: float
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe, kappa: float, targeted: bool, scale: float
 ) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
     numbers = kappa, scale, -1.0 if targeted else 1.0
