@@ -122,13 +122,7 @@ _dlr_grad = define(
 
 
 def dlr_grad(
-    logits: Tensor,
-    labels: Tensor,
-    dlogits: Tensor,
-    loss: Tensor | None = None,
-    *,
-    targets: Tensor | None = None,
-    scale: float = 1.0,
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe = None, *, targets: Maybe = None, scale: float = 1.0
 ) -> Tensor:
     """Write the gradient of the DLR loss (with `targets`, of its targeted form) into `dlogits`, and its values into `loss`.
 

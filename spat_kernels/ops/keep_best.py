@@ -89,7 +89,7 @@ _keep_best = define(
 
 
 def keep_best_(
-    best: Tensor, best_loss: Tensor, best_success: Tensor | None, x_adv: Tensor, loss: Tensor, success: Tensor | None = None
+    best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: Tensor, loss: Tensor, success: Maybe = None
 ) -> Tensor:
     """Take over into `best`, `best_loss` and `best_success` the samples where `x_adv` is better; returns `best`.
 

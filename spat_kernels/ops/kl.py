@@ -76,7 +76,7 @@ _kl_grad = define(
 # --- public ---
 
 
-def kl_grad(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+def kl_grad(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Maybe = None, *, scale: float = 1.0) -> Tensor:
     """Write the gradient of KL(probs || softmax(logits)) into `dlogits`, and its values into `loss` if given.
 
     Returns `dlogits`. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.

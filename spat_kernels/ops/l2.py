@@ -128,7 +128,7 @@ def l2_step_(
     step_size: Tensor,
     lo: float = 0.0,
     hi: float = 1.0,
-    nan_seen: Tensor | None = None,
+    nan_seen: Maybe = None,
 ) -> Tensor:
     """Step `x_adv` by `step_size` along the normalised gradient, then project onto the L2 ball and the box; returns `x_adv`.
 

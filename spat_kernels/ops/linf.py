@@ -164,7 +164,7 @@ def linf_step_(
     step_size: Tensor,
     lo: float = 0.0,
     hi: float = 1.0,
-    nan_seen: Tensor | None = None,
+    nan_seen: Maybe = None,
 ) -> Tensor:
     """Step `x_adv` by `step_size * sign(grad)`, then project onto the eps-ball around `x` and the box; returns `x_adv`.
 

@@ -145,7 +145,7 @@ def lsce_grad(
     logits: Tensor,
     labels: Tensor,
     dlogits: Tensor,
-    loss: Tensor | None = None,
+    loss: Maybe = None,
     *,
     alpha: float = 0.0,
     targeted: bool = False,

@@ -185,7 +185,7 @@ _backward = define(
 # --- public ---
 
 
-def pool_linear(x: Tensor, weight: Tensor, logits: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def pool_linear(x: Tensor, weight: Tensor, logits: Tensor, *, bias: Maybe = None) -> Tensor:
     """Write the logits of the images' mean over all pixels into `logits`; returns `logits`.
 
     Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
@@ -195,13 +195,7 @@ def pool_linear(x: Tensor, weight: Tensor, logits: Tensor, *, bias: Tensor | Non
 
 
 def pool_linear_grad(
-    dlogits: Tensor,
-    weight: Tensor,
-    dx: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    factor: Tensor | None = None,
+    dlogits: Tensor, weight: Tensor, dx: Tensor, *, mask: Maybe = None, scale: Maybe = None, factor: Maybe = None
 ) -> Tensor:
     """Write the gradient at the images into `dx`, each sample scaled if there is a `factor` to write; returns `dx`.
 

@@ -200,11 +200,11 @@ def scale_shift_relu(
     a: Tensor,
     out: Tensor,
     *,
-    b: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    total: Tensor | None = None,
-    mask: Tensor | None = None,
+    b: Maybe = None,
+    scale: Maybe = None,
+    shift: Maybe = None,
+    total: Maybe = None,
+    mask: Maybe = None,
     relu: bool = True,
 ) -> Tensor:
     """Write relu((a + b) * scale + shift) into `out`, a + b into `total` and the ReLU's bits into `mask`; returns `out`.
@@ -216,13 +216,7 @@ def scale_shift_relu(
 
 
 def scale_shift_relu_grad(
-    grad: Tensor,
-    dx: Tensor,
-    *,
-    grad2: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
+    grad: Tensor, dx: Tensor, *, grad2: Maybe = None, mask: Maybe = None, scale: Maybe = None, residual: Maybe = None
 ) -> Tensor:
     """Write (grad + grad2) * scale, 0 where `mask` is, plus `residual` into `dx`; returns `dx`.
 

@@ -94,7 +94,7 @@ _split_image = define("split_image(Tensor x, Tensor? scale, Tensor? shift, Tenso
 # --- public ---
 
 
-def split_image(x: Tensor, out: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def split_image(x: Tensor, out: Tensor, *, scale: Maybe = None, shift: Maybe = None) -> Tensor:
     """Write `x * scale + shift` into `out` as a rounded part, what the rounding left, and zeros; returns `out`.
 
     Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.

@@ -64,7 +64,7 @@ REFUSED = [  # op, wrong arguments, the message
     ("scale_shift_relu", {"relu": False}, "mask goes with relu"),
     ("split_image", {"out": torch.empty(4, 5, 8, 8, dtype=torch.float16)}, "at least 6"),
     ("split_image", {"out": torch.empty(4, 8, 8, 4, dtype=torch.float16)}, "out must be"),
-    ("split_image", {"out": torch.empty(4, 8, 8, 8)}, "out must be float16|out has|out must"),
+    ("split_image", {"out": torch.empty(4, 8, 8, 8)}, "out must be"),
     ("pool_linear", {"x": torch.empty(4, 64, 4, 0)}, "at least one channel and one pixel"),
     ("pool_linear", {"x": torch.empty(4, MAX_CHANNELS + 1, 1, 1)}, f"at most {MAX_CHANNELS} channels, got {MAX_CHANNELS + 1}"),
     ("pool_linear_grad", {"dx": torch.empty(4, 64, 4, 0)}, "at least one channel and one pixel"),
@@ -82,9 +82,8 @@ def test_what_does_not_go_together_is_refused(impl, op, wrong, message):
     for name, value in wrong.items():
         if isinstance(value, torch.Tensor):
             value = value.to(impl.device)
-            right[name] = channels_last(value) if op.startswith(("split", "pool")) else value
-        else:
-            right[name] = value
+            value = channels_last(value) if op.startswith(("split_image", "pool_linear")) else value
+        right[name] = value
     for call in (impl(op), reference(op)):
         with pytest.raises(RuntimeError, match=message):
             call(*right.values())

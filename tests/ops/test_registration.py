@@ -110,7 +110,7 @@ def test_unknown_backend_is_refused():
 def test_second_device_is_guarded():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    for op, arguments in all_samples("cuda:1"):
+    for op, arguments in all_samples(device="cuda:1"):
         with torch.cuda.device(0):
             getattr(torch.ops.spat, op)(*arguments)
     torch.cuda.synchronize(1)
@@ -118,7 +118,7 @@ def test_second_device_is_guarded():
 
 @pytest.mark.gpu
 def test_captures_on_a_side_stream():
-    for op, arguments in all_samples("cuda"):
+    for op, arguments in all_samples(device="cuda"):
         eager = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         graph = torch.cuda.CUDAGraph()
         call = getattr(torch.ops.spat, op)
