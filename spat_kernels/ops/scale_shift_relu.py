@@ -25,7 +25,7 @@ from torch import Tensor
 from .._library import define
 from ._common import EXACT, Maybe, acc_dtype, as_rows, check, check_channels, check_per_channel, tl_acc
 
-BYTES = 128  # of the mask a program, eight channels each
+BYTES = 128  # mask bytes that a program does, eight channels each
 
 # --- reference ---
 

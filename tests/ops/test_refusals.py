@@ -29,7 +29,7 @@ def right_arguments(op, device):
 
 
 def is_mistake(op, name, t, mistake):
-    """Whether the change makes of `t` what the op must refuse."""
+    """Whether the op must refuse the changed `t`."""
     if mistake == "one more dimension":  # other ops take vectors of any shape
         return t.ndim > 1 or op.startswith(("scale_shift_relu", "pool_linear", "split_image"))
     changes = {"transposed": t.ndim > 1, "channels first": not t.is_contiguous(), "strided": t.numel() > 1}
@@ -47,7 +47,8 @@ def test_wrong_tensors_are_refused_by_name(impl, op):
                 names = [*tensors, "x"] if mistake in RELATIVE or op == "keep_best_" else [name]
                 with pytest.raises(RuntimeError, match=rf"\b({'|'.join(names)})\b"):
                     call(*(right | {name: MISTAKES[mistake](t)}).values())
-        for name, t in tensors.items() if impl.device == "cuda" and op.startswith(("scale_shift_relu", "pool_linear")) else ():
+    if impl.device == "cuda" and op.startswith(("scale_shift_relu", "pool_linear")):
+        for name, t in tensors.items():
             with pytest.raises(RuntimeError, match="device|CPU|cpu"):
                 impl(op)(*(right | {name: t.cpu()}).values())
 

@@ -1,4 +1,4 @@
-"""What the dispatcher sees: schemas that tell the truth, fakes, torch.compile, and the choice of implementation."""
+"""What the dispatcher sees: correct schemas, fakes, torch.compile, and the choice of implementation."""
 
 import json
 import os
