@@ -371,10 +371,7 @@ def lsce_host(shape) -> Work:
     return Work(lambda: (op(z, y, g, loss, 0.1, False, 1.0, False), g)[1])
 
 
-kl = rows(
-    lambda z, y, q, g: ops.kl_grad(z, q, g),
-    lambda z, y, q: F.kl_div(F.log_softmax(z, 1), q, reduction="sum"),
-)
+kl = rows(lambda z, y, q, g: ops.kl_grad(z, q, g), lambda z, y, q: F.kl_div(F.log_softmax(z, 1), q, reduction="sum"))
 
 
 def margin_eager(z, y, q):  # Madry et al.'s CW loss

@@ -37,6 +37,8 @@ def caches(case: Case) -> list[str]:
 
 RUNS = [(case, l2, provider, i) for case in CASES for l2 in caches(case) for i in range(PASSES) for provider in case.roles()]
 
+IDS = ["-".join(f"{case.name} {l2} {provider} {i}".split()) for case, l2, provider, i in RUNS]
+
 
 @cache
 def verified(case: Case) -> None:
@@ -79,12 +81,8 @@ def graphed(case: Case, provider: str, sets: int):
     return replay, sets * math.ceil(CALLS / sets)
 
 
-def run_id(case: Case, l2: str, provider: str, turn: int) -> str:
-    return "-".join(f"{case.name} {l2} {provider} {turn}".split())
-
-
 @pytest.mark.benchmark(timer=clock)
-@pytest.mark.parametrize(("case", "l2", "provider", "turn"), RUNS, ids=[run_id(*run) for run in RUNS])
+@pytest.mark.parametrize(("case", "l2", "provider", "turn"), RUNS, ids=IDS)
 def test_kernel(benchmark, case, l2, provider, turn):
     verified(case)  # a wrong result is not timed
     reset, calls = None, 1

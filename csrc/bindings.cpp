@@ -46,6 +46,14 @@ void check_device(const Tensor& t, const Tensor& like, const char* name) {
                   " is on another device than the first argument");
 }
 
+// That `t` has the dtype, is on the device of `like`, and `fits` what is then said of its shape.
+template <class... Words>
+void check_tensor(bool fits, const Tensor& t, ScalarType dtype, const Tensor& like, const char* name, Words... must) {
+  check_dtype(t, dtype, name);
+  STD_TORCH_CHECK(fits, name, " must ", must...);
+  check_device(t, like, name);
+}
+
 void check_vector(const Tensor& t, int64_t numel, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous(), name, " must be contiguous with ", numel, " elements");
   check_device(t, like, name);
@@ -86,9 +94,7 @@ Images images_of(const Tensor& x_adv, const Tensor& x, double lo, double hi) {
   const DType dtype = dtype_of(x_adv, "x_adv");
   STD_TORCH_CHECK(x_adv.dim() >= 1, "x_adv must have a batch dimension");
   STD_TORCH_CHECK(x_adv.is_contiguous() || is_channels_last(x_adv), "x_adv must be contiguous or channels_last");
-  STD_TORCH_CHECK(same_layout(x_adv, x), "x must have the shape and the strides of x_adv");
-  check_dtype(x, x_adv.scalar_type(), "x");
-  check_device(x, x_adv, "x");
+  check_tensor(same_layout(x_adv, x), x, x_adv.scalar_type(), x_adv, "x", "have the shape and the strides of x_adv");
   const int64_t samples = x_adv.size(0), sample_numel = samples ? x_adv.numel() / samples : 0;
   return {x_adv.mutable_data_ptr(), x.const_data_ptr(), samples, sample_numel, 1. / double(sample_numel), lo, hi, dtype};
 }
@@ -123,13 +129,15 @@ Step step_of(const Tensor& x_adv, const Tensor& x, const Tensor& grad, const Ten
           per_sample(step_size, images, x_adv, "step_size"), seen};
 }
 
+void check_like_logits(const Tensor& t, ScalarType dtype, const Tensor& logits, const char* name) {
+  check_tensor(same_sizes(t, logits) && t.is_contiguous(), t, dtype, logits, name, "be contiguous with logits' shape");
+}
+
 Rows rows_of(const Tensor& logits, const Tensor& dlogits, const std::optional<Tensor>& loss, double scale, int64_t min_classes) {
   const DType dtype = dtype_of(logits, "logits");
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous [B, K]");
   STD_TORCH_CHECK(logits.size(1) >= min_classes, "logits must have at least ", min_classes, " classes, got ", logits.size(1));
-  STD_TORCH_CHECK(same_sizes(dlogits, logits) && dlogits.is_contiguous(), "dlogits must be contiguous with logits' shape");
-  check_dtype(dlogits, logits.scalar_type(), "dlogits");
-  check_device(dlogits, logits, "dlogits");
+  check_like_logits(dlogits, logits.scalar_type(), logits, "dlogits");
   if (loss) {
     check_dtype(*loss, acc_type(dtype), "loss");
     check_vector(*loss, logits.size(0), logits, "loss");
@@ -152,10 +160,8 @@ Channels channels_of(const Tensor& t, const char* name) {
 // The data of a tensor like `like`, or null.
 void* channels_like(const std::optional<Tensor>& t, const Tensor& like, const char* name) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(same_sizes(*t, like), name, " must have the shape of the first argument");
+  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), like, name, "have the shape of the first argument");
   check_channels_last(*t, name);
-  check_dtype(*t, like.scalar_type(), name);
-  check_device(*t, like, name);
   return t->mutable_data_ptr();
 }
 
@@ -170,10 +176,8 @@ void* optional_vector(const std::optional<Tensor>& t, int64_t numel, ScalarType 
 
 uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Tensor& like) {
   if (!t) return nullptr;
-  check_dtype(*t, ScalarType::Byte, "mask");
   const bool fits = t->dim() == 2 && t->numel() == shape.rows * shape.octets && t->size(1) == shape.octets && t->is_contiguous();
-  STD_TORCH_CHECK(fits, "mask must be contiguous [", shape.rows, ", ", shape.octets, "]");
-  check_device(*t, like, "mask");
+  check_tensor(fits, *t, ScalarType::Byte, like, "mask", "be contiguous [", shape.rows, ", ", shape.octets, "]");
   return t->mutable_data_ptr<uint8_t>();
 }
 
@@ -182,19 +186,15 @@ Head head_of(const Tensor& images, const Tensor& weight, const Tensor& first, co
   const int64_t samples = images.size(0), pixels = samples ? shape.rows / samples : 0;
   STD_TORCH_CHECK(images.numel() > 0 || samples == 0, name, " must have at least one channel and one pixel");
   STD_TORCH_CHECK(shape.channels <= kMaxPooled, name, " must have at most ", kMaxPooled, " channels, got ", shape.channels);
-  check_dtype(weight, acc_type(shape.dtype), "weight");
   const bool fits = weight.dim() == 2 && weight.size(1) == shape.channels && weight.is_contiguous();
-  STD_TORCH_CHECK(fits, "weight must be contiguous [K, ", shape.channels, "]");
-  check_device(weight, first, "weight");
+  check_tensor(fits, weight, acc_type(shape.dtype), first, "weight", "be contiguous [K, ", shape.channels, "]");
   return {shape, samples, pixels, weight.size(0), weight.const_data_ptr()};
 }
 
 // Logits or their gradients, [samples, classes].
 void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, const char* name) {
-  check_dtype(t, acc_type(head.shape.dtype), name);
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == head.samples && t.size(1) == head.classes && t.is_contiguous(), name,
-                  " must be contiguous [", head.samples, ", ", head.classes, "]");
-  check_device(t, first, name);
+  const bool fits = t.dim() == 2 && t.size(0) == head.samples && t.size(1) == head.classes && t.is_contiguous();
+  check_tensor(fits, t, acc_type(head.shape.dtype), first, name, "be contiguous [", head.samples, ", ", head.classes, "]");
 }
 
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
@@ -260,9 +260,7 @@ void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tenso
 
 void kl_grad(Tensor logits, Tensor probs, Tensor dlogits, std::optional<Tensor> loss, double scale) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
-  STD_TORCH_CHECK(same_sizes(probs, logits) && probs.is_contiguous(), "probs must be contiguous with logits' shape");
-  check_dtype(probs, acc_type(rows.dtype), "probs");
-  check_device(probs, logits, "probs");
+  check_like_logits(probs, acc_type(rows.dtype), logits, "probs");
   const KlGrad args{rows, probs.const_data_ptr()};
   SPAT_RUN(kl_grad, args, logits, rows.rows, kExp * rows.classes);
 }
@@ -295,15 +293,11 @@ void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_succes
       check_dtype(*t, ScalarType::Bool, "success and best_success");
       check_vector(*t, images.samples, best, "success and best_success");
     }
-  const KeepBest args{best.mutable_data_ptr(),
-                      best_loss.mutable_data_ptr(),
+  const KeepBest args{best.mutable_data_ptr(), best_loss.mutable_data_ptr(),
                       success ? static_cast<uint8_t*>(best_success->mutable_data_ptr()) : nullptr,
-                      x_adv.const_data_ptr(),
-                      loss.const_data_ptr(),
+                      x_adv.const_data_ptr(), loss.const_data_ptr(),
                       success ? static_cast<const uint8_t*>(success->const_data_ptr()) : nullptr,
-                      images.samples,
-                      images.sample_numel,
-                      images.dtype};
+                      images.samples, images.sample_numel, images.dtype};
   SPAT_RUN(keep_best, args, best, images.samples, images.sample_numel);
 }
 
@@ -312,28 +306,19 @@ void scale_shift_relu(Tensor a, std::optional<Tensor> b, std::optional<Tensor> s
   const Channels shape = channels_of(a, "a");
   const ScalarType acc = acc_type(shape.dtype);
   STD_TORCH_CHECK(relu || !mask, "mask goes with relu");
-  const ScaleShiftRelu args{shape,
-                            a.const_data_ptr(),
-                            channels_like(b, a, "b"),
+  const ScaleShiftRelu args{shape, a.const_data_ptr(), channels_like(b, a, "b"),
                             optional_vector(scale, shape.channels, acc, a, "scale"),
                             optional_vector(shift, shape.channels, acc, a, "shift"),
-                            channels_like(total, a, "total"),
-                            channels_like(out, a, "out"),
-                            mask_of(mask, shape, a),
-                            relu};
+                            channels_like(total, a, "total"), channels_like(out, a, "out"), mask_of(mask, shape, a), relu};
   SPAT_RUN(scale_shift_relu, args, a, shape.rows, shape.channels);
 }
 
 void scale_shift_relu_grad(Tensor grad, std::optional<Tensor> grad2, std::optional<Tensor> mask, std::optional<Tensor> scale,
                            std::optional<Tensor> residual, Tensor dx) {
   const Channels shape = channels_of(grad, "grad");
-  const ScaleShiftReluGrad args{shape,
-                                grad.const_data_ptr(),
-                                channels_like(grad2, grad, "grad2"),
-                                mask_of(mask, shape, grad),
+  const ScaleShiftReluGrad args{shape, grad.const_data_ptr(), channels_like(grad2, grad, "grad2"), mask_of(mask, shape, grad),
                                 optional_vector(scale, shape.channels, acc_type(shape.dtype), grad, "scale"),
-                                channels_like(residual, grad, "residual"),
-                                channels_like(dx, grad, "dx")};
+                                channels_like(residual, grad, "residual"), channels_like(dx, grad, "dx")};
   SPAT_RUN(scale_shift_relu_grad, args, grad, shape.rows, shape.channels);
 }
 
@@ -373,12 +358,9 @@ void pool_linear_grad(Tensor dlogits, Tensor weight, std::optional<Tensor> mask,
   const ScalarType acc = acc_type(head.shape.dtype);
   check_head_rows(dlogits, head, dlogits, "dlogits");
   check_device(dx, dlogits, "dx");
-  const PoolLinearGrad args{head,
-                            dlogits.const_data_ptr(),
-                            mask_of(mask, head.shape, dlogits),
+  const PoolLinearGrad args{head, dlogits.const_data_ptr(), mask_of(mask, head.shape, dlogits),
                             optional_vector(scale, head.shape.channels, acc, dlogits, "scale"),
-                            optional_vector(factor, head.samples, acc, dlogits, "factor"),
-                            dx.mutable_data_ptr()};
+                            optional_vector(factor, head.samples, acc, dlogits, "factor"), dx.mutable_data_ptr()};
   SPAT_RUN(pool_linear_grad, args, dlogits, head.samples, head_work(head));
 }
 
@@ -402,17 +384,8 @@ void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, 
                       int64_vector(rows, samples, images, "rows"),
                       int64_vector(ids, samples, images, "ids"),
                       int64_vector(seed, 2, images, "seed"),
-                      out.mutable_data_ptr(),
-                      count,
-                      samples,
-                      sample_numel,
-                      int32_t(height),
-                      int32_t(width),
-                      int32_t(channels),
-                      int32_t(channels_last ? channels : 1),
-                      int32_t(pad),
-                      flip,
-                      dtype};
+                      out.mutable_data_ptr(), count, samples, sample_numel, int32_t(height), int32_t(width),
+                      int32_t(channels), int32_t(channels_last ? channels : 1), int32_t(pad), flip, dtype};
   SPAT_RUN(crop_flip, args, images, samples, kCrop * sample_numel);
 }
 

@@ -161,25 +161,16 @@ SPAT_HD void dlr_grad(const DlrGrad& a, int64_t row) {
 
 }  // namespace
 
-SPAT_CLONES void lsce_grad_cpu(const LsceGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
-    for (int64_t row = begin; row < end; ++row) lsce_grad<decltype(t)>(args, row);
-  });
-}
-SPAT_CLONES void kl_grad_cpu(const KlGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
-    for (int64_t row = begin; row < end; ++row) kl_grad<decltype(t)>(args, row);
-  });
-}
-SPAT_CLONES void margin_grad_cpu(const MarginGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
-    for (int64_t row = begin; row < end; ++row) margin_grad<decltype(t)>(args, row);
-  });
-}
-SPAT_CLONES void dlr_grad_cpu(const DlrGrad& args, int64_t begin, int64_t end) {
-  visit(args.rows.dtype, [&](auto t) SPAT_INLINE {
-    for (int64_t row = begin; row < end; ++row) dlr_grad<decltype(t)>(args, row);
-  });
-}
+#define SPAT_ROWS(Args, name)                                                    \
+  SPAT_CLONES void name##_cpu(const Args& args, int64_t begin, int64_t end) {     \
+    visit(args.rows.dtype, [&](auto t) SPAT_INLINE {                              \
+      for (int64_t row = begin; row < end; ++row) name<decltype(t)>(args, row);   \
+    });                                                                           \
+  }
+
+SPAT_ROWS(LsceGrad, lsce_grad)
+SPAT_ROWS(KlGrad, kl_grad)
+SPAT_ROWS(MarginGrad, margin_grad)
+SPAT_ROWS(DlrGrad, dlr_grad)
 
 }  // namespace spat

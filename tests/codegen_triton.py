@@ -13,8 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tests.ops.helpers import launcher
-from tests.ops.samples import all_samples
+from tests.ops.helpers import all_samples, launcher
 
 TYPES = {
     torch.float32: "*fp32",

@@ -25,7 +25,7 @@ def sanitizes() -> bool:
 pytestmark = pytest.mark.skipif(not sanitizes(), reason=f"needs {COMPILER} and its libubsan")
 
 
-def test_it_tells_what_a_gpu_would_not(tmp_path):
+def test_it_reports_what_a_gpu_would_not(tmp_path):
     """Shuffles without all lanes, barriers without all threads, launches without blocks, and shared memory read too early."""
     source, program = tmp_path / "misuse.cpp", tmp_path / "misuse"
     source.write_text(cuda_on_cpu.as_cpp(cuda_on_cpu.HERE / "misuse.cu"))

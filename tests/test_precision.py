@@ -7,18 +7,19 @@ import torch
 
 from spat_kernels import precision
 
+SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+
 
 def test_precision_leaves_the_switches_as_they_were(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for a missing GPU
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    before = [s.fp32_precision for s in switches]
+    before = [s.fp32_precision for s in SWITCHES]
     first, second = precision.arithmetic("fp32", "cuda"), precision.arithmetic("tf32", "cuda")
     with first:
-        assert [s.fp32_precision for s in switches] == ["ieee"] * 3
+        assert [s.fp32_precision for s in SWITCHES] == ["ieee"] * 3
         second.__enter__()
-    assert [s.fp32_precision for s in switches] == ["tf32"] * 3  # of the thread that is still inside
+    assert [s.fp32_precision for s in SWITCHES] == ["tf32"] * 3  # of the thread that is still inside
     second.__exit__(None, None, None)
-    assert [s.fp32_precision for s in switches] == before
+    assert [s.fp32_precision for s in SWITCHES] == before
 
 
 def test_switches_that_inherited_their_value_inherit_again():
@@ -35,11 +36,10 @@ def test_switches_that_inherited_their_value_inherit_again():
 
 @pytest.mark.parametrize(("outer", "inner"), [("fp32", "tf32"), ("tf32", "fp32"), ("tf32", "tf32"), ("bf16", "tf32")])
 def test_what_an_outer_precision_wants_is_set_again(outer, inner):
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    values = {"fp32": ["ieee"] * 3, "tf32": ["tf32"] * 3, "bf16": [s.fp32_precision for s in switches]}
+    values = {"fp32": ["ieee"] * 3, "tf32": ["tf32"] * 3, "bf16": [s.fp32_precision for s in SWITCHES]}
     with precision.tf32_switches(outer, "cuda"):
         for _ in range(2):
             with precision.tf32_switches(inner, "cuda"):
-                assert [s.fp32_precision for s in switches] == values[inner]
-            assert [s.fp32_precision for s in switches] == values[outer]
-    assert [s.fp32_precision for s in switches] == values["bf16"]
+                assert [s.fp32_precision for s in SWITCHES] == values[inner]
+            assert [s.fp32_precision for s in SWITCHES] == values[outer]
+    assert [s.fp32_precision for s in SWITCHES] == values["bf16"]

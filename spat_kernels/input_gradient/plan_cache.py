@@ -121,7 +121,7 @@ def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
         return str(reason)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what autograd can do is not to fail here; `explain` tells, and input_gradient="plan" raises
+    except Exception as error:  # autograd may still do it; `explain` gives this reason, and input_gradient="plan" raises it
         return f"the plan fails on it: {first_line(error)}"
 
 
@@ -144,7 +144,7 @@ def _two(x: Tensor) -> Tensor:
 
 
 def _compare(plan: Plan, model: nn.Module, x: Tensor) -> None:
-    """That a trace tells the whole of a model cannot be proved: code may depend on what symbols do not show."""
+    """Compare the plan with autograd, since code may depend on what symbols do not show."""
     ours, theirs = PlannedGradient(plan, model, x.dtype, x.dtype), InputGradient(model)
     ours.prepare()
     logits, expected = (v.forward(x).double().nan_to_num() for v in (ours, theirs))

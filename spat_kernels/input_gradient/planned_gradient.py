@@ -77,13 +77,10 @@ class PlannedGradient:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K]; nothing is kept."""
-        return self._forward(x, keep=False)
+        return self.forward(x, keep=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of `x`, contiguous [B, K]; what `backward` needs is kept."""
-        return self._forward(x, keep=True)
-
-    def _forward(self, x: Tensor, keep: bool) -> Tensor:
+    def forward(self, x: Tensor, keep: bool = True) -> Tensor:
+        """Logits of `x`, contiguous [B, K]; what `backward` needs is kept, if `keep`."""
         values: list = [None] * len(self.plan.nodes)  # Tensors, as long as a step still reads them
         values[0] = x
         for i, step in enumerate(self.plan.steps):
@@ -93,8 +90,7 @@ class PlannedGradient:
                 self._saved[i] = saved
             for j in step.frees:
                 values[j] = None
-        logits = values[self.plan.last]
-        logits = logits.to(self.logits_dtype).contiguous()
+        logits = values[self.plan.last].to(self.logits_dtype).contiguous()
         return check_logits(logits, x, self.highest_label)
 
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:

@@ -7,12 +7,12 @@ neither table has no rule, and its model no plan.
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .nodes import CannotPlan, Network, Node, Norm, Ref, Term
@@ -214,47 +214,23 @@ def _local(function):
 
     def rule(net: Network, n, *args, **kwargs):
         kwargs.pop("inplace", None)
-        values: list[torch.fx.Node] = []
-
-        def slot(a):
-            if net.is_value(a):
-                values.append(a)
-                return _Slot(len(values) - 1)
-            if isinstance(constant := net.plain(a), Tensor):
-                raise CannotPlan(f"{n.name} combines values with a tensor that is neither one number nor one for each channel")
-            return _Constant(constant)
-
-        template = torch.fx.node.map_arg((args, kwargs), slot)
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        places = [i for i, a in enumerate(leaves) if net.is_value(a)]
+        values = [leaves[i] for i in places]
+        constants = [None if i in places else net.plain(a) for i, a in enumerate(leaves)]
+        if any(isinstance(c, Tensor) for c in constants):
+            raise CannotPlan(f"{n.name} combines values with a tensor that is neither one number nor one for each channel")
 
         def call(*tensors):
-            real_args, real_kwargs = _fill(template, tensors)
+            given = constants.copy()
+            for i, t in zip(places, tensors, strict=True):
+                given[i] = t
+            real_args, real_kwargs = pytree.tree_unflatten(given, tree)
             return function(*real_args, **real_kwargs)
 
         net.add(n, "local", *values, function=call)
 
     return rule
-
-
-@dataclass(frozen=True)
-class _Slot:
-    index: int
-
-
-@dataclass(frozen=True)
-class _Constant:
-    value: Any
-
-
-def _fill(template, tensors):
-    if isinstance(template, _Slot):
-        return tensors[template.index]
-    if isinstance(template, _Constant):
-        return template.value
-    if isinstance(template, (tuple, list)):
-        return type(template)(_fill(t, tensors) for t in template)
-    if isinstance(template, dict):
-        return {k: _fill(v, tensors) for k, v in template.items()}
-    return template
 
 
 def _cat(net: Network, n, tensors, dim=0):

@@ -127,7 +127,7 @@ class Windows:
 
     @property
     def bytes_per_image(self) -> int:
-        """Of what is kept of the base."""
+        """Memory that the kept values of the base take."""
         return sum(prod(self.shapes[j]) for j in self.kept) * self.gradient.dtype.itemsize
 
     def share(self, side: int) -> float:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+Maybe = Tensor | None  # an argument that may be absent
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Without fused multiply-add every expression rounds as it is written, the same on every backend.
 EXACT = {"enable_fp_fusion": False}
@@ -50,15 +51,17 @@ def check_images(x_adv: Tensor, x: Tensor, **per_sample: Tensor) -> None:
         check(t.numel() in (1, x_adv.shape[0]) and t.is_contiguous(), f"{name} must hold 1 or {x_adv.shape[0]} elements")
 
 
-def check_step(x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, nan_seen: Tensor | None) -> None:
+def check_step(x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, nan_seen: Maybe) -> None:
     check_images(x_adv, x, eps=eps, step_size=step_size)
     check(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv")
+    check(grad.dtype in FLOATS, f"grad must be float32, float16, bfloat16 or float64, got {grad.dtype}")
     check((grad.dtype == torch.float64) == (x.dtype == torch.float64), "grad must be float64 exactly when x_adv is")
     if nan_seen is not None:
-        check(nan_seen.dtype == torch.uint8 and nan_seen.shape == x.shape[:1], "nan_seen must be uint8 [B]")
+        fits = nan_seen.dtype == torch.uint8 and nan_seen.shape == x.shape[:1] and nan_seen.is_contiguous()
+        check(fits, "nan_seen must be contiguous uint8 [B]")
 
 
-def check_rows(logits: Tensor, dlogits: Tensor, loss: Tensor | None, min_classes: int = 2, **labels: Tensor) -> None:
+def check_rows(logits: Tensor, dlogits: Tensor, loss: Maybe, min_classes: int = 2, **labels: Tensor) -> None:
     check(logits.dtype in FLOATS, f"logits must be float32, float16, bfloat16 or float64, got {logits.dtype}")
     check(logits.ndim == 2 and logits.is_contiguous(), "logits must be contiguous [B, K]")
     check(logits.shape[1] >= min_classes, f"logits must have at least {min_classes} classes, got {logits.shape[1]}")
@@ -67,8 +70,12 @@ def check_rows(logits: Tensor, dlogits: Tensor, loss: Tensor | None, min_classes
     if loss is not None:
         check(loss.dtype == acc_dtype(logits.dtype), f"loss must be {acc_dtype(logits.dtype)}")
         check(loss.shape == logits.shape[:1] and loss.is_contiguous(), "loss must be contiguous [B]")
-    for name, t in labels.items():
-        check(t.dtype == torch.int64 and t.shape == logits.shape[:1] and t.is_contiguous(), f"{name} must be int64 [B]")
+    check_int64(len(logits), **labels)
+
+
+def check_int64(numel: int, **vectors: Tensor) -> None:
+    for name, t in vectors.items():
+        check(t.dtype == torch.int64 and t.shape == (numel,) and t.is_contiguous(), f"{name} must be contiguous int64 [{numel}]")
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -76,14 +83,14 @@ def as_rows(t: Tensor) -> Tensor:
     return t.movedim(1, -1).flatten(0, -2)
 
 
-def check_layout(**images: Tensor | None) -> None:
+def check_layout(**images: Maybe) -> None:
     """Channels innermost in memory: channels_last, or contiguous [N, C]."""
     for name, t in images.items():
         innermost = t is None or (t.ndim >= 2 and t.movedim(1, -1).is_contiguous())
         check(innermost, f"{name} must be [N, C, ...] with channels innermost in memory (channels_last)")
 
 
-def check_channels(**images: Tensor | None) -> None:
+def check_channels(**images: Maybe) -> None:
     """Alike and with channels innermost. The first is the model of the others, which may be absent."""
     check_layout(**images)
     (first, like), *others = images.items()
@@ -96,7 +103,7 @@ def check_channels(**images: Tensor | None) -> None:
             check(t.device == like.device, f"{name} is on another device than the first argument")
 
 
-def check_per_channel(image: Tensor, **vectors: Tensor | None) -> None:
+def check_per_channel(image: Tensor, **vectors: Maybe) -> None:
     dtype, channels = acc_dtype(image.dtype), image.shape[1]
     for name, t in vectors.items():
         if t is not None:
@@ -114,7 +121,7 @@ def is_class(labels: Tensor, classes: int) -> Tensor:
     return (labels >= 0) & (labels < classes)
 
 
-def launch_rows(kernel, logits: Tensor, *tensors: Tensor | None, numbers: tuple[float, ...], **constants: bool) -> None:
+def launch_rows(kernel, logits: Tensor, *tensors: Maybe, numbers: tuple[float, ...], **constants: bool) -> None:
     """Launch a row kernel, the last of whose `tensors` is the loss: about 1024 logits a program, long rows in chunks of 1024.
 
     K is a compile-time constant (a model has one), so rows of one chunk compile without a loop.

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, FLOATS, acc_dtype, check, is_dense, tl_acc
+from ._common import EXACT, FLOATS, acc_dtype, check, check_int64, is_dense, tl_acc
 from .linf import philox_at
 
 BLOCK = 1024
@@ -37,8 +37,8 @@ def check_crop(images: Tensor, rows: Tensor, ids: Tensor, seed: Tensor, out: Ten
     check(out.ndim == 4 and out.shape[1:] == (channels, height, width), f"out must be [B, {channels}, {height}, {width}]")
     check(is_dense(out), "out must be contiguous or channels_last")
     check(0 <= pad < LIMIT, f"pad must be at least 0 and less than 2^30, got {pad}")
-    for name, t, numel in (("rows", rows, len(out)), ("ids", ids, len(out)), ("seed", seed, 2)):
-        check(t.dtype == torch.int64 and t.shape == (numel,) and t.is_contiguous(), f"{name} must be contiguous int64 [{numel}]")
+    check_int64(len(out), rows=rows, ids=ids)
+    check_int64(2, seed=seed)
     for name, t in {"rows": rows, "ids": ids, "seed": seed, "out": out}.items():
         check(t.device == images.device, f"{name} is on another device than the first argument")
 

@@ -17,15 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check_rows, is_class, launch_rows, safe_labels
+from ._common import Maybe, acc_dtype, check_rows, is_class, launch_rows, safe_labels
 from .margin import next_ranked, without_nan
 
 # --- reference ---
 
 
-def dlr_grad_ref(
-    logits: Tensor, labels: Tensor, targets: Tensor | None, dlogits: Tensor, loss: Tensor | None, scale: float
-) -> None:
+def dlr_grad_ref(logits: Tensor, labels: Tensor, targets: Maybe, dlogits: Tensor, loss: Maybe, scale: float) -> None:
     check_dlr(logits, labels, targets, dlogits, loss)
     classes = logits.shape[1]
     valid = is_class(labels, classes) & (is_class(targets, classes) if targets is not None else True)
@@ -54,7 +52,7 @@ def dlr_grad_ref(
         loss.copy_(value[:, 0].where(valid, torch.nan))
 
 
-def check_dlr(logits: Tensor, labels: Tensor, targets: Tensor | None, dlogits: Tensor, loss: Tensor | None) -> None:
+def check_dlr(logits: Tensor, labels: Tensor, targets: Maybe, dlogits: Tensor, loss: Maybe) -> None:
     named = {"labels": labels} if targets is None else {"labels": labels, "targets": targets}
     check_rows(logits, dlogits, loss, min_classes=3 if targets is None else 4, **named)
 
@@ -107,9 +105,7 @@ def dlr_grad_kernel(
 # --- launcher ---
 
 
-def dlr_grad_triton(
-    logits: Tensor, labels: Tensor, targets: Tensor | None, dlogits: Tensor, loss: Tensor | None, scale: float
-) -> None:
+def dlr_grad_triton(logits: Tensor, labels: Tensor, targets: Maybe, dlogits: Tensor, loss: Maybe, scale: float) -> None:
     check_dlr(logits, labels, targets, dlogits, loss)
     launch_rows(dlr_grad_kernel, logits, labels, targets, dlogits, loss, numbers=(scale,), TARGETED=targets is not None)
 
@@ -126,13 +122,7 @@ _dlr_grad = define(
 
 
 def dlr_grad(
-    logits: Tensor,
-    labels: Tensor,
-    dlogits: Tensor,
-    loss: Tensor | None = None,
-    *,
-    targets: Tensor | None = None,
-    scale: float = 1.0,
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe = None, *, targets: Maybe = None, scale: float = 1.0
 ) -> Tensor:
     """Write the gradient of the DLR loss (with `targets`, of its targeted form) into `dlogits`, and its values into `loss`.
 

@@ -12,14 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, broadcast, check, check_images
+from ._common import Maybe, acc_dtype, broadcast, check, check_images
 
 # --- reference ---
 
 
-def keep_best_ref(
-    best: Tensor, best_loss: Tensor, best_success: Tensor | None, x_adv: Tensor, loss: Tensor, success: Tensor | None
-) -> None:
+def keep_best_ref(best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: Tensor, loss: Tensor, success: Maybe) -> None:
     check_keep_best(best, best_loss, best_success, x_adv, loss, success)
     better = loss > best_loss
     if success is not None:
@@ -30,9 +28,7 @@ def keep_best_ref(
     best.copy_(x_adv.where(broadcast(better, best), best))
 
 
-def check_keep_best(
-    best: Tensor, best_loss: Tensor, best_success: Tensor | None, x_adv: Tensor, loss: Tensor, success: Tensor | None
-) -> None:
+def check_keep_best(best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: Tensor, loss: Tensor, success: Maybe) -> None:
     check_images(best, x_adv)
     check((success is None) == (best_success is None), "best_success and success go together")
     vectors = [("loss", loss), ("best_loss", best_loss), ("success", success), ("best_success", best_success)]
@@ -70,9 +66,7 @@ def keep_best_kernel(
 # --- launcher ---
 
 
-def keep_best_triton(
-    best: Tensor, best_loss: Tensor, best_success: Tensor | None, x_adv: Tensor, loss: Tensor, success: Tensor | None
-) -> None:
+def keep_best_triton(best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: Tensor, loss: Tensor, success: Maybe) -> None:
     check_keep_best(best, best_loss, best_success, x_adv, loss, success)
     if best.numel():
         n = best.numel() // len(best)
@@ -95,7 +89,7 @@ _keep_best = define(
 
 
 def keep_best_(
-    best: Tensor, best_loss: Tensor, best_success: Tensor | None, x_adv: Tensor, loss: Tensor, success: Tensor | None = None
+    best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: Tensor, loss: Tensor, success: Maybe = None
 ) -> Tensor:
     """Take over into `best`, `best_loss` and `best_success` the samples where `x_adv` is better; returns `best`.
 

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check, check_rows, launch_rows, load_rows
+from ._common import Maybe, acc_dtype, check, check_rows, launch_rows, load_rows
 from .lsce import online_softmax
 
 # --- reference ---
 
 
-def kl_grad_ref(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None, scale: float) -> None:
+def kl_grad_ref(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Maybe, scale: float) -> None:
     check_kl(logits, probs, dlogits, loss)
     log_p = logits.to(probs.dtype).log_softmax(1)
     dlogits.copy_((log_p.exp() - probs) * scale)
@@ -27,7 +27,7 @@ def kl_grad_ref(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | N
         loss.copy_((probs * (probs.log() - log_p)).where(probs > 0, 0).sum(1))
 
 
-def check_kl(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None) -> None:
+def check_kl(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Maybe) -> None:
     check_rows(logits, dlogits, loss)
     check(probs.shape == logits.shape and probs.is_contiguous(), "probs must be contiguous with logits' shape")
     check(probs.dtype == acc_dtype(logits.dtype), f"probs must be {acc_dtype(logits.dtype)}")
@@ -62,7 +62,7 @@ def kl_grad_kernel(
 # --- launcher ---
 
 
-def kl_grad_triton(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None, scale: float) -> None:
+def kl_grad_triton(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Maybe, scale: float) -> None:
     check_kl(logits, probs, dlogits, loss)
     launch_rows(kl_grad_kernel, logits, probs, dlogits, loss, numbers=(scale,))
 
@@ -76,7 +76,7 @@ _kl_grad = define(
 # --- public ---
 
 
-def kl_grad(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+def kl_grad(logits: Tensor, probs: Tensor, dlogits: Tensor, loss: Maybe = None, *, scale: float = 1.0) -> Tensor:
     """Write the gradient of KL(probs || softmax(logits)) into `dlogits`, and its values into `loss` if given.
 
     Returns `dlogits`. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.

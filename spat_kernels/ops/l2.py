@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, broadcast, check_step, per_sample, tl_acc
+from ._common import EXACT, Maybe, broadcast, check_step, per_sample, tl_acc
 from .linf import memory_order
 
 # --- reference ---
 
 
 def l2_step_ref(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
     if not x.numel():
@@ -96,7 +96,7 @@ def l2_step_kernel(
 
 
 def l2_step_triton(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
     if x_adv.numel():
@@ -128,7 +128,7 @@ def l2_step_(
     step_size: Tensor,
     lo: float = 0.0,
     hi: float = 1.0,
-    nan_seen: Tensor | None = None,
+    nan_seen: Maybe = None,
 ) -> Tensor:
     """Step `x_adv` by `step_size` along the normalised gradient, then project onto the L2 ball and the box; returns `x_adv`.
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, broadcast, check_images, check_step, per_sample, tl_acc
+from ._common import EXACT, Maybe, broadcast, check_images, check_int64, check_step, per_sample, tl_acc
 
 BLOCK = 1024
 
@@ -37,11 +37,6 @@ def philox_at(seed: Tensor, index: Tensor) -> Tensor:
     return torch.stack(c, dim=1)
 
 
-def philox_ref(seed: Tensor, calls: int) -> Tensor:
-    """The first 4 * calls words of the stream of `seed`, as int64 [calls, 4]."""
-    return philox_at(seed, torch.arange(calls, device=seed.device))
-
-
 def memory_order(t: Tensor) -> Tensor:
     """A view of the dense images `t` whose row-major order is the order in memory."""
     return t if t.is_contiguous() else t.movedim(1, -1)
@@ -49,14 +44,16 @@ def memory_order(t: Tensor) -> Tensor:
 
 def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
     check_images(x_adv, x, eps=eps)
+    check_int64(2, seed=seed)
     flat = memory_order(x)
-    words = philox_ref(seed, -(-x.numel() // 4)).flatten()[: x.numel()].view(flat.shape)
+    calls = torch.arange(-(-x.numel() // 4), device=seed.device)
+    words = philox_at(seed, calls).flatten()[: x.numel()].view(flat.shape)
     unit = (((words >> 8) * 2 + 1 - 2**24) * 2.0**-24).to(eps.dtype)
     memory_order(x_adv).copy_((flat.to(eps.dtype) + broadcast(eps, flat) * unit).clamp(lo, hi))
 
 
 def linf_step_ref(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
     eps, step_size = broadcast(eps, x), broadcast(step_size, x)
@@ -112,6 +109,7 @@ def linf_step_kernel(
 
 def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
     check_images(x_adv, x, eps=eps)
+    check_int64(2, seed=seed)
     if numel := x_adv.numel():
         with torch.cuda.device_of(x_adv):
             linf_random_start_kernel[(triton.cdiv(numel, BLOCK),)](
@@ -121,7 +119,7 @@ def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor
 
 
 def linf_step_triton(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Tensor | None
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
     if numel := x_adv.numel():
@@ -166,7 +164,7 @@ def linf_step_(
     step_size: Tensor,
     lo: float = 0.0,
     hi: float = 1.0,
-    nan_seen: Tensor | None = None,
+    nan_seen: Maybe = None,
 ) -> Tensor:
     """Step `x_adv` by `step_size * sign(grad)`, then project onto the eps-ball around `x` and the box; returns `x_adv`.
 

@@ -26,20 +26,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check, check_rows, is_class, launch_rows, load_rows, safe_labels
+from ._common import Maybe, acc_dtype, check, check_rows, is_class, launch_rows, load_rows, safe_labels
 
 # --- reference ---
 
 
-def check_lsce(logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, normalize: bool) -> None:
+def check_lsce(logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe, alpha: float, normalize: bool) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
     check(not normalize or alpha == 0, "normalize goes with alpha = 0")
 
 
 def lsce_grad_ref(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, targeted: bool, scale: float,
-    normalize: bool,
-) -> None:  # fmt: skip
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe, alpha: float, targeted: bool, scale: float, normalize: bool
+) -> None:
     check_lsce(logits, labels, dlogits, loss, alpha, normalize)
     classes = logits.shape[1]
     log_p = logits.to(acc_dtype(logits.dtype)).log_softmax(1)
@@ -123,9 +122,8 @@ def lsce_grad_kernel(
 
 
 def lsce_grad_triton(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, alpha: float, targeted: bool, scale: float,
-    normalize: bool,
-) -> None:  # fmt: skip
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe, alpha: float, targeted: bool, scale: float, normalize: bool
+) -> None:
     check_lsce(logits, labels, dlogits, loss, alpha, normalize)
     numbers = alpha, alpha / (logits.shape[1] - 1), scale, -1.0 if targeted else 1.0
     launch_rows(lsce_grad_kernel, logits, labels, dlogits, loss, numbers=numbers, SMOOTH=alpha > 0, NORMALIZE=normalize)
@@ -147,7 +145,7 @@ def lsce_grad(
     logits: Tensor,
     labels: Tensor,
     dlogits: Tensor,
-    loss: Tensor | None = None,
+    loss: Maybe = None,
     *,
     alpha: float = 0.0,
     targeted: bool = False,

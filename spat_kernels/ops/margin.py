@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import acc_dtype, check_rows, is_class, launch_rows, load_rows, safe_labels
+from ._common import Maybe, acc_dtype, check_rows, is_class, launch_rows, load_rows, safe_labels
 
 # --- reference ---
 
 
 def margin_grad_ref(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, kappa: float, targeted: bool, scale: float
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe, kappa: float, targeted: bool, scale: float
 ) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
     valid = is_class(labels, logits.shape[1]) & ~logits.isnan().any(1)
@@ -42,25 +42,16 @@ def margin_grad_ref(
 
 @triton.jit
 def next_ranked(
-    logits_ptr,
-    i_b,
-    b_prev_z,
-    b_prev_k,
-    b_skip,
-    B,
-    K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
+    logits_ptr, i_b, b_prev_z, b_prev_k, skip, B, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr
 ):
-    """Value and class of the first logit after (b_prev_z, b_prev_k) by falling value, then rising index, b_skip left out."""
+    """Value and class of the first logit after (b_prev_z, b_prev_k) by falling value, then rising index, skip left out."""
     b_best_z = tl.full([BLOCK_B], float("-inf"), ACC)
     b_best_k = tl.zeros([BLOCK_B], tl.int64) + K
     for first in range(0, K, BLOCK_K):
         i_k = (first + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
         b_z, m = load_rows(logits_ptr, i_b, first + tl.arange(0, BLOCK_K), B, K, float("-inf"), ACC)
         after = (b_z < b_prev_z[:, None]) | ((b_z == b_prev_z[:, None]) & (i_k > b_prev_k[:, None]))
-        use = m & after & (i_k != b_skip[:, None])
+        use = m & after & (i_k != skip[:, None])
         b_top = tl.max(tl.where(use, b_z, float("-inf")), 1)
         b_top_k = tl.min(tl.where(use & (b_z == b_top[:, None]), i_k, K), 1)
         b_best_k = tl.where(b_top > b_best_z, b_top_k, tl.where(b_top == b_best_z, tl.minimum(b_best_k, b_top_k), b_best_k))
@@ -105,7 +96,7 @@ def margin_grad_kernel(
 
 
 def margin_grad_triton(
-    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Tensor | None, kappa: float, targeted: bool, scale: float
+    logits: Tensor, labels: Tensor, dlogits: Tensor, loss: Maybe, kappa: float, targeted: bool, scale: float
 ) -> None:
     check_rows(logits, dlogits, loss, labels=labels)
     numbers = kappa, scale, -1.0 if targeted else 1.0
@@ -127,7 +118,7 @@ def margin_grad(
     logits: Tensor,
     labels: Tensor,
     dlogits: Tensor,
-    loss: Tensor | None = None,
+    loss: Maybe = None,
     *,
     kappa: float = 0.0,
     targeted: bool = False,

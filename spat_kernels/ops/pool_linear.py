@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, FLOATS, acc_dtype, as_rows, check, check_layout, check_per_channel, tl_acc
+from ._common import EXACT, FLOATS, Maybe, acc_dtype, as_rows, check, check_layout, check_per_channel, tl_acc
 from .scale_shift_relu import check_mask, unpack_bits
 
 MAX_CHANNELS = 4096  # in the shared memory of a block, 32 KiB of fp64
@@ -38,7 +38,7 @@ TILE = 4096  # elements of the images or weights that a program holds at once
 # --- reference ---
 
 
-def check_head(images: Tensor, name: str, weight: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def check_head(images: Tensor, name: str, weight: Tensor, **tensors: tuple[Maybe, tuple[int, ...]]) -> None:
     check(images.dtype in FLOATS, f"{name} must be float32, float16, bfloat16 or float64, got {images.dtype}")
     check_layout(**{name: images})
     channels, acc = images.shape[1], acc_dtype(images.dtype)
@@ -52,13 +52,11 @@ def check_head(images: Tensor, name: str, weight: Tensor, **tensors: tuple[Tenso
             check(t.device == images.device, f"{what} is on another device than {name}")
 
 
-def check_forward(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+def check_forward(x: Tensor, weight: Tensor, bias: Maybe, logits: Tensor) -> None:
     check_head(x, "x", weight, bias=(bias, (len(weight),)), logits=(logits, (len(x), len(weight))))
 
 
-def check_backward(
-    dlogits: Tensor, weight: Tensor, mask: Tensor | None, scale: Tensor | None, factor: Tensor | None, dx: Tensor
-) -> None:
+def check_backward(dlogits: Tensor, weight: Tensor, mask: Maybe, scale: Maybe, factor: Maybe, dx: Tensor) -> None:
     check_head(dx, "dx", weight, dlogits=(dlogits, (len(dx), len(weight))), factor=(factor, (len(dx),)))
     check_per_channel(dx, scale=scale)
     check_mask(mask, dx)
@@ -68,15 +66,13 @@ def pixels_of(images: Tensor) -> int:
     return images.shape[2:].numel()
 
 
-def pool_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+def pool_linear_ref(x: Tensor, weight: Tensor, bias: Maybe, logits: Tensor) -> None:
     check_forward(x, weight, bias, logits)
     pooled = as_rows(x).view(len(x), pixels_of(x), x.shape[1]).mean(1, dtype=weight.dtype)
     logits.copy_(F.linear(pooled, weight, bias))
 
 
-def pool_linear_grad_ref(
-    dlogits: Tensor, weight: Tensor, mask: Tensor | None, scale: Tensor | None, factor: Tensor | None, dx: Tensor
-) -> None:
+def pool_linear_grad_ref(dlogits: Tensor, weight: Tensor, mask: Maybe, scale: Maybe, factor: Maybe, dx: Tensor) -> None:
     check_backward(dlogits, weight, mask, scale, factor, dx)
     pixels = pixels_of(dx)
     g = dlogits @ weight
@@ -162,16 +158,14 @@ def head_tile(images: Tensor, weight: Tensor) -> dict:
     return sizes | {"BLOCK_N": max(1, TILE // block_c), "BLOCK_C": block_c, "ACC": tl_acc(images.dtype)} | EXACT
 
 
-def pool_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+def pool_linear_triton(x: Tensor, weight: Tensor, bias: Maybe, logits: Tensor) -> None:
     check_forward(x, weight, bias, logits)
     if logits.numel():
         with torch.cuda.device_of(x):
             pool_linear_kernel[(len(x),)](x, weight, bias, logits, **head_tile(x, weight))
 
 
-def pool_linear_grad_triton(
-    dlogits: Tensor, weight: Tensor, mask: Tensor | None, scale: Tensor | None, factor: Tensor | None, dx: Tensor
-) -> None:
+def pool_linear_grad_triton(dlogits: Tensor, weight: Tensor, mask: Maybe, scale: Maybe, factor: Maybe, dx: Tensor) -> None:
     check_backward(dlogits, weight, mask, scale, factor, dx)
     if dx.numel():
         tiny = torch.finfo(dlogits.dtype).tiny
@@ -191,7 +185,7 @@ _backward = define(
 # --- public ---
 
 
-def pool_linear(x: Tensor, weight: Tensor, logits: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def pool_linear(x: Tensor, weight: Tensor, logits: Tensor, *, bias: Maybe = None) -> Tensor:
     """Write the logits of the images' mean over all pixels into `logits`; returns `logits`.
 
     Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
@@ -201,13 +195,7 @@ def pool_linear(x: Tensor, weight: Tensor, logits: Tensor, *, bias: Tensor | Non
 
 
 def pool_linear_grad(
-    dlogits: Tensor,
-    weight: Tensor,
-    dx: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    factor: Tensor | None = None,
+    dlogits: Tensor, weight: Tensor, dx: Tensor, *, mask: Maybe = None, scale: Maybe = None, factor: Maybe = None
 ) -> Tensor:
     """Write the gradient at the images into `dx`, each sample scaled if there is a `factor` to write; returns `dx`.
 

@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, acc_dtype, as_rows, check, check_channels, check_per_channel, tl_acc
+from ._common import EXACT, Maybe, acc_dtype, as_rows, check, check_channels, check_per_channel, tl_acc
 
-BYTES = 128  # of the mask a program, eight channels each
+BYTES = 128  # mask bytes that a program does, eight channels each
 
 # --- reference ---
 
@@ -42,7 +42,7 @@ def unpack_bits(mask: Tensor, channels: int) -> Tensor:
     return bits.flatten(1)[:, :channels].bool()
 
 
-def check_mask(mask: Tensor | None, image: Tensor) -> None:
+def check_mask(mask: Maybe, image: Tensor) -> None:
     if mask is not None:
         rows, channels = as_rows(image).shape
         check(mask.dtype == torch.uint8, f"mask must be uint8, got {mask.dtype}")
@@ -51,28 +51,22 @@ def check_mask(mask: Tensor | None, image: Tensor) -> None:
         check(mask.device == image.device, "mask is on another device than the first argument")
 
 
-def check_forward(
-    a: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    total: Tensor | None, out: Tensor, mask: Tensor | None, relu: bool,
-) -> None:  # fmt: skip
+def check_forward(a: Tensor, b: Maybe, scale: Maybe, shift: Maybe, total: Maybe, out: Tensor, mask: Maybe, relu: bool) -> None:
     check_channels(a=a, b=b, total=total, out=out)
     check_per_channel(a, scale=scale, shift=shift)
     check(relu or mask is None, "mask goes with relu")
     check_mask(mask, a)
 
 
-def check_backward(
-    grad: Tensor, grad2: Tensor | None, mask: Tensor | None, scale: Tensor | None, residual: Tensor | None, dx: Tensor
-) -> None:
+def check_backward(grad: Tensor, grad2: Maybe, mask: Maybe, scale: Maybe, residual: Maybe, dx: Tensor) -> None:
     check_channels(grad=grad, grad2=grad2, residual=residual, dx=dx)
     check_per_channel(grad, scale=scale)
     check_mask(mask, grad)
 
 
 def scale_shift_relu_ref(
-    a: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    total: Tensor | None, out: Tensor, mask: Tensor | None, relu: bool,
-) -> None:  # fmt: skip
+    a: Tensor, b: Maybe, scale: Maybe, shift: Maybe, total: Maybe, out: Tensor, mask: Maybe, relu: bool
+) -> None:
     check_forward(a, b, scale, shift, total, out, mask, relu)
     acc = acc_dtype(a.dtype)
     t = as_rows(a).to(acc)
@@ -86,9 +80,7 @@ def scale_shift_relu_ref(
     as_rows(out).copy_(v.masked_fill(v <= 0, 0) if relu else v)
 
 
-def scale_shift_relu_grad_ref(
-    grad: Tensor, grad2: Tensor | None, mask: Tensor | None, scale: Tensor | None, residual: Tensor | None, dx: Tensor
-) -> None:
+def scale_shift_relu_grad_ref(grad: Tensor, grad2: Maybe, mask: Maybe, scale: Maybe, residual: Maybe, dx: Tensor) -> None:
     check_backward(grad, grad2, mask, scale, residual, dx)
     acc = acc_dtype(grad.dtype)
     g = as_rows(grad).to(acc)
@@ -170,9 +162,8 @@ def octet_grid(image: Tensor) -> tuple[tuple[int], dict]:
 
 
 def scale_shift_relu_triton(
-    a: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    total: Tensor | None, out: Tensor, mask: Tensor | None, relu: bool,
-) -> None:  # fmt: skip
+    a: Tensor, b: Maybe, scale: Maybe, shift: Maybe, total: Maybe, out: Tensor, mask: Maybe, relu: bool
+) -> None:
     check_forward(a, b, scale, shift, total, out, mask, relu)
     if a.numel():
         grid, arguments = octet_grid(a)
@@ -180,9 +171,7 @@ def scale_shift_relu_triton(
             scale_shift_relu_kernel[grid](a, b, scale, shift, total, out, mask, RELU=relu, **arguments)
 
 
-def scale_shift_relu_grad_triton(
-    grad: Tensor, grad2: Tensor | None, mask: Tensor | None, scale: Tensor | None, residual: Tensor | None, dx: Tensor
-) -> None:
+def scale_shift_relu_grad_triton(grad: Tensor, grad2: Maybe, mask: Maybe, scale: Maybe, residual: Maybe, dx: Tensor) -> None:
     check_backward(grad, grad2, mask, scale, residual, dx)
     if grad.numel():
         grid, arguments = octet_grid(grad)
@@ -211,11 +200,11 @@ def scale_shift_relu(
     a: Tensor,
     out: Tensor,
     *,
-    b: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    total: Tensor | None = None,
-    mask: Tensor | None = None,
+    b: Maybe = None,
+    scale: Maybe = None,
+    shift: Maybe = None,
+    total: Maybe = None,
+    mask: Maybe = None,
     relu: bool = True,
 ) -> Tensor:
     """Write relu((a + b) * scale + shift) into `out`, a + b into `total` and the ReLU's bits into `mask`; returns `out`.
@@ -227,13 +216,7 @@ def scale_shift_relu(
 
 
 def scale_shift_relu_grad(
-    grad: Tensor,
-    dx: Tensor,
-    *,
-    grad2: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
+    grad: Tensor, dx: Tensor, *, grad2: Maybe = None, mask: Maybe = None, scale: Maybe = None, residual: Maybe = None
 ) -> Tensor:
     """Write (grad + grad2) * scale, 0 where `mask` is, plus `residual` into `dx`; returns `dx`.
 

@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, as_rows, check, check_layout, check_per_channel
+from ._common import EXACT, Maybe, as_rows, check, check_layout, check_per_channel
 
 BLOCK = 1024  # channels of `out` a program, about
 
 # --- reference ---
 
 
-def check_split(x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
+def check_split(x: Tensor, scale: Maybe, shift: Maybe, out: Tensor) -> None:
     check(x.dtype == torch.float32, f"x must be float32, got {x.dtype}")
     check(out.dtype in (torch.float16, torch.bfloat16), f"out must be float16 or bfloat16, got {out.dtype}")
     check(x.ndim == 4, "x must be [B, C, H, W]")
@@ -37,7 +37,7 @@ def check_split(x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tens
     check_per_channel(x, scale=scale, shift=shift)
 
 
-def split_image_ref(x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
+def split_image_ref(x: Tensor, scale: Maybe, shift: Maybe, out: Tensor) -> None:
     check_split(x, scale, shift, out)
     v = as_rows(x)
     v = v if scale is None else v * scale
@@ -75,7 +75,7 @@ def split_image_kernel(
 # --- launcher ---
 
 
-def split_image_triton(x: Tensor, scale: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
+def split_image_triton(x: Tensor, scale: Maybe, shift: Maybe, out: Tensor) -> None:
     check_split(x, scale, shift, out)
     if out.numel():
         pixels, width = as_rows(out).shape
@@ -89,16 +89,12 @@ def split_image_triton(x: Tensor, scale: Tensor | None, shift: Tensor | None, ou
 
 # --- registration ---
 
-_split_image = define(
-    "split_image(Tensor x, Tensor? scale, Tensor? shift, Tensor(a!) out)",
-    split_image_ref,
-    split_image_triton,
-)
+_split_image = define("split_image(Tensor x, Tensor? scale, Tensor? shift, Tensor(a!) out)", split_image_ref, split_image_triton)
 
 # --- public ---
 
 
-def split_image(x: Tensor, out: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+def split_image(x: Tensor, out: Tensor, *, scale: Maybe = None, shift: Maybe = None) -> Tensor:
     """Write `x * scale + shift` into `out` as a rounded part, what the rounding left, and zeros; returns `out`.
 
     Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.

@@ -1,4 +1,4 @@
-// Kernels that a GPU would hang on, or refuse to start, or let read what is not there yet: cuda_on_cpu must tell.
+// Kernels that a GPU would hang on, or refuse to start, or let read what is not there yet: cuda_on_cpu must report it.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -39,10 +39,10 @@ int main() {
     return count;
   };
   const cudaError_t hangs = cudaErrorLaunchFailure, refused = cudaErrorInvalidConfiguration;
-  const bool told = error(half_a_warp_shuffles, 1, 64) == hangs && error(two_places, 1, 32) == hangs &&
+  const bool seen = error(half_a_warp_shuffles, 1, 64) == hangs && error(two_places, 1, 32) == hangs &&
                     error(one_thread_misses_the_barrier, 1, 64) == hangs && error(nothing, 0, 32) == refused &&
                     error(nothing, 1, 1025) == refused && error(nothing, dim3(1, 65536), 32) == refused &&
                     error(nothing, 1, 32) == cudaSuccess;
-  std::printf("misuse told: %d, stale values: %d, with barriers: %d\n", told, stale(reads_too_early), stale(reads_in_time));
-  return !(told && stale(reads_too_early) && !stale(reads_in_time));
+  std::printf("misuse seen: %d, stale values: %d, with barriers: %d\n", seen, stale(reads_too_early), stale(reads_in_time));
+  return !(seen && stale(reads_too_early) && !stale(reads_in_time));
 }

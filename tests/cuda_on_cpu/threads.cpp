@@ -1,5 +1,5 @@
 // Blocks run one after another. The threads of a block are fibers: each runs until it waits for others (a shuffle, a barrier) or
-// returns, in an order drawn anew for every block, so that a missing barrier shows. Where CUDA leaves a case undefined this is
+// returns, in a new random order for every block, so that a missing barrier shows. Where CUDA leaves a case undefined this is
 // strict: all 32 lanes of a warp must come to the same shuffle in the same line of code, and all threads of a block to the same
 // barrier. Else the launch fails, and the error says where its threads hang.
 #include <ucontext.h>

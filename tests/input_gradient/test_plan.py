@@ -26,84 +26,48 @@ class Headed(nn.Module):
         return self.head(self, F.relu(self.bn(x + self.conv2(x))))
 
 
-def pooled_by_module(m, x):
-    return m.fc(F.adaptive_avg_pool2d(x, 1).squeeze(3).flatten(1))
-
-
-def in_a_smooth_network(m, x):
-    return m.fc(F.silu(x).mean((2, 3)))
-
-
-def behind_a_sum(m, x):
-    return m.fc((x.relu() + F.max_pool2d(x, 3, 1, 1)).mean((2, 3)))
-
-
-def features_read_twice(m, x):
-    x = x.mean((2, 3))
-    return m.fc(x + m.gate(x).relu())
-
-
-def logits_go_on(m, x):
-    return m.fc(x.mean((2, 3))) / 3
-
-
-def two_linear_layers(m, x):
-    return m.fc(m.gate(x.mean((2, 3))).relu())
-
-
-def mean_of_rows(m, x):
-    return m.fc(x.mean(3).mean(2))
-
-
-def squeezed_and_excited(m, x):
-    return m.fc((x * torch.sigmoid(m.gate(x.mean((2, 3)))).unsqueeze(2).unsqueeze(3)).mean((2, 3)))
-
-
-def largest_pixel(m, x):
-    return m.fc(F.max_pool2d(F.avg_pool2d(x, 2), 3).flatten(1))
-
-
-HEADS = {  # is it one step, and does that do the way back of the pass in front?
-    pooled_by_module: (True, True),
-    in_a_smooth_network: (True, False),
-    behind_a_sum: (True, True),
-    squeezed_and_excited: (True, False),
-    features_read_twice: (False, False),
-    logits_go_on: (False, False),
-    two_linear_layers: (False, False),
-    mean_of_rows: (False, False),
-    largest_pixel: (False, False),
+HEADS = {  # the head, whether it is one step, and whether that does the way back of the pass in front
+    "pooled by module": (lambda m, x: m.fc(F.adaptive_avg_pool2d(x, 1).squeeze(3).flatten(1)), True, True),
+    "in a smooth network": (lambda m, x: m.fc(F.silu(x).mean((2, 3))), True, False),
+    "behind a sum": (lambda m, x: m.fc((x.relu() + F.max_pool2d(x, 3, 1, 1)).mean((2, 3))), True, True),
+    "squeezed and excited": (
+        lambda m, x: m.fc((x * torch.sigmoid(m.gate(x.mean((2, 3)))).unsqueeze(2).unsqueeze(3)).mean((2, 3))),
+        True,
+        False,
+    ),
+    "features read twice": (lambda m, x: m.fc((y := x.mean((2, 3))) + m.gate(y).relu()), False, False),
+    "logits read on": (lambda m, x: m.fc(x.mean((2, 3))) / 3, False, False),
+    "two linear layers": (lambda m, x: m.fc(m.gate(x.mean((2, 3))).relu()), False, False),
+    "mean of rows": (lambda m, x: m.fc(x.mean(3).mean(2)), False, False),
+    "largest pixel": (lambda m, x: m.fc(F.max_pool2d(F.avg_pool2d(x, 2), 3).flatten(1)), False, False),
 }
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_pooling_and_the_last_layer_are_one_step(head):
     torch.manual_seed(0)
+    head, one_step, way_back = HEADS[head]
     model, x = randomized(Headed(head)), images(3, 9)
     gradient = planned(model, x)
-    last, one_step = gradient.plan.steps[-1], HEADS[head][0]
+    last = gradient.plan.steps[-1]
     assert isinstance(last, PoolLinear) == one_step == sk.explain(model, x).plan["of them with the pooling"]
-    assert (getattr(last, "pointwise", None) is not None) == HEADS[head][1]
+    assert (getattr(last, "pointwise", None) is not None) == way_back
     assert_equals_autograd(model, x, gradient)
 
 
 def test_a_head_of_many_weights_stays_a_matrix_product(monkeypatch):
-    x = images()
-    monkeypatch.setattr(plan, "MAX_WEIGHTS", 55)
-    assert type(planned(randomized(Headed(pooled_by_module)), x).plan.steps[-1]) is PoolLinear
-    monkeypatch.setattr(plan, "MAX_WEIGHTS", 54)
-    assert type(planned(randomized(Headed(pooled_by_module)), x).plan.steps[-1]) is Linear
-    monkeypatch.undo()
-    monkeypatch.setattr(plan, "MAX_CHANNELS", 10)
-    assert type(planned(randomized(Headed(pooled_by_module)), x).plan.steps[-1]) is Linear
+    for name, limit, kind in (("MAX_WEIGHTS", 55, PoolLinear), ("MAX_WEIGHTS", 54, Linear), ("MAX_CHANNELS", 10, Linear)):
+        with monkeypatch.context() as limits:
+            limits.setattr(plan, name, limit)
+            assert type(planned(randomized(Headed(HEADS["pooled by module"][0])), images()).plan.steps[-1]) is kind
 
 
-@pytest.mark.parametrize("head", [pooled_by_module, in_a_smooth_network, behind_a_sum])
+@pytest.mark.parametrize("head", ["pooled by module", "in a smooth network", "behind a sum"])
 @pytest.mark.parametrize("precision", [None, "fp32", "bf16", "fp16"])
 def test_one_step_gives_what_the_steps_gave(head, precision, monkeypatch):
     """Logits, gradients and their factors, which lengths depend on, as often as the way back is gone."""
     torch.manual_seed(0)
-    model, x = randomized(Headed(head), torch.float32 if precision else torch.float64), images(4, 9)
+    model, x = randomized(Headed(HEADS[head][0]), torch.float32 if precision else torch.float64), images(4, 9)
     x, dlogits = x.to(model.fc.weight.dtype), torch.randn(4, 5, dtype=model.fc.weight.dtype)
     dlogits *= torch.tensor([1.0, 0.0, 1e-6, 1e4])[:, None]
     found = []

@@ -35,14 +35,6 @@ def test_equals_autograd_in_fp64_and_fp32(name):
         assert error <= 2 * own_error or (flipped and error < 0.03)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 32, 32)])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_batches_of_any_size_and_layout(shape, memory_format):
-    model = randomized(create("wrn-10-1"))
-    x = torch.rand(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
-    assert_equals_autograd(model, x)
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", ["ce", "kl", "margin", "dlr"])
 def test_attack_through_the_plan_is_the_attack_through_autograd(norm, loss):

@@ -80,7 +80,7 @@ def test_does_a_part_of_the_work():
 
 
 def test_keeps_to_a_few_shapes(monkeypatch):
-    """Wherever the square is and however many images are asked for: oneDNN prepares anew for every shape."""
+    """Wherever the square is and however many images are asked for: oneDNN prepares again for every shape."""
     model, x = randomized(create("wrn-10-1")), images(24, size=32)
     windows, shapes = Windows(planned(model, x)), set()
     conv2d = torch.conv2d

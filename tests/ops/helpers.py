@@ -1,10 +1,10 @@
 """What the tests of the ops share: where the ops are, tensors in guarded memory, and what is compared."""
 
 import itertools
+import os
 import pkgutil
 from importlib import import_module
 
-import pytest
 import torch
 
 import spat_kernels
@@ -17,6 +17,13 @@ FAMILIES = [
 OPS = {  # op -> the module that declares it
     op: next(module for module in FAMILIES if hasattr(module, f"{op.rstrip('_')}_ref")) for op in spat_kernels.config()["ops"]
 }
+
+
+def all_samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[tuple[str, tuple]]:
+    """(op, arguments), with and without the optional ones: what the `samples` of the test files give."""
+    tests = (import_module(f"tests.ops.{found.name}") for found in pkgutil.iter_modules([os.path.dirname(__file__)]))
+    with torch.device(device):
+        return [sample for test in tests if hasattr(test, "samples") for sample in test.samples(dtype)]
 
 
 def reference(op: str):
@@ -90,9 +97,3 @@ def bits_of(t):
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     t = t.contiguous()
     return (t.masked_fill(t.isnan(), torch.nan) if t.is_floating_point() else t).view(integers[t.element_size()])
-
-
-def assert_refused(call, arguments: dict, name: str, value, message: str | None = None):
-    """`call` refuses `value` for the argument `name`, and says which argument it is."""
-    with pytest.raises(RuntimeError, match=message or rf"\b{name}\b"):
-        call(*(arguments | {name: value}).values())

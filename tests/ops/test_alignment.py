@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.samples import all_samples
+from tests.ops.helpers import all_samples
 
 
 def copied(t, offset):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spat_kernels import ops
-from spat_kernels.ops.scale_shift_relu import as_rows, pack_bits, unpack_bits
-from tests.ops.helpers import acc, assert_refused, bits_of, channels_last, image, mask_like, reference, sentinels, values
+from spat_kernels.ops.scale_shift_relu import as_rows, pack_bits
+from tests.ops.helpers import acc, bits_of, channels_last, image, mask_like, reference, sentinels, values
 
 CHANNELS = [1, 3, 8, 10, 16, 20, 160]
 SHAPES = [(0,), (1,), (127,), (1, 1, 1), (2, 3, 5), (3, 7)]  # N and the spatial sizes
@@ -115,9 +115,7 @@ def test_formula_by_hand(impl):
     a = torch.tensor([[1.0, -1.0, 0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -1e-45]], device=impl.device)
     out, mask = torch.full_like(a, torch.nan), torch.full((1, 2), 0xA5, dtype=torch.uint8, device=impl.device)
     impl("scale_shift_relu")(a, None, None, None, None, out, mask, True)
-    assert out.nan_to_num(nan=-7).tolist() == [[1.0, 0.0, 0.0, 0.0, -7.0, torch.finfo(torch.float32).max, 0.0, 1e-45, 0.0]] or (
-        out[0, 5] == torch.inf
-    )
+    torch.testing.assert_close(out, a.relu(), rtol=0, atol=0, equal_nan=True)
     assert mask.tolist() == [[0b10110001, 0]]
     assert not out.signbit().logical_and(out == 0).any()
     grad = torch.full_like(a, torch.nan)
@@ -126,18 +124,6 @@ def test_formula_by_hand(impl):
     impl("scale_shift_relu_grad")(grad, None, mask, None, residual, dx)
     assert dx.nan_to_num(nan=-7).tolist() == [[2.0, 0.0, 0.0, 0.0, -7.0, 3.0, 0.0, 4.0, 0.0]]
     assert dx[0, [1, 2, 3, 6, 8]].signbit().all(), "the residual's zeros keep their sign"
-
-
-def test_bits_are_where_autograd_passes_a_gradient(impl):
-    for channels in CHANNELS:
-        a, _ = image((5, 3), channels, torch.float32, impl.device)
-        values(a)
-        mask, _ = mask_like(a)
-        leaf = a.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(leaf.relu().sum(), leaf)
-        impl("scale_shift_relu")(a, None, None, None, None, torch.empty_like(a), mask, True)
-        assert torch.equal(unpack_bits(mask, channels), as_rows(grad) == 1)
-        assert torch.equal(mask, pack_bits(as_rows(grad) == 1)), "unused bits are 0"
 
 
 def test_gradient_is_the_forwards(device):
@@ -158,10 +144,9 @@ def test_gradient_is_the_forwards(device):
     torch.testing.assert_close(dx, exact, rtol=1e-14, atol=1e-14)
     assert torch.equal(total, t)
 
-    ops.scale_shift_relu_grad(g_out, dx, grad2=g_total, mask=mask)  # two convolutions read one activation
     leaf = a.clone().requires_grad_()
     ops.scale_shift_relu(a, out, mask=mask)
-    ops.scale_shift_relu_grad(g_out, dx, grad2=g_total, mask=mask)
+    ops.scale_shift_relu_grad(g_out, dx, grad2=g_total, mask=mask)  # two convolutions read one activation
     (exact,) = torch.autograd.grad(leaf.relu(), leaf, g_out + g_total)
     torch.testing.assert_close(dx, exact, rtol=1e-14, atol=1e-14)
 
@@ -174,42 +159,3 @@ def test_more_than_one_thread(device):
     assert torch.equal(out, a.relu())
     assert torch.equal(mask, pack_bits(as_rows(a) > 0))
     assert torch.equal(ops.scale_shift_relu_grad(a, torch.empty_like(a), mask=mask), a.relu())
-
-
-def wrong(t):
-    """Mistakes in an image argument."""
-    return {
-        "dtype": t.to(torch.float16 if t.dtype != torch.float16 else torch.float32),
-        "shape": t[:, :-1].clone(memory_format=torch.channels_last),
-        "layout": t.contiguous(),
-        "sparse": torch.empty(4, 3, 5, 32, device=t.device).movedim(-1, 1)[:, ::2],
-    }
-
-
-@pytest.mark.parametrize("op", OPTIONAL)
-def test_wrong_arguments_raise(impl, op):
-    arguments, _ = case(op, (4, 3, 5), 16, torch.float32, impl.device, OPTIONAL[op], 0)
-
-    def call(*tensors):
-        impl(op)(*tensors, *FLAGS[op])
-
-    call(*arguments.values())
-    for i, (name, t) in enumerate(arguments.items()):
-        if name == "mask":
-            for mask in (t.bool(), t[:, :1].contiguous(), t[:-1], t.t().contiguous().t(), t.flatten()):
-                assert_refused(call, arguments, name, mask)
-        elif name in ("scale", "shift"):
-            for vector in (t.double(), t[:-1], torch.zeros(32, device=impl.device)[::2], t[None]):
-                assert_refused(call, arguments, name, vector)
-        else:
-            for kind, value in wrong(t).items():
-                # of a wrong first argument, the second is the one that does not fit
-                message = "must|wrong" if i == 0 and kind in ("dtype", "shape") else None
-                assert_refused(call, arguments, name, value, message)
-        if impl.device == "cuda":
-            assert_refused(call, arguments, name, t.cpu(), "device|CPU|cpu")
-    if FLAGS[op]:
-        with pytest.raises(RuntimeError, match="mask goes with relu"):
-            impl(op)(*arguments.values(), False)
-    with pytest.raises(RuntimeError, match="float32, float16"):
-        call(*(t.long() for t in arguments.values()))

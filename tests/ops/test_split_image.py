@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spat_kernels import ops
-from tests.ops.helpers import assert_refused, bits_of, channels_last, image, reference, values
+from tests.ops.helpers import bits_of, channels_last, image, reference, values
 
 SHAPES = [(0, 4, 4), (1, 1, 1), (3, 5, 7), (4, 32, 32)]
 WIDTHS = [(3, 8), (1, 2), (3, 6), (3, 7), (4, 8), (1, 16), (3, 16), (10, 24), (8, 20)]  # C and P
@@ -71,28 +71,3 @@ def test_a_split_convolution_does_not_round_the_image(device):
     split = torch.conv2d(out.double(), wide.double())
     rounded = torch.conv2d(x.bfloat16().double(), weight.double())
     assert (split - exact).abs().max() < (rounded - exact).abs().max() / 100
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("x", lambda x: x.half()),
-        ("x", lambda x: x.contiguous()),
-        ("x", lambda x: x[0]),
-        ("scale", lambda v: v[:2]),
-        ("scale", lambda v: v.double()),
-        ("shift", lambda v: v.repeat(2)[::2]),
-        ("out", lambda out: out.float()),
-        ("out", lambda out: out.contiguous()),
-        ("out", lambda out: out[:3]),
-        ("out", lambda out: out[:, :5].clone(memory_format=torch.channels_last)),
-        ("out", lambda out: out[:, :, :, :4].clone(memory_format=torch.channels_last)),
-        ("out", lambda out: out[..., 0].clone().movedim(-1, 1).contiguous().movedim(1, -1)),
-    ],
-)
-def test_wrong_arguments_raise(impl, name, change):
-    x, v = channels_last(torch.rand(4, 3, 5, 6, device=impl.device)), torch.ones(3, device=impl.device)
-    out = channels_last(torch.empty(4, 8, 5, 6, dtype=torch.float16, device=impl.device))
-    right = {"x": x, "scale": v, "shift": v, "out": out}
-    impl("split_image")(*right.values())
-    assert_refused(impl("split_image"), right, name, change(right[name]))
