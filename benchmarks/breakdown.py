@@ -7,10 +7,9 @@ nothing: gaps between launches or graph nodes. The profiler slows the host, not 
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -93,19 +92,20 @@ def taken_apart(call: Callable[[], object], device: str, steps: int, seconds: fl
         call()
     step = 1e3 * measure.seconds_per_call(call, device, seconds) / steps
     found = spans(call, device)
-    kinds, kernels, calls = defaultdict(float), defaultdict(float), defaultdict(int)
+    kinds, kernels, calls = Counter(), Counter(), Counter()
     for name, _, taken in found:
         kinds[kind_of(name)] += taken / steps
         kernels[name[:120]] += taken / steps
         calls[name[:120]] += 1
     if device.startswith("cuda"):
         kinds["idle"] = max(0.0, step - busy(found) / steps)
-    longest = sorted(kernels, key=kernels.get, reverse=True)[:TOP]
     return {
         "step_ms": step,
         "launches": len(found) / steps,
-        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
-        "longest": [{"name": name, "kind": kind_of(name), "calls": calls[name] / steps, "ms": kernels[name]} for name in longest],
+        "kinds": dict(kinds.most_common()),
+        "longest": [
+            {"name": name, "kind": kind_of(name), "calls": calls[name] / steps, "ms": ms} for name, ms in kernels.most_common(TOP)
+        ],
     }
 
 
@@ -131,18 +131,12 @@ def update_parts(name: str, batch: int, options: Options) -> dict:
     return taken_apart(lambda: update(x, y), options.device, 1, options.seconds)
 
 
-def start_profiler(device: str) -> None:
-    """Before graphs are captured, so that CUPTI knows their kernels; and for good, since graphs have crashed its second start."""
-    os.environ["TEARDOWN_CUPTI"] = "0"
-    spans(lambda: torch.ones(1, device=device).add_(1), device)
-
-
 def table(results: dict) -> str:
     """ms of each kind of kernel, the largest kinds first."""
-    total: dict[str, float] = {}
-    for kind, ms in chain.from_iterable(part.get("kinds", {}).items() for part in results["breakdown"]):
-        total[kind] = total.get(kind, 0.0) + ms
-    heads, cells = columns(sorted(total, key=total.get, reverse=True), "{}", "{{kinds[{}]:.2f}}")
+    total: Counter[str] = Counter()
+    for part in results["breakdown"]:
+        total.update(part["kinds"])
+    heads, cells = columns([kind for kind, _ in total.most_common()], "{}", "{{kinds[{}]:.2f}}")
     return markdown(
         results, results["breakdown"],
         f"model | ms of || batch | in all | {heads} | launches",
@@ -153,7 +147,9 @@ def table(results: dict) -> str:
 
 def main(options: Options) -> None:
     torch.backends.cudnn.benchmark = True
-    start_profiler(options.device)
+    # The profiler starts before graphs are captured, so that CUPTI knows their kernels, and for good: its second start has crashed
+    os.environ["TEARDOWN_CUPTI"] = "0"
+    spans(lambda: torch.ones(1, device=options.device).add_(1), options.device)
     settings = {"steps": options.steps, "seconds": options.seconds}
     fresh = measure.begun("breakdown", options.device, precision=options.precision, settings=settings, breakdown=[])
     results = measure.continued(options.out, fresh)

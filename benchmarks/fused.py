@@ -304,8 +304,7 @@ def measured(o: Options, handle, name: str, shape: str) -> dict:
     (convolution, both), expected = planned(name, v), reference(name, v)
     wrong = errors(both(), expected)
     assert agree(wrong), f"{name}, {shape}: what the plan runs differs from the reference: {wrong}"
-    found = {"graph": name, "shape": shape, "batch": o.batch, "flops": 2 * o.batch * 9 * (channels * size) ** 2}
-    found |= {"conv_ms": ms(convolution), "now_ms": ms(both)}
+    found = {"flops": 2 * o.batch * 9 * (channels * size) ** 2, "conv_ms": ms(convolution), "now_ms": ms(both)}
     found["tried"] = [timed(handle, path, v, expected) for path in files(o, name, shape).values() if path.exists()]
     best = min((t for t in found["tried"] if "ms" in t), key=lambda t: t["ms"], default=None)
     return found | ({"best": best} if best else {})
@@ -343,33 +342,33 @@ def main(o: Options) -> None:
     elif o.what != "build":
         raise SystemExit("there is no GPU here: without one there is only `build`")
     cudnn()
-    rows, results, handle = [(name, shape) for shape in o.shapes for name in o.graphs], None, None
+    (o.plans / o.card).mkdir(parents=True, exist_ok=True)
+    cells = [{"graph": name, "shape": shape, "batch": o.batch} for shape in o.shapes for name in o.graphs]
+    results, building = {"fused": []}, {}
     if o.what != "build":
         results = measure.continued(o.out, measure.begun("fused", "cuda", fused=[]))
         results["fused"] = [r for r in results["fused"] if r["tried"]]  # the others had no plan yet
-        done = {(r["graph"], r["shape"]) for r in results["fused"] if r["batch"] == o.batch}
-        rows = [row for row in rows if row not in done]
         torch.backends.cudnn.benchmark = True
         handle = cudnn().create_handle()
         cudnn().set_stream(handle, torch.cuda.current_stream().cuda_stream)
-    (o.plans / o.card).mkdir(parents=True, exist_ok=True)
+
+    def run(cell: dict) -> dict:
+        name, shape, _ = cell.values()
+        if o.what != "time":
+            outcomes = Counter(job.result() for job in building[name, shape])
+            print(f"{shape} {name}: {', '.join(f'{count} {what}' for what, count in outcomes.items())}", flush=True)
+        return {} if o.what == "build" else measured(o, handle, name, shape)
+
     spawn, driver = multiprocessing.get_context("spawn"), stand_in(o.plans)
     pool = ProcessPoolExecutor(o.jobs, spawn, start_building, [driver])
     try:
-        building = {}
-        for name, shape in rows if o.what != "time" else []:
+        for name, shape, _ in map(dict.values, measure.missing(results["fused"], cells) if o.what != "time" else []):
             variants = files(o, name, shape).items()
             building[name, shape] = [pool.submit(build, name, o.batch, shape, o.card, *file) for file in variants]
-        for name, shape in rows:
-            if building:
-                outcomes = Counter(job.result() for job in building[name, shape])
-                print(f"{shape} {name}: {', '.join(f'{count} {what}' for what, count in outcomes.items())}", flush=True)
-            if results:
-                results["fused"].append(measured(o, handle, name, shape))
-                measure.write(o.out, results)
+        measure.complete(o.out if o.what != "build" else None, results, "fused", cells, run)
     finally:
         pool.shutdown(cancel_futures=True)
-    if results:
+    if o.what != "build":
         print(table(results))
 
 

@@ -87,29 +87,18 @@ def test_plans_that_are_wrong_or_fail_are_not_timed(tmp_path, monkeypatch):
     assert found[b"fails"] == {"plan": "eng2_k24=3", "failed": "RuntimeError: no such engine"}
 
 
-def test_rows_are_written_one_by_one_and_not_measured_again(tmp_path, monkeypatch):
-    asked = []
-
-    def measured(o, handle, name, shape):
-        asked.append((name, shape))
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return FUSED["fused"][0] | {"graph": name, "shape": shape}
-
+def test_rows_without_plans_are_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(fused, "cudnn", lambda: SimpleNamespace(create_handle=lambda: "handle", set_stream=lambda *_: None))
-    monkeypatch.setattr(measure, "describe", lambda device: H100 | {"device": "NVIDIA H200"})
-    monkeypatch.setattr(fused, "measured", measured)
+    monkeypatch.setattr(measure, "describe", lambda device: H100)
+    monkeypatch.setattr(fused, "measured", lambda *_: FUSED["fused"][0])
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    options = fused.Options("time", tmp_path / "fused.json", tmp_path, shapes=["160@32"], graphs=["conv", "dgrad", "dgrad, act"])
-    unplanned = FUSED["fused"][0] | {"graph": "dgrad", "shape": "160@32", "tried": []}
-    measure.write(options.out, measure.begun("fused", "cuda", fused=[unplanned]))
-    with pytest.raises(KeyboardInterrupt):
-        fused.main(options)
-    assert options.card == "h200"
-    assert [row["graph"] for row in json.loads(options.out.read_text())["fused"]] == ["conv"]
+    options = fused.Options("time", tmp_path / "fused.json", tmp_path, shapes=["160@32"], graphs=["conv", "dgrad"])
+    rows = [FUSED["fused"][2] | {"graph": "conv"}, FUSED["fused"][1] | {"graph": "dgrad"}]  # the second was tried
+    measure.write(options.out, measure.begun("fused", "cuda", fused=rows))
     fused.main(options)
-    assert [name for name, _ in asked] == ["conv", "dgrad", "dgrad", "dgrad, act"]
-    assert [row["graph"] for row in json.loads(options.out.read_text())["fused"]] == options.graphs
+    assert options.card == "h200"
+    assert [bool(row["tried"]) for row in json.loads(options.out.read_text())["fused"]] == [True, True]
+    assert capsys.readouterr().out.count("| 160@32 |") == 2
