@@ -147,7 +147,7 @@ def table(results: dict) -> str:
 
 def main(options: Options) -> None:
     torch.backends.cudnn.benchmark = True
-    # The profiler starts before graphs are captured, so that CUPTI knows their kernels, and for good: its second start has crashed
+    # The profiler starts before graphs are captured, so that CUPTI knows their kernels; its second start has crashed.
     os.environ["TEARDOWN_CUPTI"] = "0"
     spans(lambda: torch.ones(1, device=options.device).add_(1), options.device)
     settings = {"steps": options.steps, "seconds": options.seconds}

@@ -4,9 +4,9 @@ Steps run in order of value, each with a cap in seconds. Each writes its file in
 measured stays, whatever ends this command: its own clock, SIGINT, SIGTERM or SIGKILL. gpu.json, rewritten before and after every
 step, has the machine and the status of each step: "ok", "failed", "cut" or "skipped".
 
-What an earlier command on the same card and commit finished, in --out or in --have, is not run again, and a step that was cut
-goes on from its file, later or in what is left of the minutes. A step that failed runs again only if --only names it. Results of
-another card or commit are left alone. `--rehearse` runs the steps on tiny sizes on the CPU.
+What an earlier command on the same card and commit finished is not run again: what --out has, or --have where --out is new. A
+step that was cut continues from its file, later or in the minutes that are left. A step that failed runs again only if --only
+names it. Results of another card or commit are refused. `--rehearse` runs the steps on tiny sizes on the CPU.
 
 Needs the package built in place or installed with `pip install -e '.[test]'`. Rivals that are missing are left out, and recorded.
 """
@@ -29,7 +29,6 @@ import tyro
 
 from benchmarks import measure
 from benchmarks.tables import environment, markdown
-from spat_train.runtime import atomic_write as files
 from spat_train.runtime.signals import GracefulStop
 
 GRACE = 10.0  # seconds that a step has to save, once it is interrupted
@@ -168,32 +167,16 @@ def obstacle(step: Step, words: dict) -> str:
     return "" if step.command else "it needs a GPU"
 
 
-def clear(folder: Path) -> None:
-    """Remove what writes that were killed have left."""
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
-
-
 def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
-    """Name to result of the steps in `folder`, and of those in `have` that are new or further. Of those that go on, the files are
-    copied."""
-    fresh = {"machine": machine, "steps": {}}
-    steps = measure.continued(folder / "gpu.json", fresh)["steps"]
+    """Name to result of the steps in `folder`, or else of those in `have`, with the files of those that were cut."""
+    source = have if have and not (folder / "gpu.json").exists() else folder
+    steps = measure.continued(source / "gpu.json", {"machine": machine, "steps": {}})["steps"]
     folder.mkdir(parents=True, exist_ok=True)
-    clear(folder)
-    if have and not (have / "gpu.json").exists():
-        print(f"--have: nothing is taken over, for there is no {have / 'gpu.json'}", flush=True)
-    try:
-        theirs = measure.continued(have and have / "gpu.json", fresh)["steps"]
-    except SystemExit as other:
-        print(f"--have: nothing is taken over. {other}", flush=True)
-        theirs = {}
-    for name, step in theirs.items():
-        if name not in steps or (step["status"] == "ok" and steps[name]["status"] != "ok"):
-            print(f"{name:<10} {step['status']:<8} in --have", flush=True)
-            if step["status"] != "ok" and (source := have / f"{name}.json").exists():
-                files.write(folder / source.name, source.read_bytes())
-            steps[name] = step
+    if source is have:
+        found = [f"{name:<10} {step['status']:<8} in --have" for name, step in steps.items()]
+        print("\n".join(found) or f"--have: there is no {have / 'gpu.json'}", flush=True)
+        for name in [name for name, step in steps.items() if step["status"] != "ok" and (have / f"{name}.json").exists()]:
+            shutil.copy(have / f"{name}.json", folder)
     measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
     return steps
 
@@ -251,7 +234,8 @@ class Session:
             result = self.results[each.name]
             print(f"{each.name:<10} {result['status']:<8} {result['seconds']:>6.1f} s  {result.get('reason', '')}")
             print(*result["tail"].splitlines()[-12:], sep="\n", flush=True)
-        clear(self.folder)
+        for leftover in self.folder.glob("*.tmp"):  # of writes that were killed
+            leftover.unlink()
 
 
 def check(options: Options, every: list[Step]) -> None:

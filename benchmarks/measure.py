@@ -99,7 +99,7 @@ def continued(out: Path | None, fresh: dict) -> dict:
     if out is None or not out.exists():
         return fresh
     settings = {key: value for key, value in json.loads(json.dumps(fresh)).items() if key != "machine" and value not in ([], {})}
-    settings |= settings.pop("settings", {}) | {key: fresh["machine"][key] for key in SAME}
+    settings |= settings.pop("settings", {}) | {key: fresh["machine"].get(key) for key in SAME}
     try:
         before = json.loads(out.read_text())
         found = before | before.get("settings", {}) | before["machine"]

@@ -26,7 +26,6 @@ from spat_kernels.model_state.borrow import borrowed
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import Dataset, floats
-from spat_train.models.registry import create
 from spat_train.training.trainer import train
 
 EPS, BATCH = 8 / 255, 250
@@ -51,7 +50,6 @@ class Arguments:
         train_images, test_images: how many; a tenth of the latter for the standard model.
         epochs: passes over the training images.
         device: cpu or cuda.
-        weights: file of the trained weights: read if it is there, else written.
     """
 
     data: Path
@@ -61,7 +59,6 @@ class Arguments:
     test_images: int = 10_000
     epochs: int = 8
     device: str = "cpu"
-    weights: Path | None = None
 
 
 def table(results: dict) -> str:
@@ -75,14 +72,7 @@ def table(results: dict) -> str:
 
 def main(args: Arguments) -> None:
     data = load_npz(args.data)
-    models = {name: create(args.model, data.num_classes).to(args.device) for name in ("standard", "robust")}
-    if args.weights and args.weights.exists():
-        for name, state in torch.load(args.weights, weights_only=True).items():
-            models[name].load_state_dict(state)
-    else:
-        models = {name: trained(args, data, name) for name in models}
-        if args.weights:
-            torch.save({name: model.state_dict() for name, model in models.items()}, args.weights)
+    models = {name: trained(args, data, name) for name in ("standard", "robust")}
     result = measure.begun("precision", args.device, model=args.model, epochs=args.epochs, rows=[])
     for name, model in models.items():
         images = args.test_images // (10 if name == "standard" else 1)
