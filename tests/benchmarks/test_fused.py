@@ -33,7 +33,7 @@ def test_fused_plans_are_built(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fused, "TILES", (3,))
     monkeypatch.setattr(fused, "PROPOSED", range(1))
     graphs = ["conv, bias, relu", "dgrad, residual, act"]
-    fused.main(fused.Options("build", plans=tmp_path, shapes=["64@32"], graphs=graphs, batch=128, jobs=1))
+    fused.main(fused.Options("build", plans=tmp_path, shapes=["64@32"], graphs=graphs, batch=128))
     assert capsys.readouterr().out == "".join(f"64@32 {name}: 1 built\n" for name in graphs)
     plans = {path: path.read_bytes().split(b"\n")[0].split(b"_")[0] for path in tmp_path.rglob("*.plan")}
     assert sorted(plans.values()) == [b"eng2", b"eng41"]
@@ -94,11 +94,12 @@ def test_rows_without_plans_are_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fused, "cudnn", lambda: SimpleNamespace(create_handle=lambda: "handle", set_stream=lambda *_: None))
     monkeypatch.setattr(measure, "describe", lambda device: H100)
     monkeypatch.setattr(fused, "measured", lambda *_: FUSED["fused"][0])
+    monkeypatch.setattr(fused, "PROPOSED", ())  # nothing is built
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    options = fused.Options("time", tmp_path / "fused.json", tmp_path, shapes=["160@32"], graphs=["conv", "dgrad"])
+    options = fused.Options("both", tmp_path / "fused.json", tmp_path, shapes=["160@32"], graphs=["conv", "dgrad"])
     rows = [FUSED["fused"][2] | {"graph": "conv"}, FUSED["fused"][1] | {"graph": "dgrad"}]  # the second was tried
     measure.write(options.out, measure.begun("fused", "cuda", fused=rows))
     fused.main(options)
-    assert options.card == "h200"
+    assert (tmp_path / "h200").is_dir()
     assert [bool(row["tried"]) for row in json.loads(options.out.read_text())["fused"]] == [True, True]
-    assert capsys.readouterr().out.count("| 160@32 |") == 2
+    assert capsys.readouterr().out.startswith("160@32 conv: \n| graph |")
