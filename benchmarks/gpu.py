@@ -44,7 +44,6 @@ class Step:
     cap: float  # seconds
     command: str
     tiny: str = ""  # the command of a rehearsal; "": it needs a GPU
-    continues: bool = True  # goes on from its file
     beside: "Step | None" = None  # runs at the same time
     needs: str = "json"  # a module
     default: bool = True  # False: runs only if --only names it
@@ -70,7 +69,7 @@ STEPS = [
                             "--providers 'spat plan+graph' 'autocast loop'"),
          bench("attack", f"{TINY} 4 --providers 'spat plan' loop")),
     Step("tests", 110, pytest("tests -m gpu -k 'not triton' -n {processes}"), pytest("tests/ops/test_linf.py -k hand -n 0"),
-         continues=False, beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
+         beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
          Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
               f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
     Step("attack", 170, bench("attack", f"{RACE} tf32 fp32 fp16 --providers {LOOPS} 'compiled autocast loop' --seconds 0.3"),
@@ -85,19 +84,19 @@ STEPS = [
     Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "
                                  "--seconds 0.02"),
          bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
-    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}"), continues=False),
+    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}")),
     Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
     Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
          f'sh -c "for tool in memcheck racecheck; do {{sanitizer}} --error-exitcode 86 --tool $tool {KERNELS} || exit; done"',
-         continues=False, default=False),
+         default=False),
     Step("kernels", 120, pytest("benchmarks --device {device} --benchmark-json {out}"),
-         pytest("benchmarks --device {device} --benchmark-json {out} -k keep_best"), continues=False, default=False),
+         pytest("benchmarks --device {device} --benchmark-json {out} -k keep_best"), default=False),
     Step("memory", 120, bench("attack", f"--models wrn-34-10 resnet-50 --batches 1024 --precisions fp32 bf16 --providers {LOOPS} "
                               "--seconds 0"),
          bench("attack", f"{TINY} 4 --providers 'spat eager' loop"), default=False),
     Step("precision", 200, bench("precision", "--data {data}"),
          bench("precision", "--data {data} --model small-cnn --train-images 20 --test-images 10 --epochs 1"),
-         continues=False, default=False),
+         default=False),
     Step("overhead", 120, bench("overhead", "--model wrn-34-10 --batch 128 --precisions bf16 --updates 60 --warm-up 10"),
          bench("overhead", f"{SMALL} --methods mart --images 400 --updates 2 --warm-up 1"), default=False),
 ]  # fmt: skip
@@ -238,10 +237,10 @@ class Session:
             leftover.unlink()
 
 
-def check(options: Options, every: list[Step]) -> None:
+def check(options: Options, names: list[str]) -> None:
     """Raise SystemExit if an option does not fit, or this machine."""
-    if unknown := set(options.only) - {step.name for step in every}:
-        raise SystemExit(f"--only {' '.join(unknown)}: choose from {', '.join(step.name for step in every)}")
+    if unknown := set(options.only) - set(names):
+        raise SystemExit(f"--only {' '.join(unknown)}: choose from {', '.join(names)}")
     if options.data and not options.data.is_file():
         raise SystemExit(f"--data {options.data}: there is no such file")
     if not options.rehearse and not torch.cuda.is_available():
@@ -257,12 +256,13 @@ def tiny(step: Step) -> Step:
 
 def main(options: Options, every: list[Step] = STEPS) -> None:
     deadline = time.monotonic() + 60 * options.minutes - GRACE - 2  # to save in, and to write in
-    check(options, every)
-    machine = measure.describe("cpu" if options.rehearse else "cuda")
+    check(options, [step.name for step in every])
+    device = "cpu" if options.rehearse else "cuda"
+    machine = measure.describe(device)
     name = "rehearsal" if options.rehearse else card(machine["device"])
     folder = options.out.absolute() / name
     words = {
-        "python": sys.executable, "device": "cpu" if options.rehearse else "cuda", "processes": max(1, (os.cpu_count() or 1) - 6),
+        "python": sys.executable, "device": device, "processes": max(1, (os.cpu_count() or 1) - 6),
         "data": options.data and options.data.absolute(), "runs": Path(tempfile.gettempdir(), f"runs-{name}-{machine['commit']}"),
         "sanitizer": shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"),
     }  # fmt: skip
@@ -270,9 +270,9 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
     session = Session(folder, machine, results, words, deadline, GracefulStop("stopping: what was measured is saved"))
     steps = [tiny(step) for step in every] if options.rehearse else every
     todo = [step for step in steps if (step.name in options.only if options.only else step.default)]
-    todo = [step for step in todo if session.status(step) != "ok" and (session.status(step) != "failed" or options.only)]
+    todo = [step for step in todo if session.status(step) not in (["ok"] if options.only else ["ok", "failed"])]
     with session.wish.heard() as wish:
-        for step, again in [(step, False) for step in todo] + [(step, True) for step in todo if step.continues]:
+        for step, again in [(step, False) for step in todo] + [(step, True) for step in todo]:
             if not wish.number and (not again or session.status(step) == "cut"):  # what was cut has the minutes that are left
                 session.attempt(step)
     if wish.number:

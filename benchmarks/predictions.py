@@ -42,9 +42,9 @@ def measured(row: dict, measure: Callable[[dict, dict], float], results: dict) -
     """What the results have of the row, and its ratio to the prediction."""
     try:
         ms = measure(row, results)
+        return {"measured": f"{ms:.3g}", "ratio": ms / row["ms"]}
     except LookupError:
         return {"measured": "not yet"}
-    return {"measured": f"{ms:.3g}", "ratio": ms / row["ms"]}
 
 
 def attack_ms(row: dict, attacks: dict) -> float:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import tyro
 
-from benchmarks import attack, gpu, measure, table61, training
+from benchmarks import attack, gpu, measure, training
 
 
 def fake(name: str, script: str, *arguments: str, **options) -> gpu.Step:
@@ -85,8 +85,8 @@ def test_statuses_of_steps(tmp_path, ready):
     steps = [
         fake("ok", "import sys; open(sys.argv[1], 'w').write('1')", "{out}"),
         fake("failed", "print('why'); raise SystemExit(3)", beside=fake("beside", "print('along')")),
-        fake("slow", SLOW, str(ready), cap=0.1, continues=False),
-        fake("stubborn", STUBBORN, str(ready), str(pids), cap=0.1, continues=False),
+        fake("slow", SLOW, str(ready), cap=0.1),
+        fake("stubborn", STUBBORN, str(ready), str(pids), cap=0.1),
         fake("modules", "", needs="no_such_module"),
         fake("data", "", "{data}"),
         gpu.Step("device", 60, "true"),
@@ -95,8 +95,7 @@ def test_statuses_of_steps(tmp_path, ready):
     ]
     with pytest.raises(SystemExit, match="^failed: failed$"):
         gpu.main(gpu.Options(tmp_path, 5.0, rehearse=True), steps)
-    results = json.loads((tmp_path / "rehearsal" / "gpu.json").read_text())
-    found = results["steps"]
+    found = json.loads((tmp_path / "rehearsal" / "gpu.json").read_text())["steps"]
     ended = {"ok": "ok", "failed": "failed", "beside": "ok", "slow": "cut", "stubborn": "cut"}
     assert statuses(tmp_path) == ended | dict.fromkeys(("modules", "data", "device"), "skipped") | {"last": "ok"}
     reasons = {name: step["reason"] for name, step in found.items() if "reason" in step}
@@ -107,9 +106,6 @@ def test_statuses_of_steps(tmp_path, ready):
     assert (found["failed"]["tail"], found["beside"]["tail"]) == ("why\n", "along\n")
     assert found["slow"]["tail"].startswith("so far")
     assert shlex.split(found["ok"]["command"])[0::3] == [Path(sys.executable).name, "ok.json"]
-    assert all({"status", "seconds", "command", "tail"} == step.keys() - {"reason"} for step in found.values())
-    assert results["machine"]["commit"] == measure.commit()
-    assert results["machine"]["driver"] is None
     for pid in map(int, pids.read_text().split()):
         wait_for(lambda pid=pid: has_ended(pid))
     with pytest.raises(SystemExit, match="--only x: choose from ok, failed"):
@@ -124,22 +120,19 @@ def test_steps_are_run_again_only_where_that_helps(tmp_path, ready):
         fake("ok", script, str(ran), "o"),
         fake("failed", f"{script} raise SystemExit(1)", str(ran), "f"),
         fake("cut", f"{script} {wait}", str(ran), "c", str(ready), cap=0.1),
-        fake("tests", f"{script} {wait}", str(ran), "t", str(ready), cap=0.1, continues=False),
     ]
 
     def run(minutes: float = 5.0, only: tuple = ()) -> str:
         ran.write_text("")
+        end = ""
         try:
             gpu.main(gpu.Options(tmp_path, minutes, only=list(only), rehearse=True), steps)
         except SystemExit as error:
-            return f"{ran.read_text()} {error}"
-        return ran.read_text()
+            end = f" {error}"
+        return ran.read_text() + end
 
-    assert run() == "ofctc failed: failed"
-    assert list(statuses(tmp_path).values()) == ["ok", "failed", "ok", "cut"]
-    steps[3] = fake("tests", script, str(ran), "t")
-    assert run() == "t"
-    assert list(statuses(tmp_path).values()) == ["ok", "failed", "ok", "ok"]
+    assert run() == "ofcc failed: failed"
+    assert list(statuses(tmp_path).values()) == ["ok", "failed", "ok"]
     assert run() == ""
     assert run(only=("failed", "ok")) == "f failed: failed"
     steps.append(fake("late", script, str(ran), "l"))
@@ -216,8 +209,6 @@ def test_commands_of_the_steps_are_understood(step):
             if benchmark in (attack, training):
                 every = attack.providers(device) if benchmark is attack else training.providers(options)
                 assert set(options.providers) <= {p.name for p in every if p.precision in options.precisions}
-            if benchmark is table61:
-                assert not set(options.rows) - set(table61.TABLE.runs)
 
 
 def test_cards():

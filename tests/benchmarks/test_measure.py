@@ -36,13 +36,13 @@ def test_the_commit_names_the_changes(tmp_path, monkeypatch):
     monkeypatch.delenv("SPAT_COMMIT", raising=False)
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     assert measure.commit() is None
-    file = tmp_path / "file"
-    file.write_text("a")
-    for words in ("init -q", "add .", "-c user.name=a -c user.email=a commit -q -m a"):
-        subprocess.run(["git", "-C", str(tmp_path), *words.split()], check=True)
-    found = [measure.commit()]
-    for text in ("b", "c", "a"):
-        file.write_text(text)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    found = []
+    for text in ("a", "b", "c", "a"):
+        (tmp_path / "file").write_text(text)
+        if not found:
+            for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+                subprocess.run([*git, *words], check=True)
         found.append(measure.commit())
     assert len(set(found)) == 3
     assert found[0] == found[3]
@@ -72,23 +72,22 @@ def test_cells_that_a_file_lacks_are_measured_and_written_one_by_one(tmp_path):
     assert [(loop["method"], loop["seconds"]) for loop in loops] == [("mart", 1.1), ("madry", 1.1), ("trades", 2.1)]
 
 
-def test_what_failed_of_ours_is_raced_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [attack, training])
+def test_what_failed_of_ours_is_raced_again(module, tmp_path, monkeypatch):
     """A rival's failure is a result, ours an accident that must not stay."""
-    failed, timed = (
-        {"provider": "p", "ours": True, "note": "", **end} for end in ({"status": "failed"}, {"status": "timed", "median": 1.0})
-    )
-    rival = failed | {"ours": False}
-    with_precision = lambda records: [r | {"precision": "fp32"} for r in records]  # noqa: E731
+    failed = {"provider": "p", "precision": "fp32", "ours": True, "note": "", "status": "failed"}
+    timed, rival = failed | {"status": "timed", "median": 1.0}, failed | {"ours": False}
+    races, out = iter([[failed, rival], [timed, rival]]), tmp_path / "out.json"
     monkeypatch.setattr(measure, "ceilings", lambda *args, **options: {"copy_gbps": 1.0, "tflops": {"fp32": 1.0}})
-    monkeypatch.setattr(attack, "compete", lambda *args: with_precision(next(races)))
+    monkeypatch.setattr(attack, "compete", lambda *args: next(races))
     monkeypatch.setattr(attack, "prepare", lambda *args: (SimpleNamespace(model=None), [], torch.zeros(4), torch.zeros(4)))
-    options = attack.Options(["m"], [2], ["fp32"], ["loop"], "cpu", memory=False, out=tmp_path / "attack.json")
-    updates = training.Options("wrn-10-1", 4, ["mart"], ["fp32"], ["spat_train"], "cpu", out=tmp_path / "training.json")
-    monkeypatch.setattr(training.Options, "race", lambda self, method: with_precision(next(races)))
-    for command, out, key in ((lambda: attack.main(options), options.out, "cells"), (updates.main, updates.out, "steps")):
-        races = iter([[failed, rival], [timed, rival]])
-        with pytest.raises(SystemExit, match="p, fp32: failed"):
-            command()
-        for _ in range(2):  # the second time nothing is left
-            command()
-        assert [(r["ours"], r["status"]) for r in json.loads(out.read_text())[key]] == [(True, "timed"), (False, "failed")]
+    monkeypatch.setattr(training.Options, "race", lambda self, method: next(races))
+    options = attack.Options(["m"], [2], ["fp32"], ["loop"], "cpu", memory=False, out=out)
+    updates = training.Options("wrn-10-1", 4, ["mart"], ["fp32"], ["spat_train"], "cpu", out=out)
+    command = updates.main if module is training else lambda: attack.main(options)
+    with pytest.raises(SystemExit, match="p, fp32: failed"):
+        command()
+    for _ in range(2):  # the second time nothing is left
+        command()
+    records = json.loads(out.read_text())["steps" if module is training else "cells"]
+    assert [(r["ours"], r["status"]) for r in records] == [(True, "timed"), (False, "failed")]
