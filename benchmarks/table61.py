@@ -84,14 +84,12 @@ def place(runs: Path, model: str, row: str) -> Path:
     return runs / f"{model}-{row}"
 
 
-def evaluate_run(args: Arguments, folder: Path) -> None:
+def evaluate_run(args: Arguments, folder: Path, images: dict[str, int]) -> None:
     """Write evaluation.json into the folder of the run, after every part."""
     data = load_npz(args.data).limited(args.limit, seed=0)
     model, config = load_model(folder, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = images_of(args, len(data.test))
-    parts = {",".join(COLUMNS): images["natural"], f"autoattack:queries={args.queries}": images["AutoAttack"]}
-    found = {}
+    parts, found = {",".join(COLUMNS): images["natural"], f"autoattack:queries={args.queries}": images.get("AutoAttack")}, {}
     texts = CONTINUES, lambda: f"out of memory: give less than --batch-size {args.batch_size}"
     with interruptible(*texts) as on_progress:
         for attacks, count in [part for part in parts.items() if part[1]]:
@@ -107,13 +105,8 @@ def evaluate_run(args: Arguments, folder: Path) -> None:
             files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
 
 
-def images_of(args: Arguments, count: int) -> dict[str, int]:
-    """By column, how many of `count` test images it is measured on; 0: not at all."""
-    return dict.fromkeys(COLUMNS.values(), count) | {"AutoAttack": min(args.autoattack_images, count)}
-
-
 def checked(args: Arguments) -> dict[str, int]:
-    """`images_of` what is to be measured.
+    """By column, how many test images it is to be measured on.
 
     Raises:
         InputError: an option or the data do not fit.
@@ -123,10 +116,11 @@ def checked(args: Arguments) -> dict[str, int]:
     check_count("--batch-size", args.batch_size)
     for row in args.rows:
         check(settings(args, row))
-    test = load_npz(args.data).limited(args.limit, seed=0).test
-    if not len(test):
+    count = len(load_npz(args.data).limited(args.limit, seed=0).test)
+    if not count:
         raise InputError(f"--data {args.data}: it has no test images: give x_test and y_test")
-    return images_of(args, len(test))
+    images = dict.fromkeys(COLUMNS.values(), count) | {"AutoAttack": min(args.autoattack_images, count)}
+    return {column: images for column, images in images.items() if images}
 
 
 def collected(folder: Path, before: list[dict]) -> list[dict]:
@@ -139,12 +133,11 @@ def collected(folder: Path, before: list[dict]) -> list[dict]:
 def is_done(args: Arguments, row: str, rows: list[dict], images: dict[str, int]) -> bool:
     """Whether `rows` have it, trained in just this way to its end, and measured on these images."""
     config = settings(args, row)
-    measured = (
-        {name: column["images"] for name, column in found["evaluation"].items()}
+    return any(
+        images.items() <= {column: measured["images"] for column, measured in found["evaluation"].items()}.items()
         for found in rows
         if not config.differences(found["config"]) and found["trained"] >= found["epochs"]
     )
-    return any({name: n for name, n in images.items() if n}.items() <= counts.items() for counts in measured)
 
 
 def name_of(config: Config) -> str:
@@ -214,7 +207,7 @@ def main(args: Arguments) -> None:
         try:
             config = settings(args, row)
             train(config)
-            evaluate_run(args, config.out)
+            evaluate_run(args, config.out, images)
         except Stopped as stopped:
             is_left(row)
             print(f"{args.model} {row}: stopped, {CONTINUES}")
