@@ -96,18 +96,13 @@ def _art_pgd(model, x, y, eps, start):
     return rivals.art_pgd(model, STEPS, eps, eps / 10, random_starts=0)(x, y)
 
 
-def _our_fgsm(model, x, y, eps, start):
-    return sk.fgsm(model, x, y, eps)
+def _fgsm(model, x, y, eps, start):
+    return import_module("torchattacks").FGSM(model, eps=eps)(x, y)
 
 
 PAIRS = (
     Pair("torchattacks", "PGD", _pgd, _torchattacks_pgd),
-    Pair(
-        "torchattacks",
-        "FGSM",
-        _our_fgsm,
-        lambda model, x, y, eps, start: import_module("torchattacks").FGSM(model, eps=eps)(x, y),
-    ),
+    Pair("torchattacks", "FGSM", lambda m, x, y, eps, _: sk.fgsm(m, x, y, eps), _fgsm),
     Pair("torchattacks", "PGDL2", _our_l2, _torchattacks_l2),
     Pair("torchattacks", "TPGD", _our_tpgd, _torchattacks_tpgd),
     Pair("foolbox", "LinfPGD", _pgd, _foolbox_pgd),

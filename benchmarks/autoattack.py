@@ -139,12 +139,10 @@ def main(args: Arguments) -> None:
     torch.set_num_threads(2)
     model, config, x, y = run_and_images(args.model, args.data, args.images)
     eps = config.eps / 255
-    providers = {
-        "torchattacks": torchattacks(eps, args.norm, args.queries),
-        "spat_kernels": ours(eps, args.norm, STEPS, args.queries),
-    }
+    how = eps, args.norm
+    providers = {"torchattacks": torchattacks(*how, args.queries), "spat_kernels": ours(*how, STEPS, args.queries)}
     if args.published:
-        providers |= {"spat_kernels, 100 steps": ours(eps, args.norm, PUBLISHED, args.queries)}
+        providers |= {"spat_kernels, 100 steps": ours(*how, PUBLISHED, args.queries)}
     with torch.no_grad():
         clean = 100 * (model(x).argmax(1) == y).double().mean().item()
     found = judged(compare(model, x, y, providers, BATCH), y)
