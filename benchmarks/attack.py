@@ -113,13 +113,10 @@ def _status(key: str) -> int:
 
 
 def add_resident_growth(records: list[dict], model: str, size: int, steps: int) -> None:
-    pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-    for record in records:
-        if record["status"] == "timed":
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for record in [record for record in records if record["status"] == "timed"]:
             cell = model, size, record["batch"], record["provider"], record["precision"], steps, torch.get_num_threads()
             record["peak_mib"] = pool.apply(resident_growth, cell)
-    pool.close()
-    pool.join()
 
 
 @dataclass
@@ -195,10 +192,8 @@ def cell_of(record: dict) -> tuple[str, int, str]:
     return record["model"], record["batch"], record["precision"]
 
 
-Prepared = tuple[Judge, list[workmodel.Layer], Tensor, Tensor]  # of a model: judge, its work, images, labels
-
-
-def prepare(model: str, options: Options) -> Prepared:
+def prepare(model: str, options: Options) -> tuple[Judge, list[workmodel.Layer], Tensor, Tensor]:
+    """Its judge, its work, images and labels."""
     name, size = measure.name_and_size(model)
     x = photographs(max(*options.batches, 128), size).to(options.device)
     network = calibrated(name, x[:128])
@@ -208,7 +203,7 @@ def prepare(model: str, options: Options) -> Prepared:
     return judge, workmodel.layers(network, tuple(x.shape[1:])), x, y
 
 
-def race_cell(racing: list[Provider], prepared: Prepared, model: str, batch: int, ceilings: dict, options: Options) -> list[dict]:
+def race_cell(racing: list[Provider], prepared: tuple, model: str, batch: int, ceilings: dict, options: Options) -> list[dict]:
     """The records of `compete`, with the cell that they are of, its work and limits, and memory on the CPU."""
     judge, layers, x, y = prepared
     records = compete(racing, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -68,7 +69,14 @@ def torchattacks(eps: float, norm: str, queries: int) -> Provider:
         judge = torchattacks.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps)
         judge._autoattack.attacks[3].n_queries = queries
         seconds, begin = [], time.perf_counter()
-        judge._autoattack.attacks = [_timed(stage, seconds) for stage in judge._autoattack.attacks]
+
+        def timed(stage: Callable, *args):
+            start = time.perf_counter()
+            x_adv = stage(*args)
+            seconds.append(time.perf_counter() - start)
+            return x_adv
+
+        judge._autoattack.attacks = [partial(timed, stage) for stage in judge._autoattack.attacks]
         x_adv = judge(x, y)
         rest = time.perf_counter() - begin - sum(seconds)
         with torch.no_grad():
@@ -78,16 +86,6 @@ def torchattacks(eps: float, norm: str, queries: int) -> Provider:
             yield name, taken, robust
 
     return attack
-
-
-def _timed(attack, seconds: list[float]) -> Callable:
-    def call(*args):
-        begin = time.perf_counter()
-        x_adv = attack(*args)
-        seconds.append(time.perf_counter() - begin)
-        return x_adv
-
-    return call
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, providers: dict[str, Provider], batch_size: int) -> dict[str, dict]:

@@ -40,6 +40,7 @@ KINDS = {
     "pointwise": r"elementwise|vectorized|unrolled|add|mul|relu|threshold|clamp|sign|where|triton",
 }
 TOP = 8  # kernels that are listed
+METHOD = "mart"  # of the update
 
 
 @dataclass
@@ -50,8 +51,6 @@ class Options:
     batches: list[int] = field(default_factory=lambda: [256, 128])
     """Batch sizes of the attack; the update has the last of them."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
-    method: Literal["madry", "trades", "mart"] = "mart"
-    """Method of the update."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     steps: int = 10
     seconds: float = 0.3
@@ -125,7 +124,7 @@ def attack_parts(name: str, batch: int, options: Options) -> dict:
 def update_parts(name: str, batch: int, options: Options) -> dict:
     torch.manual_seed(0)
     model = create(name, CLASSES).to(options.device)
-    config = settings(name, batch, options.method, options.precision, options.device, options.steps)
+    config = settings(name, batch, METHOD, options.precision, options.device, options.steps)
     x, y = photographs(batch, 32).to(options.device), torch.randint(CLASSES, (batch,), device=options.device)
     update = Ours(model, config)
     return taken_apart(lambda: update(x, y), options.device, 1, options.seconds)
@@ -153,7 +152,7 @@ def main(options: Options) -> None:
     settings = {"steps": options.steps, "seconds": options.seconds}
     fresh = measure.begun("breakdown", options.device, precision=options.precision, settings=settings, breakdown=[])
     results = measure.continued(options.out, fresh)
-    update, cells = f"an update, {options.method}, PGD-{options.steps}", []
+    update, cells = f"an update, {METHOD}, PGD-{options.steps}", []
     for name in options.models:
         cells += [{"model": name, "batch": batch, "what": "an attack step"} for batch in options.batches]
         cells.append({"model": name, "batch": options.batches[-1], "what": update})

@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -44,7 +44,8 @@ GRAPHS = {
     "dgrad, residual, act": 2,  # post-activation
 }
 UIDS = {name: uid for uid, name in enumerate(("x", "dy", "w", "residual", "act", "bias", "scale", "shift", "out", "total"), 1)}
-SHAPES = ["160@32", "320@16", "640@8", "64@32", "128@16", "256@8", "512@4"]  # WRN-34-10's and ResNet-18's
+# CHANNELS@SIZE of WRN-34-10's and ResNet-18's convolutions: 3x3, stride 1, as many channels out as in
+SHAPES, BATCH = ["160@32", "320@16", "640@8", "64@32", "128@16", "256@8", "512@4"], 256
 PROPOSED, TILES = range(8), (*range(17), 41, 42, 43, 44)  # plans of the heuristics; kernel configurations of engine 2
 TOLERANCE = 0.02  # of a result's norm
 DEVICE = {
@@ -71,10 +72,6 @@ class Options:
     """JSON file of the times."""
     plans: Path = Path(tempfile.gettempdir(), "fused_plans")
     """Folder of what was built."""
-    shapes: list[str] = field(default_factory=lambda: list(SHAPES))
-    """CHANNELS@SIZE of convolutions: 3x3, stride 1, as many channels out as in."""
-    graphs: list[str] = field(default_factory=lambda: list(GRAPHS))
-    batch: int = 256
 
 
 def cudnn():
@@ -317,8 +314,6 @@ def table(results: dict) -> str:
 
 
 def main(o: Options) -> None:
-    if unknown := [name for name in o.graphs if name not in GRAPHS]:
-        raise SystemExit(f"--graphs {' '.join(map(repr, unknown))}: choose from {', '.join(map(repr, GRAPHS))}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "H100"
     card = next((card for card in CARDS if card.upper() in device.split()), None)
     if not card:
@@ -341,17 +336,17 @@ def main(o: Options) -> None:
         plans, jobs = building[name, shape]
         outcomes = Counter(job.result() for job in jobs)
         print(f"{shape} {name}: {', '.join(f'{count} {what}' for what, count in outcomes.items())}", flush=True)
-        return measured(handle, name, o.batch, shape, plans) if times else {}
+        return measured(handle, name, BATCH, shape, plans) if times else {}
 
-    cells = [{"graph": name, "shape": shape, "batch": o.batch} for shape in o.shapes for name in o.graphs]
+    cells = [{"graph": name, "shape": shape, "batch": BATCH} for shape in SHAPES for name in GRAPHS]
     spawn, processes = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) - 2)
     # cuDNN finds the driver by its soname where it is loaded already
     pool = ProcessPoolExecutor(processes, spawn, partial(ctypes.CDLL, mode=ctypes.RTLD_GLOBAL), [stand_in(o.plans)])
     try:
         for name, shape, _ in map(dict.values, measure.missing(results["fused"], cells)):
             variants = TILES if GRAPHS[name] else PROPOSED
-            plans = {variant: folder / f"{o.batch} {shape} {name} {variant}.plan" for variant in variants}
-            jobs = [pool.submit(build, name, o.batch, shape, card, variant, path) for variant, path in plans.items()]
+            plans = {variant: folder / f"{BATCH} {shape} {name} {variant}.plan" for variant in variants}
+            jobs = [pool.submit(build, name, BATCH, shape, card, variant, path) for variant, path in plans.items()]
             building[name, shape] = plans, jobs
         measure.complete(o.out if times else None, results, "fused", cells, run)
     finally:

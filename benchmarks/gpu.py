@@ -57,7 +57,7 @@ def pytest(options: str) -> str:
     return f"{{python}} -m pytest -q --tb=short -p no:cacheprovider {options}"
 
 
-TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --autoattack-images 0 --rows mart+spat"
+TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --rows mart+spat"
 RACE = "--models wrn-34-10 resnet-18 --batches 256 128 --precisions bf16"
 LOOPS = "'spat plan+graph' loop torchattacks 'autocast loop'"
 KERNELS = pytest("tests/ops -m 'gpu and not slow' -k 'compiled and not wrong_arguments and not in_one_graph'")

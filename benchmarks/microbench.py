@@ -210,7 +210,6 @@ def main(options: Options) -> None:
     settings = {"batch": options.batch, "settings": {"seconds": options.seconds}}
     fresh = measure.begun("microbench", options.device, **settings, host_us={}, graph_nodes={}, precisions={})
     results = measure.continued(options.out, fresh)
-
     for name, measured in {"host_us": host_cost, "graph_nodes": graph_nodes if cuda else lambda _: {"skipped": "no GPU"}}.items():
         if results[name] and "failed" not in results[name]:
             continue

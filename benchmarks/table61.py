@@ -1,9 +1,9 @@
 """Table 6.1 at a scale of minutes: `python -m benchmarks.table61 --data cifar10.npz --out benchmarks/results/h200/table61.json`.
 
 Trains the five rows of the thesis's Table 6.1 as its presets say, but with ResNet-18, a one-cycle schedule of few epochs and bf16
-arithmetic, and evaluates each: the table's columns on all test images, AutoAttack on some. After each row, also one that a signal
-stopped, --out gets what the folders in --runs hold. The same command continues from there: a row that --out has in full is not
-run again, even where its folder is gone. Other --rows and --model add to the same file:
+arithmetic, and evaluates each on all test images. After each row, also one that a signal stopped, --out gets what the folders in
+--runs hold. The same command continues from there: a row that --out has in full is not run again, even where its folder is gone.
+Other --rows and --model add to the same file:
 
     python -m benchmarks.table61 --data cifar10.npz --out table61.json --model wrn-34-10 --rows mart+spat --epochs 6
 """
@@ -61,14 +61,10 @@ class Arguments:
     """Precision of updates and of the attacks in training."""
     test_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the attacks in the evaluation. Predictions are always fp32."""
-    autoattack_images: int = 1000
-    """Test images under AutoAttack, the first ones; 0: none."""
     batch_size: int = 500
     """Images attacked at once in the evaluation."""
     limit: int | None = None
     """Maximum number of training and of test images, for rehearsals."""
-    queries: int = 5000
-    """Queries of Square in AutoAttack: fewer for rehearsals."""
 
 
 def settings(args: Arguments, row: str) -> Config:
@@ -84,29 +80,29 @@ def place(runs: Path, model: str, row: str) -> Path:
     return runs / f"{model}-{row}"
 
 
-def evaluate_run(args: Arguments, folder: Path, images: dict[str, int]) -> None:
-    """Write evaluation.json into the folder of the run, after every part."""
+def evaluate_run(args: Arguments, folder: Path) -> None:
+    """Write evaluation.json into the folder of the run."""
     data = load_npz(args.data).limited(args.limit, seed=0)
     model, config = load_model(folder, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    parts, found = {",".join(COLUMNS): images["natural"], f"autoattack:queries={args.queries}": images.get("AutoAttack")}, {}
+    count = len(data.test)
+    kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
     texts = CONTINUES, lambda: f"out of memory: give less than --batch-size {args.batch_size}"
     with interruptible(*texts) as on_progress:
-        for attacks, count in [part for part in parts.items() if part[1]]:
-            kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
-            result = evaluate(
-                model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(count), on_progress=on_progress,
-                batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
-            )  # fmt: skip
-            for name in result.attacks:
-                column, (low, high) = COLUMNS.get(name, "AutoAttack"), result.interval(name)
-                measured = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": count}
-                found.setdefault(column, measured | {"precision": args.test_precision})  # "clean" is part of both
-            files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
+        result = evaluate(
+            model, data.test, ",".join(COLUMNS), eps=config.evaluation_eps / 255, rows=torch.arange(count),
+            on_progress=on_progress, batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
+        )  # fmt: skip
+    found = {}
+    for name in result.attacks:
+        low, high = result.interval(name)
+        accuracy = {"accuracy": result.accuracy(name), "low": low, "high": high}
+        found[COLUMNS[name]] = accuracy | {"images": count, "precision": args.test_precision}
+    files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
 
 
-def checked(args: Arguments) -> dict[str, int]:
-    """By column, how many test images it is to be measured on.
+def checked(args: Arguments) -> int:
+    """How many test images there are.
 
     Raises:
         InputError: an option or the data do not fit.
@@ -119,8 +115,7 @@ def checked(args: Arguments) -> dict[str, int]:
     count = len(load_npz(args.data).limited(args.limit, seed=0).test)
     if not count:
         raise InputError(f"--data {args.data}: it has no test images: give x_test and y_test")
-    images = dict.fromkeys(COLUMNS.values(), count) | {"AutoAttack": min(args.autoattack_images, count)}
-    return {column: images for column, images in images.items() if images}
+    return count
 
 
 def collected(folder: Path, before: list[dict]) -> list[dict]:
@@ -130,11 +125,11 @@ def collected(folder: Path, before: list[dict]) -> list[dict]:
     return sorted(rows.values(), key=lambda row: (row["model"], list(TABLE.runs).index(row["row"])))
 
 
-def is_done(args: Arguments, row: str, rows: list[dict], images: dict[str, int]) -> bool:
-    """Whether `rows` have it, trained in just this way to its end, and measured on these images."""
+def is_done(args: Arguments, row: str, rows: list[dict], images: int) -> bool:
+    """Whether `rows` have it, trained in just this way to its end, and measured on as many images."""
     config = settings(args, row)
     return any(
-        images.items() <= {column: measured["images"] for column, measured in found["evaluation"].items()}.items()
+        {column: e["images"] for column, e in found["evaluation"].items()} == dict.fromkeys(COLUMNS.values(), images)
         for found in rows
         if not config.differences(found["config"]) and found["trained"] >= found["epochs"]
     )
@@ -207,7 +202,7 @@ def main(args: Arguments) -> None:
         try:
             config = settings(args, row)
             train(config)
-            evaluate_run(args, config.out, images)
+            evaluate_run(args, config.out)
         except Stopped as stopped:
             is_left(row)
             print(f"{args.model} {row}: stopped, {CONTINUES}")

@@ -12,10 +12,9 @@ kernel reads its inputs once and writes its outputs once.
 - The move reads image, iterate and gradient and writes the iterate, all in fp32.
 
 Two limits follow: `conv`, the operations alone at the measured matrix ceiling, which no step in that precision can beat; and
-`roofline`, the sum over kernels of max(operations / ceiling, bytes / copy bandwidth), for a plan whose kernels are all ideal but
-follow one another. (A kernel that fuses a convolution with what follows it can beat the second, not the first.)
-
-`python -m benchmarks.workmodel` prints the counts of some models; with --device, measures the ceilings and prints the limits.
+`roofline`, the sum over kernels of max(operations / ceiling, bytes / copy bandwidth): all kernels ideal, one after another.
+(A kernel that fuses a convolution with what follows it can beat the second.) `python -m benchmarks.workmodel` prints the counts of
+some models; with --device, measures the ceilings and prints the limits.
 """
 
 import copy

@@ -32,17 +32,17 @@ def test_fused_plans_are_built(tmp_path, monkeypatch, capsys):
         pytest.skip("the GPU is neither an H100 nor an H200")
     monkeypatch.setattr(fused, "TILES", (3,))
     monkeypatch.setattr(fused, "PROPOSED", range(1))
-    graphs = ["conv, bias, relu", "dgrad, residual, act"]
-    fused.main(fused.Options("build", plans=tmp_path, shapes=["64@32"], graphs=graphs, batch=128))
+    graphs = {"conv, bias, relu": None, "dgrad, residual, act": 2}
+    monkeypatch.setattr(fused, "SHAPES", ["64@32"])
+    monkeypatch.setattr(fused, "GRAPHS", graphs)
+    fused.main(fused.Options("build", plans=tmp_path))
     assert capsys.readouterr().out == "".join(f"64@32 {name}: 1 built\n" for name in graphs)
     plans = {path: path.read_bytes().split(b"\n")[0].split(b"_")[0] for path in tmp_path.rglob("*.plan")}
     assert sorted(plans.values()) == [b"eng2", b"eng41"]
-    assert {fused.build(graphs[0], 128, "64@32", "h100", 0, path) for path in plans} == {"there"}
+    assert {fused.build("conv", 256, "64@32", "h100", 0, path) for path in plans} == {"there"}
 
 
 def test_fused_options(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="--graphs 'pool': choose from 'conv'"):
-        fused.main(fused.Options("build", graphs=["pool"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="there is no GPU here"):
         fused.main(fused.Options("both"))
@@ -96,7 +96,9 @@ def test_rows_without_plans_are_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fused, "measured", lambda *_: FUSED["fused"][0])
     monkeypatch.setattr(fused, "PROPOSED", ())  # nothing is built
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    options = fused.Options("both", tmp_path / "fused.json", tmp_path, shapes=["160@32"], graphs=["conv", "dgrad"])
+    monkeypatch.setattr(fused, "SHAPES", ["160@32"])
+    monkeypatch.setattr(fused, "GRAPHS", dict.fromkeys(("conv", "dgrad")))
+    options = fused.Options("both", tmp_path / "fused.json", tmp_path)
     rows = [FUSED["fused"][2] | {"graph": "conv"}, FUSED["fused"][1] | {"graph": "dgrad"}]  # the second was tried
     measure.write(options.out, measure.begun("fused", "cuda", fused=rows))
     fused.main(options)
