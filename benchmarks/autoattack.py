@@ -109,10 +109,9 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, providers: dict[str, Provide
 def judged(found: dict[str, dict], y: Tensor) -> dict[str, dict]:
     """`found` with accuracies in percent, and how ours compares: agreement in percent, points of accuracy, times faster."""
     judge = found["torchattacks"]
-    for entry in found.values():
+    for entry in (judge, *found.values()):
         entry["accuracy"] = 100 * sum(entry["robust"]) / len(y)
         entry["total_seconds"] = sum(entry["seconds"].values())
-    for entry in found.values():
         same = sum(a == b for a, b in zip(entry["robust"], judge["robust"], strict=True))
         entry["agreement"] = 100 * same / len(y)
         entry["points"] = entry["accuracy"] - judge["accuracy"]

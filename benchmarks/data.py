@@ -10,7 +10,6 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -66,10 +65,6 @@ def providers(images: Images, batch: int, workers: int, device: str) -> dict[str
     }
 
 
-def exhaust(epoch: Epoch) -> None:
-    deque(epoch(), maxlen=0)
-
-
 def verify(epoch: Epoch, images: Images) -> None:
     """Every image of a batch is one of the crops, and not all alike. `images` has its row numbers as labels."""
     x, rows = next(iter(epoch()))
@@ -117,7 +112,7 @@ def main(options: Options) -> None:
     chosen = providers(images, options.batch, options.workers, options.device)
     for epoch in chosen.values():
         verify(epoch, images)
-    calls = {name: partial(exhaust, epoch) for name, epoch in chosen.items()}
+    calls = {name: lambda epoch=epoch: deque(epoch(), maxlen=0) for name, epoch in chosen.items()}
     times, errors = measure.race(calls, options.device, options.seconds)
     if errors:
         raise SystemExit(f"failed: {errors}")

@@ -13,8 +13,8 @@ kernel reads its inputs once and writes its outputs once.
 
 Two limits follow: `conv`, the operations alone at the measured matrix ceiling, which no step in that precision can beat; and
 `roofline`, the sum over kernels of max(operations / ceiling, bytes / copy bandwidth): all kernels ideal, one after another.
-(A kernel that fuses a convolution with what follows it can beat the second.) `python -m benchmarks.workmodel` prints the counts of
-some models; with --device, measures the ceilings and prints the limits.
+(A kernel that fuses a convolution with what follows it can beat the second.) `python -m benchmarks.workmodel` prints the counts
+of some models; with --device, measures the ceilings and prints the limits.
 """
 
 import copy
