@@ -10,7 +10,7 @@ python -m benchmarks.calls --out FILE    what a step launches and what a call co
 python -m benchmarks.gpu --out DIR --minutes 9.5    what some minutes on a GPU can tell (--rehearse: tiny, on the CPU)
 python -m benchmarks.breakdown, .table61, .microbench, .fused    its other steps, alone: kernels of a step, Table 6.1 in minutes,
     convolutions and launches, cuDNN's fused convolutions on an H100 or H200
-python -m benchmarks.report [json ...] [--write README.md benchmarks/NOTES.md]    the tables
+python -m benchmarks.report --write README.md benchmarks/NOTES.md    the tables; of files alone: report JSON ...
 python -m benchmarks.plots JSON ...    throughput.png and roofline.png, beside each file of benchmarks.attack
 
 A new benchmark is a module with `table(results) -> str`. It begins its results with `measure.begun`, and NOTES.md has the marker

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import spat_kernels as sk
 from benchmarks import measure, rivals
 from benchmarks.tables import environment, markdown
+from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import floats
 from spat_train.models.checkpoints import load_model
@@ -61,10 +62,6 @@ def _torchattacks_pgd(model, x, y, eps, start):
         return rivals.torchattacks_pgd(model, STEPS, eps, eps / 10)(x, y)
 
 
-def _torchattacks_fgsm(model, x, y, eps, start):
-    return import_module("torchattacks").FGSM(model, eps=eps)(x, y)
-
-
 def _l2(x: Tensor, eps: float) -> float:
     """A quarter of the way to the corners of the L-infinity ball: 0.43 for CIFAR-10 at 8/255, 2.1 for MNIST at 0.3."""
     return eps * x[0].numel() ** 0.5 / 4
@@ -99,17 +96,17 @@ def _art_pgd(model, x, y, eps, start):
     return rivals.art_pgd(model, STEPS, eps, eps / 10, random_starts=0)(x, y)
 
 
-def _from_x(model, x, y, eps, start):
-    return _pgd(model, x, y, eps, x)
+def _fgsm(model, x, y, eps, start):
+    return import_module("torchattacks").FGSM(model, eps=eps)(x, y)
 
 
 PAIRS = (
     Pair("torchattacks", "PGD", _pgd, _torchattacks_pgd),
-    Pair("torchattacks", "FGSM", lambda model, x, y, eps, start: sk.fgsm(model, x, y, eps), _torchattacks_fgsm),
+    Pair("torchattacks", "FGSM", lambda m, x, y, eps, _: sk.fgsm(m, x, y, eps), _fgsm),
     Pair("torchattacks", "PGDL2", _our_l2, _torchattacks_l2),
     Pair("torchattacks", "TPGD", _our_tpgd, _torchattacks_tpgd),
     Pair("foolbox", "LinfPGD", _pgd, _foolbox_pgd),
-    Pair("ART", "ProjectedGradientDescent", _from_x, _art_pgd, (torch.float32,)),
+    Pair("ART", "ProjectedGradientDescent", lambda m, x, y, eps, _: _pgd(m, x, y, eps, x), _art_pgd, (torch.float32,)),
 )
 
 
@@ -169,13 +166,18 @@ def table(results: dict) -> str:
     )  # fmt: skip
 
 
+def run_and_images(run: Path, data: Path, images: int) -> tuple[nn.Module, Config, Tensor, Tensor]:
+    """The model of a run in eval mode, its config, and the first test images with their labels."""
+    dataset = load_npz(data)
+    model, config = load_model(run, dataset)
+    x, y = floats(dataset.test, torch.arange(min(images, len(dataset.test))), "cpu", torch.contiguous_format)
+    return model.requires_grad_(False), config, x, y
+
+
 def main(args: Arguments) -> None:
     records = []
     for run, path in zip(args.runs, args.data, strict=True):
-        data = load_npz(path)
-        model, config = load_model(run, data)
-        model.eval()
-        x, y = floats(data.test, torch.arange(min(args.images, len(data.test))), "cpu")
+        model, config, x, y = run_and_images(run, path, args.images)
         for pair in PAIRS:
             for dtype in pair.dtypes:
                 found = compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, config.eps / 255)

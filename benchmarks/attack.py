@@ -18,7 +18,7 @@ import itertools
 import multiprocessing
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -113,18 +113,15 @@ def _status(key: str) -> int:
 
 
 def add_resident_growth(records: list[dict], model: str, size: int, steps: int) -> None:
-    pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
-    for record in records:
-        if record["status"] == "timed":
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for record in [record for record in records if record["status"] == "timed"]:
             cell = model, size, record["batch"], record["provider"], record["precision"], steps, torch.get_num_threads()
             record["peak_mib"] = pool.apply(resident_growth, cell)
-    pool.close()
-    pool.join()
 
 
 @dataclass
 class Options:
-    """Race PGD implementations on models, batches and precisions. Prints a table; writes raw results and plots if asked."""
+    """Race PGD implementations on models, batches and precisions. Prints a table, and writes raw results if asked."""
 
     models: list[str] = field(default_factory=lambda: ["wrn-16-4", "preactresnet-18"])
     """Names of spat_train.models, with "@SIZE" for images that are not 32x32 (resnet-18@96)."""
@@ -145,12 +142,10 @@ class Options:
     """Measure the ceilings on small matrices: for rehearsals."""
     out: Path | None = None
     """Write raw results here, after every cell. Cells that it already has are not measured again."""
-    write_plots: Path | None = None
-    """Write throughput.png and roofline.png into this folder."""
 
 
-def run(options: Options) -> Iterator[dict]:
-    """The results so far, before the first cell and after each."""
+def run(options: Options) -> dict:
+    """The results. Each cell is printed and written when it is there."""
     chosen, cuda = choose(options), options.device.startswith("cuda")
     if cuda:
         torch.backends.cudnn.benchmark = True  # for all alike
@@ -165,7 +160,6 @@ def run(options: Options) -> Iterator[dict]:
     races = [[precision] for precision in precisions] if cuda else [precisions]
     if not results["ceilings"]:
         results["ceilings"] = measure.ceilings(options.device, options.precisions, small=options.small_ceilings)
-    yield results
     prepare_once = cache(lambda model: prepare(model, options))
     for batch, model, race in itertools.product(options.batches, options.models, races):
         cells = {(model, batch, precision) for precision in race}
@@ -174,7 +168,9 @@ def run(options: Options) -> Iterator[dict]:
         racing = [p for p in chosen if p.precision in race]
         records = race_cell(racing, prepare_once(model), model, batch, results["ceilings"], options)
         results["cells"] = [r for r in results["cells"] if cell_of(r) not in cells] + records
-        yield results
+        measure.write(options.out, results)
+        print(full_table(results | {"cells": records}), flush=True)
+    return results
 
 
 def choose(options: Options) -> list[Provider]:
@@ -196,10 +192,8 @@ def cell_of(record: dict) -> tuple[str, int, str]:
     return record["model"], record["batch"], record["precision"]
 
 
-Prepared = tuple[Judge, list[workmodel.Layer], Tensor, Tensor]  # of a model: judge, its work, images, labels
-
-
-def prepare(model: str, options: Options) -> Prepared:
+def prepare(model: str, options: Options) -> tuple[Judge, list[workmodel.Layer], Tensor, Tensor]:
+    """Its judge, its work, images and labels."""
     name, size = measure.name_and_size(model)
     x = photographs(max(*options.batches, 128), size).to(options.device)
     network = calibrated(name, x[:128])
@@ -209,7 +203,7 @@ def prepare(model: str, options: Options) -> Prepared:
     return judge, workmodel.layers(network, tuple(x.shape[1:])), x, y
 
 
-def race_cell(racing: list[Provider], prepared: Prepared, model: str, batch: int, ceilings: dict, options: Options) -> list[dict]:
+def race_cell(racing: list[Provider], prepared: tuple, model: str, batch: int, ceilings: dict, options: Options) -> list[dict]:
     """The records of `compete`, with the cell that they are of, its work and limits, and memory on the CPU."""
     judge, layers, x, y = prepared
     records = compete(racing, judge, x[:batch].clone(), y[:batch].clone(), options.device, options.seconds)
@@ -230,7 +224,7 @@ def races(results: dict) -> dict[tuple[str, int], list[dict]]:
     """(model, batch) to its records."""
     found: dict[tuple[str, int], list[dict]] = {}
     for record in results["cells"]:
-        found.setdefault((record.get("model", ""), record.get("batch", 0)), []).append(record)
+        found.setdefault((record["model"], record["batch"]), []).append(record)
     return found
 
 
@@ -256,7 +250,7 @@ def full_table(results: dict) -> str:
     rows = []
     for records in races(results).values():
         best = {"any": fastest(records, True)}
-        rows += [r if r.get("ours") else r | best | {"same": fastest(records, True, r.get("precision"))} for r in records]
+        rows += [r if r["ours"] else r | best | {"same": fastest(records, True, r["precision"])} for r in records]
     return markdown(
         results, rows,
         f"model | precision | provider || {SPEED[0]} | peak MiB | ours, same precision | ours, any",
@@ -269,8 +263,8 @@ def table(results: dict) -> str:
     """A row for each model, batch and precision: the fastest of ours, and how many times faster it is than what it replaces."""
     rows = []
     for records in races(results).values():
-        shipped = fastest([r for r in records if r.get("provider") == "torchattacks"], False)
-        for precision in dict.fromkeys(r.get("precision") for r in records):
+        shipped = fastest([r for r in records if r["provider"] == "torchattacks"], False)
+        for precision in dict.fromkeys(r["precision"] for r in records):
             ours, rival = (fastest(records, mine, precision) for mine in (True, False))
             rows += [ours | {"rival": rival, "shipped": shipped}] if ours else []
 
@@ -288,19 +282,7 @@ def table(results: dict) -> str:
 
 
 def main(options: Options) -> None:
-    shown = 0
-    for results in run(options):
-        measure.write(options.out, results)
-        if results["cells"][shown:]:
-            print(full_table(results | {"cells": results["cells"][shown:]}), flush=True)
-        shown = len(results["cells"])
-    if options.write_plots:
-        from benchmarks import plots
-
-        options.write_plots.mkdir(parents=True, exist_ok=True)
-        plots.throughput(results, options.write_plots / "throughput.png")
-        plots.roofline(results, options.write_plots / "roofline.png")
-    measure.require_ours(results["cells"])
+    measure.require_ours(run(options)["cells"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,8 @@ from torch import Tensor, nn
 
 import spat_kernels
 from benchmarks import measure
+from benchmarks.agreement import BATCH, run_and_images
 from benchmarks.tables import columns, environment, markdown
-from spat_train.data.datasets import load_npz
-from spat_train.data.images import floats
-from spat_train.models.checkpoints import load_model
 
 STEPS, PUBLISHED = 10, 100  # of APGD and FAB in torchattacks, and in the paper
 
@@ -33,26 +32,18 @@ class Arguments:
     """Our AutoAttack against torchattacks', on the same model and images."""
 
     model: tyro.conf.Positional[Path]
-    """The folder of a run, or a checkpoint."""
+    """The folder of a run."""
     data: Path
     """The data set as an .npz file, of which test images are attacked."""
     out: Path
     """JSON file to write."""
-    network: str | None = None
-    """Name of the network, as for spat-train. Default: that of the run. A checkpoint needs it."""
-    eps: float | None = None
-    """Radius for images in [0, 1]. Default: that of the run's training."""
     norm: Literal["linf", "l2"] = "linf"
     images: int = 1000
     """Maximum number of test images, the first ones."""
-    batch_size: int = 250
     queries: int = 5000
     """Queries of Square; fewer for a rehearsal."""
     published: bool = True
     """Whether ours also runs at the published steps."""
-    another_seed: bool = False
-    """Whether torchattacks also runs with another seed: how far it agrees with itself."""
-    threads: int = 2
 
 
 # (model, x, y) -> (stage, seconds, samples still robust [B]) after each attack
@@ -71,34 +62,30 @@ def ours(eps: float, norm: str, steps: int, queries: int) -> Provider:
     return attack
 
 
-def torchattacks(eps: float, norm: str, queries: int, seed: int = 0) -> Provider:
+def torchattacks(eps: float, norm: str, queries: int) -> Provider:
     import torchattacks
 
     def attack(model, x, y):
-        judge = torchattacks.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed)
+        judge = torchattacks.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps)
         judge._autoattack.attacks[3].n_queries = queries
         seconds, begin = [], time.perf_counter()
-        for i, stage in enumerate(judge._autoattack.attacks):
-            judge._autoattack.attacks[i] = _timed(stage, seconds)
+
+        def timed(stage: Callable, *args):
+            start = time.perf_counter()
+            x_adv = stage(*args)
+            seconds.append(time.perf_counter() - start)
+            return x_adv
+
+        judge._autoattack.attacks = [partial(timed, stage) for stage in judge._autoattack.attacks]
         x_adv = judge(x, y)
         rest = time.perf_counter() - begin - sum(seconds)
         with torch.no_grad():
             robust = model(x_adv).argmax(1) == y
-        yield "clean", rest, robust  # and the choice of what goes to the next stage
-        for name, taken in zip(spat_kernels.AutoAttack(eps).attacks, seconds, strict=False):
+        # to "clean" belongs the choice of what goes to the next stage
+        for name, taken in zip(("clean", *spat_kernels.AutoAttack(eps).attacks), (rest, *seconds), strict=False):
             yield name, taken, robust
 
     return attack
-
-
-def _timed(attack, seconds: list[float]) -> Callable:
-    def call(*args):
-        begin = time.perf_counter()
-        x_adv = attack(*args)
-        seconds.append(time.perf_counter() - begin)
-        return x_adv
-
-    return call
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, providers: dict[str, Provider], batch_size: int) -> dict[str, dict]:
@@ -122,10 +109,9 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, providers: dict[str, Provide
 def judged(found: dict[str, dict], y: Tensor) -> dict[str, dict]:
     """`found` with accuracies in percent, and how ours compares: agreement in percent, points of accuracy, times faster."""
     judge = found["torchattacks"]
-    for entry in found.values():
+    for entry in (judge, *found.values()):
         entry["accuracy"] = 100 * sum(entry["robust"]) / len(y)
         entry["total_seconds"] = sum(entry["seconds"].values())
-    for entry in found.values():
         same = sum(a == b for a, b in zip(entry["robust"], judge["robust"], strict=True))
         entry["agreement"] = 100 * same / len(y)
         entry["points"] = entry["accuracy"] - judge["accuracy"]
@@ -133,21 +119,10 @@ def judged(found: dict[str, dict], y: Tensor) -> dict[str, dict]:
     return found
 
 
-def load(args: Arguments) -> tuple[nn.Module, Tensor, Tensor, float, str]:
-    """The model in eval mode, images, labels, radius, and the name of the network."""
-    data = load_npz(args.data)
-    model, config = load_model(args.model, data, args.network, option="--network")
-    if not args.eps and config is None:
-        raise SystemExit(f"{args.model} is a checkpoint and no folder of a run: give --eps")
-    x, y = floats(data.test, torch.arange(min(args.images, len(data.test))), "cpu", torch.contiguous_format)
-    return model.requires_grad_(False), x, y, args.eps or config.eps / 255, args.network or config.model
-
-
 def table(results: dict) -> str:
     """Ours beside torchattacks': what they find robust, and the seconds of each stage."""
     found = results["autoattack"]
-    stages = list(found.get("spat_kernels", {}).get("seconds", {}))[1:]
-    heads, cells = columns(stages, "{}, s", "{{seconds[{}]:.1f}}")
+    heads, cells = columns(list(found["spat_kernels"]["seconds"])[1:], "{}, s", "{{seconds[{}]:.1f}}")
     return markdown(
         results, [r | {"name": name} for name, r in found.items()],
         f"AutoAttack || accuracy, % | same as torchattacks, % | {heads} | all, s | faster",
@@ -158,21 +133,18 @@ def table(results: dict) -> str:
 
 
 def main(args: Arguments) -> None:
-    torch.set_num_threads(args.threads)
-    model, x, y, eps, network = load(args)
-    providers = {
-        "torchattacks": torchattacks(eps, args.norm, args.queries),
-        "spat_kernels": ours(eps, args.norm, STEPS, args.queries),
-    }
-    if args.another_seed:
-        providers |= {"torchattacks, another seed": torchattacks(eps, args.norm, args.queries, seed=1)}
+    torch.set_num_threads(2)
+    model, config, x, y = run_and_images(args.model, args.data, args.images)
+    eps = config.eps / 255
+    how = eps, args.norm
+    providers = {"torchattacks": torchattacks(*how, args.queries), "spat_kernels": ours(*how, STEPS, args.queries)}
     if args.published:
-        providers |= {"spat_kernels, 100 steps": ours(eps, args.norm, PUBLISHED, args.queries)}
+        providers |= {"spat_kernels, 100 steps": ours(*how, PUBLISHED, args.queries)}
     with torch.no_grad():
         clean = 100 * (model(x).argmax(1) == y).double().mean().item()
-    found = judged(compare(model, x, y, providers, args.batch_size), y)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "data")}
-    settings |= {"model": args.model.name, "network": network, "eps": eps, "images": len(x), "clean": clean}
+    found = judged(compare(model, x, y, providers, BATCH), y)
+    settings = {"model": args.model.name, "network": config.model, "eps": eps, "norm": args.norm, "images": len(x)}
+    settings |= {"batch_size": BATCH, "queries": args.queries, "published": args.published, "clean": clean}
     results = measure.begun("autoattack", "cpu", settings=settings, autoattack=found)
     measure.write(args.out, results)
     print(table(results))

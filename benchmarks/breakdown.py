@@ -7,10 +7,9 @@ nothing: gaps between launches or graph nodes. The profiler slows the host, not 
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +40,7 @@ KINDS = {
     "pointwise": r"elementwise|vectorized|unrolled|add|mul|relu|threshold|clamp|sign|where|triton",
 }
 TOP = 8  # kernels that are listed
+METHOD = "mart"  # of the update
 
 
 @dataclass
@@ -51,8 +51,6 @@ class Options:
     batches: list[int] = field(default_factory=lambda: [256, 128])
     """Batch sizes of the attack; the update has the last of them."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
-    method: Literal["madry", "trades", "mart"] = "mart"
-    """Method of the update."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     steps: int = 10
     seconds: float = 0.3
@@ -93,19 +91,20 @@ def taken_apart(call: Callable[[], object], device: str, steps: int, seconds: fl
         call()
     step = 1e3 * measure.seconds_per_call(call, device, seconds) / steps
     found = spans(call, device)
-    kinds, kernels, calls = defaultdict(float), defaultdict(float), defaultdict(int)
+    kinds, kernels, calls = Counter(), Counter(), Counter()
     for name, _, taken in found:
         kinds[kind_of(name)] += taken / steps
         kernels[name[:120]] += taken / steps
         calls[name[:120]] += 1
     if device.startswith("cuda"):
         kinds["idle"] = max(0.0, step - busy(found) / steps)
-    longest = sorted(kernels, key=kernels.get, reverse=True)[:TOP]
     return {
         "step_ms": step,
         "launches": len(found) / steps,
-        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
-        "longest": [{"name": name, "kind": kind_of(name), "calls": calls[name] / steps, "ms": kernels[name]} for name in longest],
+        "kinds": dict(kinds.most_common()),
+        "longest": [
+            {"name": name, "kind": kind_of(name), "calls": calls[name] / steps, "ms": ms} for name, ms in kernels.most_common(TOP)
+        ],
     }
 
 
@@ -125,24 +124,18 @@ def attack_parts(name: str, batch: int, options: Options) -> dict:
 def update_parts(name: str, batch: int, options: Options) -> dict:
     torch.manual_seed(0)
     model = create(name, CLASSES).to(options.device)
-    config = settings(name, batch, options.method, options.precision, options.device, options.steps)
+    config = settings(name, batch, METHOD, options.precision, options.device, options.steps)
     x, y = photographs(batch, 32).to(options.device), torch.randint(CLASSES, (batch,), device=options.device)
     update = Ours(model, config)
     return taken_apart(lambda: update(x, y), options.device, 1, options.seconds)
 
 
-def start_profiler(device: str) -> None:
-    """Before graphs are captured, so that CUPTI knows their kernels; and for good, since graphs have crashed its second start."""
-    os.environ["TEARDOWN_CUPTI"] = "0"
-    spans(lambda: torch.ones(1, device=device).add_(1), device)
-
-
 def table(results: dict) -> str:
     """ms of each kind of kernel, the largest kinds first."""
-    total: dict[str, float] = {}
-    for kind, ms in chain.from_iterable(part.get("kinds", {}).items() for part in results["breakdown"]):
-        total[kind] = total.get(kind, 0.0) + ms
-    heads, cells = columns(sorted(total, key=total.get, reverse=True), "{}", "{{kinds[{}]:.2f}}")
+    total: Counter[str] = Counter()
+    for part in results["breakdown"]:
+        total.update(part["kinds"])
+    heads, cells = columns([kind for kind, _ in total.most_common()], "{}", "{{kinds[{}]:.2f}}")
     return markdown(
         results, results["breakdown"],
         f"model | ms of || batch | in all | {heads} | launches",
@@ -153,11 +146,13 @@ def table(results: dict) -> str:
 
 def main(options: Options) -> None:
     torch.backends.cudnn.benchmark = True
-    start_profiler(options.device)
+    # The profiler starts before graphs are captured, so that CUPTI knows their kernels; its second start has crashed.
+    os.environ["TEARDOWN_CUPTI"] = "0"
+    spans(lambda: torch.ones(1, device=options.device).add_(1), options.device)
     settings = {"steps": options.steps, "seconds": options.seconds}
     fresh = measure.begun("breakdown", options.device, precision=options.precision, settings=settings, breakdown=[])
     results = measure.continued(options.out, fresh)
-    update, cells = f"an update, {options.method}, PGD-{options.steps}", []
+    update, cells = f"an update, {METHOD}, PGD-{options.steps}", []
     for name in options.models:
         cells += [{"model": name, "batch": batch, "what": "an attack step"} for batch in options.batches]
         cells.append({"model": name, "batch": options.batches[-1], "what": update})

@@ -6,11 +6,11 @@ on a GPU that lies between two attacks. --out keeps the results of other commits
 """
 
 import json
-import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 import tyro
@@ -72,11 +72,7 @@ class NoReplay:
     device_type = "cpu"
 
     def __init__(self, device: torch.device):
-        pass
-
-    @contextmanager
-    def here(self):
-        yield
+        self.here = nullcontext
 
     def capture(self, function) -> None:
         function()
@@ -87,26 +83,17 @@ class NoReplay:
 
 def host_us(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """The best of some rounds, in turns."""
-    real, attacks.graphs = attacks.graphs, Graphs(graph=NoReplay)
-    try:
+    with mock.patch.object(attacks, "graphs", Graphs(graph=NoReplay)):
         attack = PGD(EPS, steps=1, precision="bf16", graph=True)
         attack(model, x, y)
-        ways, best = {"call": attack, "launch": attack.launch}, {}
-        for _ in range(ROUNDS):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    way(model, x, y)
-                taken = 1e6 * (time.perf_counter() - start) / CALLS
-                best[name] = min(taken, best.get(name, taken))
-    finally:
-        attacks.graphs = real
-    return best
+        ways = {"call": lambda: attack(model, x, y), "launch": lambda: attack.launch(model, x, y)}
+        rounds = [{name: measure.timed(way, "cpu", CALLS) for name, way in ways.items()} for _ in range(ROUNDS)]
+    return {name: 1e6 * min(times[name] for times in rounds) for name in ways}
 
 
 def table(results: dict) -> str:
     """What a step launches and what a call costs the host, by commit."""
-    launches, host = ((r | {"commit": r.get("commit", "")[:7]} for r in results.get(key, ())) for key in ("calls", "host"))
+    launches, host = ((r | {"commit": r["commit"][:7]} for r in results[key]) for key in ("calls", "host"))
     return "\n\n".join([
         markdown(results, launches, "model | precision | path | commit || launches a step | launches a call, besides",
               "{model} | {precision} | {path} | {commit} || {step:.0f} | {once:.0f}"),

@@ -20,16 +20,13 @@ def pytest_configure(config):
 
 
 def pytest_benchmark_update_machine_info(machine_info):
-    cpu = machine_info["cpu"]
+    kept = {
+        "cpu": {"model": machine_info["cpu"].get("brand_raw", platform.processor()), "cores": os.cpu_count()},
+        "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "spat_kernels": spat_kernels.config(),
+    }  # fmt: skip
     machine_info.clear()
-    machine_info["cpu"] = {"model": cpu.get("brand_raw", platform.processor()), "cores": os.cpu_count()}
-    machine_info["capability"] = torch.backends.cpu.get_cpu_capability()
-    if cases.DEVICE == "cuda":
-        machine_info["gpu"] = torch.cuda.get_device_name()
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["python"] = platform.python_version()
-    machine_info["torch"] = torch.__version__
-    machine_info["spat_kernels"] = spat_kernels.config()
+    machine_info |= kept | ({"gpu": torch.cuda.get_device_name()} if cases.DEVICE == "cuda" else {})
 
 
 def pytest_benchmark_update_commit_info(commit_info):

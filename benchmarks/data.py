@@ -10,7 +10,6 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -66,10 +65,6 @@ def providers(images: Images, batch: int, workers: int, device: str) -> dict[str
     }
 
 
-def exhaust(epoch: Epoch) -> None:
-    deque(epoch(), maxlen=0)
-
-
 def verify(epoch: Epoch, images: Images) -> None:
     """Every image of a batch is one of the crops, and not all alike. `images` has its row numbers as labels."""
     x, rows = next(iter(epoch()))
@@ -92,8 +87,6 @@ class Options:
     images: int = 50_000
     batch: int = 128
     workers: int = 2
-    threads: int | None = None
-    """Threads of this process; the machine's cores by default."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     seconds: float = 10.0
     """Time to measure each for."""
@@ -101,9 +94,9 @@ class Options:
 
 
 def table(results: dict) -> str:
-    base = next((p for p in results["paths"] if p.get("provider") == "spat_train"), {})
+    base = next(p for p in results["paths"] if p["provider"] == "spat_train")
     others = [p | ({} if p is base else {"base": base}) for p in results["paths"]]
-    kind = "CIFAR-10" if results.get("settings", {}).get("real") else "random"
+    kind = "CIFAR-10" if results["settings"]["real"] else "random"
     return markdown(
         results, others,
         "data path || images/s | spat_train is faster by", "{provider} || {images_per_second:,.0f} | {faster:.1f}x",
@@ -113,22 +106,18 @@ def table(results: dict) -> str:
 
 
 def main(options: Options) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
     images = load_npz(options.npz).train if options.npz else random_images(options.images)
     count = min(options.images, len(images))
     images = Images(images.pixels[:count], torch.arange(count))
     chosen = providers(images, options.batch, options.workers, options.device)
     for epoch in chosen.values():
         verify(epoch, images)
-    calls = {name: partial(exhaust, epoch) for name, epoch in chosen.items()}
+    calls = {name: lambda epoch=epoch: deque(epoch(), maxlen=0) for name, epoch in chosen.items()}
     times, errors = measure.race(calls, options.device, options.seconds)
     if errors:
         raise SystemExit(f"failed: {errors}")
-    paths = [
-        {"provider": name, "seconds": taken, "images_per_second": len(images) / statistics.median(taken)}
-        for name, taken in times.items()
-    ]
+    rates = {name: len(images) / statistics.median(taken) for name, taken in times.items()}
+    paths = [{"provider": name, "seconds": times[name], "images_per_second": rate} for name, rate in rates.items()]
     settings = {"images": len(images), "batch": options.batch, "pad": PAD, "real": options.npz is not None}
     results = measure.begun("data", options.device, settings=settings, paths=paths)
     measure.write(options.out, results)

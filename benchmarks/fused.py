@@ -4,9 +4,9 @@
 
 `build` compiles plans of each graph and shape into --plans: all tiles of cuDNN's runtime engine for Hopper ("eng2": wgmma and
 TMA, never proposed by the heuristics), or what the heuristics propose first, where a precompiled engine fits ("eng41"). It needs
-no GPU; where there is no driver either, a C compiler. Plans that are there are not built again. `time` checks each plan against
-fp32 and times it beside torch's convolution with the plan's pass after it. `both` times a row while the next ones are built.
---out is written after every row. Rows that it has already, from this device and commit, are not measured again.
+no GPU; where there is no driver either, a C compiler. Plans that are there are not built again. `both` also checks each plan
+against fp32 and times it beside torch's convolution with the plan's pass after it, while the next ones are built. --out is
+written after every row. Rows that it has already, from this device and commit, are not measured again.
 """
 
 import ctypes
@@ -18,7 +18,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,8 @@ GRAPHS = {
     "dgrad, residual, act": 2,  # post-activation
 }
 UIDS = {name: uid for uid, name in enumerate(("x", "dy", "w", "residual", "act", "bias", "scale", "shift", "out", "total"), 1)}
-SHAPES = ["160@32", "320@16", "640@8", "64@32", "128@16", "256@8", "512@4"]  # WRN-34-10's and ResNet-18's
+# CHANNELS@SIZE of WRN-34-10's and ResNet-18's convolutions: 3x3, stride 1, as many channels out as in
+SHAPES, BATCH = ["160@32", "320@16", "640@8", "64@32", "128@16", "256@8", "512@4"], 256
 PROPOSED, TILES = range(8), (*range(17), 41, 42, 43, 44)  # plans of the heuristics; kernel configurations of engine 2
 TOLERANCE = 0.02  # of a result's norm
 DEVICE = {
@@ -65,19 +67,11 @@ CARDS = {
 class Options:
     """Build and time cuDNN's fused convolutions."""
 
-    what: tyro.conf.Positional[Literal["build", "time", "both"]]
+    what: tyro.conf.Positional[Literal["build", "both"]]
     out: Path = Path("fused.json")
     """JSON file of the times."""
     plans: Path = Path(tempfile.gettempdir(), "fused_plans")
     """Folder of what was built."""
-    shapes: list[str] = field(default_factory=lambda: list(SHAPES))
-    """CHANNELS@SIZE of convolutions: 3x3, stride 1, as many channels out as in."""
-    graphs: list[str] = field(default_factory=lambda: list(GRAPHS))
-    batch: int = 256
-    card: Literal["h100", "h200"] = "h100"
-    """To build for where there is no GPU; otherwise it is the GPU's."""
-    jobs: int = max(1, (os.cpu_count() or 1) - 2)
-    """Processes that build."""
 
 
 def cudnn():
@@ -201,41 +195,29 @@ def planned(name: str, v: dict[str, Tensor]) -> tuple[Callable[[], Tensor], Call
     return convolution, both
 
 
+def agree(found: dict[str, float]) -> bool:
+    return all(error < TOLERANCE for error in found.values())
+
+
 def errors(results: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative to the norms."""
     return {key: ((results[key].float() - e).norm() / e.norm()).item() for key, e in expected.items()}
 
 
-def agree(found: dict[str, float]) -> bool:
-    return all(error < TOLERANCE for error in found.values())
-
-
 # --- building ---
 
 
-def stand_in(folder: Path) -> Path | None:
-    """A library in place of the driver where there is none: cuDNN loads what it has compiled."""
+def stand_in(folder: Path) -> str:
+    """The driver, or a library in its place where there is none: cuDNN loads what it has compiled."""
     try:
-        ctypes.CDLL("libcuda.so.1")
-        return None
+        return ctypes.CDLL("libcuda.so.1")._name
     except OSError:
         library, source = folder / "no_driver.so", Path(__file__).with_name("no_driver.c")
     try:
         subprocess.run(["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"there is no driver (libcuda.so.1), and {source.name} cannot be compiled: {error}") from None
-    return library
-
-
-def start_building(driver: Path | None) -> None:
-    if driver:
-        ctypes.CDLL(str(driver), mode=ctypes.RTLD_GLOBAL)  # cuDNN finds it by its soname
-
-
-def files(o: Options, name: str, shape: str) -> dict[int, Path]:
-    """Tile or place among the heuristics' proposals to the file of its plan."""
-    folder = o.plans / o.card
-    return {variant: folder / f"{o.batch} {shape} {name} {variant}.plan" for variant in (TILES if GRAPHS[name] else PROPOSED)}
+    return str(library)
 
 
 def build(name: str, batch: int, shape: str, card: str, variant: int, path: Path) -> str:
@@ -299,14 +281,13 @@ def timed(handle, path: Path, v: dict[str, Tensor], expected: dict[str, Tensor])
         return found | {"failed": measure.one_line(error)[-160:]}
 
 
-def measured(o: Options, handle, name: str, shape: str) -> dict:
-    v, (channels, size) = inputs(name, o.batch, shape, "cuda"), sizes(shape)
+def measured(handle, name: str, batch: int, shape: str, plans: dict[int, Path]) -> dict:
+    v, (channels, size) = inputs(name, batch, shape, "cuda"), sizes(shape)
     (convolution, both), expected = planned(name, v), reference(name, v)
     wrong = errors(both(), expected)
     assert agree(wrong), f"{name}, {shape}: what the plan runs differs from the reference: {wrong}"
-    found = {"graph": name, "shape": shape, "batch": o.batch, "flops": 2 * o.batch * 9 * (channels * size) ** 2}
-    found |= {"conv_ms": ms(convolution), "now_ms": ms(both)}
-    found["tried"] = [timed(handle, path, v, expected) for path in files(o, name, shape).values() if path.exists()]
+    found = {"flops": 2 * batch * 9 * (channels * size) ** 2, "conv_ms": ms(convolution), "now_ms": ms(both)}
+    found["tried"] = [timed(handle, path, v, expected) for path in plans.values() if path.exists()]
     best = min((t for t in found["tried"] if "ms" in t), key=lambda t: t["ms"], default=None)
     return found | ({"best": best} if best else {})
 
@@ -333,43 +314,44 @@ def table(results: dict) -> str:
 
 
 def main(o: Options) -> None:
-    if unknown := [name for name in o.graphs if name not in GRAPHS]:
-        raise SystemExit(f"--graphs {' '.join(map(repr, unknown))}: choose from {', '.join(map(repr, GRAPHS))}")
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-        o.card = next((card for card in CARDS if card.upper() in device.split()), None)
-        if not o.card:
-            raise SystemExit(f"there is a {device} here: these plans are for an H100 or an H200")
-    elif o.what != "build":
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "H100"
+    card = next((card for card in CARDS if card.upper() in device.split()), None)
+    if not card:
+        raise SystemExit(f"there is a {device} here: these plans are for an H100 or an H200")
+    times = o.what == "both"
+    if times and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: without one there is only `build`")
     cudnn()
-    rows, results, handle = [(name, shape) for shape in o.shapes for name in o.graphs], None, None
-    if o.what != "build":
+    folder, results, building = o.plans / card, {"fused": []}, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if times:
         results = measure.continued(o.out, measure.begun("fused", "cuda", fused=[]))
         results["fused"] = [r for r in results["fused"] if r["tried"]]  # the others had no plan yet
-        done = {(r["graph"], r["shape"]) for r in results["fused"] if r["batch"] == o.batch}
-        rows = [row for row in rows if row not in done]
         torch.backends.cudnn.benchmark = True
         handle = cudnn().create_handle()
         cudnn().set_stream(handle, torch.cuda.current_stream().cuda_stream)
-    (o.plans / o.card).mkdir(parents=True, exist_ok=True)
-    spawn, driver = multiprocessing.get_context("spawn"), stand_in(o.plans)
-    pool = ProcessPoolExecutor(o.jobs, spawn, start_building, [driver])
+
+    def run(cell: dict) -> dict:
+        name, shape, _ = cell.values()
+        plans, jobs = building[name, shape]
+        outcomes = Counter(job.result() for job in jobs)
+        print(f"{shape} {name}: {', '.join(f'{count} {what}' for what, count in outcomes.items())}", flush=True)
+        return measured(handle, name, BATCH, shape, plans) if times else {}
+
+    cells = [{"graph": name, "shape": shape, "batch": BATCH} for shape in SHAPES for name in GRAPHS]
+    spawn, processes = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) - 2)
+    # cuDNN finds the driver by its soname where it is loaded already
+    pool = ProcessPoolExecutor(processes, spawn, partial(ctypes.CDLL, mode=ctypes.RTLD_GLOBAL), [stand_in(o.plans)])
     try:
-        building = {}
-        for name, shape in rows if o.what != "time" else []:
-            variants = files(o, name, shape).items()
-            building[name, shape] = [pool.submit(build, name, o.batch, shape, o.card, *file) for file in variants]
-        for name, shape in rows:
-            if building:
-                outcomes = Counter(job.result() for job in building[name, shape])
-                print(f"{shape} {name}: {', '.join(f'{count} {what}' for what, count in outcomes.items())}", flush=True)
-            if results:
-                results["fused"].append(measured(o, handle, name, shape))
-                measure.write(o.out, results)
+        for name, shape, _ in map(dict.values, measure.missing(results["fused"], cells)):
+            variants = TILES if GRAPHS[name] else PROPOSED
+            plans = {variant: folder / f"{BATCH} {shape} {name} {variant}.plan" for variant in variants}
+            jobs = [pool.submit(build, name, BATCH, shape, card, variant, path) for variant, path in plans.items()]
+            building[name, shape] = plans, jobs
+        measure.complete(o.out if times else None, results, "fused", cells, run)
     finally:
         pool.shutdown(cancel_futures=True)
-    if results:
+    if times:
         print(table(results))
 
 

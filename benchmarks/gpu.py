@@ -4,9 +4,9 @@ Steps run in order of value, each with a cap in seconds. Each writes its file in
 measured stays, whatever ends this command: its own clock, SIGINT, SIGTERM or SIGKILL. gpu.json, rewritten before and after every
 step, has the machine and the status of each step: "ok", "failed", "cut" or "skipped".
 
-What an earlier command on the same card and commit finished, in --out or in --have, is not run again, and a step that was cut
-goes on from its file, later or in what is left of the minutes. A step that failed runs again only if --only names it. Results of
-another card or commit are left alone. `--rehearse` runs the steps on tiny sizes on the CPU.
+What an earlier command on the same card and commit finished is not run again: what --out has, or --have where --out is new. A
+step that was cut continues from its file, later or in the minutes that are left. A step that failed runs again only if --only
+names it. Results of another card or commit are refused. `--rehearse` runs the steps on tiny sizes on the CPU.
 
 Needs the package built in place or installed with `pip install -e '.[test]'`. Rivals that are missing are left out, and recorded.
 """
@@ -29,7 +29,6 @@ import tyro
 
 from benchmarks import measure
 from benchmarks.tables import environment, markdown
-from spat_train.runtime import atomic_write as files
 from spat_train.runtime.signals import GracefulStop
 
 GRACE = 10.0  # seconds that a step has to save, once it is interrupted
@@ -45,7 +44,6 @@ class Step:
     cap: float  # seconds
     command: str
     tiny: str = ""  # the command of a rehearsal; "": it needs a GPU
-    continues: bool = True  # goes on from its file
     beside: "Step | None" = None  # runs at the same time
     needs: str = "json"  # a module
     default: bool = True  # False: runs only if --only names it
@@ -59,7 +57,7 @@ def pytest(options: str) -> str:
     return f"{{python}} -m pytest -q --tb=short -p no:cacheprovider {options}"
 
 
-TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --autoattack-images 0 --rows mart+spat"
+TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --rows mart+spat"
 RACE = "--models wrn-34-10 resnet-18 --batches 256 128 --precisions bf16"
 LOOPS = "'spat plan+graph' loop torchattacks 'autocast loop'"
 KERNELS = pytest("tests/ops -m 'gpu and not slow' -k 'compiled and not wrong_arguments and not in_one_graph'")
@@ -71,7 +69,7 @@ STEPS = [
                             "--providers 'spat plan+graph' 'autocast loop'"),
          bench("attack", f"{TINY} 4 --providers 'spat plan' loop")),
     Step("tests", 110, pytest("tests -m gpu -k 'not triton' -n {processes}"), pytest("tests/ops/test_linf.py -k hand -n 0"),
-         continues=False, beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
+         beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
          Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
               f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
     Step("attack", 170, bench("attack", f"{RACE} tf32 fp32 fp16 --providers {LOOPS} 'compiled autocast loop' --seconds 0.3"),
@@ -86,19 +84,19 @@ STEPS = [
     Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "
                                  "--seconds 0.02"),
          bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
-    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}"), continues=False),
+    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}")),
     Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
     Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
          f'sh -c "for tool in memcheck racecheck; do {{sanitizer}} --error-exitcode 86 --tool $tool {KERNELS} || exit; done"',
-         continues=False, default=False),
+         default=False),
     Step("kernels", 120, pytest("benchmarks --device {device} --benchmark-json {out}"),
-         pytest("benchmarks --device {device} --benchmark-json {out} -k keep_best"), continues=False, default=False),
+         pytest("benchmarks --device {device} --benchmark-json {out} -k keep_best"), default=False),
     Step("memory", 120, bench("attack", f"--models wrn-34-10 resnet-50 --batches 1024 --precisions fp32 bf16 --providers {LOOPS} "
                               "--seconds 0"),
          bench("attack", f"{TINY} 4 --providers 'spat eager' loop"), default=False),
     Step("precision", 200, bench("precision", "--data {data}"),
          bench("precision", "--data {data} --model small-cnn --train-images 20 --test-images 10 --epochs 1"),
-         continues=False, default=False),
+         default=False),
     Step("overhead", 120, bench("overhead", "--model wrn-34-10 --batch 128 --precisions bf16 --updates 60 --warm-up 10"),
          bench("overhead", f"{SMALL} --methods mart --images 400 --updates 2 --warm-up 1"), default=False),
 ]  # fmt: skip
@@ -168,32 +166,16 @@ def obstacle(step: Step, words: dict) -> str:
     return "" if step.command else "it needs a GPU"
 
 
-def clear(folder: Path) -> None:
-    """Remove what writes that were killed have left."""
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
-
-
 def taken_over(folder: Path, have: Path | None, machine: dict) -> dict:
-    """Name to result of the steps in `folder`, and of those in `have` that are new or further. Of those that go on, the files are
-    copied."""
-    fresh = {"machine": machine, "steps": {}}
-    steps = measure.continued(folder / "gpu.json", fresh)["steps"]
+    """Name to result of the steps in `folder`, or else of those in `have`, with the files of those that were cut."""
+    source = have if have and not (folder / "gpu.json").exists() else folder
+    steps = measure.continued(source / "gpu.json", {"machine": machine, "steps": {}})["steps"]
     folder.mkdir(parents=True, exist_ok=True)
-    clear(folder)
-    if have and not (have / "gpu.json").exists():
-        print(f"--have: nothing is taken over, for there is no {have / 'gpu.json'}", flush=True)
-    try:
-        theirs = measure.continued(have and have / "gpu.json", fresh)["steps"]
-    except SystemExit as other:
-        print(f"--have: nothing is taken over. {other}", flush=True)
-        theirs = {}
-    for name, step in theirs.items():
-        if name not in steps or (step["status"] == "ok" and steps[name]["status"] != "ok"):
-            print(f"{name:<10} {step['status']:<8} in --have", flush=True)
-            if step["status"] != "ok" and (source := have / f"{name}.json").exists():
-                files.write(folder / source.name, source.read_bytes())
-            steps[name] = step
+    if source is have:
+        found = [f"{name:<10} {step['status']:<8} in --have" for name, step in steps.items()]
+        print("\n".join(found) or f"--have: there is no {have / 'gpu.json'}", flush=True)
+        for name in [name for name, step in steps.items() if step["status"] != "ok" and (have / f"{name}.json").exists()]:
+            shutil.copy(have / f"{name}.json", folder)
     measure.write(folder / "gpu.json", {"machine": machine, "steps": steps})
     return steps
 
@@ -251,13 +233,14 @@ class Session:
             result = self.results[each.name]
             print(f"{each.name:<10} {result['status']:<8} {result['seconds']:>6.1f} s  {result.get('reason', '')}")
             print(*result["tail"].splitlines()[-12:], sep="\n", flush=True)
-        clear(self.folder)
+        for leftover in self.folder.glob("*.tmp"):  # of writes that were killed
+            leftover.unlink()
 
 
-def check(options: Options, every: list[Step]) -> None:
+def check(options: Options, names: list[str]) -> None:
     """Raise SystemExit if an option does not fit, or this machine."""
-    if unknown := set(options.only) - {step.name for step in every}:
-        raise SystemExit(f"--only {' '.join(unknown)}: choose from {', '.join(step.name for step in every)}")
+    if unknown := set(options.only) - set(names):
+        raise SystemExit(f"--only {' '.join(unknown)}: choose from {', '.join(names)}")
     if options.data and not options.data.is_file():
         raise SystemExit(f"--data {options.data}: there is no such file")
     if not options.rehearse and not torch.cuda.is_available():
@@ -273,12 +256,13 @@ def tiny(step: Step) -> Step:
 
 def main(options: Options, every: list[Step] = STEPS) -> None:
     deadline = time.monotonic() + 60 * options.minutes - GRACE - 2  # to save in, and to write in
-    check(options, every)
-    machine = measure.describe("cpu" if options.rehearse else "cuda")
+    check(options, [step.name for step in every])
+    device = "cpu" if options.rehearse else "cuda"
+    machine = measure.describe(device)
     name = "rehearsal" if options.rehearse else card(machine["device"])
     folder = options.out.absolute() / name
     words = {
-        "python": sys.executable, "device": "cpu" if options.rehearse else "cuda", "processes": max(1, (os.cpu_count() or 1) - 6),
+        "python": sys.executable, "device": device, "processes": max(1, (os.cpu_count() or 1) - 6),
         "data": options.data and options.data.absolute(), "runs": Path(tempfile.gettempdir(), f"runs-{name}-{machine['commit']}"),
         "sanitizer": shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"),
     }  # fmt: skip
@@ -286,9 +270,9 @@ def main(options: Options, every: list[Step] = STEPS) -> None:
     session = Session(folder, machine, results, words, deadline, GracefulStop("stopping: what was measured is saved"))
     steps = [tiny(step) for step in every] if options.rehearse else every
     todo = [step for step in steps if (step.name in options.only if options.only else step.default)]
-    todo = [step for step in todo if session.status(step) != "ok" and (session.status(step) != "failed" or options.only)]
+    todo = [step for step in todo if session.status(step) not in (["ok"] if options.only else ["ok", "failed"])]
     with session.wish.heard() as wish:
-        for step, again in [(step, False) for step in todo] + [(step, True) for step in todo if step.continues]:
+        for step, again in [(step, False) for step in todo] + [(step, True) for step in todo]:
             if not wish.number and (not again or session.status(step) == "cut"):  # what was cut has the minutes that are left
                 session.attempt(step)
     if wish.number:

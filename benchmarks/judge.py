@@ -37,14 +37,12 @@ def calibrated(name: str, images: Tensor, seed: int = 0) -> nn.Module:
     """
     torch.manual_seed(seed)
     model = create(name, CLASSES).to(images.device)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # a plain average
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain average
     with torch.no_grad():
         for batch in images.split(32):
             model(batch)
-    for norm in norms:
-        norm.momentum = 0.1
     model.eval()
     x = images[:8].clone().requires_grad_()
     gradient = torch.autograd.grad(model(x).logsumexp(1).sum(), x)[0]

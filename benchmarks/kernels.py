@@ -5,8 +5,6 @@ that by what `copy_` of a working set of the same size moves in the same run (in
 of memory).
 """
 
-from contextlib import suppress
-
 from benchmarks.tables import literal, markdown
 
 
@@ -14,10 +12,9 @@ def providers(results: dict) -> dict[str, dict[str, dict]]:
     """Case to provider to its extra_info and `us`."""
     cases: dict[str, dict[str, dict]] = {}
     for run in results["benchmarks"]:
-        with suppress(LookupError):  # it was cut
-            info, us = run["extra_info"], run["stats"]["median"] * 1e6 / run["extra_info"].get("calls", 1)
-            entry = cases.setdefault(run["group"], {}).setdefault(info["provider"], info | {"us": us})
-            entry["us"] = min(entry["us"], us)
+        info, us = run["extra_info"], run["stats"]["median"] * 1e6 / run["extra_info"].get("calls", 1)
+        entry = cases.setdefault(run["group"], {}).setdefault(info["provider"], info | {"us": us})
+        entry["us"] = min(entry["us"], us)
     return cases
 
 
@@ -25,17 +22,18 @@ def table(results: dict) -> str:
     """Ours against each rival in each case, and the yardsticks."""
     rows, notes = [], []
     for case, found in providers(results).items():
-        copy = next((p for p in found.values() if p.get("role") == "yardstick"), None)
+        copy = next((p for p in found.values() if p["role"] == "yardstick"), None)
         if copy is None:  # it failed, or the run ended before it
             notes.append(literal(f"{case} has no yardstick."))
         elif ours := found.get("spat"):
-            moved = ours.get("bytes_moved")
+            moved = ours["bytes_moved"]
             speeds = {"gbps": moved / ours["us"] / 1e3, "copy": copy} if moved else {}
-            others = [p for p in found.values() if p.get("role") == "rival" or (p is copy and not moved)]
+            others = [p for p in found.values() if p["role"] == "rival" or (p is copy and not moved)]
             rows += [ours | {"case": case, "other": p, "ratio": p["us"] / ours["us"]} | speeds for p in others]
-        elif held := copy.get("bytes_held"):
+        else:
+            held = copy["bytes_held"]
             notes.append(literal(f"`copy_` of {held >> 21} MiB: {held / copy['us'] / 1e3:.1f} GB/s."))
-    device = "{machine_info[gpu]}" if "gpu" in results.get("machine_info", {}) else "{machine_info[cpu][model]}"
+    device = "{machine_info[gpu]}" if "gpu" in results["machine_info"] else "{machine_info[cpu][model]}"
     return markdown(
         results, rows,
         "case | against || ours, µs | theirs, µs | ratio | GB/s | of copy",

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
@@ -58,14 +58,10 @@ def describe(device: str) -> dict:
     }
 
 
-def driver() -> str:
-    """The version of NVIDIA's driver, or of the CUDA that it serves where there is no nvidia-smi."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=20).split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        version = torch._C._cuda_getDriverVersion()
-        return f"for CUDA {version // 1000}.{version % 1000 // 10}"
+def driver() -> str | None:
+    """The version of NVIDIA's driver, where nvidia-smi says it."""
+    failed, version = subprocess.getstatusoutput("timeout 20 nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    return version.split()[0] if version and not failed else None
 
 
 def commit() -> str | None:
@@ -86,11 +82,6 @@ def commit() -> str | None:
 SAME = "device", "torch", "cuda", "cudnn", "threads", "commit"  # of machines whose results may share a file
 
 
-def differences(before: dict, now: dict, keys: Iterable[str] = SAME) -> str:
-    """What keeps results of two machines (`describe`) apart, or of other settings; "" if nothing does."""
-    return ", ".join(f"{key}: {before.get(key)}, now {now.get(key)}" for key in keys if before.get(key) != now.get(key))
-
-
 def begun(benchmark: str, device: str, **fresh: object) -> dict:
     """What the results of a run begin with: the benchmark that has their table, this machine, and `fresh`."""
     return {"benchmark": benchmark, "machine": describe(device), **fresh}
@@ -107,15 +98,15 @@ def continued(out: Path | None, fresh: dict) -> dict:
     """
     if out is None or not out.exists():
         return fresh
+    settings = {key: value for key, value in json.loads(json.dumps(fresh)).items() if key != "machine" and value not in ([], {})}
+    settings |= settings.pop("settings", {}) | {key: fresh["machine"].get(key) for key in SAME}
     try:
         before = json.loads(out.read_text())
-        wrong = differences(before["machine"], fresh["machine"])
+        found = before | before.get("settings", {}) | before["machine"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SystemExit(f"{out}: these are no such results: move the file away, or give another --out") from None
-    settings = {key: value for key, value in json.loads(json.dumps(fresh)).items() if key != "machine" and value not in ([], {})}
-    settings |= settings.pop("settings", {})
-    if wrong := wrong or differences(before | before.get("settings", {}), settings, settings):
-        raise SystemExit(f"{out}: it holds other results ({wrong}): move the file away, or give another --out")
+    if wrong := [f"{key}: {found.get(key)}, now {now}" for key, now in settings.items() if found.get(key) != now]:
+        raise SystemExit(f"{out}: it holds other results ({', '.join(wrong)}): move the file away, or give another --out")
     return fresh | before
 
 
@@ -126,12 +117,15 @@ def write(out: Path | None, results: dict) -> None:
         files.write(out, (json.dumps(results, indent=1) + "\n").encode())
 
 
+def missing(records: list[dict], cells: list[dict]) -> list[dict]:
+    return [cell for cell in cells if not any(cell.items() <= record.items() for record in records)]
+
+
 def complete(out: Path | None, results: dict, key: str, cells: list[dict], run: Callable[[dict], dict]) -> None:
     """Add to the list `results[key]` each of the cells that it lacks, with what `run` measures of it, and write after each."""
-    for cell in cells:
-        if not any(cell.items() <= record.items() for record in results[key]):
-            results[key].append(cell | run(cell))
-            write(out, results)
+    for cell in missing(results[key], cells):
+        results[key].append(cell | run(cell))
+        write(out, results)
 
 
 def require_ours(records: list[dict]) -> None:
@@ -251,23 +245,20 @@ def ceilings(device: str, precisions: list[str], *, small: bool = False) -> dict
 
     Returns:
         dict: `copy_gbps`, bytes read and written by `copy_` between buffers far beyond every cache; `tflops`, per precision the
-        larger of `matmul` (a square product) and `conv` (3x3, channels_last), two operations a multiply-add, both given too.
+        larger of a square matrix product and a 3x3 convolution in channels_last, two operations a multiply-add.
     """
     torch.backends.cudnn.benchmark = True  # a ceiling is the best engine's
     cuda, seconds = device.startswith("cuda"), 0.02 if small else 1.0
     mib, n, batch, channels = (4, 256, 2, 64) if small else (4096, 8192, 256, 640) if cuda else (256, 2048, 32, 320)
     buffers = torch.randn(2, mib * 2**18, device=device)
     copy = seconds_per_call(lambda: buffers[0].copy_(buffers[1]), device, seconds)
-    result = {"copy_gbps": 1e-9 * buffers.nbytes / copy, "copy_mib": mib}
-    result |= {"tflops": {}, "matmul": {}, "conv": {}, "matmul_n": n, "conv_shape": [batch, channels, 16, 16]}
+    tflops = {}
     for precision in precisions:
         a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
         x = torch.randn(batch, channels, 16, 16, device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
         w = torch.randn(channels, channels, 3, 3, device=device, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
         with numerics(precision), torch.no_grad():
-            matmul = seconds_per_call(lambda: a @ b, device, seconds)  # noqa: B023  called before the next round
+            matmul = 2 * n**3 / seconds_per_call(lambda: a @ b, device, seconds)  # noqa: B023  called before the next round
             conv = seconds_per_call(lambda: F.conv2d(x, w, padding=1), device, seconds)  # noqa: B023
-        result["matmul"][precision] = 2e-12 * n**3 / matmul
-        result["conv"][precision] = 2e-12 * x.numel() * w[0].numel() / conv
-        result["tflops"][precision] = max(result["matmul"][precision], result["conv"][precision])
-    return result
+        tflops[precision] = 1e-12 * max(matmul, 2 * x.numel() * w[0].numel() / conv)
+    return {"copy_gbps": 1e-9 * buffers.nbytes / copy, "tflops": tflops}

@@ -15,10 +15,9 @@ import dataclasses
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import measure, workmodel
 from benchmarks.measure import DTYPES, seconds_per_call
-from benchmarks.tables import columns, environment, filled, literal, markdown, sentences
+from benchmarks.tables import columns, environment, literal, markdown, sentences
 from spat_kernels.ops import linf
 from spat_train.models.registry import create
 
@@ -120,20 +119,26 @@ def with_engines(limit: int, options: Options, precision: str, conv: workmodel.C
         return convolution(conv, precision, options)
 
 
-def convolutions(options: Options, pool: Pool, limit: int, precision: str, before: list[dict]) -> Iterator[list[dict]]:
-    """What is known after each, with what was known `before`."""
-    found = list(before)
-    known = [{key: value for key, value in record.items() if key != "tflops"} for record in before]
-    for conv in shapes(options.models):
-        if dataclasses.asdict(conv) not in known:
-            found.append(pool.apply_async(with_engines, (limit, options, precision, conv)).get(PATIENCE))
-            yield found
+def convolutions(options: Options, results: dict, limit: int, precision: str) -> None:
+    """Add those that the results lack, and write after each. By a process of its own: if it breaks the device, others work on."""
+    found, name = results["precisions"].setdefault(precision, {}), f"convolutions, limit {limit}"
+    known = found.setdefault(name, [])
+    found.pop(f"{name}, rest", None)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            for conv in shapes(options.models):
+                if not any(dataclasses.asdict(conv).items() <= record.items() for record in known):
+                    known.append(pool.apply_async(with_engines, (limit, options, precision, conv)).get(PATIENCE))
+                    measure.write(options.out, results)
+    except Exception as error:
+        found[f"{name}, rest"] = {"failed": measure.one_line(error)}
+        measure.write(options.out, results)
 
 
 NODES = 1, 2**20, 2**24  # elements of the tensor of a CUDA graph's nodes
 
 
-def graph_nodes(options: Options) -> Iterator[dict]:
+def graph_nodes(options: Options) -> dict:
     """Microseconds a node of CUDA graphs of 1,000 dependent additions, by the size of the tensor."""
     result = {}
     for numel in NODES:
@@ -145,10 +150,10 @@ def graph_nodes(options: Options) -> Iterator[dict]:
         node = seconds_per_call(graph.replay, options.device, options.seconds) / 1000
         alone = seconds_per_call(lambda: x.add_(1), options.device, options.seconds)  # noqa: B023  called at once
         result[f"{numel} elements"] = {"node_us": 1e6 * node, "eager_us": 1e6 * alone}
-        yield result
+    return result
 
 
-def host_cost(options: Options) -> Iterator[dict]:
+def host_cost(options: Options) -> dict:
     """Microseconds of the host a call, on one element: the queue never fills, the GPU is not waited for."""
     device = options.device
     x, x_adv, grad = (torch.rand(1, 1, device=device) for _ in range(3))
@@ -168,20 +173,20 @@ def host_cost(options: Options) -> Iterator[dict]:
         measure.synchronize(device)
         return 1e6 * taken / 500
 
-    yield {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
+    return {name: min(cost(call) for _ in range(10)) for name, call in ways.items()}
 
 
 def table(results: dict) -> str:
     """TFLOP/s of the ways to compute each convolution, with cuDNN's first 10 engines and with all; then what launches cost."""
 
     def launches(results: dict) -> str:
-        costs = ", ".join(f"{name} {us if isinstance(us, str) else f'{us:.2f}'}" for name, us in results["host_us"].items())
-        return f"µs of the host a call: {costs}." if costs else ""
+        costs = [f"{name} {us if isinstance(us, str) else f'{us:.2f}'}" for name, us in results["host_us"].items()]
+        return f"µs of the host a call: {', '.join(costs)}." if costs else ""
 
     def nodes(results: dict) -> str:
-        sizes = {size: v for size, v in results["graph_nodes"].items() if isinstance(v, dict)}
-        costs = ", ".join(f"{size} {v['node_us']:.2f} (alone {v['eager_us']:.2f})" for size, v in sizes.items())
-        return f"µs a node of a CUDA graph: {costs}." if costs else ""
+        sizes = {size: us for size, us in results["graph_nodes"].items() if isinstance(us, dict)}
+        costs = [f"{size} {us['node_us']:.2f} (alone {us['eager_us']:.2f})" for size, us in sizes.items()]
+        return f"µs a node of a CUDA graph: {', '.join(costs)}." if costs else ""
 
     tables = [convolutions_table(results, precision, found) for precision, found in results["precisions"].items()]
     return "\n\n".join([*tables, sentences(results, launches, nodes, environment)])
@@ -190,14 +195,13 @@ def table(results: dict) -> str:
 def convolutions_table(results: dict, precision: str, found: dict) -> str:
     rows: dict[str, dict] = {}
     for limit, engines in ((10, ""), (0, ", all engines")):
-        answer = found.get(f"convolutions, limit {limit}", [])
-        for c in answer if isinstance(answer, list) else []:
-            name = filled("{kernel}x{kernel} {ins}->{outs} /{stride} @{size}", c)
-            rates = {f"{way}{engines}": f"{v:.3g}" if isinstance(v, float) else "-" for way, v in c.get("tflops", {}).items()}
+        for c in found.get(f"convolutions, limit {limit}", []):
+            name = "{kernel}x{kernel} {ins}->{outs} /{stride} @{size}".format_map(c)
+            rates = {f"{way}{engines}": f"{v:.3g}" if isinstance(v, float) else "-" for way, v in c["tflops"].items()}
             rows.setdefault(name, {"name": name, "rates": {}})["rates"] |= rates
     heads, cells = columns(dict.fromkeys(chain.from_iterable(row["rates"] for row in rows.values())), "{}", "{{rates[{}]}}")
-    failed = [literal(f"{key} failed: {v['failed']}.") for key, v in {precision: found, **found}.items() if "failed" in v]
     note = f"TFLOP/s, {precision}, batch {{batch}}."
+    failed = [literal(f"{name} failed: {answer['failed']}.") for name, answer in found.items() if "failed" in answer]
     return markdown(results, rows.values(), f"convolution || {heads}", f"{{name}} || {cells}", note, *failed)
 
 
@@ -206,28 +210,17 @@ def main(options: Options) -> None:
     settings = {"batch": options.batch, "settings": {"seconds": options.seconds}}
     fresh = measure.begun("microbench", options.device, **settings, host_us={}, graph_nodes={}, precisions={})
     results = measure.continued(options.out, fresh)
-
-    def answer(into: dict, name: str, answers: Iterable[object]) -> None:
-        """Write each of `answers`, of which the last is the whole one."""
-        into.pop(f"{name}, rest", None)
+    for name, measured in {"host_us": host_cost, "graph_nodes": graph_nodes if cuda else lambda _: {"skipped": "no GPU"}}.items():
+        if results[name] and "failed" not in results[name]:
+            continue
         try:
-            for so_far in answers:
-                into[name] = so_far
-                measure.write(options.out, results)
+            results[name] = measured(options)
         except Exception as error:  # one question's failure must not take the others' answers along
-            into[f"{name}, rest" if into.get(name) else name] = {"failed": measure.one_line(error)}
-            measure.write(options.out, results)
-
-    if not results["host_us"] or "failed" in results["host_us"]:
-        answer(results, "host_us", host_cost(options))
-    if len(results["graph_nodes"]) < len(NODES):
-        answer(results, "graph_nodes", graph_nodes(options) if cuda else [{"skipped": "no GPU"}])
+            results[name] = {"failed": measure.one_line(error)}
+        measure.write(options.out, results)
     for limit in options.limits if cuda else options.limits[:1]:  # CPUs have no cuDNN
         for precision in options.precisions:
-            found, name = results["precisions"].setdefault(precision, {}), f"convolutions, limit {limit}"
-            before = found[name] if isinstance(found.get(name), list) else []
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # of its own: what breaks a device breaks no other answer
-                answer(found, name, convolutions(options, pool, limit, precision, before))
+            convolutions(options, results, limit, precision)
     print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
 
 

@@ -20,6 +20,7 @@ from benchmarks.tables import fastest
 OURS, RIVALS = ["#D55E00", "#E69F00", "#CC79A7"], ["#0072B2", "#009E73", "#56B4E9", "#000000", "#7F3C8D", "#8C564B"]
 PRECISIONS = {"fp32": "#0072B2", "tf32": "#009E73", "bf16": "#D55E00", "fp16": "#CC79A7"}
 MARKERS = "osD^vP*X"
+LIMIT = {"color": "#999999", "linestyle": ":", "linewidth": 2}
 
 
 def throughput(results: dict, path: Path) -> None:
@@ -35,7 +36,7 @@ def throughput(results: dict, path: Path) -> None:
         for provider, style in styles.items():
             _line(ax, {r["batch"]: r["batch"] / r["median"] for r in here if r["provider"] == provider}, **style)
         limits = {r["batch"]: r["batch"] / (results["settings"]["steps"] * r["limit"]["conv"]) for r in here}
-        _line(ax, limits, color="#999999", linestyle=":", linewidth=2)
+        _line(ax, limits, **LIMIT)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         batches = sorted({r["batch"] for r in timed})
@@ -47,9 +48,7 @@ def throughput(results: dict, path: Path) -> None:
     for ax in axes[:, 0]:
         ax.set_ylabel("images/s")
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    handles.append(
-        Line2D([], [], color="#999999", linestyle=":", linewidth=2, label="convolutions alone, at the measured ceiling")
-    )
+    handles.append(Line2D([], [], **LIMIT, label="convolutions alone, at the measured ceiling"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, 2 * len(precisions)), fontsize=9)
     figure.suptitle(f"PGD-{results['settings']['steps']} on {results['machine']['device']}", fontsize=11)
     figure.savefig(path, dpi=130)
@@ -60,9 +59,7 @@ def roofline(results: dict, path: Path) -> None:
     ceilings, steps = results["ceilings"], results["settings"]["steps"]
     figure = _figure(7.5, 5.2)
     ax = figure.subplots()
-    largest = {}
-    for (model, batch), records in sorted(races(results).items(), key=lambda item: item[0][1]):
-        largest[model] = batch, records
+    largest = {model: (batch, records) for (model, batch), records in sorted(races(results).items(), key=lambda item: item[0][1])}
     points = []
     for marker, (_, records) in zip(MARKERS, largest.values(), strict=False):
         for precision in ceilings["tflops"]:
@@ -84,11 +81,8 @@ def roofline(results: dict, path: Path) -> None:
     ax.grid(alpha=0.3, which="both", linewidth=0.5)
     ax.set_xlabel("operations a byte (convolutions and fused pointwise kernels, benchmarks/workmodel.py)")
     ax.set_ylabel("TFLOP/s")
-    batches = {model: batch for model, (batch, _) in largest.items()}
-    named = [
-        Line2D([], [], color="black", linestyle="", marker=k, label=f"{m}, batch {b}")
-        for k, (m, b) in zip(MARKERS, batches.items(), strict=False)
-    ]
+    labels = zip(MARKERS, (f"{model}, batch {batch}" for model, (batch, _) in largest.items()), strict=False)
+    named = [Line2D([], [], color="black", linestyle="", marker=marker, label=label) for marker, label in labels]
     figure.legend(handles=named, fontsize=9, loc="outside lower center", ncols=3)
     title = f"PGD-{steps} on {results['machine']['device']}, copy {ceilings['copy_gbps']:.0f} GB/s"
     ax.set_title(f"{title}\nfilled: spat_kernels; hollow: the fastest rival in that precision", fontsize=10)
@@ -110,14 +104,11 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _styles(timed: list[dict]) -> dict[str, dict]:
-    ours = list(dict.fromkeys(r["provider"] for r in timed if r["ours"]))
-    rivals = list(dict.fromkeys(r["provider"] for r in timed if not r["ours"]))
-    styles = {name: {"color": color, "linewidth": 2} for name, color in zip(ours, OURS, strict=False)}
-    styles |= {name: {"color": color, "linewidth": 1.2, "linestyle": "--"} for name, color in zip(rivals, RIVALS, strict=False)}
-    return {
-        name: style | {"marker": marker, "markersize": 5}
-        for (name, style), marker in zip(styles.items(), 2 * MARKERS, strict=False)
-    }
+    styles: dict[str, dict] = {}
+    for mine, colors, line in ((True, OURS, {"linewidth": 2}), (False, RIVALS, {"linewidth": 1.2, "linestyle": "--"})):
+        names = dict.fromkeys(r["provider"] for r in timed if r["ours"] == mine)
+        styles |= {name: {"color": color} | line for name, color in zip(names, colors, strict=False)}
+    return {name: style | {"marker": m, "markersize": 5} for (name, style), m in zip(styles.items(), 2 * MARKERS, strict=False)}
 
 
 def _line(ax: Axes, points: dict[int, float], **style) -> None:
@@ -128,12 +119,9 @@ def _line(ax: Axes, points: dict[int, float], **style) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", nargs="+", type=Path, help="files of benchmarks.attack")
-    parser.add_argument("--out", type=Path, help="folder, by default that of each file")
-    args = parser.parse_args()
-    for file in args.json:
-        folder, data = args.out or file.parent, json.loads(file.read_text())
+    for file in parser.parse_args().json:
+        data = json.loads(file.read_text())
         if not any("median" in cell for cell in data["cells"]):
             raise SystemExit(f"{file}: nothing was timed")
-        folder.mkdir(parents=True, exist_ok=True)
-        throughput(data, folder / "throughput.png")
-        roofline(data, folder / "roofline.png")
+        throughput(data, file.with_name("throughput.png"))
+        roofline(data, file.with_name("roofline.png"))

@@ -26,18 +26,12 @@ from spat_kernels.model_state.borrow import borrowed
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import Dataset, floats
-from spat_train.models.registry import create
 from spat_train.training.trainer import train
 
 EPS, BATCH = 8 / 255, 250
-AUTOCAST = [("autograd", "bf16"), ("autograd", "fp16")]
-
-
-def ways(device: str) -> list[tuple[str, str]]:
-    """Path and precision: first the plain one, in fp32, then ours."""
-    cuda = device.startswith("cuda")
-    graphs = [("plan+graph", precision) for precision in ("fp32", "tf32", "bf16", "fp16")] if cuda else []
-    return [("autograd", "fp32"), *(("plan", precision) for precision in ("fp32", "bf16", "fp16")), *graphs]
+WAYS = [("autograd", "fp32"), ("plan", "fp32"), ("plan", "bf16"), ("plan", "fp16")]  # the plain one first
+GRAPHS = [("plan+graph", precision) for precision in ("fp32", "tf32", "bf16", "fp16")]  # on a GPU
+AUTOCAST = [("autograd", "bf16"), ("autograd", "fp16")]  # of the standard model
 
 
 @dataclass
@@ -51,7 +45,6 @@ class Arguments:
         train_images, test_images: how many; a tenth of the latter for the standard model.
         epochs: passes over the training images.
         device: cpu or cuda.
-        weights: file of the trained weights: read if it is there, else written.
     """
 
     data: Path
@@ -61,7 +54,6 @@ class Arguments:
     test_images: int = 10_000
     epochs: int = 8
     device: str = "cpu"
-    weights: Path | None = None
 
 
 def table(results: dict) -> str:
@@ -75,19 +67,12 @@ def table(results: dict) -> str:
 
 def main(args: Arguments) -> None:
     data = load_npz(args.data)
-    models = {name: create(args.model, data.num_classes).to(args.device) for name in ("standard", "robust")}
-    if args.weights and args.weights.exists():
-        for name, state in torch.load(args.weights, weights_only=True).items():
-            models[name].load_state_dict(state)
-    else:
-        models = {name: trained(args, data, name) for name in models}
-        if args.weights:
-            torch.save({name: model.state_dict() for name, model in models.items()}, args.weights)
+    models = {name: trained(args, data, name) for name in ("standard", "robust")}
     result = measure.begun("precision", args.device, model=args.model, epochs=args.epochs, rows=[])
     for name, model in models.items():
         images = args.test_images // (10 if name == "standard" else 1)
         x, y = floats(data.test, torch.arange(min(images, len(data.test))), args.device)
-        for path, precision in ways(args.device) + AUTOCAST * (name == "standard"):
+        for path, precision in WAYS + GRAPHS * args.device.startswith("cuda") + AUTOCAST * (name == "standard"):
             row = {"model": name, "images": len(x), "path": path, "precision": precision}
             row |= evaluate(model.eval(), x, y, path, precision)
             print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
@@ -118,13 +103,9 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, path: str, precision: str) 
         zero = first_gradient(model, start, labels, settings["input_gradient"], precision) == 0
         zero_pixels += int(zero.sum())
         zero_samples += int(zero.flatten(1).all(1).sum())
-    return {
-        "accuracy": 100 * correct / len(x),
-        "loss": loss / len(x),
-        "zero pixels": 100 * zero_pixels / x.numel(),
-        "zero samples": 100 * zero_samples / len(x),
-        "seconds": time.perf_counter() - started,
-    }
+    shares = {"accuracy": correct / len(x), "zero pixels": zero_pixels / x.numel(), "zero samples": zero_samples / len(x)}
+    percent = {key: 100 * share for key, share in shares.items()}
+    return percent | {"loss": loss / len(x), "seconds": time.perf_counter() - started}
 
 
 def first_gradient(model: nn.Module, x: Tensor, y: Tensor, path: str, precision: str) -> Tensor:

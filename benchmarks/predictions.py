@@ -27,24 +27,23 @@ def table(card: str, attacks: dict, trainings: dict) -> str:
     for model, ways in PREDICTED[card].items():
         for way, both in ways.items():
             for batch, ms in zip((128, 256), both, strict=True):
-                row = {"model": model, "way": way, "batch": batch, "ms": ms}
-                rows.append(row | measured(row, attack_ms, attacks))
+                rows.append(measured({"model": model, "way": way, "batch": batch, "ms": ms}, attack_ms, attacks))
     ours, compiled = (PREDICTED[card]["wrn-34-10"][way][0] for way in (OURS, COMPILED))
     for method, (steps, passes) in UPDATE_PARTS.items():
         way = f"an update of {method}: {steps} x {ours} + {passes} x 1.5 x {compiled}"
         row = {"model": "wrn-34-10", "way": way, "method": method, "batch": 128, "ms": steps * ours + passes * 1.5 * compiled}
-        rows.append(row | measured(row, update_ms, trainings))
+        rows.append(measured(row, update_ms, trainings))
     heads = "model | in bf16 || batch | predicted, ms | measured, ms | measured / predicted"
     return markdown({}, rows, heads, "{model} | {way} || {batch} | {ms:.3g} | {measured} | {ratio:.2f}")
 
 
 def measured(row: dict, measure: Callable[[dict, dict], float], results: dict) -> dict:
-    """What the results have of the row, and its ratio to the prediction."""
+    """The row with what the results have of it, and the ratio to the prediction."""
     try:
         ms = measure(row, results)
+        return row | {"measured": f"{ms:.3g}", "ratio": ms / row["ms"]}
     except LookupError:
-        return {"measured": "not yet"}
-    return {"measured": f"{ms:.3g}", "ratio": ms / row["ms"]}
+        return row | {"measured": "not yet"}
 
 
 def attack_ms(row: dict, attacks: dict) -> float:

@@ -1,8 +1,8 @@
-"""The results as Markdown tables, from the JSON alone: `python -m benchmarks.report [FILE.json ...] [--write PAGE.md ...]`.
+"""The results as Markdown tables, from the JSON alone: `python -m benchmarks.report [FILE.json ...]` prints them in full.
 
-Prints the tables of the files in full, or writes them, in short, between the markers of the pages, which for CARD/NAME.json are
-`<!-- benchmarks:CARD:NAME -->` and `<!-- /benchmarks:CARD:NAME -->`. Without files: all of benchmarks/results/CARD/*.json, the
-predictions, the pictures (plots), and "Not measured yet." between all other markers:
+Without files: those of all benchmarks/results/CARD/*.json, the predictions and the pictures (plots). --write puts them, in short,
+between the markers of pages, which for CARD/NAME.json are `<!-- benchmarks:CARD:NAME -->` and `<!-- /benchmarks:CARD:NAME -->`,
+and "Not measured yet." between all other markers:
 
     python -m benchmarks.report --write README.md benchmarks/NOTES.md
 
@@ -10,7 +10,7 @@ A table is made by the benchmark that measured it, by its function `table` (in f
 the file names under "benchmark", or the one that is called like the file.
 
 What can be written is written. The command fails if a result has no marker on any of the pages, if a page has no markers, if a
-file is not a benchmark's, or if its card is not its folder's. Files may have been cut short: what they lack is an empty cell.
+file is not a benchmark's, or if its card is not its folder's.
 """
 
 import argparse
@@ -53,13 +53,26 @@ def load(path: Path, card: str | None = None) -> dict:
     return results
 
 
-def contents(files: list[Path], pages: list[Path]) -> tuple[dict[str, str], list[str]]:
-    """Marker (CARD:NAME) to text, and what is wrong with files."""
+def write(page: Path, texts: dict[str, str]) -> set[str]:
+    """Put `texts` between their markers on `page`, and "Not measured yet." between all others; the markers found."""
+    markers = set()
+
+    def between(match: re.Match) -> str:
+        markers.add(match[1])
+        text = texts.get(match[1], "Not measured yet.")
+        return f"<!-- benchmarks:{match[1]} -->\n{text}\n<!-- /benchmarks:{match[1]} -->"
+
+    marker = r"(?s)<!-- benchmarks:([\w:.+-]+) -->.*?<!-- /benchmarks:\1 -->"
+    page.write_text(re.sub(marker, between, page.read_text()))
+    return markers
+
+
+def main(files: list[Path], pages: list[Path]) -> None:
     texts, wrong, loaded = {}, [], {}
     for path in files or sorted(RESULTS.glob("*/*.json")):
         card, name = path.parent.name, path.stem
         try:
-            loaded[card, name] = load(path, None if files and not pages else card)
+            loaded[card, name] = load(path, None if files else card)
             full = not pages or name == "memory"  # the memory is a column of the full table
             texts[f"{card}:{name}"] = table_of(loaded[card, name], name, full)
         except (OSError, ValueError) as error:
@@ -68,35 +81,14 @@ def contents(files: list[Path], pages: list[Path]) -> tuple[dict[str, str], list
         for card in predictions.PREDICTED:
             measured = (loaded.get((card, name), {}) for name in ("attack", "training"))
             texts[f"{card}:predictions"] = predictions.table(card, *measured)
-        for folder in {path.parent for path in RESULTS.glob("*/throughput.png")}:
-            texts[f"{folder.name}:plots"] = plots.links(folder)
-    return texts, wrong
-
-
-def write(page: Path, texts: dict[str, str], otherwise: str | None = None) -> set[str]:
-    """Put `texts` between their markers on `page`, and `otherwise`, unless it is None, between all others; the markers found."""
-    markers = set()
-
-    def between(match: re.Match) -> str:
-        name, old = match[1], match[2].strip()
-        markers.add(name)
-        text = texts.get(name, old if otherwise is None else otherwise)
-        return f"<!-- benchmarks:{name} -->\n{text}\n<!-- /benchmarks:{name} -->"
-
-    marker = r"(?s)<!-- benchmarks:([\w:.+-]+) -->(.*?)<!-- /benchmarks:\1 -->"
-    page.write_text(re.sub(marker, between, page.read_text()))
-    return markers
-
-
-def main(files: list[Path], pages: list[Path]) -> None:
-    texts, wrong = contents(files, pages)
+        texts |= {f"{path.parent.name}:plots": plots.links(path.parent) for path in RESULTS.glob("*/throughput.png")}
     if not pages:
         print("\n\n".join(f"{name}\n\n{text}" for name, text in texts.items()))
-    on = {page: write(page, texts, None if files else "Not measured yet.") for page in pages}
+    on = {page: write(page, texts) for page in pages}
     example = "<!-- benchmarks:cpu:attack --> ... <!-- /benchmarks:cpu:attack -->"
     wrong += [f"{page} has no markers, such as {example}" for page, markers in on.items() if not markers]
-    if on and (homeless := [name for name in texts if not any(name in markers for markers in on.values())]):
-        wrong.append(f"there is no marker on {', '.join(map(str, pages))} for {', '.join(homeless)}")
+    if on and (homeless := texts.keys() - set().union(*on.values())):
+        wrong.append(f"there is no marker on {', '.join(map(str, pages))} for {', '.join(sorted(homeless))}")
     if wrong:
         raise SystemExit("\n".join(wrong))
 
@@ -106,4 +98,6 @@ if __name__ == "__main__":
     parser.add_argument("json", nargs="*", type=Path, help="default: all committed results")
     parser.add_argument("--write", nargs="+", type=Path, default=[], help="put the tables between the markers of these pages")
     args = parser.parse_args()
+    if args.json and args.write:
+        parser.error("--write takes all committed results: leave the files out")
     main(args.json, args.write)

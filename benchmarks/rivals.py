@@ -42,9 +42,8 @@ def providers(device: str, steps: int = 10) -> list[Provider]:
     # On a GPU the graph is what is used. What the plan and the graph each bring, one precision tells.
     ours = [(name, p, *path) for p in full + half for name, path in paths.items() if p == "bf16" or not cuda]
     ours += [("spat plan+graph", p, "plan", True) for p in (full + half) * cuda]
-    found = []
-    for name, p, path, graph in ours:
-        found.append(Provider(name, p, partial(spat_pgd, steps=steps, precision=p, path=path, graph=graph), ours=True))
+    attack = partial(spat_pgd, steps=steps)
+    found = [Provider(n, p, partial(attack, precision=p, path=path, graph=graph), ours=True) for n, p, path, graph in ours]
     found += [Provider("loop", p, partial(plain_loop, steps=steps)) for p in full]
     found += [
         Provider("torchattacks", "fp32", partial(torchattacks_pgd, steps=steps), note="as shipped"),

@@ -1,23 +1,17 @@
 """Table 6.1 at a scale of minutes: `python -m benchmarks.table61 --data cifar10.npz --out benchmarks/results/h200/table61.json`.
 
 Trains the five rows of the thesis's Table 6.1 as its presets say, but with ResNet-18, a one-cycle schedule of few epochs and bf16
-arithmetic, and evaluates each: the table's columns on all test images, AutoAttack on some. Each row is a process of its own; what
-the folders in --runs hold is written to --out every few seconds, so that a run that is cut short still counts. The same command
-goes on from there: a row that --out has in full is not run again, even where its folder is gone. Other --rows and --model add to
-the same file:
+arithmetic, and evaluates each on all test images. After each row, also one that a signal stopped, --out gets what the folders in
+--runs hold. The same command continues from there: a row that --out has in full is not run again, even where its folder is gone.
+Other --rows and --model add to the same file:
 
     python -m benchmarks.table61 --data cifar10.npz --out table61.json --model wrn-34-10 --rows mart+spat --epochs 6
 """
 
 import json
-import multiprocessing
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterable
+import traceback
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +19,7 @@ import torch
 import tyro
 
 from benchmarks import measure
-from benchmarks.tables import columns, environment, filled, markdown
+from benchmarks.tables import columns, environment, markdown
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError, check_count
@@ -36,15 +30,13 @@ from spat_train.papers.runs import Run, differences, find_runs, title
 from spat_train.presets import PRESETS
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
-from spat_train.runtime.signals import GracefulStop, Stopped, interruptible
+from spat_train.runtime.signals import Stopped, interruptible
 from spat_train.training.check import check
-from spat_train.training.trainer import TrainingError, train
+from spat_train.training.trainer import train
 
 TABLE = TABLES["6.1"]
 COLUMNS = {cell.attack: cell.column for cell in TABLE.cells}
-GRACE = 30  # seconds that a row has to save, once it is asked to stop
-EVERY = 2.0  # seconds between looks at the folders
-STOPPED = {code for n in (signal.SIGTERM, signal.SIGINT) for code in (-n, 128 + n)}  # exit codes: it did not listen yet, or saved
+CONTINUES = "the same command continues from there"
 
 
 @dataclass
@@ -63,30 +55,20 @@ class Arguments:
     """A name of spat_train.models; the thesis's is wrn-34-10."""
     epochs: int = 20
     """Length of the one-cycle schedule."""
-    lr: float = 0.1
-    """Peak learning rate of the schedule."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
     """Precision of updates and of the attacks in training."""
     test_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the attacks in the evaluation. Predictions are always fp32."""
-    autoattack_images: int = 1000
-    """Test images under AutoAttack, the first ones; 0: none."""
     batch_size: int = 500
     """Images attacked at once in the evaluation."""
-    jobs: int = 1
-    """Rows that run at the same time. Above 1, the next one trains while one is evaluated, and both are slower."""
     limit: int | None = None
     """Maximum number of training and of test images, for rehearsals."""
-    queries: int = 5000
-    """Queries of Square in AutoAttack: fewer for rehearsals."""
-    minutes: float = float("inf")
-    """Stop after this time, with everything saved."""
 
 
 def settings(args: Arguments, row: str) -> Config:
     preset = PRESETS[f"table6.1/{row}"]
     return replace(
-        preset, preset="", model=args.model, epochs=args.epochs, schedule="one-cycle", lr=args.lr,
+        preset, preset="", model=args.model, epochs=args.epochs, schedule="one-cycle", lr=0.1,
         precision=args.precision, data=str(args.data), limit=args.limit, out=place(args.runs, args.model, row), resume=True,
         test=False, tensorboard=False,
     )  # fmt: skip
@@ -96,63 +78,42 @@ def place(runs: Path, model: str, row: str) -> Path:
     return runs / f"{model}-{row}"
 
 
-def work(args: Arguments, row: str) -> None:
-    """Train and evaluate, each from where it was left."""
-    try:
-        config = settings(args, row)
-        train(config)
-        evaluate_run(args, config.out)
-    except Stopped as stopped:
-        print(f"{args.model} {row}: stopped, the same command goes on from there", file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except (InputError, TrainingError, files.SaveError) as error:
-        sys.exit(f"{args.model} {row}: {error}")
-
-
 def evaluate_run(args: Arguments, folder: Path) -> None:
-    """Write evaluation.json into the folder of the run, after every part."""
+    """Write evaluation.json into the folder of the run."""
     data = load_npz(args.data).limited(args.limit, seed=0)
     model, config = load_model(folder, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = images_of(args, len(data.test))
-    parts = {",".join(COLUMNS): images["natural"], f"autoattack:queries={args.queries}": images["AutoAttack"]}
-    found = {}
-    texts = "the same command goes on from there", lambda: f"out of memory: give less than --batch-size {args.batch_size}"
+    count = len(data.test)
+    kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
+    texts = CONTINUES, lambda: f"out of memory: give less than --batch-size {args.batch_size}"
     with interruptible(*texts) as on_progress:
-        for attacks, count in [part for part in parts.items() if part[1]]:
-            kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
-            result = evaluate(
-                model, data.test, attacks, eps=config.evaluation_eps / 255, rows=torch.arange(count), on_progress=on_progress,
-                batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
-            )  # fmt: skip
-            for name in result.attacks:
-                column, (low, high) = COLUMNS.get(name, "AutoAttack"), result.interval(name)
-                measured = {"accuracy": result.accuracy(name), "low": low, "high": high, "images": count}
-                found.setdefault(column, measured | {"precision": args.test_precision})  # "clean" is part of both
-            files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
+        result = evaluate(
+            model, data.test, ",".join(COLUMNS), eps=config.evaluation_eps / 255, rows=torch.arange(count),
+            on_progress=on_progress, batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
+        )  # fmt: skip
+    found = {}
+    for name in result.attacks:
+        low, high = result.interval(name)
+        accuracy = {"accuracy": result.accuracy(name), "low": low, "high": high}
+        found[COLUMNS[name]] = accuracy | {"images": count, "precision": args.test_precision}
+    files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
 
 
-def images_of(args: Arguments, count: int) -> dict[str, int]:
-    """By column, how many of `count` test images it is measured on; 0: not at all."""
-    return dict.fromkeys(COLUMNS.values(), count) | {"AutoAttack": min(args.autoattack_images, count)}
-
-
-def checked(args: Arguments) -> dict[str, int]:
-    """`images_of` what is to be measured.
+def checked(args: Arguments) -> int:
+    """How many test images there are.
 
     Raises:
         InputError: an option or the data do not fit.
     """
     if not args.rows or set(args.rows) - set(TABLE.runs):
         raise InputError(f"--rows {' '.join(args.rows)}: choose from {', '.join(TABLE.runs)}")
-    check_count("--jobs", args.jobs)
     check_count("--batch-size", args.batch_size)
     for row in args.rows:
         check(settings(args, row))
-    test = load_npz(args.data).limited(args.limit, seed=0).test
-    if not len(test):
+    count = len(load_npz(args.data).limited(args.limit, seed=0).test)
+    if not count:
         raise InputError(f"--data {args.data}: it has no test images: give x_test and y_test")
-    return images_of(args, len(test))
+    return count
 
 
 def collected(folder: Path, before: list[dict]) -> list[dict]:
@@ -162,15 +123,14 @@ def collected(folder: Path, before: list[dict]) -> list[dict]:
     return sorted(rows.values(), key=lambda row: (row["model"], list(TABLE.runs).index(row["row"])))
 
 
-def is_done(args: Arguments, row: str, rows: list[dict], images: dict[str, int]) -> bool:
-    """Whether `rows` have it, trained in just this way to its end, and measured on these images."""
+def is_done(args: Arguments, row: str, rows: list[dict], images: int) -> bool:
+    """Whether `rows` have it, trained in just this way to its end, and measured on as many images."""
     config = settings(args, row)
-    measured = (
-        {name: column["images"] for name, column in found["evaluation"].items()}
+    return any(
+        {column: e["images"] for column, e in found["evaluation"].items()} == dict.fromkeys(COLUMNS.values(), images)
         for found in rows
         if not config.differences(found["config"]) and found["trained"] >= found["epochs"]
     )
-    return any({name: n for name, n in images.items() if n}.items() <= counts.items() for counts in measured)
 
 
 def name_of(config: Config) -> str:
@@ -194,23 +154,23 @@ def table(results: dict) -> str:
     """Each training's accuracies above the thesis's, what it did otherwise, and how fast it went."""
     trainings, rows = results["thesis"], []
     for t in trainings:
-        found = {name: e["accuracy"] for name, e in t.get("evaluation", {}).items() if "accuracy" in e}
-        unfinished = t.get("trained", 0) < t.get("epochs", 0)
-        rows.append(t | {"found": found, "done": f"{t.get('trained', 0):.2f} of " if unfinished else ""})
-        rows.append({"title": "", "model": "thesis: WRN-34-10", "done": "", "epochs": 90, "found": t.get("thesis", {})})
+        found = {name: e["accuracy"] for name, e in t["evaluation"].items()}
+        rows.append(t | {"found": found, "done": f"{t['trained']:.2f} of " if t["trained"] < t["epochs"] else ""})
+        rows.append({"title": "", "model": "thesis: WRN-34-10", "done": "", "epochs": 90, "found": t["thesis"]})
     names = dict.fromkeys(chain.from_iterable(row["found"] for row in rows))
     heads, cells = columns(names, "{}", "{{found[{}]:.2f}}")
 
     def otherwise(results: dict) -> str:
         alike: dict[str, list[str]] = {}
         for t in trainings:
-            if t.get("differs"):
-                alike.setdefault(", ".join(t["differs"]), []).append(filled("{title} of {model}", t))
-        return " ".join(f"Otherwise than in the thesis (in brackets): {', '.join(who)}: {what}." for what, who in alike.items())
+            alike.setdefault(", ".join(t["differs"]), []).append(f"{t['title']} of {t['model']}")
+        return " ".join(
+            f"Otherwise than in the thesis (in brackets): {', '.join(who)}: {what}." for what, who in alike.items() if what
+        )
 
     def tested(results: dict) -> str:
-        parts = chain.from_iterable(t.get("evaluation", {}).items() for t in trainings)
-        tests = {name: filled(f"{name} {{images:,}} in {{precision}}", e) for name, e in parts}
+        parts = chain.from_iterable(t["evaluation"].items() for t in trainings)
+        tests = {name: f"{name} {e['images']:,} in {e['precision']}" for name, e in parts}
         return f"Test images: {', '.join(tests.values()) or 'none yet'}; images/s of the training, attacks included."
 
     return markdown(
@@ -221,58 +181,36 @@ def table(results: dict) -> str:
 
 
 def main(args: Arguments) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         images = checked(args)
         args.runs.mkdir(parents=True, exist_ok=True)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        fresh = measure.begun("table61", device, settings={"jobs": args.jobs}, thesis=[])
-        results = measure.continued(args.out, fresh)
-        before = results["thesis"]
-        write(args, results, before)
-    except (InputError, OSError, files.SaveError) as error:
+        results = measure.continued(args.out, measure.begun("table61", device, thesis=[]))
+    except (InputError, OSError) as error:
         raise SystemExit(str(error)) from None
-    with GracefulStop().heard() as wish:
-        rows = [row for row in args.rows if not is_done(args, row, results["thesis"], images)]
-        take_turns(args, rows, wish, lambda: write(args, results, before))
+    before = results["thesis"]
+
+    def is_left(row: str) -> bool:
+        results["thesis"] = collected(args.runs, before)
+        measure.write(args.out, results)
+        return not is_done(args, row, results["thesis"], images)
+
+    for row in filter(is_left, args.rows):
+        measure.free(device)
+        try:
+            config = settings(args, row)
+            train(config)
+            evaluate_run(args, config.out)
+        except Stopped as stopped:
+            is_left(row)
+            print(f"{args.model} {row}: stopped, {CONTINUES}")
+            raise SystemExit(stopped.exit_code) from None
+        except Exception:  # the other rows are still of use
+            traceback.print_exc()
+    left = [row for row in args.rows if is_left(row)]
     print(table(results))
-    if left := [row for row in args.rows if not is_done(args, row, results["thesis"], images)]:
-        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why. The same command goes on from there")
-
-
-def take_turns(args: Arguments, rows: list[str], wish: GracefulStop, look: Callable[[], None]) -> None:
-    """Work on `rows`, some at a time, and `look` every few seconds; until time is over or a signal comes, here or to one."""
-    deadline, waiting, running = time.monotonic() + 60 * args.minutes, list(rows), []
-    context = multiprocessing.get_context("spawn")
-    try:
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                running.append(context.Process(target=work, args=(args, waiting.pop(0))))
-                running[-1].start()
-            time.sleep(EVERY)
-            stopped = any(process.exitcode in STOPPED for process in running)
-            running = [process for process in running if process.is_alive()]
-            if stopped or wish.number or time.monotonic() > deadline:
-                break
-            look()
-    finally:
-        stop(running)
-    look()
-
-
-def write(args: Arguments, results: dict, before: list[dict]) -> None:
-    results["thesis"] = collected(args.runs, before)
-    measure.write(args.out, results)
-
-
-def stop(processes: Iterable[BaseProcess]) -> None:
-    for process in processes:
-        process.terminate()  # it saves, then ends
-    end = time.monotonic() + GRACE
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    if left:
+        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why, and {CONTINUES}")
 
 
 if __name__ == "__main__":

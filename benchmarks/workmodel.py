@@ -12,17 +12,15 @@ kernel reads its inputs once and writes its outputs once.
 - The move reads image, iterate and gradient and writes the iterate, all in fp32.
 
 Two limits follow: `conv`, the operations alone at the measured matrix ceiling, which no step in that precision can beat; and
-`roofline`, the sum over kernels of max(operations / ceiling, bytes / copy bandwidth), for a plan whose kernels are all ideal but
-follow one another. (A kernel that fuses a convolution with what follows it can beat the second, not the first.)
-
-`python -m benchmarks.workmodel` prints the counts of some models; with --device, measures the ceilings and prints the limits.
+`roofline`, the sum over kernels of max(operations / ceiling, bytes / copy bandwidth): all kernels ideal, one after another.
+(A kernel that fuses a convolution with what follows it can beat the second.) `python -m benchmarks.workmodel` prints the counts
+of some models; with --device, measures the ceilings and prints the limits.
 """
 
 import copy
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import tyro
@@ -213,36 +211,29 @@ class Work:
 
 def main(
     models: list[str] = ["wrn-34-10", "wrn-28-10", "preactresnet-18", "resnet-18", "resnet-50"],  # noqa: B006  tyro reads it
-    size: int = 32,
     batch: int = 256,
     device: str | None = None,
     precisions: list[str] = ["fp32", "bf16"],  # noqa: B006
-    small: bool = False,
-    out: Path | None = None,
 ) -> None:
     """Print the work of one attack step on each model and, if a device is given, its ceilings and the limits that follow.
 
     Args:
-        models: names of `spat_train.models.registry.create`.
-        size: height and width of the images.
+        models: names of `spat_train.models.registry.create`, for images of 32x32.
         batch: images, by which the weights' share of the bytes goes.
         device: "cpu" or "cuda".
         precisions: of ceilings and limits.
-        small: measure the ceilings on small matrices, for rehearsals.
-        out: write all that as JSON here.
     """
-    ceilings = measure.ceilings(device, precisions, small=small) if device else None
-    results = measure.begun("workmodel", device or "cpu", batch=batch, ceilings=ceilings, models={})
+    ceilings = measure.ceilings(device, precisions) if device else None
+    found = {}
     for name in models:
-        found = layers(create(name), (3, size, size))
-        work = {precision: Work(found, batch, precision) for precision in precisions}
-        results["models"][name] = {
-            "gflop_forward_per_image": 1e-9 * sum(layer.forward.flops for layer in found),
+        kernels = layers(create(name), (3, 32, 32))
+        work = {precision: Work(kernels, batch, precision) for precision in precisions}
+        found[name] = {
+            "gflop_forward_per_image": 1e-9 * sum(layer.forward.flops for layer in kernels),
             "mb_per_image": {precision: 1e-6 * w.bytes / batch for precision, w in work.items()},
             "step_limits_s": {precision: w.limits(ceilings) for precision, w in work.items()} if device else None,
         }
-    print(json.dumps({key: value for key, value in results.items() if key != "machine"}, indent=1))
-    measure.write(out, results)
+    print(json.dumps({"batch": batch, "ceilings": ceilings, "models": found}, indent=1))
 
 
 if __name__ == "__main__":

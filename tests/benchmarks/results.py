@@ -1,11 +1,5 @@
 """Results as the benchmarks write them, of which tables and pages are made."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-COMMITTED = sorted(f"{path.parent.name}/{path.stem}" for path in RESULTS.glob("*/*.json"))
 H100 = {
     "device": "NVIDIA H100 80GB HBM3", "cpu": {"model": "Xeon", "cores": 16, "flags": ["avx512f"]}, "threads": 4, "torch": "2.11",
     "cuda": "13.0", "date": "2026-11-26T00:00:00+00:00", "commit": "c0ffee",
@@ -35,32 +29,3 @@ FUSED = {"machine": H100, "fused": [
     GRAPH | {"graph": "dgrad, act", "best": BEST, "tried": [BEST, {"plan": "eng2_k24=4", "failed": "no"}]},
     GRAPH | {"tried": [{"plan": "eng41", "failed": "no"}]}, GRAPH | {"tried": []},
 ]}  # fmt: skip
-
-
-def committed(name: str) -> dict:
-    """CARD/NAME, with the first six items of every list alone; of the kernels, with all of a case and the yardstick in memory."""
-    results = json.loads((RESULTS / f"{name}.json").read_text())
-    if name == "cpu/kernels":
-        cases = {"lsce_grad 512x10 alpha=0", "copy_ 67108864"}
-        runs = [r for r in results["benchmarks"] if r["group"] in cases and r["extra_info"]["pass"] == 0]
-        return results | {"benchmarks": runs}
-    return shortened(results)
-
-
-def shortened(value, most: int = 6):
-    if isinstance(value, dict):
-        return {key: shortened(item, most) for key, item in value.items()}
-    return [shortened(item, most) for item in value[:most]] if isinstance(value, list) else value
-
-
-def cuts(value) -> Iterator:
-    """`value`, cut after each part of each of its lists and dicts, and without each key."""
-    if isinstance(value, list):
-        for n, item in enumerate(value):
-            yield value[:n]
-            yield from ([*value[:n], cut, *value[n + 1 :]] for cut in cuts(item))
-    elif isinstance(value, dict):
-        for n, (key, item) in enumerate(value.items()):
-            yield dict(list(value.items())[:n])
-            yield {k: v for k, v in value.items() if k != key}
-            yield from (value | {key: cut} for cut in cuts(item))

@@ -68,8 +68,7 @@ def results() -> dict:
     """A small matrix, of whatever is installed; compiled models are for the machines that race them."""
     names = ["spat eager", "spat plan", "loop", "torchattacks", "foolbox", "ART", "autocast loop"]
     options = attack.Options(["wrn-10-1"], [16], ["fp32", "bf16"], names, "cpu", 3, 0.0, memory=False, small_ceilings=True)
-    *_, result = attack.run(options)
-    return json.loads(json.dumps(result))
+    return json.loads(json.dumps(attack.run(options)))
 
 
 def test_matrix(results):

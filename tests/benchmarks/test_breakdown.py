@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch.autograd import DeviceType
 
@@ -20,26 +19,25 @@ def test_breakdown_accounts_for_a_call():
     assert min(found["kinds"]["matrix product"], found["kinds"]["pointwise"], found["step_ms"]) > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("void spat::(anonymous namespace)::linf_step_kernel<float, float, 4>(spat::Step)", "spat"),
-        ("void at::native::(anonymous namespace)::dispatched_kernel<float>", "other"),
-        ("void at::native::batch_norm_backward_elemt_channels_last_kernel<4, c10::BFloat16>", "batch norm"),
-        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>", "batch norm"),
-        ("scale_shift_relu_grad_kernel", "spat"),
-        ("pool_linear_grad_kernel", "spat"),
-        ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>", "layout"),
-        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
-        ("sm80_xmma_dgrad_implicit_gemm_indexed_tf32f32", "convolution"),
-        ("nvjet_hsh_64x8_64x16_1x2_h_bz_TNT", "matrix product"),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "pointwise"),
-        ("Memcpy DtoD (Device -> Device)", "copy"),
-        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>", "optimiser"),
-    ],
-)
-def test_kinds_of_kernels(name, kind):
-    assert breakdown.kind_of(name) == kind
+KINDS = {
+    "void spat::(anonymous namespace)::linf_step_kernel<float, float, 4>(spat::Step)": "spat",
+    "void at::native::(anonymous namespace)::dispatched_kernel<float>": "other",
+    "void at::native::batch_norm_backward_elemt_channels_last_kernel<4, c10::BFloat16>": "batch norm",
+    "void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>": "batch norm",
+    "scale_shift_relu_grad_kernel": "spat",
+    "pool_linear_grad_kernel": "spat",
+    "void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>": "layout",
+    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64": "convolution",
+    "sm80_xmma_dgrad_implicit_gemm_indexed_tf32f32": "convolution",
+    "nvjet_hsh_64x8_64x16_1x2_h_bz_TNT": "matrix product",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>": "pointwise",
+    "Memcpy DtoD (Device -> Device)": "copy",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>": "optimiser",
+}
+
+
+def test_kinds_of_kernels():
+    assert {name: breakdown.kind_of(name) for name in KINDS} == KINDS
 
 
 def test_annotations_are_no_kernels(monkeypatch):

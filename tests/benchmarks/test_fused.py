@@ -32,17 +32,17 @@ def test_fused_plans_are_built(tmp_path, monkeypatch, capsys):
         pytest.skip("the GPU is neither an H100 nor an H200")
     monkeypatch.setattr(fused, "TILES", (3,))
     monkeypatch.setattr(fused, "PROPOSED", range(1))
-    graphs = ["conv, bias, relu", "dgrad, residual, act"]
-    fused.main(fused.Options("build", plans=tmp_path, shapes=["64@32"], graphs=graphs, batch=128, jobs=1))
+    graphs = {"conv, bias, relu": None, "dgrad, residual, act": 2}
+    monkeypatch.setattr(fused, "SHAPES", ["64@32"])
+    monkeypatch.setattr(fused, "GRAPHS", graphs)
+    fused.main(fused.Options("build", plans=tmp_path))
     assert capsys.readouterr().out == "".join(f"64@32 {name}: 1 built\n" for name in graphs)
     plans = {path: path.read_bytes().split(b"\n")[0].split(b"_")[0] for path in tmp_path.rglob("*.plan")}
     assert sorted(plans.values()) == [b"eng2", b"eng41"]
-    assert {fused.build(graphs[0], 128, "64@32", "h100", 0, path) for path in plans} == {"there"}
+    assert {fused.build("conv", 256, "64@32", "h100", 0, path) for path in plans} == {"there"}
 
 
 def test_fused_options(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="--graphs 'pool': choose from 'conv'"):
-        fused.main(fused.Options("build", graphs=["pool"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="there is no GPU here"):
         fused.main(fused.Options("both"))
@@ -87,29 +87,21 @@ def test_plans_that_are_wrong_or_fail_are_not_timed(tmp_path, monkeypatch):
     assert found[b"fails"] == {"plan": "eng2_k24=3", "failed": "RuntimeError: no such engine"}
 
 
-def test_rows_are_written_one_by_one_and_not_measured_again(tmp_path, monkeypatch):
-    asked = []
-
-    def measured(o, handle, name, shape):
-        asked.append((name, shape))
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return FUSED["fused"][0] | {"graph": name, "shape": shape}
-
+def test_rows_without_plans_are_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(fused, "cudnn", lambda: SimpleNamespace(create_handle=lambda: "handle", set_stream=lambda *_: None))
-    monkeypatch.setattr(measure, "describe", lambda device: H100 | {"device": "NVIDIA H200"})
-    monkeypatch.setattr(fused, "measured", measured)
+    monkeypatch.setattr(measure, "describe", lambda device: H100)
+    monkeypatch.setattr(fused, "measured", lambda *_: FUSED["fused"][0])
+    monkeypatch.setattr(fused, "PROPOSED", ())  # nothing is built
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    options = fused.Options("time", tmp_path / "fused.json", tmp_path, shapes=["160@32"], graphs=["conv", "dgrad", "dgrad, act"])
-    unplanned = FUSED["fused"][0] | {"graph": "dgrad", "shape": "160@32", "tried": []}
-    measure.write(options.out, measure.begun("fused", "cuda", fused=[unplanned]))
-    with pytest.raises(KeyboardInterrupt):
-        fused.main(options)
-    assert options.card == "h200"
-    assert [row["graph"] for row in json.loads(options.out.read_text())["fused"]] == ["conv"]
+    monkeypatch.setattr(fused, "SHAPES", ["160@32"])
+    monkeypatch.setattr(fused, "GRAPHS", dict.fromkeys(("conv", "dgrad")))
+    options = fused.Options("both", tmp_path / "fused.json", tmp_path)
+    rows = [FUSED["fused"][2] | {"graph": "conv"}, FUSED["fused"][1] | {"graph": "dgrad"}]  # the second was tried
+    measure.write(options.out, measure.begun("fused", "cuda", fused=rows))
     fused.main(options)
-    assert [name for name, _ in asked] == ["conv", "dgrad", "dgrad", "dgrad, act"]
-    assert [row["graph"] for row in json.loads(options.out.read_text())["fused"]] == options.graphs
+    assert (tmp_path / "h200").is_dir()
+    assert [bool(row["tried"]) for row in json.loads(options.out.read_text())["fused"]] == [True, True]
+    assert capsys.readouterr().out.startswith("160@32 conv: \n| graph |")
