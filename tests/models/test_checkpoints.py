@@ -206,6 +206,7 @@ def without(state: dict, *names: str) -> dict:
     return {name: value for name, value in state.items() if name not in names}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -213,9 +214,14 @@ def without(state: dict, *names: str) -> dict:
         (lambda s: s | {"module.fc.bias": torch.zeros(10)}, "unexpected: module.fc.bias: "),
         (NORMALISED["RobustBench, normalize"], "unexpected: normalize.mean, normalize.std: the file's network normalises"),
         (lambda s: {"init_conv.weight": s["conv1.weight"], "logits.weight": s["fc.weight"]}, "DeepMind's WRN, another function"),
+        (lambda s: s | {"fc.weight": s["fc.weight"].to_sparse()}, "no such numbers: fc.weight (sparse_coo)"),
+        (lambda s: s | {"fc.weight": s["fc.weight"].to("meta")}, "fc.weight (meta)"),
+        (lambda s: s | {"fc.weight": s["fc.weight"].to(torch.complex64)}, "fc.weight (complex64, the model has float32)"),
+        (lambda s: s | {"fc.weight": s["fc.weight"].to(torch.int8)}, "fc.weight (int8, the model has float32)"),
+        (lambda s: s | {"fc.weight": torch.quantize_per_tensor(s["fc.weight"], 0.1, 0, torch.qint8)}, "fc.weight (quantized)"),
     ],
 )
-def test_other_names(tmp_path, content, message):
+def test_other_weights(tmp_path, content, message):
     assert message in refusal(network(seed=2), saved(tmp_path, content(network().state_dict())))
 
 
@@ -229,6 +235,8 @@ def test_other_names(tmp_path, content, message):
          "its normalisation (mean 125.3 125.3 125.3, std 63 63 63) is none"),
         ({"mean": torch.zeros(3), "std": torch.zeros(3)}, "its normalisation (mean 0 0 0, std 0 0 0) is none"),
         ({"mean": torch.zeros(3), "std": torch.full((3,), -0.2)}, "std -0.2 -0.2 -0.2) is none: save it with positive std"),
+        (numbers("mu", "sigma") | {"n.mean": torch.zeros(3), "n.std": torch.ones(3)},
+         "unexpected: normalize.mu, normalize.sigma, normalize.n.mean, normalize.n.std"),
     ],
 )  # fmt: skip
 def test_refused_normalisations(tmp_path, given, message):
@@ -236,32 +244,11 @@ def test_refused_normalisations(tmp_path, given, message):
     assert message in refusal(NORMALIZERS["OrderedDict"](network(seed=2)), path)
 
 
-def test_two_normalisations(tmp_path):
-    state = numbers("mu", "sigma") | {"n.mean": torch.zeros(3), "n.std": torch.ones(3)} | network().state_dict()
-    assert "unexpected: mu, sigma, n.mean, n.std" in refusal(NORMALIZERS["OrderedDict"](network(seed=2)), saved(tmp_path, state))
-
-
 def test_normaliser_of_another_class(tmp_path):
     theirs = nn.Module()
     theirs.register_buffer("mean", torch.zeros(3))
     model = nn.Sequential(theirs, network(seed=2))
     assert "use a spat_train.models.Normalize" in refusal(model, saved(tmp_path, network().state_dict()))
-
-
-@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.to_sparse(), "no such numbers: fc.weight (sparse_coo)"),
-        (lambda t: t.to("meta"), "fc.weight (meta)"),
-        (lambda t: t.to(torch.complex64), "fc.weight (complex64, the model has float32)"),
-        (lambda t: t.to(torch.int8), "fc.weight (int8, the model has float32)"),
-        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "fc.weight (quantized)"),
-    ],
-)
-def test_weights_that_cannot_be_copied(tmp_path, change, message):
-    state = {name: change(value) if name == "fc.weight" else value for name, value in network().state_dict().items()}
-    assert message in refusal(network(seed=2), saved(tmp_path, state))
 
 
 def test_models_that_cannot_be_written(tmp_path):

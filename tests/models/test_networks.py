@@ -9,7 +9,7 @@ import spat_kernels
 from spat_train.models.networks.small import MnistCNN
 from spat_train.models.networks.wide_resnet import WideResNet
 from spat_train.models.registry import NAMES, create
-from spat_train.models.wrapping import ACTIVATIONS
+from spat_train.models.wrapping import ACTIVATIONS, Normalize
 from tests.models.helpers import build, logits_shape
 
 # without sub_block1, reference.md; the ResNets: public CIFAR code, PreActResNet with its last BatchNorm
@@ -76,17 +76,12 @@ def test_image_shapes(name, image_shape):
     assert logits_shape(name, image_shape, 7) == (2, 7)
 
 
-def test_mnist_cnn():
-    model = MnistCNN()
+def test_cnns_for_mnist():
+    model, x = MnistCNN(), torch.rand(2, 1, 28, 28)
     assert sum(p.numel() for p in model.parameters()) == 3_274_634  # 832 + 51,264 + 3,212,288 + 10,250
-    assert model.features(torch.rand(2, 1, 28, 28)).shape == (2, 64, 7, 7)
-    assert create("mnist-cnn/1", 10, (1, 28, 28)).features(torch.rand(2, 1, 28, 28)).shape == (2, 4, 7, 7)
-
-
-def test_mnist_b():
-    """Filters of 8, 6 and 5 with strides 2, 2 and 1: 28x28 images end in one position."""
-    model = create("mnist-b", 10, (1, 28, 28))
-    assert model.features(torch.rand(2, 1, 28, 28)).shape == (2, 128, 1, 1)
+    assert model.features(x).shape == (2, 64, 7, 7)
+    assert create("mnist-cnn/1", 10, (1, 28, 28)).features(x).shape == (2, 4, 7, 7)
+    assert create("mnist-b", 10, (1, 28, 28)).features(x).shape == (2, 128, 1, 1)  # filters of 8, 6, 5, strides of 2, 2, 1
     assert logits_shape("mnist-b", (3, 32, 29)) == (2, 10)
 
 
@@ -149,3 +144,24 @@ PLANNED = [
 def test_takes_the_plan(name, activation, image_shape):
     explanation = spat_kernels.explain(build(name, 10, image_shape, activation=activation), torch.rand(2, *image_shape))
     assert explanation.path == "plan", explanation.reason
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "preactresnet-18", "resnet-18", "mnist-cnn", "small-cnn", "timm:resnet18"])
+def test_activations(monkeypatch, name):
+    """Every ReLU is replaced, those in a forward included."""
+    monkeypatch.setattr(nn.functional, "relu", lambda *_, **__: pytest.fail("a ReLU"))
+    with torch.device("meta"):
+        plain = build(name)
+        for activation in ("silu", "gelu", "softplus"):
+            model = build(name, activation=activation).eval()
+            kinds = [type(m) for m in model.modules() if isinstance(m, (nn.ReLU, nn.SiLU, nn.GELU, nn.Softplus))]
+            assert kinds == [type(ACTIVATIONS[activation]())] * sum(isinstance(m, nn.ReLU) for m in plain.modules())
+            assert list(model.state_dict()) == list(plain.state_dict())
+            assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_normalize():
+    normalize, x = Normalize([0.5, 0.25, 0], [0.5, 0.25, 2]), torch.rand(2, 3, 4, 5)
+    expected = torch.stack([(x[:, 0] - 0.5) / 0.5, (x[:, 1] - 0.25) / 0.25, x[:, 2] / 2], 1)
+    torch.testing.assert_close(normalize(x), expected)
+    assert list(create("mnist-b", mean=[0.5] * 3, std=[0.5] * 3).state_dict())[:2] == ["normalize.mean", "normalize.std"]

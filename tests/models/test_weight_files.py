@@ -28,22 +28,13 @@ def test_averaged_weights(tmp_path):
             assert read_weights(path, weights)["conv1.weight"].equal(expected["conv1.weight"])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        lambda s: s,
-        lambda s: {"format": "spat_train", "config": {"model": "wrn-10-1"}, "model": s, "ema": None, "epoch": 3},
-        lambda s: {"num_classes": 10, "state_dict": prefixed("module.", s), "normalize_input": False},
-    ],
-)
-def test_no_averaged_weights(tmp_path, content):
-    path = saved(tmp_path, content(network().state_dict()))
+def test_weights_that_the_file_does_not_have(tmp_path):
+    path = saved(tmp_path, {"num_classes": 10, "state_dict": prefixed("module.", network().state_dict()), "ema": None})
     assert "no averaged weights: use weights='model'" in refusal(network(seed=2), path, weights="ema")
-
-
-def test_unknown_choice_of_weights(tmp_path):
     with pytest.raises(ValueError, match="weights='best': give 'auto', 'model' or 'ema'"):
-        read_weights(saved(tmp_path, network().state_dict()), "best")
+        read_weights(path, "best")
+    path = saved(tmp_path, {"ema": network().state_dict(), "net": None})
+    assert "it holds no weights" in refusal(network(seed=2), path, weights="model")
 
 
 def test_weights_outlive_the_file(tmp_path):
@@ -96,11 +87,6 @@ def test_no_network_or_several(tmp_path, content, message):
     assert message in refusal(network(seed=2), saved(tmp_path, content(network().state_dict())))
 
 
-def test_averaged_weights_alone(tmp_path):
-    path = saved(tmp_path, {"ema": network().state_dict(), "net": None})
-    assert "it holds no weights" in refusal(network(seed=2), path, weights="model")
-
-
 # ---- files that are something else, damaged or unsafe
 
 
@@ -135,13 +121,6 @@ def test_truncated(tmp_path, kept, old_format):
     assert reason in refusal(network(seed=2), path)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("nowhere.pt", "there is no such file"), ("x" * 300, "no such file"), (".", "it is a folder")]
-)
-def test_no_such_file(tmp_path, name, reason):
-    assert reason in refusal(network(seed=2), tmp_path / name)
-
-
 def test_files_that_are_something_else(tmp_path):
     path = tmp_path / "weights.pt"
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
@@ -161,6 +140,8 @@ def test_files_that_are_something_else(tmp_path):
     for content, message in contents.items():
         path.write_bytes(content)
         assert message in refusal(network(), path)
+    for name, message in {"nowhere.pt": "there is no such file", "x" * 300: "no such file", ".": "it is a folder"}.items():
+        assert message in refusal(network(), tmp_path / name)
 
 
 def test_every_flipped_bit_is_found(tmp_path):
