@@ -69,14 +69,6 @@ def test_pickled_layouts(tmp_path, protocol, axes):
     assert np.array_equal(images.pixels, PIXELS)
 
 
-def test_pickle_with_buffers_elsewhere(tmp_path):
-    path = tmp_path / "ti.pickle"
-    content = {"data": PIXELS, "extrapolated_targets": LABELS}
-    path.write_bytes(pickle.dumps(content, 5, buffer_callback=[].append))
-    with pytest.raises(InputError, match="cannot be read .*out-of-band"):
-        read(path)
-
-
 def test_pickle_of_python_2(tmp_path):
     """As Python 2 writes it: byte strings, the names of old NumPy."""
 
@@ -86,13 +78,8 @@ def test_pickle_of_python_2(tmp_path):
     def array(dtype: bytes, shape: tuple[int, ...], content: bytes) -> bytes:
         sizes = b"(" + b"".join(b"J" + n.to_bytes(4, "little") for n in shape) + b"t"
         new = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + string(b"b") + b"tR"
-        kind = (
-            b"cnumpy\ndtype\n("
-            + string(dtype)
-            + b"K\x00K\x01tR(K\x03"
-            + string(b"<")
-            + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        )
+        kind = b"cnumpy\ndtype\n(" + string(dtype) + b"K\x00K\x01tR(K\x03" + string(b"<")
+        kind += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
         return new + b"(K\x01" + sizes + kind + b"\x89" + string(content) + b"tb"
 
     path = tmp_path / "ti.pickle"
@@ -140,11 +127,6 @@ def test_malicious_pickle(tmp_path, protocol, content, name):
     assert copies(path) == []
 
 
-def test_pickled_objects_are_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read .*an array of dtype .O"):
-        read(pickled(tmp_path / "ti.pickle", extrapolated_targets=np.array([None])))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -176,11 +158,18 @@ def test_refused(tmp_path, form, changes, message):
     assert copies(path) == []  # refused before a copy is written
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"data": PIXELS})[:500], b"\x93NUMPY\x01\x00"])
-def test_unreadable(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", ".+"), (b"not a pickle", ".+"), (pickle.dumps({"data": PIXELS})[:500], ".+"), (b"\x93NUMPY\x01\x00", ".+"),
+        (pickle.dumps({"data": PIXELS, "extrapolated_targets": LABELS}, 5, buffer_callback=[].append), ".*out-of-band.*"),
+        (pickle.dumps({"data": PIXELS, "extrapolated_targets": np.array([None])}), ".*an array of dtype .O.*"),
+    ],
+)  # fmt: skip
+def test_unreadable(tmp_path, content, reason):
     path = tmp_path / "extra.data"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"--extra .*extra.data: cannot be read as .npz or pickle \(.+\): give"):
+    with pytest.raises(InputError, match=rf"--extra .*extra.data: cannot be read as .npz or pickle \({reason}\): give"):
         read(path)
 
 
