@@ -44,27 +44,22 @@ class _Array:
 
     def __init__(self, *_: Any):
         self.state: tuple = (0, _Dtype("u1"), False, b"")
+        self.axes: tuple | None = None
 
     def __setstate__(self, state: tuple):
         self.state = state[1:]
 
     def array(self) -> np.ndarray:
         shape, dtype, fortran, content = self.state
-        return dtype.array(content).reshape(shape, order="F" if fortran else "C")
+        array = dtype.array(content).reshape(shape, order="F" if fortran else "C")
+        return array if self.axes is None else array.transpose(self.axes)
 
 
-class _Buffer(_Array):
-    """Stands for what numpy's _frombuffer makes, in protocol 5."""
-
-    def __init__(self, content: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str, axes: tuple[int, ...] | None = None):
-        self.state, self.axes = (shape, dtype, order == "F", content), axes  # axes come with the order K: in memory it is C
-
-    def array(self) -> np.ndarray:
-        return super().array() if self.axes is None else super().array().transpose(self.axes)
-
-
-def _scalar(dtype: _Dtype, content: Any) -> Any:
-    return dtype.array(content)[0]
+def _from_buffer(content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: tuple | None = None) -> _Array:
+    """As protocol 5 pickles arrays; axes come with the order K: in memory it is C."""
+    array = _Array()
+    array.state, array.axes = (shape, dtype, order == "F", content), axes
+    return array
 
 
 class _Unpickler(pickle.Unpickler):
@@ -74,8 +69,8 @@ class _Unpickler(pickle.Unpickler):
         "numpy.dtype": _Dtype,
         "numpy.ndarray": _Array,
         "numpy.core.multiarray._reconstruct": _Array,
-        "numpy.core.multiarray.scalar": _scalar,
-        "numpy.core.numeric._frombuffer": _Buffer,
+        "numpy.core.multiarray.scalar": lambda dtype, content: dtype.array(content)[0],
+        "numpy.core.numeric._frombuffer": _from_buffer,
         "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how protocol 2 writes bytes
     }
 

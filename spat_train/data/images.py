@@ -136,14 +136,14 @@ class Dataset:
 
     def limited(self, limit: int | None, seed: int) -> "Dataset":
         """At most `limit` random images of each split, chosen by `seed`."""
-        return replace(self, train=_limited(self.train, limit, seed), test=_limited(self.test, limit, seed))
 
+        def drawn(images: Images | Folder) -> Images | Folder:
+            if limit is None or limit >= len(images):
+                return images
+            # At random, as some files are sorted by class.
+            return images.subset(torch.from_numpy(np.random.default_rng(seed).permutation(len(images))[:limit]))
 
-def _limited(images: Images | Folder, limit: int | None, seed: int) -> Images | Folder:
-    if limit is None or limit >= len(images):
-        return images
-    # At random, as some files are sorted by class.
-    return images.subset(torch.from_numpy(np.random.default_rng(seed).permutation(len(images))[:limit]))
+        return replace(self, train=drawn(self.train), test=drawn(self.test))
 
 
 def missing_classes(labels: Tensor, num_classes: int) -> list[int]:

@@ -18,8 +18,7 @@ import numpy as np
 from ..errors import InputError, first_line
 from .array_pickle import as_array, read_pickle
 from .images import Images
-from .mmap_npz import map_npy, map_npz, npy_header
-from .npz_files import class_labels
+from .npz_files import class_labels, map_npy, map_npz, npy_header
 
 NAMES = (("image", "label"), ("data", "extrapolated_targets"), ("x_train", "y_train"))  # generated; RST's; as --data
 EXPECTED = " or ".join(f"({pixels}, {labels})" for pixels, labels in NAMES)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..errors import check_count
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from .loaded_run import LoadedRun, TestImages, open_models
 from .options import Options
 from .pictures import CANDIDATES, examples

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..evaluation.evaluate import evaluate, tensor_hash, weights_hash
 from ..evaluation.interruptible import interruptible
 from ..models.checkpoints import load_model
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from .options import Options
 from .runs import Run, data_name, title
 

@@ -10,7 +10,7 @@ from spat_kernels import losses
 
 from ..config import Config, check_device
 from ..errors import InputError, check_eps, check_seed
-from ..models.registry import import_own
+from ..models.external import import_own
 
 Need = Callable[[bool, str, str], None]  # (condition, option, remedy)
 
