@@ -1,7 +1,9 @@
-"""Data sets by name, and how many images of them."""
+"""Data sets by name, how many images of them, and what training and evaluation need of any images."""
 
-import gzip
+import os
 import pickle
+import re
+import shutil
 import struct
 import sys
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 from spat_train.data.datasets import load
+from spat_train.data.images import Images, fingerprint, floats, hold_out
 from spat_train.errors import InputError
-from tests.data.helpers import arrays, saved
+from tests.data.helpers import arrays, random_images, saved
 
 RNG = np.random.default_rng(0)
 
@@ -44,10 +47,7 @@ def test_limit_draws_matching_images_and_labels(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"data": "cifar11"},
-            "--data cifar11: there is none: did you mean cifar1.* give cifar10, cifar100, stl10, mnist, digits, an .npz",
-        ),
+        ({"data": "cifar11"}, "--data cifar11: there is none: did you mean cifar1.* give cifar10, .*, mnist, digits, an .npz"),
         ({"data": "nowhere.npz"}, "--data nowhere.npz: there is no such file"),
         ({"data": "nowhere"}, "--data nowhere: there is none: .*give"),
         ({"data": "digits", "limit": 0}, "--limit 0: give at least 1"),
@@ -95,9 +95,7 @@ def test_mnist(tmp_path):
     for split, rows in (("train", slice(4)), ("t10k", slice(4, 7))):
         x, y = pixels[rows], np.arange(7, dtype=np.uint8)[rows]
         for name, array, magic in ((f"{split}-images-idx3-ubyte", x, 0x803), (f"{split}-labels-idx1-ubyte", y, 0x801)):
-            content = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
-            (folder / name).write_bytes(content)
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            (folder / name).write_bytes(struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes())
     data = load("mnist", root=tmp_path)
     assert data.train.pixels.shape == (4, 28, 28, 1)
     assert data.classes == tuple("0123456789")
@@ -130,3 +128,70 @@ def test_torchvision_that_does_not_import(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(InputError, match=r"^--data mnist: torchvision does not import \(.*\): install"):
         load("mnist", root=tmp_path)
+
+
+# ---- any images
+
+
+def test_hold_out_is_stratified():
+    labels = torch.arange(5).repeat_interleave(torch.tensor([700, 200, 0, 95, 5]))[torch.randperm(1000)]
+    train, held = hold_out(labels, 100, seed=0)
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(1000))
+    for rows in (train, held):
+        assert torch.equal(rows, rows.sort().values)
+        assert rows.dtype == torch.int64
+    assert labels[held].bincount(minlength=5).tolist() in ([70, 20, 0, 10, 0], [70, 20, 0, 9, 1])
+    assert torch.equal(held, hold_out(labels, 100, seed=0)[1])
+    assert not torch.equal(held, hold_out(labels, 100, seed=1)[1])
+
+
+def test_hold_out_counts():
+    for count in (0, 1, 7, 999):
+        assert list(map(len, hold_out(torch.arange(1000) % 10, count, seed=0))) == [1000 - count, count]
+    for count in (-1, 10):
+        with pytest.raises(InputError, match=f"--holdout {count}: give 0 to 9"):
+            hold_out(torch.arange(10), count, seed=0)
+
+
+def test_fingerprint(monkeypatch):
+    images = random_images()
+    value = fingerprint(images)
+    assert re.fullmatch("[0-9a-f]{16}", value)
+    assert fingerprint(random_images()) == value
+    for tensor, index in ((images.pixels, (49, 7, 8, 2)), (images.labels, (0,))):
+        tensor[index] += 1
+        assert fingerprint(images) != value
+        tensor[index] -= 1
+    assert fingerprint(Images(images.pixels.view(50, 9, 8, 3), images.labels)) != value
+    assert fingerprint(Images(images.pixels[:0], images.labels[:0])) != value
+    monkeypatch.setattr("spat_train.data.images.HASHED", 1000)
+    monkeypatch.setattr("spat_train.data.images.SAMPLED", 8)
+    sampled = fingerprint(images)
+    images.pixels[49] += 1  # the last is in the sample
+    assert fingerprint(images) != sampled
+
+
+def test_fingerprint_of_a_folder(pictures):
+    def value(image_size=16, **options) -> str:
+        return fingerprint(load(str(pictures), image_size=image_size).train, **options)
+
+    before, contents = value(), value(contents=True)
+    assert value() == before
+    assert value(20) != before
+    shutil.copy(pictures / "train" / "dog" / "2.png", pictures / "train" / "dog" / "0.png")
+    assert value() == before  # of another size: it may have been repaired
+    assert value(contents=True) != contents
+    path = (pictures / "train" / "dog" / "0.png").rename(pictures / "train" / "dog" / "7.png")
+    assert value() != before
+    os.rename(path, os.fsencode(path.parent) + b"/caf\xe9.png")  # not UTF-8
+    assert value() != before
+
+
+def test_floats(device):
+    images = random_images()
+    rows = torch.tensor([4, 4, 49])
+    x, y = floats(images, rows, device)
+    assert (x.shape, x.dtype, x.device.type) == ((3, 3, 8, 9), torch.float32, device)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x.cpu(), (images.pixels[rows].float() / 255).permute(0, 3, 1, 2))
+    assert torch.equal(y.cpu(), images.labels[rows])

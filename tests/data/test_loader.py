@@ -60,12 +60,14 @@ def test_fractions(fraction, labelled):
     assert counts.max() - counts.min() <= 1  # no image twice before all have been once
 
 
-@pytest.mark.parametrize(
-    "changes", [{"rows": ROWS[:0]}, {"batch_size": 0}, {"extra_fraction": 0.5}, {"extra": 9, "extra_fraction": 1.5}]
-)
-def test_orders_that_make_no_sense(changes):
-    with pytest.raises(ValueError):
-        Order(**{"rows": ROWS, "batch_size": 8, "seed": 0} | changes)
+def test_arguments_that_make_no_sense():
+    for changes in ({"rows": ROWS[:0]}, {"batch_size": 0}, {"extra_fraction": 0.5}, {"extra": 9, "extra_fraction": 1.5}):
+        with pytest.raises(ValueError, match="needs"):
+            Order(**{"rows": ROWS, "batch_size": 8, "seed": 0} | changes)
+    with pytest.raises(ValueError, match="0 extra images, 70 are given"):
+        Loader(random_images(), Order(ROWS, 8, 3), extra=random_images(70))
+    with pytest.raises(ValueError, match=r"extra images are \(3, 9, 8\)"):
+        Loader(random_images(), Order(ROWS, 8, 3, extra=7), extra=random_images(7, (9, 8, 3)))
 
 
 # --- batches ---
@@ -107,11 +109,10 @@ def test_crops_differ_between_epochs_steps_images_and_seeds():
     def crops(seed, number, **settings):
         return torch.cat([x for x, _ in Loader(images, Order(torch.arange(64), 32, seed), **settings).epoch(number)])
 
-    kinds = {tuple(x.flatten().tolist()) for x in crops(0, 0, pad=2, flip=True)}
-    assert len(kinds) > 25  # of 5 * 5 * 2
-    assert len({tuple(x.flatten().tolist()) for x in crops(0, 0, flip=True)}) == 2
-    assert len({tuple(x.flatten().tolist()) for x in crops(0, 0)}) == 1
     values = [crops(seed, number, pad=2, flip=True) for seed, number in ((0, 0), (0, 1), (1, 0))]
+    assert all(len(value.unique(dim=0)) > 25 for value in values)  # of 5 * 5 * 2
+    assert len(crops(0, 0, flip=True).unique(dim=0)) == 2
+    assert len(crops(0, 0).unique(dim=0)) == 1
     for i in range(3):
         assert not torch.equal(values[i], values[i - 1])
 
@@ -210,13 +211,6 @@ def test_mapped_images_are_read_where_they_are(big_npz):
         with takes_less_than(40e6):
             x, _ = next(Loader(images, Order(torch.arange(700, 800), 100, seed=0), resident=resident, workers=0).epoch(0))
             assert np.isclose(x.sum(), 3072 * 7 / 255)
-
-
-def test_arguments_that_do_not_match():
-    with pytest.raises(ValueError, match="0 extra images, 70 are given"):
-        Loader(random_images(), Order(ROWS, 8, 3), extra=random_images(70))
-    with pytest.raises(ValueError, match=r"extra images are \(3, 9, 8\)"):
-        Loader(random_images(), Order(ROWS, 8, 3, extra=7), extra=random_images(7, (9, 8, 3)))
 
 
 @pytest.mark.gpu

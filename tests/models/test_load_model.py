@@ -1,6 +1,5 @@
 """Models of runs and foreign files: which architecture, classes and normalisation they have, and whose code runs."""
 
-import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from spat_train.runtime.run_folder import FORMAT
 from spat_train.training.check import check
 from spat_train.training.trainer import train
 from tests.models.helpers import CIFAR, MEAN, STD, X, network, numbers, own, refusal, saved
+from tests.training.helpers import settings
 
 
 def test_another_name_for_the_model_of_a_run(tmp_path):
@@ -76,18 +76,14 @@ def test_errors_of_others(tmp_path, monkeypatch):
 # ---- by command
 
 
-def digits_run(tmp_path, **options) -> Config:
-    config = Config(
-        model="small-cnn", data="digits", limit=40, epochs=1, steps=1, val_steps=1, batch_size=20, holdout=10, test=False,
-        tensorboard=False, device="cpu", out=tmp_path / "run",
-    )  # fmt: skip
-    return Config(**(vars(config) | options))
+def digits_run(folder, **options) -> Config:
+    return settings(folder, model="small-cnn", epochs=1, val_steps=1, **options)
 
 
 def test_fine_tuning_and_normalised_runs(tmp_path):
     theirs = create("small-cnn", 10, (1, 8, 8), mean=[0.3], std=[0.4])
     path = saved(tmp_path, {"net": theirs.state_dict()})
-    config = digits_run(tmp_path, init=path, mean=(0.3,), std=(0.4,), lr=1e-12)
+    config = digits_run(tmp_path / "run", init=path, mean=(0.3,), std=(0.4,), lr=1e-12)
     train(config)
     model, found = load_model(tmp_path / "run", load("digits"))
     assert normalisation(model) == "mean 0.3, std 0.4"
@@ -98,14 +94,14 @@ def test_fine_tuning_and_normalised_runs(tmp_path):
     assert not torch.equal(create("small-cnn", 10, (1, 8, 8)).classifier.weight, theirs.model.classifier.weight)
 
     with pytest.raises(InputError, match=r"--mean, --std: .* has others: give its own \(mean 0.3, std 0.4\)"):
-        train(digits_run(tmp_path, init=path, mean=(0.5,), std=(0.5,), out=tmp_path / "other"))
+        train(digits_run(tmp_path / "other", init=path, mean=(0.5,), std=(0.5,)))
     path.unlink()
     train(Config(**(vars(config) | {"resume": True})))  # the checkpoint wins
     with pytest.raises(InputError, match="--init: .*weights.pt: there is no such run or checkpoint"):
-        train(digits_run(tmp_path, init=path, out=tmp_path / "other"))
+        train(digits_run(tmp_path / "other", init=path))
     saved(tmp_path, create("small-cnn", 3, (1, 8, 8)).state_dict())
     with pytest.raises(InputError, match="--init: checkpoint .*looks like 3 classes"):
-        train(digits_run(tmp_path, init=path, out=tmp_path / "other"))
+        train(digits_run(tmp_path / "other", init=path))
     assert not (tmp_path / "other").exists()
 
 
@@ -211,7 +207,6 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("given", [{"flip": 1}, {"test": 0}, {"epochs": 2.0}])
 def test_configs_from_python_are_read_as_they_are_taken(tmp_path, given):
-    config = dataclasses.replace(digits_run(tmp_path), **given)
+    config = settings(tmp_path / "run", **given)
     check(config)
-    torch.save({"format": "spat_train 3", "config": config.to_dict()}, tmp_path / "best.pt")
-    assert run_config(tmp_path / "best.pt") == config
+    assert run_config(saved(tmp_path, {"format": FORMAT, "config": config.to_dict()})) == config

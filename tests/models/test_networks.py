@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,31 +86,33 @@ def test_cnns_for_mnist():
     assert logits_shape("mnist-b", (3, 32, 29)) == (2, 10)
 
 
-def test_the_cnn_of_trades(tmp_path):
+def test_the_cnn_of_trades():
     """Names and shapes of its public checkpoint: 312,202 weights."""
-    model = create("mnist-trades", 10, (1, 28, 28)).eval()
+    model, x = create("mnist-trades", 10, (1, 28, 28)).eval(), torch.rand(2, 1, 28, 28)
     convolutions = {"conv1": (32, 1), "conv2": (32, 32), "conv3": (64, 32), "conv4": (64, 64)}
     shapes = {f"feature_extractor.{name}.weight": (*shape, 3, 3) for name, shape in convolutions.items()}
     shapes |= {f"classifier.{name}.weight": s for name, s in {"fc1": (200, 1024), "fc2": (200, 200), "fc3": (10, 200)}.items()}
     state = model.state_dict()
     assert {name: tuple(t.shape) for name, t in state.items() if name.endswith("weight")} == shapes
     assert sum(t.numel() for t in state.values()) == 312_202
-    x = torch.rand(2, 1, 28, 28)
+
+    def layer(function, name: str, out: torch.Tensor) -> torch.Tensor:
+        return function(out, state[f"{name}.weight"], state[f"{name}.bias"])
+
     out = x
-    for name, pool in (("conv1", False), ("conv2", True), ("conv3", False), ("conv4", True)):
-        out = nn.functional.conv2d(out, *(state[f"feature_extractor.{name}.{kind}"] for kind in ("weight", "bias"))).relu()
-        out = nn.functional.max_pool2d(out, 2) if pool else out
+    for i in (1, 2, 3, 4):
+        out = layer(F.conv2d, f"feature_extractor.conv{i}", out).relu()
+        out = out if i % 2 else F.max_pool2d(out, 2)
     out = out.flatten(1)
-    for name in ("fc1", "fc2"):
-        out = nn.functional.linear(out, *(state[f"classifier.{name}.{kind}"] for kind in ("weight", "bias"))).relu()
-    expected = nn.functional.linear(out, state["classifier.fc3.weight"], state["classifier.fc3.bias"])
-    torch.testing.assert_close(model(x), expected)
+    for i in (1, 2):
+        out = layer(F.linear, f"classifier.fc{i}", out).relu()
+    torch.testing.assert_close(model(x), layer(F.linear, "classifier.fc3", out))
 
 
 def test_global_pooling_is_that_of_the_public_code():
     model, features = create("wrn-10-1").eval(), torch.rand(2, 64, 8, 8)
     model.conv1, model.block1, model.block2, model.block3 = (nn.Identity() for _ in range(4))
-    expected = model.fc(nn.functional.avg_pool2d(model.relu(model.bn1(features)), 8).flatten(1))
+    expected = model.fc(F.avg_pool2d(model.relu(model.bn1(features)), 8).flatten(1))
     torch.testing.assert_close(model(features), expected)
 
 
