@@ -131,12 +131,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
-    """The state dict in the content of a file; `weights` as in `read_weights`.
-
-    Raises:
-        InputError: there is no such one, or there are several and none has a usual name.
-        ValueError: `weights` is not one of the three.
-    """
+    """The state dict in the content of a file; `weights` as in `read_weights`."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: give 'auto', 'model' or 'ema'")
     entries = list(_entries(content))
