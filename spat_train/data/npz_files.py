@@ -21,9 +21,6 @@ def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset
 
     Args:
         splits: what is read; without "train" the training set is empty.
-
-    Raises:
-        InputError: the file or an array in it does not fit.
     """
     arrays = _read(path, [f"{name}_{split}" for split in splits for name in "xy"])
     named, trained = "classes" in arrays, "y_train" in arrays

@@ -79,9 +79,8 @@ def test_damaged_file(tmp_path, save, after, offset, new):
 def test_npz(tmp_path, save, order, classes, shape, labels):
     source = arrays(shape)
     changes = {name: source[name].astype(labels) for name in ("y_train", "y_test")} | {"classes": classes}
-    data = load(
-        str(saved(tmp_path, save, x_test=source["x_test"], x_train=np.asarray(source["x_train"], order=order), **changes))
-    )
+    changes |= {"x_train": np.asarray(source["x_train"], order=order), "x_test": source["x_test"]}
+    data = load(str(saved(tmp_path, save, **changes)))
     assert (data.name, data.classes, data.num_classes) == ("data", classes or ("0", "1", "2"), 3)
     assert data.image_shape == data.test.image_shape == (shape[2] if len(shape) == 3 else 1, *shape[:2])
     for split in ("train", "test"):

@@ -130,14 +130,12 @@ def test_malicious_pickle(tmp_path, protocol, content, name):
     [
         ({"data": PIXELS.astype(np.float32)}, r"images are float32 \[30, 8, 9, 3\]: save uint8 \[N, 8, 9, 3\]"),
         ({"data": PIXELS.reshape(30, -1)}, r"images are uint8 \[30, 216\]: save uint8 \[N, 8, 9, 3\]"),
-        ({"data": PIXELS[..., 0]}, r"images are uint8 \[30, 8, 9\]"),
         ({"data": PIXELS.transpose(0, 3, 1, 2)}, r"images are uint8 \[30, 3, 8, 9\]"),
         ({"data": PIXELS[:0], "extrapolated_targets": LABELS[:0]}, "is empty"),
         ({"data": np.uint8(3)}, r"images are \w+ \[\]"),
         ({"extrapolated_targets": LABELS[:29]}, "the array of labels has 29 labels for 30 images: save one label per image"),
         ({"extrapolated_targets": LABELS + 0.5}, r"the array of labels is float64 \[30\]: save class indices as integers"),
         ({"extrapolated_targets": LABELS - 1}, "labels contains -1: save labels from 0 to 9"),
-        ({"extrapolated_targets": LABELS + 1}, "labels contains 10: save labels from 0 to 9"),
         ({"extrapolated_targets": LABELS.astype(np.uint64) + 2**63}, "labels contains 9223372036854775808"),
     ],
 )

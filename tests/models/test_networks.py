@@ -13,7 +13,7 @@ from spat_train.models.networks import FAMILIES
 from spat_train.models.networks.small import MnistCNN
 from spat_train.models.networks.wide_resnet import WideResNet
 from spat_train.models.registry import NAMES, create
-from spat_train.models.wrapping import ACTIVATIONS, Normalize, normalisation
+from spat_train.models.wrapping import ACTIVATIONS, normalisation
 from tests.models.helpers import build, logits_shape
 
 # without sub_block1, reference.md; the ResNets: public CIFAR code, PreActResNet with its last BatchNorm
@@ -152,13 +152,6 @@ def test_activations(monkeypatch, name):
             assert kinds == [type(ACTIVATIONS[activation]())] * sum(isinstance(m, nn.ReLU) for m in plain.modules())
             assert list(model.state_dict()) == list(plain.state_dict())
             assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_normalize():
-    normalize, x = Normalize([0.5, 0.25, 0], [0.5, 0.25, 2]), torch.rand(2, 3, 4, 5)
-    expected = torch.stack([(x[:, 0] - 0.5) / 0.5, (x[:, 1] - 0.25) / 0.25, x[:, 2] / 2], 1)
-    torch.testing.assert_close(normalize(x), expected)
-    assert list(create("mnist-b", mean=[0.5] * 3, std=[0.5] * 3).state_dict())[:2] == ["normalize.mean", "normalize.std"]
 
 
 # ---- names

@@ -68,9 +68,7 @@ class MnistCNN(nn.Module):
 class MnistB(nn.Module):
     """Architecture B of Tramèr et al. for MNIST (arXiv 1705.07204, Appendix A), from which Madry et al. attack in the black box.
 
-    Args:
-        image_shape: (C, H, W) of one image, at least 28x28.
-        num_classes: K.
+    Images are at least 28x28.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):
@@ -93,11 +91,7 @@ class MnistB(nn.Module):
 class TradesCNN(nn.Module):
     """TRADES' network for MNIST (its code calls it SmallCNN): four 3x3 convolutions, two max-pools and three dense layers.
 
-    Parameters have the names of its public checkpoint. PyTorch's initialisation.
-
-    Args:
-        image_shape: (C, H, W) of one image, at least 16x16.
-        num_classes: K.
+    Parameters have the names of its public checkpoint. PyTorch's initialisation. Images are at least 16x16.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):
