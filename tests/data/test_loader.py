@@ -156,16 +156,6 @@ def test_pictures_in_files(pictures, device):
         Loader(train, order, resident=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_picture_is_named_in_one_line(pictures, workers):
-    train = load(str(pictures), image_size=16).train
-    (pictures / "train" / "cat" / "1.png").write_bytes(b"no picture")
-    loader = Loader(train, Order(torch.arange(6), 4, seed=0), workers=workers)
-    with pytest.raises(InputError, match=r"^--data: .*cat/1.png cannot be decoded \(.*\): repair or remove it, or .*$"):
-        list(loader.epoch(0))
-    assert multiprocessing.active_children() == []
-
-
 @pytest.mark.parametrize(
     ("place", "error", "message"),
     [

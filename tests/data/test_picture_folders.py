@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from spat_train.data.datasets import load
-from spat_train.data.images import Dataset, Folder
-from spat_train.data.pictures import read_picture
+from spat_train.data.images import Dataset, Folder, read_picture
 from spat_train.errors import InputError
 from tests.data.helpers import picture
 

@@ -125,17 +125,6 @@ def test_normalised_layouts(tmp_path, layout, wrap):
     torch.testing.assert_close(opened(X), expected)
 
 
-def test_normalisation_outside_of_the_file(tmp_path):
-    """RST's files say that there is one."""
-    state, inner = network().state_dict(), network(seed=2)
-    path = saved(tmp_path, {"num_classes": 10, "state_dict": state, "normalize_input": True})
-    assert "normalize_input" in refusal(inner, path)
-    model = normalized(inner)
-    load_checkpoint(model, path)
-    assert same(inner, state)
-    assert normalisation(model) == "mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
-
-
 @pytest.mark.parametrize("layout", [kuangliu, lambda s: robustness(kuangliu(s))], ids=["kuangliu, MART", "robustness"])
 def test_resnets(tmp_path, layout):
     theirs = network("resnet-18")
@@ -207,6 +196,7 @@ def without(state: dict, *names: str) -> dict:
         (lambda s: without(s, "fc.bias") | {"fc.scale": s["fc.bias"]}, "missing: fc.bias; unexpected: fc.scale: "),
         (lambda s: s | {"module.fc.bias": torch.zeros(10)}, "unexpected: module.fc.bias: "),
         (NORMALISED["RobustBench, normalize"], "unexpected: normalize.mean, normalize.std: the file's network normalises"),
+        (lambda s: {"num_classes": 10, "state_dict": s, "normalize_input": True}, "normalize_input"),  # as RST's say it
         (lambda s: {"init_conv.weight": s["conv1.weight"], "logits.weight": s["fc.weight"]}, "DeepMind's WRN, another function"),
         (lambda s: s | {"fc.weight": s["fc.weight"].to_sparse()}, "no such numbers: fc.weight (sparse_coo)"),
         (lambda s: s | {"fc.weight": s["fc.weight"].to("meta")}, "fc.weight (meta)"),

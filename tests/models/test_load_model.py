@@ -35,7 +35,7 @@ def test_another_name_for_the_model_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("odd", [{"eps": "8"}, {"mean": 0.5}, {"mean": ["0.5"]}, {"activation": "tanh"}, {"epochs": True}])
-def test_configs_that_no_run_writes(tmp_path, odd):
+def test_odd_configs(tmp_path, odd):
     (name, value), *_ = odd.items()
     content = Config(model="wrn-10-1").to_dict() | odd
     path = saved(tmp_path, {"format": FORMAT, "config": content, "model": network().state_dict()})
@@ -44,6 +44,10 @@ def test_configs_that_no_run_writes(tmp_path, odd):
         with pytest.raises(InputError, match=f"no run writes such a config .{name}=.*: restore it"):
             run_config(where)
     assert f"no run writes such a config ({name}=" in refusal(network(), path)
+    for given in ({"flip": 1}, {"test": 0}, {"epochs": 2.0}):  # as Python takes them
+        config = settings(tmp_path / "run", **given)
+        check(config)
+        assert run_config(saved(tmp_path, {"format": FORMAT, "config": config.to_dict()})) == config
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -199,10 +203,3 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
     assert torch.equal(open_model(Run(run, config), images, repeated).model[1].weight, net[1].weight)
     assert (tmp_path / "ran").exists()
     del sys.modules["their_code"]
-
-
-@pytest.mark.parametrize("given", [{"flip": 1}, {"test": 0}, {"epochs": 2.0}])
-def test_configs_from_python_are_read_as_they_are_taken(tmp_path, given):
-    config = settings(tmp_path / "run", **given)
-    check(config)
-    assert run_config(saved(tmp_path, {"format": FORMAT, "config": config.to_dict()})) == config
