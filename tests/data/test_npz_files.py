@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spat_train.data.datasets import load
+from spat_train.data.loader import Loader, Order
 from spat_train.data.npz_files import load_npz
 from spat_train.errors import InputError
 from tests.data.helpers import arrays, saved, takes_less_than
@@ -112,5 +113,9 @@ def test_mapped_images_take_no_memory_and_leave_the_file_alone(big_npz):
     with takes_less_than(40e6):
         images = load_npz(big_npz).train
         assert (images.batch(torch.tensor([777])) == 7).all()
+    for resident in (None, False):
+        with takes_less_than(40e6):
+            x, _ = next(Loader(images, Order(torch.arange(700, 800), 100, seed=0), resident=resident, workers=0).epoch(0))
+            assert np.isclose(x.sum(), 3072 * 7 / 255)
     images.pixels[-1] = 9
     assert big_npz.read_bytes()[-1000:] == before

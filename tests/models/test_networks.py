@@ -16,13 +16,8 @@ from spat_train.models.wrapping import ACTIVATIONS, normalisation
 from tests.models.helpers import build, logits_shape
 
 # without sub_block1, reference.md; the ResNets: public CIFAR code, PreActResNet with its last BatchNorm
-PARAMETERS = {
-    "wrn-34-10": 46_160_474,
-    "wrn-28-10": 36_479_194,
-    "preactresnet-18": 11_172_170,
-    "resnet-18": 11_173_962,
-    "resnet-50": 23_520_842,
-}
+PARAMETERS = {"wrn-34-10": 46_160_474, "wrn-28-10": 36_479_194, "preactresnet-18": 11_172_170, "resnet-18": 11_173_962}
+PARAMETERS |= {"resnet-50": 23_520_842}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
