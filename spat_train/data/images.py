@@ -220,9 +220,7 @@ def read_picture(path: Path, size: int) -> np.ndarray:
 
     Of 16 bits the high 8 are kept, so that pictures of 12 bits in 16 come out almost black: stretch them first. As for
     torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the first picture of an animation is taken.
-
-    Raises:
-        InputError: the file cannot be decoded, or has 32 bits a value, whose range is not known.
+    An InputError where the file cannot be decoded, or has 32 bits a value, whose range is not known.
     """
     from PIL import Image
 

@@ -60,8 +60,7 @@ def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
 def read_file(path: str | Path) -> Any:
     """What `torch.save` wrote to `path`, its tensors on the CPU; or the tensors in a .safetensors file.
 
-    Raises:
-        InputError: it is no such file, it is damaged, or it holds objects that could run code.
+    An InputError where it is no such file, it is damaged, or it holds objects that could run code.
     """
     path = Path(path)
     if os.path.isdir(path):

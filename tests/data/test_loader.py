@@ -167,7 +167,7 @@ def test_pictures_in_files(pictures, device):
     ],
 )  # fmt: skip
 def test_errors_in_workers(monkeypatch, place, error, message):
-    """In one line, and with a remedy for lack of memory. Workers end though the traceback holds on to them; they are patched too."""
+    """In one line, with a remedy for lack of memory. Workers end though the traceback holds on to them; they are patched too."""
 
     def broken(*args):
         raise error
