@@ -44,6 +44,9 @@ def test_npz(tmp_path, save, names):
         assert images.labels.dtype == torch.int64
         assert images.image_shape == (3, 8, 9)
     assert copies(path) == ([] if save is np.savez else ["extra.npz.pixels.npy"])
+    for grey in (PIXELS[..., 0], PIXELS[..., :1]):
+        save(path, **{names[0]: grey, names[1]: LABELS})
+        assert np.array_equal(read(path, image_shape=(1, 8, 9)).pixels, PIXELS[..., :1])
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -88,12 +91,6 @@ def test_pickle_of_python_2(tmp_path):
     assert read(path).labels.tolist() == LABELS.tolist()
 
 
-@pytest.mark.parametrize("shape", [(30, 8, 9), (30, 8, 9, 1)])
-def test_grey(tmp_path, shape):
-    np.savez(tmp_path / "extra.npz", image=PIXELS[..., 0].reshape(shape), label=LABELS)
-    assert np.array_equal(read(tmp_path / "extra.npz", image_shape=(1, 8, 9)).pixels, PIXELS[..., :1])
-
-
 class Call:
     """Pickles as a call of `function` when it is read."""
 
@@ -110,7 +107,6 @@ class Call:
     [
         (lambda marker: Call(os.system, f"touch {marker}"), "posix.system"),
         (lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"), "builtins.eval|__builtin__.eval"),
-        (lambda marker: Call(open, str(marker), "w"), r"\w*io.open"),
         (lambda marker: Call(np.load, str(marker)), "numpy.load"),
         (lambda marker: Call(codecs.decode, "00", "hex"), "_codecs.decode"),
         (lambda marker: Call(getattr, "", "join"), "builtins.getattr|__builtin__.getattr"),
