@@ -78,7 +78,7 @@ def test_cifar(tmp_path, monkeypatch):
     assert load("cifar100", root=tmp_path).name == "cifar100"
 
 
-def test_mnist(tmp_path):
+def test_mnist(tmp_path, monkeypatch):
     pytest.importorskip("torchvision", exc_type=Exception)
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
@@ -94,6 +94,9 @@ def test_mnist(tmp_path):
     assert data.test.labels.tolist() == [4, 5, 6]
     (folder / "train-images-idx3-ubyte").write_bytes(b"cut short")
     with pytest.raises(InputError, match=r"--data mnist: cannot be read from --root .* \(.*\): add --download"):
+        load("mnist", root=tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(InputError, match=r"^--data mnist: torchvision does not import \(.*\): install"):
         load("mnist", root=tmp_path)
 
 
@@ -113,12 +116,6 @@ def test_stl10(tmp_path, monkeypatch):
     assert data.train.pixels.is_contiguous()
     assert data.test.labels.tolist() == [2, 3]
     assert data.classes == ("airplane", "bird", "car", "cat")
-
-
-def test_torchvision_that_does_not_import(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(InputError, match=r"^--data mnist: torchvision does not import \(.*\): install"):
-        load("mnist", root=tmp_path)
 
 
 # ---- any images

@@ -202,15 +202,19 @@ def test_module_in_the_current_directory(own_module, tmp_path):
         ("own_models:deep", "missing a required argument: 'depth'"),
         ("own_models:text", "text returns str: return a torch.nn.Module"),
         ("own_models:kind", "kind returns type: return"),
+        ("timm:resnet81", "no such model: did you mean resnet18"),
+        ("timm:hf-hub:timm/resnet18", "timm"),
+        ("timm:resnet18.no_such_tag", "timm"),
+        ("timm:", "timm"),
     ],
 )
-def test_own_that_does_not_fit(own_module, name, message):
+def test_others_that_do_not_fit(own_module, name, message):
     own_module("WIDTH = 3", "def net(num_classes): return nn.Linear(3, num_classes)", "def bare(): return nn.Linear(3, 3)",
                "def deep(depth, num_classes): pass", "def text(num_classes): return 'net'",
                "def kind(num_classes): return nn.Linear")  # fmt: skip
     before = list(sys.path)
     with pytest.raises(ValueError, match=message) as caught:
-        create(name)
+        build(name)
     assert str(caught.value).startswith(f"name='{name}'")
     assert sys.path == before
 
@@ -246,14 +250,6 @@ def test_timm(channels):
     other = create("timm:resnet18", 7, (channels, 32, 32), mean=[0.25] * channels, std=[0.5] * channels)
     assert normalisation(other) == f"mean{' 0.25' * channels}, std{' 0.5' * channels}"
     assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
-
-
-@pytest.mark.parametrize("name", ["resnet81", "hf-hub:timm/resnet18", "resnet18.no_such_tag", ""])
-def test_timm_unknown(name):
-    with pytest.raises(ValueError, match="name='timm:") as caught:
-        build(f"timm:{name}")
-    if name == "resnet81":
-        assert "did you mean resnet18" in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "package"), [("timm:resnet18", "timm"), ("resnet-18", "torchvision")])
