@@ -1,7 +1,7 @@
 """Data sets by name, from .npz files and from folders of pictures, checked when they are opened."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +92,12 @@ def _torchvision(name: str, read: Callable[..., tuple]) -> Callable[[Path, bool]
     return load
 
 
-def _cifar(number: int) -> Callable[[Path, bool], Dataset]:
+def _usual(kind: str, classes: Sequence[str] | None = None) -> Callable[..., tuple]:
     def read(datasets: Any, train: bool, **options) -> tuple:
-        source = getattr(datasets, f"CIFAR{number}")(train=train, **options)
-        return source.data, source.targets, source.classes
+        source = getattr(datasets, kind)(train=train, **options)
+        return source.data, source.targets, classes or source.classes
 
-    return _torchvision(f"cifar{number}", read)
-
-
-def _mnist(datasets: Any, train: bool, **options) -> tuple:
-    source = datasets.MNIST(train=train, **options)
-    return source.data, source.targets, map(str, range(10))
+    return read
 
 
 def _stl10(datasets: Any, train: bool, **options) -> tuple:
@@ -111,9 +106,9 @@ def _stl10(datasets: Any, train: bool, **options) -> tuple:
 
 
 DATASETS: dict[str, Callable[[Path, bool], Dataset]] = {
-    "cifar10": _cifar(10),
-    "cifar100": _cifar(100),
+    "cifar10": _torchvision("cifar10", _usual("CIFAR10")),
+    "cifar100": _torchvision("cifar100", _usual("CIFAR100")),
     "stl10": _torchvision("stl10", _stl10),
-    "mnist": _torchvision("mnist", _mnist),
+    "mnist": _torchvision("mnist", _usual("MNIST", "0123456789")),
     "digits": _digits,
 }

@@ -152,12 +152,6 @@ class Loader:
         finally:
             arrivals._shutdown_workers()  # now, whoever still refers to this iterator, such as a traceback
 
-    def batch(self, number: int, step: int) -> tuple[Tensor, Tensor]:
-        """The batch at `step` of an epoch, by itself."""
-        parts = [self._parts(number)[step]]
-        reader = _Reader(self.sources, self.resident, parts)
-        return next(self._batches(parts, number * self.order.steps + step, [reader[0]]))
-
     def _parts(self, number: int) -> list[Parts]:
         """This rank's rows for each step: its share of either source, so that every rank sees the same mix."""
         # The first ranks take the rest of one source, the last ones that of the other: no part is empty before it must be.

@@ -17,11 +17,7 @@ LISTED = 10  # names of broken ones
 
 
 def load_folders(path: Path, image_size: int | None, splits: tuple[str, ...], skip_broken: bool) -> Dataset:
-    """The pictures in `path`, of `splits` ("train" and "test", or "test" alone), brought to `image_size`.
-
-    Raises:
-        InputError: the size, the folders or a picture in them does not fit.
-    """
+    """The pictures in `path`, of `splits` ("train" and "test", or "test" alone), brought to `image_size`."""
     where = f"--data {path}"
     if image_size is None or image_size < MIN_SIZE:
         remedy = f"give the size, {MIN_SIZE} or more, that the pictures in {path} are brought to"

@@ -5,6 +5,8 @@ once to FILE.pixels.npy beside it: the pixels, the labels after them, and a last
 """
 
 import os
+import pickle
+import re
 import secrets
 import shutil
 import zipfile
@@ -16,12 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import InputError, first_line
-from .array_pickle import as_array, read_pickle
 from .images import Images
-from .mmap_npz import map_npy, map_npz, npy_header
-from .npz_files import class_labels
+from .npz_files import class_labels, map_npy, map_npz, npy_header
 
 NAMES = (("image", "label"), ("data", "extrapolated_targets"), ("x_train", "y_train"))  # generated; RST's; as --data
+COPY = ".pixels.npy"  # what its name adds to that of the file
 EXPECTED = " or ".join(f"({pixels}, {labels})" for pixels, labels in NAMES)
 
 
@@ -33,9 +34,6 @@ def load_extra(path: Path, *, image_shape: tuple[int, int, int], num_classes: in
     Args:
         image_shape: (C, H, W) that the images must have.
         num_classes: labels must be below.
-
-    Raises:
-        InputError: the file does not fit, or the copy of its pixels cannot be written.
     """
     where = f"--extra {path}:"
     if not os.path.isfile(path):
@@ -113,15 +111,11 @@ def _chosen(path: Path, names: Any) -> tuple[str, str]:
 # --- the copy of the pixels ---
 
 
-def _copy_name(path: Path) -> Path:
-    return path.with_name(f"{path.name}.pixels.npy")
-
-
 def _read_copy(path: Path, stamp: bytes) -> tuple[np.ndarray, np.ndarray] | None:
     """Pixels and labels; None where there is no copy, or one of another file than this."""
     try:
-        pixels, end = map_npy(_copy_name(path))
-        with open(_copy_name(path), "rb") as file:
+        pixels, end = map_npy(f"{path}{COPY}")
+        with open(f"{path}{COPY}", "rb") as file:
             file.seek(end)
             labels = np.lib.format.read_array(file)
             return (pixels, labels) if file.read() == stamp else None
@@ -131,7 +125,7 @@ def _read_copy(path: Path, stamp: bytes) -> tuple[np.ndarray, np.ndarray] | None
 
 def _write_copy(path: Path, stamp: bytes, labels: np.ndarray, write: Callable[[BinaryIO], None]) -> tuple[np.ndarray, np.ndarray]:
     """Under another name until it is whole: neither a crash nor another rank leaves half a copy."""
-    copy = _copy_name(path)
+    copy = Path(f"{path}{COPY}")
     unfinished = copy.with_name(f"{copy.name}.{secrets.token_hex(4)}")
     try:
         try:
@@ -151,3 +145,75 @@ def _write_copy(path: Path, stamp: bytes, labels: np.ndarray, write: Callable[[B
     if (result := _read_copy(path, stamp)) is None:
         raise InputError(f"--extra {path}: {copy} changed while it was written: start again")
     return result
+
+
+# --- arrays in pickles, read without running what the pickle says: stand-ins replace NumPy's constructors ---
+
+
+def read_pickle(path: Path) -> Any:
+    """What is pickled in `path`, its arrays as stand-ins for `as_array`. An UnpicklingError where it names anything else."""
+    with open(path, "rb") as file:
+        return _Unpickler(file, encoding="latin1").load()  # Python 2's strings are bytes
+
+
+def as_array(value: Any) -> np.ndarray:
+    return value.array() if isinstance(value, _Array) else np.asarray(value)
+
+
+class _Dtype:
+    """Stands for numpy.dtype."""
+
+    def __init__(self, code: str, *_: Any):
+        self.code = code
+
+    def __setstate__(self, state: tuple):
+        self.code = state[1] + self.code  # the byte order
+
+    def array(self, content: Any) -> np.ndarray:
+        """[N], a view of `content`, bytes or what Python 2 wrote for them."""
+        if not re.fullmatch("[<>=|]?([iuf][1248]|b1)", self.code):
+            raise pickle.UnpicklingError(f"an array of dtype {self.code}")
+        content = content.encode("latin1") if isinstance(content, str) else content
+        return np.frombuffer(content, np.dtype(self.code))
+
+
+class _Array:
+    """Stands for numpy.ndarray: made only when it is needed, as files hold other arrays too."""
+
+    def __init__(self, *_: Any):
+        self.state: tuple = (0, _Dtype("u1"), False, b"")
+        self.axes: tuple | None = None
+
+    def __setstate__(self, state: tuple):
+        self.state = state[1:]
+
+    def array(self) -> np.ndarray:
+        shape, dtype, fortran, content = self.state
+        array = dtype.array(content).reshape(shape, order="F" if fortran else "C")
+        return array if self.axes is None else array.transpose(self.axes)
+
+
+def _from_buffer(content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: tuple | None = None) -> _Array:
+    """As protocol 5 pickles arrays; axes come with the order K: in memory it is C."""
+    array = _Array()
+    array.state, array.axes = (shape, dtype, order == "F", content), axes
+    return array
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes arrays of numbers, and calls nothing but the stand-ins above, whatever the pickle names."""
+
+    STANDINS = {
+        "numpy.dtype": _Dtype,
+        "numpy.ndarray": _Array,
+        "numpy.core.multiarray._reconstruct": _Array,
+        "numpy.core.multiarray.scalar": lambda dtype, content: dtype.array(content)[0],
+        "numpy.core.numeric._frombuffer": _from_buffer,
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how protocol 2 writes bytes
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # as numpy 2 says
+        if full not in self.STANDINS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+        return self.STANDINS[full]

@@ -20,7 +20,7 @@ from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, predictions
 
 from ..data.images import Floats, Folder, Images, floats
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from ..runtime.seeding import model_draws
 from . import checks
 from .evaluate import evaluate

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spat_kernels.predictions import model_logits, predictions
 
 from ..data.images import Floats, Folder, Images, floats
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from ..runtime import logs
 from ..runtime.distributed import World
 from .attack_specs import Attack

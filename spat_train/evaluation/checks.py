@@ -11,7 +11,7 @@ from spat_kernels.settings import GradientPath, Graph, Precision
 
 from ..data.images import Floats, Folder, Images
 from ..errors import InputError, as_input_error
-from ..models.registry import device_of, try_on
+from ..models.try_on import device_of, try_on
 from ..runtime.seeding import model_draws
 from .attack_specs import Attack
 

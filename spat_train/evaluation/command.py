@@ -19,8 +19,10 @@ from ..config import Config, check_device
 from ..data.datasets import load
 from ..data.images import Dataset, Folder, Images
 from ..errors import InputError, as_input_error, check_count, check_eps
-from ..models.checkpoints import checkpoint_file, chosen_name, load_model, normalisation, run_config, with_classes_of
-from ..models.registry import import_own
+from ..models.checkpoints import load_model, with_classes_of
+from ..models.external import import_own
+from ..models.run_config import checkpoint_file, chosen_name, run_config
+from ..models.wrapping import normalisation
 from ..runtime.signals import interruptible
 from . import attack_specs
 from .alarms import Alarm, alarms, beyond_chance, rechecked

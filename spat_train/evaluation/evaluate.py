@@ -13,7 +13,7 @@ from spat_kernels.settings import GradientPath, Graph, Precision
 
 from ..data.images import Floats, Folder, Images, fingerprint, floats
 from ..errors import InputError
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from ..runtime.distributed import World
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import derived_seed, model_draws

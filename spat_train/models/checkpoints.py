@@ -20,15 +20,13 @@ from spat_kernels.checks import warn
 from ..config import Config
 from ..data.images import Dataset
 from ..errors import InputError, first_line
-from .matching import Match
-from .misfit import NORMALIZE, misfit
+from .matching import NORMALIZE, Match, misfit
 from .networks import ImageShape
 from .networks.preact_resnet import PreActResNet18, RawPreActBlock
 from .registry import create, full_name
 from .run_config import checkpoint_file, chosen_name, config_beside, run_config
 from .try_on import try_on
 from .weight_files import read_file, select
-from .wrapping import normalisation as normalisation  # for importers that know it under its old place
 from .wrapping import normalized, normalizers, numbers_text
 
 PREACT = "'preactresnet-18/activated' (as in robust_overfitting) or 'preactresnet-18/raw' (as in fast_adversarial)"
@@ -157,7 +155,9 @@ def _fill(model: nn.Module, match: Match, content: Any, path: str | Path) -> Non
     if isinstance(content, dict) and content.get("normalize_input") and not normalizers(model):  # RST's files say so
         raise InputError(f"checkpoint {path}: its network normalises images (normalize_input), the model does not: {NORMALIZE}")
     if config := config_beside(content, path):
-        _check_run(model, config, path, match)
+        for what in _other_functions(model, config, match):
+            run = f"it is a {config.model} with {config.activation}"
+            raise InputError(f"checkpoint {path}: {run}, the model {what}: create it as the file's")
     else:
         _check_foreign(model, path, match)
     with torch.inference_mode():  # else what was made in that mode could not be written
@@ -165,14 +165,8 @@ def _fill(model: nn.Module, match: Match, content: Any, path: str | Path) -> Non
             match.own[name].copy_(match.file[at].reshape(match.own[name].shape))
 
 
-def _check_run(model: nn.Module, config: Config, path: str | Path, match: Match) -> None:
-    """Raise where the weights fit the model, but its function is not that of the run, as far as both are known."""
-    for what in _other_functions(model, config, match):
-        run = f"it is a {config.model} with {config.activation}"
-        raise InputError(f"checkpoint {path}: {run}, the model {what}: create it as the file's")
-
-
 def _other_functions(model: nn.Module, config: Config, match: Match) -> Iterator[str]:
+    """How the model, whose weights fit, differs from the function of the run, as far as both are known."""
     for m in model.modules():
         if made := getattr(m, "made_as", None):
             ours, activation, shape = made

@@ -37,11 +37,7 @@ def timm_model(name: str, num_classes: int, image_shape: tuple[int, int, int]) -
 
 
 def import_own(name: str) -> ModuleType | None:
-    """The module of "package.module:factory", which may register losses; None for other names.
-
-    Raises:
-        ValueError: it cannot be imported.
-    """
+    """The module of "package.module:factory", which may register losses; None for other names."""
     module_name, colon, _ = name.partition(":")
     if not colon or module_name == "timm":
         return None

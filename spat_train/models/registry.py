@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import did_you_mean
-from .external import import_own as import_own  # for importers that know these under their old place
 from .external import own_model, timm_model
 from .networks import FAMILIES, ImageShape
-from .try_on import device_of as device_of
-from .try_on import try_on as try_on
 from .wrapping import normalized, replace_relus
 
 NAMES = tuple(name for family in FAMILIES for name in family.names)

@@ -11,11 +11,7 @@ from .weight_files import listed, read_file
 
 
 def chosen_name(path: str | Path, config: Config | None, name: str | None, option: str) -> str:
-    """The architecture of the run or checkpoint `path`: `name`, which `option` gave, else that of its config.
-
-    Raises:
-        InputError: neither is given; or only the config names code, which would run.
-    """
+    """The architecture of the run or checkpoint `path`: `name`, which `option` gave, else that of its config if it is no code."""
     if name is not None:
         return name
     if config is None:
@@ -44,9 +40,6 @@ def run_config(path: str | Path, content: Any = None) -> Config | None:
 
     Args:
         content: that of the checkpoint, where it has been read.
-
-    Raises:
-        InputError: it cannot be read.
     """
     file = Path(path) / "config.json"
     if not os.path.isfile(file):

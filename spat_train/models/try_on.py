@@ -54,19 +54,15 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
     if isinstance(found, str) or len(found) != 2 or found[0] != 2 or found[1] < 2 or found[1] != (num_classes or found[1]):
         raise ValueError(f"two images give {found}: it must return logits [2, {num_classes or 'K'}]")
     if differentiate:
-        _check_differentiable(model, x)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"):
+                gradient = InputGradient(model)
+                gradient.backward(gradient.forward(x))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"autograd fails on it: {first_line(error)}") from error
     return found[1]
-
-
-def _check_differentiable(model: nn.Module, x: Tensor) -> None:
-    try:
-        with torch.inference_mode(False), torch.no_grad(), borrowed(model, "keep"):
-            gradient = InputGradient(model)
-            gradient.backward(gradient.forward(x))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"autograd fails on it: {first_line(error)}") from error
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -60,8 +60,7 @@ def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
 def read_file(path: str | Path) -> Any:
     """What `torch.save` wrote to `path`, its tensors on the CPU; or the tensors in a .safetensors file.
 
-    Raises:
-        InputError: it is no such file, it is damaged, or it holds objects that could run code.
+    An InputError where it is no such file, it is damaged, or it holds objects that could run code.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -131,12 +130,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
-    """The state dict in the content of a file; `weights` as in `read_weights`.
-
-    Raises:
-        InputError: there is no such one, or there are several and none has a usual name.
-        ValueError: `weights` is not one of the three.
-    """
+    """The state dict in the content of a file; `weights` as in `read_weights`."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: give 'auto', 'model' or 'ema'")
     entries = list(_entries(content))

@@ -46,11 +46,7 @@ class Normalize(nn.Module):
 
 
 def normalized(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> nn.Module:
-    """`model` with a `Normalize` before it.
-
-    Raises:
-        ValueError: one of the two is missing, or they do not fit images of `channels` in [0, 1].
-    """
+    """`model` with a `Normalize` before it."""
     if mean is None or std is None or len(mean) != channels or not all(0 <= m <= 1 for m in mean):
         raise ValueError(f"mean={mean}, std={std}: give both one number a channel ({channels}), for images in [0, 1]")
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
@@ -73,11 +69,7 @@ def numbers_text(mean: Sequence[float], std: Sequence[float]) -> str:
 
 
 def replace_relus(model: nn.Module, name: str, activation: str) -> None:
-    """Put the `activation` of that name in the place of every `nn.ReLU` module of `model`, which messages call `name`.
-
-    Raises:
-        ValueError: there is no such activation, or nothing to replace.
-    """
+    """Put the `activation` of that name in the place of every `nn.ReLU` module of `model`, which messages call `name`."""
     make = lookup("activation", activation, ACTIVATIONS)
     # Not named_children(), which leaves out the second of two names for one module.
     places = [(m, at) for m in model.modules() for at, child in m._modules.items() if isinstance(child, nn.ReLU)]

@@ -7,7 +7,7 @@ from functools import cached_property
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from .loaded_run import LoadedRun, TestImages, open_model, open_models
 from .options import Extent, Options
 from .pictures import CANDIDATES, examples

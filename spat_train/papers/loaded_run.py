@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.record_log import tensor_hash, weights_hash
 from ..models.checkpoints import load_model
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from ..runtime.signals import interruptible
 from .options import Options
 from .runs import Run, data_name, title

@@ -13,7 +13,7 @@ from spat_kernels.predictions import predictions
 from spat_kernels.settings import PGDSettings
 
 from ..data.images import Dataset, floats
-from ..models.registry import device_of
+from ..models.try_on import device_of
 from ..plotting import image_grid, save, style
 from .loaded_run import logits_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..errors import InputError
-from ..models.checkpoints import run_config
+from ..models.run_config import run_config
 from ..objectives import METHODS
 from ..runtime import logs
 

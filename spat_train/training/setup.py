@@ -12,9 +12,11 @@ from ..data.images import Dataset, Images, hold_out
 from ..data.loader import Loader, Order
 from ..data.pseudo_labels import load_extra
 from ..errors import InputError
-from ..models.checkpoints import checkpoint_file, load_checkpoint, normalisation
+from ..models.checkpoints import load_checkpoint
 from ..models.registry import create
+from ..models.run_config import checkpoint_file
 from ..models.try_on import try_on
+from ..models.wrapping import normalisation
 from ..runtime.distributed import World
 from .checkpoint import say
 

@@ -3,25 +3,17 @@
 import errno
 import multiprocessing
 
-import numpy as np
 import pytest
 import torch
 
 from spat_train.data import loader as module
-from spat_train.data.datasets import load, load_npz
+from spat_train.data.datasets import load
 from spat_train.data.images import Images, floats
 from spat_train.data.loader import Loader, Order
 from spat_train.errors import InputError
-from tests.data.helpers import random_images, takes_less_than
+from tests.data.helpers import random_images
 
 ROWS = torch.arange(0, 50, 2)  # of 50 images
-
-
-def images_by_number(count=50) -> Images:
-    """Image i is i all over."""
-    return Images(
-        torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 8, 9, 3).contiguous(), torch.arange(count)
-    )
 
 
 def assert_batches_equal(a, b):
@@ -36,35 +28,23 @@ def assert_batches_equal(a, b):
 
 
 def test_an_epoch_is_a_permutation():
-    order = Order(ROWS, batch_size=8, seed=3)
-    epochs = [order.epoch(number) for number in (0, 1)]
-    assert order.steps == 4
-    for steps in epochs:
-        assert [len(rows) for rows, _ in steps] == [8, 8, 8, 1]
-        assert all(len(extra) == 0 and extra.dtype == torch.int64 for _, extra in steps)
-        assert torch.equal(torch.cat([rows for rows, _ in steps]).sort().values, ROWS)
+    def rows(batch_size, seed, number):
+        return torch.cat([rows for rows, _ in Order(ROWS, batch_size, seed).epoch(number)]).tolist()
 
-    def rows(order, number):
-        return torch.cat([rows for rows, _ in order.epoch(number)]).tolist()
-
-    assert rows(order, 0) == rows(Order(ROWS, 8, 3), 0) == rows(Order(ROWS, 5, 3), 0)
-    different = [rows(Order(ROWS, 8, seed), number) for seed in (3, 4, 2**63 - 1) for number in (0, 1)]
+    steps = Order(ROWS, batch_size=8, seed=3).epoch(0)
+    assert [len(rows) for rows, _ in steps] == [8, 8, 8, 1]
+    assert all(len(extra) == 0 and extra.dtype == torch.int64 for _, extra in steps)
+    assert rows(8, 3, 0) == rows(8, 3, 0) == rows(5, 3, 0)
+    different = [rows(8, seed, number) for seed in (3, 4, 2**63 - 1) for number in (0, 1)]
+    assert all(sorted(epoch) == ROWS.tolist() for epoch in different)
     assert len(set(map(tuple, different))) == 6
-
-
-def test_an_order_takes_nothing_from_the_global_generator():
-    state = torch.get_rng_state()
-    Order(ROWS, 8, 3, extra=100, extra_fraction=0.5).epoch(0)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_extra_images_fill_every_batch():
     order = Order(torch.arange(50_000), 256, seed=0, extra=500_000, extra_fraction=0.5)
-    steps = order.epoch(0)
-    assert order.steps == len(steps) == 196  # RST's epoch
-    assert all((len(rows), len(extra)) == (128, 128) for rows, extra in steps)
-    rows, extra = (torch.cat(parts) for parts in zip(*steps, strict=True))
-    assert len(rows.unique()) == len(rows) == 196 * 128
+    assert order.steps == len(order.epoch(0)) == 196  # RST's epoch
+    rows, extra = (torch.cat(parts) for parts in zip(*order.epoch(0), strict=True))
+    assert len(rows.unique()) == len(rows) == len(extra) == 196 * 128
     assert (extra.min() < 1000, extra.max() >= 499_000, extra.max() < 500_000) == (True, True, True)
     other = torch.cat([rows for rows, _ in order.epoch(1)])
     assert len(other[~torch.isin(other, rows)]) > 10_000  # a fresh half each time
@@ -79,23 +59,25 @@ def test_fractions(fraction, labelled):
     assert counts.max() - counts.min() <= 1  # no image twice before all have been once
 
 
-@pytest.mark.parametrize(
-    "changes", [{"rows": ROWS[:0]}, {"batch_size": 0}, {"extra_fraction": 0.5}, {"extra": 9, "extra_fraction": 1.5}]
-)
-def test_orders_that_make_no_sense(changes):
-    with pytest.raises(ValueError):
-        Order(**{"rows": ROWS, "batch_size": 8, "seed": 0} | changes)
+def test_arguments_that_make_no_sense():
+    for changes in ({"rows": ROWS[:0]}, {"batch_size": 0}, {"extra_fraction": 0.5}, {"extra": 9, "extra_fraction": 1.5}):
+        with pytest.raises(ValueError, match="needs"):
+            Order(**{"rows": ROWS, "batch_size": 8, "seed": 0} | changes)
+    with pytest.raises(ValueError, match="0 extra images, 70 are given"):
+        Loader(random_images(), Order(ROWS, 8, 3), extra=random_images(70))
+    with pytest.raises(ValueError, match=r"extra images are \(3, 9, 8\)"):
+        Loader(random_images(), Order(ROWS, 8, 3, extra=7), extra=random_images(7, (9, 8, 3)))
 
 
 # --- batches ---
 
 
 def test_batches_are_the_images_of_the_order(device):
-    images, order = random_images(), Order(ROWS, 8, seed=3)
-    batches = list(Loader(images, order, device=device).epoch(1))
-    assert [len(x) for x, _ in batches] == [8, 8, 8, 1]
-    for (x, y), (rows, _) in zip(batches, order.epoch(1), strict=True):
-        expected_x, expected_y = floats(images, rows, device)
+    images, extra, order = random_images(), random_images(70, classes=7), Order(ROWS, 8, seed=3, extra=70, extra_fraction=0.4)
+    assert [len(x) for x, _ in Loader(images, Order(ROWS, 8, seed=3), device=device).epoch(1)] == [8, 8, 8, 1]
+    for (x, y), (rows, others) in zip(Loader(images, order, device=device, extra=extra).epoch(1), order.epoch(1), strict=True):
+        parts = zip(floats(images, rows, device), floats(extra, others, device), strict=True)
+        expected_x, expected_y = map(torch.cat, parts)
         assert torch.equal(x, expected_x)
         assert torch.equal(y, expected_y)
         assert x.is_contiguous(memory_format=torch.channels_last)
@@ -116,7 +98,6 @@ def test_streamed_batches_equal_resident_ones(device, workers):
         assert_batches_equal(streamed.epoch(number), batches)
         assert_batches_equal(mixed.epoch(number), batches)
         assert_batches_equal(streamed.epoch(number, first_step=2), batches[2:])
-        assert_batches_equal((loader.batch(number, 3) for loader in (resident, streamed, mixed)), batches[3:4] * 3)
     assert list(streamed.epoch(0, first_step=4)) == list(resident.epoch(0, first_step=4)) == []
 
 
@@ -126,11 +107,10 @@ def test_crops_differ_between_epochs_steps_images_and_seeds():
     def crops(seed, number, **settings):
         return torch.cat([x for x, _ in Loader(images, Order(torch.arange(64), 32, seed), **settings).epoch(number)])
 
-    kinds = {tuple(x.flatten().tolist()) for x in crops(0, 0, pad=2, flip=True)}
-    assert len(kinds) > 25  # of 5 * 5 * 2
-    assert len({tuple(x.flatten().tolist()) for x in crops(0, 0, flip=True)}) == 2
-    assert len({tuple(x.flatten().tolist()) for x in crops(0, 0)}) == 1
     values = [crops(seed, number, pad=2, flip=True) for seed, number in ((0, 0), (0, 1), (1, 0))]
+    assert all(len(value.unique(dim=0)) > 25 for value in values)  # of 5 * 5 * 2
+    assert len(crops(0, 0, flip=True).unique(dim=0)) == 2
+    assert len(crops(0, 0).unique(dim=0)) == 1
     for i in range(3):
         assert not torch.equal(values[i], values[i - 1])
 
@@ -139,7 +119,7 @@ def test_crops_differ_between_epochs_steps_images_and_seeds():
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("fraction", [0.0, 0.4])
 def test_ranks_share_each_batch(resident, world, fraction):
-    images, extra = images_by_number(), images_by_number(70)
+    images, extra = random_images(classes=50), random_images(70, classes=70)
     order = Order(ROWS, 9, seed=3, extra=70 if fraction else 0, extra_fraction=fraction)
     settings = {"extra": extra if fraction else None, "pad": 2, "flip": True, "resident": resident, "workers": 0}
     whole = Loader(images, order, **settings).epoch(2)
@@ -155,20 +135,11 @@ def test_ranks_share_each_batch(resident, world, fraction):
         assert all(x.shape == (n, 3, 8, 9) for (x, _), n in zip(parts, sizes, strict=True))
 
 
-def test_extra_images_are_others_than_those_of_the_training_set():
-    images = random_images()
-    order = Order(torch.arange(50), 50, seed=0, extra=50, extra_fraction=1.0)
-    x, y = Loader(images, order, extra=images).batch(0, 0)
-    rows = order.epoch(0)[0][1]
-    assert torch.equal(x, floats(images, rows, "cpu")[0])
-    assert torch.equal(y, images.labels[rows])
-    assert len(y) == 50
-
-
-def test_streaming_takes_nothing_from_the_global_generator():
-    state = torch.get_rng_state()
+def test_nothing_is_taken_from_the_global_generator():
+    images, state = random_images(), torch.get_rng_state()
+    order = Order(ROWS, 8, 3, extra=50, extra_fraction=0.5)
     for workers in (0, 1):
-        list(Loader(random_images(), Order(ROWS, 8, 3), resident=False, workers=workers).epoch(0))
+        list(Loader(images, order, extra=images, resident=False, workers=workers).epoch(0))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -179,19 +150,9 @@ def test_pictures_in_files(pictures, device):
     settings = {"pad": 2, "flip": True, "device": device}
     loader = Loader(train, order, **settings)
     assert_batches_equal(loader.epoch(0), Loader(in_memory, order, **settings).epoch(0))
-    assert_batches_equal([loader.batch(0, 1)], list(loader.epoch(0))[1:])
+    assert_batches_equal(loader.epoch(0, first_step=1), list(loader.epoch(0))[1:])
     with pytest.raises(ValueError, match="resident"):
         Loader(train, order, resident=True)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_picture_is_named_in_one_line(pictures, workers):
-    train = load(str(pictures), image_size=16).train
-    (pictures / "train" / "cat" / "1.png").write_bytes(b"no picture")
-    loader = Loader(train, Order(torch.arange(6), 4, seed=0), workers=workers)
-    with pytest.raises(InputError, match=r"^--data: .*cat/1.png cannot be decoded \(.*\): repair or remove it, or .*$"):
-        list(loader.epoch(0))
-    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(
@@ -201,28 +162,22 @@ def test_broken_picture_is_named_in_one_line(pictures, workers):
         ((Images, "batch"), MemoryError(), "room for their batches in memory"),
         ((Images, "batch"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), "room for their batches in memory"),
         ((module._Worker, "start"), OSError(errno.ENOSPC, "No space left on device"), r"cannot start \(No space left on device"),
+        ((Images, "batch"), InputError("--data: 1.png cannot be decoded"), ""),
+        ((Images, "batch"), KeyError("a fault of the program"), ""),
     ],
 )  # fmt: skip
-def test_workers_without_memory_are_an_error_with_its_remedy(monkeypatch, place, error, message):
-    """Here only where worker processes do it; they are forked, and patched too."""
+def test_errors_in_workers(monkeypatch, place, error, message):
+    """In one line, with a remedy for lack of memory. Workers end though the traceback holds on to them; they are patched too."""
 
-    def exhausted(*args):
+    def broken(*args):
         raise error
 
-    monkeypatch.setattr(*place, exhausted)
+    monkeypatch.setattr(*place, broken)
     loader = Loader(random_images(), Order(ROWS, 8, seed=0), resident=False, workers=2)
-    with pytest.raises(InputError, match=f"^--workers 2: .*{message}.*--workers 0.*docker run --shm-size"):
+    full = f"^--workers 2: .*{message}.*--workers 0.*docker run --shm-size" if message else "^--data: 1.png cannot be decoded$"
+    kind, expected = (KeyError, "a fault of the program") if isinstance(error, KeyError) else (InputError, full)
+    with pytest.raises(kind, match=expected):
         list(loader.epoch(0))
-    assert multiprocessing.active_children() == []
-
-
-def test_workers_end_though_the_traceback_of_their_error_holds_on_to_them(monkeypatch):
-    def broken(*args):
-        raise KeyError("a fault of the program")
-
-    monkeypatch.setattr(Images, "batch", broken)
-    with pytest.raises(KeyError, match="a fault of the program"):
-        list(Loader(random_images(), Order(ROWS, 8, seed=0), resident=False, workers=2).epoch(0))
     assert multiprocessing.active_children() == []
 
 
@@ -238,21 +193,6 @@ def test_abandoned_epochs_leave_no_workers():
     del second
     assert multiprocessing.active_children() == []
     assert torch.equal(next(loader.epoch(0))[0], x)
-
-
-def test_mapped_images_are_read_where_they_are(big_npz):
-    images = load_npz(big_npz).train
-    for resident in (None, False):
-        with takes_less_than(40e6):
-            x, _ = next(Loader(images, Order(torch.arange(700, 800), 100, seed=0), resident=resident, workers=0).epoch(0))
-            assert np.isclose(x.sum(), 3072 * 7 / 255)
-
-
-def test_arguments_that_do_not_match():
-    with pytest.raises(ValueError, match="0 extra images, 70 are given"):
-        Loader(random_images(), Order(ROWS, 8, 3), extra=random_images(70))
-    with pytest.raises(ValueError, match=r"extra images are \(3, 9, 8\)"):
-        Loader(random_images(), Order(ROWS, 8, 3, extra=7), extra=random_images(7, (9, 8, 3)))
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Folders of pictures: their classes, and what is refused or left out."""
+"""Folders of pictures: their classes, what is refused or left out, and how pictures are decoded and resized."""
 
 import os
 import shutil
@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from spat_train.data.datasets import load
-from spat_train.data.images import Dataset, Folder
+from spat_train.data.images import Dataset, Folder, read_picture
 from spat_train.errors import InputError
 from tests.data.helpers import picture
+
+pytest.importorskip("PIL")
 
 
 def opened(pictures, **options) -> Dataset:
@@ -23,26 +25,11 @@ def test_folder(pictures):
     assert (len(data.train), len(data.test)) == (6, 4)
     assert (data.name, data.classes, data.image_shape) == (pictures.name, ("cat", "dog"), (3, 16, 16))
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    batch = data.train.batch(torch.tensor([5, 0]))
-    assert (batch.shape, batch.dtype) == ((2, 16, 16, 3), torch.uint8)
-    assert torch.equal(batch[1, ..., 0], batch[1, ..., 2])  # grey pictures become RGB
+    expected = [read_picture(pictures / "train" / name, 16) for name in ("dog/2.png", "cat/0.png")]
+    assert torch.equal(data.train.batch(torch.tensor([5, 0])), torch.from_numpy(np.stack(expected)))
     assert data.train.batch(torch.empty(0, dtype=torch.int64)).shape == (0, 16, 16, 3)
-
-
-def test_folder_pictures_of_the_size_are_kept(pictures):
-    from PIL import Image
-
-    data = opened(pictures, image_size=20)
-    pixels = np.array(Image.open(pictures / "train" / "dog" / "0.png"))  # 20 high, 30 wide
-    assert np.array_equal(data.train.batch(torch.tensor([3]))[0, ..., 0], pixels[:, 5:25])
-
-
-def test_folder_limit(pictures):
-    images = opened(pictures).train
     limited = opened(pictures, limit=4).train
-    assert len(limited) == len(limited.labels) == 4
-    for i, file in enumerate(limited.files):
-        assert limited.labels[i] == images.labels[images.files.index(file)]
+    assert [data.train.labels[data.train.files.index(file)] for file in limited.files] == limited.labels.tolist()
 
 
 def test_folder_of_test_images_alone(pictures):
@@ -116,3 +103,45 @@ def test_broken_pictures(pictures, capsys, kind):
     assert data.train.labels.tolist() == [0, 0, 1, 1, 1]
     assert len(data.test) == 4
     assert f"1 of 6 pictures in {pictures / 'train'} are left out: cat/0.png\n" in capsys.readouterr().err
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("I;16", "png"), ("I;16", "tiff"), ("I;16B", "tiff"), ("I", "pgm"),  # 16 bits
+        ("L", "png"), ("RGB", "bmp"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "tiff"), ("1", "png"),
+    ],
+)  # fmt: skip
+def test_kinds_of_pictures(tmp_path, mode, suffix):
+    path = tmp_path / f"0.{suffix}"
+    source = picture(mode)
+    if mode in ("LA", "RGBA"):
+        source.putalpha(0)
+    source.save(path)
+    expected = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16, 1) >> 8
+    if mode in ("1", "P"):
+        expected = np.array(source.convert("RGB"))
+    assert np.array_equal(read_picture(path, 16), np.broadcast_to(expected, (16, 16, 3)))
+
+
+def test_16_bits_where_white_is_0(tmp_path):
+    picture("I;16").save(tmp_path / "0.tiff", tiffinfo={262: 0})
+    assert read_picture(tmp_path / "0.tiff", 16)[[0, -1], [0, -1]].tolist() == [[255] * 3, [0] * 3]
+
+
+@pytest.mark.parametrize("size", [(40, 40), (61, 40), (33, 90), (16, 200), (9, 10)])
+def test_pictures_are_resized_and_cropped_as_torchvision_does(tmp_path, size):
+    transforms = pytest.importorskip("torchvision.transforms.functional", exc_type=Exception)
+    source = picture("RGB", size)
+    source.save(tmp_path / "0.png")
+    expected = np.array(transforms.center_crop(transforms.resize(source, 16), 16)).astype(int)
+    assert abs(read_picture(tmp_path / "0.png", 16) - expected).max() <= (size[0] != size[1])
+
+
+def test_a_thin_picture_takes_no_memory(tmp_path):
+    """Resized as a whole it would have 1,000 x 200,000,000 pixels."""
+    picture("L", (1, 200_000)).save(tmp_path / "0.png")
+    assert read_picture(tmp_path / "0.png", 1000).shape == (1000, 1000, 3)

@@ -44,6 +44,9 @@ def test_npz(tmp_path, save, names):
         assert images.labels.dtype == torch.int64
         assert images.image_shape == (3, 8, 9)
     assert copies(path) == ([] if save is np.savez else ["extra.npz.pixels.npy"])
+    for grey in (PIXELS[..., 0], PIXELS[..., :1]):
+        save(path, **{names[0]: grey, names[1]: LABELS})
+        assert np.array_equal(read(path, image_shape=(1, 8, 9)).pixels, PIXELS[..., :1])
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -69,44 +72,23 @@ def test_pickled_layouts(tmp_path, protocol, axes):
     assert np.array_equal(images.pixels, PIXELS)
 
 
-def test_pickle_with_buffers_elsewhere(tmp_path):
-    path = tmp_path / "ti.pickle"
-    content = {"data": PIXELS, "extrapolated_targets": LABELS}
-    path.write_bytes(pickle.dumps(content, 5, buffer_callback=[].append))
-    with pytest.raises(InputError, match="cannot be read .*out-of-band"):
-        read(path)
-
-
 def test_pickle_of_python_2(tmp_path):
     """As Python 2 writes it: byte strings, the names of old NumPy."""
 
-    def string(content: bytes) -> bytes:
-        return b"T" + len(content).to_bytes(4, "little") + content
+    def string(pickler, value):
+        content = value if isinstance(value, bytes) else value.encode()
+        pickler.write(b"T" + len(content).to_bytes(4, "little") + content)
 
-    def array(dtype: bytes, shape: tuple[int, ...], content: bytes) -> bytes:
-        sizes = b"(" + b"".join(b"J" + n.to_bytes(4, "little") for n in shape) + b"t"
-        new = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + string(b"b") + b"tR"
-        kind = (
-            b"cnumpy\ndtype\n("
-            + string(dtype)
-            + b"K\x00K\x01tR(K\x03"
-            + string(b"<")
-            + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        )
-        return new + b"(K\x01" + sizes + kind + b"\x89" + string(content) + b"tb"
+    class Python2(pickle._Pickler):
+        dispatch = pickle._Pickler.dispatch | {bytes: string, str: string}
 
     path = tmp_path / "ti.pickle"
-    items = string(b"data") + array(b"u1", PIXELS.shape, PIXELS.tobytes())
-    items += string(b"extrapolated_targets") + array(b"i8", LABELS.shape, LABELS.astype("<i8").tobytes())
-    path.write_bytes(b"\x80\x02}(" + items + b"u.")
+    with open(path, "wb") as file:
+        Python2(file, 2).dump({"data": PIXELS, "extrapolated_targets": LABELS})
+    path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))
+    assert b"_codecs" not in path.read_bytes()
     assert np.array_equal(read(path).pixels, PIXELS)
     assert read(path).labels.tolist() == LABELS.tolist()
-
-
-@pytest.mark.parametrize("shape", [(30, 8, 9), (30, 8, 9, 1)])
-def test_grey(tmp_path, shape):
-    np.savez(tmp_path / "extra.npz", image=PIXELS[..., 0].reshape(shape), label=LABELS)
-    assert np.array_equal(read(tmp_path / "extra.npz", image_shape=(1, 8, 9)).pixels, PIXELS[..., :1])
 
 
 class Call:
@@ -125,7 +107,6 @@ class Call:
     [
         (lambda marker: Call(os.system, f"touch {marker}"), "posix.system"),
         (lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"), "builtins.eval|__builtin__.eval"),
-        (lambda marker: Call(open, str(marker), "w"), r"\w*io.open"),
         (lambda marker: Call(np.load, str(marker)), "numpy.load"),
         (lambda marker: Call(codecs.decode, "00", "hex"), "_codecs.decode"),
         (lambda marker: Call(getattr, "", "join"), "builtins.getattr|__builtin__.getattr"),
@@ -140,24 +121,16 @@ def test_malicious_pickle(tmp_path, protocol, content, name):
     assert copies(path) == []
 
 
-def test_pickled_objects_are_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read .*an array of dtype .O"):
-        read(pickled(tmp_path / "ti.pickle", extrapolated_targets=np.array([None])))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data": PIXELS.astype(np.float32)}, r"images are float32 \[30, 8, 9, 3\]: save uint8 \[N, 8, 9, 3\]"),
         ({"data": PIXELS.reshape(30, -1)}, r"images are uint8 \[30, 216\]: save uint8 \[N, 8, 9, 3\]"),
-        ({"data": PIXELS[..., 0]}, r"images are uint8 \[30, 8, 9\]"),
         ({"data": PIXELS.transpose(0, 3, 1, 2)}, r"images are uint8 \[30, 3, 8, 9\]"),
         ({"data": PIXELS[:0], "extrapolated_targets": LABELS[:0]}, "is empty"),
         ({"data": np.uint8(3)}, r"images are \w+ \[\]"),
         ({"extrapolated_targets": LABELS[:29]}, "the array of labels has 29 labels for 30 images: save one label per image"),
-        ({"extrapolated_targets": LABELS + 0.5}, r"the array of labels is float64 \[30\]: save class indices as integers"),
         ({"extrapolated_targets": LABELS - 1}, "labels contains -1: save labels from 0 to 9"),
-        ({"extrapolated_targets": LABELS + 1}, "labels contains 10: save labels from 0 to 9"),
         ({"extrapolated_targets": LABELS.astype(np.uint64) + 2**63}, "labels contains 9223372036854775808"),
     ],
 )
@@ -176,11 +149,18 @@ def test_refused(tmp_path, form, changes, message):
     assert copies(path) == []  # refused before a copy is written
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"data": PIXELS})[:500], b"\x93NUMPY\x01\x00"])
-def test_unreadable(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", ".+"), (b"not a pickle", ".+"), (pickle.dumps({"data": PIXELS})[:500], ".+"), (b"\x93NUMPY\x01\x00", ".+"),
+        (pickle.dumps({"data": PIXELS, "extrapolated_targets": LABELS}, 5, buffer_callback=[].append), ".*out-of-band.*"),
+        (pickle.dumps({"data": PIXELS, "extrapolated_targets": np.array([None])}), ".*an array of dtype .O.*"),
+    ],
+)  # fmt: skip
+def test_unreadable(tmp_path, content, reason):
     path = tmp_path / "extra.data"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"--extra .*extra.data: cannot be read as .npz or pickle \(.+\): give"):
+    with pytest.raises(InputError, match=rf"--extra .*extra.data: cannot be read as .npz or pickle \({reason}\): give"):
         read(path)
 
 
@@ -234,13 +214,11 @@ def test_copy_that_cannot_be_written(tmp_path, monkeypatch):
             read(path)
 
 
-@pytest.mark.parametrize(("compressed", "limit"), [(False, 40e6), (True, 60e6)])
-def test_images_take_no_memory(tmp_path, big_npz, compressed, limit):
-    path = big_npz
-    if compressed:
-        path = tmp_path / "compressed.npz"
-        with np.load(big_npz) as source:
-            np.savez_compressed(path, image=source["x_train"], label=source["y_train"])
-    with takes_less_than(limit):
+def test_images_take_no_memory(tmp_path, big_npz):
+    """Nor do those that are compressed; tests of data sets map those that are not."""
+    path = tmp_path / "compressed.npz"
+    with np.load(big_npz) as source:
+        np.savez_compressed(path, image=source["x_train"], label=source["y_train"])
+    with takes_less_than(60e6):
         images = read(path, image_shape=(3, 32, 32))
         assert (images.batch(torch.tensor([777])) == 7).all()

@@ -9,6 +9,8 @@ from . import ImageShape, register
 class PreActBlock(nn.Module):
     """BN-ReLU-conv twice, added to the input; where the shape changes, to a 1x1 convolution of the activated input."""
 
+    raw = False
+
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
@@ -23,18 +25,14 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv2(self.relu2(self.bn2(self.conv1(out))))
-        return out + shortcut
+        shortcut = x if self.shortcut is None else self.shortcut(x if self.raw else out)
+        return self.conv2(self.relu2(self.bn2(self.conv1(out)))) + shortcut
 
 
 class RawPreActBlock(PreActBlock):
     """The same with a 1x1 convolution of the input itself, which has not been through BN and ReLU."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        out = self.conv1(self.relu1(self.bn1(x)))
-        return self.conv2(self.relu2(self.bn2(out))) + shortcut
+    raw = True
 
 
 class PreActResNet18(nn.Module):

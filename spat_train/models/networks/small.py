@@ -21,13 +21,10 @@ class SmallCNN(nn.Module):
         super().__init__()
         channels, height, image_width = image_shape
         layers = []
-        for out_channels, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-            layers += [
-                nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(out_channels),
-                nn.ReLU(),
-            ]
-            channels, height, image_width = out_channels, -(-height // stride), -(-image_width // stride)
+        for outs, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+            convolution = nn.Conv2d(channels, outs, 3, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outs), nn.ReLU()]
+            channels, height, image_width = outs, -(-height // stride), -(-image_width // stride)
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels * height * image_width, num_classes)
 
@@ -48,9 +45,6 @@ class MnistCNN(nn.Module):
         image_shape: (C, H, W) of one image, H and W divisible by 4.
         num_classes: K.
         scale: 2 and 4 filters and 64 units, times this: their Figure 4 goes from 1 to 16, the network of their Table 1.
-
-    Raises:
-        ValueError: H or W is not divisible by 4.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10, scale: int = 16):
@@ -58,14 +52,9 @@ class MnistCNN(nn.Module):
         channels, height, width = image_shape
         if height % 4 or width % 4:
             raise ValueError(f"image_shape={image_shape}: mnist-cnn halves images twice: pad them to sides divisible by 4")
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, 2 * scale, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(2 * scale, 4 * scale, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        )
+        first = nn.Conv2d(channels, 2 * scale, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)
+        second = nn.Conv2d(2 * scale, 4 * scale, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)
+        self.features = nn.Sequential(*first, *second)
         self.fc1 = nn.Linear(4 * scale * (height // 4) * (width // 4), 64 * scale)
         self.relu = nn.ReLU()
         self.fc2 = nn.Linear(64 * scale, num_classes)
@@ -79,12 +68,7 @@ class MnistCNN(nn.Module):
 class MnistB(nn.Module):
     """Architecture B of Tramèr et al. for MNIST (arXiv 1705.07204, Appendix A), from which Madry et al. attack in the black box.
 
-    Args:
-        image_shape: (C, H, W) of one image, at least 28x28.
-        num_classes: K.
-
-    Raises:
-        ValueError: the images are too small for its convolutions.
+    Images are at least 28x28.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):
@@ -93,16 +77,9 @@ class MnistB(nn.Module):
         left = [(side // 2 - 6) // 2 + 1 - 4 for side in sides]
         if min(left) < 1:
             raise ValueError(f"image_shape={image_shape}: mnist-b needs images of at least 28x28")
-        self.features = nn.Sequential(
-            nn.Dropout(0.2),
-            nn.Conv2d(channels, 64, 8, stride=2, padding=3),
-            nn.ReLU(),
-            nn.Conv2d(64, 128, 6, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(128, 128, 5),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-        )
+        first = nn.Dropout(0.2), nn.Conv2d(channels, 64, 8, stride=2, padding=3), nn.ReLU()
+        others = nn.Conv2d(64, 128, 6, stride=2), nn.ReLU(), nn.Conv2d(128, 128, 5), nn.ReLU(), nn.Dropout(0.5)
+        self.features = nn.Sequential(*first, *others)
         self.fc = nn.Linear(128 * left[0] * left[1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,14 +91,7 @@ class MnistB(nn.Module):
 class TradesCNN(nn.Module):
     """TRADES' network for MNIST (its code calls it SmallCNN): four 3x3 convolutions, two max-pools and three dense layers.
 
-    Parameters have the names of its public checkpoint. PyTorch's initialisation.
-
-    Args:
-        image_shape: (C, H, W) of one image, at least 16x16.
-        num_classes: K.
-
-    Raises:
-        ValueError: the images are too small for its convolutions.
+    Parameters have the names of its public checkpoint. PyTorch's initialisation. Images are at least 16x16.
     """
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10):

@@ -44,9 +44,6 @@ class WideResNet(nn.Module):
         num_classes: K.
         dropout: probability between the two convolutions of a block.
         channels: C of the images.
-
-    Raises:
-        ValueError: depth is not 6n + 4 with n >= 1.
     """
 
     def __init__(self, depth: int, widen_factor: int, num_classes: int = 10, dropout: float = 0.0, channels: int = 3):

@@ -21,7 +21,7 @@ from spat_kernels import pgd
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import predictions
 
-from ...models.registry import device_of
+from ...models.try_on import device_of
 from ...plotting import NUMBERS, PAGE, line_styles, log_ticks, log_y, new_figure, show
 from ...runtime.seeding import derived_seed
 from ..figure import Drawing, FigureContext, paper_figure
