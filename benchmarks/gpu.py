@@ -125,10 +125,17 @@ class Child:
     def __init__(self, words: list[str]):
         self.began, self.log = time.monotonic(), tempfile.TemporaryFile()  # noqa: SIM115  for as long as this object
         environment = os.environ | {"TEARDOWN_CUPTI": "0"}  # CUPTI has crashed when it started a second time after CUDA graphs
-        settings = {"cwd": measure.ROOT, "env": environment, "preexec_fn": os.setpgrp}
-        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, **settings)
-        guard = ["sh", "-c", f"read _; kill -s KILL -- -{self.process.pid}"]  # its input ends with this process, also by SIGKILL
-        self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=os.setpgrp)
+        # The guard's input ends with this process, also by SIGKILL. It is started first, so that no command is ever without it.
+        words_of_guard = ["sh", "-c", 'read group && { read _; kill -s KILL -- "-$group"; }']
+        self.guard = subprocess.Popen(
+            words_of_guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=os.setpgrp, text=True, bufsize=1
+        )
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, cwd=measure.ROOT, env=environment,
+            preexec_fn=os.setpgrp,
+        )  # fmt: skip
+        assert self.guard.stdin
+        self.guard.stdin.write(f"{self.process.pid}\n")
 
     def end(self, deadline: float, wish: GracefulStop) -> dict:
         """Wait for it until `deadline` or a signal, then interrupt it. Returns what there is to record."""

@@ -152,8 +152,8 @@ def test_what_is_broken_is_attacked_no_further(settings):
 def test_inside_of_runs_too_where_samples_are_independent(monkeypatch):
     model, x, y = attackable(32)
     assert sk.explain(model, x).path == "plan"
-    seen, forward = [], PlannedGradient._forward
-    monkeypatch.setattr(PlannedGradient, "_forward", lambda self, x, keep: seen.append(len(x)) or forward(self, x, keep))
+    seen, forward = [], PlannedGradient.forward
+    monkeypatch.setattr(PlannedGradient, "forward", lambda self, x, keep=True: seen.append(len(x)) or forward(self, x, keep))
     x_adv = APGD(0.005, steps=30, input_gradient="plan")(model, x, y)
     robust = int((model(x_adv).argmax(1) == y).sum())
     assert len(seen) == 32
