@@ -49,22 +49,7 @@ def demo(
     Returns:
         Accuracy in percent, per model and attack.
     """
-    # first what would fail, or mean nothing, after minutes of training
-    check_count("--limit", limit, least=2)
-    check_count("--epochs", epochs)
-    check_eps("--eps", eps)
-    check_seed(seed)
-    if not 0 <= alpha <= 1:
-        raise InputError(f"--alpha {alpha}: give a number in [0, 1], it is a label smoothing")
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: give a name that ends in .png")
-    try:
-        existed = out.exists()
-        out.open("ab").close()
-        if not existed:
-            out.unlink()
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror}): give a file in a writable folder") from error
+    _check(limit, epochs, eps, alpha, seed, out)
     dataset = load(data, limit=limit, seed=seed)
     default_eps, default_epochs = DIGITS if data == "digits" else GREY if dataset.image_shape[0] == 1 else COLOUR
     eps = default_eps if eps is None else eps
@@ -89,3 +74,22 @@ def demo(
         torch.set_num_threads(threads)
     print(f"{out} written; {time.perf_counter() - start:.0f} s")
     return rows
+
+
+def _check(limit: int | None, epochs: int | None, eps: float | None, alpha: float, seed: int, out: Path) -> None:
+    """Raise InputError for what would fail, or mean nothing, after minutes of training."""
+    check_count("--limit", limit, least=2)
+    check_count("--epochs", epochs)
+    check_eps("--eps", eps)
+    check_seed(seed)
+    if not 0 <= alpha <= 1:
+        raise InputError(f"--alpha {alpha}: give a number in [0, 1], it is a label smoothing")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: give a name that ends in .png")
+    try:
+        existed = out.exists()
+        out.open("ab").close()
+        if not existed:
+            out.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}): give a file in a writable folder") from error

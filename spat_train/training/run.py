@@ -153,7 +153,7 @@ class Run:
         return self.progress.epoch * self.loader.order.steps + self.progress.step
 
     def between_batches(self) -> None:
-        """Of an evaluation."""
+        """Called between the batches of an evaluation."""
         self.save_or_stop()
 
     def save_or_stop(self, due: bool = False) -> None:

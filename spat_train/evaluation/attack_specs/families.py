@@ -161,7 +161,7 @@ class PGD(_Ascent):
         return pgd(model, x, labels, eps, steps=self.steps, step_size=step_size, **where, **options)
 
     def _first_wrong(self, model, x: Tensor, y: Tensor, labels: Tensor, eps: float, start: Tensor, options: dict) -> Tensor:
-        """Of each image the first iterate that is misclassified, else the last one."""
+        """The first misclassified iterate of each image, else its last one."""
         point = found = start
         right = torch.ones_like(y, dtype=torch.bool)
         for _ in range(self.steps):
