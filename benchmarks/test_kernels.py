@@ -4,9 +4,9 @@ The providers of a case take turns in PASSES passes of ROUNDS rounds, so that a 
 them; the report takes each one's best pass.
 
 On the GPU (`--device cuda`) a call is a CUDA graph of many: what is timed is the work on the device and the gap between graph
-nodes, not the launches. "warm L2" repeats one working set; "cold L2" takes enough of them in turn that each has left the cache before
-its turn comes again, where that takes no more than COPIES of them. A case's reset is inside its graph, for all providers alike.
-`host` cases, and rivals that wait for the GPU, run as plain calls, and so with their launches.
+nodes, not the launches. "warm L2" repeats one working set; "cold L2" takes up to COPIES of them in turn, so that each has left
+the cache before its turn comes again. A case's reset is inside its graph, for all providers alike. `host` cases, and rivals
+that wait for the GPU, run as plain calls, and so with their launches.
 """
 
 import math
