@@ -48,7 +48,7 @@ class Config:
     alpha: float = 0.0
     """Label smoothing of the training examples, in [0, 1]: above 0 they come from PGD-LS (SPAT)."""
     beta: float | None = None
-    """Weight of the KL term. Default: that of the method's paper, 6 for trades and 5 for mart."""
+    """Weight of the KL term. Default: that of the method's paper."""
     label_smoothing: float = 0.0
     """Label smoothing of the loss itself, over all classes as in PyTorch. Not the alpha of SPAT."""
     forwards: Literal["clean-adv", "adv-clean", "clean-adv-clean"] = "clean-adv"
@@ -62,13 +62,13 @@ class Config:
     # ---- training attack
     inner: str | None = None
     """What the attack maximises, a loss by name (spat-train attacks lists them). Default: lsce (ce with --alpha) where
-    alpha > 0, else kl for trades and rst, ce for the others."""
+    alpha > 0, else that of the method: the KL term of TRADES, or ce."""
     eps: float = 8.0
     """Radius of the L-infinity ball, in 1/255."""
     step_size: float | None = None
-    """Length of a step, in 1/255. Default: eps / 4; for fgsm eps."""
+    """Length of a step, in 1/255. Default: that of the method: eps / 4, or eps for one step."""
     steps: int | None = None
-    """Gradient steps. Default: 10; for fgsm 1."""
+    """Gradient steps. Default: that of the method: 10, or 1 for fgsm."""
     start: Literal["uniform", "normal", "clean"] | None = None
     """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x. Default: uniform, fgsm: clean."""
     bn_mode: Literal["eval", "train"] = "eval"
@@ -76,8 +76,8 @@ class Config:
 
     # ---- model and data
     model: str = "wrn-34-10"
-    """wrn-DEPTH-WIDTH, preactresnet-18 (or /raw), resnet-18, resnet-50, mnist-cnn, mnist-b, mnist-trades, small-cnn, timm:NAME,
-    or package.module:factory."""
+    """A network such as wrn-34-10, preactresnet-18, resnet-18 or mnist-cnn (an unknown name lists all), timm:NAME, or
+    package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
     mean: tuple[float, ...] | None = None
@@ -87,7 +87,8 @@ class Config:
     init: Path | None = None
     """Start from the weights of this run or checkpoint, for fine-tuning. Default: at random."""
     data: str = "cifar10"
-    """cifar10, cifar100, stl10, mnist, digits, an .npz of x_train, y_train, x_test, y_test, or a folder with train/ and test/."""
+    """A data set such as cifar10, mnist or digits (an unknown name lists all), an .npz of x_train, y_train, x_test, y_test, or a
+    folder with train/ and test/."""
     root: Path = Path("data")
     """Where torchvision's data sets are, or go."""
     download: bool = False

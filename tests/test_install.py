@@ -116,10 +116,22 @@ def test_an_sdist_can_build_and_test_itself(tmp_path):
         held = {name.split("/", 1)[-1] for name in archive.getnames()}
     folders = ("csrc", "spat_kernels", "spat_train", "benchmarks", "tests")
     wanted = {
-        str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cu", ".h")
+        str(p.relative_to(ROOT))
+        for folder in folders
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".py", ".cpp", ".cu", ".h", ".typed")
     }
     assert wanted <= held
-    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.py", ".ci/run"} <= held
+    assert {
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "setup.py",
+        ".ci/run",
+    } <= held
 
 
 @pytest.mark.parametrize("use", ["import spat_kernels", "from spat_train.__main__ import main; main()"])

@@ -48,10 +48,13 @@ def imported(path: Path, package: str) -> set[str]:
     here = path.relative_to(ROOT).with_suffix("").parts
     rooms = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and node not in for_types:
-            base = [*here[: len(here) - node.level], *(node.module or "").split(".")]
-            names = [[*base, alias.name] for alias in node.names]
-            rooms |= {next((part for part in name[1:] if part), "__init__") for name in names if name[0] == package}
+        if node in for_types or not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = [*here[: len(here) - node.level]] if node.level else []
+            names = [".".join([*base, *filter(None, [node.module]), name]) for name in names]
+        rooms |= {(name.split(".") + ["__init__"])[1] for name in names if name.split(".")[0] == package}
     return rooms
 
 

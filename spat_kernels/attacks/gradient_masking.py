@@ -11,7 +11,7 @@ from ..precision import logit_gradient_scale
 
 ROUNDING = 1e-4  # of the largest logit. Sums in another order differ by some 1e-6 of it, also in deep networks.
 RULED_OUT = 1e3  # Constants larger than others by this, such as -1e9, rule classes out and say nothing of the logits' size.
-SQUARE_SHARE = 0.002  # of the images. If Square alone breaks more than these, it is more than bad luck.
+SQUARE_SHARE = 0.002  # share of the images that Square alone may break by luck
 
 
 def logit_difference(logits: Tensor, again: Tensor) -> tuple[float, float]:

@@ -11,10 +11,10 @@ same calls as without a graph: equal seeds give equal starts. What the model dra
 from torch's default generator, equally.
 
 A graph knows addresses only, and no Python code of the model runs in a replay. So before each replay the model is compared with
-the captured one (`structure.py`): other addresses, modes, hooks, attributes or modules mean a new capture. That makes freed
-memory harmless: a graph is replayed only while the model's tensors *now* lie where the captured ones did, with their shapes and
-types. Whether they are the same objects does not matter to kernels that read whatever is there. Buffers that `borrowed` swaps
-for copies are copied in the graph. What cannot be seen this way is kept out: see `Graphs.attack`.
+the captured one (`model_state/structure.py`): other addresses, modes, hooks, attributes or modules mean a new capture. That
+makes freed memory harmless: a graph is replayed only while the model's tensors *now* lie where the captured ones did, with
+their shapes and types. Whether they are the same objects does not matter to kernels that read whatever is there. Buffers that
+`borrowed` swaps for copies are copied in the graph. What cannot be seen this way is kept out: see `Graphs.attack`.
 """
 
 import atexit

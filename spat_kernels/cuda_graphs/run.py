@@ -11,6 +11,7 @@ from ..input_gradient.choose import input_gradient
 from ..input_gradient.planned_gradient import PlannedGradient
 from ..losses import Loss
 from ..precision import logit_gradient_scale
+from ..rng import rng_lock
 
 
 class Batch(NamedTuple):
@@ -82,7 +83,8 @@ class Run:
         """Draw what the next run starts from: as many numbers as the batch has samples, also where it fills only a part."""
         if not self.random_start:
             return
-        draws = self.ball.draw(generator, self.n)
+        with rng_lock:  # over all that a ball draws, or threads on one generator would share it out between them
+            draws = self.ball.draw(generator, self.n)
         if not self.draws:
             self.draws = draws
         else:

@@ -173,7 +173,7 @@ class InputGradient:
         except Exception as error:
             if explanation := self._explanation(error, x.dtype):
                 raise ValueError(explanation) from error
-            # Re-entrant checkpointing refuses a choice of inputs to differentiate for.
+            # Re-entrant checkpointing cannot be limited to some inputs.
             if self._to_leaf is _grad_to_leaf and "checkpoint" in str(error).lower():
                 if not isinstance(self.model, nn.Module):
                     raise ValueError(CHECKPOINT) from error

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import rng as host_random
+from .. import rng
 from ..model_state.structure import Structure
 from ..precision import HALVES, arithmetic, half_dtype
 from ..settings import Precision
@@ -106,12 +106,12 @@ def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
     exact = partial(arithmetic, "fp32" if x.dtype == torch.float32 else None, x.device.type, autocast=False)
     try:
         for _ in range(TRIES):
-            random_states = host_random.states()
+            random_states = rng.states()
             try:
                 with exact(), torch.random.fork_rng([x.device] if x.is_cuda else []):
                     plan = Plan(trace(model, x))
             finally:
-                drawn = host_random.restore(random_states)
+                drawn = rng.restore(random_states)
             if not drawn:
                 with exact():
                     _compare(plan, model, _two(x))

@@ -156,7 +156,9 @@ def evaluate_command(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
-    """Raise InputError for what does not fit, before anything is loaded."""
+    """Raise InputError for what does not fit, and ImportError without SciPy, before anything is loaded."""
+    import scipy.stats  # noqa: F401  (for the intervals; it takes a second)
+
     name = chosen_name(options.model, config, options.model_name, "--model-name")
     with as_input_error(f"--model-name {name}"):
         import_own(name)  # it may register losses

@@ -70,7 +70,7 @@ def accuracies(
         attack_options: `precision`, `input_gradient`, `graph` of the attacks.
     """
     if several := next((attack for attack in attacks.values() if attack.runs(3) > 1), None):
-        raise InputError(f"attack {several.name}: it has several runs: use spat_train.evaluation.evaluate.evaluate")
+        raise InputError(f"attack {several.name}: it has several runs: use spat_train.evaluate")
     rows = torch.arange(len(images)) if rows is None else rows
     correct = dict.fromkeys(attacks, 0)
 

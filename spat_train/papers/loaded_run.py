@@ -101,7 +101,7 @@ class LoadedRun:
         folder = self.run.folder / "evaluations" / f"{data_name(images.dataset.name)}-{len(images)}-{key}"
         device = device_of(self.model)
         with interruptible(
-            "the same command goes on from there",
+            "the same command continues it",
             lambda: f"--eval-batch-size {size}: out of memory on {device}: lower it",
         ) as on_progress:
             found = evaluate(

@@ -52,6 +52,8 @@ class Extent:
 def check(options: Options, out: Path, extent: Extent = Extent()) -> None:  # noqa: B008  (frozen)
     """Raise InputError for an option that does not fit, or where the folder `out` does not exist and cannot be made."""
     check_device(options.device)
+    if options.model is not None and ":" not in options.model:
+        raise InputError(f"--model {options.model}: it permits code, as package.module:factory; name runs by their folders")
     for option, folder in (("runs", options.runs), ("root", options.root)):
         if folder is not None and not folder.is_dir():
             raise InputError(f"--{option} {folder}: there is no such folder")

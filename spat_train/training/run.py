@@ -210,9 +210,9 @@ class Run:
         totals = self.world.add(*progress.sums.values())
         if self.log and progress.count:
             means = {name: t / progress.count / self.world.size for name, t in zip(progress.sums, totals, strict=True)}
-            means |= {"lr": self.step.optimizer.param_groups[0]["lr"], "images_per_second": self.log.rate()}
+            lr = self.step.optimizer.param_groups[0]["lr"]
             step = self.global_step - (self.pending is not None)  # whose loss is not read yet
-            self.log.write("train", epoch=progress.epoch + 1, step=step, **means)
+            self.log.write("train", epoch=progress.epoch + 1, step=step, lr=lr, **means, images_per_second=self.log.rate())
         progress.sums, progress.count = {}, 0
 
     # ---- validation and test

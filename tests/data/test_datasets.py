@@ -45,7 +45,7 @@ def test_limit_draws_matching_images_and_labels(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"data": "cifar11"}, "--data cifar11: there is none: did you mean cifar1.* give cifar10, .*, mnist, digits, an .npz"),
+        ({"data": "cifar11"}, "--data cifar11: there is none: did you mean cifar1.* give cifar10, .*mnist.*digits.* an .npz"),
         ({"data": "nowhere"}, "--data nowhere: there is none: .*give"),
         ({"data": "digits", "limit": 0}, "--limit 0: give at least 1"),
         ({"data": "digits", "image_size": 32}, "--image-size 32: digits has 8x8 images: leave it out"),

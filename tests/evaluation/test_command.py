@@ -112,7 +112,7 @@ def test_the_report(monkeypatch, capsys, a_run):
 
 
 def test_stopped_the_command_goes_on(monkeypatch, capsys, a_run, tmp_path):
-    options = (*OPTIONS, "--no-alarms", "--out", tmp_path / "stopped")
+    options = (*OPTIONS, "--out", tmp_path / "stopped")
     add, count = module.Samples.add, iter(range(100))
 
     def stopping(self, record):

@@ -1,5 +1,6 @@
 """Evaluations: the outcome of every attack on every image, as counted by hand."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -144,9 +145,15 @@ def test_images_that_are_wrong_are_attacked_where_that_is_asked():
 
 
 def test_the_interval_is_wilsons():
-    """Newcombe (1998), Table I, method 3."""
+    """Newcombe (1998), Table I, method 3. None broken, or all, is exactly an end."""
     for correct, count, low, high in ((81, 263, 25.53, 36.62), (0, 20, 0, 16.11), (5, 5, 56.55, 100)):
-        assert interval(torch.arange(count) < correct) == pytest.approx((low, high), abs=5e-3)
+        found = interval(torch.arange(count) < correct)
+        assert found == pytest.approx((low, high), abs=5e-3)
+        p, z2 = correct / count, 1.959963984540054**2 / count
+        half = math.sqrt(z2 * p * (1 - p) + z2 * z2 / 4)
+        assert found == pytest.approx([100 * (p + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1)], abs=1e-9)
+    assert interval(torch.zeros(20, dtype=torch.bool))[0] == 0
+    assert interval(torch.ones(5, dtype=torch.bool))[1] == 100
 
 
 def test_nothing_else_is_changed():
