@@ -93,7 +93,7 @@ def title(config: Config) -> str:
 def settings(c: Config) -> dict[str, str]:
     """What changes the weights, as text, with the defaults filled in that follow from other options."""
     _, step_size, steps, start = c.attack_settings
-    drops = ", ".join(f"{100 * epoch / c.epochs:.0f} %" for epoch in c.lr_drops) if c.schedule == "piecewise" else "none"
+    drops = ", ".join(f"{100 * epoch / c.epochs:.0f} %" for epoch in c.lr_drops if c.schedule == "piecewise") or "none"
     attack = {
         "eps": format_eps(c.eps), "attack steps": f"{steps}", "step size": format_eps(255 * step_size), "start": start,
         "inner loss": c.inner_loss, "mode in attacks": c.bn_mode,
