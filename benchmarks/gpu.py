@@ -60,7 +60,7 @@ def pytest(options: str) -> str:
 TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --rows mart+spat"
 RACE = "--models wrn-34-10 resnet-18 --batches 256 128 --precisions bf16"
 LOOPS = "'spat plan+graph' loop torchattacks 'autocast loop'"
-KERNELS = pytest("tests/ops -m 'gpu and not slow' -k 'compiled and not wrong_arguments and not in_one_graph'")
+KERNELS = pytest("tests/ops -m 'gpu and not slow' -k 'compiled and not refused and not in_one_graph'")
 QUICK = "--seconds 0 --no-memory --small-ceilings"
 TINY = f"--models wrn-10-1 --precisions fp32 --steps 2 {QUICK} --batches"
 SMALL = "--model wrn-10-1 --batch 16 --steps 2"
@@ -68,7 +68,7 @@ STEPS = [
     Step("smoke", 90, bench("attack", "--models wrn-34-10 --batches 128 --precisions bf16 --seconds 0.1 --small-ceilings "
                             "--providers 'spat plan+graph' 'autocast loop'"),
          bench("attack", f"{TINY} 4 --providers 'spat plan' loop")),
-    Step("tests", 110, pytest("tests -m gpu -k 'not triton' -n {processes}"), pytest("tests/ops/test_linf.py -k hand -n 0"),
+    Step("tests", 110, pytest("tests -m gpu -k 'not triton' -n {processes}"), pytest("tests/ops/test_linf.py -k denormals -n 0"),
          beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
          Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
               f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
