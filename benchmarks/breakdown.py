@@ -40,7 +40,7 @@ KINDS = {
     "pointwise": r"elementwise|vectorized|unrolled|add|mul|relu|threshold|clamp|sign|where|triton",
 }
 TOP = 8  # kernels that are listed
-METHOD = "mart"  # of the update
+METHOD = "mart"  # whose update is taken apart
 
 
 @dataclass

@@ -206,7 +206,7 @@ class Session:
     folder: Path
     machine: dict
     results: dict[str, dict]  # by the name of a step
-    words: dict[str, object]  # of the commands
+    words: dict[str, object]  # what stands for {out}, {data} and the like in the commands
     deadline: float
     wish: GracefulStop
 
@@ -240,7 +240,7 @@ class Session:
             result = self.results[each.name]
             print(f"{each.name:<10} {result['status']:<8} {result['seconds']:>6.1f} s  {result.get('reason', '')}")
             print(*result["tail"].splitlines()[-12:], sep="\n", flush=True)
-        for leftover in self.folder.glob("*.tmp"):  # of writes that were killed
+        for leftover in self.folder.glob("*.tmp"):  # left by a write that was killed
             leftover.unlink()
 
 

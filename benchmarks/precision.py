@@ -31,7 +31,7 @@ from spat_train.training.trainer import train
 EPS, BATCH = 8 / 255, 250
 WAYS = [("autograd", "fp32"), ("plan", "fp32"), ("plan", "bf16"), ("plan", "fp16")]  # the plain one first
 GRAPHS = [("plan+graph", precision) for precision in ("fp32", "tf32", "bf16", "fp16")]  # on a GPU
-AUTOCAST = [("autograd", "bf16"), ("autograd", "fp16")]  # of the standard model
+AUTOCAST = [("autograd", "bf16"), ("autograd", "fp16")]  # for the standard model alone
 
 
 @dataclass

@@ -15,7 +15,7 @@ from .cuda_graph import CudaGraph
 from .key import loss_key
 from .run import Batch, Run
 
-Outcome = tuple[tuple[Tensor, ...], int | None]  # of a run; and the number of classes, None before the first forward
+Outcome = tuple[tuple[Tensor, ...], int | None]  # what a run returns, and the number of classes (None before a forward)
 
 
 class CapturedAttack:

@@ -75,7 +75,7 @@ class Network:
         self.model = model
         self.nodes: list[Node] = []
         self.index: dict[torch.fx.Node, int] = {}  # fx node -> the node that holds its value
-        self.shape: tuple[int, ...] = ()  # of one sample of the value that is being read
+        self.shape: tuple[int, ...] = ()  # shape of one sample of the value that is being read
 
     def add(self, n: torch.fx.Node, kind: str, *values: torch.fx.Node, **fields) -> None:
         """Fx node `n` is a new node, made of `values`."""

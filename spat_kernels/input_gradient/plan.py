@@ -34,7 +34,7 @@ class Step:
     inputs: tuple[int, ...]
     out: int
     name: str
-    shape: tuple[int, ...]  # of one sample of `out`
+    shape: tuple[int, ...]  # one sample of `out`
     frees: list[int] = field(default_factory=list)
 
 

@@ -26,7 +26,7 @@ class ConvWeights(NamedTuple):
     weight: Tensor
     folded: Tensor | None  # the bias, in the dtype of the arithmetic
     bias: Tensor | None  # the bias as the convolution adds it; None where a Pointwise does
-    scale: Tensor | None  # of the image's channels, before the convolution
+    scale: Tensor | None  # a factor for each channel of the image, before the convolution
     shift: Tensor | None
     layout: torch.memory_format = CHANNELS_LAST  # of input, output and weights
     splits: bool = False  # fp32 values are read in half precision, as two halves (ops.split_image)
