@@ -1,214 +1,237 @@
-"""Table 6.1 at a scale of minutes: `python -m benchmarks.table61 --data cifar10.npz --out benchmarks/results/h200/table61.json`.
+"""Table 6.1 at a small scale: `python -m benchmarks.table61 --data cifar10.npz --out benchmarks/results/cpu/table61.json`.
 
-Trains the five rows of the thesis's Table 6.1 as its presets say, but with ResNet-18, a one-cycle schedule of few epochs and bf16
-arithmetic, and evaluates each on all test images. After each row, also one that a signal stopped, --out gets what the folders in
---runs hold. The same command continues from there: a row that --out has in full is not run again, even where its folder is gone.
-Other --rows and --model add to the same file:
+Trains the five rows of the thesis's Table 6.1 as its presets say, but with a smaller network, a one-cycle schedule of few epochs
+and bf16 arithmetic, and attacks each at the test images. --seeds repeats that. What a training on SPAT's examples gains over the
+plain one is counted on the same images and from the same seeds.
+
+The same command continues where it was stopped, and may be started once for each core (`study`). Other --rows, --seeds, --model
+and --precision add to the same file, and a row that it has in full is not run again, even where its folder is gone:
 
     python -m benchmarks.table61 --data cifar10.npz --out table61.json --model wrn-34-10 --rows mart+spat --epochs 6
 """
 
-import json
-import traceback
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
 
 from benchmarks import measure
-from benchmarks.tables import columns, environment, markdown
+from benchmarks.study import CONTINUES, Precisions, Study, Test, compare, grouped, mean, named, signed
+from benchmarks.tables import columns, environment, markdown, sentences
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError, check_count
-from spat_train.evaluation.evaluate import evaluate
-from spat_train.models.checkpoints import load_model
 from spat_train.papers.reported import TABLES
-from spat_train.papers.runs import Run, differences, find_runs, title
 from spat_train.presets import PRESETS
-from spat_train.runtime import atomic_write as files
-from spat_train.runtime import logs
-from spat_train.runtime.signals import Stopped, interruptible
+from spat_train.runtime.signals import Stopped
 from spat_train.training.check import check
-from spat_train.training.trainer import train
 
 TABLE = TABLES["6.1"]
-COLUMNS = {cell.attack: cell.column for cell in TABLE.cells}
-CONTINUES = "the same command continues from there"
+COLUMNS = {cell.column: cell.attack for cell in TABLE.cells}
+THESIS = {row: {cell.column: cell.accuracy for cell in TABLE.cells if cell.target == row} for row in TABLE.runs}
+TITLES = {cell.target: cell.row for cell in TABLE.cells}
+AUTOATTACK = "AutoAttack"
 
 
 @dataclass
 class Arguments:
-    """Table 6.1 at a scale of minutes."""
+    """Table 6.1 at a small scale."""
 
     data: Path
     """CIFAR-10 as an .npz file."""
     out: Path
     """JSON file to write."""
     runs: Path = Path("runs")
-    """Where the folders of the runs go, one for each row and model."""
+    """Where the folders of the runs go."""
     rows: list[str] = field(default_factory=lambda: list(TABLE.runs))
     """Any of madry, trades, mart, trades+spat, mart+spat."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each row is trained from each of these."""
     model: str = "resnet-18"
     """A name of spat_train.models; the thesis's is wrn-34-10."""
     epochs: int = 20
     """Length of the one-cycle schedule."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    limit: int | None = None
+    """Number of training images, of which a tenth, at most 1,000, is held out. Default: all."""
+    precision: Precisions = "bf16"
     """Precision of updates and of the attacks in training."""
-    test_precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    test_precision: Precisions = "fp32"
     """Precision of the attacks in the evaluation. Predictions are always fp32."""
+    test_images: int | None = None
+    """The first of the test images are attacked. Default: all."""
+    autoattack: int = 0
+    """On so many of the test images, AutoAttack too."""
     batch_size: int = 500
     """Images attacked at once in the evaluation."""
-    limit: int | None = None
-    """Maximum number of training and of test images, for rehearsals."""
 
 
-def settings(args: Arguments, row: str) -> Config:
-    preset = PRESETS[f"table6.1/{row}"]
-    return replace(
-        preset, preset="", model=args.model, epochs=args.epochs, schedule="one-cycle", lr=0.1,
-        precision=args.precision, data=str(args.data), limit=args.limit, out=place(args.runs, args.model, row), resume=True,
-        test=False, tensorboard=False,
+def settings(args: Arguments, row: str, seed: int) -> Config:
+    config = replace(
+        PRESETS[f"table6.1/{row}"], model=args.model, epochs=args.epochs, schedule="one-cycle", lr=0.1, seed=seed,
+        precision=args.precision, data=str(args.data), limit=args.limit, resume=True, test=False, tensorboard=False,
     )  # fmt: skip
+    return replace(config, out=args.runs / named(config))
 
 
-def place(runs: Path, model: str, row: str) -> Path:
-    return runs / f"{model}-{row}"
-
-
-def evaluate_run(args: Arguments, folder: Path) -> None:
-    """Write evaluation.json into the folder of the run."""
-    data = load_npz(args.data).limited(args.limit, seed=0)
-    model, config = load_model(folder, data)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    count = len(data.test)
-    kept = folder / f"evaluation-{count}-{args.test_precision}-{args.batch_size}"
-    texts = CONTINUES, lambda: f"out of memory: give less than --batch-size {args.batch_size}"
-    with interruptible(*texts) as on_progress:
-        result = evaluate(
-            model, data.test, ",".join(COLUMNS), eps=config.evaluation_eps / 255, rows=torch.arange(count),
-            on_progress=on_progress, batch_size=args.batch_size, folder=kept, precision=args.test_precision, bar=folder.name,
-        )  # fmt: skip
-    found = {}
-    for name in result.attacks:
-        low, high = result.interval(name)
-        accuracy = {"accuracy": result.accuracy(name), "low": low, "high": high}
-        found[COLUMNS[name]] = accuracy | {"images": count, "precision": args.test_precision}
-    files.write(folder / "evaluation.json", json.dumps(found, indent=1).encode())
-
-
-def checked(args: Arguments) -> int:
-    """How many test images there are.
+def prepared(args: Arguments) -> tuple[list[Config], Study]:
+    """The trainings, seed by seed, and the study of them.
 
     Raises:
         InputError: an option or the data do not fit.
     """
     if not args.rows or set(args.rows) - set(TABLE.runs):
         raise InputError(f"--rows {' '.join(args.rows)}: choose from {', '.join(TABLE.runs)}")
-    check_count("--batch-size", args.batch_size)
-    for row in args.rows:
-        check(settings(args, row))
-    count = len(load_npz(args.data).limited(args.limit, seed=0).test)
+    for option, value in (("--batch-size", args.batch_size), ("--test-images", args.test_images), ("--seeds", len(args.seeds))):
+        check_count(option, value)
+    check_count("--autoattack", args.autoattack, least=0)
+    trainings = [settings(args, row, seed) for seed in args.seeds for row in args.rows]
+    for config in trainings:
+        check(config)
+    data = load_npz(args.data)
+    count = min(len(data.test), args.test_images or len(data.test))
     if not count:
         raise InputError(f"--data {args.data}: it has no test images: give x_test and y_test")
-    return count
+    tests = [Test(COLUMNS, count)]
+    if args.autoattack:
+        tests.append(Test({AUTOATTACK: "autoattack"}, min(count, args.autoattack)))
+    args.runs.mkdir(parents=True, exist_ok=True)
+    results = measure.begun("table61", "cuda" if torch.cuda.is_available() else "cpu", rows=[])
+    results = measure.continued(args.out, results)
+    return trainings, Study(results, args.out, args.runs, data, tuple(tests), args.test_precision, args.batch_size)
 
 
-def collected(folder: Path, before: list[dict]) -> list[dict]:
-    """What the runs in `folder` have come to, and those of `before` that are not there, in the order of the thesis."""
-    ours = [run for run in find_runs(folder) if run.folder == place(folder, run.config.model, name_of(run.config))]
-    rows = {(row["model"], row["row"]): row for row in before + [row_of(run) for run in ours]}
-    return sorted(rows.values(), key=lambda row: (row["model"], list(TABLE.runs).index(row["row"])))
+# --- as Markdown ---
+
+OPTIONS = "model", "epochs", "precision"
 
 
-def is_done(args: Arguments, row: str, rows: list[dict], images: int) -> bool:
-    """Whether `rows` have it, trained in just this way to its end, and measured on as many images."""
-    config = settings(args, row)
-    return any(
-        {column: e["images"] for column, e in found["evaluation"].items()} == dict.fromkeys(COLUMNS.values(), images)
-        for found in rows
-        if not config.differences(found["config"]) and found["trained"] >= found["epochs"]
-    )
-
-
-def name_of(config: Config) -> str:
-    return config.method + ("+spat" if config.alpha else "")
-
-
-def row_of(run: Run) -> dict:
-    row = name_of(run.config)
-    rates = [event["images_per_second"] for event in logs.read(run.folder, "train")]
-    evaluation = run.folder / "evaluation.json"
-    return {
-        "row": row, "title": title(run.config), "model": run.config.model, "epochs": run.config.epochs, "trained": run.epochs,
-        "images_per_second": max(rates, default=None), "validations": logs.read(run.folder, "validation"),
-        "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else {},
-        "thesis": {cell.column: cell.accuracy for cell in TABLE.cells if cell.target == row},
-        "differs": differences(run, PRESETS[f"table6.1/{row}"]), "config": run.config.to_dict(),
-    }  # fmt: skip
+def name_of(row: dict) -> str:
+    """That of the row in the thesis."""
+    return row["config"]["method"] + ("+spat" if row["config"]["alpha"] else "")
 
 
 def table(results: dict) -> str:
-    """Each training's accuracies above the thesis's, what it did otherwise, and how fast it went."""
-    trainings, rows = results["thesis"], []
-    for t in trainings:
-        found = {name: e["accuracy"] for name, e in t["evaluation"].items()}
-        rows.append(t | {"found": found, "done": f"{t['trained']:.2f} of " if t["trained"] < t["epochs"] else ""})
-        rows.append({"title": "", "model": "thesis: WRN-34-10", "done": "", "epochs": 90, "found": t["thesis"]})
-    names = dict.fromkeys(chain.from_iterable(row["found"] for row in rows))
-    heads, cells = columns(names, "{}", "{{found[{}]:.2f}}")
+    """Each training's accuracies above the thesis's, what it did otherwise, how fast it went; then what SPAT gains."""
+    lines, comparisons, orderings = [], [], []
+    for (model, epochs, precision), rows in grouped(results["rows"], *OPTIONS).items():
+        by_name = {name: [row for row in rows if name_of(row) == name] for name in TABLE.runs}
+        by_name = {name: found for name, found in by_name.items() if found}
+        for name, found in by_name.items():
+            lines += _lines(name, found, f"{model}, {precision}")
+        comparisons += [line for name in by_name if name.endswith("+spat") for line in _gains(by_name, name)]
+        orderings.append(_orderings(by_name, f"{model}, {epochs} epochs, {precision}"))
+    names = dict.fromkeys(column for line in lines for column in line["found"])
+    heads, cells = columns(names, "{}", "{{found[{}]}}")
+    first = markdown(
+        results, lines,
+        f"defence |  || seeds | epochs | {heads} | images/s",
+        f"{{title}} | {{model}} || {{seeds}} | {{epochs}} | {cells} | {{rate}}",
+        otherwise, tested, environment,
+    )  # fmt: skip
+    if not comparisons:
+        return first
+    second = markdown(
+        results, comparisons,
+        "SPAT against its base |  | at this scale || difference | images won | lost | p | thesis",
+        "{title} | {column} | {verdict} || {difference} | {won:,} | {lost:,} | {p:.2g} | {thesis}",
+    )  # fmt: skip
+    rule = (
+        "Differences in points, ± their standard deviation between seeds. An image is won if more seeds get it right with SPAT "
+        "than without; p is of the two-sided sign test on these images. Higher and lower: p < 0.05, and every seed has that sign."
+    )
+    return "\n\n".join([first, second, rule, *filter(None, orderings)])
 
-    def otherwise(results: dict) -> str:
-        alike: dict[str, list[str]] = {}
-        for t in trainings:
-            alike.setdefault(", ".join(t["differs"]), []).append(f"{t['title']} of {t['model']}")
-        return " ".join(
-            f"Otherwise than in the thesis (in brackets): {', '.join(who)}: {what}." for what, who in alike.items() if what
-        )
 
-    def tested(results: dict) -> str:
-        parts = chain.from_iterable(t["evaluation"].items() for t in trainings)
-        tests = {name: f"{name} {e['images']:,} in {e['precision']}" for name, e in parts}
-        return f"Test images: {', '.join(tests.values()) or 'none yet'}; images/s of the training, attacks included."
+def _lines(name: str, rows: list[dict], model: str) -> list[dict]:
+    """What `table` says of a training from its seeds: ours, the thesis's, and the difference."""
+    config = rows[0]["config"]
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for column, e in row["evaluation"].items():
+            values.setdefault(column, []).append(e["accuracy"])
+    trained = [f"{row['trained']:.2f} of " for row in rows if row["trained"] < config["epochs"]]
+    rate = max((row["images_per_second"] or 0 for row in rows), default=0)
+    ours = {
+        "title": TITLES[name], "model": model, "seeds": len(rows), "epochs": f"{min(trained, default='')}{config['epochs']}",
+        "found": {column: mean(of_seeds) for column, of_seeds in values.items()}, "rate": f"{rate:,.0f}",
+    }  # fmt: skip
+    thesis = {column: f"{accuracy:.2f}" for column, accuracy in THESIS[name].items()}
+    means = {column: sum(of_seeds) / len(of_seeds) for column, of_seeds in values.items()}
+    gaps = {column: signed(f"{means[column] - accuracy:+.2f}") for column, accuracy in THESIS[name].items() if column in means}
+    source = {"title": "", "model": "thesis: WRN-34-10", "seeds": "", "epochs": 90, "found": thesis, "rate": ""}
+    return [ours, source, source | {"model": "difference", "epochs": "", "found": gaps}] if gaps else [ours, source]
 
-    return markdown(
-        results, rows,
-        f"defence |  || epochs | {heads} | images/s", f"{{title}} | {{model}} || {{done}}{{epochs}} | {cells} | {{rate:,.0f}}",
-        otherwise, tested, environment, rate=lambda r: r["images_per_second"] or 0,
+
+def _gains(by_name: dict[str, list[dict]], name: str) -> list[dict]:
+    """What `table` says of a +SPAT training against its base, column by column. Empty where one of them is missing."""
+    base, lines = name.removesuffix("+spat"), []
+    for column in [*COLUMNS, AUTOATTACK]:
+        try:
+            found = compare(by_name[name], by_name[base], column)
+        except KeyError:
+            continue
+        thesis = signed(f"{THESIS[name][column] - THESIS[base][column]:+.2f}") if column in COLUMNS else ""
+        lines.append({
+            "title": f"{TITLES[name]} − {TITLES[base]}", "column": column, "difference": str(found), "won": found.won,
+            "lost": found.lost, "p": found.p, "thesis": thesis, "verdict": ("lower", "undecided", "higher")[found.verdict + 1],
+        })  # fmt: skip
+    return lines
+
+
+def _orderings(by_name: dict[str, list[dict]], of: str) -> str:
+    """How many of the thesis's orderings of two rows hold, and which are reversed. "" where images say nothing of it."""
+    held: list[str] = []
+    turned: list[str] = []
+    undecided = 0
+    for first, second in combinations(by_name, 2):
+        for column in COLUMNS:
+            try:
+                verdict = compare(by_name[first], by_name[second], column).verdict
+            except KeyError:
+                continue
+            above = THESIS[first][column] > THESIS[second][column]
+            names = (TITLES[first], TITLES[second])[:: 1 if above else -1]
+            if not verdict:
+                undecided += 1
+            else:
+                (held if (verdict > 0) == above else turned).append(f"{column} {' > '.join(names)}")
+    if not held and not turned and not undecided:
+        return ""
+    total = len(held) + len(turned) + undecided
+    return sentences(
+        {},
+        f"Of the thesis's {total} orderings of two rows in a column, by the same rule ({of}): {len(held)} hold"
+        + (f" ({'; '.join(held)})" if held else "") + f", {len(turned)} are reversed"
+        + (f" ({'; '.join(turned)})" if turned else "") + f", {undecided} are undecided.",
     )  # fmt: skip
 
 
+def otherwise(results: dict) -> str:
+    alike: dict[str, dict[str, None]] = {}
+    for row in results["rows"]:
+        alike.setdefault(", ".join(row["differs"]), {})[f"{TITLES[name_of(row)]} of {row['config']['model']}"] = None
+    return " ".join(f"Not as in the thesis (in brackets): {', '.join(who)}: {what}." for what, who in alike.items() if what)
+
+
+def tested(results: dict) -> str:
+    parts = (item for row in results["rows"] for item in row["evaluation"].items())
+    tests = {f"{name} {e['images']:,} in {e['precision']}": None for name, e in parts}
+    return f"Test images: {', '.join(tests) or 'none yet'}; images/s of the training, attacks included."
+
+
 def main(args: Arguments) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        images = checked(args)
-        args.runs.mkdir(parents=True, exist_ok=True)
-        results = measure.continued(args.out, measure.begun("table61", device, thesis=[]))
+        trainings, study = prepared(args)
     except (InputError, OSError) as error:
         raise SystemExit(str(error)) from None
-    before = results["thesis"]
-
-    def is_left(row: str) -> bool:
-        results["thesis"] = collected(args.runs, before)
-        measure.write(args.out, results)
-        return not is_done(args, row, results["thesis"], images)
-
-    for row in filter(is_left, args.rows):
-        measure.free(device)
-        try:
-            config = settings(args, row)
-            train(config)
-            evaluate_run(args, config.out)
-        except Stopped as stopped:
-            is_left(row)
-            print(f"{args.model} {row}: stopped, {CONTINUES}")
-            raise SystemExit(stopped.exit_code) from None
-        except Exception:  # the other rows are still of use
-            traceback.print_exc()
-    left = [row for row in args.rows if is_left(row)]
-    print(table(results))
+    try:
+        left = study.run(trainings)
+    except Stopped as stopped:
+        print(f"stopped, {CONTINUES}")
+        raise SystemExit(stopped.exit_code) from None
+    print(table(study.results))
     if left:
         raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why, and {CONTINUES}")
 

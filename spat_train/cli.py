@@ -26,13 +26,18 @@ from .training.trainer import TrainingError
 from .training.trainer import train as run
 
 
-def train(arguments: list[str]) -> None:
-    """Train a robust model: attack, update, validate, save; with --resume go on after any interruption."""
+def training_config(arguments: list[str]) -> Config:
+    """The options of `spat-train train`."""
     parser = argparse.ArgumentParser("spat-train train", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", const="", default="")  # without a value tyro says what is missing
     chosen = parser.parse_known_args(arguments)[0].preset
     default = lookup("--preset", chosen, PRESETS, remedy="see spat-train presets") if chosen else None
-    result = run(parse(Config, arguments, prog="spat-train train", description=train.__doc__, default=default))
+    return parse(Config, arguments, prog="spat-train train", description=train.__doc__, default=default)
+
+
+def train(arguments: list[str]) -> None:
+    """Train a robust model: attack, update, validate, save; with --resume go on after any interruption."""
+    result = run(training_config(arguments))
     if result.summary:
         print(result.summary)
 

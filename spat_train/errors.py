@@ -14,6 +14,10 @@ class InputError(ValueError):
     """An argument does not fit. The message is one line: argument, value, remedy."""
 
 
+class InUseError(InputError):
+    """Another process is at work in the folder."""
+
+
 @contextmanager
 def as_input_error(what: str) -> Iterator[None]:
     """Within, a ValueError becomes an InputError about `what`."""

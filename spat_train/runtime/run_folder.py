@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError, first_line
+from ..errors import InputError, InUseError, first_line
 from . import atomic_write
 
 FORMAT = "spat_train 3"
@@ -58,7 +58,8 @@ class RunFolder:
         """Make the folder, and keep other runs out of it until `release`, or the end of this process.
 
         Raises:
-            InputError: it cannot be made, or another run is at work there.
+            InputError: it cannot be made.
+            InUseError: another run is at work there.
         """
         if self.path is None:
             return
@@ -76,7 +77,7 @@ class RunFolder:
         except BlockingIOError as error:
             self._unlock()
             self.made = []  # they are the other's
-            raise InputError(f"--out {self.path}: another run is at work there: wait for it, or choose another --out") from error
+            raise InUseError(f"--out {self.path}: another run is at work there: wait for it, or choose another --out") from error
         except OSError:  # a file system without locks
             self._unlock()
 

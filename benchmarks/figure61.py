@@ -1,0 +1,217 @@
+"""Figure 6.1 on any data: which label smoothing suits which radius? Madry training on PGD-LS examples, by alpha, eps and seed.
+
+    python -m benchmarks.figure61 --out benchmarks/results/cpu/figure61.json --eps 4 8 16 --alphas 0 .2 .4 .6 .8 1 -- \\
+        --preset figure6.1/eps8-alpha0 --model wrn-10-2 --data cifar10.npz --epochs 3 --schedule one-cycle --precision bf16
+
+What follows the -- are options of `spat-train train`, the same for each training. Beside its accuracies at the test images each
+is validated on held-out images, by which alpha is chosen, and, with --judge, its own training attack is asked how much of an
+image's meaning it keeps: how many of the images that it makes the judge, another robust model, still gets right.
+
+The same command continues where it was stopped, and may be started once for each core (`study`).
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+from benchmarks import measure
+from benchmarks.study import CONTINUES, Comparison, Precisions, Study, Test, compare, grouped, mean, named
+from benchmarks.tables import environment, markdown, sentences
+from spat_train.cli import training_config
+from spat_train.config import Config
+from spat_train.data.datasets import load
+from spat_train.data.images import Dataset, floats
+from spat_train.errors import InputError, check_count, check_eps
+from spat_train.models.checkpoints import load_model
+from spat_train.papers.loaded_run import CHUNK, input_gradients, logits_of
+from spat_train.presets import PRESETS
+from spat_train.runtime.signals import Stopped
+from spat_train.training.check import check
+from spat_train.training.step import training_attack
+
+COLUMNS = {"natural": "clean", "PGD-20": "pgd-20"}
+
+
+@dataclass
+class Arguments:
+    """Accuracy against the alpha and the eps of the training."""
+
+    out: Path
+    """JSON file to write."""
+    eps: list[float]
+    """Radii of the training attacks, in 1/255."""
+    alphas: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    """Label smoothings of the training examples."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each is trained from each of these."""
+    runs: Path = Path("runs")
+    """Where the folders of the runs go."""
+    judge: Path | None = None
+    """Folder of a robust run on the same data, which judges what the training attacks leave of the images."""
+    test_images: int | None = None
+    """The first of the test images are attacked. Default: all."""
+    traits_images: int = 1000
+    """On so many of them the alignment of gradients and the judge's accuracy are measured."""
+    test_precision: Precisions = "fp32"
+    """Precision of the attacks in the evaluation. Predictions are always fp32."""
+    batch_size: int = 500
+    """Images attacked at once in the evaluation."""
+
+
+def settings(args: Arguments, base: Config, eps: float, alpha: float, seed: int) -> Config:
+    preset = f"{base.preset.partition('/')[0]}/eps{eps:g}-alpha{alpha:g}"
+    config = replace(
+        base, method="madry", eps=eps, alpha=alpha, seed=seed, preset=preset if preset in PRESETS else "", resume=True,
+        test=False, tensorboard=False,
+    )  # fmt: skip
+    return replace(config, out=args.runs / named(config))
+
+
+def prepared(args: Arguments, base: Config) -> tuple[list[Config], Study]:
+    """The trainings, seed by seed, and the study of them.
+
+    Raises:
+        InputError: an option, the judge or the data do not fit.
+    """
+    for option, value in (("--batch-size", args.batch_size), ("--test-images", args.test_images), ("--seeds", len(args.seeds))):
+        check_count(option, value)
+    check_count("--traits-images", args.traits_images)
+    for eps in args.eps:
+        check_eps("--eps", eps)
+    trainings = [settings(args, base, eps, a, seed) for seed in args.seeds for eps in args.eps for a in args.alphas]
+    if not trainings:
+        raise InputError("--eps, --alphas: give at least one of each")
+    for config in trainings:
+        check(config)
+    data = load(base.data, root=base.root, download=base.download)
+    judge = load_model(args.judge, data)[0] if args.judge else None
+    count = min(len(data.test), args.test_images or len(data.test))
+
+    def more(model: nn.Module, config: Config) -> dict:
+        return {"traits": traits(model, config, judge, data, min(count, args.traits_images))}
+
+    args.runs.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = measure.continued(args.out, measure.begun("figure61", device, judge=args.judge and args.judge.name, rows=[]))
+    return trainings, Study(
+        results, args.out, args.runs, data, (Test(COLUMNS, count),), args.test_precision, args.batch_size, more
+    )
+
+
+def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Dataset, count: int) -> dict:
+    """What accuracies do not say, on the first `count` test images.
+
+    alignment: the mean cosine, without its sign, between an image and the gradient of its loss there (Etmann et al., 2019,
+        arXiv 1905.04172, whose alignment is this times the image's length, for the gradient of the logit).
+    kept: in percent of the images that the judge gets right, how many it still gets right once this training's attack has changed
+        them on this model. None without a judge.
+    """
+    device = next(model.parameters()).device
+    x, y = floats(data.test, torch.arange(count), device, torch.contiguous_format)
+    aligned = F.cosine_similarity(input_gradients(model, x, y).flatten(1), x.flatten(1)).abs().mean()
+    found = {"images": count, "alignment": float(aligned), "kept": None}
+    if judge is not None:
+        attack, generator = training_attack(config), torch.Generator(device).manual_seed(config.seed)
+        x_adv = torch.cat([attack(model, *images, generator)[0] for images in zip(x.split(CHUNK), y.split(CHUNK), strict=True)])
+        judge.to(device)
+        labels = y.cpu()
+        right = logits_of(judge, x).argmax(1) == labels
+        found["kept"] = 100 * float((logits_of(judge, x_adv).argmax(1) == labels)[right].float().mean())
+    return found
+
+
+# --- as Markdown ---
+
+
+def table(results: dict) -> str:
+    """By eps and alpha: accuracies, what they gain over alpha = 0 on the same images, and traits; then the best alphas."""
+    groups = grouped(results["rows"], "eps", "alpha")
+    held = {key: [row["validations"][-1]["pgd"] for row in rows if row["validations"]] for key, rows in groups.items()}
+    lines = [_line(groups, held, *key) for key in sorted(groups)]
+    return markdown(
+        results, lines,
+        "ε | α || seeds | natural | PGD-20 | against α = 0 | p | held out, PGD | alignment | meaning kept, %",
+        "{eps} | {alpha} || {seeds} | {natural} | {robust} | {gain} | {p} | {held} | {alignment} | {kept}",
+        lambda _: _best(groups, held), _about, environment,
+    )  # fmt: skip
+
+
+def _line(groups: dict, held: dict, eps: float, alpha: float) -> dict:
+    rows = groups[eps, alpha]
+
+    def accuracies(column: str) -> str:
+        return mean([row["evaluation"][column]["accuracy"] for row in rows if column in row["evaluation"]])
+
+    try:
+        against: Comparison | None = compare(rows, groups[eps, 0.0], "PGD-20") if alpha else None
+    except KeyError:
+        against = None
+    found = [row["traits"] for row in rows if "traits" in row]
+    kept = [t["kept"] for t in found if t["kept"] is not None]
+    return {
+        "eps": f"{eps:g}/255", "alpha": f"**{alpha:g}**" if _chosen(held, eps) == alpha else f"{alpha:g}", "seeds": len(rows),
+        "natural": accuracies("natural"), "robust": accuracies("PGD-20"), "gain": str(against or ""),
+        "p": f"{against.p:.2g}" if against else "", "held": mean(held[eps, alpha]),
+        "alignment": f"{sum(t['alignment'] for t in found) / len(found):.3f}" if found else "",
+        "kept": f"{sum(kept) / len(kept):.1f}" if kept else "",
+    }  # fmt: skip
+
+
+def _chosen(held: dict, eps: float) -> float:
+    """The alpha with the best PGD accuracy on held-out images, of equals the least."""
+    means = {alpha: sum(values) / len(values) for (radius, alpha), values in held.items() if radius == eps and values}
+    return min(means, key=lambda alpha: (-means[alpha], alpha)) if means else float("nan")
+
+
+def _best(groups: dict, held: dict) -> str:
+    found = []
+    for eps in sorted({eps for eps, _ in groups}):
+        chosen = _chosen(held, eps)
+        try:
+            verdict = compare(groups[eps, chosen], groups[eps, 0.0], "PGD-20").verdict if chosen else None
+        except KeyError:
+            continue
+        words = {None: "", 1: ", better than 0", 0: ", not decidedly better than 0", -1: ", worse than 0"}[verdict]
+        found.append(f"{chosen:g} at {eps:g}/255{words}")
+    return f"Best α on held-out images (bold): {'; '.join(found)}."
+
+
+def _about(results: dict) -> str:
+    config, evaluation = results["rows"][0]["config"], results["rows"][0]["evaluation"]
+    images = "all images" if config["limit"] is None else f"{config['limit']:,} images"
+    radius = f"eps {config['eval_eps']:g}/255" if config["eval_eps"] else "the eps of the training"
+    return sentences(
+        {"judge": results["judge"], "at": evaluation.get("natural")},
+        f"{config['model']} on {Path(config['data']).stem}, {images} (held-out ones among them), {config['epochs']} epochs, "
+        f"PGD-{config['steps'] or 10}, {config['precision']}.",
+        "Attacks at {at[images]:,} test images in {at[precision]}, by " + radius + "." if evaluation else "",
+        "Meaning kept: as {judge} sees it." if results["judge"] else "",
+        "Differences in points, over the same seeds and images; p of the two-sided sign test on images.",
+    )
+
+
+def main(arguments: list[str]) -> None:
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    args = tyro.cli(Arguments, args=arguments[:cut], description=__doc__)
+    base = training_config(arguments[cut + 1 :])
+    try:
+        trainings, study = prepared(args, base)
+    except (InputError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    try:
+        left = study.run(trainings)
+    except Stopped as stopped:
+        print(f"stopped, {CONTINUES}")
+        raise SystemExit(stopped.exit_code) from None
+    print(table(study.results))
+    if left:
+        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why, and {CONTINUES}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
