@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-from benchmarks import measure
-from benchmarks.study import CONTINUES, Comparison, Precisions, Study, Test, compare, grouped, mean, named
+from benchmarks import study
+from benchmarks.study import Comparison, Study, Test, carry_out, compare, grouped, mean, named
 from benchmarks.tables import environment, markdown, sentences
 from spat_train.cli import training_config
 from spat_train.config import Config
@@ -30,37 +30,24 @@ from spat_train.errors import InputError, check_count, check_eps
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.loaded_run import CHUNK, input_gradients, logits_of
 from spat_train.presets import PRESETS
-from spat_train.runtime.signals import Stopped
 from spat_train.training.check import check
 from spat_train.training.step import training_attack
 
 COLUMNS = {"natural": "clean", "PGD-20": "pgd-20"}
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(study.Arguments):
     """Accuracy against the alpha and the eps of the training."""
 
-    out: Path
-    """JSON file to write."""
     eps: list[float]
     """Radii of the training attacks, in 1/255."""
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     """Label smoothings of the training examples."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Each is trained from each of these."""
-    runs: Path = Path("runs")
-    """Where the folders of the runs go."""
     judge: Path | None = None
     """Folder of a robust run on the same data, which judges what the training attacks leave of the images."""
-    test_images: int | None = None
-    """The first of the test images are attacked. Default: all."""
     traits_images: int = 1000
-    """On so many of them the alignment of gradients and the judge's accuracy are measured."""
-    test_precision: Precisions = "fp32"
-    """Precision of the attacks in the evaluation. Predictions are always fp32."""
-    batch_size: int = 500
-    """Images attacked at once in the evaluation."""
+    """Number of test images on which the alignment of gradients and the judge's accuracy are measured."""
 
 
 def settings(args: Arguments, base: Config, eps: float, alpha: float, seed: int) -> Config:
@@ -72,35 +59,29 @@ def settings(args: Arguments, base: Config, eps: float, alpha: float, seed: int)
     return replace(config, out=args.runs / named(config))
 
 
-def prepared(args: Arguments, base: Config) -> tuple[list[Config], Study]:
-    """The trainings, seed by seed, and the study of them.
+def prepared(args: Arguments, base: Config) -> Study:
+    """The trainings, seed by seed, and how they are tested.
 
     Raises:
         InputError: an option, the judge or the data do not fit.
     """
-    for option, value in (("--batch-size", args.batch_size), ("--test-images", args.test_images), ("--seeds", len(args.seeds))):
-        check_count(option, value)
     check_count("--traits-images", args.traits_images)
     for eps in args.eps:
         check_eps("--eps", eps)
-    trainings = [settings(args, base, eps, a, seed) for seed in args.seeds for eps in args.eps for a in args.alphas]
+    trainings = [settings(args, base, eps, alpha, seed) for seed in args.seeds for eps in args.eps for alpha in args.alphas]
     if not trainings:
         raise InputError("--eps, --alphas: give at least one of each")
     for config in trainings:
         check(config)
     data = load(base.data, root=base.root, download=base.download)
     judge = load_model(args.judge, data)[0] if args.judge else None
-    count = min(len(data.test), args.test_images or len(data.test))
+    count = args.count(data)
 
     def more(model: nn.Module, config: Config) -> dict:
         return {"traits": traits(model, config, judge, data, min(count, args.traits_images))}
 
-    args.runs.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = measure.continued(args.out, measure.begun("figure61", device, judge=args.judge and args.judge.name, rows=[]))
-    return trainings, Study(
-        results, args.out, args.runs, data, (Test(COLUMNS, count),), args.test_precision, args.batch_size, more
-    )
+    about = {"judge": args.judge and args.judge.name}
+    return Study("figure61", args, trainings, data, (Test(COLUMNS, count),), more, about)
 
 
 def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Dataset, count: int) -> dict:
@@ -199,18 +180,7 @@ def main(arguments: list[str]) -> None:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = tyro.cli(Arguments, args=arguments[:cut], description=__doc__)
     base = training_config(arguments[cut + 1 :])
-    try:
-        trainings, study = prepared(args, base)
-    except (InputError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    try:
-        left = study.run(trainings)
-    except Stopped as stopped:
-        print(f"stopped, {CONTINUES}")
-        raise SystemExit(stopped.exit_code) from None
-    print(table(study.results))
-    if left:
-        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why, and {CONTINUES}")
+    carry_out(lambda: prepared(args, base), table)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ STEPS = [
                                "--providers spat_train authors autocast --seconds 0.3"),
          bench("training", f"{SMALL} --methods mart madry --precisions fp32 --providers spat_train authors --seconds 0")),
     Step("table61", 140, f"{TABLE61} mart trades+spat trades madry --epochs 10 --test-precision tf32",
-         f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20"),
+         f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20 --test-images 20"),
     Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "
                                  "--seconds 0.02"),
          bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),

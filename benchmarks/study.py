@@ -8,7 +8,7 @@ import json
 import statistics
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks import measure
 from spat_train.config import Config
 from spat_train.data.images import Dataset
-from spat_train.errors import InUseError
+from spat_train.errors import InputError, InUseError, check_count
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.runs import Run, differences, find_runs
@@ -32,6 +32,40 @@ from spat_train.training.trainer import train
 CONTINUES = "the same command continues from there"
 TESTED = "tested.json"  # in the folder of a run, what its test came to
 Precisions = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Options of every study."""
+
+    out: Path
+    """JSON file to write."""
+    runs: Path = Path("runs")
+    """Where the folders of the runs go."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each training is repeated from each of these."""
+    test_precision: Precisions = "fp32"
+    """Precision of the attacks in the evaluation. Predictions are always fp32."""
+    test_images: int | None = None
+    """The first of the test images are attacked. Default: all."""
+    batch_size: int = 500
+    """Images attacked at once in the evaluation."""
+
+    def count(self, data: Dataset) -> int:
+        """How many test images are attacked.
+
+        Raises:
+            InputError: an option does not fit, or there are none.
+        """
+        for option, value in (
+            ("--batch-size", self.batch_size),
+            ("--test-images", self.test_images),
+            ("--seeds", len(self.seeds)),
+        ):
+            check_count(option, value)
+        if not len(data.test):
+            raise InputError(f"--data {data.name}: it has no test images: give x_test and y_test")
+        return min(len(data.test), self.test_images or len(data.test))
 
 
 @dataclass(frozen=True)
@@ -47,41 +81,38 @@ class Study:
     """Trainings, and how each is tested.
 
     Attributes:
-        results: what the file begins with; its list "rows" is filled here. out: that JSON file.
-        runs: where the folders of the runs go.
+        benchmark: the module that has the table of its results. about: what these say besides the rows.
         data: its test images are attacked.
-        precision: of the attacks; predictions are always fp32.
         more: what else is found out about a model, besides accuracies: values by name.
     """
 
-    results: dict
-    out: Path
-    runs: Path
+    benchmark: str
+    args: Arguments
+    trainings: Sequence[Config]
     data: Dataset
     tests: tuple[Test, ...]
-    precision: Precisions
-    batch_size: int
     more: Callable[[nn.Module, Config], dict] = lambda model, config: {}
+    about: dict = field(default_factory=dict)
 
-    def run(self, trainings: Sequence[Config]) -> list[str]:
-        """Train and test what is not done yet, and write after each; the names of those that are still left.
+    def run(self, results: dict) -> list[str]:
+        """Train and test what is not done yet, and write after each; the folders of those that are still left.
 
         A training that fails says why, and the others are still run.
 
         Raises:
             Stopped: a signal came; everything is saved.
         """
-        before = self.results["rows"]
+        before = results["rows"]
 
         def left() -> list[Config]:
-            rows = self.results["rows"] = collected(self.runs, before)
-            measure.write(self.out, self.results)
-            return [c for c in trainings if not any(self.is_done(c, row) for row in rows)]
+            rows = results["rows"] = collected(self.args.runs, before)
+            measure.write(self.args.out, results)
+            return [config for config in self.trainings if not any(self.is_done(config, row) for row in rows)]
 
-        for config in trainings:
+        for config in self.trainings:
             if config not in left():
                 continue
-            measure.free("cuda" if torch.cuda.is_available() else "cpu")
+            measure.free(device())
             try:
                 train(config)
                 self.test(config)
@@ -98,16 +129,17 @@ class Study:
         """Write TESTED into the folder of the run: accuracies, and `more`."""
         assert config.out is not None
         model, _ = load_model(config.out, self.data)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device())
+        precision, size = self.args.test_precision, self.args.batch_size
         found = {}
         for test in self.tests:
-            kept = config.out / f"evaluation-{test.images}-{self.precision}-{self.batch_size}"
-            texts = CONTINUES, lambda: f"out of memory: give less than --batch-size {self.batch_size}"
+            kept = config.out / f"evaluation-{test.images}-{precision}-{size}"
+            texts = CONTINUES, lambda: f"out of memory: give less than --batch-size {size}"
             with interruptible(*texts) as on_progress:
                 result = evaluate(
                     model, self.data.test, ",".join(test.attacks.values()), eps=config.evaluation_eps_in_x,
-                    rows=torch.arange(test.images), on_progress=on_progress, batch_size=self.batch_size, folder=kept,
-                    precision=self.precision, bar=config.out.name,
+                    rows=torch.arange(test.images), on_progress=on_progress, batch_size=size, folder=kept,
+                    precision=precision, bar=config.out.name,
                 )  # fmt: skip
             for column, attack in test.attacks.items():
                 name = next(name for name, parsed in result.attacks.items() if attack in (name, parsed.spec))
@@ -115,7 +147,7 @@ class Study:
                 right = np.packbits(result.correct(name).numpy()).tobytes().hex()
                 found[column] = {
                     "accuracy": result.accuracy(name), "low": low, "high": high, "images": test.images,
-                    "precision": self.precision, "right": right,
+                    "precision": precision, "right": right,
                 }  # fmt: skip
         tested = {"evaluation": found} | self.more(model, config)
         files.write(config.out / TESTED, json.dumps(tested).encode())
@@ -125,6 +157,32 @@ class Study:
         images = {column: test.images for test in self.tests for column in test.attacks}
         measured = {column: e["images"] for column, e in row["evaluation"].items()}
         return images == measured and not config.differences(row["config"]) and row["trained"] >= row["config"]["epochs"]
+
+
+def carry_out(prepare: Callable[[], Study], table: Callable[[dict], str]) -> None:
+    """Run the study that `prepare` returns, and print the table of its results.
+
+    Raises:
+        SystemExit: an option or the data do not fit, a signal came, or something is not done yet.
+    """
+    try:
+        study = prepare()
+        study.args.runs.mkdir(parents=True, exist_ok=True)
+        results = measure.continued(study.args.out, measure.begun(study.benchmark, device(), **study.about, rows=[]))
+    except (InputError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    try:
+        left = study.run(results)
+    except Stopped as stopped:
+        print(f"stopped, {CONTINUES}")
+        raise SystemExit(stopped.exit_code) from None
+    print(table(results))
+    if left:
+        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why, and {CONTINUES}")
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def named(config: Config) -> str:

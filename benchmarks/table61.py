@@ -14,18 +14,16 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
-import torch
 import tyro
 
-from benchmarks import measure
-from benchmarks.study import CONTINUES, Precisions, Study, Test, compare, grouped, mean, named, signed
+from benchmarks import study
+from benchmarks.study import Precisions, Study, Test, carry_out, compare, grouped, mean, named, signed
 from benchmarks.tables import columns, environment, markdown, sentences
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError, check_count
 from spat_train.papers.reported import TABLES
 from spat_train.presets import PRESETS
-from spat_train.runtime.signals import Stopped
 from spat_train.training.check import check
 
 TABLE = TABLES["6.1"]
@@ -35,20 +33,14 @@ TITLES = {cell.target: cell.row for cell in TABLE.cells}
 AUTOATTACK = "AutoAttack"
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(study.Arguments):
     """Table 6.1 at a small scale."""
 
     data: Path
     """CIFAR-10 as an .npz file."""
-    out: Path
-    """JSON file to write."""
-    runs: Path = Path("runs")
-    """Where the folders of the runs go."""
     rows: list[str] = field(default_factory=lambda: list(TABLE.runs))
     """Any of madry, trades, mart, trades+spat, mart+spat."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Each row is trained from each of these."""
     model: str = "resnet-18"
     """A name of spat_train.models; the thesis's is wrn-34-10."""
     epochs: int = 20
@@ -57,14 +49,8 @@ class Arguments:
     """Number of training images, of which a tenth, at most 1,000, is held out. Default: all."""
     precision: Precisions = "bf16"
     """Precision of updates and of the attacks in training."""
-    test_precision: Precisions = "fp32"
-    """Precision of the attacks in the evaluation. Predictions are always fp32."""
-    test_images: int | None = None
-    """The first of the test images are attacked. Default: all."""
     autoattack: int = 0
     """On so many of the test images, AutoAttack too."""
-    batch_size: int = 500
-    """Images attacked at once in the evaluation."""
 
 
 def settings(args: Arguments, row: str, seed: int) -> Config:
@@ -75,31 +61,23 @@ def settings(args: Arguments, row: str, seed: int) -> Config:
     return replace(config, out=args.runs / named(config))
 
 
-def prepared(args: Arguments) -> tuple[list[Config], Study]:
-    """The trainings, seed by seed, and the study of them.
+def prepared(args: Arguments) -> Study:
+    """The trainings, seed by seed, and how they are tested.
 
     Raises:
         InputError: an option or the data do not fit.
     """
     if not args.rows or set(args.rows) - set(TABLE.runs):
         raise InputError(f"--rows {' '.join(args.rows)}: choose from {', '.join(TABLE.runs)}")
-    for option, value in (("--batch-size", args.batch_size), ("--test-images", args.test_images), ("--seeds", len(args.seeds))):
-        check_count(option, value)
     check_count("--autoattack", args.autoattack, least=0)
     trainings = [settings(args, row, seed) for seed in args.seeds for row in args.rows]
     for config in trainings:
         check(config)
     data = load_npz(args.data)
-    count = min(len(data.test), args.test_images or len(data.test))
-    if not count:
-        raise InputError(f"--data {args.data}: it has no test images: give x_test and y_test")
-    tests = [Test(COLUMNS, count)]
+    tests = [Test(COLUMNS, args.count(data))]
     if args.autoattack:
-        tests.append(Test({AUTOATTACK: "autoattack"}, min(count, args.autoattack)))
-    args.runs.mkdir(parents=True, exist_ok=True)
-    results = measure.begun("table61", "cuda" if torch.cuda.is_available() else "cpu", rows=[])
-    results = measure.continued(args.out, results)
-    return trainings, Study(results, args.out, args.runs, data, tuple(tests), args.test_precision, args.batch_size)
+        tests.append(Test({AUTOATTACK: "autoattack"}, min(args.count(data), args.autoattack)))
+    return Study("table61", args, trainings, data, tuple(tests))
 
 
 # --- as Markdown ---
@@ -122,7 +100,7 @@ def table(results: dict) -> str:
             lines += _lines(name, found, f"{model}, {precision}")
         comparisons += [line for name in by_name if name.endswith("+spat") for line in _gains(by_name, name)]
         orderings.append(_orderings(by_name, f"{model}, {epochs} epochs, {precision}"))
-    names = dict.fromkeys(column for line in lines for column in line["found"])
+    names = [column for column in (*COLUMNS, AUTOATTACK) if any(column in line["found"] for line in lines)]
     heads, cells = columns(names, "{}", "{{found[{}]}}")
     first = markdown(
         results, lines,
@@ -222,18 +200,7 @@ def tested(results: dict) -> str:
 
 
 def main(args: Arguments) -> None:
-    try:
-        trainings, study = prepared(args)
-    except (InputError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    try:
-        left = study.run(trainings)
-    except Stopped as stopped:
-        print(f"stopped, {CONTINUES}")
-        raise SystemExit(stopped.exit_code) from None
-    print(table(study.results))
-    if left:
-        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why, and {CONTINUES}")
+    carry_out(lambda: prepared(args), table)
 
 
 if __name__ == "__main__":
