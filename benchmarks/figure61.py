@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 
@@ -28,7 +27,7 @@ from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, floats
 from spat_train.errors import InputError, check_count, check_eps
 from spat_train.models.checkpoints import load_model
-from spat_train.papers.loaded_run import CHUNK, input_gradients, logits_of
+from spat_train.papers.loaded_run import CHUNK, alignment, logits_of
 from spat_train.presets import PRESETS
 from spat_train.training.check import check
 from spat_train.training.step import training_attack
@@ -87,15 +86,13 @@ def prepared(args: Arguments, base: Config) -> Study:
 def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Dataset, count: int) -> dict:
     """What accuracies do not say, on the first `count` test images.
 
-    alignment: the mean cosine, without its sign, between an image and the gradient of its loss there (Etmann et al., 2019,
-        arXiv 1905.04172, whose alignment is this times the image's length, for the gradient of the logit).
+    alignment: of gradients and images, `spat_train.papers.loaded_run.alignment`.
     kept: in percent of the images that the judge gets right, how many it still gets right once this training's attack has changed
         them on this model. None without a judge.
     """
     device = next(model.parameters()).device
     x, y = floats(data.test, torch.arange(count), device, torch.contiguous_format)
-    aligned = F.cosine_similarity(input_gradients(model, x, y).flatten(1), x.flatten(1)).abs().mean()
-    found = {"images": count, "alignment": float(aligned), "kept": None}
+    found = {"images": count, "alignment": alignment(model, x, y), "kept": None}
     if judge is not None:
         attack, generator = training_attack(config), torch.Generator(device).manual_seed(config.seed)
         x_adv = torch.cat([attack(model, *images, generator)[0] for images in zip(x.split(CHUNK), y.split(CHUNK), strict=True)])

@@ -147,3 +147,11 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             images = images.clone().requires_grad_()
             found.append(torch.autograd.grad(F.cross_entropy(model(images), labels, reduction="sum"), images)[0])
     return torch.cat(found)
+
+
+def alignment(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """How much gradients look like images: the mean cosine, without its sign, between x [B, C, H, W] and `input_gradients`.
+
+    Etmann et al. (2019, arXiv 1905.04172) multiply it by the length of the image, and take the gradient of the logit.
+    """
+    return float(F.cosine_similarity(input_gradients(model, x, y).flatten(1), x.flatten(1)).abs().mean())

@@ -107,6 +107,15 @@ def test_surface(bumpy):
             assert found["margins"][row][column] == pytest.approx(margin.item(), rel=1e-6)
 
 
+def test_alignment_is_the_cosine_between_weights_and_image():
+    """The input gradient of a linear model of two classes is a multiple of the difference of their weights."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 2, bias=False)).double()
+    x, y = torch.rand(3, 1, 2, 3).double(), torch.tensor([0, 1, 1])
+    apart = model[1].weight[0] - model[1].weight[1]
+    expected = [abs(float(apart @ image.flatten() / apart.norm() / image.norm())) for image in x]
+    assert loaded_run.alignment(model, x, y) == pytest.approx(sum(expected) / 3)
+
+
 def test_what_the_maxima_mean(bumpy):
     model, x, y = bumpy
     found = landscape.ascend(model, x, y, 0.2, restarts=8, steps=20, step_size=0.02, seed=0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...plotting import image_grid
 from ..figure import Drawing, FigureContext, paper_figure
-from ..loaded_run import input_gradients
+from ..loaded_run import alignment, input_gradients
 from ..pictures import CANDIDATES
 from ..selection import STANDARD_AND_ROBUST
 
@@ -32,6 +32,7 @@ def make(context: FigureContext) -> Drawing:
         numbers[each.name] = {
             "neighbours' correlation": smoothness(gradients),
             "L1 norm": float(gradients.abs().sum((1, 2, 3)).mean()),
+            "alignment": alignment(each.model, many, labels),
         }
         title = "standard" if each.run.standard else "robust"
         columns[title] = torch.stack([gradient_picture(g) for g in input_gradients(each.model, x, y)])
