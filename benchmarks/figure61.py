@@ -10,6 +10,8 @@ image's meaning it keeps: how many of the images that it makes the judge, anothe
 The same command continues where it was stopped, and may be started once for each core (`study`).
 """
 
+import json
+import statistics
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +23,16 @@ from torch import nn
 from benchmarks import study
 from benchmarks.study import Comparison, Study, Test, carry_out, compare, grouped, mean, named
 from benchmarks.tables import environment, markdown, sentences
+from spat_train import plotting
 from spat_train.cli import training_config
 from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, floats
 from spat_train.errors import InputError, check_count, check_eps
 from spat_train.models.checkpoints import load_model
+from spat_train.papers.figures import figure_6_1
 from spat_train.papers.loaded_run import CHUNK, alignment, logits_of
+from spat_train.papers.runs import format_eps
 from spat_train.presets import PRESETS
 from spat_train.training.check import check
 from spat_train.training.step import training_attack
@@ -173,11 +178,32 @@ def _about(results: dict) -> str:
     )
 
 
+def draw(path: Path) -> None:
+    """Write the picture of the results in the file `path` beside it, as .png.
+
+    Of several seeds the mean, and their range; of one its 95 % interval.
+    """
+    rows = json.loads(path.read_text())["rows"]
+    lines: dict[str, dict[str, list]] = {}
+    for (eps, alpha), found in sorted(grouped(rows, "eps", "alpha").items()):
+        line = lines.setdefault(f"trained with ε = {format_eps(eps)}", {"alphas": [], "clean": [], "robust": []})
+        line["alphas"].append(alpha)
+        for name, column in (("clean", "natural"), ("robust", "PGD-20")):
+            tests = [row["evaluation"][column] for row in found]
+            values = [test["accuracy"] for test in tests]
+            over_seeds = {"accuracy": statistics.mean(values), "low": min(values), "high": max(values)}
+            line[name].append(over_seeds if len(tests) > 1 else tests[0])
+    with plotting.style():
+        figure = figure_6_1.draw(lines)
+    plotting.save(figure, path.with_suffix(".png"))
+
+
 def main(arguments: list[str]) -> None:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = tyro.cli(Arguments, args=arguments[:cut], description=__doc__)
     base = training_config(arguments[cut + 1 :])
     carry_out(lambda: prepared(args, base), table)
+    draw(args.out)
 
 
 if __name__ == "__main__":

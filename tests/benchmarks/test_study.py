@@ -178,6 +178,7 @@ def test_figure61(tmp_path, tiny_npz, capsys):
         assert 0 <= found["traits"]["alignment"] <= 1
         assert 0 <= found["traits"]["kept"] <= 100
     assert "Best α on held-out images" in capsys.readouterr().out
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     before = out.read_text()
     shutil.rmtree(runs)
     figure61.main([*command, "--", *common])

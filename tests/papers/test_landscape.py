@@ -111,7 +111,7 @@ def test_alignment_is_the_cosine_between_weights_and_image():
     """The input gradient of a linear model of two classes is a multiple of the difference of their weights."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 2, bias=False)).double()
     x, y = torch.rand(3, 1, 2, 3).double(), torch.tensor([0, 1, 1])
-    apart = model[1].weight[0] - model[1].weight[1]
+    apart = (model[1].weight[0] - model[1].weight[1]).detach()
     expected = [abs(float(apart @ image.flatten() / apart.norm() / image.norm())) for image in x]
     assert loaded_run.alignment(model, x, y) == pytest.approx(sum(expected) / 3)
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from matplotlib.figure import Figure
+
 from ...plotting import accuracy_curve, legend_below, line_styles, panel_row, x_ticks
 from ...presets import PRESETS
 from ..figure import Drawing, FigureContext, paper_figure
@@ -36,7 +38,16 @@ def make(context: FigureContext) -> Drawing:
         for found, value in zip(line.values(), values, strict=True):
             found.append(value)
     reported = FIGURE_61 if context.images.dataset.name == "cifar10" and eps == 8 / 255 else None
+    return {"": draw(lines, reported)}, {"eps": eps, "lines": lines, "source": reported}
 
+
+def draw(lines: dict[str, dict], reported: dict | None = None) -> Figure:
+    """Two panels, clean and robust accuracy in percent against alpha.
+
+    Args:
+        lines: by label, "alphas" in rising order; "clean" and "robust", each with accuracy, low and high.
+        reported: the same of the thesis, at single points.
+    """
     figure, axes = panel_row(2)
     for ax, kind in zip(axes, ("clean", "robust"), strict=True):
         for style, (name, line) in zip(line_styles(), lines.items(), strict=False):
@@ -44,6 +55,6 @@ def make(context: FigureContext) -> Drawing:
         if reported:
             ax.plot(reported["alphas"], reported[kind], "k*", markersize=8, label="thesis, its text: ε = 8/255")
         ax.set(title=f"{kind} accuracy", xlabel="label smoothing α of the training", ylabel="accuracy, %")
-        x_ticks(ax, sorted({run.config.alpha for run in context.runs}))
+        x_ticks(ax, sorted({alpha for line in lines.values() for alpha in line["alphas"]}))
     legend_below(figure, axes[0], len(lines) + bool(reported))
-    return {"": figure}, {"eps": eps, "lines": lines, "source": reported}
+    return figure
