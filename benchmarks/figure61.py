@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import study
 from benchmarks.study import Comparison, Study, Test, carry_out, compare, grouped, mean, named
@@ -29,6 +29,7 @@ from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, floats
 from spat_train.errors import InputError, check_count, check_eps
+from spat_train.evaluation.result import percent
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.figures import figure_6_1
 from spat_train.papers.loaded_run import CHUNK, alignment, logits_of
@@ -92,20 +93,21 @@ def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Data
     """What accuracies do not say, on the first `count` test images.
 
     alignment: of gradients and images, `spat_train.papers.loaded_run.alignment`.
+    own: accuracy in percent under the training's own attack. Far above that under PGD, it attacked little: PGD-LS pulls towards
+        the true class where the model gives it more than 1 - alpha.
     kept: in percent of the images that the judge gets right, how many it still gets right once this training's attack has changed
         them on this model. None without a judge.
     """
     device = next(model.parameters()).device
     x, y = floats(data.test, torch.arange(count), device, torch.contiguous_format)
-    found = {"images": count, "alignment": alignment(model, x, y), "kept": None}
-    if judge is not None:
-        attack, generator = training_attack(config), torch.Generator(device).manual_seed(config.seed)
-        x_adv = torch.cat([attack(model, *images, generator)[0] for images in zip(x.split(CHUNK), y.split(CHUNK), strict=True)])
-        judge.to(device)
-        labels = y.cpu()
-        right = logits_of(judge, x).argmax(1) == labels
-        found["kept"] = 100 * float((logits_of(judge, x_adv).argmax(1) == labels)[right].float().mean())
-    return found
+    attack, generator = training_attack(config), torch.Generator(device).manual_seed(config.seed)
+    x_adv = torch.cat([attack(model, *images, generator)[0] for images in zip(x.split(CHUNK), y.split(CHUNK), strict=True)])
+
+    def right(judge: nn.Module, images: Tensor) -> Tensor:
+        return logits_of(judge.to(device), images).argmax(1) == y.cpu()
+
+    found = {"images": count, "alignment": alignment(model, x, y), "own": percent(right(model, x_adv)), "kept": None}
+    return found | {"kept": percent(right(judge, x_adv)[right(judge, x)])} if judge else found
 
 
 # --- as Markdown ---
@@ -118,8 +120,8 @@ def table(results: dict) -> str:
     lines = [_line(groups, held, *key) for key in sorted(groups)]
     return markdown(
         results, lines,
-        "ε | α || seeds | natural | PGD-20 | against α = 0 | p | held out, PGD | alignment | meaning kept, %",
-        "{eps} | {alpha} || {seeds} | {natural} | {robust} | {gain} | {p} | {held} | {alignment} | {kept}",
+        "ε | α || seeds | natural | PGD-20 | against α = 0 | p | held out, PGD | own attack | alignment | meaning kept, %",
+        "{eps} | {alpha} || {seeds} | {natural} | {robust} | {gain} | {p} | {held} | {own} | {alignment} | {kept}",
         lambda _: _best(groups, held), _about, environment,
     )  # fmt: skip
 
@@ -134,14 +136,16 @@ def _line(groups: dict, held: dict, eps: float, alpha: float) -> dict:
         against: Comparison | None = compare(rows, groups[eps, 0.0], "PGD-20") if alpha else None
     except KeyError:
         against = None
-    found = [row["traits"] for row in rows if "traits" in row]
-    kept = [t["kept"] for t in found if t["kept"] is not None]
+
+    def trait(name: str, form: str) -> str:
+        values = [row["traits"][name] for row in rows if row.get("traits", {}).get(name) is not None]
+        return format(statistics.mean(values), form) if values else ""
+
     return {
         "eps": f"{eps:g}/255", "alpha": f"**{alpha:g}**" if _chosen(held, eps) == alpha else f"{alpha:g}", "seeds": len(rows),
         "natural": accuracies("natural"), "robust": accuracies("PGD-20"), "gain": str(against or ""),
         "p": f"{against.p:.2g}" if against else "", "held": mean(held[eps, alpha]),
-        "alignment": f"{sum(t['alignment'] for t in found) / len(found):.3f}" if found else "",
-        "kept": f"{sum(kept) / len(kept):.1f}" if kept else "",
+        "own": trait("own", ".1f"), "alignment": trait("alignment", ".3f"), "kept": trait("kept", ".1f"),
     }  # fmt: skip
 
 
@@ -173,7 +177,9 @@ def _about(results: dict) -> str:
         f"{config['model']} on {Path(config['data']).stem}, {images} (held-out ones among them), {config['epochs']} epochs, "
         f"PGD-{config['steps'] or 10}, {config['precision']}.",
         "Attacks at {at[images]:,} test images in {at[precision]}, by " + radius + "." if evaluation else "",
-        "Meaning kept: as {judge} sees it." if results["judge"] else "",
+        "Own attack: accuracy in % under the attack that the training used. Meaning kept: as {judge} sees it."
+        if results["judge"]
+        else "",
         "Differences in points, over the same seeds and images; p of the two-sided sign test on images.",
     )
 

@@ -174,9 +174,10 @@ def test_figure61(tmp_path, tiny_npz, capsys):
     rows = json.loads(out.read_text())["rows"]
     assert [(r["config"]["eps"], r["config"]["alpha"]) for r in rows] == [(8.0, 0.0), (8.0, 0.2)]
     for found in rows:
-        assert set(found["traits"]) == {"images", "alignment", "kept"}
+        assert set(found["traits"]) == {"images", "alignment", "own", "kept"}
         assert 0 <= found["traits"]["alignment"] <= 1
         assert 0 <= found["traits"]["kept"] <= 100
+        assert 0 <= found["traits"]["own"] <= 100
     assert "Best α on held-out images" in capsys.readouterr().out
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     before = out.read_text()
