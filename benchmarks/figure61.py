@@ -116,7 +116,7 @@ def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Data
 def table(results: dict) -> str:
     """By eps and alpha: accuracies, what they gain over alpha = 0 on the same images, and traits; then the best alphas."""
     groups = grouped(results["rows"], "eps", "alpha")
-    held = {key: [row["validations"][-1]["pgd"] for row in rows if row["validations"]] for key, rows in groups.items()}
+    held = {key: [_held(row) for row in rows if row["validations"]] for key, rows in groups.items()}
     lines = [_line(groups, held, *key) for key in sorted(groups)]
     return markdown(
         results, lines,
@@ -124,6 +124,11 @@ def table(results: dict) -> str:
         "{eps} | {alpha} || {seeds} | {natural} | {robust} | {gain} | {p} | {held} | {own} | {alignment} | {kept}",
         lambda _: _best(groups, held), _about, environment,
     )  # fmt: skip
+
+
+def _held(row: dict) -> float:
+    """PGD accuracy on held-out images, of the weights that are tested: the best that there were."""
+    return max(validation["pgd"] for validation in row["validations"])
 
 
 def _line(groups: dict, held: dict, eps: float, alpha: float) -> dict:
