@@ -21,14 +21,15 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import study
-from benchmarks.study import Comparison, Study, Test, carry_out, compare, grouped, mean, named
-from benchmarks.tables import environment, markdown, sentences
+from benchmarks.study import Attacks, Study, changed, compare, device, folder_name, grouped, mean, run_and_print
+from benchmarks.tables import environment, markdown
 from spat_train import plotting
 from spat_train.cli import training_config
 from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, floats
-from spat_train.errors import InputError, check_count, check_eps
+from spat_train.errors import InputError, check_count
+from spat_train.evaluation.record_log import weights_hash
 from spat_train.evaluation.result import percent
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.figures import figure_6_1
@@ -55,13 +56,16 @@ class Arguments(study.Arguments):
     """Number of test images on which the alignment of gradients and the judge's accuracy are measured."""
 
 
+SET_HERE = "method", "alpha", "eps", "seed", "out", "resume", "test", "tensorboard"
+
+
 def settings(args: Arguments, base: Config, eps: float, alpha: float, seed: int) -> Config:
-    preset = f"{base.preset.partition('/')[0]}/eps{eps:g}-alpha{alpha:g}"
+    preset = f"{base.preset.partition('/')[0]}/eps{eps:g}-alpha{alpha:g}"  # by which `spat-train figure 6.1` finds its runs
     config = replace(
         base, method="madry", eps=eps, alpha=alpha, seed=seed, preset=preset if preset in PRESETS else "", resume=True,
         test=False, tensorboard=False,
     )  # fmt: skip
-    return replace(config, out=args.runs / named(config))
+    return replace(config, out=args.runs / folder_name(config))
 
 
 def prepared(args: Arguments, base: Config) -> Study:
@@ -70,58 +74,68 @@ def prepared(args: Arguments, base: Config) -> Study:
     Raises:
         InputError: an option, the judge or the data do not fit.
     """
-    check_count("--traits-images", args.traits_images)
-    for eps in args.eps:
-        check_eps("--eps", eps)
-    trainings = [settings(args, base, eps, alpha, seed) for seed in args.seeds for eps in args.eps for alpha in args.alphas]
-    if not trainings:
+    default = PRESETS[base.preset] if base.preset else Config()
+    for name in SET_HERE:
+        if getattr(base, name) != getattr(default, name):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(base, name)}: this study sets it: leave it out after the --")
+    if default.method != "madry" or base.patience is not None:
+        raise InputError("after the --: this study trains by --method madry to the end: give no other preset, and no --patience")
+    if not (args.eps and args.alphas):
         raise InputError("--eps, --alphas: give at least one of each")
+    check_count("--traits-images", args.traits_images)
+    trainings = [settings(args, base, eps, alpha, seed) for seed in args.seeds for eps in args.eps for alpha in args.alphas]
     for config in trainings:
         check(config)
-    data = load(base.data, root=base.root, download=base.download)
-    judge = load_model(args.judge, data)[0] if args.judge else None
-    count = args.count(data)
-
-    def more(model: nn.Module, config: Config) -> dict:
-        return {"traits": traits(model, config, judge, data, min(count, args.traits_images))}
-
-    about = {"judge": args.judge and args.judge.name}
-    return Study("figure61", args, trainings, data, (Test(COLUMNS, count),), more, about)
+    data = load(base.data, root=base.root, download=base.download, image_size=base.image_size, skip_broken=base.skip_broken)
+    count = args.test_count(data)
+    images = min(count, args.traits_images)
+    judge = load_model(args.judge, data)[0].to(device()) if args.judge else None
+    return Study(
+        "figure61", args, trainings, data, [Attacks(COLUMNS, count)],
+        about={"judge": args.judge and args.judge.name, "training": changed(base, *SET_HERE)},
+        traits=lambda model, config: traits(model, config, judge, data, images),
+        traits_of={"images": images, "judge": judge and weights_hash(judge)},
+    )  # fmt: skip
 
 
 def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Dataset, count: int) -> dict:
-    """What accuracies do not say, on the first `count` test images.
+    """What the accuracies do not say, on the first `count` test images.
 
     alignment: of gradients and images, `spat_train.papers.loaded_run.alignment`.
-    own: accuracy in percent under the training's own attack. Far above that under PGD, it attacked little: PGD-LS pulls towards
-        the true class where the model gives it more than 1 - alpha.
+    own, plain: accuracy in percent under the training's own attack, and under the same by cross-entropy. The first is higher
+        where PGD-LS attacks less: it pulls towards the true class where the model gives that more than 1 - alpha.
     kept: in percent of the images that the judge gets right, how many it still gets right once this training's attack has changed
-        them on this model. None without a judge.
+        them on this model.
     """
-    device = next(model.parameters()).device
-    x, y = floats(data.test, torch.arange(count), device, torch.contiguous_format)
-    attack, generator = training_attack(config), torch.Generator(device).manual_seed(config.seed)
-    x_adv = torch.cat([attack(model, *images, generator)[0] for images in zip(x.split(CHUNK), y.split(CHUNK), strict=True)])
+    x, y = floats(data.test, torch.arange(count), device(), torch.contiguous_format)
 
-    def right(judge: nn.Module, images: Tensor) -> Tensor:
-        return logits_of(judge.to(device), images).argmax(1) == y.cpu()
+    def attacked(alpha: float) -> Tensor:
+        attack, generator = training_attack(replace(config, alpha=alpha)), torch.Generator(device()).manual_seed(config.seed)
+        return torch.cat([attack(model, *images, generator)[0] for images in zip(x.split(CHUNK), y.split(CHUNK), strict=True)])
 
-    found = {"images": count, "alignment": alignment(model, x, y), "own": percent(right(model, x_adv)), "kept": None}
-    return found | {"kept": percent(right(judge, x_adv)[right(judge, x)])} if judge else found
+    def right(network: nn.Module, images: Tensor) -> Tensor:
+        return logits_of(network, images).argmax(1) == y.cpu()
+
+    own = attacked(config.alpha)
+    found = {
+        "alignment": alignment(model, x, y), "own": percent(right(model, own)), "plain": percent(right(model, attacked(0.0))),
+    }  # fmt: skip
+    if judge and len(seen := right(judge, own)[right(judge, x)]):
+        found["kept"] = percent(seen)
+    return found
 
 
 # --- as Markdown ---
 
 
 def table(results: dict) -> str:
-    """By eps and alpha: accuracies, what they gain over alpha = 0 on the same images, and traits; then the best alphas."""
-    groups = grouped(results["rows"], "eps", "alpha")
+    """By eps and alpha: accuracies, what they gain over alpha = 0 on the same images, and traits; then the best."""
+    groups = grouped((row for row in results["rows"] if row["evaluation"]), "eps", "alpha")
     held = {key: [_held(row) for row in rows if row["validations"]] for key, rows in groups.items()}
-    lines = [_line(groups, held, *key) for key in sorted(groups)]
     return markdown(
-        results, lines,
-        "ε | α || seeds | natural | PGD-20 | against α = 0 | p | held out, PGD | own attack | alignment | meaning kept, %",
-        "{eps} | {alpha} || {seeds} | {natural} | {robust} | {gain} | {p} | {held} | {own} | {alignment} | {kept}",
+        results, [_line(groups, held, *key) for key in sorted(groups)],
+        "ε | α || seeds | natural | PGD-20 | against α = 0 | p | held out, PGD | own attack | by CE | alignment | meaning kept",
+        "{eps} | {alpha} || {seeds} | {natural} | {robust} | {gain} | {p} | {held} | {own} | {plain} | {alignment} | {kept}",
         lambda _: _best(groups, held), _about, environment,
     )  # fmt: skip
 
@@ -134,58 +148,47 @@ def _held(row: dict) -> float:
 def _line(groups: dict, held: dict, eps: float, alpha: float) -> dict:
     rows = groups[eps, alpha]
 
-    def accuracies(column: str) -> str:
-        return mean([row["evaluation"][column]["accuracy"] for row in rows if column in row["evaluation"]])
-
-    try:
-        against: Comparison | None = compare(rows, groups[eps, 0.0], "PGD-20") if alpha else None
-    except KeyError:
-        against = None
-
     def trait(name: str, form: str) -> str:
-        values = [row["traits"][name] for row in rows if row.get("traits", {}).get(name) is not None]
+        values = [row["traits"][name] for row in rows if name in row.get("traits", {})]
         return format(statistics.mean(values), form) if values else ""
 
+    gain = compare(rows, groups.get((eps, 0.0), []), "PGD-20") if alpha else None
+    natural, robust = (mean([row["evaluation"][column]["accuracy"] for row in rows]) for column in COLUMNS)
     return {
         "eps": f"{eps:g}/255", "alpha": f"**{alpha:g}**" if _chosen(held, eps) == alpha else f"{alpha:g}", "seeds": len(rows),
-        "natural": accuracies("natural"), "robust": accuracies("PGD-20"), "gain": str(against or ""),
-        "p": f"{against.p:.2g}" if against else "", "held": mean(held[eps, alpha]),
-        "own": trait("own", ".1f"), "alignment": trait("alignment", ".3f"), "kept": trait("kept", ".1f"),
+        "natural": natural, "robust": robust, "gain": str(gain or ""), "p": f"{gain.p:.2g}" if gain else "",
+        "held": mean(held[eps, alpha]), "own": trait("own", ".1f"), "plain": trait("plain", ".1f"),
+        "alignment": trait("alignment", ".3f"), "kept": trait("kept", ".1f"),
     }  # fmt: skip
 
 
-def _chosen(held: dict, eps: float) -> float:
-    """The alpha with the best PGD accuracy on held-out images, of equals the least."""
-    means = {alpha: sum(values) / len(values) for (radius, alpha), values in held.items() if radius == eps and values}
-    return min(means, key=lambda alpha: (-means[alpha], alpha)) if means else float("nan")
+def _chosen(held: dict, eps: float) -> float | None:
+    """The alpha with the best PGD accuracy on held-out images, of equals the least; None without held-out images."""
+    means = {alpha: statistics.mean(values) for (radius, alpha), values in held.items() if radius == eps and values}
+    return min(means, key=lambda alpha: (-means[alpha], alpha)) if means else None
 
 
 def _best(groups: dict, held: dict) -> str:
+    words = {1: "better than 0", 0: "not decidedly better than 0", -1: "worse than 0"}
     found = []
     for eps in sorted({eps for eps, _ in groups}):
-        chosen = _chosen(held, eps)
-        try:
-            verdict = compare(groups[eps, chosen], groups[eps, 0.0], "PGD-20").verdict if chosen else None
-        except KeyError:
-            continue
-        words = {None: "", 1: ", better than 0", 0: ", not decidedly better than 0", -1: ", worse than 0"}[verdict]
-        found.append(f"{chosen:g} at {eps:g}/255{words}")
-    return f"Best α on held-out images (bold): {'; '.join(found)}."
+        if (alpha := _chosen(held, eps)) is not None:
+            gain = compare(groups[eps, alpha], groups.get((eps, 0.0), []), "PGD-20") if alpha else None
+            found.append(f"{alpha:g} at {eps:g}/255" + (f", {words[gain.verdict]}" if gain else ""))
+    return f"Best α on held-out images (bold): {'; '.join(found)}." if found else ""
 
 
 def _about(results: dict) -> str:
-    config, evaluation = results["rows"][0]["config"], results["rows"][0]["evaluation"]
+    rows = [row for row in results["rows"] if row["evaluation"]]
+    config, test = rows[0]["config"], rows[0]["evaluation"]["PGD-20"]
     images = "all images" if config["limit"] is None else f"{config['limit']:,} images"
     radius = f"eps {config['eval_eps']:g}/255" if config["eval_eps"] else "the eps of the training"
-    return sentences(
-        {"judge": results["judge"], "at": evaluation.get("natural")},
+    judge = f"Meaning kept: in %, as {results['judge']} sees it. " if results["judge"] else ""
+    return (
         f"{config['model']} on {Path(config['data']).stem}, {images} (held-out ones among them), {config['epochs']} epochs, "
-        f"PGD-{config['steps'] or 10}, {config['precision']}.",
-        "Attacks at {at[images]:,} test images in {at[precision]}, by " + radius + "." if evaluation else "",
-        "Own attack: accuracy in % under the attack that the training used. Meaning kept: as {judge} sees it."
-        if results["judge"]
-        else "",
-        "Differences in points, over the same seeds and images; p of the two-sided sign test on images.",
+        f"PGD-{config['steps'] or 10}, {config['precision']}. Attacks at {test['images']:,} test images in {test['precision']}, "
+        f"by {radius}. Own attack: accuracy in % under the attack of the training, at its eps, and beside it under the same by "
+        f"cross-entropy. {judge}Differences in points, over the same seeds and images; p of the two-sided sign test on images."
     )
 
 
@@ -194,7 +197,7 @@ def draw(path: Path) -> None:
 
     Of several seeds the mean, and their range; of one its 95 % interval.
     """
-    rows = json.loads(path.read_text())["rows"]
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["evaluation"]]
     lines: dict[str, dict[str, list]] = {}
     for (eps, alpha), found in sorted(grouped(rows, "eps", "alpha").items()):
         line = lines.setdefault(f"trained with ε = {format_eps(eps)}", {"alphas": [], "clean": [], "robust": []})
@@ -212,8 +215,7 @@ def draw(path: Path) -> None:
 def main(arguments: list[str]) -> None:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = tyro.cli(Arguments, args=arguments[:cut], description=__doc__)
-    base = training_config(arguments[cut + 1 :])
-    carry_out(lambda: prepared(args, base), table)
+    run_and_print(lambda: prepared(args, training_config(arguments[cut + 1 :])), table)
     draw(args.out)
 
 

@@ -4,10 +4,14 @@ A study may be stopped at any time, and the same command continues it. It may al
 process for each core under OMP_NUM_THREADS=1: each takes what no other is at work on.
 """
 
+import fcntl
+import hashlib
 import json
+import os
 import statistics
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,20 +21,21 @@ import torch
 from torch import nn
 
 from benchmarks import measure
-from spat_train.config import Config
-from spat_train.data.images import Dataset
+from spat_train.config import FREE_ON_RESUME, Config
+from spat_train.data.images import Dataset, fingerprint
 from spat_train.errors import InputError, InUseError, check_count
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
-from spat_train.papers.runs import Run, differences, find_runs
+from spat_train.papers.runs import Run, differences
 from spat_train.presets import PRESETS
 from spat_train.runtime import atomic_write as files
 from spat_train.runtime import logs
+from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import Stopped, interruptible
-from spat_train.training.trainer import train
+from spat_train.training.trainer import TrainingError, train
 
 CONTINUES = "the same command continues from there"
-TESTED = "tested.json"  # in the folder of a run, what its test came to
+TESTED = "tested.json"  # in the folder of a run, what its tests came to
 Precisions = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -51,115 +56,147 @@ class Arguments:
     batch_size: int = 500
     """Images attacked at once in the evaluation."""
 
-    def count(self, data: Dataset) -> int:
+    def test_count(self, data: Dataset) -> int:
         """How many test images are attacked.
 
         Raises:
             InputError: an option does not fit, or there are none.
         """
-        for option, value in (
-            ("--batch-size", self.batch_size),
-            ("--test-images", self.test_images),
-            ("--seeds", len(self.seeds)),
-        ):
-            check_count(option, value)
+        check_count("--batch-size", self.batch_size)
+        check_count("--test-images", self.test_images)
+        if not self.seeds:
+            raise InputError("--seeds: give at least one")
+        if self.test_precision == "tf32" and device() == "cpu":
+            raise InputError("--test-precision tf32: TF32 is for GPUs: use fp32 or bf16")
         if not len(data.test):
             raise InputError(f"--data {data.name}: it has no test images: give x_test and y_test")
         return min(len(data.test), self.test_images or len(data.test))
 
 
 @dataclass(frozen=True)
-class Test:
-    """Attacks, by column a name of spat_train.evaluation.attack_specs, and how many test images they are made at."""
+class Attacks:
+    """At the first `images` test images; by column, a name of `spat_train.evaluation.attack_specs`."""
 
-    attacks: dict[str, str]
+    by_column: dict[str, str]
     images: int
 
 
 @dataclass(frozen=True)
 class Study:
-    """Trainings, and how each is tested.
+    """Trainings, each with `out`, and how they are tested.
 
     Attributes:
-        benchmark: the module that has the table of its results. about: what these say besides the rows.
+        benchmark: the module that has the table of the results.
         data: its test images are attacked.
-        more: what else is found out about a model, besides accuracies: values by name.
+        traits: what else is found out about a model: numbers by name. traits_of: what these depend on, besides the model.
+        about: what the results say besides the rows.
     """
 
     benchmark: str
     args: Arguments
     trainings: Sequence[Config]
     data: Dataset
-    tests: tuple[Test, ...]
-    more: Callable[[nn.Module, Config], dict] = lambda model, config: {}
+    attacks: Sequence[Attacks]
+    traits: Callable[[nn.Module, Config], dict] | None = None
+    traits_of: dict = field(default_factory=dict)
     about: dict = field(default_factory=dict)
 
     def run(self, results: dict) -> list[str]:
-        """Train and test what is not done yet, and write after each; the folders of those that are still left.
+        """Train and test what is not done yet, and save after each; the folders of what is left.
 
         A training that fails says why, and the others are still run.
 
         Raises:
             Stopped: a signal came; everything is saved.
         """
-        before = results["rows"]
-
-        def left() -> list[Config]:
-            rows = results["rows"] = collected(self.args.runs, before)
-            measure.write(self.args.out, results)
-            return [config for config in self.trainings if not any(self.is_done(config, row) for row in rows)]
-
+        self.save(results)
         for config in self.trainings:
-            if config not in left():
+            if self.is_done(config, results):
                 continue
             measure.free(device())
             try:
                 train(config)
                 self.test(config)
-            except Stopped:
-                left()
-                raise
             except InUseError:
                 print(f"{config.out}: another process is at work there")
+            except (InputError, TrainingError, files.SaveError) as error:
+                print(f"{config.out}: {error}")
             except Exception:  # the others are still of use
                 traceback.print_exc()
-        return [str(config.out) for config in left()]
+            finally:
+                self.save(results)
+        return [str(config.out) for config in self.trainings if not self.is_done(config, results)]
 
     def test(self, config: Config) -> None:
-        """Write TESTED into the folder of the run: accuracies, and `more`."""
+        """Write TESTED into the folder of the run: accuracies with the images that were right, and traits."""
         assert config.out is not None
-        model, _ = load_model(config.out, self.data)
-        model.to(device())
-        precision, size = self.args.test_precision, self.args.batch_size
+        folder = RunFolder(config.out)
+        folder.claim()
+        try:
+            model, _ = load_model(config.out, self.data, config.model)
+            model.to(device())
+            tested = json.loads((config.out / TESTED).read_text()) if (config.out / TESTED).exists() else {"evaluation": {}}
+            for attacks in self.attacks:
+                tested["evaluation"] |= self.accuracies(model, config, attacks)
+            if self.traits:
+                tested["traits"] = self.traits_of | self.traits(model, config)
+            files.write(config.out / TESTED, json.dumps(tested | {"commit": measure.commit()}).encode())
+        finally:
+            folder.release()
+
+    def accuracies(self, model: nn.Module, config: Config, attacks: Attacks) -> dict[str, dict]:
+        assert config.out is not None
+        size, precision = self.args.batch_size, self.args.test_precision
+        with interruptible(CONTINUES, lambda: f"out of memory: give less than --batch-size {size}") as on_progress:
+            result = evaluate(
+                model, self.data.test, ",".join(attacks.by_column.values()), eps=config.evaluation_eps_in_x,
+                rows=torch.arange(attacks.images), on_progress=on_progress, batch_size=size, precision=precision,
+                folder=config.out / f"evaluation-{attacks.images}-{precision}-{size}", bar=config.out.name,
+            )  # fmt: skip
         found = {}
-        for test in self.tests:
-            kept = config.out / f"evaluation-{test.images}-{precision}-{size}"
-            texts = CONTINUES, lambda: f"out of memory: give less than --batch-size {size}"
-            with interruptible(*texts) as on_progress:
-                result = evaluate(
-                    model, self.data.test, ",".join(test.attacks.values()), eps=config.evaluation_eps_in_x,
-                    rows=torch.arange(test.images), on_progress=on_progress, batch_size=size, folder=kept,
-                    precision=precision, bar=config.out.name,
-                )  # fmt: skip
-            for column, attack in test.attacks.items():
-                name = next(name for name, parsed in result.attacks.items() if attack in (name, parsed.spec))
-                low, high = result.interval(name)
-                right = np.packbits(result.correct(name).numpy()).tobytes().hex()
-                found[column] = {
-                    "accuracy": result.accuracy(name), "low": low, "high": high, "images": test.images,
-                    "precision": precision, "right": right,
-                }  # fmt: skip
-        tested = {"evaluation": found} | self.more(model, config)
-        files.write(config.out / TESTED, json.dumps(tested).encode())
+        for column, attack in attacks.by_column.items():
+            low, high = result.interval(attack)
+            right = np.packbits(result.correct(attack).numpy()).tobytes().hex()
+            found[column] = {"accuracy": result.accuracy(attack), "low": low, "high": high, "right": right}
+        return {column: self.expected()[column] | e for column, e in found.items()}
 
-    def is_done(self, config: Config, row: dict) -> bool:
-        """Whether `row` was trained in just this way to its end, and measured on as many images."""
-        images = {column: test.images for test in self.tests for column in test.attacks}
-        measured = {column: e["images"] for column, e in row["evaluation"].items()}
-        return images == measured and not config.differences(row["config"]) and row["trained"] >= row["config"]["epochs"]
+    def expected(self) -> dict[str, dict]:
+        """By column, what an accuracy depends on besides the model."""
+        depends = {"precision": self.args.test_precision, "batch_size": self.args.batch_size, "data": fingerprint(self.data.test)}
+        return {
+            column: {"attack": attack, "images": attacks.images} | depends
+            for attacks in self.attacks
+            for column, attack in attacks.by_column.items()
+        }
+
+    def is_done(self, config: Config, results: dict) -> bool:
+        """Whether the results have this training, tested in just this way."""
+        row = next((row for row in results["rows"] if row["name"] == folder_name(config)), None)
+        return bool(
+            row
+            and all(of.items() <= row["evaluation"].get(column, {}).items() for column, of in self.expected().items())
+            and (not self.traits or self.traits_of.items() <= row.get("traits", {}).items())
+        )
+
+    def save(self, results: dict) -> None:
+        """Fill in the rows: what the folders of the trainings have come to, and what `out` has besides. Write them there."""
+        out = self.args.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out.parent):
+            before = json.loads(out.read_text())["rows"] if out.exists() else []
+            rows = {row["name"]: row for row in before}
+            for config in self.trainings:
+                assert config.out is not None
+                if (config.out / "log.jsonl").exists():
+                    row = row_of(Run(config.out, config))
+                    if row["evaluation"] or row["name"] not in rows:
+                        rows[row["name"]] = row
+            options = "model", "eps", "method", "alpha", "precision", "epochs", "seed"
+            results["rows"] = sorted(rows.values(), key=lambda row: [row["config"][name] for name in options] + [row["name"]])
+            measure.write(out, results)
 
 
-def carry_out(prepare: Callable[[], Study], table: Callable[[dict], str]) -> None:
+def run_and_print(prepare: Callable[[], Study], table: Callable[[dict], str]) -> None:
     """Run the study that `prepare` returns, and print the table of its results.
 
     Raises:
@@ -167,48 +204,54 @@ def carry_out(prepare: Callable[[], Study], table: Callable[[dict], str]) -> Non
     """
     try:
         study = prepare()
-        study.args.runs.mkdir(parents=True, exist_ok=True)
         results = measure.continued(study.args.out, measure.begun(study.benchmark, device(), **study.about, rows=[]))
-    except (InputError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    try:
         left = study.run(results)
+    except (InputError, OSError, files.SaveError) as error:
+        raise SystemExit(str(error)) from None
     except Stopped as stopped:
         print(f"stopped, {CONTINUES}")
         raise SystemExit(stopped.exit_code) from None
     print(table(results))
     if left:
-        raise SystemExit(f"not done yet: {', '.join(left)}; what failed has said why, and {CONTINUES}")
+        raise SystemExit(f"not done yet, for the reasons above: {', '.join(left)}")
 
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def named(config: Config) -> str:
-    """What a training's folder is called."""
+@contextmanager
+def locked(folder: Path):
+    """Within, other processes wait here for the same folder."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def changed(config: Config, *but: str) -> dict:
+    """The options that change the weights and are not as by default, and the name of the data."""
+    default = Config().to_dict()
+    found = {k: v for k, v in config.to_dict().items() if v != default[k] and k not in (*FREE_ON_RESUME, *but)}
+    return found | {"data": Path(config.data).stem}
+
+
+def folder_name(config: Config) -> str:
+    """Names a training: what is often varied in words, and a hash of every option that changes the weights."""
+    digest = hashlib.sha256(json.dumps(changed(config), sort_keys=True).encode()).hexdigest()[:8]
     method = config.method + ("+spat" if config.alpha else "")
-    model = config.model.replace("/", "-")
-    return f"{model}-{method}-eps{config.eps:g}-alpha{config.alpha:g}-{config.precision}-seed{config.seed}"
-
-
-def collected(folder: Path, before: list[dict]) -> list[dict]:
-    """What the runs in `folder` have come to, and those of `before` that are not there."""
-    ours = [row_of(run) for run in find_runs(folder) if run.folder.name == named(run.config)]
-    rows = {_key(row): row for row in before + ours}
-    return [rows[key] for key in sorted(rows)]
-
-
-def _key(row: dict) -> tuple:
-    return tuple(row["config"][name] for name in ("model", "eps", "method", "alpha", "precision", "seed"))
+    model = config.model.replace("/", "-").replace(":", "-")
+    return f"{model}-{method}-eps{config.eps:g}-alpha{config.alpha:g}-seed{config.seed}-{digest}"
 
 
 def row_of(run: Run) -> dict:
     rates = [event["images_per_second"] for event in logs.read(run.folder, "train")]
     tested = run.folder / TESTED
     return {
+        "name": run.folder.name, "trained": run.epochs, "images_per_second": max(rates, default=None),
         "differs": differences(run, PRESETS[run.config.preset]) if run.config.preset else [],
-        "trained": run.epochs, "images_per_second": max(rates, default=None),
         "validations": logs.read(run.folder, "validation"), "evaluation": {}, "config": run.config.to_dict(),
     } | (json.loads(tested.read_text()) if tested.exists() else {})  # fmt: skip
 
@@ -235,7 +278,7 @@ def signed(text: str) -> str:
     return text.replace("-", "−")
 
 
-def right(row: dict, column: str) -> np.ndarray:
+def right_images(row: dict, column: str) -> np.ndarray:
     """bool [N]: which test images it got right under the attack of `column`."""
     found = row["evaluation"][column]
     return np.unpackbits(np.frombuffer(bytes.fromhex(found["right"]), np.uint8))[: found["images"]].astype(bool)
@@ -267,26 +310,23 @@ class Comparison:
 
     @property
     def verdict(self) -> int:
-        """1: higher; -1: lower; 0: undecided, since the test has p >= 0.05 or the seeds disagree."""
-        signs = {np.sign(difference) for difference in self.differences}
-        return int(signs.pop()) if len(signs) == 1 and self.p < 0.05 else 0
+        """1: higher; -1: lower; 0: undecided, since the test has p >= 0.05, or it and all seeds do not agree."""
+        signs = {int(np.sign(value)) for value in (*self.differences, self.won - self.lost)}
+        return signs.pop() if len(signs) == 1 and self.p < 0.05 else 0
 
     def __str__(self) -> str:
         spread = f" ± {statistics.stdev(self.differences):.2f}" if len(self.differences) > 1 else ""
         return signed(f"{self.difference:+.2f}{spread}")
 
 
-def compare(rows: Iterable[dict], others: Iterable[dict], column: str) -> Comparison:
-    """`rows` against `others` in one column, over the seeds that both have.
-
-    Raises:
-        KeyError: there is none, or a row says nothing of single images.
-    """
-    measured = ([row for row in each if column in row["evaluation"]] for each in (rows, others))
-    found, base = ({row["config"]["seed"]: right(row, column) for row in each} for each in measured)
+def compare(rows: Iterable[dict], others: Iterable[dict], column: str) -> Comparison | None:
+    """`rows` against `others` in one column, over the seeds and images that both have; None where there are none."""
+    measured = ([row for row in each if "right" in row["evaluation"].get(column, {})] for each in (rows, others))
+    found, base = ({row["config"]["seed"]: right_images(row, column) for row in each} for each in measured)
     seeds = sorted(found.keys() & base.keys())
     if not seeds:
-        raise KeyError(column)
-    moved = sum(found[seed].astype(int) - base[seed] for seed in seeds)
-    differences = tuple(100 * float(found[seed].mean() - base[seed].mean()) for seed in seeds)
-    return Comparison(differences, int((moved > 0).sum()), int((moved < 0).sum()))
+        return None
+    count = min(len(flags) for each in (found, base) for flags in each.values())
+    moved = [found[seed][:count].astype(int) - base[seed][:count] for seed in seeds]
+    total = sum(moved)
+    return Comparison(tuple(100 * float(each.mean()) for each in moved), int((total > 0).sum()), int((total < 0).sum()))

@@ -5,11 +5,12 @@ and bf16 arithmetic, and attacks each at the test images. --seeds repeats that. 
 plain one is counted on the same images and from the same seeds.
 
 The same command continues where it was stopped, and may be started once for each core (`study`). Other --rows, --seeds, --model
-and --precision add to the same file, and a row that it has in full is not run again, even where its folder is gone:
+and --precision add to the same file, and a row that it has already is not run again, even where its folder is gone:
 
     python -m benchmarks.table61 --data cifar10.npz --out table61.json --model wrn-34-10 --rows mart+spat --epochs 6
 """
 
+import statistics
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 import tyro
 
 from benchmarks import study
-from benchmarks.study import Precisions, Study, Test, carry_out, compare, grouped, mean, named, signed
-from benchmarks.tables import columns, environment, markdown, sentences
+from benchmarks.study import Attacks, Precisions, Study, compare, folder_name, grouped, mean, run_and_print, signed
+from benchmarks.tables import columns, environment, markdown
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.errors import InputError, check_count
@@ -58,7 +59,7 @@ def settings(args: Arguments, row: str, seed: int) -> Config:
         PRESETS[f"table6.1/{row}"], model=args.model, epochs=args.epochs, schedule="one-cycle", lr=0.1, seed=seed,
         precision=args.precision, data=str(args.data), limit=args.limit, resume=True, test=False, tensorboard=False,
     )  # fmt: skip
-    return replace(config, out=args.runs / named(config))
+    return replace(config, out=args.runs / folder_name(config))
 
 
 def prepared(args: Arguments) -> Study:
@@ -74,15 +75,17 @@ def prepared(args: Arguments) -> Study:
     for config in trainings:
         check(config)
     data = load_npz(args.data)
-    tests = [Test(COLUMNS, args.count(data))]
+    count = args.test_count(data)
+    attacks = [Attacks(COLUMNS, count)]
     if args.autoattack:
-        tests.append(Test({AUTOATTACK: "autoattack"}, min(args.count(data), args.autoattack)))
-    return Study("table61", args, trainings, data, tuple(tests))
+        attacks.append(Attacks({AUTOATTACK: "autoattack"}, min(count, args.autoattack)))
+    return Study("table61", args, trainings, data, attacks)
 
 
 # --- as Markdown ---
 
 OPTIONS = "model", "epochs", "precision"
+VERDICTS = {1: "higher", 0: "undecided", -1: "lower"}
 
 
 def name_of(row: dict) -> str:
@@ -92,13 +95,13 @@ def name_of(row: dict) -> str:
 
 def table(results: dict) -> str:
     """Each training's accuracies above the thesis's, what it did otherwise, how fast it went; then what SPAT gains."""
-    lines, comparisons, orderings = [], [], []
+    lines, gains, orderings = [], [], []
     for (model, epochs, precision), rows in grouped(results["rows"], *OPTIONS).items():
         by_name = {name: [row for row in rows if name_of(row) == name] for name in TABLE.runs}
         by_name = {name: found for name, found in by_name.items() if found}
         for name, found in by_name.items():
             lines += _lines(name, found, f"{model}, {precision}")
-        comparisons += [line for name in by_name if name.endswith("+spat") for line in _gains(by_name, name)]
+        gains += [line for name in by_name if name.endswith("+spat") for line in _gains(by_name, name)]
         orderings.append(_orderings(by_name, f"{model}, {epochs} epochs, {precision}"))
     names = [column for column in (*COLUMNS, AUTOATTACK) if any(column in line["found"] for line in lines)]
     heads, cells = columns(names, "{}", "{{found[{}]}}")
@@ -108,81 +111,69 @@ def table(results: dict) -> str:
         f"{{title}} | {{model}} || {{seeds}} | {{epochs}} | {cells} | {{rate}}",
         otherwise, tested, environment,
     )  # fmt: skip
-    if not comparisons:
+    if not gains:
         return first
     second = markdown(
-        results, comparisons,
+        results, gains,
         "SPAT against its base |  | at this scale || difference | images won | lost | p | thesis",
         "{title} | {column} | {verdict} || {difference} | {won:,} | {lost:,} | {p:.2g} | {thesis}",
     )  # fmt: skip
     rule = (
         "Differences in points, ± their standard deviation between seeds. An image is won if more seeds get it right with SPAT "
-        "than without; p is of the two-sided sign test on these images. Higher and lower: p < 0.05, and every seed has that sign."
+        "than without; p is of the two-sided sign test on these images, not corrected for the number of tests. Higher and lower: "
+        "p < 0.05, and the images and every seed have that sign. Of one seed, that is said of these two networks alone."
     )
     return "\n\n".join([first, second, rule, *filter(None, orderings)])
 
 
 def _lines(name: str, rows: list[dict], model: str) -> list[dict]:
     """What `table` says of a training from its seeds: ours, the thesis's, and the difference."""
-    config = rows[0]["config"]
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        for column, e in row["evaluation"].items():
-            values.setdefault(column, []).append(e["accuracy"])
-    trained = [f"{row['trained']:.2f} of " for row in rows if row["trained"] < config["epochs"]]
+    config, thesis = rows[0]["config"], THESIS[name]
+    done = [row for row in rows if row["evaluation"]] or rows
+    trained = min(row["trained"] for row in done)
+    columns_here = dict.fromkeys(column for row in done for column in row["evaluation"])
+    values = {c: [row["evaluation"][c]["accuracy"] for row in done if c in row["evaluation"]] for c in columns_here}
+    gaps = {c: signed(f"{statistics.mean(values[c]) - accuracy:+.2f}") for c, accuracy in thesis.items() if c in values}
     rate = max((row["images_per_second"] or 0 for row in rows), default=0)
     ours = {
-        "title": TITLES[name], "model": model, "seeds": len(rows), "epochs": f"{min(trained, default='')}{config['epochs']}",
+        "title": TITLES[name], "model": model, "seeds": len(done),
+        "epochs": f"{trained:.2f} of {config['epochs']}" if trained < config["epochs"] else config["epochs"],
         "found": {column: mean(of_seeds) for column, of_seeds in values.items()}, "rate": f"{rate:,.0f}",
     }  # fmt: skip
-    thesis = {column: f"{accuracy:.2f}" for column, accuracy in THESIS[name].items()}
-    means = {column: sum(of_seeds) / len(of_seeds) for column, of_seeds in values.items()}
-    gaps = {column: signed(f"{means[column] - accuracy:+.2f}") for column, accuracy in THESIS[name].items() if column in means}
-    source = {"title": "", "model": "thesis: WRN-34-10", "seeds": "", "epochs": 90, "found": thesis, "rate": ""}
+    found = {column: f"{accuracy:.2f}" for column, accuracy in thesis.items()}
+    source = {"title": "", "model": "thesis: WRN-34-10", "seeds": "", "epochs": 90, "found": found, "rate": ""}
     return [ours, source, source | {"model": "difference", "epochs": "", "found": gaps}] if gaps else [ours, source]
 
 
 def _gains(by_name: dict[str, list[dict]], name: str) -> list[dict]:
     """What `table` says of a +SPAT training against its base, column by column. Empty where one of them is missing."""
     base, lines = name.removesuffix("+spat"), []
-    for column in [*COLUMNS, AUTOATTACK]:
-        try:
-            found = compare(by_name[name], by_name[base], column)
-        except KeyError:
-            continue
-        thesis = signed(f"{THESIS[name][column] - THESIS[base][column]:+.2f}") if column in COLUMNS else ""
-        lines.append({
-            "title": f"{TITLES[name]} − {TITLES[base]}", "column": column, "difference": str(found), "won": found.won,
-            "lost": found.lost, "p": found.p, "thesis": thesis, "verdict": ("lower", "undecided", "higher")[found.verdict + 1],
-        })  # fmt: skip
+    for column in (*COLUMNS, AUTOATTACK) if base in by_name else ():
+        if found := compare(by_name[name], by_name[base], column):
+            thesis = signed(f"{THESIS[name][column] - THESIS[base][column]:+.2f}") if column in COLUMNS else ""
+            lines.append({
+                "title": f"{TITLES[name]} − {TITLES[base]}", "column": column, "difference": str(found), "won": found.won,
+                "lost": found.lost, "p": found.p, "thesis": thesis, "verdict": VERDICTS[found.verdict],
+            })  # fmt: skip
     return lines
 
 
 def _orderings(by_name: dict[str, list[dict]], of: str) -> str:
-    """How many of the thesis's orderings of two rows hold, and which are reversed. "" where images say nothing of it."""
-    held: list[str] = []
-    turned: list[str] = []
-    undecided = 0
-    for first, second in combinations(by_name, 2):
+    """How many of the thesis's orderings of two rows in a column hold, and which are reversed. "" where nothing says."""
+    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for pair in combinations(by_name, 2):
         for column in COLUMNS:
-            try:
-                verdict = compare(by_name[first], by_name[second], column).verdict
-            except KeyError:
-                continue
-            above = THESIS[first][column] > THESIS[second][column]
-            names = (TITLES[first], TITLES[second])[:: 1 if above else -1]
-            if not verdict:
-                undecided += 1
-            else:
-                (held if (verdict > 0) == above else turned).append(f"{column} {' > '.join(names)}")
-    if not held and not turned and not undecided:
+            above, below = sorted(pair, key=lambda name: -THESIS[name][column])
+            if comparison := compare(by_name[above], by_name[below], column):
+                found[comparison.verdict].append(f"{column}: {TITLES[above]} over {TITLES[below]}")
+    held, turned, undecided = found.values()
+    if not any(found.values()):
         return ""
-    total = len(held) + len(turned) + undecided
-    return sentences(
-        {},
-        f"Of the thesis's {total} orderings of two rows in a column, by the same rule ({of}): {len(held)} hold"
+    return (
+        f"Of the thesis's 40 orderings of two rows in a column, by the same rule ({of}): {len(held)} hold"
         + (f" ({'; '.join(held)})" if held else "") + f", {len(turned)} are reversed"
-        + (f" ({'; '.join(turned)})" if turned else "") + f", {undecided} are undecided.",
+        + (f" ({'; '.join(turned)})" if turned else "") + f", {len(undecided)} are undecided"
+        + (f", {40 - len(held + turned + undecided)} not measured." if len(held + turned + undecided) < 40 else ".")
     )  # fmt: skip
 
 
@@ -200,7 +191,7 @@ def tested(results: dict) -> str:
 
 
 def main(args: Arguments) -> None:
-    carry_out(lambda: prepared(args), table)
+    run_and_print(lambda: prepared(args), table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Models of runs on test images: loaded, checked and measured. Accuracies are kept in the run's folder."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,19 +139,36 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([model_logits(model, images).cpu() for images in x.split(CHUNK)])
 
 
-def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The gradient of each image's cross-entropy with respect to its pixels, like x [B, C, H, W]. The model is left as it was."""
+def _summed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="sum")
+
+
+def _summed_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Of the logit of the label over the best of the others: unlike a loss, it has a gradient where the model is sure."""
+    label = F.one_hot(y, logits.shape[1]).bool()
+    return (logits[label] - logits.masked_fill(label, -torch.inf).amax(1)).sum()
+
+
+def input_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, of: Callable[[Tensor, Tensor], Tensor] = _summed_cross_entropy
+) -> Tensor:
+    """The gradient of each image's cross-entropy with respect to its pixels, like x [B, C, H, W]. The model is left as it was.
+
+    Args:
+        of: instead of the cross-entropy: logits [B, K] and labels -> a sum over the images.
+    """
     with torch.enable_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
         found = []
         for images, labels in zip(x.detach().split(CHUNK), y.split(CHUNK), strict=True):
             images = images.clone().requires_grad_()
-            found.append(torch.autograd.grad(F.cross_entropy(model(images), labels, reduction="sum"), images)[0])
+            found.append(torch.autograd.grad(of(model(images), labels), images)[0])
     return torch.cat(found)
 
 
 def alignment(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """How much gradients look like images: the mean cosine, without its sign, between x [B, C, H, W] and `input_gradients`.
+    """How much gradients look like images: the mean cosine, without its sign, between x [B, C, H, W] and the margin's gradient.
 
-    Etmann et al. (2019, arXiv 1905.04172) multiply it by the length of the image, and take the gradient of the logit.
+    Etmann et al. (2019, arXiv 1905.04172) multiply it by the length of the image, and take the gradient of the logit alone.
     """
-    return float(F.cosine_similarity(input_gradients(model, x, y).flatten(1), x.flatten(1)).abs().mean())
+    gradients = input_gradients(model, x, y, of=_summed_margin)
+    return float(F.cosine_similarity(gradients.flatten(1), x.flatten(1)).abs().mean())

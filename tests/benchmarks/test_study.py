@@ -1,9 +1,12 @@
 """Studies of trainings: what their rows say, and that a study is stopped, continued, shared and never repeated."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,23 +15,27 @@ from scipy.stats import binomtest
 from benchmarks import figure61, study, table61
 from benchmarks.study import Comparison, compare
 from spat_train import Config
+from spat_train.data.datasets import load
 from spat_train.papers.reported import TABLES
 from spat_train.runtime.run_folder import RunFolder
 
 
-def row(accuracies: dict, *, seed: int = 0, images: int = 200, **options) -> dict:
+def row(accuracies: dict, *, seed: int = 0, **options) -> dict:
     """As a study keeps it; `accuracies` has bool [N] by column."""
     evaluation = {
         name: {
-            "accuracy": 100 * float(found.mean()), "images": images, "precision": "fp32",
+            "accuracy": 100 * float(found.mean()), "images": len(found), "precision": "fp32",
             "right": np.packbits(found).tobytes().hex(),
         } for name, found in accuracies.items()
     }  # fmt: skip
-    config = Config(model="wrn-10-2", epochs=4, seed=seed, **options).to_dict()
+    config = Config(model="wrn-10-2", epochs=4, seed=seed, **options)
     return {
-        "config": config, "evaluation": evaluation, "trained": 4.0, "images_per_second": 70.0, "differs": [],
-        "validations": [{"pgd": 100 * options.get("alpha", 0)}],
+        "name": study.folder_name(config), "config": config.to_dict(), "evaluation": evaluation, "trained": 4.0,
+        "images_per_second": 70.0, "differs": [], "validations": [{"pgd": 100 * config.alpha}],
     }  # fmt: skip
+
+
+MACHINE = {"device": "A CPU", "cuda": None, "cpu": {"flags": []}, "threads": 1, "torch": "2", "date": "2026-01-01T"}
 
 
 def flags(right: int, images: int = 200) -> np.ndarray:
@@ -36,8 +43,8 @@ def flags(right: int, images: int = 200) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("images", "right"), [(1, 1), (7, 3), (200, 101)])
-def test_right_is_what_was_packed(images, right):
-    found = study.right(row({"natural": flags(right, images)}, images=images), "natural")
+def test_images_are_what_was_packed(images, right):
+    found = study.right_images(row({"natural": flags(right, images)}), "natural")
     assert found.tolist() == flags(right, images).tolist()
 
 
@@ -49,16 +56,22 @@ def test_compare_counts_images_over_seeds():
     assert (found.won, found.lost) == (70, 60)  # 50 to 59 and 0 to 69; 140 to 199
     assert found.p == pytest.approx(binomtest(70, 130).pvalue)
     assert str(found) == "+5.00 ± 0.00"
-    with pytest.raises(KeyError):
-        compare(ours, base, "FGSM")
-    with pytest.raises(KeyError):
-        compare(ours[2:], base, "PGD-20")
+    assert compare(ours, base, "FGSM") is None
+    assert compare(ours[2:], base, "PGD-20") is None
+
+
+def test_compare_takes_the_images_that_both_have():
+    found = compare([row({"PGD-20": flags(60, 100)})], [row({"PGD-20": flags(50, 200)})], "PGD-20")
+    assert (found.differences, found.won, found.lost) == ((10.0,), 10, 0)
 
 
 @pytest.mark.parametrize(
     ("differences", "won", "lost", "verdict"),
-    [((1.0, 2.0), 60, 20, 1), ((-1.0, -2.0), 20, 60, -1), ((1.0, 2.0), 22, 18, 0), ((1.0, -0.1), 60, 20, 0), ((0.0,), 0, 0, 0)],
-)
+    [
+        ((1.0, 2.0), 60, 20, 1), ((-1.0, -2.0), 20, 60, -1), ((1.0, 2.0), 22, 18, 0), ((1.0, -0.1), 60, 20, 0), ((0.0,), 0, 0, 0),
+        ((2.5, 2.5, 2.5), 30, 75, 0),  # few images won from every seed, many lost from one
+    ],
+)  # fmt: skip
 def test_verdict_needs_images_and_every_seed(differences, won, lost, verdict):
     assert Comparison(differences, won, lost).verdict == verdict
 
@@ -69,6 +82,65 @@ def test_mean():
     assert study.mean([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
 
 
+def test_a_folder_is_of_one_training():
+    """Whatever changes the weights has another folder; what does not, the same."""
+    config = Config(data="here/cifar10.npz", model="wrn-10-2")
+    same = replace(config, data="there/cifar10.npz", out=Path("else"), resume=True, workers=7, test=False)
+    assert study.folder_name(same) == study.folder_name(config)
+    others = [{"epochs": 7}, {"limit": 9}, {"lr": 0.2}, {"seed": 1}, {"data": "cifar100.npz"}, {"precision": "bf16"}]
+    names = {study.folder_name(replace(config, **other)) for other in others}
+    assert len(names - {study.folder_name(config)}) == len(others)
+
+
+def test_done_is_what_was_tested_in_this_way(tmp_path, tiny_npz):
+    config = Config(data=str(tiny_npz), model="small-cnn", epochs=1)
+
+    def made(traits: dict | None = None, **options) -> study.Study:
+        args = study.Arguments(out=tmp_path / "out.json", **options)
+        attacks = [study.Attacks({"natural": "clean", "PGD-20": "pgd-20"}, args.test_count(data))]
+        return study.Study("table61", args, [config], data, attacks, traits and (lambda *_: {}), traits or {})
+
+    data = load(str(tiny_npz))
+    columns = made().expected()
+    full = {"name": study.folder_name(config), "evaluation": columns | {"AutoAttack": {}}, "traits": {"judge": "a", "own": 1.0}}
+    assert made().is_done(config, {"rows": [full]})
+    assert made({"judge": "a"}).is_done(config, {"rows": [full]})
+    for other in (
+        made(test_images=19),
+        made(test_precision="bf16"),
+        made(batch_size=2),
+        made({"judge": "b"}),
+        made({"judge": "a", "images": 1}),
+    ):
+        assert not other.is_done(config, {"rows": [full]})
+    assert not made().is_done(replace(config, epochs=2), {"rows": [full]})
+    assert not made().is_done(config, {"rows": [full | {"evaluation": {}}]})
+    data = replace(data, test=replace(data.test, labels=1 - data.test.labels))
+    assert not made().is_done(config, {"rows": [full]})
+
+
+def save_often(out: Path, name: str) -> None:
+    """Fifty times, in a process of its own."""
+    from spat_train.data.images import Dataset
+
+    config = Config(model=name, out=out.parent / name)
+    config.out.mkdir()
+    (config.out / "log.jsonl").touch()
+    for _ in range(50):
+        study.Study("table61", study.Arguments(out=out), [config], Dataset, []).save({"machine": MACHINE})
+
+
+def test_processes_share_a_file(tmp_path):
+    out = tmp_path / "out.json"
+    processes = [multiprocessing.get_context("fork").Process(target=save_often, args=(out, name)) for name in ("a", "b", "c")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [r["name"] for r in json.loads(out.read_text())["rows"]] == ["a", "b", "c"]
+
+
 def test_table61_says_which_orderings_hold():
     """TRADES is above Madry in natural accuracy in the thesis, and below TRADES+SPAT under PGD-20."""
     rows = [
@@ -76,17 +148,16 @@ def test_table61_says_which_orderings_hold():
     ] + [
         row({"natural": flags(102), "PGD-20": flags(90)}, method="trades", alpha=0.1, seed=seed) for seed in (0, 1)
     ] + [row({"natural": flags(130), "PGD-20": flags(60)}, seed=seed) for seed in (0, 1)]  # fmt: skip
-    machine = {"device": "A CPU", "cuda": None, "cpu": {"flags": []}, "threads": 1, "torch": "2", "date": "2026-01-01T"}
-    text = table61.table({"machine": machine, "rows": rows})
+    text = table61.table({"machine": MACHINE, "rows": rows})
     assert "| TRADES | wrn-10-2, fp32 | 2 | 4 | 50.00 ± 0.00 |  | 30.00 ± 0.00 |  | 70 |" in text
     thesis = {(cell.target, cell.column): cell.accuracy for cell in TABLES["6.1"].cells}
     gap = 30 - thesis["trades", "PGD-20"]
     assert f"| difference |  |  | −{85.97 - 50:.2f} |  | −{-gap:.2f} |  |" in text
     assert "| TRADES+SPAT(.1) − TRADES | PGD-20 | higher | +15.00 ± 0.00 | 30 | 0 | 1.9e-09 | +0.90 |" in text
     assert "| TRADES+SPAT(.1) − TRADES | natural | undecided | +1.00 ± 0.00 | 2 | 0 | 0.5 | −1.37 |" in text
-    assert "Of the thesis's 6 orderings" in text
-    assert "2 hold (PGD-20 TRADES+SPAT(.1) > Madry; PGD-20 TRADES+SPAT(.1) > TRADES)" in text
-    assert "2 are reversed (natural TRADES > Madry; natural TRADES+SPAT(.1) > Madry), 2 are undecided" in text
+    assert "Of the thesis's 40 orderings" in text
+    assert "2 hold (PGD-20: TRADES+SPAT(.1) over Madry; PGD-20: TRADES+SPAT(.1) over TRADES)" in text
+    assert "2 are reversed (natural: TRADES over Madry; natural: TRADES+SPAT(.1) over Madry), 2 are undecided, 34 not" in text
 
 
 def test_figure61_chooses_by_held_out_images():
@@ -94,11 +165,16 @@ def test_figure61_chooses_by_held_out_images():
     rows = [
         row({"natural": flags(100), "PGD-20": flags(right)}, alpha=a, eps=8.0) for a, right in ((0.0, 60), (0.2, 90), (0.4, 80))
     ]
-    machine = {"device": "A CPU", "cuda": None, "cpu": {"flags": []}, "threads": 1, "torch": "2", "date": "2026-01-01T"}
-    text = figure61.table({"machine": machine, "rows": rows, "judge": None})
+    text = figure61.table({"machine": MACHINE, "rows": rows, "judge": None})
     assert "Best α on held-out images (bold): 0.4 at 8/255, better than 0." in text
     assert "| 8/255 | **0.4** | 1 | 50.00 | 40.00 | +10.00 | 1.9e-06 | 40.00 |" in text
     assert "| 8/255 | 0.2 |" in text
+    unfinished = row({}, alpha=0.6, eps=8.0)
+    unfinished["validations"] = [{"pgd": 99.0}]
+    assert figure61.table({"machine": MACHINE, "rows": [*rows, unfinished], "judge": None}) == text
+    for found in rows:
+        found["validations"] = []
+    assert "Best α" not in figure61.table({"machine": MACHINE, "rows": rows, "judge": None})
 
 
 def arguments(npz, tmp_path, **options):
@@ -121,16 +197,13 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
     columns = dict.fromkeys(table61.COLUMNS, 20) | {"AutoAttack": 4}
     assert {name: e["images"] for name, e in found["evaluation"].items()} == columns
     for e in found["evaluation"].values():
-        assert 100 * study.right({"evaluation": {"it": e}}, "it").mean() == pytest.approx(e["accuracy"])
+        assert 100 * study.right_images({"evaluation": {"it": e}}, "it").mean() == pytest.approx(e["accuracy"])
     assert found["evaluation"]["PGD-20"]["accuracy"] <= found["evaluation"]["natural"]["accuracy"]
-    folder = tmp_path / "runs" / "small-cnn-mart+spat-eps8-alpha0.3-fp32-seed0"
-    folder.rename(tmp_path / "runs" / "of others")
-    assert run("mart+spat", autoattack=4) == [found]
-    assert len(list((tmp_path / "runs").iterdir())) == 1
     shutil.rmtree(tmp_path / "runs")
-    saved = tmp_path / "runs" / "small-cnn-trades-eps8-alpha0-fp32-seed0" / "last.pt"
+    assert run("mart+spat") == [found]
+    assert not (tmp_path / "runs").exists()
     train = study.train
-    stop = lambda run: saved.exists() and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    stop = lambda run: list(tmp_path.glob("runs/*trades*/last.pt")) and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     monkeypatch.setattr(study, "train", lambda config: train(config, on_step=stop))
     with pytest.raises(SystemExit, match="143"):
         run("trades", epochs=1000)
@@ -143,7 +216,7 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
     assert "| MART+SPAT(.3) | small-cnn, fp32 | 1 | 1 |" in text
     assert " of 1000 |" in text
     monkeypatch.setattr(study, "train", lambda config: 1 / 0)
-    with pytest.raises(SystemExit, match="not done yet: .*small-cnn-madry-eps8-alpha0-fp32-seed0, .*mart.*; what failed"):
+    with pytest.raises(SystemExit, match="not done yet, for the reasons above: .*small-cnn-madry-.*, .*small-cnn-mart-"):
         run("madry", "mart")
     for wrong, options in (("--rows spat: choose from madry", {}), ("--epochs 0", {"epochs": 0}), ("--seed -1", {"seeds": [-1]})):
         with pytest.raises(SystemExit, match=wrong):
@@ -153,10 +226,10 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path, tiny_npz, capsys):
     args = arguments(tiny_npz, tmp_path, rows=["madry", "mart"])
-    held = RunFolder(tmp_path / "runs" / "small-cnn-madry-eps8-alpha0-fp32-seed0")
+    held = RunFolder(table61.settings(args, "madry", 0).out)
     held.claim()
     try:
-        with pytest.raises(SystemExit, match=r"not done yet: .*madry-eps8-alpha0-fp32-seed0; what"):
+        with pytest.raises(SystemExit, match=r"not done yet, for the reasons above: \S*madry-\S*$"):
             table61.main(args)
     finally:
         held.release()
@@ -174,16 +247,34 @@ def test_figure61(tmp_path, tiny_npz, capsys):
     rows = json.loads(out.read_text())["rows"]
     assert [(r["config"]["eps"], r["config"]["alpha"]) for r in rows] == [(8.0, 0.0), (8.0, 0.2)]
     for found in rows:
-        assert set(found["traits"]) == {"images", "alignment", "own", "kept"}
+        percents = {name: found["traits"][name] for name in ("own", "plain", "kept")}
+        assert all(0 <= value <= 100 for value in percents.values())
         assert 0 <= found["traits"]["alignment"] <= 1
-        assert 0 <= found["traits"]["kept"] <= 100
-        assert 0 <= found["traits"]["own"] <= 100
+    assert rows[0]["traits"]["own"] == rows[0]["traits"]["plain"]  # alpha = 0
     assert "Best α on held-out images" in capsys.readouterr().out
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     before = out.read_text()
     shutil.rmtree(runs)
     figure61.main([*command, "--", *common])
     assert json.loads(out.read_text())["rows"] == json.loads(before)["rows"]
-    for wrong, options in (("--eps 0.1", ["--eps", "0.1"]), ("--alpha 2", ["--alphas", "2.0"])):
-        with pytest.raises(SystemExit, match=wrong):
-            figure61.main([*command, *options, "--", *common])
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "message"),
+    [
+        (["--eps", "0.1"], [], "--eps 0.1"),
+        (["--alphas", "2.0"], [], "--alpha 2"),
+        (["--seeds"], [], "--seeds: give at least one"),
+        (["--test-precision", "tf32"], [], "--test-precision tf32: TF32 is for GPUs"),
+        ([], ["--method", "trades"], "--method trades: this study sets it"),
+        ([], ["--seed", "3"], "--seed 3: this study sets it"),
+        ([], ["--preset", "madry-mnist/natural"], "this study trains by --method madry"),
+        ([], ["--preset", "nothing"], "--preset nothing: there is none"),
+        ([], ["--patience", "3"], "no --patience"),
+    ],
+)
+def test_figure61_refuses(tmp_path, tiny_npz, monkeypatch, options, training, message):
+    monkeypatch.setattr(study, "train", lambda config: pytest.fail("training began"))
+    command = ["--out", str(tmp_path / "out.json"), "--eps", "8", *options, "--", "--data", str(tiny_npz), *training]
+    with pytest.raises(SystemExit, match=message):
+        figure61.main(command)
