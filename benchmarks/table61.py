@@ -94,15 +94,23 @@ def name_of(row: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """Each training's accuracies above the thesis's, what it did otherwise, how fast it went; then what SPAT gains."""
+    """Each training's accuracies above the thesis's, and how fast it went; what SPAT and half precision change; the orderings."""
     lines, gains, orderings = [], [], []
     for (model, epochs, precision), rows in grouped(results["rows"], *OPTIONS).items():
         by_name = {name: [row for row in rows if name_of(row) == name] for name in TABLE.runs}
         by_name = {name: found for name, found in by_name.items() if found}
         for name, found in by_name.items():
             lines += _lines(name, found, f"{model}, {precision}")
-        gains += [line for name in by_name if name.endswith("+spat") for line in _gains(by_name, name)]
+        for spat in filter(lambda name: name.endswith("+spat"), by_name):
+            base = spat.removesuffix("+spat")
+            thesis = {column: THESIS[spat][column] - THESIS[base][column] for column in COLUMNS}
+            gains += _gains(f"{TITLES[spat]} − {TITLES[base]}", by_name[spat], by_name.get(base, []), thesis)
         orderings.append(_orderings(by_name, f"{model}, {epochs} epochs, {precision}"))
+    for (*_, method, alpha), rows in grouped(results["rows"], "model", "epochs", "method", "alpha").items():
+        by_precision = {precision: found for (precision,), found in grouped(rows, "precision").items()}
+        for precision in sorted(by_precision.keys() - {"fp32"}):
+            title = f"{TITLES[method + '+spat' * (alpha > 0)]}: {precision} − fp32"
+            gains += _gains(title, by_precision[precision], by_precision.get("fp32", []), {})
     names = [column for column in (*COLUMNS, AUTOATTACK) if any(column in line["found"] for line in lines)]
     heads, cells = columns(names, "{}", "{{found[{}]}}")
     first = markdown(
@@ -115,12 +123,12 @@ def table(results: dict) -> str:
         return first
     second = markdown(
         results, gains,
-        "SPAT against its base |  | at this scale || difference | images won | lost | p | thesis",
+        "compared |  | at this scale || difference | images won | lost | p | thesis",
         "{title} | {column} | {verdict} || {difference} | {won:,} | {lost:,} | {p:.2g} | {thesis}",
     )  # fmt: skip
     rule = (
-        "Differences in points, ± their standard deviation between seeds. An image is won if more seeds get it right with SPAT "
-        "than without; p is of the two-sided sign test on these images, not corrected for the number of tests. Higher and lower: "
+        "Differences in points, ± their standard deviation between seeds. An image is won if the first gets it right from "
+        "more seeds; p is of the two-sided sign test on these images, not corrected for the number of tests. Higher and lower: "
         "p < 0.05, and the images and every seed have that sign. Of one seed, that is said of these two networks alone."
     )
     return "\n\n".join([first, second, rule, *filter(None, orderings)])
@@ -145,15 +153,14 @@ def _lines(name: str, rows: list[dict], model: str) -> list[dict]:
     return [ours, source, source | {"model": "difference", "epochs": "", "found": gaps}] if gaps else [ours, source]
 
 
-def _gains(by_name: dict[str, list[dict]], name: str) -> list[dict]:
-    """What `table` says of a +SPAT training against its base, column by column. Empty where one of them is missing."""
-    base, lines = name.removesuffix("+spat"), []
-    for column in (*COLUMNS, AUTOATTACK) if base in by_name else ():
-        if found := compare(by_name[name], by_name[base], column):
-            thesis = signed(f"{THESIS[name][column] - THESIS[base][column]:+.2f}") if column in COLUMNS else ""
+def _gains(title: str, rows: list[dict], base: list[dict], thesis: dict[str, float]) -> list[dict]:
+    """What `table` says of trainings against others, column by column. `thesis`: the same differences there."""
+    lines = []
+    for column in (*COLUMNS, AUTOATTACK):
+        if found := compare(rows, base, column):
             lines.append({
-                "title": f"{TITLES[name]} − {TITLES[base]}", "column": column, "difference": str(found), "won": found.won,
-                "lost": found.lost, "p": found.p, "thesis": thesis, "verdict": VERDICTS[found.verdict],
+                "title": title, "column": column, "difference": str(found), "won": found.won, "lost": found.lost, "p": found.p,
+                "thesis": signed(f"{thesis[column]:+.2f}") if column in thesis else "", "verdict": VERDICTS[found.verdict],
             })  # fmt: skip
     return lines
 

@@ -155,6 +155,10 @@ def test_table61_says_which_orderings_hold():
     assert f"| difference |  |  | −{85.97 - 50:.2f} |  | −{-gap:.2f} |  |" in text
     assert "| TRADES+SPAT(.1) − TRADES | PGD-20 | higher | +15.00 ± 0.00 | 30 | 0 | 1.9e-09 | +0.90 |" in text
     assert "| TRADES+SPAT(.1) − TRADES | natural | undecided | +1.00 ± 0.00 | 2 | 0 | 0.5 | −1.37 |" in text
+    assert "fp32 | " not in text.partition("compared")[2]
+    rows.append(row({"natural": flags(131)}, precision="bf16"))
+    line = "| Madry: bf16 − fp32 | natural | undecided | +0.50 | 1 | 0 | 1 |  |"
+    assert line in table61.table({"machine": MACHINE, "rows": rows})
     assert "Of the thesis's 40 orderings" in text
     assert "2 hold (PGD-20: TRADES+SPAT(.1) over Madry; PGD-20: TRADES+SPAT(.1) over TRADES)" in text
     assert "2 are reversed (natural: TRADES over Madry; natural: TRADES+SPAT(.1) over Madry), 2 are undecided, 34 not" in text
