@@ -186,7 +186,7 @@ def _orderings(by_name: dict[str, list[dict]], of: str) -> str:
 
 def otherwise(results: dict) -> str:
     alike: dict[str, dict[str, None]] = {}
-    for row in results["rows"]:
+    for row in (row for row in results["rows"] if row["evaluation"]):
         alike.setdefault(", ".join(row["differs"]), {})[f"{TITLES[name_of(row)]} of {row['config']['model']}"] = None
     return " ".join(f"Not as in the thesis (in brackets): {', '.join(who)}: {what}." for what, who in alike.items() if what)
 

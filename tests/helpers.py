@@ -2,11 +2,14 @@
 
 import copy
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+ASSETS = Path(__file__).parent / "assets"
 EPS = 8 / 255
 NORMS = {"linf": "Linf", "l2": "L2"}  # ours, and as torchattacks writes them
 
@@ -156,3 +159,21 @@ def accuracy(model, x, y) -> float:
     """Share of the images that are classified as y; a NaN is no class."""
     logits = model(x)
     return (logits.argmax(1).eq(y) & ~logits.isnan().any(1)).float().mean().item()
+
+
+# ---- a network that is robust, and what it was made for
+
+
+def robust(name: str) -> nn.Module:
+    """WRN-10-2 from `python -m benchmarks.table61`: "madry" or "trades+spat", 80,000 images of CIFAR-10 in all. In eval mode."""
+    from spat_train.models.registry import create  # not needed by tests of the kernels alone
+
+    model = create("wrn-10-2")
+    model.load_state_dict(torch.load(ASSETS / f"wrn-10-2-{name}.pt", weights_only=True))  # kept in fp16
+    return model.eval()
+
+
+def photographs() -> tuple[torch.Tensor, torch.Tensor]:
+    """The first 100 test images of CIFAR-10 and their labels."""
+    with np.load(ASSETS / "cifar10-test-100.npz") as kept:
+        return torch.from_numpy(kept["x"]).permute(0, 3, 1, 2).float().div(255).contiguous(), torch.from_numpy(kept["y"])
