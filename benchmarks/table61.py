@@ -2,7 +2,8 @@
 
 Trains the five rows of the thesis's Table 6.1 as its presets say, but with a smaller network, a one-cycle schedule of few epochs
 and bf16 arithmetic, and attacks each at the test images. --seeds repeats that. What a training on SPAT's examples gains over the
-plain one is counted on the same images and from the same seeds.
+plain one is counted on the same images and from the same seeds. The row trades-ce is a control: SPAT replaces the KL divergence
+in TRADES's attack by a smoothed cross-entropy. TRADES on examples of plain cross-entropy shows what the smoothing does by itself.
 
 The same command continues where it was stopped, and may be started once for each core (`study`). Other --rows, --seeds, --model
 and --precision add to the same file, and a row that it has already is not run again, even where its folder is gone:
@@ -30,7 +31,9 @@ from spat_train.training.check import check
 TABLE = TABLES["6.1"]
 COLUMNS = {cell.column: cell.attack for cell in TABLE.cells}
 THESIS = {row: {cell.column: cell.accuracy for cell in TABLE.cells if cell.target == row} for row in TABLE.runs}
-TITLES = {cell.target: cell.row for cell in TABLE.cells}
+CONTROL = "trades-ce"
+TITLES = {cell.target: cell.row for cell in TABLE.cells} | {CONTROL: "TRADES on CE examples"}
+COMPARED = ("trades+spat", "trades"), ("trades+spat", CONTROL), ("mart+spat", "mart")
 AUTOATTACK = "AutoAttack"
 
 
@@ -41,7 +44,7 @@ class Arguments(study.Arguments):
     data: Path
     """CIFAR-10 as an .npz file."""
     rows: list[str] = field(default_factory=lambda: list(TABLE.runs))
-    """Any of madry, trades, mart, trades+spat, mart+spat."""
+    """Any of madry, trades, mart, trades+spat, mart+spat, and trades-ce."""
     model: str = "resnet-18"
     """A name of spat_train.models; the thesis's is wrn-34-10."""
     epochs: int = 20
@@ -55,9 +58,10 @@ class Arguments(study.Arguments):
 
 
 def settings(args: Arguments, row: str, seed: int) -> Config:
+    preset = PRESETS["table6.1/" + row.removesuffix("-ce")]
     config = replace(
-        PRESETS[f"table6.1/{row}"], model=args.model, epochs=args.epochs, schedule="one-cycle", lr=0.1, seed=seed,
-        precision=args.precision, data=str(args.data), limit=args.limit, resume=True, test=False, tensorboard=False,
+        preset, inner="ce" if row == CONTROL else None, model=args.model, epochs=args.epochs, schedule="one-cycle", lr=0.1,
+        seed=seed, precision=args.precision, data=str(args.data), limit=args.limit, resume=True, test=False, tensorboard=False,
     )  # fmt: skip
     return replace(config, out=args.runs / folder_name(config))
 
@@ -68,8 +72,8 @@ def prepared(args: Arguments) -> Study:
     Raises:
         InputError: an option or the data do not fit.
     """
-    if not args.rows or set(args.rows) - set(TABLE.runs):
-        raise InputError(f"--rows {' '.join(args.rows)}: choose from {', '.join(TABLE.runs)}")
+    if not args.rows or set(args.rows) - set(TITLES):
+        raise InputError(f"--rows {' '.join(args.rows)}: choose from {', '.join(TITLES)}")
     check_count("--autoattack", args.autoattack, least=0)
     trainings = [settings(args, row, seed) for seed in args.seeds for row in args.rows]
     for config in trainings:
@@ -89,27 +93,28 @@ VERDICTS = {1: "higher", 0: "undecided", -1: "lower"}
 
 
 def name_of(row: dict) -> str:
-    """That of the row in the thesis."""
-    return row["config"]["method"] + ("+spat" if row["config"]["alpha"] else "")
+    """A key of `TITLES`."""
+    config = row["config"]
+    return config["method"] + ("+spat" if config["alpha"] else "-ce" if config["inner"] == "ce" else "")
 
 
 def table(results: dict) -> str:
     """Each training's accuracies above the thesis's, and how fast it went; what SPAT and half precision change; the orderings."""
     lines, gains, orderings = [], [], []
     for (model, epochs, precision), rows in grouped(results["rows"], *OPTIONS).items():
-        by_name = {name: [row for row in rows if name_of(row) == name] for name in TABLE.runs}
+        by_name = {name: [row for row in rows if name_of(row) == name] for name in TITLES}
         by_name = {name: found for name, found in by_name.items() if found}
         for name, found in by_name.items():
             lines += _lines(name, found, f"{model}, {precision}")
-        for spat in filter(lambda name: name.endswith("+spat"), by_name):
-            base = spat.removesuffix("+spat")
-            thesis = {column: THESIS[spat][column] - THESIS[base][column] for column in COLUMNS}
-            gains += _gains(f"{TITLES[spat]} − {TITLES[base]}", by_name[spat], by_name.get(base, []), thesis)
+        for first, second in COMPARED:
+            thesis = {column: THESIS[first][column] - accuracy for column, accuracy in THESIS.get(second, {}).items()}
+            title = f"{TITLES[first]} − {TITLES[second]}"
+            gains += _gains(title, by_name.get(first, []), by_name.get(second, []), thesis)
         orderings.append(_orderings(by_name, f"{model}, {epochs} epochs, {precision}"))
-    for (*_, method, alpha), rows in grouped(results["rows"], "model", "epochs", "method", "alpha").items():
+    for rows in grouped(results["rows"], "model", "epochs", "method", "alpha", "inner").values():
         by_precision = {precision: found for (precision,), found in grouped(rows, "precision").items()}
         for precision in sorted(by_precision.keys() - {"fp32"}):
-            title = f"{TITLES[method + '+spat' * (alpha > 0)]}: {precision} − fp32"
+            title = f"{TITLES[name_of(rows[0])]}: {precision} − fp32"
             gains += _gains(title, by_precision[precision], by_precision.get("fp32", []), {})
     names = [column for column in (*COLUMNS, AUTOATTACK) if any(column in line["found"] for line in lines)]
     heads, cells = columns(names, "{}", "{{found[{}]}}")
@@ -136,7 +141,7 @@ def table(results: dict) -> str:
 
 def _lines(name: str, rows: list[dict], model: str) -> list[dict]:
     """What `table` says of a training from its seeds: ours, the thesis's, and the difference."""
-    config, thesis = rows[0]["config"], THESIS[name]
+    config, thesis = rows[0]["config"], THESIS.get(name, {})
     done = [row for row in rows if row["evaluation"]] or rows
     trained = min(row["trained"] for row in done)
     columns_here = dict.fromkeys(column for row in done for column in row["evaluation"])
@@ -148,6 +153,8 @@ def _lines(name: str, rows: list[dict], model: str) -> list[dict]:
         "epochs": f"{trained:.2f} of {config['epochs']}" if trained < config["epochs"] else config["epochs"],
         "found": {column: mean(of_seeds) for column, of_seeds in values.items()}, "rate": f"{rate:,.0f}",
     }  # fmt: skip
+    if not thesis:
+        return [ours]
     found = {column: f"{accuracy:.2f}" for column, accuracy in thesis.items()}
     source = {"title": "", "model": "thesis: WRN-34-10", "seeds": "", "epochs": 90, "found": found, "rate": ""}
     return [ours, source, source | {"model": "difference", "epochs": "", "found": gaps}] if gaps else [ours, source]
@@ -168,7 +175,7 @@ def _gains(title: str, rows: list[dict], base: list[dict], thesis: dict[str, flo
 def _orderings(by_name: dict[str, list[dict]], of: str) -> str:
     """How many of the thesis's orderings of two rows in a column hold, and which are reversed. "" where nothing says."""
     found: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for pair in combinations(by_name, 2):
+    for pair in combinations((name for name in by_name if name in THESIS), 2):
         for column in COLUMNS:
             above, below = sorted(pair, key=lambda name: -THESIS[name][column])
             if comparison := compare(by_name[above], by_name[below], column):

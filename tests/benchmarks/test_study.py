@@ -155,6 +155,11 @@ def test_table61_says_which_orderings_hold():
     assert f"| difference |  |  | −{85.97 - 50:.2f} |  | −{-gap:.2f} |  |" in text
     assert "| TRADES+SPAT(.1) − TRADES | PGD-20 | higher | +15.00 ± 0.00 | 30 | 0 | 1.9e-09 | +0.90 |" in text
     assert "| TRADES+SPAT(.1) − TRADES | natural | undecided | +1.00 ± 0.00 | 2 | 0 | 0.5 | −1.37 |" in text
+    control = row({"PGD-20": flags(90)}, method="trades", inner="ce")
+    with_control = table61.table({"machine": MACHINE, "rows": [*rows, control]})
+    assert "| TRADES on CE examples | wrn-10-2, fp32 | 1 | 4 |  |  | 45.00 |  | 70 |" in with_control
+    assert "| TRADES+SPAT(.1) − TRADES on CE examples | PGD-20 | undecided | +0.00 | 0 | 0 | 1 |  |" in with_control
+    assert with_control.endswith(text[text.index("Of the thesis's") :])
     assert "fp32 | " not in text.partition("compared")[2]
     rows.append(row({"natural": flags(131)}, precision="bf16"))
     line = "| Madry: bf16 − fp32 | natural | undecided | +0.50 | 1 | 0 | 1 |  |"
