@@ -12,6 +12,7 @@ and --precision add to the same file, and a row that it has already is not run a
 """
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -90,6 +91,7 @@ def prepared(args: Arguments) -> Study:
 
 OPTIONS = "model", "epochs", "precision"
 VERDICTS = {1: "higher", 0: "undecided", -1: "lower"}
+SAID = {"holds": "hold", "reversed": "are reversed", "undecided": "are undecided"}
 
 
 def name_of(row: dict) -> str:
@@ -110,7 +112,7 @@ def table(results: dict) -> str:
             thesis = {column: THESIS[first][column] - accuracy for column, accuracy in THESIS.get(second, {}).items()}
             title = f"{TITLES[first]} − {TITLES[second]}"
             gains += _gains(title, by_name.get(first, []), by_name.get(second, []), thesis)
-        orderings.append(_orderings(by_name, f"{model}, {epochs} epochs, {precision}"))
+        orderings.append(_orderings(results, by_name, f"{model}, {epochs} epochs, {precision}"))
     for rows in grouped(results["rows"], "model", "epochs", "method", "alpha", "inner").values():
         by_precision = {precision: found for (precision,), found in grouped(rows, "precision").items()}
         for precision in sorted(by_precision.keys() - {"fp32"}):
@@ -172,23 +174,24 @@ def _gains(title: str, rows: list[dict], base: list[dict], thesis: dict[str, flo
     return lines
 
 
-def _orderings(by_name: dict[str, list[dict]], of: str) -> str:
-    """How many of the thesis's orderings of two rows in a column hold, and which are reversed. "" where nothing says."""
-    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
+def _orderings(results: dict, by_name: dict[str, list[dict]], of: str) -> str:
+    """The thesis's orderings of each two rows, column by column: whether they hold. "" where nothing says."""
+    lines, counts = [], Counter[str]()
     for pair in combinations((name for name in by_name if name in THESIS), 2):
+        line = {"pair": " and ".join(TITLES[name] for name in pair)}
         for column in COLUMNS:
             above, below = sorted(pair, key=lambda name: -THESIS[name][column])
-            if comparison := compare(by_name[above], by_name[below], column):
-                found[comparison.verdict].append(f"{column}: {TITLES[above]} over {TITLES[below]}")
-    held, turned, undecided = found.values()
-    if not any(found.values()):
+            if found := compare(by_name[above], by_name[below], column):
+                verdict = {1: "holds", 0: "undecided", -1: "reversed"}[found.verdict]
+                counts[verdict] += 1
+                line[column] = verdict
+        lines.append(line)
+    if not counts:
         return ""
-    return (
-        f"Of the thesis's 40 orderings of two rows in a column, by the same rule ({of}): {len(held)} hold"
-        + (f" ({'; '.join(held)})" if held else "") + f", {len(turned)} are reversed"
-        + (f" ({'; '.join(turned)})" if turned else "") + f", {len(undecided)} are undecided"
-        + (f", {40 - len(held + turned + undecided)} not measured." if len(held + turned + undecided) < 40 else ".")
-    )  # fmt: skip
+    heads, cells = columns(COLUMNS, "{}", "{{{}}}")
+    said = ", ".join(f"{counts[verdict]} {words}" for verdict, words in SAID.items())
+    note = f"The thesis's orderings of two rows, by the same rule ({of}): of {counts.total()}, {said}."
+    return markdown(results, lines, f"ordering as in the thesis || {heads}", f"{{pair}} || {cells}", note)
 
 
 def otherwise(results: dict) -> str:
