@@ -121,7 +121,7 @@ class Study:
                 print(f"{config.out}: another process is at work there")
             except (InputError, TrainingError, files.SaveError) as error:
                 print(f"{config.out}: {error}")
-            except Exception:  # the others are still of use
+            except Exception:  # reported, and the command fails at its end; the other trainings do not depend on it
                 traceback.print_exc()
             finally:
                 self.save(results)
@@ -303,7 +303,7 @@ class Comparison:
 
     @property
     def p(self) -> float:
-        """Of the two-sided sign test: how often as clear a majority would come from a fair coin for each image."""
+        """The p-value of the two-sided sign test on the images won and lost."""
         from scipy.stats import binomtest  # its import takes a second
 
         return float(binomtest(self.won, self.won + self.lost).pvalue) if self.won + self.lost else 1.0

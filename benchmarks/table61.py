@@ -55,7 +55,7 @@ class Arguments(study.Arguments):
     precision: Precisions = "bf16"
     """Precision of updates and of the attacks in training."""
     autoattack: int = 0
-    """On so many of the test images, AutoAttack too."""
+    """Number of test images, from the first, that AutoAttack attacks too."""
 
 
 def settings(args: Arguments, row: str, seed: int) -> Config:

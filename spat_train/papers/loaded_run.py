@@ -144,7 +144,7 @@ def _summed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _summed_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Of the logit of the label over the best of the others: unlike a loss, it has a gradient where the model is sure."""
+    """The logit of the label minus the largest other one. Its gradient does not vanish where the model is sure, as a loss's does."""
     label = F.one_hot(y, logits.shape[1]).bool()
     return (logits[label] - logits.masked_fill(label, -torch.inf).amax(1)).sum()
 

@@ -11,7 +11,7 @@ from spat_kernels import cw_linf, fgsm, pgd, pgd_ls
 from spat_train.evaluation.alarms import alarms
 from tests.helpers import EPS, photographs, robust
 
-# of 100 images, what is right: clean, then after each attack
+# correctly classified images of 100, clean and under each attack
 LEFT = {
     "madry": {"clean": 32, "fgsm": 24, "pgd": 23, "cw": 20},
     "trades+spat": {"clean": 36, "fgsm": 23, "pgd": 21, "cw": 17},
