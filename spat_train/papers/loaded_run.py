@@ -144,7 +144,7 @@ def _summed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _summed_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The label's logit minus the largest other one. Its gradient, unlike that of a loss, does not vanish where the model is sure."""
+    """The label's logit minus the largest other one, summed. Where the model is sure, a loss has no gradient left; this has."""
     label = F.one_hot(y, logits.shape[1]).bool()
     return (logits[label] - logits.masked_fill(label, -torch.inf).amax(1)).sum()
 
