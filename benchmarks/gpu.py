@@ -58,7 +58,8 @@ def pytest(options: str) -> str:
 
 
 TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --rows mart+spat"
-RACE = "--models wrn-34-10 resnet-18 --batches 256 128 --precisions bf16"
+FIVE = f"{TABLE61} mart trades+spat trades madry --epochs 8 --test-precision tf32"
+RACE = "--models wrn-34-10 resnet-18 --batches 128 256 --precisions bf16"
 LOOPS = "'spat plan+graph' loop torchattacks 'autocast loop'"
 KERNELS = pytest("tests/ops -m 'gpu and not slow' -k 'compiled and not refused and not in_one_graph'")
 QUICK = "--seconds 0 --no-memory --small-ceilings"
@@ -72,20 +73,20 @@ STEPS = [
          beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
          Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
               f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
-    Step("attack", 170, bench("attack", f"{RACE} tf32 fp32 fp16 --providers {LOOPS} 'compiled autocast loop' --seconds 0.3"),
-         bench("attack", f"{TINY} 4 8 16 --providers 'spat eager' 'spat plan' loop torchattacks")),
-    Step("breakdown", 45, bench("breakdown", "--models wrn-34-10 resnet-18 --batches 256 128"),
-         bench("breakdown", "--models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0")),
-    Step("training", 65, bench("training", "--model wrn-34-10 --batch 128 --methods mart madry --precisions fp32 tf32 bf16 "
+    Step("table61", 340, f"sh -c \"trap '' INT; for process in 1 2 3; do {FIVE} & done; wait; {FIVE}\"",  # the last has the table
+         f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20 --test-images 20"),
+    Step("training", 60, bench("training", "--model resnet-18 --batch 128 --precisions fp32 bf16 "
                                "--providers spat_train authors autocast --seconds 0.3"),
          bench("training", f"{SMALL} --methods mart madry --precisions fp32 --providers spat_train authors --seconds 0")),
-    Step("table61", 140, f"{TABLE61} mart trades+spat trades madry --epochs 10 --test-precision tf32",
-         f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20 --test-images 20"),
+    Step("fused", 70, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
+    Step("attack", 120, bench("attack", f"{RACE} fp32 tf32 fp16 --providers {LOOPS} 'compiled autocast loop' --seconds 0.3"),
+         bench("attack", f"{TINY} 4 8 16 --providers 'spat eager' 'spat plan' loop torchattacks")),
+    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}")),
+    Step("breakdown", 45, bench("breakdown", "--models wrn-34-10 resnet-18 --batches 256 128"),
+         bench("breakdown", "--models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0")),
     Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "
                                  "--seconds 0.02"),
          bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
-    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}")),
-    Step("fused", 90, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
     Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
          f'sh -c "for tool in memcheck racecheck; do {{sanitizer}} --error-exitcode 86 --tool $tool {KERNELS} || exit; done"',
          default=False),
