@@ -170,7 +170,7 @@ class Config:
     eval_batch_size: int | None = None
     """Images attacked at once in validation and test. Default: 4 batches, at most 256."""
     patience: int | None = None
-    """Stop after this many validations without improvement in PGD accuracy."""
+    """Stop after this many validations without improvement in PGD accuracy (of --method standard, in clean accuracy)."""
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None

@@ -83,6 +83,7 @@ class Run:
             setup.seed_generators(config.seed + processes.rank)  # from here on for dropout and its like
         self.loader, self.held_out = setup.make_loader(config, self.dataset, extra, processes, self.memory_format)
         self.sizes = setup.batch_sizes(self.loader.order)
+        self.chosen_by = ("pgd", "clean") if config.objective.attacks else ("clean", "pgd")  # what makes a model the best
         self.progress = Progress()
         self.log: Log | None = None
         self.pending: tuple[Launched, int, int] | None = None  # the last step, its epoch and number: `settle` reads its loss
@@ -178,7 +179,7 @@ class Run:
         start = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(self.sizes)}
         log.write("start", **start, **checkpoint.environment(self.world))
         if progress.best:
-            log.show(best_pgd=progress.best["pgd"])
+            self.show_best(log)
         return log
 
     def settle(self) -> None:
@@ -221,15 +222,23 @@ class Run:
         progress = self.progress
         percent = self.accuracies("validation", self.dataset.train, validation(self.config.val_steps), self.held_out)
         record = {"epoch": progress.epoch + 1, **percent}
-        if progress.best is None or (record["pgd"], record["clean"]) > (progress.best["pgd"], progress.best["clean"]):
+        if progress.best is None or self.quality(record) > self.quality(progress.best):
             progress.best, progress.stale = record, 0
             self.best_weights = {name: t.detach().cpu().clone() for name, t in self.step.evaluated.state_dict().items()}
         else:
             progress.stale += 1
         if self.log:
-            self.log.show(best_pgd=progress.best["pgd"])
+            self.show_best(self.log)
             self.log.write("validation", step=self.global_step, **record)
             self.log.rate()  # the validation's time is not the training's
+
+    def quality(self, validation: dict) -> list[float]:
+        return [validation[name] for name in self.chosen_by]
+
+    def show_best(self, log: Log) -> None:
+        assert self.progress.best
+        name = self.chosen_by[0]
+        log.show(**{f"best_{name}": self.progress.best[name]})
 
     def take_best(self) -> None:
         if self.best_weights is not None:

@@ -311,6 +311,14 @@ def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch):
     assert shown[-1] == 50  # when it was made, not with the next step
 
 
+def test_without_an_attack_clean_accuracy_chooses(tmp_path, monkeypatch):
+    """A model trained on clean images loses what it had under PGD: its first epoch is not its best."""
+    scores = iter([(26.0, 4.8), (60.0, 0.0), (70.0, 0.0), (70.0, 0.1), (69.0, 9.0)])
+    monkeypatch.setattr(run_module, "accuracies", lambda *args, **options: dict(zip(("clean", "pgd"), next(scores), strict=True)))
+    result = train(settings(tmp_path / "run", method="standard", epochs=5, test=False))
+    assert result.best == {"epoch": 4, "clean": 70.0, "pgd": 0.1}
+
+
 def test_bars_in_a_file_are_a_line_a_minute(monkeypatch, capsys):
     for seconds, lines in ((60.0, 0), (0.0, 3)):
         monkeypatch.setattr(logs, "MINUTE", seconds)
