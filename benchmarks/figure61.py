@@ -131,7 +131,7 @@ def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Data
 def table(results: dict) -> str:
     """By eps and alpha: accuracies, what they gain over alpha = 0 on the same images, and traits; then the best."""
     groups = grouped((row for row in results["rows"] if row["evaluation"]), "eps", "alpha")
-    held = {key: [_held(row) for row in rows if row["validations"]] for key, rows in groups.items()}
+    held = {key: {r["config"]["seed"]: _held(r) for r in rows if r["validations"]} for key, rows in groups.items()}
     return markdown(
         results, [_line(groups, held, *key) for key in sorted(groups)],
         "ε | α || seeds | natural | PGD-20 | against α = 0 | p | held out, PGD | own attack | by CE | alignment | meaning kept",
@@ -157,15 +157,17 @@ def _line(groups: dict, held: dict, eps: float, alpha: float) -> dict:
     return {
         "eps": f"{eps:g}/255", "alpha": f"**{alpha:g}**" if _chosen(held, eps) == alpha else f"{alpha:g}", "seeds": len(rows),
         "natural": natural, "robust": robust, "gain": str(gain or ""), "p": f"{gain.p:.2g}" if gain else "",
-        "held": mean(held[eps, alpha]), "own": trait("own", ".1f"), "plain": trait("plain", ".1f"),
+        "held": mean(list(held[eps, alpha].values())), "own": trait("own", ".1f"), "plain": trait("plain", ".1f"),
         "alignment": trait("alignment", ".3f"), "kept": trait("kept", ".1f"),
     }  # fmt: skip
 
 
 def _chosen(held: dict, eps: float) -> float | None:
-    """The alpha with the best PGD accuracy on held-out images, of equals the least; None without held-out images."""
-    means = {alpha: statistics.mean(values) for (radius, alpha), values in held.items() if radius == eps and values}
-    return min(means, key=lambda alpha: (-means[alpha], alpha)) if means else None
+    """The alpha with the best PGD accuracy on held-out images, of equals the least, over the seeds that all have; else None."""
+    by_alpha = {alpha: by_seed for (radius, alpha), by_seed in held.items() if radius == eps}
+    if not (seeds := set.intersection(*map(set, by_alpha.values()))):
+        return None
+    return min(by_alpha, key=lambda alpha: (-statistics.mean(by_alpha[alpha][seed] for seed in seeds), alpha))
 
 
 def _best(groups: dict, held: dict) -> str:

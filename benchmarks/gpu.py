@@ -73,7 +73,7 @@ STEPS = [
          beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
          Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
               f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
-    Step("table61", 340, f"sh -c \"trap '' INT; for process in 1 2 3; do {FIVE} & done; wait; {FIVE}\"",  # the last has the table
+    Step("table61", 340, f"sh -c \"trap : INT; {FIVE} & {FIVE} & {FIVE}; code=$?; wait; exit $code\"",
          f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20 --test-images 20"),
     Step("training", 60, bench("training", "--model resnet-18 --batch 128 --precisions fp32 bf16 "
                                "--providers spat_train authors autocast --seconds 0.3"),
@@ -220,8 +220,9 @@ class Session:
         measure.write(self.folder / "gpu.json", {"machine": self.machine, "steps": self.results})
 
     def start(self, step: Step) -> Child:
-        before = self.results.get(step.name, {}).get("tail", "")
-        self.record(step, {"tail": before, "status": "cut", "reason": "this command was killed"})
+        before = {"tail": "", "seconds": 0.0} | self.results.get(step.name, {})
+        kept = {key: before[key] for key in ("tail", "seconds")}
+        self.record(step, kept | {"status": "cut", "reason": "this command was killed"})
         return Child([word.format(**self.words, out=self.folder / f"{step.name}.json") for word in shlex.split(step.command)])
 
     def attempt(self, step: Step) -> None:
@@ -236,7 +237,8 @@ class Session:
         else:
             pair += [step.beside] * bool(step.beside and self.status(step.beside) != "ok")
             for each, child in [(each, self.start(each)) for each in pair]:
-                self.record(each, child.end(end, self.wish))
+                result, before = child.end(end, self.wish), self.results[each.name]["seconds"]
+                self.record(each, result | {"seconds": round(before + result["seconds"], 1)})
         for each in pair:
             result = self.results[each.name]
             print(f"{each.name:<10} {result['status']:<8} {result['seconds']:>6.1f} s  {result.get('reason', '')}")

@@ -1,7 +1,7 @@
 """What studies of many trainings share (`table61`, `figure61`): each is trained, attacked at test images, and kept as a row.
 
-A study may be stopped at any time, and the same command continues it. It may also be started several times at once, say one
-process for each core under OMP_NUM_THREADS=1: each takes what no other is at work on.
+A study may be stopped at any time, and the same command of the same commit continues it. It may also be started several times at
+once, say one process for each core under OMP_NUM_THREADS=1: each takes what no other is at work on, and ends when all is done.
 """
 
 import fcntl
@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import statistics
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,7 @@ from spat_train.training.trainer import TrainingError, train
 
 CONTINUES = "the same command continues from there"
 TESTED = "tested.json"  # in the folder of a run, what its tests came to
+WAIT = 10.0  # seconds between looks at what other processes are at work on
 Precisions = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -102,45 +104,56 @@ class Study:
     about: dict = field(default_factory=dict)
 
     def run(self, results: dict) -> list[str]:
-        """Train and test what is not done yet, and save after each; the folders of what is left.
+        """Train and test what is not done yet, and save after each; the folders of what failed.
 
-        A training that fails says why, and the others are still run.
+        A training that fails says why, and the others are still run. What another process is at work on is waited for.
 
         Raises:
             Stopped: a signal came; everything is saved.
         """
         self.save(results)
+        failed: set[str] = set()
+        while self.go_through(results, failed):
+            time.sleep(WAIT)
+            self.save(results)
+        return sorted(failed)
+
+    def go_through(self, results: dict, failed: set[str]) -> bool:
+        """Train and test what is neither done nor `failed`, which grows; whether another process was at work on some."""
+        busy = False
         for config in self.trainings:
-            if self.is_done(config, results):
+            if self.is_done(config, results) or str(config.out) in failed:
                 continue
             measure.free(device())
             try:
                 train(config)
-                self.test(config)
+                self.test(config, results["machine"].get("commit"))
             except InUseError:
-                print(f"{config.out}: another process is at work there")
+                busy = True
             except (InputError, TrainingError, files.SaveError) as error:
+                failed.add(str(config.out))
                 print(f"{config.out}: {error}")
             except Exception:  # reported, and the command fails at its end; the other trainings do not depend on it
+                failed.add(str(config.out))
                 traceback.print_exc()
             finally:
                 self.save(results)
-        return [str(config.out) for config in self.trainings if not self.is_done(config, results)]
+        return busy
 
-    def test(self, config: Config) -> None:
-        """Write TESTED into the folder of the run: accuracies with the images that were right, and traits."""
+    def test(self, config: Config, commit: str | None) -> None:
+        """Write TESTED into the folder of the run: accuracies with the images that were right, traits, and the commit."""
         assert config.out is not None
         folder = RunFolder(config.out)
         folder.claim()
         try:
             model, _ = load_model(config.out, self.data, config.model)
             model.to(device())
-            tested = json.loads((config.out / TESTED).read_text()) if (config.out / TESTED).exists() else {"evaluation": {}}
+            tested = tested_by(commit, config.out) or {"evaluation": {}, "commit": commit}
             for attacks in self.attacks:
                 tested["evaluation"] |= self.accuracies(model, config, attacks)
             if self.traits:
                 tested["traits"] = self.traits_of | self.traits(model, config)
-            files.write(config.out / TESTED, json.dumps(tested | {"commit": measure.commit()}).encode())
+            files.write(config.out / TESTED, json.dumps(tested).encode())
         finally:
             folder.release()
 
@@ -160,11 +173,15 @@ class Study:
             found[column] = {"accuracy": result.accuracy(attack), "low": low, "high": high, "right": right}
         return {column: self.expected()[column] | e for column, e in found.items()}
 
+    @property
+    def tests(self) -> dict:
+        """What all accuracies depend on besides the model and the attack."""
+        return {"precision": self.args.test_precision, "batch_size": self.args.batch_size, "data": fingerprint(self.data.test)}
+
     def expected(self) -> dict[str, dict]:
         """By column, what an accuracy depends on besides the model."""
-        depends = {"precision": self.args.test_precision, "batch_size": self.args.batch_size, "data": fingerprint(self.data.test)}
         return {
-            column: {"attack": attack, "images": attacks.images} | depends
+            column: {"attack": attack, "images": attacks.images} | self.tests
             for attacks in self.attacks
             for column, attack in attacks.by_column.items()
         }
@@ -188,8 +205,8 @@ class Study:
             for config in self.trainings:
                 assert config.out is not None
                 if (config.out / "log.jsonl").exists():
-                    row = row_of(Run(config.out, config))
-                    if row["evaluation"] or row["name"] not in rows:
+                    row = row_of(Run(config.out, config), results["machine"].get("commit"))
+                    if row["evaluation"] or not rows.get(row["name"], {}).get("evaluation"):
                         rows[row["name"]] = row
             options = "model", "eps", "method", "alpha", "precision", "epochs", "seed"
             results["rows"] = sorted(rows.values(), key=lambda row: [row["config"][name] for name in options] + [row["name"]])
@@ -200,20 +217,23 @@ def run_and_print(prepare: Callable[[], Study], table: Callable[[dict], str]) ->
     """Run the study that `prepare` returns, and print the table of its results.
 
     Raises:
-        SystemExit: an option or the data do not fit, a signal came, or something is not done yet.
+        SystemExit: an option or the data do not fit, a signal came, or a training failed.
     """
     try:
         study = prepare()
-        results = measure.continued(study.args.out, measure.begun(study.benchmark, device(), **study.about, rows=[]))
-        left = study.run(results)
+        about = study.about | {"tests": study.tests | {"images": study.attacks[0].images}}
+        results = measure.continued(study.args.out, measure.begun(study.benchmark, device(), **about, rows=[]))
+        failed = study.run(results)
     except (InputError, OSError, files.SaveError) as error:
         raise SystemExit(str(error)) from None
     except Stopped as stopped:
         print(f"stopped, {CONTINUES}")
         raise SystemExit(stopped.exit_code) from None
+    except KeyboardInterrupt:  # between trainings, or while it waits for another process
+        raise SystemExit(f"stopped, {CONTINUES}") from None
     print(table(results))
-    if left:
-        raise SystemExit(f"not done yet, for the reasons above: {', '.join(left)}")
+    if failed:
+        raise SystemExit(f"failed, for the reasons above: {', '.join(failed)}")
 
 
 def device() -> str:
@@ -222,20 +242,21 @@ def device() -> str:
 
 @contextmanager
 def locked(folder: Path):
-    """Within, other processes wait here for the same folder."""
+    """Within, other processes wait here for the same folder. On a file system without locks nothing is waited for."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
 
 
 def changed(config: Config, *but: str) -> dict:
-    """The options that change the weights and are not as by default, and the name of the data."""
+    """The options that change the weights and are not as by default, and the names of the data."""
     default = Config().to_dict()
     found = {k: v for k, v in config.to_dict().items() if v != default[k] and k not in (*FREE_ON_RESUME, *but)}
-    return found | {"data": Path(config.data).stem}
+    return found | {name: Path(path).stem for name in ("data", "extra") if (path := getattr(config, name))}
 
 
 def folder_name(config: Config) -> str:
@@ -246,14 +267,20 @@ def folder_name(config: Config) -> str:
     return f"{model}-{method}-eps{config.eps:g}-alpha{config.alpha:g}-seed{config.seed}-{digest}"
 
 
-def row_of(run: Run) -> dict:
+def tested_by(commit: str | None, folder: Path) -> dict:
+    """TESTED of a run, or {} where there is none, or where another commit tested, whose numbers may mean something else."""
+    path = folder / TESTED
+    tested = json.loads(path.read_text()) if path.exists() else {}
+    return tested if tested and tested["commit"] == commit else {}
+
+
+def row_of(run: Run, commit: str | None) -> dict:
     rates = [event["images_per_second"] for event in logs.read(run.folder, "train")]
-    tested = run.folder / TESTED
     return {
-        "name": run.folder.name, "trained": run.epochs, "images_per_second": max(rates, default=None),
+        "name": run.folder.name, "trained": run.epochs, "images_per_second": statistics.median(rates) if rates else None,
         "differs": differences(run, PRESETS[run.config.preset]) if run.config.preset else [],
         "validations": logs.read(run.folder, "validation"), "evaluation": {}, "config": run.config.to_dict(),
-    } | (json.loads(tested.read_text()) if tested.exists() else {})  # fmt: skip
+    } | tested_by(commit, run.folder)  # fmt: skip
 
 
 # --- what the rows say ---

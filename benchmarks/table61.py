@@ -84,7 +84,7 @@ def prepared(args: Arguments) -> Study:
     attacks = [Attacks(COLUMNS, count)]
     if args.autoattack:
         attacks.append(Attacks({AUTOATTACK: "autoattack"}, min(count, args.autoattack)))
-    return Study("table61", args, trainings, data, attacks)
+    return Study("table61", args, trainings, data, attacks, about={"limit": args.limit})
 
 
 # --- as Markdown ---
@@ -130,13 +130,14 @@ def table(results: dict) -> str:
         return first
     second = markdown(
         results, gains,
-        "compared |  | at this scale || difference | images won | lost | p | thesis",
+        "compared |  | these networks || difference | images won | lost | p | thesis",
         "{title} | {column} | {verdict} || {difference} | {won:,} | {lost:,} | {p:.2g} | {thesis}",
     )  # fmt: skip
     rule = (
         "Differences in points, ± their standard deviation between seeds. An image is won if the first gets it right from "
         "more seeds; p is of the two-sided sign test on these images, not corrected for the number of tests. Higher and lower: "
-        "p < 0.05, and the images and every seed have that sign. Of one seed, that is said of these two networks alone."
+        f"p < 0.05, and the images and every seed have that sign. That is of these networks; others of the same methods differ. "
+        f"{_between_seeds(results['rows'])}"
     )
     return "\n\n".join([first, second, rule, *filter(None, orderings)])
 
@@ -149,7 +150,7 @@ def _lines(name: str, rows: list[dict], model: str) -> list[dict]:
     columns_here = dict.fromkeys(column for row in done for column in row["evaluation"])
     values = {c: [row["evaluation"][c]["accuracy"] for row in done if c in row["evaluation"]] for c in columns_here}
     gaps = {c: signed(f"{statistics.mean(values[c]) - accuracy:+.2f}") for c, accuracy in thesis.items() if c in values}
-    rate = max((row["images_per_second"] or 0 for row in rows), default=0)
+    rate = statistics.median(row["images_per_second"] or 0 for row in rows)
     ours = {
         "title": TITLES[name], "model": model, "seeds": len(done),
         "epochs": f"{trained:.2f} of {config['epochs']}" if trained < config["epochs"] else config["epochs"],
@@ -172,6 +173,20 @@ def _gains(title: str, rows: list[dict], base: list[dict], thesis: dict[str, flo
                 "thesis": signed(f"{thesis[column]:+.2f}") if column in thesis else "", "verdict": VERDICTS[found.verdict],
             })  # fmt: skip
     return lines
+
+
+def _between_seeds(rows: list[dict]) -> str:
+    """How far two networks of one row are apart: a difference between rows that is no larger says nothing of methods."""
+    squares: dict[str, list[float]] = {}
+    for found in grouped(rows, *OPTIONS, "method", "alpha", "inner").values():
+        for one, other in combinations(found, 2):
+            for column in one["evaluation"].keys() & other["evaluation"].keys():
+                gap = one["evaluation"][column]["accuracy"] - other["evaluation"][column]["accuracy"]
+                squares.setdefault(column, []).append(gap**2)
+    if not squares:
+        return "With one seed of each, how far such networks are apart is not known."
+    apart = (f"{statistics.mean(squares[c]) ** 0.5:.2f} ({c})" for c in (*COLUMNS, AUTOATTACK) if c in squares)
+    return f"Two seeds of one row are apart by {', '.join(apart)} (root mean square, in points)."
 
 
 def _orderings(results: dict, by_name: dict[str, list[dict]], of: str) -> str:

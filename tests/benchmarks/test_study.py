@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest
 
 from benchmarks import figure61, study, table61
 from benchmarks.study import Comparison, compare
 from spat_train import Config
 from spat_train.data.datasets import load
+from spat_train.data.images import Dataset, Images
+from spat_train.errors import InUseError
 from spat_train.papers.reported import TABLES
 from spat_train.runtime.run_folder import RunFolder
 
@@ -87,7 +90,10 @@ def test_a_folder_is_of_one_training():
     config = Config(data="here/cifar10.npz", model="wrn-10-2")
     same = replace(config, data="there/cifar10.npz", out=Path("else"), resume=True, workers=7, test=False)
     assert study.folder_name(same) == study.folder_name(config)
-    others = [{"epochs": 7}, {"limit": 9}, {"lr": 0.2}, {"seed": 1}, {"data": "cifar100.npz"}, {"precision": "bf16"}]
+    others = [
+        {"epochs": 7}, {"limit": 9}, {"lr": 0.2}, {"seed": 1}, {"data": "cifar100.npz"}, {"extra": Path("more.npz")},
+        {"precision": "bf16"},
+    ]  # fmt: skip
     names = {study.folder_name(replace(config, **other)) for other in others}
     assert len(names - {study.folder_name(config)}) == len(others)
 
@@ -121,8 +127,6 @@ def test_done_is_what_was_tested_in_this_way(tmp_path, tiny_npz):
 
 def save_often(out: Path, name: str) -> None:
     """Fifty times, in a process of its own."""
-    from spat_train.data.images import Dataset
-
     config = Config(model=name, out=out.parent / name)
     config.out.mkdir()
     (config.out / "log.jsonl").touch()
@@ -168,6 +172,11 @@ def test_table61_says_which_orderings_hold():
     assert "| Madry and TRADES+SPAT(.1) | reversed |  | holds |  |" in text
     assert "| Madry and TRADES | reversed |  | undecided |  |" in text
     assert text.endswith("of 6, 2 hold, 2 are reversed, 2 are undecided.")
+    apart = [row({"natural": flags(100 + 6 * seed), "PGD-20": flags(60 - 8 * seed)}, seed=seed) for seed in (0, 1)]
+    alone = [row({"natural": flags(130), "PGD-20": flags(20)}, method="trades", alpha=a) for a in (0.0, 0.1)]
+    words = "Two seeds of one row are apart by 3.00 (natural), 4.00 (PGD-20) (root mean square, in points)."
+    assert words in table61.table({"machine": MACHINE, "rows": [*apart, *alone]})
+    assert "With one seed of each, how far such networks" in table61.table({"machine": MACHINE, "rows": alone})
 
 
 def test_figure61_chooses_by_held_out_images():
@@ -182,6 +191,11 @@ def test_figure61_chooses_by_held_out_images():
     unfinished = row({}, alpha=0.6, eps=8.0)
     unfinished["validations"] = [{"pgd": 99.0}]
     assert figure61.table({"machine": MACHINE, "rows": [*rows, unfinished], "judge": None}) == text
+    rows[2]["validations"] = [{"pgd": 1.0}, {"pgd": 20.0}, {"pgd": 3.0}]  # the best counts, and of equals the least alpha
+    assert "(bold): 0.2 at 8/255" in figure61.table({"machine": MACHINE, "rows": rows, "judge": None})
+    other_seed = row({"natural": flags(100), "PGD-20": flags(60)}, alpha=0.4, eps=8.0, seed=1)  # which the others lack
+    other_seed["validations"] = [{"pgd": 99.0}]
+    assert "(bold): 0.2 at 8/255" in figure61.table({"machine": MACHINE, "rows": [*rows, other_seed], "judge": None})
     for found in rows:
         found["validations"] = []
     assert "Best α" not in figure61.table({"machine": MACHINE, "rows": rows, "judge": None})
@@ -226,25 +240,64 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
     assert "| MART+SPAT(.3) | small-cnn, fp32 | 1 | 1 |" in text
     assert " of 1000 |" in text
     monkeypatch.setattr(study, "train", lambda config: 1 / 0)
-    with pytest.raises(SystemExit, match="not done yet, for the reasons above: .*small-cnn-madry-.*, .*small-cnn-mart-"):
+    with pytest.raises(SystemExit, match="failed, for the reasons above: .*small-cnn-madry-.*, .*small-cnn-mart-"):
         run("madry", "mart")
     for wrong, options in (("--rows spat: choose from madry", {}), ("--epochs 0", {"epochs": 0}), ("--seed -1", {"seeds": [-1]})):
         with pytest.raises(SystemExit, match=wrong):
             run("spat" if not options else "madry", **options)
 
 
+@pytest.mark.parametrize("other", [{"limit": 9}, {"test_images": 5}, {"test_precision": "bf16"}, {"batch_size": 3}])
+def test_a_file_is_of_one_study(tmp_path, tiny_npz, monkeypatch, other):
+    """Rows that differ in more than what `table` names are no seeds of each other."""
+    monkeypatch.setattr(study, "train", lambda config: 1 / 0)
+    for options, message in (({}, "failed, for the reasons above"), (other, "it holds other results")):
+        with pytest.raises(SystemExit, match=message):
+            table61.main(arguments(tiny_npz, tmp_path, rows=["madry"], **options))
+
+
 @pytest.mark.slow
-def test_a_run_that_another_process_has_is_left_to_it(tmp_path, tiny_npz, capsys):
-    args = arguments(tiny_npz, tmp_path, rows=["madry", "mart"])
+def test_a_run_that_another_process_has_is_waited_for(tmp_path, tiny_npz, monkeypatch):
+    args, seen = arguments(tiny_npz, tmp_path, rows=["madry", "mart"]), []
     held = RunFolder(table61.settings(args, "madry", 0).out)
     held.claim()
-    try:
-        with pytest.raises(SystemExit, match=r"not done yet, for the reasons above: \S*madry-\S*$"):
-            table61.main(args)
-    finally:
-        held.release()
-    assert "another process is at work there" in capsys.readouterr().out
-    assert [r["config"]["method"] for r in json.loads(args.out.read_text())["rows"]] == ["mart"]
+
+    def rows() -> list[str]:
+        return [r["config"]["method"] for r in json.loads(args.out.read_text())["rows"] if r["evaluation"]]
+
+    def sleep(seconds: float) -> None:
+        seen.append(rows())
+        if len(seen) == 2:
+            held.release()
+
+    monkeypatch.setattr(study.time, "sleep", sleep)
+    table61.main(args)
+    assert seen == [["mart"], ["mart"]]
+    assert rows() == ["madry", "mart"]
+    held.claim()
+    with pytest.raises(InUseError):
+        table61.prepared(args).test(table61.settings(args, "madry", 0), None)
+
+
+@pytest.mark.slow
+def test_tests_of_another_commit_are_made_again(tmp_path, tiny_npz, monkeypatch):
+    """What they mean may have changed. The training is not repeated."""
+    args = arguments(tiny_npz, tmp_path, rows=["madry"])
+
+    def tested(commit: str) -> dict:
+        monkeypatch.setenv("SPAT_COMMIT", commit)
+        monkeypatch.setattr(args, "out", tmp_path / f"{commit}.json")
+        table61.main(args)
+        assert len(list((tmp_path / "runs").iterdir())) == 1
+        return json.loads((*(tmp_path / "runs").glob("*/tested.json"),)[0].read_text())
+
+    first = tested("a")
+    monkeypatch.setattr(study, "train", lambda config: None)
+    assert tested("b") == first | {"commit": "b"}
+    with pytest.raises(SystemExit, match="it holds other results .commit: b, now c"):
+        monkeypatch.setattr(study, "train", lambda config: pytest.fail("trained"))
+        monkeypatch.setenv("SPAT_COMMIT", "c")
+        table61.main(args)
 
 
 @pytest.mark.slow
@@ -267,6 +320,28 @@ def test_figure61(tmp_path, tiny_npz, capsys):
     shutil.rmtree(runs)
     figure61.main([*command, "--", *common])
     assert json.loads(out.read_text())["rows"] == json.loads(before)["rows"]
+
+
+def test_what_an_attack_leaves_is_what_the_judge_still_sees():
+    """Of the images that it got right before, whatever the attacked model says of them."""
+    x = torch.linspace(0, 1, 8).view(8, 1, 1, 1)
+    pixels = torch.round(255 * x.expand(8, 8, 8, 1)).to(torch.uint8).contiguous()
+    images = Images(pixels, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]))
+    data = Dataset("bars", images, images, ("dark", "light"))
+
+    class Threshold(torch.nn.Module):
+        def __init__(self, at: float):
+            super().__init__()
+            self.at = torch.nn.Parameter(torch.tensor(at))
+
+        def forward(self, x):
+            light = (x.mean((1, 2, 3)) - self.at)[:, None]
+            return torch.cat([-light, light], 1)
+
+    found = figure61.traits(Threshold(0.5), Config(method="madry", eps=255 * 0.2), Threshold(0.25), data, 8)
+    # Dark images go up by 0.2 and light ones down: 0 1/7 2/7 | 3/7 4/7 5/7 6/7 1 to 0.2 0.34 0.49 | 0.23 0.37 0.51 0.66 0.8.
+    # The model gets six of these right. The judge, who was wrong about 2/7 before, loses 1/7 and 3/7 of the others.
+    assert found == {"alignment": found["alignment"], "own": 75.0, "plain": 75.0, "kept": pytest.approx(500 / 7)}
 
 
 @pytest.mark.parametrize(
