@@ -34,7 +34,6 @@ from spat_train.evaluation.result import percent
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.figures import figure_6_1
 from spat_train.papers.loaded_run import CHUNK, alignment, logits_of
-from spat_train.papers.runs import format_eps
 from spat_train.presets import PRESETS
 from spat_train.training.check import check
 from spat_train.training.step import training_attack
@@ -202,7 +201,7 @@ def draw(path: Path) -> None:
     rows = [row for row in json.loads(path.read_text())["rows"] if row["evaluation"]]
     lines: dict[str, dict[str, list]] = {}
     for (eps, alpha), found in sorted(grouped(rows, "eps", "alpha").items()):
-        line = lines.setdefault(f"trained with ε = {format_eps(eps)}", {"alphas": [], "clean": [], "robust": []})
+        line = lines.setdefault(f"trained with ε = {eps:g}/255", {"alphas": [], "clean": [], "robust": []})
         line["alphas"].append(alpha)
         for name, column in (("clean", "natural"), ("robust", "PGD-20")):
             tests = [row["evaluation"][column] for row in found]

@@ -79,8 +79,9 @@ def main(files: list[Path], pages: list[Path]) -> None:
             wrong.append(f"{path}: {error}")
     if not files:
         for card in predictions.PREDICTED:
-            measured = (loaded.get((card, name), {}) for name in ("attack", "training"))
-            texts[f"{card}:predictions"] = predictions.table(card, *measured)
+            smoke, attack, training = (loaded.get((card, name), {}) for name in ("smoke", "attack", "training"))
+            attack = smoke | attack | {"cells": attack.get("cells", []) + smoke.get("cells", [])}  # where the race was cut
+            texts[f"{card}:predictions"] = predictions.table(card, attack, training)
         texts |= {f"{path.parent.name}:plots": plots.links(path.parent) for path in RESULTS.glob("*/throughput.png")}
     if not pages:
         print("\n\n".join(f"{name}\n\n{text}" for name, text in texts.items()))

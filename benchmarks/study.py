@@ -121,15 +121,17 @@ class Study:
     def go_through(self, results: dict, failed: set[str]) -> bool:
         """Train and test what is neither done nor `failed`, which grows; whether another process was at work on some."""
         busy = False
-        for config in self.trainings:
+        for number, config in enumerate(self.trainings, 1):
             if self.is_done(config, results) or str(config.out) in failed:
                 continue
             measure.free(device())
+            print(f"{number} of {len(self.trainings)}: {config.out}", flush=True)
             try:
                 train(config)
                 self.test(config, results["machine"].get("commit"))
             except InUseError:
                 busy = True
+                print("another process is at work there", flush=True)
             except (InputError, TrainingError, files.SaveError) as error:
                 failed.add(str(config.out))
                 print(f"{config.out}: {error}")
@@ -150,21 +152,21 @@ class Study:
             model.to(device())
             tested = tested_by(commit, config.out) or {"evaluation": {}, "commit": commit}
             for attacks in self.attacks:
-                tested["evaluation"] |= self.accuracies(model, config, attacks)
+                tested["evaluation"] |= self.accuracies(model, config, attacks, commit)
             if self.traits:
                 tested["traits"] = self.traits_of | self.traits(model, config)
             files.write(config.out / TESTED, json.dumps(tested).encode())
         finally:
             folder.release()
 
-    def accuracies(self, model: nn.Module, config: Config, attacks: Attacks) -> dict[str, dict]:
+    def accuracies(self, model: nn.Module, config: Config, attacks: Attacks, commit: str | None) -> dict[str, dict]:
         assert config.out is not None
         size, precision = self.args.batch_size, self.args.test_precision
         with interruptible(CONTINUES, lambda: f"out of memory: give less than --batch-size {size}") as on_progress:
             result = evaluate(
                 model, self.data.test, ",".join(attacks.by_column.values()), eps=config.evaluation_eps_in_x,
                 rows=torch.arange(attacks.images), on_progress=on_progress, batch_size=size, precision=precision,
-                folder=config.out / f"evaluation-{attacks.images}-{precision}-{size}", bar=config.out.name,
+                folder=config.out / f"evaluation-{attacks.images}-{precision}-{size}-{commit}", bar=config.out.name,
             )  # fmt: skip
         found = {}
         for column, attack in attacks.by_column.items():
@@ -210,7 +212,8 @@ class Study:
                         rows[row["name"]] = row
             options = "model", "eps", "method", "alpha", "precision", "epochs", "seed"
             results["rows"] = sorted(rows.values(), key=lambda row: [row["config"][name] for name in options] + [row["name"]])
-            measure.write(out, results)
+            if rows:
+                measure.write(out, results)
 
 
 def run_and_print(prepare: Callable[[], Study], table: Callable[[dict], str]) -> None:
@@ -221,7 +224,8 @@ def run_and_print(prepare: Callable[[], Study], table: Callable[[dict], str]) ->
     """
     try:
         study = prepare()
-        about = study.about | {"tests": study.tests | {"images": study.attacks[0].images}}
+        about = study.about | {f"test {name}": value for name, value in study.tests.items()}
+        about["test images"] = study.attacks[0].images
         results = measure.continued(study.args.out, measure.begun(study.benchmark, device(), **about, rows=[]))
         failed = study.run(results)
     except (InputError, OSError, files.SaveError) as error:
@@ -231,7 +235,8 @@ def run_and_print(prepare: Callable[[], Study], table: Callable[[dict], str]) ->
         raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:  # between trainings, or while it waits for another process
         raise SystemExit(f"stopped, {CONTINUES}") from None
-    print(table(results))
+    if results["rows"]:
+        print(table(results))
     if failed:
         raise SystemExit(f"failed, for the reasons above: {', '.join(failed)}")
 

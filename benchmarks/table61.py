@@ -5,8 +5,8 @@ and bf16 arithmetic, and attacks each at the test images. --seeds repeats that. 
 plain one is counted on the same images and from the same seeds. The row trades-ce is a control: SPAT replaces the KL divergence
 in TRADES's attack by a smoothed cross-entropy. TRADES on examples of plain cross-entropy shows what the smoothing does by itself.
 
-The same command continues where it was stopped, and may be started once for each core (`study`). Other --rows, --seeds, --model
-and --precision add to the same file, and a row that it has already is not run again, even where its folder is gone:
+The same command of the same commit continues where it was stopped, and may be started once for each core (`study`). Other --rows,
+--seeds, --model and --precision add to the file, and a row that it has already is not run again, even where its folder is gone:
 
     python -m benchmarks.table61 --data cifar10.npz --out table61.json --model wrn-34-10 --rows mart+spat --epochs 6
 """
@@ -112,7 +112,7 @@ def table(results: dict) -> str:
             thesis = {column: THESIS[first][column] - accuracy for column, accuracy in THESIS.get(second, {}).items()}
             title = f"{TITLES[first]} − {TITLES[second]}"
             gains += _gains(title, by_name.get(first, []), by_name.get(second, []), thesis)
-        orderings.append(_orderings(results, by_name, f"{model}, {epochs} epochs, {precision}"))
+        orderings.append(_orderings(results, by_name, f"{model}, epochs: {epochs}, {precision}"))
     for rows in grouped(results["rows"], "model", "epochs", "method", "alpha", "inner").values():
         by_precision = {precision: found for (precision,), found in grouped(rows, "precision").items()}
         for precision in sorted(by_precision.keys() - {"fp32"}):
@@ -130,8 +130,8 @@ def table(results: dict) -> str:
         return first
     second = markdown(
         results, gains,
-        "compared |  | these networks || difference | images won | lost | p | thesis",
-        "{title} | {column} | {verdict} || {difference} | {won:,} | {lost:,} | {p:.2g} | {thesis}",
+        "compared |  | these networks || seeds | difference | images won | lost | p | thesis",
+        "{title} | {column} | {verdict} || {seeds} | {difference} | {won:,} | {lost:,} | {p:.2g} | {thesis}",
     )  # fmt: skip
     rule = (
         "Differences in points, ± their standard deviation between seeds. An image is won if the first gets it right from "
@@ -150,11 +150,12 @@ def _lines(name: str, rows: list[dict], model: str) -> list[dict]:
     columns_here = dict.fromkeys(column for row in done for column in row["evaluation"])
     values = {c: [row["evaluation"][c]["accuracy"] for row in done if c in row["evaluation"]] for c in columns_here}
     gaps = {c: signed(f"{statistics.mean(values[c]) - accuracy:+.2f}") for c, accuracy in thesis.items() if c in values}
-    rate = statistics.median(row["images_per_second"] or 0 for row in rows)
+    rates = [row["images_per_second"] for row in rows if row["images_per_second"]]
     ours = {
         "title": TITLES[name], "model": model, "seeds": len(done),
         "epochs": f"{trained:.2f} of {config['epochs']}" if trained < config["epochs"] else config["epochs"],
-        "found": {column: mean(of_seeds) for column, of_seeds in values.items()}, "rate": f"{rate:,.0f}",
+        "found": {c: mean(v) + f" (of {len(v)})" * (len(v) < len(done)) for c, v in values.items()},
+        "rate": f"{statistics.median(rates):,.0f}" if rates else "",
     }  # fmt: skip
     if not thesis:
         return [ours]
@@ -169,7 +170,8 @@ def _gains(title: str, rows: list[dict], base: list[dict], thesis: dict[str, flo
     for column in (*COLUMNS, AUTOATTACK):
         if found := compare(rows, base, column):
             lines.append({
-                "title": title, "column": column, "difference": str(found), "won": found.won, "lost": found.lost, "p": found.p,
+                "title": title, "column": column, "seeds": len(found.differences), "difference": str(found),
+                "won": found.won, "lost": found.lost, "p": found.p,
                 "thesis": signed(f"{thesis[column]:+.2f}") if column in thesis else "", "verdict": VERDICTS[found.verdict],
             })  # fmt: skip
     return lines
@@ -218,7 +220,8 @@ def otherwise(results: dict) -> str:
 
 def tested(results: dict) -> str:
     parts = (item for row in results["rows"] for item in row["evaluation"].items())
-    tests = {f"{name} {e['images']:,} in {e['precision']}": None for name, e in parts}
+    # predictions are always made in fp32
+    tests = {f"{c} {e['images']:,} in {'fp32' if e['attack'] == 'clean' else e['precision']}": None for c, e in parts}
     return f"Test images: {', '.join(tests) or 'none yet'}; images/s of the training, attacks included."
 
 

@@ -27,7 +27,7 @@ def row(accuracies: dict, *, seed: int = 0, **options) -> dict:
     """As a study keeps it; `accuracies` has bool [N] by column."""
     evaluation = {
         name: {
-            "accuracy": 100 * float(found.mean()), "images": len(found), "precision": "fp32",
+            "accuracy": 100 * float(found.mean()), "images": len(found), "precision": "bf16", "attack": table61.COLUMNS[name],
             "right": np.packbits(found).tobytes().hex(),
         } for name, found in accuracies.items()
     }  # fmt: skip
@@ -154,19 +154,20 @@ def test_table61_says_which_orderings_hold():
     ] + [row({"natural": flags(130), "PGD-20": flags(60)}, seed=seed) for seed in (0, 1)]  # fmt: skip
     text = table61.table({"machine": MACHINE, "rows": rows})
     assert "| TRADES | wrn-10-2, fp32 | 2 | 4 | 50.00 ± 0.00 |  | 30.00 ± 0.00 |  | 70 |" in text
+    assert "Test images: natural 200 in fp32, PGD-20 200 in bf16;" in text
     thesis = {(cell.target, cell.column): cell.accuracy for cell in TABLES["6.1"].cells}
     gap = 30 - thesis["trades", "PGD-20"]
     assert f"| difference |  |  | −{85.97 - 50:.2f} |  | −{-gap:.2f} |  |" in text
-    assert "| TRADES+SPAT(.1) − TRADES | PGD-20 | higher | +15.00 ± 0.00 | 30 | 0 | 1.9e-09 | +0.90 |" in text
-    assert "| TRADES+SPAT(.1) − TRADES | natural | undecided | +1.00 ± 0.00 | 2 | 0 | 0.5 | −1.37 |" in text
+    assert "| TRADES+SPAT(.1) − TRADES | PGD-20 | higher | 2 | +15.00 ± 0.00 | 30 | 0 | 1.9e-09 | +0.90 |" in text
+    assert "| TRADES+SPAT(.1) − TRADES | natural | undecided | 2 | +1.00 ± 0.00 | 2 | 0 | 0.5 | −1.37 |" in text
     control = row({"PGD-20": flags(90)}, method="trades", inner="ce")
     with_control = table61.table({"machine": MACHINE, "rows": [*rows, control]})
     assert "| TRADES on CE examples | wrn-10-2, fp32 | 1 | 4 |  |  | 45.00 |  | 70 |" in with_control
-    assert "| TRADES+SPAT(.1) − TRADES on CE examples | PGD-20 | undecided | +0.00 | 0 | 0 | 1 |  |" in with_control
+    assert "| TRADES+SPAT(.1) − TRADES on CE examples | PGD-20 | undecided | 1 | +0.00 | 0 | 0 | 1 |  |" in with_control
     assert with_control.endswith(text[text.index("| ordering as in the thesis") :])
     assert "fp32 | " not in text.partition("compared")[2]
     rows.append(row({"natural": flags(131)}, precision="bf16"))
-    line = "| Madry: bf16 − fp32 | natural | undecided | +0.50 | 1 | 0 | 1 |  |"
+    line = "| Madry: bf16 − fp32 | natural | undecided | 1 | +0.50 | 1 | 0 | 1 |  |"
     assert line in table61.table({"machine": MACHINE, "rows": rows})
     assert "| TRADES and TRADES+SPAT(.1) | undecided |  | holds |  |" in text
     assert "| Madry and TRADES+SPAT(.1) | reversed |  | holds |  |" in text
@@ -250,7 +251,13 @@ def test_table61(tmp_path, tiny_npz, monkeypatch):
 @pytest.mark.parametrize("other", [{"limit": 9}, {"test_images": 5}, {"test_precision": "bf16"}, {"batch_size": 3}])
 def test_a_file_is_of_one_study(tmp_path, tiny_npz, monkeypatch, other):
     """Rows that differ in more than what `table` names are no seeds of each other."""
-    monkeypatch.setattr(study, "train", lambda config: 1 / 0)
+
+    def begin(config: Config) -> None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "log.jsonl").touch()
+        raise study.TrainingError("it fails")
+
+    monkeypatch.setattr(study, "train", begin)
     for options, message in (({}, "failed, for the reasons above"), (other, "it holds other results")):
         with pytest.raises(SystemExit, match=message):
             table61.main(arguments(tiny_npz, tmp_path, rows=["madry"], **options))
