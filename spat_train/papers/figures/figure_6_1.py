@@ -49,12 +49,12 @@ def draw(lines: dict[str, dict], reported: dict | None = None) -> Figure:
         reported: the same of the thesis, at single points.
     """
     figure, axes = panel_row(2)
-    for ax, kind in zip(axes, ("clean", "robust"), strict=True):
+    for ax, (kind, title) in zip(axes, {"clean": "clean accuracy", "robust": "accuracy under PGD-20"}.items(), strict=True):
         for style, (name, line) in zip(line_styles(), lines.items(), strict=False):
             accuracy_curve(ax, line["alphas"], line[kind], label=name, **style)
         if reported:
             ax.plot(reported["alphas"], reported[kind], "k*", markersize=8, label="thesis, its text: ε = 8/255")
-        ax.set(title=f"{kind} accuracy", xlabel="label smoothing α of the training", ylabel="accuracy, %")
+        ax.set(title=title, xlabel="label smoothing α of the training", ylabel="accuracy, %")
         x_ticks(ax, sorted({alpha for line in lines.values() for alpha in line["alphas"]}))
     legend_below(figure, axes[0], len(lines) + bool(reported))
     return figure
