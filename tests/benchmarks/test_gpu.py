@@ -131,6 +131,8 @@ def test_steps_are_run_again_only_where_that_helps(tmp_path, ready):
 
     assert run() == "ofcc failed: failed"
     assert list(statuses(tmp_path).values()) == ["ok", "failed", "ok"]
+    seconds = json.loads((tmp_path / "rehearsal" / "gpu.json").read_text())["steps"]["cut"]["seconds"]
+    assert seconds > 1  # of the attempt that was cut; the other waited for nothing
     assert run() == ""
     assert run(only=("failed", "ok")) == "f failed: failed"
     steps.append(fake("late", script, str(ran), "l"))
