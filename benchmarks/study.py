@@ -113,30 +113,38 @@ class Study:
         """
         self.save(results)
         failed: set[str] = set()
-        while self.go_through(results, failed):
+        elsewhere: set[str] = set()
+        while self.go_through(results, failed, elsewhere):
             time.sleep(WAIT)
             self.save(results)
         return sorted(failed)
 
-    def go_through(self, results: dict, failed: set[str]) -> bool:
-        """Train and test what is neither done nor `failed`, which grows; whether another process was at work on some."""
+    def go_through(self, results: dict, failed: set[str], elsewhere: set[str]) -> bool:
+        """Train and test what is neither done nor `failed`; whether another process was at work on some, which is said once.
+
+        `failed` and `elsewhere` grow by the folders of which that is found.
+        """
         busy = False
         for number, config in enumerate(self.trainings, 1):
-            if self.is_done(config, results) or str(config.out) in failed:
+            folder = str(config.out)
+            if self.is_done(config, results) or folder in failed:
                 continue
             measure.free(device())
-            print(f"{number} of {len(self.trainings)}: {config.out}", flush=True)
+            if folder not in elsewhere:
+                print(f"{number} of {len(self.trainings)}: {folder}", flush=True)
             try:
                 train(config)
                 self.test(config, results["machine"].get("commit"))
             except InUseError:
                 busy = True
-                print("another process is at work there", flush=True)
+                if folder not in elsewhere:
+                    print("another process is at work there", flush=True)
+                elsewhere.add(folder)
             except (InputError, TrainingError, files.SaveError) as error:
-                failed.add(str(config.out))
-                print(f"{config.out}: {error}")
+                failed.add(folder)
+                print(f"{folder}: {error}")
             except Exception:  # reported, and the command fails at its end; the other trainings do not depend on it
-                failed.add(str(config.out))
+                failed.add(folder)
                 traceback.print_exc()
             finally:
                 self.save(results)
@@ -234,7 +242,8 @@ def run_and_print(prepare: Callable[[], Study], table: Callable[[dict], str]) ->
         print(f"stopped, {CONTINUES}")
         raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:  # between trainings, or while it waits for another process
-        raise SystemExit(f"stopped, {CONTINUES}") from None
+        print(f"stopped, {CONTINUES}")
+        raise SystemExit(130) from None
     if results["rows"]:
         print(table(results))
     if failed:
@@ -276,7 +285,7 @@ def tested_by(commit: str | None, folder: Path) -> dict:
     """TESTED of a run, or {} where there is none, or where another commit tested, whose numbers may mean something else."""
     path = folder / TESTED
     tested = json.loads(path.read_text()) if path.exists() else {}
-    return tested if tested and tested["commit"] == commit else {}
+    return tested if tested.get("commit") == commit else {}
 
 
 def row_of(run: Run, commit: str | None) -> dict:

@@ -264,7 +264,7 @@ def test_a_file_is_of_one_study(tmp_path, tiny_npz, monkeypatch, other):
 
 
 @pytest.mark.slow
-def test_a_run_that_another_process_has_is_waited_for(tmp_path, tiny_npz, monkeypatch):
+def test_a_run_that_another_process_has_is_waited_for(tmp_path, tiny_npz, monkeypatch, capsys):
     args, seen = arguments(tiny_npz, tmp_path, rows=["madry", "mart"]), []
     held = RunFolder(table61.settings(args, "madry", 0).out)
     held.claim()
@@ -280,6 +280,7 @@ def test_a_run_that_another_process_has_is_waited_for(tmp_path, tiny_npz, monkey
     monkeypatch.setattr(study.time, "sleep", sleep)
     table61.main(args)
     assert seen == [["mart"], ["mart"]]
+    assert capsys.readouterr().out.count("another process is at work there") == 1
     assert rows() == ["madry", "mart"]
     held.claim()
     with pytest.raises(InUseError):
@@ -330,7 +331,7 @@ def test_figure61(tmp_path, tiny_npz, capsys):
 
 
 def test_what_an_attack_leaves_is_what_the_judge_still_sees():
-    """Of the images that it got right before, whatever the attacked model says of them."""
+    """`kept` is the judge's accuracy after the attack, on images that it got right before; the attacked model has no say."""
     x = torch.linspace(0, 1, 8).view(8, 1, 1, 1)
     pixels = torch.round(255 * x.expand(8, 8, 8, 1)).to(torch.uint8).contiguous()
     images = Images(pixels, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]))
