@@ -12,15 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.attack import races
 from benchmarks.tables import fastest
+from spat_train.plotting import log_y
 
 OURS, RIVALS = ["#D55E00", "#E69F00", "#CC79A7"], ["#0072B2", "#009E73", "#56B4E9", "#000000", "#7F3C8D", "#8C564B"]
 PRECISIONS = {"fp32": "#0072B2", "tf32": "#009E73", "bf16": "#D55E00", "fp16": "#CC79A7"}
 MARKERS = "osD^vP*X"
-LIMIT = {"color": "#999999", "linestyle": ":", "linewidth": 2}
+LIMIT = {"color": "#999999", "linestyle": ":", "linewidth": 2, "marker": "_", "markersize": 9}
 
 
 def throughput(results: dict, path: Path) -> None:
@@ -38,11 +38,12 @@ def throughput(results: dict, path: Path) -> None:
         limits = {r["batch"]: r["batch"] / (results["settings"]["steps"] * r["limit"]["conv"]) for r in here}
         _line(ax, limits, **LIMIT)
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
         batches = sorted({r["batch"] for r in timed})
         ax.set_xticks(batches, [str(batch) for batch in batches])
         ax.grid(alpha=0.3, which="both", linewidth=0.5)
         ax.set_title(f"{model}, {precision}", fontsize=10)
+    for ax in axes[:, 0]:
+        log_y(ax)  # of the whole row
     for ax in axes[-1]:
         ax.set_xlabel("batch")
     for ax in axes[:, 0]:
@@ -77,7 +78,7 @@ def roofline(results: dict, path: Path) -> None:
         corner = (x[-1 - 25 * place], ceiling)  # side by side, since bf16 and fp16 often are alike
         ax.annotate(f"{precision} {ceiling:.3g}", corner, ha="right", va="bottom", color=PRECISIONS[precision], fontsize=9)
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    log_y(ax)
     ax.grid(alpha=0.3, which="both", linewidth=0.5)
     ax.set_xlabel("operations a byte (convolutions and fused pointwise kernels, benchmarks/workmodel.py)")
     ax.set_ylabel("TFLOP/s")
@@ -86,9 +87,6 @@ def roofline(results: dict, path: Path) -> None:
     figure.legend(handles=named, fontsize=9, loc="outside lower center", ncols=3)
     title = f"PGD-{steps} on {results['machine']['device']}, copy {ceilings['copy_gbps']:.0f} GB/s"
     ax.set_title(f"{title}\nfilled: spat_kernels; hollow: the fastest rival in that precision", fontsize=10)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=130)
 
 

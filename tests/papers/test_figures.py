@@ -205,6 +205,21 @@ def test_pictures_say_what_they_show(finished_runs, tmp_path):
     assert list(content_of("4.1", given)["gradients"]) == ["standard", "Madry"]
 
 
+def test_titles_name_model_data_and_radius(finished_runs, tmp_path, monkeypatch):
+    titles = {}
+    monkeypatch.setattr(figures, "save", lambda drawing, path, _: titles.update({path.stem: drawing.get_suptitle()}))
+    given = [finished_runs / "madry", finished_runs / "standard"]
+    for name, runs in {"4.1": given, "5.2": given[:1], "5.3": given, "capacity": ()}.items():
+        draw(name, finished_runs, tmp_path, runs)
+    model = read_run(given[0]).config.model
+    assert titles == {
+        "figure-4.1": f"{model} on mnist",
+        "figure-5.2": f"{model} on mnist, ε = 0.45",
+        "figure-5.3": f"{model} on mnist, ε = 0.3",
+        "figure-capacity": "mnist-cnn/1, mnist-cnn/2 on mnist",
+    }
+
+
 def test_lines_of_trainings_and_the_thesis_s_point(finished_runs):
     context = context_of(finished_runs, "madry")
     own = replace(context.images, dataset=replace(context.images.dataset, name="cifar10"))

@@ -38,7 +38,9 @@ def make(context: FigureContext) -> Drawing:
         for found, value in zip(line.values(), values, strict=True):
             found.append(value)
     reported = FIGURE_61 if context.images.dataset.name == "cifar10" and eps == 8 / 255 else None
-    return {"": draw(lines, reported)}, {"eps": eps, "lines": lines, "source": reported}
+    drawn = draw(lines, reported)
+    drawn.suptitle(f"attacked at ε = {format_eps(255 * eps)}")
+    return {"": drawn}, {"eps": eps, "lines": lines, "source": reported}
 
 
 def draw(lines: dict[str, dict], reported: dict | None = None) -> Figure:

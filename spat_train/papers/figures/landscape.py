@@ -272,6 +272,8 @@ def make(context: FigureContext) -> Drawing:
         "maxima": plot_maxima(maxima, names),
         "surface": plot_surfaces(slices, format_eps(255 * eps)),
     }
+    for part in "curves", "maxima":
+        drawn[part].suptitle(f"ε = {format_eps(255 * eps)}")
     meaning = {name: summary(numbers) for name, numbers in maxima.items()}
     losses = {name: each.losses.tolist() for name, each in found.items()}
     many = {"losses": losses, "maxima": maxima, "surfaces": {"row": rows[hardest], **slices}}
