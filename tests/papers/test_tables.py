@@ -168,7 +168,7 @@ def test_a_run_at_full_scale_has_no_mark(finished_runs, tmp_path, monkeypatch):
 
 
 def test_committed_evidence_has_the_shape_of_the_sources():
-    """Fig. 5.3 (200 images): accuracy rises with alpha to about the clean one. Tables 5.1, 5.2: the alphas come in their order."""
+    """Fig. 5.3 (200 images): accuracy rises with alpha to about clean accuracy. Tables 5.1, 5.2: the alphas come in order."""
     folder = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu" / "evaluation"
     for model in json.loads((folder / "figure-5.3.json").read_text())["models"].values():
         found = [point["accuracy"] for point in model["pgd-ls"]]
