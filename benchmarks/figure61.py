@@ -183,14 +183,17 @@ def _about(results: dict) -> str:
     rows = [row for row in results["rows"] if row["evaluation"]]
     config, test = rows[0]["config"], rows[0]["evaluation"]["PGD-20"]
     images = "all images" if config["limit"] is None else f"{config['limit']:,} images"
-    radius = f"eps {config['eval_eps']:g}/255" if config["eval_eps"] else "the eps of the training"
     judge = f"Meaning kept: in %, as {results['judge']} sees it. " if results["judge"] else ""
     return (
         f"{config['model']} on {Path(config['data']).stem}, {images} (held-out ones among them), {config['epochs']} epochs, "
-        f"PGD-{config['steps'] or 10}, {config['precision']}. Attacks at {test['images']:,} test images in {test['precision']}, "
-        f"by {radius}. Own attack: accuracy in % under the attack of the training, at its eps, and beside it under the same by "
-        f"cross-entropy. {judge}Differences in points, over the same seeds and images; p of the two-sided sign test on images."
+        f"PGD-{config['steps'] or 10}, {config['precision']}. Attacks on {test['images']:,} test images in {test['precision']}, "
+        f"at {_radius(config)}. Own attack: accuracy in % under the attack of the training, at its eps, and beside it under the "
+        f"same by cross-entropy. {judge}Differences in points, over the same seeds and images; p of the two-sided sign test on images."
     )
+
+
+def _radius(config: dict) -> str:
+    return f"ε = {config['eval_eps']:g}/255" if config["eval_eps"] else "the ε of the training"
 
 
 def draw(path: Path) -> None:
@@ -208,8 +211,10 @@ def draw(path: Path) -> None:
             values = [test["accuracy"] for test in tests]
             over_seeds = {"accuracy": statistics.mean(values), "low": min(values), "high": max(values)}
             line[name].append(over_seeds if len(tests) > 1 else tests[0])
+    config = rows[0]["config"]
     with plotting.style():
         figure = figure_6_1.draw(lines)
+        figure.suptitle(f"{config['model']} on {Path(config['data']).stem}, attacked at {_radius(config)}", parse_math=False)
     plotting.save(figure, path.with_suffix(".png"))
 
 
