@@ -188,7 +188,8 @@ def _about(results: dict) -> str:
         f"{config['model']} on {Path(config['data']).stem}, {images} (held-out ones among them), {config['epochs']} epochs, "
         f"PGD-{config['steps'] or 10}, {config['precision']}. Attacks on {test['images']:,} test images in {test['precision']}, "
         f"at {_radius(config)}. Own attack: accuracy in % under the attack of the training, at its eps, and beside it under the "
-        f"same by cross-entropy. {judge}Differences in points, over the same seeds and images; p of the two-sided sign test on images."
+        f"same by cross-entropy. {judge}Differences in points, over the same seeds and images; p of the two-sided sign test on "
+        "images."
     )
 
 
