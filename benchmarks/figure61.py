@@ -34,6 +34,7 @@ from spat_train.evaluation.result import percent
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.figures import figure_6_1
 from spat_train.papers.loaded_run import CHUNK, alignment, logits_of
+from spat_train.papers.runs import data_name
 from spat_train.presets import PRESETS
 from spat_train.training.check import check
 from spat_train.training.step import training_attack
@@ -185,16 +186,20 @@ def _about(results: dict) -> str:
     images = "all images" if config["limit"] is None else f"{config['limit']:,} images"
     judge = f"Meaning kept: in %, as {results['judge']} sees it. " if results["judge"] else ""
     return (
-        f"{config['model']} on {Path(config['data']).stem}, {images} (held-out ones among them), {config['epochs']} epochs, "
+        f"{_subject(config)}, {images} (held-out ones among them), {config['epochs']} epochs, "
         f"PGD-{config['steps'] or 10}, {config['precision']}. Attacks on {test['images']:,} test images in {test['precision']}, "
-        f"at {_radius(config)}. Own attack: accuracy in % under the attack of the training, at its eps, and beside it under the "
+        f"at {_radius(config)}. Own attack: accuracy in % under the attack of the training, at its ε, and beside it under the "
         f"same by cross-entropy. {judge}Differences in points, over the same seeds and images; p of the two-sided sign test on "
         "images."
     )
 
 
+def _subject(config: dict) -> str:
+    return f"{config['model']} on {data_name(config['data'])}"
+
+
 def _radius(config: dict) -> str:
-    return f"ε = {config['eval_eps']:g}/255" if config["eval_eps"] else "the ε of the training"
+    return "the ε of the training" if config["eval_eps"] is None else f"ε = {config['eval_eps']:g}/255"
 
 
 def draw(path: Path) -> None:
@@ -215,7 +220,7 @@ def draw(path: Path) -> None:
     config = rows[0]["config"]
     with plotting.style():
         figure = figure_6_1.draw(lines)
-        figure.suptitle(f"{config['model']} on {Path(config['data']).stem}, attacked at {_radius(config)}", parse_math=False)
+        figure.suptitle(f"{_subject(config)}, attacked at {_radius(config)}", parse_math=False)
     plotting.save(figure, path.with_suffix(".png"))
 
 

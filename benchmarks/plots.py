@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.attack import races
 from benchmarks.tables import fastest
-from spat_train.plotting import log_y
+from spat_train.plotting import log_y, new_figure
 
 OURS, RIVALS = ["#D55E00", "#E69F00", "#CC79A7"], ["#0072B2", "#009E73", "#56B4E9", "#000000", "#7F3C8D", "#8C564B"]
 PRECISIONS = {"fp32": "#0072B2", "tf32": "#009E73", "bf16": "#D55E00", "fp16": "#CC79A7"}
@@ -29,7 +27,7 @@ def throughput(results: dict, path: Path) -> None:
     models = list(dict.fromkeys(r["model"] for r in timed))
     precisions = [p for p in PRECISIONS if any(r["precision"] == p for r in timed)]
     styles = _styles(timed)
-    figure = _figure(4 * len(precisions) + 0.5, 3 * len(models) + 1.4)
+    figure = new_figure(4 * len(precisions) + 0.5, 3 * len(models) + 1.4)
     axes = figure.subplots(len(models), len(precisions), squeeze=False, sharex=True, sharey="row")
     for ax, model, precision in ((axes[i, j], m, p) for i, m in enumerate(models) for j, p in enumerate(precisions)):
         here = [r for r in timed if (r["model"], r["precision"]) == (model, precision)]
@@ -40,13 +38,12 @@ def throughput(results: dict, path: Path) -> None:
         ax.set_xscale("log", base=2)
         batches = sorted({r["batch"] for r in timed})
         ax.set_xticks(batches, [str(batch) for batch in batches])
-        ax.grid(alpha=0.3, which="both", linewidth=0.5)
+        ax.grid(alpha=0.3, linewidth=0.5)
         ax.set_title(f"{model}, {precision}", fontsize=10)
-    for ax in axes[:, 0]:
-        log_y(ax)  # of the whole row
     for ax in axes[-1]:
         ax.set_xlabel("batch")
     for ax in axes[:, 0]:
+        log_y(ax)  # of the whole row, which shares its y axis
         ax.set_ylabel("images/s")
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     handles.append(Line2D([], [], **LIMIT, label="convolutions alone, at the measured ceiling"))
@@ -58,7 +55,7 @@ def throughput(results: dict, path: Path) -> None:
 def roofline(results: dict, path: Path) -> None:
     """Write a PNG: TFLOP/s against operations a byte at each model's largest batch: ours filled, the fastest rival hollow."""
     ceilings, steps = results["ceilings"], results["settings"]["steps"]
-    figure = _figure(7.5, 5.2)
+    figure = new_figure(7.5, 5.2)
     ax = figure.subplots()
     largest = {model: (batch, records) for (model, batch), records in sorted(races(results).items(), key=lambda item: item[0][1])}
     points = []
@@ -79,7 +76,7 @@ def roofline(results: dict, path: Path) -> None:
         ax.annotate(f"{precision} {ceiling:.3g}", corner, ha="right", va="bottom", color=PRECISIONS[precision], fontsize=9)
     ax.set_xscale("log")
     log_y(ax)
-    ax.grid(alpha=0.3, which="both", linewidth=0.5)
+    ax.grid(alpha=0.3, linewidth=0.5)
     ax.set_xlabel("operations a byte (convolutions and fused pointwise kernels, benchmarks/workmodel.py)")
     ax.set_ylabel("TFLOP/s")
     labels = zip(MARKERS, (f"{model}, batch {batch}" for model, (batch, _) in largest.items()), strict=False)
@@ -93,12 +90,6 @@ def roofline(results: dict, path: Path) -> None:
 def links(folder: Path) -> str:
     """What shows both pictures of `folder` on benchmarks/NOTES.md."""
     return "\n".join(f"![{name}](results/{folder.name}/{name}.png)" for name in ("throughput", "roofline"))
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _styles(timed: list[dict]) -> dict[str, dict]:

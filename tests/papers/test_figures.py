@@ -209,14 +209,17 @@ def test_titles_name_model_data_and_radius(finished_runs, tmp_path, monkeypatch)
     titles = {}
     monkeypatch.setattr(figures, "save", lambda drawing, path, _: titles.update({path.stem: drawing.get_suptitle()}))
     given = [finished_runs / "madry", finished_runs / "standard"]
-    for name, runs in {"4.1": given, "5.2": given[:1], "5.3": given, "capacity": ()}.items():
+    for name, runs in {"4.1": given, "5.2": given[:1], "5.3": given, "capacity": (), "landscape": given[:1]}.items():
         draw(name, finished_runs, tmp_path, runs)
     model = read_run(given[0]).config.model
     assert titles == {
         "figure-4.1": f"{model} on mnist",
         "figure-5.2": f"{model} on mnist, ε = 0.45",
         "figure-5.3": f"{model} on mnist, ε = 0.3",
-        "figure-capacity": "mnist-cnn/1, mnist-cnn/2 on mnist",
+        "figure-landscape-curves": f"{model} on mnist, ε = 0.3",
+        "figure-landscape-maxima": f"{model} on mnist, ε = 0.3",
+        "figure-landscape-surface": f"{model} on mnist",
+        "figure-capacity": "mnist-cnn/1, mnist-cnn/2 on mnist, ε = 0.3",
     }
 
 
@@ -230,6 +233,7 @@ def test_lines_of_trainings_and_the_thesis_s_point(finished_runs):
         "trained with ε = 8/255": [0.0, 1.0],
     }
     assert numbers["eps"] == 8 / 255
+    assert drawn[""].get_suptitle() == "attacked at ε = 8/255"
     assert numbers["source"] == {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}
     for ax, value in zip(drawn[""].axes, (32.44, 0.0), strict=True):
         (theirs,) = [line for line in ax.lines if line.get_label().startswith("thesis")]

@@ -43,19 +43,19 @@ def draw(name: str, given: Sequence[Path], options: Options, extent: Extent, out
     images = open_images(runs, options)
     print(f"figure {name}: from {', '.join(str(run.folder) for run in runs)}")
     context = FigureContext(runs, images, options, extent, radius(runs, options))
+    subject = f"{', '.join(dict.fromkeys(run.config.model for run in runs))} on {images.dataset.name}"
     with style():
         drawn, numbers = figure.make(context)
+        for drawing in drawn.values():
+            drawing.suptitle(", ".join(filter(None, [subject, drawing.get_suptitle()])), parse_math=False, wrap=True)
     configs = {run.folder.name: {"folder": str(run.folder), "config": run.config.to_dict()} for run in runs}
     head = {"figure": name, "data": images.dataset.name, "test_images": len(images), "eps": context.eps}
 
-    subject = f"{', '.join(dict.fromkeys(run.config.model for run in runs))} on {images.dataset.name}"
     atomic_write.make_folder(out)
     paths = []
     for part, drawing in drawn.items():
         stem = f"figure-{name}-{part}" if part else f"figure-{name}"
         pair = [out / f"{stem}.png", out / f"{stem}.pdf"]
-        with style():
-            drawing.suptitle(", ".join(filter(None, [subject, drawing.get_suptitle()])), parse_math=False)
         save(drawing, *pair)
         paths += pair
     # One key a line: with indentation each number of a matrix would take a line.
