@@ -43,7 +43,7 @@ def throughput(results: dict, path: Path) -> None:
     for ax in axes[-1]:
         ax.set_xlabel("batch")
     for ax in axes[:, 0]:
-        log_y(ax)  # of the whole row, which shares its y axis
+        log_y(ax)  # all panels in a row have this y axis
         ax.set_ylabel("images/s")
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     handles.append(Line2D([], [], **LIMIT, label="convolutions alone, at the measured ceiling"))

@@ -85,6 +85,11 @@ def format_eps(eps: float) -> str:
     return f"{eps:g}/255" if eps == round(eps, 1) and eps < 64 else f"{eps / 255:.3g}"
 
 
+def eps_label(eps: float) -> str:
+    """A radius for images in [0, 1] as figures name it: ε = 8/255."""
+    return f"ε = {format_eps(255 * eps)}"
+
+
 def title(config: Config) -> str:
     """The method as the thesis writes it: MART+SPAT(.3)."""
     return METHODS[config.method].title + (f"+SPAT({config.alpha:g})".replace("(0.", "(.") if config.alpha else "")

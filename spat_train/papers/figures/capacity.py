@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ...plotting import accuracy_curves, line_styles, log_y, panel_row, x_ticks
 from ..figure import Drawing, FigureContext, paper_figure
-from ..runs import Run, format_eps
+from ..runs import Run, eps_label
 from ..selection import STANDARD_AND_ROBUST, RunSelector
 from .training_loss import training_loss
 
@@ -57,5 +57,5 @@ def make(context: FigureContext) -> Drawing:
         x_ticks(ax, sorted({width for panel in panels.values() for width in panel["widths"]}))
     handles = [handle for ax in (axes[0], axes[-1]) for handle in ax.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.suptitle(f"ε = {format_eps(255 * context.eps)}")
+    figure.suptitle(eps_label(context.eps))
     return {"": figure}, {"panels": panels}

@@ -6,7 +6,7 @@ from spat_kernels import cw_linf
 
 from ..figure import Drawing, FigureContext, paper_figure
 from ..pictures import attacked_grid, large_eps
-from ..runs import format_eps
+from ..runs import eps_label
 from ..selection import ONE_ROBUST
 
 
@@ -24,6 +24,6 @@ def make(context: FigureContext) -> Drawing:
     for eps in radii:
         generator = torch.Generator().manual_seed(context.options.seed)
         examples = cw_linf(model, x, y, eps, steps=30, step_size=eps / 10, generator=generator)
-        columns[f"ε = {format_eps(255 * eps)}"] = examples
+        columns[eps_label(eps)] = examples
     drawn, numbers = attacked_grid(model, columns, y, context.classes)
     return {"": drawn}, {"rows": rows, "radii": radii, "columns": numbers}

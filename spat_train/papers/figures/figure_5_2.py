@@ -2,7 +2,7 @@
 
 from ..figure import Drawing, FigureContext, paper_figure
 from ..pictures import attacked_grid, large_eps, smoothed_attacks
-from ..runs import format_eps
+from ..runs import eps_label
 from ..selection import ONE_ROBUST
 
 
@@ -12,5 +12,5 @@ def make(context: FigureContext) -> Drawing:
     eps = context.eps if context.options.eps else 32 / 255 if x.shape[1] == 3 else large_eps(context.eps, 1)
     (model,) = context.models.values()
     drawn, numbers = attacked_grid(model, smoothed_attacks(model, x, y, eps, context.options.seed), y, context.classes)
-    drawn.suptitle(f"ε = {format_eps(255 * eps)}")
+    drawn.suptitle(eps_label(eps))
     return {"": drawn}, {"rows": rows, "eps": eps, "columns": numbers}

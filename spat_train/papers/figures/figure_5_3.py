@@ -2,7 +2,7 @@
 
 from ...plotting import COLOURS, accuracy_curves, legend_below, panel_row, x_ticks
 from ..figure import Drawing, FigureContext, paper_figure
-from ..runs import format_eps
+from ..runs import eps_label
 from ..selection import STANDARD_AND_ROBUST
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -23,5 +23,5 @@ def make(context: FigureContext) -> Drawing:
         x_ticks(ax, ALPHAS[::2])
     axes[0].set_ylabel("accuracy, %")
     legend_below(figure, axes[0], 3)
-    figure.suptitle(f"ε = {format_eps(255 * context.eps)}")
+    figure.suptitle(eps_label(context.eps))
     return {"": figure}, {"models": models}

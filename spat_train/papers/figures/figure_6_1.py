@@ -8,7 +8,7 @@ from ...plotting import accuracy_curve, legend_below, line_styles, panel_row, x_
 from ...presets import PRESETS
 from ..figure import Drawing, FigureContext, paper_figure
 from ..reported import FIGURE_61
-from ..runs import Run, format_eps
+from ..runs import Run, eps_label, format_eps
 from ..selection import RunSelector, RunSpec
 
 
@@ -39,7 +39,7 @@ def make(context: FigureContext) -> Drawing:
             found.append(value)
     reported = FIGURE_61 if context.images.dataset.name == "cifar10" and eps == 8 / 255 else None
     drawn = draw(lines, reported)
-    drawn.suptitle(f"attacked at ε = {format_eps(255 * eps)}")
+    drawn.suptitle(f"attacked at {eps_label(eps)}")
     return {"": drawn}, {"eps": eps, "lines": lines, "source": reported}
 
 

@@ -26,7 +26,7 @@ from ...plotting import NUMBERS, PAGE, line_styles, log_ticks, log_y, new_figure
 from ...runtime.seeding import derived_seed
 from ..figure import Drawing, FigureContext, paper_figure
 from ..loaded_run import CHUNK, input_gradients, logits_of
-from ..runs import format_eps
+from ..runs import eps_label, format_eps
 from ..selection import ANY_RUNS
 
 HATCHES = ("", "////", "....", "xxxx")
@@ -273,7 +273,7 @@ def make(context: FigureContext) -> Drawing:
         "surface": plot_surfaces(slices, format_eps(255 * eps)),
     }
     for part in "curves", "maxima":
-        drawn[part].suptitle(f"ε = {format_eps(255 * eps)}")
+        drawn[part].suptitle(eps_label(eps))
     meaning = {name: summary(numbers) for name, numbers in maxima.items()}
     losses = {name: each.losses.tolist() for name, each in found.items()}
     many = {"losses": losses, "maxima": maxima, "surfaces": {"row": rows[hardest], **slices}}
