@@ -126,7 +126,7 @@ Step step_of(const Tensor& x_adv, const Tensor& x, const Tensor& grad, const Ten
     seen = nan_seen->mutable_data_ptr<uint8_t>();
   }
   return {images, grad.const_data_ptr(), grad_dtype, per_sample(eps, images, x_adv, "eps"),
-          per_sample(step_size, images, x_adv, "step_size"), seen};
+          per_sample(step_size, images, x_adv, "step_size"), seen, nullptr};
 }
 
 void check_like_logits(const Tensor& t, ScalarType dtype, const Tensor& logits, const char* name) {
@@ -239,8 +239,13 @@ void linf_random_start_(Tensor x_adv, Tensor x, Tensor eps, Tensor seed, double 
 }
 
 void linf_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, double lo, double hi,
-                std::optional<Tensor> nan_seen) {
-  const Step args = step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen);
+                std::optional<Tensor> nan_seen, std::optional<Tensor> hash) {
+  Step args = step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen);
+  if (hash) {
+    check_dtype(*hash, ScalarType::Long, "hash");
+    check_vector(*hash, args.images.samples, x_adv, "hash");
+    args.hash = static_cast<uint64_t*>(hash->mutable_data_ptr());
+  }
   SPAT_RUN(linf_step, args, x_adv, args.images.samples * args.images.sample_numel, 1);
 }
 

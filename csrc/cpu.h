@@ -97,5 +97,9 @@ SPAT_HD void flag(uint8_t* seen, int64_t sample) {
   if (seen) __atomic_store_n(seen + sample, uint8_t(1), __ATOMIC_RELAXED);  // other threads may set it too
 }
 
+SPAT_HD void add(uint64_t* sums, int64_t sample, uint64_t value) {
+  __atomic_fetch_add(sums + sample, value, __ATOMIC_RELAXED);  // other threads may do the rest of the sample
+}
+
 }  // namespace
 }  // namespace spat

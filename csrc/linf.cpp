@@ -32,6 +32,12 @@ SPAT_HD void linf_step(const Step& a, int64_t begin, int64_t end) {
       x_adv[i] = from_acc<T>(spat::linf_step(to_acc(x_adv[i]), to_acc(x[i]), g, eps, step_size, lo, hi));
     }
     if (nan) flag(a.nan_seen, sample);
+    if (a.hash) {
+      const int64_t start = sample * a.images.sample_numel;
+      uint64_t sum = 0;
+      for (int64_t i = first; i < last; ++i) sum += hashed(x_adv[i], i - start);
+      add(a.hash, sample, sum);
+    }
   });
 }
 

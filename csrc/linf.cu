@@ -1,11 +1,23 @@
 // L-infinity ball: random start, and the sign step with both projections. One packet a thread; x, x_adv and the gradient are
-// read once and x_adv is written once, so device memory is the limit (12 + 4 bytes an element in fp32).
+// read once and x_adv is written once, so device memory is the limit (12 + 4 bytes an element in fp32). Hashes of the new x_adv
+// are summed up in the warp first, where that is in one sample.
 #include "vec.cuh"
 
 namespace spat {
 namespace {
 
-template <class T, class G, int N>
+__device__ __forceinline__ void add_hash(uint64_t* hash, int64_t sample, uint64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(hash + sample), value);
+}
+
+// The same by a whole warp: one addition where all lanes have the same sample.
+__device__ __forceinline__ void add_hashes(uint64_t* hash, int64_t sample, uint64_t value) {
+  const bool same = __all_sync(kAllLanes, sample == __shfl_sync(kAllLanes, sample, 0));
+  if (same) value = warp_reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
+  if (!same || threadIdx.x % kWarp == 0) add_hash(hash, sample, value);
+}
+
+template <class T, class G, int N, bool HASH>
 __global__ void __launch_bounds__(kThreads) linf_step_kernel(const Step a) {
   using A = acc_t<T>;
   T* x_adv = static_cast<T*>(a.images.x_adv);
@@ -13,17 +25,27 @@ __global__ void __launch_bounds__(kThreads) linf_step_kernel(const Step a) {
   const G* grad = static_cast<const G*>(a.grad);
   const A lo = A(a.images.lo), hi = A(a.images.hi);
   const int64_t numel = a.images.samples * a.images.sample_numel;
-  const bool varies = a.eps.varies || a.step_size.varies;
+  const bool varies = HASH || a.eps.varies || a.step_size.varies;
+  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
+  int64_t hash_sample = HASH ? sample_of(a.images, i < numel ? i : numel - 1) : 0;
+  uint64_t hash = 0;  // of this thread's elements in `hash_sample`
 
   const auto step = [&](int64_t i, T adv, T clean, G g_) -> T {
     const A g = to_acc(g_);
     const int64_t sample = varies ? sample_of(a.images, i) : 0;
     if (g != g && a.nan_seen) a.nan_seen[sample_of(a.images, i)] = 1;  // every writer writes the same
-    return from_acc<T>(
+    const T moved = from_acc<T>(
         linf_step(to_acc(adv), to_acc(clean), g, at<A>(a.eps, sample), at<A>(a.step_size, sample), lo, hi));
+    if constexpr (HASH) {
+      if (sample != hash_sample) {  // a packet may hold the end of one sample and the beginning of the next
+        add_hash(a.hash, hash_sample, hash);
+        hash_sample = sample, hash = 0;
+      }
+      hash += hashed(moved, i - sample * a.images.sample_numel);
+    }
+    return moved;
   };
 
-  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (i + N <= numel) {
     Packet<T, N> p_adv = load<N>(x_adv + i);
     const Packet<T, N> p_x = load<N>(x + i);
@@ -34,6 +56,7 @@ __global__ void __launch_bounds__(kThreads) linf_step_kernel(const Step a) {
   } else {
     for (int64_t k = i; k < numel; ++k) x_adv[k] = step(k, x_adv[k], x[k], grad[k]);
   }
+  if constexpr (HASH) add_hashes(a.hash, hash_sample, hash);
 }
 
 // kStart elements a thread, for each four of them one Philox call.
@@ -81,10 +104,11 @@ int launch_linf_step(const Step& args, void* stream) {
     const auto launch = [&](auto kernel, int packet) {
       kernel<<<ceil_div(numel, int64_t(packet) * kThreads), kThreads, 0, cudaStream_t(stream)>>>(args);
     };
+    constexpr int N = kPacket<T, G>;
     if (aligned({im.x_adv, im.x, args.grad})) {
-      launch(linf_step_kernel<T, G, kPacket<T, G>>, kPacket<T, G>);
+      launch(args.hash ? linf_step_kernel<T, G, N, true> : linf_step_kernel<T, G, N, false>, N);
     } else {
-      launch(linf_step_kernel<T, G, 1>, 1);
+      launch(args.hash ? linf_step_kernel<T, G, 1, true> : linf_step_kernel<T, G, 1, false>, 1);
     }
   });
   return cudaGetLastError();

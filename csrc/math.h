@@ -37,6 +37,21 @@ SPAT_HD A linf_step(A x_adv, A x, A grad, A eps, A step_size, A lo, A hi) {
   return clamp(clamp(x_adv + step_size * sign(grad), x - eps, x + eps), lo, hi);
 }
 
+// A sample's hash is the sum of `hashed` over its elements, modulo 2^64: in any order, so that every backend finds the same.
+SPAT_HD uint64_t bits_of(float v) { return bit_cast<uint32_t>(v); }
+SPAT_HD uint64_t bits_of(double v) { return bit_cast<uint64_t>(v); }
+SPAT_HD uint64_t bits_of(half v) { return v.bits; }
+SPAT_HD uint64_t bits_of(bfloat16 v) { return v.bits; }
+
+// The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) of an element's bits and its place in the sample.
+template <class T>
+SPAT_HD uint64_t hashed(T v, int64_t place) {
+  uint64_t z = bits_of(v) + uint64_t(place + 1) * 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
 // Philox4x32-10 (Salmon et al., SC 2011): four random words for (key, counter, index).
 struct Words {
   uint32_t w[4];

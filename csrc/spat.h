@@ -39,6 +39,7 @@ struct Step {
   DType grad_dtype;
   PerSample eps, step_size;
   uint8_t* nan_seen;  // [samples] or null: set to 1 where the gradient is not usable, never cleared
+  uint64_t* hash;     // [samples] or null: the hashes of the new x_adv are added (math.h); linf_step only
 };
 
 struct Rows {

@@ -45,6 +45,10 @@ class Ball:
         """Step `x_adv` up the gradient, in place, and project. `step_size` [1] or [B] instead of the ball's own."""
         self._move_(x_adv, self.laid_out(grad), self.step_size if step_size is None else step_size)
 
+    def hashed_step_(self, x_adv: Tensor, grad: Tensor, hash: Tensor) -> None:
+        """`step_`, and add the hashes of the iterates to `hash`, int64 [B]."""
+        raise NotImplementedError
+
     def laid_out(self, grad: Tensor) -> Tensor:
         """`grad` with the strides of the images, as the kernels need it."""
         return grad if same_layout(grad, self.x) else torch.empty_like(self.x, dtype=grad.dtype).copy_(grad)
@@ -88,6 +92,9 @@ class LinfBall(Ball):
 
     def _move_(self, x_adv, grad, step_size):
         ops.linf_step_(x_adv, self.x, grad, self.eps, step_size, *self.bounds, self.nan_seen)
+
+    def hashed_step_(self, x_adv, grad, hash):
+        ops.linf_step_(x_adv, self.x, self.laid_out(grad), self.eps, self.step_size, *self.bounds, self.nan_seen, hash)
 
 
 class L2Ball(Ball):

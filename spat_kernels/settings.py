@@ -11,12 +11,14 @@ BNMode = Literal["eval", "train", "keep"]
 Select = Literal["success", "loss"]
 Version = Literal["standard", "plus", "rand"]
 Graph = Literal["auto"] | bool
+Stop = Literal["success", "cycle", "exact"]
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 GRADIENT_PATHS: tuple[GradientPath, ...] = get_args(GradientPath)
 BN_MODES: tuple[BNMode, ...] = get_args(BNMode)
 SELECT: tuple[Select, ...] = get_args(Select)
+STOPS: tuple[Stop, ...] = get_args(Stop)
 
 
 class AttackSettings(TypedDict, total=False):
@@ -28,6 +30,7 @@ class AttackSettings(TypedDict, total=False):
     precision: Precision | None
     input_gradient: GradientPath
     bn_mode: BNMode
+    budget: int | None
     generator: torch.Generator | None
 
 
@@ -36,6 +39,7 @@ class CommonSettings(AttackSettings, total=False):
 
     targeted: bool
     select: Select
+    stop: Stop | None
     graph: Graph
 
 

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from ..input_gradient.choose import check_path, check_precision, input_gradient
 from ..model_state.borrow import borrowed
 from ..ops._common import is_dense
 from ..settings import BN_MODES, NORMS, BNMode, GradientPath, Norm, Precision
+
+
+class Result(NamedTuple):
+    """What the `run` of an attack returns.
+
+    Attributes:
+        x_adv: adversarial images, as a call returns them.
+        forwards, backwards: int64 [B], on x's device: the passes of the model that each sample took part in, whether by
+            autograd, in a plan or in a CUDA graph. A forward of which a plan computes only a part counts as one.
+    """
+
+    x_adv: Tensor
+    forwards: Tensor
+    backwards: Tensor
 
 
 @dataclass(eq=False)
@@ -26,6 +40,7 @@ class BallAttack:
     precision: Precision | None = None
     input_gradient: GradientPath = "auto"
     bn_mode: BNMode = "eval"
+    budget: int | None = None
 
     def __post_init__(self):
         self.norm = checks.as_norm(self.norm)
@@ -36,6 +51,8 @@ class BallAttack:
             checks.check_reach("eps", self.largest_eps, self.bounds)
         check_path(self.precision, self.input_gradient)
         checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
+        if self.budget is not None:
+            checks.check_count("budget", self.budget, 1)
 
     def _check_radius(self, x: Tensor) -> None:
         """That eps goes with the images `x`."""
@@ -53,7 +70,7 @@ class BallAttack:
         return checks.Values(x, y, None, self.bounds).read()[0] if x.numel() else -1
 
     @contextmanager
-    def _prepared_gradient(self, model, x: Tensor, y: Tensor, highest_label: int):
+    def _prepared_gradient(self, model, x: Tensor, y: Tensor | None, highest_label: int):
         """Within, without gradients: (the input gradient of `model`, prepared; x; y), the model borrowed, x and y dense."""
         with torch.inference_mode(False), torch.no_grad(), borrowed(model, self.bn_mode):
             x, y = as_dense(x, y)
@@ -74,6 +91,43 @@ class RestartedAttack(BallAttack):
         super().__post_init__()
         checks.check_count("restarts", self.restarts, 1)
         checks.check_generator(self.generator)
+
+
+class Tally:
+    """The passes of each sample of a batch so far.
+
+    Attributes:
+        forwards, backwards: int64 [B].
+    """
+
+    def __init__(self, x: Tensor, budget: int | None = None):
+        with torch.inference_mode(False):
+            self.forwards, self.backwards = (torch.zeros(len(x), dtype=torch.int64, device=x.device) for _ in range(2))
+        self.budget = budget
+
+    def add(self, rows: Tensor | slice, forwards: int | Tensor, backwards: int | Tensor = 0) -> None:
+        """To the samples `rows`."""
+        for ours, more in ((self.forwards, forwards), (self.backwards, backwards)):
+            ours[rows] += more.to(ours.device) if isinstance(more, Tensor) else more
+
+    def spent(self, rows: Tensor, needed: int = 1) -> Tensor:
+        """bool [n], which of the samples `rows` have fewer than `needed` passes left of the budget."""
+        if self.budget is None:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        return self.forwards[rows] + self.backwards[rows] + needed > self.budget
+
+    def affordable(self, rows: Tensor, least: int = 1) -> list[tuple[Tensor, int | None]]:
+        """The samples `rows`, int64 [n], in groups with equally much left of the budget, each with how much (None: no limit).
+
+        Those with less than `least` left are in none of them.
+        """
+        if self.budget is None or not len(rows):
+            return [(rows, None)] if len(rows) else []
+        left = self.budget - self.forwards[rows] - self.backwards[rows]
+        return [(rows[left == n], n) for n in left.unique().tolist() if n >= least]
+
+    def result(self, x_adv: Tensor) -> Result:
+        return Result(x_adv, self.forwards, self.backwards)
 
 
 Labels = TypeVar("Labels", Tensor, Tensor | None)

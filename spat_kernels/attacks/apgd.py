@@ -13,6 +13,7 @@ Everything is a tensor with a value per sample, so a run never waits for the dev
 
 from copy import copy
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ from torch.utils._pytree import tree_map_only
 from .. import checks, ops
 from ..balls import Ball
 from ..cuda_graphs.cache import graphs
-from ..cuda_graphs.run import Batch, Run
+from ..cuda_graphs.run import Batch, Passes, Run
 from ..losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
 from ..settings import Graph
-from ._common import RestartedAttack, as_dense, take_rows, warn_of_nan
+from ._common import RestartedAttack, Result, Tally, as_dense, take_rows, warn_of_nan
 
 FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
 MOMENTUM = 0.75
@@ -54,6 +55,8 @@ class APGDRun(Run):
     def __init__(self, settings: "APGD", batch: Batch):
         super().__init__(settings, batch)
         self.steps, self.rho, self.eot = settings.steps, settings.rho, settings.eot
+        self.last = settings.steps if settings.last is None else settings.last
+        self.counts = torch.zeros(2, len(batch.x), dtype=torch.int64)
         self.targeted = batch.targets is not None
         if self.eot > 1 and type(self.loss) is LabelSmoothedCE:
             self.loss = _ScaledCE(self.loss.alpha)
@@ -81,10 +84,10 @@ class APGDRun(Run):
         self.ball.surface_start_(start, self.draws)
         search = _Search(self.inner, self.y, self.reference, self.inner.laid_out(start))
         with self.model.arithmetic(self.best.device.type):
-            self._evaluate(search)
-            for step in range(1, self.steps + 1):
+            self._evaluate(search, differentiate=self.last > 0)
+            for step in range(1, self.last + 1):
                 search.step()
-                self._evaluate(search, differentiate=step < self.steps)
+                self._evaluate(search, differentiate=step < self.last)
                 if step in periods:
                     search.check(self.rho * periods[step])
                     if drops and search.broken.any():
@@ -98,7 +101,13 @@ class APGDRun(Run):
         """Whether to drop broken samples: a CPU takes less time for fewer, and the results of the others do not change."""
         return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in (*OURS, _ScaledCE)
 
+    @property
+    def passes(self):
+        return Passes(*self.counts)
+
     def _store(self, search: "_Search") -> None:
+        rows = slice(None) if search.rows is None else search.rows
+        self.counts[:, rows] = torch.tensor([[self.model.forwards], [self.model.backwards]])
         found = search.best, search.ball.nan_seen, search.best_value, search.broken
         for ours, theirs in zip(self._outcome(), found, strict=True):
             if search.rows is None:
@@ -213,8 +222,9 @@ class APGD(RestartedAttack):
             transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
         targets: None moves away from y. n >= 1 goes in turn towards each of the n likeliest wrong classes for x, where "dlr" is
             the targeted form, Eq. 7, between y and the target.
-        eps, norm, bounds, precision, input_gradient, bn_mode, generator, graph: as for `PGD`; a capture is that of a run. What
-            is misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of its own.
+        eps, norm, bounds, precision, input_gradient, bn_mode, budget, generator, graph: as for `PGD`; a capture is that of a run.
+            What is misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of
+            its own.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -228,6 +238,7 @@ class APGD(RestartedAttack):
     graph: Graph = "auto"
 
     run_class = APGDRun  # what `graphs` runs and captures
+    last: ClassVar[int | None] = None  # the step after which a run ends that the budget does not suffice for
 
     def __post_init__(self):
         self.loss = loss = as_loss(self.loss)
@@ -241,6 +252,10 @@ class APGD(RestartedAttack):
         checks.check_number("rho", self.rho, lambda v: 0 <= v <= 1, "in [0, 1], the share of steps that must raise the loss")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
+        """`run`, of which the images alone are returned."""
+        return self.run(model, x, y).x_adv
+
+    def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 
         Nothing of the caller's changes, as for `PGD`. Images that are misclassified as they are come back as they are. Of the
@@ -253,8 +268,8 @@ class APGD(RestartedAttack):
             y: int64 [B], the true labels.
 
         Returns:
-            Tensor: adversarial images with x's shape, dtype, device and memory format, without a graph: inside the ball (to one
-            rounding of x's dtype) and exactly inside `bounds`.
+            Result: adversarial images with x's shape, dtype, device and memory format, without a graph: inside the ball (to one
+            rounding of x's dtype) and exactly inside `bounds`; and what each cost.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -262,35 +277,44 @@ class APGD(RestartedAttack):
         Warns:
             RuntimeWarning: as for `PGD`, the gradient was NaN for some samples.
         """
-        highest_label = self._check_batch(model, x, y)
+        highest_label, tally = self._check_batch(model, x, y), Tally(x, self.budget)
         if x.numel() == 0:
-            return x.detach().clone()
+            return tally.result(x.detach().clone())
         with torch.inference_mode(False), torch.no_grad():
             x, y = as_dense(x, y)
             with self._prepared_gradient(model, x, y, highest_label) as (gradient, _, _):
                 logits = gradient.logits(x)
+                tally.add(slice(None), gradient.forwards)
             as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
             robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)
             for targets, possible in self._targets(logits, y):
                 for _ in range(self.restarts):
-                    rows = (robust & possible).nonzero()[:, 0]
-                    if not len(rows):
-                        break
-                    outcome, _ = graphs.attack(self, model, self._batch(x, y, targets, rows), highest_label)
-                    found, nans, values, broken = outcome
-                    better = broken | (values > value[rows])
-                    taken = rows[better]
-                    x_adv[taken], value[taken] = found[better], values[better]
-                    nan_seen[rows] |= nans
-                    robust[rows] = ~broken
+                    for rows, left in tally.affordable((robust & possible).nonzero()[:, 0], least=self.eot):
+                        outcome = graphs.attack(self._within(left), model, self._batch(x, y, targets, rows), highest_label)
+                        found, nans, values, broken = outcome.tensors
+                        better = broken | (values > value[rows])
+                        taken = rows[better]
+                        x_adv[taken], value[taken] = found[better], values[better]
+                        nan_seen[rows] |= nans
+                        robust[rows] = ~broken
+                        tally.add(rows, *outcome.passes)
             warn_of_nan(int(nan_seen.sum()), len(x))
-        return x_adv
+        return tally.result(x_adv)
+
+    def _within(self, left: int | None) -> "APGD":
+        """The attack, ended by the step that `left` passes suffice for."""
+        last = self.steps if left is None else (left // self.eot - 1) // 2
+        if last >= self.steps:
+            return self
+        shorter: Any = copy(self)
+        shorter.last = last
+        return shorter
 
     def kind(self) -> tuple:
         """What tells captures of this class apart, beside what all attacks have."""
-        return self.steps, self.rho, self.eot
+        return self.steps, self.rho, self.eot, self.last
 
     @property
     def passes(self) -> int:

@@ -18,7 +18,7 @@ from ..model_state.borrow import borrowed
 from ..predictions import predictions
 from ..settings import AttackSettings, Graph, Precision, Version
 from . import gradient_masking
-from ._common import BallAttack, as_dense, take_rows
+from ._common import BallAttack, Tally, as_dense, take_rows
 from .apgd import APGD
 from .fab import FAB
 from .square import Square, check_pixels
@@ -44,11 +44,14 @@ class Result(NamedTuple):
     Attributes:
         x_adv: like x: misclassified images where there are any, else x.
         broken_by: int64 [B], index in `names` of what broke a sample, or -1: robust.
+        forwards, backwards: int64 [B], the passes of the model that a sample took part in, as in `PGD.run`.
         names: "clean" (misclassified without an attack), then the attacks in their order.
     """
 
     x_adv: Tensor
     broken_by: Tensor
+    forwards: Tensor
+    backwards: Tensor
     names: tuple[str, ...]
 
     @property
@@ -69,8 +72,8 @@ class AutoAttack(BallAttack):
         queries: of Square.
         seed: of all random numbers that are not the model's.
         batch_size: number of images attacked at once; None is all.
-        eps, norm, bounds, precision, input_gradient, bn_mode, graph: as for `PGD`. Whether an image is misclassified is asked of
-            the model itself in any case, in the caller's arithmetic.
+        eps, norm, bounds, precision, input_gradient, bn_mode, budget, graph: as for `PGD`. Whether an image is misclassified is
+            asked of the model itself in any case, in the caller's arithmetic.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -139,20 +142,26 @@ class AutoAttack(BallAttack):
             check_pixels(x, self.norm, self.attacks)
         x, y = as_dense(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        result = Result(x.clone(), torch.full_like(y, -1), ("clean", *self.attacks))
+        tally = Tally(x, self.budget)
+        result = Result(x.clone(), torch.full_like(y, -1), tally.forwards, tally.backwards, ("clean", *self.attacks))
         classes, only_here = self._without_attack(model, x, y, highest_label, result)
+        tally.add(slice(None), 1 + (self.precision is not None))
         for rows in self._batches(result.robust & ~only_here)[:1]:
             self._warn_of_signs(model, x[rows], y[rows], highest_label)
         yield result
         for number, name in enumerate(self.attacks, 1):
             # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
             for precision, chosen in ((self.precision, ~only_here), (None, only_here)):
-                for rows in self._batches(result.robust & chosen):
-                    attack = self._attack(name, classes, take_rows(self.eps, rows), generator, precision)
-                    found = attack(model, x[rows], y[rows])
-                    broken = predictions(self._logits(model, found, highest_label)) != y[rows]
-                    result.x_adv[rows[broken]] = found[broken]
-                    result.broken_by[rows[broken]] = number
+                for batch in self._batches(result.robust & chosen):
+                    for rows, left in tally.affordable(batch, least=2):  # a pass of the attack, and that which judges it
+                        attack = self._attack(name, classes, take_rows(self.eps, rows), generator, precision)
+                        attack.budget = None if left is None else left - 1
+                        found, *passes = attack.run(model, x[rows], y[rows])
+                        tally.add(rows, *passes)
+                        tally.add(rows, 1)
+                        broken = predictions(self._logits(model, found, highest_label)) != y[rows]
+                        result.x_adv[rows[broken]] = found[broken]
+                        result.broken_by[rows[broken]] = number
             if name == "square" and number > 1:
                 self._warn_of_square(int((result.broken_by == number).sum()), len(x))
             yield result

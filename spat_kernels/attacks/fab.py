@@ -24,7 +24,7 @@ from ..ops._common import acc_dtype, broadcast
 from ..precision import logit_gradient_scale
 from ..predictions import other_classes, predictions
 from ..rng import draw
-from ._common import RestartedAttack, eps_per_sample, warn_of_nan
+from ._common import RestartedAttack, Result, Tally, eps_per_sample, warn_of_nan
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,8 +42,8 @@ class FAB(RestartedAttack):
         alpha_max: largest weight of the clean image's projection, in [0, 1].
         eta: overshoot beyond the hyperplane, >= 1.
         beta: where to continue from a misclassified point, as a fraction of the way from x to it, in (0, 1].
-        eps, norm, bounds, precision, input_gradient, bn_mode: as for `PGD`. What is found farther away than eps does not count.
-            In mode "train" a sample's result depends on the others, of which those already misclassified are left out.
+        eps, norm, bounds, precision, input_gradient, bn_mode, budget: as for `PGD`. What is found farther away than eps does not
+            count. In mode "train" a sample's result depends on the others, of which those already misclassified are left out.
         generator: source of the random starts, on any device; None is torch's default one of x's device. The first run of each
             target draws nothing.
 
@@ -67,6 +67,10 @@ class FAB(RestartedAttack):
         checks.check_number("beta", self.beta, lambda v: 0 < v <= 1, "in (0, 1]")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
+        """`run`, of which the images alone are returned."""
+        return self.run(model, x, y).x_adv
+
+    def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 
         The model (modes, gradients, statistics), x and y are afterwards as they were, also when the model raises. Works in any
@@ -78,10 +82,10 @@ class FAB(RestartedAttack):
             y: int64 [B], the true labels.
 
         Returns:
-            Tensor: images with x's shape, dtype, device and memory format, without a graph, inside the ball and exactly inside
+            Result: images with x's shape, dtype, device and memory format, without a graph, inside the ball and exactly inside
             `bounds`: the nearest misclassified ones of the first run that found any within eps; x itself where no run did, or
             where x is misclassified as it is. They lie next to a boundary: what is misclassified in half precision need not be
-            so in full.
+            so in full. And what each cost.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -90,17 +94,18 @@ class FAB(RestartedAttack):
             RuntimeWarning: elements of the gradient were NaN or infinite for some samples. They count as 0, which may look like
                 robustness and be none.
         """
-        highest_label = self._check_batch(model, x, y)
+        highest_label, tally = self._check_batch(model, x, y), Tally(x, self.budget)
         if x.numel() == 0:
-            return x.detach().clone()
+            return tally.result(x.detach().clone())
         with self._prepared_gradient(model, x, y, highest_label) as (gradient, x, y):
-            x_adv, nan_seen = self._attack(gradient, x, y)
+            x_adv, nan_seen = self._attack(gradient, x, y, tally)
         warn_of_nan(int(nan_seen.sum()), len(x))
-        return x_adv
+        return tally.result(x_adv)
 
-    def _attack(self, gradient, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _attack(self, gradient, x: Tensor, y: Tensor, tally: Tally) -> tuple[Tensor, Tensor]:
         x_adv, eps = x.clone(), eps_per_sample(self.eps, x)
         logits = gradient.logits(x)
+        tally.add(slice(None), 1)
         robust = predictions(logits) == y
         nan_seen = torch.zeros_like(robust)
         wrong = other_classes(logits, y)
@@ -108,15 +113,15 @@ class FAB(RestartedAttack):
         for others, possible in runs:
             for restart in range(self.restarts):
                 noise = self._noise(x) if restart else None
-                left = (robust & possible.any(1)).nonzero()[:, 0]  # waits for the device
-                if len(left) == 0:
-                    break
-                search = _Search(self, gradient, x[left], y[left], others[left])
-                search.run(None if noise is None else noise[left] * (eps[left, None] / 2))
-                found = search.distance <= eps[left]
-                x_adv[left] = torch.where(broadcast(found, x), search.images(search.nearest), x_adv[left])
-                robust[left] = ~found
-                nan_seen[left] |= search.nan_seen
+                for left, budget in tally.affordable((robust & possible.any(1)).nonzero()[:, 0]):  # waits for the device
+                    search = _Search(self, gradient, x[left], y[left], others[left])
+                    before = gradient.forwards, gradient.backwards
+                    search.run(None if noise is None else noise[left] * (eps[left, None] / 2), budget)
+                    tally.add(left, gradient.forwards - before[0], gradient.backwards - before[1])
+                    found = search.distance <= eps[left]
+                    x_adv[left] = torch.where(broadcast(found, x), search.images(search.nearest), x_adv[left])
+                    robust[left] = ~found
+                    nan_seen[left] |= search.nan_seen
         return x_adv, nan_seen
 
     def _noise(self, x: Tensor) -> Tensor:
@@ -148,10 +153,11 @@ class _Search:
         self.distance = torch.full_like(self.x[:, 0], inf)
         self.nan_seen = torch.zeros_like(y, dtype=torch.bool)
 
-    def run(self, start: Tensor | None) -> None:
-        """From x + `start`, or x."""
+    def run(self, start: Tensor | None, budget: int | None = None) -> None:
+        """From x + `start`, or x; of as many steps as `budget` passes suffice for."""
+        steps = self.settings.steps if budget is None else min(self.settings.steps, budget // (2 + self.others.shape[1]))
         point = self.x if start is None else self._rounded(self.x + start)
-        for _ in range(self.settings.steps):
+        for _ in range(steps):
             point = self._step(point)
             wrong = predictions(self.gradient.logits(self.images(point))) != self.y
             distance = length(point - self.x, self.norm)

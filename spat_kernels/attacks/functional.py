@@ -5,7 +5,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..losses import KLDivergence, LabelSmoothedCE, LossLike, Margin
-from ..settings import BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select
+from ..settings import BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select, Stop
 from .pgd import PGD
 
 
@@ -27,6 +27,8 @@ def pgd_ls(
     input_gradient: GradientPath = "auto",
     bn_mode: BNMode = "eval",
     select: Select = "success",
+    stop: Stop | None = None,
+    budget: int | None = None,
     generator: torch.Generator | None = None,
     graph: Graph = "auto",
     start: Tensor | None = None,
@@ -42,7 +44,7 @@ def pgd_ls(
     attack = PGD(
         eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
         targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
-        select=select, generator=generator, graph=graph,
+        select=select, stop=stop, budget=budget, generator=generator, graph=graph,
     )  # fmt: skip
     return attack(model, x, y, start=start)
 

@@ -8,87 +8,23 @@ model's backward to its input, one fused kernel for the step and both projection
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import checks
 from ..cuda_graphs.cache import graphs
-from ..cuda_graphs.run import Batch, Run
+from ..cuda_graphs.capture import Outcome
+from ..cuda_graphs.run import Batch, Passes
 from ..input_gradient.choose import check_precision
 from ..input_gradient.plan_cache import is_planned
-from ..losses import DLR, OURS, LossLike, as_loss, value_dtype
-from ..ops._common import acc_dtype
-from ..predictions import predictions
+from ..losses import DLR, OURS, LossLike, as_loss
 from ..rng import default_generator, rewound_on_error
-from ..settings import SELECT, Graph, Select
-from ._common import RestartedAttack, as_dense, warn_of_nan
-
-
-class PGDRun(Run):
-    """Projected gradient descent. With restarts the best so far is kept over the runs since the last `load`.
-
-    Its outcome: adversarial images; nan_seen, uint8 [B], 1 for samples that met an unusable gradient.
-    """
-
-    def __init__(self, settings: "PGD", batch: Batch):
-        super().__init__(settings, batch)
-        self.steps, self.targeted = settings.steps, settings.targeted
-        self.starts_at = "given" if batch.start is not None else "random" if settings.random_start else "clean"
-        self.random_start = self.starts_at == "random"
-        self.x_adv = torch.empty_like(batch.x)
-        self.best: Tensor | None = None  # with restarts
-        self.best_value: Tensor
-        self.best_success: Tensor | None = None
-        if settings.restarts > 1:
-            self.best = torch.empty_like(batch.x)
-            self.best_value = batch.x.new_empty(len(batch.x), dtype=acc_dtype(batch.x.dtype))
-            if settings.select == "success":
-                self.best_success = batch.x.new_empty(len(batch.x), dtype=torch.bool)
-        self._begin_batch(batch)
-
-    def _begin_batch(self, batch: Batch) -> None:
-        super()._begin_batch(batch)
-        if batch.start is not None:
-            self.x_adv[: self.n].copy_(batch.start)
-        if self.best is not None:
-            self.best.copy_(self.ball.x)
-            self.best_value.fill_(-torch.inf)
-            if self.best_success is not None:
-                self.best_success.zero_()
-
-    def attempt(self, captured: bool) -> None:
-        x_adv, ball = self.x_adv, self.ball
-        if self.starts_at == "random":
-            ball.random_start_(x_adv, self.draws)
-        elif self.starts_at == "clean":
-            x_adv.copy_(ball.x)
-        if self.steps == 0 and self.starts_at == "given":
-            ball.project_(x_adv)
-        with self.model.arithmetic(x_adv.device.type):
-            iterate = self.inner.laid_out(x_adv)
-            for _ in range(self.steps):
-                logits = self.model.forward(iterate)
-                self.inner.step_(iterate, self.model.backward(self._logit_gradient(logits, self.reference)))
-            if iterate is not x_adv:
-                x_adv.copy_(iterate)
-            if self.best is not None:
-                self._keep_best(self.best, self.model.logits(iterate))
-
-    @staticmethod
-    def empty_outcome(x: Tensor) -> tuple[Tensor, ...]:
-        return torch.empty_like(x), x.new_empty(len(x), dtype=torch.uint8)
-
-    def _outcome(self) -> tuple[Tensor, ...]:
-        return self.x_adv if self.best is None else self.best, self.ball.nan_seen
-
-    def _keep_best(self, best: Tensor, logits: Tensor) -> None:
-        value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
-        self._logit_gradient(logits, self.reference, value)
-        found = None if self.best_success is None or self.y is None else predictions(logits).eq(self.y)
-        success = found if found is None or self.targeted else ~found
-        value = value.to(self.best_value.dtype)
-        ops.keep_best_(best, self.best_value, self.best_success, self.x_adv, value, success)
+from ..settings import SELECT, STOPS, Graph, Select, Stop
+from ._common import RestartedAttack, Result, Tally, as_dense, warn_of_nan
+from .early_stop import EarlyStop
+from .pgd_run import PGDRun
 
 
 @dataclass(eq=False, kw_only=True)
@@ -120,6 +56,13 @@ class PGD(RestartedAttack):
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
             "loss" alone.
         generator: source of the random starts, on any device; None is torch's default one of x's device.
+        stop: what ends the attack on a sample before its last step. "success": an iterate that is misclassified (or at its
+            target), which is what comes out. "cycle": an iterate that was there before (Doldo et al., arXiv 2503.19347): the last
+            one is known then and comes out, so that nothing changes but the time (on GPUs also roundings: see `early_stop.py`).
+            "exact": either. None: nothing. Samples must not depend on each other: neither batch statistics nor random layers, and
+            a loss of ours. It pays where there are tens of steps, and waits for the device every few of them.
+        budget: forwards and backwards that a sample may take part in, as many steps (and restarts) as they suffice for; None is
+            no limit.
         graph: whether a CUDA graph replays the whole attack, which frees small batches from the time that launches take. "auto"
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
@@ -138,9 +81,11 @@ class PGD(RestartedAttack):
     random_start: bool = True
     targeted: bool = False
     select: Select = "success"
+    stop: Stop | None = None
     graph: Graph = "auto"
 
     run_class = PGDRun  # what `graphs` runs and captures
+    looks_first: ClassVar[bool] = True  # of a segment: whether the iterate that it starts from may be a success
 
     def __post_init__(self):
         self.loss = loss = as_loss(self.loss)
@@ -149,6 +94,7 @@ class PGD(RestartedAttack):
         checks.check_choice("select", self.select, SELECT)
         checks.check_graph(self.graph)
         checks.check_count("steps", self.steps, 0)
+        self._check_stop()
         if self.step_size is not None:
             checks.check_length("step_size", self.step_size)
         if self.restarts > 1 and not self.random_start:
@@ -181,22 +127,40 @@ class PGD(RestartedAttack):
         On GPUs values in x, y and start are checked after everything has been launched, where wrong ones can do no harm. After
         an error `generator` and the device's default one are as they were.
         """
+        return self._attack(model, x, y, start)[0]
+
+    def run(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> Result:
+        """A call, which also returns what each sample cost."""
+        x_adv, passes = self._attack(model, x, y, start)
+        tally = Tally(x)
+        tally.add(slice(None), *passes)
+        return tally.result(x_adv)
+
+    def _attack(self, model, x: Tensor, y: Tensor | None, start: Tensor | None) -> tuple[Tensor, Passes]:
         self._check(model, x, y, start)
         if x.numel() == 0:
-            return x.detach().clone()
+            return x.detach().clone(), Passes(0, 0)
         with torch.inference_mode(False), torch.no_grad():
             values = checks.Values(x, y, start, self.bounds)
             highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
             with rewound_on_error(self.generator, default_generator(x.device)):
                 try:
-                    (x_adv, nan_seen), classes = graphs.attack(self, model, self._batch(x, y, start), highest_label)
+                    (x_adv, nan_seen), classes, passes = self._outcome(model, self._batch(x, y, start), highest_label)
                 except Exception:
                     values.read()  # if these are wrong, that is the error
                     raise
                 highest_label, with_nan = values.read(nan_seen.sum())  # waits for the device
                 checks.check_classes(highest_label, classes)
             warn_of_nan(with_nan, len(x))
-        return x_adv
+        return x_adv, passes
+
+    def _outcome(self, model, batch: Batch, highest_label: int) -> Outcome:
+        if self.stop is None and self.budget is None:
+            return graphs.attack(self, model, batch, highest_label)
+        attack = EarlyStop(self, model, batch, highest_label)
+        attack.run()
+        passes = Passes(attack.tally.forwards, attack.tally.backwards)
+        return Outcome((attack.x_adv, attack.nan_seen), attack.classes, passes)
 
     def _may_check_late(self, model, x: Tensor) -> bool:
         """Whether wrong values do no harm, so that a GPU need not wait until they are checked.
@@ -206,7 +170,8 @@ class PGD(RestartedAttack):
         """
         planned = self.input_gradient != "autograd" and is_planned(model, x)
         looks_up_targets = self.targeted and isinstance(self.loss, DLR)
-        return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets
+        waits = self.stop is not None or self.budget is not None
+        return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets and not waits
 
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
@@ -217,11 +182,15 @@ class PGD(RestartedAttack):
         Returns:
             tuple: adversarial images, as of a call; uint8 [B], 1 for samples that met an unusable gradient.
         """
+        if self.stop is not None or self.budget is not None:
+            raise ValueError(
+                "stop and budget wait for the device, which `launch` does not do: call the attack, or leave them out"
+            )
         self._check(model, x, y, start)
         if x.numel() == 0:
             return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
         with torch.inference_mode(False), torch.no_grad():
-            (x_adv, nan_seen), _ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+            (x_adv, nan_seen), *_ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
         return x_adv, nan_seen
 
     def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:
@@ -231,7 +200,7 @@ class PGD(RestartedAttack):
 
     def kind(self) -> tuple:
         """What tells captures of this class apart, beside what all attacks have."""
-        return self.steps, self.targeted, self.random_start, self.restarts > 1 and self.select
+        return self.steps, self.targeted, self.random_start, self.restarts > 1 and self.select, self.stop, self.looks_first
 
     @property
     def passes(self) -> int:
@@ -247,8 +216,8 @@ class PGD(RestartedAttack):
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:
             checks.check_labels(y, x)
-        elif loss.uses_labels or (self.restarts > 1 and self.select == "success"):
-            raise TypeError("y=None, but the loss or the choice of restarts needs labels: give y, int64 [B]")
+        elif loss.uses_labels or (self.restarts > 1 and self.select == "success") or self.stop in ("success", "exact"):
+            raise TypeError("y=None, but the loss, the choice of restarts or stop needs labels: give y, int64 [B]")
         if start is not None:
             checks.check_start(start, x)
             if self.restarts > 1:
@@ -256,6 +225,25 @@ class PGD(RestartedAttack):
         elif loss.needs_random_start and not self.random_start:
             raise ValueError(
                 "random_start=False, but the gradient of this loss is zero at x itself: set it True, or give a start"
+            )
+
+    def _check_stop(self) -> None:
+        if self.stop is None:
+            return
+        checks.check_choice("stop", self.stop, (None, *STOPS))
+        if self.stop != "success" and self.norm != "linf":
+            raise ValueError(
+                f"stop={self.stop!r} looks for cycles, which the sign and the projection of norm='linf' lead to: with "
+                f"norm={self.norm!r} iterates do not come back: use stop='success'"
+            )
+        if self.bn_mode == "train":
+            raise ValueError(
+                f"stop={self.stop!r} makes the batch smaller, on which the results of bn_mode='train' depend: use bn_mode='eval'"
+            )
+        if type(self.loss) not in OURS:
+            raise ValueError(
+                f"stop={self.stop!r} needs a loss that is a function of a sample's logits, which code of your own may not be "
+                f"({self.loss}): use one of spat_kernels.losses, or leave out stop"
             )
 
     def _default_step_size(self) -> float | Tensor:

@@ -22,7 +22,7 @@ from ..input_gradient.windows import Windows
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import predictions
 from ..rng import draw
-from ._common import RestartedAttack, eps_per_sample
+from ._common import RestartedAttack, Result, Tally, eps_per_sample
 
 # (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
@@ -43,8 +43,9 @@ class Square(RestartedAttack):
         queries: proposals in each run, >= 0, after one query of where it starts.
         restarts: runs, each on the samples that the ones before have not broken.
         p_init: share of the image that the first squares cover, in (0, 1].
-        eps, norm, bounds, precision, input_gradient, bn_mode: as for `PGD`. No gradient is computed: input_gradient="plan" is
-            the plan's forward, "autograd" calls the model itself. In mode "train" a sample's result depends on the others left.
+        eps, norm, bounds, precision, input_gradient, bn_mode, budget: as for `PGD`. No gradient is computed:
+            input_gradient="plan" is the plan's forward, "autograd" calls the model itself. In mode "train" a sample's result
+            depends on the others left.
         generator: source of all random numbers, on any device; None is torch's default one of x's device.
 
     Raises:
@@ -60,6 +61,10 @@ class Square(RestartedAttack):
         checks.check_number("p_init", self.p_init, lambda v: 0 < v <= 1, "in (0, 1], the share of the image that a square covers")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
+        """`run`, of which the images alone are returned."""
+        return self.run(model, x, y).x_adv
+
+    def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 
         The model (modes, statistics), x and y are afterwards as they were, also when the model raises. Works in any grad mode and
@@ -71,23 +76,27 @@ class Square(RestartedAttack):
             y: int64 [B], the true labels.
 
         Returns:
-            Tensor: images with x's shape, dtype, device and memory format, inside the ball (to one rounding of x's dtype) and
-            exactly inside `bounds`: misclassified ones; x itself where none was found, or where x is misclassified as it is.
+            Result: images with x's shape, dtype, device and memory format, inside the ball (to one rounding of x's dtype) and
+            exactly inside `bounds`: misclassified ones; x itself where none was found, or where x is misclassified as it is;
+            and what each cost.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
         """
-        highest_label = self._check_batch(model, x, y)
+        highest_label, tally = self._check_batch(model, x, y), Tally(x, self.budget)
         check_pixels(x, self.norm)
         if x.numel() == 0:
-            return x.detach().clone()
+            return tally.result(x.detach().clone())
         with self._prepared_gradient(model, x, y, highest_label) as (gradient, x, y):
             x_adv, eps = x.clone(), eps_per_sample(self.eps, x)
             robust = predictions(gradient.logits(x)) == y
+            tally.add(slice(None), 1)
             for _ in range(self.restarts):
-                if robust.any():
-                    RUNS[self.norm](self, gradient, x, y, eps, robust)(x_adv, robust)
-        return x_adv
+                index = robust.nonzero()[:, 0]
+                index = index[~tally.spent(index)]
+                if len(index):
+                    RUNS[self.norm](self, gradient, x, y, eps, index, tally)(x_adv, robust)
+        return tally.result(x_adv)
 
 
 def check_pixels(x: Tensor, norm: str, attacks: tuple[str, ...] = ()) -> None:
@@ -103,7 +112,7 @@ def check_pixels(x: Tensor, norm: str, attacks: tuple[str, ...] = ()) -> None:
 
 
 class _Run:
-    """One run on the samples of a batch where `robust`.
+    """One run on samples of a batch.
 
     Attributes:
         index: [n], where in the batch the samples are that are left.
@@ -113,14 +122,15 @@ class _Run:
     per_sample: tuple[str, ...] = ("index", "x", "y", "eps", "best", "margin")
     windows: Windows | None = None
 
-    def __init__(self, settings: Square, gradient, x: Tensor, y: Tensor, eps: Tensor, robust: Tensor):
+    def __init__(self, settings: Square, gradient, x: Tensor, y: Tensor, eps: Tensor, index: Tensor, tally: Tally):
         self.settings, self.gradient, self.batch = settings, gradient, x.shape
         self.bounds = box(settings.bounds, x.dtype)
-        self.index = robust.nonzero()[:, 0]
+        self.index, self.tally = index, tally
         self.x, self.y, self.eps = x[self.index], y[self.index], broadcast(eps[self.index], x)
         self.waits = x.device.type != "cpu"
         self.best = self._start()
         self.margin = self._margins(self._whole_forward(self.best), self.y)
+        tally.add(index, 1)
 
     def __call__(self, x_adv: Tensor, robust: Tensor) -> None:
         """Write what the run breaks into `x_adv`, and out of `robust`."""
@@ -180,12 +190,13 @@ class _Run:
 
     def _drop_broken(self, x_adv: Tensor, robust: Tensor) -> None:
         broken = ~(self.margin >= 0)
-        if broken.any():
+        leaves = broken | self.tally.spent(self.index)
+        if leaves.any():
             x_adv[self.index[broken]] = self.best[broken]
             robust[self.index[broken]] = False
-            self._take(~broken)
+            self._take(~leaves)
             if self.windows:
-                self.windows.keep(~broken)
+                self.windows.keep(~leaves)
 
     def _take(self, samples: Tensor) -> None:
         for name in self.per_sample:
@@ -244,6 +255,7 @@ class _LinfRun(_Run):
             images = self.best[which].clone()
             images[at] = new
             logits = self._whole_forward(images)
+        self.tally.add(self.index[which], 1)
         margin = self._margins(logits, self.y[which])
         better = self._better(margin, which)
         self.margin[which] = torch.where(better, margin, self.margin[which])
@@ -290,6 +302,7 @@ class _L2Run(_Run):
         energy = (self.eps**2 - _norm(delta) ** 2).clamp_min(0) / self.batch[1] + _norm(delta - outside) ** 2
         outside[gains] = new / (_norm(new, (2, 3)) + 1e-12) * energy.sqrt()
         images = self._images(outside)
+        self.tally.add(self.index, 1)
         margin = self._margins(self._whole_forward(images), self.y)
         better = self._better(margin)
         self.margin = torch.where(better, margin, self.margin)

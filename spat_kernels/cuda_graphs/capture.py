@@ -3,6 +3,7 @@
 import gc
 import threading
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,15 @@ from ..model_state.borrow import borrowed
 from ..model_state.structure import Structure
 from .cuda_graph import CudaGraph
 from .key import loss_key
-from .run import Batch, Run
+from .run import Batch, Passes, Run
 
-Outcome = tuple[tuple[Tensor, ...], int | None]  # what a run returns, and the number of classes (None before a forward)
+
+class Outcome(NamedTuple):
+    """What a run returns, the number of classes (None before a forward), and the passes that it took."""
+
+    tensors: tuple[Tensor, ...]
+    classes: int | None
+    passes: Passes
 
 
 class CapturedAttack:
@@ -24,6 +31,7 @@ class CapturedAttack:
     Attributes:
         captured: the graph and the run whose tensors it works on, or None.
         refused: why it cannot be captured, or None.
+        passes: forwards and backwards of a replay.
         independent: whether the capture may serve a shorter batch, since no sample's result depends on the others.
         settled: whether an attack has run before, so that the model has made what it makes on its first use.
     """
@@ -33,6 +41,7 @@ class CapturedAttack:
         self.structure: Structure | None = None
         self.captured: tuple[CudaGraph, Run] | None = None
         self.refused: str | None = None
+        self.passes = Passes(0, 0)
         self.independent = False
         self.settled = False
         self.used = 0
@@ -62,7 +71,7 @@ class CapturedAttack:
                     graph.replay()
             for ours, found in zip(outcome, run.outcome, strict=True):
                 ours.copy_(found)
-        return outcome, run.classes
+        return Outcome(outcome, run.classes, Passes(*(count * batch.runs for count in self.passes)))
 
     def capture(self, graph_class: type[CudaGraph], settings, model, batch: Batch, highest_label: int) -> Outcome:
         """Attack without a graph, and capture that on the way, or keep the reason why not."""
@@ -82,14 +91,16 @@ class CapturedAttack:
                 run.attack(model, settings.generator, batch.runs, highest_label)
             for ours, found in zip(outcome, run.outcome, strict=True):
                 ours.copy_(found)
+            passes, counted = run.passes, (run.model.forwards, run.model.backwards)
             if self._has_changed(model, settings, loss, settled):
-                return outcome, run.classes
+                return Outcome(outcome, run.classes, passes)
             self.refused = _capture(graph, run, model, settings.bn_mode)
         if self.refused is None:
+            self.passes = Passes(run.model.forwards - counted[0], run.model.backwards - counted[1])
             run.release()
             self.captured = graph, run
             self.independent = run.model.independent_samples and type(settings.loss) in OURS
-        return outcome, run.classes
+        return Outcome(outcome, run.classes, passes)
 
     def _has_changed(self, model, settings, loss, settled: bool) -> bool:
         """Whether the attack just run changed the model, or the loss, whose key was `loss`: then nothing is captured."""
@@ -111,7 +122,7 @@ def eager_attack(settings, model, batch: Batch, highest_label: int) -> Outcome:
     run = settings.run_class(settings, batch)
     with borrowed(model, settings.bn_mode):
         run.attack(model, settings.generator, batch.runs, highest_label)
-    return run.outcome, run.classes
+    return Outcome(run.outcome, run.classes, run.passes)
 
 
 def _obstacle(model: nn.Module, structure: Structure, x: Tensor) -> str | None:

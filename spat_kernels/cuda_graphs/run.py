@@ -33,6 +33,13 @@ class Batch(NamedTuple):
         return self._replace(x=self.x.clone(), y=y, targets=targets)
 
 
+class Passes(NamedTuple):
+    """Forwards and backwards of the model that samples took part in: of all alike, or of each, int64 [B]."""
+
+    forwards: int | Tensor
+    backwards: int | Tensor
+
+
 class Run:
     """The attack of `settings` on one batch; a subclass says how.
 
@@ -142,6 +149,11 @@ class Run:
 
     def _outcome(self) -> tuple[Tensor, ...]:
         raise NotImplementedError
+
+    @property
+    def passes(self) -> Passes:
+        """Of the attack so far."""
+        return Passes(self.model.forwards, self.model.backwards)
 
     def _logit_gradient(self, logits: Tensor, reference, value: Tensor | None = None) -> Tensor:
         if self.classes is None:

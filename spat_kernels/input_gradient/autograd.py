@@ -62,11 +62,15 @@ class InputGradient:
         precision: as the caller asked for it.
         highest_label: the largest class that the labels name, to be checked against the number of classes.
         x: images like those to come; without them the model runs in the layout that it is given.
+
+    Attributes:
+        forwards, backwards: how many there have been.
     """
 
     factor = None  # as of a `PlannedGradient`: gradients are what they are
     independent_samples = False  # batch norm in train mode, or any code of the model's, may couple the samples of a batch
     deterministic = False  # and draw random numbers
+    forwards = backwards = 0
 
     def __init__(self, model, precision: str | None = None, highest_label: int = -1, x: Tensor | None = None):
         self.model, self.precision = model, precision
@@ -101,6 +105,7 @@ class InputGradient:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], without a graph."""
+        self.forwards += 1
         with torch.no_grad():
             return check_logits(self._call(x, False)[1], x, self.highest_label).contiguous()
 
@@ -155,6 +160,7 @@ class InputGradient:
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
+        self.forwards += 1
         with torch.enable_grad():
             self._given = x.detach()
             self._x, logits = self._call(self._given, True)
@@ -163,6 +169,7 @@ class InputGradient:
 
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
         """Gradient at the x of the last `forward`, whose graph is freed, unless `keep`."""
+        self.backwards += 1
         given, x, logits = self._given, self._x, self._logits
         if not keep:
             del self._given, self._x, self._logits

@@ -37,11 +37,13 @@ class PlannedGradient:
         bound: what each step reads of the model (weights.py).
         factor: [B], by which samples of the last `backward` are to be multiplied where lengths count; None is 1.
         keep: whether that `backward` may be called again.
+        forwards, backwards: how many there have been.
     """
 
     independent_samples = deterministic = True
     factor: Tensor | None = None
     keep = False
+    forwards = backwards = 0
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class PlannedGradient:
 
     def forward(self, x: Tensor, keep: bool = True) -> Tensor:
         """Logits of `x`, contiguous [B, K]; what `backward` needs is kept, if `keep`."""
+        self.forwards += 1
         values: list = [None] * len(self.plan.nodes)  # Tensors, as long as a step still reads them
         values[0] = x
         for i, step in enumerate(self.plan.steps):
@@ -96,6 +99,7 @@ class PlannedGradient:
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
         """Gradient at the x of the last `forward`, to be multiplied by `factor`; what was kept is dropped, unless `keep`."""
         self.factor, self.keep = None, keep
+        self.backwards += 1
         grads: Grads = [[] for _ in self.plan.nodes]
         grads[self.plan.last] = [(dlogits if self.plan.last in self.plan.exact else self.into_network(dlogits), False)]
         for i in reversed(range(len(self.plan.steps))):

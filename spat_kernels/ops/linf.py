@@ -8,6 +8,11 @@ with fp64 alone). eps, step_size: [1] or [B] in fp32 (fp64 for fp64 images). Ari
 sign(0) = sign(NaN) = 0; nan_seen, uint8 [B], is set to 1 for samples with a NaN gradient and never cleared.
 A step moves 3 reads + 1 write of the image (16 bytes an element in fp32), a start 1 + 1.
 
+hash, int64 [B]: to each sample's is added the sum, modulo 2^64, of mix(bits(x_adv_i) + (i + 1) * 0x9E3779B97F4A7C15) over its
+elements in the order of the memory, where mix is the finaliser of splitmix64. A sum is the same in any order, so all backends
+find the same bits. Equal samples have equal hashes. Two that differ have equal ones with a probability of about 2^-64, if mix is
+taken for a random function, so two of T iterates that differ are taken for one with a probability of at most T^2 / 2^65.
+
 Noise is Philox4x32-10 with key seed[0] and counter (memory offset // 4, seed[1]): a function of the seed alone, the same bits on
 every backend. The same seed gives channels_last images other noise than contiguous ones.
 """
@@ -21,8 +26,14 @@ from .._library import define
 from ._common import EXACT, Maybe, broadcast, check_images, check_int64, check_step, per_sample, tl_acc
 
 BLOCK = 1024
+UNSIGNED = {2: tl.uint16, 4: tl.uint32, 8: tl.uint64}  # by the size of an element
 
 # --- reference ---
+
+
+def check_hash(hash: Maybe, x_adv: Tensor) -> None:
+    if hash is not None:
+        check_int64(len(x_adv), hash=hash)
 
 
 def philox_at(seed: Tensor, index: Tensor) -> Tensor:
@@ -42,6 +53,26 @@ def memory_order(t: Tensor) -> Tensor:
     return t if t.is_contiguous() else t.movedim(1, -1)
 
 
+def hash_ref(x: Tensor) -> Tensor:
+    """The hash of each of the dense samples x [B, ...], int64 [B]."""
+
+    def shifted(z: Tensor, bits: int) -> Tensor:
+        return (z >> bits) & ((1 << (64 - bits)) - 1)  # without the sign, as in uint64
+
+    def signed(word: int) -> int:
+        return word - (word >> 63 << 64)
+
+    flat = memory_order(x).flatten(1)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = flat.view(integers).long()
+    bits = bits if x.element_size() == 8 else bits & ((1 << 8 * x.element_size()) - 1)
+    place = torch.arange(1, flat.shape[1] + 1, device=x.device)
+    z = bits + place * signed(0x9E3779B97F4A7C15)  # wraps in int64, the bits are those of uint64
+    z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
+    return (z ^ shifted(z, 31)).sum(1)
+
+
 def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
     check_images(x_adv, x, eps=eps)
     check_int64(2, seed=seed)
@@ -53,14 +84,17 @@ def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, l
 
 
 def linf_step_ref(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe, hash: Maybe
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
+    check_hash(hash, x_adv)
     eps, step_size = broadcast(eps, x), broadcast(step_size, x)
     moved = x_adv.to(eps.dtype) + step_size * grad.to(eps.dtype).sign().nan_to_num(0)
     x_adv.copy_(moved.clamp(x - eps, x + eps).clamp(lo, hi))
     if nan_seen is not None:
         nan_seen |= grad.isnan().flatten(1).any(1) if x.numel() else False
+    if hash is not None and x.numel():
+        hash += hash_ref(x_adv)
 
 
 # --- Triton ---
@@ -87,9 +121,17 @@ def linf_random_start_kernel(
 
 
 @triton.jit
+def mix(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
 def linf_step_kernel(
-    x_adv_ptr, x_ptr, grad_ptr, eps_ptr, step_ptr, nan_seen_ptr, numel, sample_numel, lo: tl.float64, hi: tl.float64,
-    EPS_VARIES: tl.constexpr, STEP_VARIES: tl.constexpr, COUNT_NAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    x_adv_ptr, x_ptr, grad_ptr, eps_ptr, step_ptr, nan_seen_ptr, hash_ptr, numel, sample_numel, lo: tl.float64, hi: tl.float64,
+    EPS_VARIES: tl.constexpr, STEP_VARIES: tl.constexpr, COUNT_NAN: tl.constexpr, HASH: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < numel
@@ -101,7 +143,14 @@ def linf_step_kernel(
         tl.store(nan_seen_ptr + i_sample, tl.full([BLOCK], 1, tl.uint8), mask=m & (b_grad != b_grad))
     b_sign = (b_grad > 0).to(ACC) - (b_grad < 0).to(ACC)
     b_moved = tl.minimum(tl.maximum(b_adv + b_step * b_sign, b_x - b_eps), b_x + b_eps)
-    tl.store(x_adv_ptr + o, tl.minimum(tl.maximum(b_moved, tl.cast(lo, ACC)), tl.cast(hi, ACC)), mask=m)
+    b_moved = tl.minimum(tl.maximum(b_moved, tl.cast(lo, ACC)), tl.cast(hi, ACC)).to(x_adv_ptr.dtype.element_ty)
+    tl.store(x_adv_ptr + o, b_moved, mask=m)
+    if HASH:
+        b_bits = b_moved.to(BITS, bitcast=True).to(tl.uint64)
+        b_hash = tl.where(m, mix(b_bits + (o - i_sample * sample_numel + 1).to(tl.uint64) * 0x9E3779B97F4A7C15), 0)
+        first, last = tl.min(tl.where(m, i_sample, numel)), tl.max(tl.where(m, i_sample, 0))
+        for i in range(first, last + 1):  # the samples of the block
+            tl.atomic_add(hash_ptr + i, tl.sum(tl.where(i_sample == i, b_hash, 0)).to(tl.int64, bitcast=True))
 
 
 # --- launchers ---
@@ -119,15 +168,16 @@ def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor
 
 
 def linf_step_triton(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe, hash: Maybe
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
+    check_hash(hash, x_adv)
     if numel := x_adv.numel():
         with torch.cuda.device_of(x_adv):
             linf_step_kernel[(triton.cdiv(numel, BLOCK),)](
-                x_adv, x, grad, eps, step_size, nan_seen, numel, numel // len(x), lo, hi,
+                x_adv, x, grad, eps, step_size, nan_seen, hash, numel, numel // len(x), lo, hi,
                 EPS_VARIES=eps.numel() > 1, STEP_VARIES=step_size.numel() > 1, COUNT_NAN=nan_seen is not None,
-                BLOCK=BLOCK, ACC=tl_acc(x.dtype), **EXACT,
+                HASH=hash is not None, BITS=UNSIGNED[x.element_size()], BLOCK=BLOCK, ACC=tl_acc(x.dtype), **EXACT,
             )  # fmt: skip
 
 
@@ -139,7 +189,8 @@ _random_start = define(
     linf_random_start_triton,
 )
 _step = define(
-    "linf_step_(Tensor(a!) x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, float lo, float hi, Tensor(b!)? nan_seen)",
+    "linf_step_(Tensor(a!) x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, float lo, float hi, "
+    "Tensor(b!)? nan_seen, Tensor(c!)? hash)",
     linf_step_ref,
     linf_step_triton,
 )
@@ -165,10 +216,11 @@ def linf_step_(
     lo: float = 0.0,
     hi: float = 1.0,
     nan_seen: Maybe = None,
+    hash: Maybe = None,
 ) -> Tensor:
     """Step `x_adv` by `step_size * sign(grad)`, then project onto the eps-ball around `x` and the box; returns `x_adv`.
 
     Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
     """
-    _step(x_adv, x, grad, eps, step_size, lo, hi, nan_seen)
+    _step(x_adv, x, grad, eps, step_size, lo, hi, nan_seen, hash)
     return x_adv
