@@ -1,13 +1,13 @@
 """PGD that ends early for samples from which nothing new can come: `PGD(stop=...)` (Doldo et al., arXiv 2503.19347).
 
 With a fixed step, the sign and the projection, the next iterate is a function of the present one, if the gradient of a sample
-depends on nothing else. So an iterate that was there before means a cycle: if x_t = x_s, s < t, then x_{t+k} = x_{s+k} for all k,
-and x_T is x_t where T - t is divisible by the period t - s. Iterates are known by a hash of 64 bits, which the fused step computes
-while it writes them; ops/linf.py bounds the probability of a collision.
+depends on nothing else. So an iterate that was there before means a cycle: if x_t = x_s, s < t, then x_{t+k} = x_{s+k} for all
+k, and x_T is x_t where T - t is divisible by the period t - s. Iterates are known by a hash of 64 bits, which the fused step
+computes while it writes them; ops/linf.py bounds the probability of a collision.
 
-The steps run in segments. Between two of them samples leave, and the batch gets smaller. Kernels are chosen by the size of a batch,
-and may sum up in another order, so the gradients in a smaller batch are first compared with those in the larger one. On CPUs
-they must be equal to the last bit, else the batch stays as it is: what comes out is what comes out without an early stop. On
+The steps run in segments. Between two of them samples leave, and the batch gets smaller. Kernels are chosen by the size of a
+batch, and may sum up in another order, so the gradients in a smaller batch are first compared with those in the larger one. On
+CPUs they must be equal to the last bit, else the batch stays as it is: what comes out is what comes out without an early stop. On
 GPUs, where no size may have the bits of another, the run goes on in the smaller batch and forgets the iterates before it: each
 sample has its T steps, and a cycle is a proof, but roundings are not those of a run without an early stop.
 """
@@ -190,8 +190,8 @@ class _Climb:
 
     def _shrink(self) -> None:
         """Take a smaller batch, if it pays and does no harm."""
-        left, size, on_cpu = int(self.live.sum()), len(self.live), not self.iterate.is_cuda
-        if on_cpu:
+        left, size, bits = int(self.live.sum()), len(self.live), keeps_bits(self.iterate)
+        if bits:
             smaller = -(-left // MULTIPLE) * MULTIPLE
         else:  # few sizes, since each has a graph
             smaller = size
@@ -202,7 +202,7 @@ class _Climb:
             return
         rows = self.live.byte().argsort(descending=True, stable=True)[:smaller]  # filled up by some that have left
         equal = self._has_equal_gradients(rows)
-        if on_cpu and not equal:
+        if bits and not equal:
             self.refused = smaller
             return
         self.iterate, self.live, self.history = self.iterate[rows], self.live[rows], self.history[:, rows]
@@ -254,6 +254,11 @@ class _Best:
             ops.keep_best_(self.images, self.value, self.success, attack.x_adv, value, found)
         else:
             ops.keep_best_(self.images, self.value, None, attack.x_adv, value, None)
+
+
+def keeps_bits(x: Tensor) -> bool:
+    """Whether a smaller batch is taken only with the same bits."""
+    return not x.is_cuda
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

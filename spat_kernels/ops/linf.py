@@ -84,7 +84,15 @@ def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, l
 
 
 def linf_step_ref(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe, hash: Maybe
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: Tensor,
+    step_size: Tensor,
+    lo: float,
+    hi: float,
+    nan_seen: Maybe,
+    hash: Maybe = None,
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
     check_hash(hash, x_adv)
@@ -131,7 +139,7 @@ def mix(z):
 def linf_step_kernel(
     x_adv_ptr, x_ptr, grad_ptr, eps_ptr, step_ptr, nan_seen_ptr, hash_ptr, numel, sample_numel, lo: tl.float64, hi: tl.float64,
     EPS_VARIES: tl.constexpr, STEP_VARIES: tl.constexpr, COUNT_NAN: tl.constexpr, HASH: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+    SAMPLES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < numel
@@ -148,9 +156,10 @@ def linf_step_kernel(
     if HASH:
         b_bits = b_moved.to(BITS, bitcast=True).to(tl.uint64)
         b_hash = tl.where(m, mix(b_bits + (o - i_sample * sample_numel + 1).to(tl.uint64) * 0x9E3779B97F4A7C15), 0)
-        first, last = tl.min(tl.where(m, i_sample, numel)), tl.max(tl.where(m, i_sample, 0))
-        for i in range(first, last + 1):  # the samples of the block
-            tl.atomic_add(hash_ptr + i, tl.sum(tl.where(i_sample == i, b_hash, 0)).to(tl.int64, bitcast=True))
+        first = tl.program_id(0).to(tl.int64) * BLOCK // sample_numel
+        for j in range(SAMPLES):  # that a block may have a part of
+            b_sum = tl.sum(tl.where(i_sample == first + j, b_hash, 0)).to(tl.int64, bitcast=True)
+            tl.atomic_add(hash_ptr + first + j, b_sum, mask=(first + j) * sample_numel < numel)
 
 
 # --- launchers ---
@@ -168,7 +177,15 @@ def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor
 
 
 def linf_step_triton(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe, hash: Maybe
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: Tensor,
+    step_size: Tensor,
+    lo: float,
+    hi: float,
+    nan_seen: Maybe,
+    hash: Maybe = None,
 ) -> None:
     check_step(x_adv, x, grad, eps, step_size, nan_seen)
     check_hash(hash, x_adv)
@@ -177,7 +194,8 @@ def linf_step_triton(
             linf_step_kernel[(triton.cdiv(numel, BLOCK),)](
                 x_adv, x, grad, eps, step_size, nan_seen, hash, numel, numel // len(x), lo, hi,
                 EPS_VARIES=eps.numel() > 1, STEP_VARIES=step_size.numel() > 1, COUNT_NAN=nan_seen is not None,
-                HASH=hash is not None, BITS=UNSIGNED[x.element_size()], BLOCK=BLOCK, ACC=tl_acc(x.dtype), **EXACT,
+                HASH=hash is not None, BITS=UNSIGNED[x.element_size()],
+                SAMPLES=0 if hash is None else BLOCK // (numel // len(x)) + 2, BLOCK=BLOCK, ACC=tl_acc(x.dtype), **EXACT,
             )  # fmt: skip
 
 
@@ -190,7 +208,7 @@ _random_start = define(
 )
 _step = define(
     "linf_step_(Tensor(a!) x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size, float lo, float hi, "
-    "Tensor(b!)? nan_seen, Tensor(c!)? hash)",
+    "Tensor(b!)? nan_seen, Tensor(c!)? hash=None)",
     linf_step_ref,
     linf_step_triton,
 )

@@ -12,6 +12,7 @@ from benchmarks import autoattack as benchmark
 from benchmarks import measure
 from spat_kernels import APGD, FAB, AutoAttack, Square
 from spat_kernels.attacks import autoattack
+from spat_kernels.attacks._common import Tally
 from tests.helpers import Recorder, assert_inside, attackable, batch, cnn, correct, moved, sharp
 
 QUICK = {"steps": 3, "queries": 20}
@@ -51,7 +52,7 @@ def test_published_settings(monkeypatch):
     """The lists of attacks, their restarts and passes are those of the authors' code."""
     made = []
     for attack in (APGD, FAB, Square):
-        monkeypatch.setattr(attack, "__call__", lambda self, model, x, y: made.append(self) or x)
+        monkeypatch.setattr(attack, "run", lambda self, model, x, y: made.append(self) or Tally(x).result(x))
     model, (x, y) = cnn().eval(), batch()
     y = model(x).argmax(1)
 
@@ -83,8 +84,8 @@ def test_only_what_is_still_correct_is_attacked(monkeypatch):
     y[:6] = (y[:6] + 1) % 10
     seen = []
     for attack in (APGD, FAB, Square):
-        call = attack.__call__
-        monkeypatch.setattr(attack, "__call__", lambda self, m, x, y, call=call: seen.append(len(x)) or call(self, m, x, y))
+        run = attack.run
+        monkeypatch.setattr(attack, "run", lambda self, m, x, y, run=run: seen.append(len(x)) or run(self, m, x, y))
     stages = [stage.robust.clone() for stage in AutoAttack(0.006, **QUICK).stages(model, x, y)]
     assert seen == [int(s.sum()) for s in stages[:4]]
     assert len(stages) == 5

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from spat_kernels.attacks import square
+from spat_kernels.attacks._common import Tally
 from spat_kernels.attacks.square import Square
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_kernels.input_gradient.windows import Windows
@@ -25,7 +26,7 @@ def finished_run(settings, model, x, y):
     with torch.no_grad():
         run = square.RUNS[settings.norm](
             settings, input_gradient(model, x, "autograd"), x, y, torch.full((len(x),), settings.eps, dtype=x.dtype),
-            torch.ones(len(x), dtype=torch.bool),
+            torch.arange(len(x)), Tally(x),
         )  # fmt: skip
         run(x.clone(), torch.ones(len(x), dtype=torch.bool))
     return run

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spat_kernels.ops.linf import hash_ref
 from tests.ops.helpers import acc, layouts, reference, sentinels
 
 SHAPES = [(0, 3, 4, 4), (1, 1), (1, 127), (3, 1001), (5, 3, 7, 7), (4, 3, 32, 32)]
@@ -13,6 +14,7 @@ def samples(dtype):
     x_adv, x, grad = (torch.rand(4, 3, 32, 32).to(dtype) for _ in range(3))
     one, each, seed = torch.full((1,), 0.1, dtype=acc(dtype)), torch.rand(4, dtype=acc(dtype)), torch.tensor([1, 2])
     yield "linf_random_start_", (x_adv, x, one, seed, 0.0, 1.0)
+    yield "linf_step_", (x_adv, x, grad, each, one, 0.0, 1.0, None, torch.zeros(4, dtype=torch.int64))
     for op in ("linf_step_", "l2_step_"):
         yield op, (x_adv, x, grad, one, one, 0.0, 1.0, torch.zeros(4, dtype=torch.uint8))
         yield op, (x_adv, x, grad, each, one, 0.0, 1.0, None)
@@ -38,11 +40,44 @@ def test_step_is_bitwise_the_reference(impl, shape, per_sample):
         x_adv.copy_(x + 0.03 * torch.randn(shape, device=impl.device))
         grad = torch.empty_like(x, dtype=grad_dtype).copy_(torch.randn(shape))
         eps, step = (radii(shape, dtype, impl.device, per_sample) for _ in range(2))
-        expected = x_adv.clone()
-        reference("linf_step_")(expected, x, grad, eps, step, 0.0, 1.0, None)
-        impl("linf_step_")(x_adv, x, grad, eps, step, 0.0, 1.0, None)
+        expected, unhashed = x_adv.clone(), x_adv.clone()
+        hashes = [torch.arange(shape[0], device=impl.device) for _ in range(2)]  # added to, not overwritten
+        reference("linf_step_")(expected, x, grad, eps, step, 0.0, 1.0, None, hashes[0])
+        impl("linf_step_")(x_adv, x, grad, eps, step, 0.0, 1.0, None, hashes[1])
+        impl("linf_step_")(unhashed, x, grad, eps, step, 0.0, 1.0, None)
         assert torch.equal(x_adv, expected), (dtype, grad_dtype, layout)
+        assert torch.equal(unhashed, expected), (dtype, grad_dtype, layout)
+        assert torch.equal(*hashes), (dtype, grad_dtype, layout)
         assert intact()
+
+
+MASK = 2**64 - 1
+
+
+def hash_of(values: bytes, size: int) -> int:
+    """The docstring's formula in Python's integers, on the bytes of one sample with elements of `size` bytes."""
+    total = 0
+    for i in range(len(values) // size):
+        z = int.from_bytes(values[i * size : (i + 1) * size], "little") + (i + 1) * 0x9E3779B97F4A7C15 & MASK
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
+        total += z ^ z >> 31
+    return (total + 2**63) % 2**64 - 2**63
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_hash_is_that_of_the_bytes(dtype):
+    x = torch.randn(3, 2, 5, 7).to(dtype)
+    x[2] = x[0]
+    x[2, 1, 4, 6] += torch.finfo(dtype).eps * x[2, 1, 4, 6]  # one unit in the last place of one element
+    x[1, 0, 0, :2] = torch.tensor([-0.0, torch.inf])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = x.contiguous(memory_format=layout)
+        memory = images if layout == torch.contiguous_format else images.permute(0, 2, 3, 1)
+        raw = memory.contiguous().view(torch.uint8).flatten(1)
+        expected = [hash_of(bytes(sample.tolist()), x.element_size()) for sample in raw]
+        assert hash_ref(images).tolist() == expected
+        assert len(set(expected)) == 3
 
 
 def test_step_at_extreme_gradients(impl):
