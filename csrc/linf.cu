@@ -12,7 +12,7 @@ __device__ __forceinline__ void add_hash(uint64_t* hash, int64_t sample, uint64_
 
 // The same by a whole warp: one addition where all lanes have the same sample.
 __device__ __forceinline__ void add_hashes(uint64_t* hash, int64_t sample, uint64_t value) {
-  const bool same = __all_sync(kAllLanes, sample == __shfl_sync(kAllLanes, sample, 0));
+  const bool same = !__any_sync(kAllLanes, sample != __shfl_sync(kAllLanes, sample, 0));
   if (same) value = warp_reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
   if (!same || threadIdx.x % kWarp == 0) add_hash(hash, sample, value);
 }

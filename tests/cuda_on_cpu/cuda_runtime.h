@@ -69,6 +69,14 @@ T __shfl_xor_sync(unsigned mask, T v, int lane_mask, std::source_location at = s
   memcpy(&v, cuda_on_cpu::meet(op, at, cuda_on_cpu::kWarp, bits) + (threadIdx.x % cuda_on_cpu::kWarp ^ lane_mask), sizeof(v));
   return v;
 }
+template <class T>
+T __shfl_sync(unsigned mask, T v, int lane, std::source_location at = std::source_location::current()) {
+  uint64_t bits = 0;
+  memcpy(&bits, &v, sizeof(v));
+  const char* op = mask == ~0u ? "__shfl_sync" : "__shfl_sync without all lanes";
+  memcpy(&v, cuda_on_cpu::meet(op, at, cuda_on_cpu::kWarp, bits) + lane, sizeof(v));
+  return v;
+}
 inline int __any_sync(unsigned mask, int v, std::source_location at = std::source_location::current()) {
   const char* op = mask == ~0u ? "__any_sync" : "__any_sync without all lanes";
   return cuda_on_cpu::any(cuda_on_cpu::meet(op, at, cuda_on_cpu::kWarp, v != 0), cuda_on_cpu::kWarp);
@@ -79,6 +87,7 @@ inline int __syncthreads_or(int v, std::source_location at = std::source_locatio
 inline void __syncthreads(std::source_location at = std::source_location::current()) {
   cuda_on_cpu::meet("__syncthreads", at, blockDim.x, 0);
 }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 template <class T>
 size_t __cvta_generic_to_global(const T* p) {
   return reinterpret_cast<size_t>(p);
