@@ -1,0 +1,97 @@
+"""PGD of many steps with an early stop against the whole run: `python -m benchmarks.early_stop --help`.
+
+    python -m benchmarks.early_stop runs/wrn-10-2-madry --data cifar10.npz --out results/cpu/early_stop.json
+
+On images that the model gets right, from the same random starts, in fp32. Batch by batch, in turns, so that whatever else the
+machine does hits all alike; seconds are also given as those of the process on its cores. The images must be the same to the bit.
+"""
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.agreement import run_and_images
+from benchmarks.tables import environment, markdown
+from spat_kernels import PGD
+from spat_kernels.predictions import predictions
+
+STOPS = {"whole run": None, 'stop="cycle"': "cycle", 'stop="exact"': "exact", 'stop="success"': "success"}
+
+
+@dataclass
+class Arguments:
+    """PGD of many steps with an early stop against the whole run."""
+
+    model: tyro.conf.Positional[Path]
+    """The folder of a run."""
+    data: Path
+    """The data set as an .npz file."""
+    out: Path
+    """JSON file to write."""
+    images: int = 300
+    """How many images that the model gets right, the first ones."""
+    steps: int = 1000
+    batch_size: int = 100
+
+
+def compare(model, x: Tensor, y: Tensor, eps: float, steps: int, batch_size: int) -> dict[str, dict]:
+    """By way of stopping: seconds and CPU seconds; of each image its passes, whether it is broken at the end or on the way, and
+    whether it is the whole run's to the bit."""
+    found = {name: {"seconds": 0.0, "cpu_seconds": 0.0, "passes": [], "broken": [], "same": []} for name in STOPS}
+    draw = random.Random(0)
+    for number, rows in enumerate(torch.arange(len(x)).split(batch_size)):
+        images, names = {}, draw.sample(list(STOPS), len(STOPS))
+        for name in names:
+            attack = PGD(eps, steps=steps, stop=STOPS[name], generator=torch.Generator().manual_seed(number))
+            begin = time.perf_counter(), time.process_time()
+            images[name], forwards, backwards = attack.run(model, x[rows], y[rows])
+            found[name]["seconds"] += time.perf_counter() - begin[0]
+            found[name]["cpu_seconds"] += time.process_time() - begin[1]
+            found[name]["passes"] += (forwards + backwards).tolist()
+            found[name]["broken"] += (predictions(model(images[name])) != y[rows]).tolist()
+        for name in names:
+            found[name]["same"] += (images[name] == images["whole run"]).flatten(1).all(1).tolist()
+        print(f"{int(rows[-1]) + 1} of {len(x)} images", {n: f"{f['seconds']:.0f} s" for n, f in found.items()}, flush=True)
+    whole = found["whole run"]
+    for entry in found.values():
+        entry["accuracy"] = 100 - 100 * sum(entry["broken"]) / len(x)
+        entry["identical"] = 100 * sum(entry["same"]) / len(x)
+        entry["saved"] = 100 - 100 * sum(entry["passes"]) / sum(whole["passes"])
+        entry["faster"], entry["cpu_faster"] = (whole[key] / entry[key] for key in ("seconds", "cpu_seconds"))
+    return found
+
+
+def table(results: dict) -> str:
+    found = results["early_stop"]
+    return markdown(
+        results, [entry | {"name": name} for name, entry in found.items()],
+        "PGD || accuracy of these images, % | images as in the whole run, % | passes saved, % | s | faster | CPU s | faster",
+        "{name} || {accuracy:.1f} | {identical:.1f} | {saved:.1f} | {seconds:.0f} | {faster:.2f}x | {cpu_seconds:.0f} | {cpu_faster:.2f}x",
+        "{settings[model]} ({settings[network]}), eps {settings[eps]:.4g}, {settings[images]:,} images that it gets right, "
+        "{settings[steps]:,} steps of eps / 4, batches of {settings[batch_size]}.", environment,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def main(args: Arguments) -> None:
+    torch.set_num_threads(2)
+    model, config, x, y = run_and_images(args.model, args.data, 10 * args.images)
+    right = (predictions(model(x)) == y).nonzero()[: args.images, 0]
+    settings = {"model": args.model.name, "network": config.model, "eps": config.eps / 255, "images": len(right)}
+    settings |= {"steps": args.steps, "batch_size": args.batch_size}
+    found = compare(model, x[right], y[right], config.eps / 255, args.steps, args.batch_size)
+    results = measure.begun("early_stop", "cpu", settings=settings, early_stop=found)
+    measure.write(args.out, results)
+    print(table(results))
+    if not all(found['stop="cycle"']["same"]):
+        raise SystemExit('stop="cycle" gave other images than the whole run')
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
