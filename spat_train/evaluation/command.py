@@ -23,11 +23,13 @@ from ..models.checkpoints import load_model, with_classes_of
 from ..models.external import import_own
 from ..models.run_config import checkpoint_file, chosen_name, run_config
 from ..models.wrapping import normalisation
+from ..runtime.distributed import PATIENCE, World, world
 from ..runtime.signals import interruptible
 from . import attack_specs
 from .alarms import Alarm, alarms, beyond_chance, rechecked
 from .checks import check_numbers
 from .evaluate import evaluate
+from .record_log import has_records
 from .report import hardware, summary, write_report
 from .result import Evaluation, Options
 
@@ -122,15 +124,21 @@ class EvaluateOptions:
 def evaluate_command(options: EvaluateOptions) -> None:
     """Attack a trained model at the test images, and write a report.
 
-    Interrupted or killed, the same command continues it. With other attacks it adds those to what the report has.
+    Interrupted or killed, the same command continues it. With other attacks it adds those to what the report has. Started by
+    torchrun, its processes share the images (one process a GPU), in a folder that all see.
     """
     config = run_config(options.model)
     eps = options.eps if options.eps is not None else config.evaluation_eps if config else 8.0
     _check(options, config, eps)
-    dataset = _load_data(options, config)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with world(options.device, PATIENCE) as processes:
+        _evaluate(options, config, eps, processes)
+
+
+def _evaluate(options: EvaluateOptions, config: Config | None, eps: float, processes: World) -> None:
+    device = processes.device
     if device.type != "cuda" and options.precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
+    dataset = processes.in_turn(lambda: _load_data(options, config))
     network, about = _open(options, "model", dataset)
     dataset = with_classes_of(network, dataset)
     source, source_about = _open(options, "source", dataset) if options.source else (None, {})
@@ -145,9 +153,11 @@ def evaluate_command(options: EvaluateOptions) -> None:
     settings: Options = {
         "eps": eps / 255, "rows": rows, "seed": options.seed, "batch_size": options.batch_size, "precision": options.precision,
         "input_gradient": options.input_gradient, "graph": "auto" if options.graph == "auto" else False,
-        "memory_format": config.memory_format if config else torch.channels_last,
+        "memory_format": config.memory_format if config else torch.channels_last, "world": processes,
     }  # fmt: skip
     evaluation, found = _attack(options, network, source, dataset.test, device, settings)
+    if not processes.main:
+        return
     write_report(options.folder, evaluation, dataset.test, dataset.classes, found, about)
     print(summary(evaluation, found))
     if normalisation(network):
@@ -219,7 +229,7 @@ def _attack(
     folder = options.folder
 
     def too_large() -> str:
-        begun = ", in another --out" if (folder / "samples.jsonl").exists() else ""
+        begun = ", in another --out" if has_records(folder) else ""
         return f"--batch-size {options.batch_size}: out of memory on {device}: lower it{begun}"
 
     with interruptible(f"the same command continues {folder}", too_large) as on_progress:
