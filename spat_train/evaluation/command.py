@@ -32,6 +32,7 @@ from .evaluate import evaluate
 from .record_log import has_records
 from .report import hardware, summary, write_report
 from .result import Evaluation, Options
+from .robustbench import architecture_of, chosen_attack, read_entry, robustbench_entry, write_entry
 
 Activation = Literal["relu", "silu", "gelu", "softplus"]
 
@@ -116,6 +117,10 @@ class EvaluateOptions:
     """Folder for evaluation.json (`help(spat_train.evaluate)` says what is in it), report.md, report.html and samples.jsonl.
     Default: evaluation/ in the run, or beside the checkpoint; with --source evaluation-from-NAME/."""
 
+    robustbench: Path | None = None
+    """Write an entry in the layout of RobustBench's leaderboards to this .json file, from --attacks autoattack. Fields that the
+    file has already, such as authors and link, are kept: only the accuracies and eps are updated. Default: none."""
+
     @property
     def folder(self) -> Path:
         return self.out or default_folder(self.model, self.source)
@@ -159,10 +164,29 @@ def _evaluate(options: EvaluateOptions, config: Config | None, eps: float, proce
     if not processes.main:
         return
     write_report(options.folder, evaluation, dataset.test, dataset.classes, found, about)
+    entry = _entry(options, config, evaluation, about["network"], len(dataset.test)) if options.robustbench else {}
     print(summary(evaluation, found))
     if normalisation(network):
         print(f"the model normalises images: {normalisation(network)}")
     print(f"{options.folder / 'report.html'} written")
+    if options.robustbench:
+        print(write_entry(options.robustbench, entry))
+
+
+def _data_name(options: EvaluateOptions, config: Config | None) -> str:
+    return Path(options.data or (config.data if config else "")).stem
+
+
+def _entry(options: EvaluateOptions, config: Config | None, evaluation: Evaluation, network: str, test_images: int) -> dict:
+    """RobustBench's entry, with what `options.robustbench` has already."""
+    assert options.robustbench
+    dataset = _data_name(options, config)
+    return robustbench_entry(
+        evaluation, chosen_attack(attack_specs.parse_all(options.attacks), options.robustbench), test_images=test_images,
+        name=options.model.resolve().name if options.model.is_dir() else options.model.stem,
+        architecture=architecture_of(network), dataset=dataset, before=read_entry(options.robustbench, dataset),
+        additional_data=config is not None and config.extra is not None,
+    )  # fmt: skip
 
 
 def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
@@ -172,7 +196,15 @@ def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
     name = chosen_name(options.model, config, options.model_name, "--model-name")
     with as_input_error(f"--model-name {name}"):
         import_own(name)  # it may register losses
-    attack_specs.parse_all(options.attacks)
+    attacks = attack_specs.parse_all(options.attacks)
+    if options.robustbench:
+        if options.source or options.attack_wrong:
+            raise InputError(
+                f"--robustbench {options.robustbench}: an entry is about the model itself, attacked where it is right: leave out "
+                "--source and --attack-wrong"
+            )
+        chosen_attack(attacks, options.robustbench)
+        read_entry(options.robustbench, _data_name(options, config))
     check_device(options.device)
     check_count("--limit", options.limit)
     check_eps("--eps", eps)

@@ -74,7 +74,7 @@ def expected(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_files_and_results_are_those_of_one_process(tmp_path, expected, size):
     assert in_several(size, work_together, tmp_path / "out", tmp_path) == [0] * size
     assert contents(tmp_path / "out") == contents(expected)
@@ -90,7 +90,7 @@ def test_the_files_and_results_are_those_of_one_process(tmp_path, expected, size
         assert all(map(torch.equal, images, pictures))
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (2, 3), (1, 2), (3, 2, 1)])
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 3), (3, 2, 1)))])
 def test_stopped_by_some_and_continued_by_others(tmp_path, expected, sizes):
     """What was finished is kept, although it is not yet its turn in samples.jsonl, and not made again."""
     folder, whole = tmp_path / "out", contents(expected)["samples.jsonl"]
@@ -107,15 +107,14 @@ def test_stopped_by_some_and_continued_by_others(tmp_path, expected, sizes):
     if sizes[-1] > 1:
         assert in_several(sizes[-1], work_together, folder) == [0] * sizes[-1]
     else:
-        kept = len((folder / "samples.jsonl").read_bytes().splitlines()) + len(
-            [line for path in folder.glob("samples-*.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
-        )
+        lines = [line for path in folder.glob("samples*.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
+        kept = {(record["attack"], record["batch"]) for record in map(json.loads, lines)}
         made = []
         with pytest.MonkeyPatch.context() as patched:
             attack = module._Recorder.__call__
             patched.setattr(module._Recorder, "__call__", lambda self, task: made.append(task) or attack(self, task))
             work(folder)
-        assert len(made) <= 25 - kept
+        assert len(made) == 25 - len(kept)
     assert contents(folder) == contents(expected)
 
 
@@ -177,10 +176,7 @@ def count_bars(path: Path) -> None:
         numbers = list(dealer.deal(7))
         dealer.join(lambda: None)
         assert sorted(sum(processes.gather(numbers), [])) == [*range(7)]
-    if rank() == 0:
-        assert [(bar.n, bar.total, bar.disable) for bar in bars] == [(130 * (1 + 1 + 3 + 1 + 4),) * 2 + (False,)] * 2
-    else:
-        assert [bar.disable for bar in bars] == [True] * 2
+    assert [(bar.n, bar.total) for bar in bars] == [(130 * (1 + 1 + 3 + 1 + 4) * (rank() == 0), 1300)] * 2  # of clean, fgsm, ...
 
 
 def test_the_bar_of_the_main_process_counts_the_images_of_all(tmp_path):
@@ -214,7 +210,7 @@ def test_processes_that_do_not_fit(tmp_path, what, message):
     other.release()
     for each in range(2):
         assert re.search(message, (tmp_path / str(each)).read_text())
-    assert (tmp_path / "out").exists() == (what == "in use" and (tmp_path / "out" / "x").exists())
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the command
