@@ -132,15 +132,16 @@ ALONE = World(0, 1, torch.device("cpu"))  # where processes share nothing; it ch
 class Dealer:
     """Deals numbers to processes that work at their own pace, and adds up how far they are. Nobody waits, except in `join`.
 
-    All processes make their dealers in the same order.
+    All processes of a world make its dealers in the same order.
     """
 
     _number = itertools.count()
 
     def __init__(self, world: World):
-        self.world, self.counts = world, Counter[str]()
-        name = f"spat_train/dealer{next(self._number)}"
-        self.store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store()) if world.size > 1 else None
+        self.world, self.counts, self.store = world, Counter[str](), None
+        if world.size > 1:
+            shared = dist.distributed_c10d._get_default_store()
+            self.store = dist.PrefixStore(f"spat_train/dealer{next(self._number)}", shared)
 
     def deal(self, count: int) -> Iterator[int]:
         """Numbers below `count`: each goes to one process, the next one to whoever asks."""

@@ -44,6 +44,9 @@ def work(folder: Path | None, processes=None, **how):
 def work_together(folder: Path, results: Path | None = None) -> None:
     with world("cpu", PATIENCE) as processes:
         found = work(folder, processes)
+        if results:
+            again = work(None, processes, save_images=False)
+            assert all(torch.equal(again.predicted[name], found.predicted[name]) for name in found.attacks)
     if results:
         state = found.predicted | {f"part of {name}": part for name, part in found.part.items()}
         torch.save([state, [e.image for examples in found.examples.values() for e in examples]], results / f"{rank()}.pt")
@@ -290,14 +293,15 @@ def test_errors_are_said_once(a_run, tmp_path, wrong):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_one_in_a_long_attack(a_run, tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_one_in_a_long_attack(a_run, tmp_path, killed):
     script = tmp_path / "killed.py"
     script.write_text(
         "import os, signal, sys, time\n"
         "from spat_train import cli\n"
         "from spat_train.evaluation import evaluate as module\n"
         "def attack(*arguments, **options):\n"
-        "    if os.environ['RANK'] == '1': time.sleep(1), os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    if os.environ['RANK'] == '{killed}': time.sleep(1), os.kill(os.getpid(), signal.SIGKILL)\n"
         "    for _ in range(6000): time.sleep(0.02)\n"
         "module.broken_by = attack\n"
         "cli.main()\n"

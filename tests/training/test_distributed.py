@@ -157,7 +157,7 @@ def test_each_process_has_its_gpu(monkeypatch, device, size, place):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(torch._utils._get_device_index(device)))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: seen.append(backend))
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     for name, value in (LAUNCHED | {"WORLD_SIZE": size, "RANK": size - 1, "LOCAL_RANK": size - 1}).items():
         monkeypatch.setenv(name, str(value))
