@@ -174,19 +174,20 @@ class Samples:
         atomic_write.write(folder / f"{batch:05}.npz", content.getbuffer())
 
     def close(self) -> None:
-        """Close the files. One process without any record removes them."""
-        unused = []
-        if self.early and not self.early.tell():
-            unused.append(shard(self.world.rank))
-        if self.world.size == 1 and not self.records:  # where there are several, others may have some
-            unused += ["samples.jsonl", "settings.json"]
+        """Close the files, and remove empty ones, so that an evaluation with other settings may follow. Where there are several
+        processes, samples.jsonl and settings.json stay: the others may have records."""
         for file in (self.file, self.early):
             if file:
                 with suppress(OSError):  # a line that could not be written, which `add` has reported
                     file.close()
-        if self.folder is not None:
-            for name in unused:
-                (self.folder / name).unlink(missing_ok=True)
+        if self.folder is None:
+            return
+        unused = ["samples.jsonl", "settings.json"] if self.world.size == 1 and not self.records else []
+        own = self.folder / shard(self.world.rank)
+        if self.early and own.exists() and not own.stat().st_size:
+            unused.append(own.name)
+        for name in unused:
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def shard(rank: int) -> str:

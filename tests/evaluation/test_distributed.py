@@ -121,15 +121,21 @@ def test_stopped_by_some_and_continued_by_others(tmp_path, expected, sizes):
     assert contents(folder) == contents(expected)
 
 
-def test_what_waits_for_an_attack_that_is_not_asked_for_is_kept(tmp_path, expected):
-    """Another order of work: each line of batch 3 was made early, and of pgd-10x3 batch 1 is missing."""
+def work_on_fgsm(folder: Path) -> None:
+    with world("cpu", PATIENCE) as processes:
+        found = work(folder, processes, attacks="fgsm")
+    assert list(found.attacks) == ["clean", "fgsm"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_waits_for_an_attack_that_is_not_asked_for_is_kept(tmp_path, expected, size):
+    """All of batch 3 was made early, and of the other attacks the other batches are missing."""
     folder, lines = tmp_path / "out", contents(expected)["samples.jsonl"].splitlines(keepends=True)
     folder.mkdir()
     (folder / "settings.json").write_bytes(contents(expected)["settings.json"])
     early = [line for line in lines if json.loads(line)["batch"] == 3]
     (folder / "samples-7.jsonl").write_bytes(b"".join(early))
-    found = work(folder, attacks="fgsm")
-    assert list(found.attacks) == ["clean", "fgsm"]
+    assert in_several(size, work_on_fgsm, folder) == [0] * size
     assert {p.name for p in folder.iterdir() if p.is_file()} == {"settings.json", "samples.jsonl", "samples-0.jsonl"}
     assert (folder / "samples-0.jsonl").read_bytes().splitlines() == [
         line.strip() for line in early if json.loads(line)["attack"] not in ("clean", "fgsm")
