@@ -167,6 +167,7 @@ def evaluate(
     Raises:
         InputError: an argument does not fit, or `folder` holds another evaluation.
         SaveError: the disk is full.
+        RuntimeError: another process of `world` ended.
     """
     world = world or ALONE
     parsed = parse_all(attacks)

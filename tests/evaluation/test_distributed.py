@@ -15,7 +15,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 
 from spat_train import cli
-from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.errors import InputError
 from spat_train.evaluation import evaluate as module
@@ -23,8 +22,8 @@ from spat_train.evaluation.alarms import alarms
 from spat_train.evaluation.record_log import EXAMPLES
 from spat_train.runtime import logs
 from spat_train.runtime.distributed import PATIENCE, Dealer, world
-from spat_train.runtime.run_folder import FORMAT, RunFolder
-from tests.evaluation.helpers import EPS, FEATURES, contents, digits, fitted, quiet
+from spat_train.runtime.run_folder import RunFolder
+from tests.evaluation.helpers import EPS, FEATURES, contents, digits, fitted, quiet, write_run
 from tests.training.helpers import in_several, in_two, torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,12 +226,7 @@ def test_processes_that_do_not_fit(tmp_path, what, message):
 
 @pytest.fixture
 def a_run(tmp_path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    config = Config(data="digits", model=FEATURES, eps=15.3)
-    (folder / "config.json").write_text(config.to_json())
-    torch.save({"format": FORMAT, "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt")
-    return folder
+    return write_run(tmp_path / "run")
 
 
 def arguments(run: Path, out: Path) -> list[str]:

@@ -2,17 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from spat_train.config import Config
 from spat_train.errors import InputError
 from spat_train.evaluation.attack_specs import parse_all
 from spat_train.evaluation.result import Evaluation
 from spat_train.evaluation.robustbench import architecture_of, eps_text, read_entry, robustbench_entry, write_entry
-from spat_train.runtime.run_folder import FORMAT
-from tests.evaluation.helpers import FEATURES, command, error, fitted
+from tests.evaluation.helpers import FEATURES, command, error, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,13 +139,8 @@ def test_a_file_that_is_no_entry(tmp_path):
 
 
 @pytest.fixture
-def a_run(tmp_path):
-    folder = tmp_path / "a-run"
-    folder.mkdir()
-    config = Config(data="digits", model=FEATURES, eps=128)
-    (folder / "config.json").write_text(config.to_json())
-    torch.save({"format": FORMAT, "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}, folder / "best.pt")
-    return folder
+def a_run(tmp_path) -> Path:
+    return write_run(tmp_path / "a-run", eps=128)
 
 
 def test_the_command_writes_and_updates_a_file(monkeypatch, capsys, a_run, tmp_path):
