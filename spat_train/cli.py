@@ -20,6 +20,7 @@ from .papers import figures, tables
 from .papers.options import Extent, Options
 from .presets import PRESETS
 from .runtime.atomic_write import SaveError
+from .runtime.distributed import PeerError, first_to_say, said_once
 from .runtime.signals import Stopped
 from .training.curves import write_curves
 from .training.trainer import TrainingError
@@ -37,14 +38,18 @@ def training_config(arguments: list[str]) -> Config:
 
 def train(arguments: list[str]) -> None:
     """Train a robust model: attack, update, validate, save; with --resume go on after any interruption."""
-    result = run(training_config(arguments))
+    with said_once():
+        config = training_config(arguments)
+    result = run(config)
     if result.summary:
         print(result.summary)
 
 
 def evaluate(arguments: list[str]) -> None:
     """Attack a trained model at the test images, and write a report. Interrupted, the same command continues."""
-    evaluate_command(parse(EvaluateOptions, arguments, prog="spat-train evaluate", description=evaluate_command.__doc__))
+    with said_once():
+        options = parse(EvaluateOptions, arguments, prog="spat-train evaluate", description=evaluate_command.__doc__)
+    evaluate_command(options)
 
 
 def presets() -> None:
@@ -140,7 +145,7 @@ def main() -> None:
                 tyro.cli(command, prog=f"spat-train {name}", args=arguments)
     except InputError as error:
         _leave(f"error: {error}", 2)
-    except (TrainingError, SaveError) as error:
+    except (TrainingError, SaveError, PeerError) as error:
         _leave(f"error: {error}", 1)
     except Stopped as stopped:
         _leave(str(stopped), stopped.exit_code)
@@ -149,8 +154,13 @@ def main() -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    print(f"spat-train: {message}", file=sys.stderr)
+    if first_to_say(message):
+        print(f"spat-train: {message}", file=sys.stderr, flush=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         sys.stdout.flush()  # the threads of torch.distributed may not outlive Python: they would abort this process
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -106,7 +106,7 @@ def test_commands(here, monkeypatch):
         for words in block:
             run(monkeypatch, *words)
     reports = ["report/report.html", "my_model-evaluation/report.html"]
-    for written in (*reports, "figure.png", "curves.png", "tables/table-6.1.md", "figures/figure-budget.json"):
+    for written in (*reports, "mine.json", "figure.png", "curves.png", "tables/table-6.1.md", "figures/figure-budget.json"):
         assert Path(written).is_file(), written
 
 

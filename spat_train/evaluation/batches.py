@@ -1,6 +1,6 @@
 """The loop that every evaluation shares: each attack on each batch, with restarts on what is not broken yet, and progress."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from spat_kernels.predictions import model_logits, predictions
 from ..data.images import Floats, Folder, Images, floats
 from ..models.try_on import device_of
 from ..runtime import logs
-from ..runtime.distributed import World
+from ..runtime.distributed import Dealer, World
 from .attack_specs import Attack
 
 
@@ -98,38 +98,60 @@ def attack_batches(
     classes: int = 2,
     finished: Callable[[str, int], bool] = lambda name, number: False,
     world: World | None = None,
+    dealer: Dealer | None = None,
 ) -> None:
     """Call `run` for every attack on every batch that is not `finished`, batch by batch, and show the progress.
 
-    With several processes each takes a batch of a round. All call `on_progress` equally often, even without a batch in the last.
+    Several processes of a `world` work in rounds: each takes a batch, and all call `on_progress` equally often, even without a
+    batch in the last round. With a `dealer` each takes the next batch when it is done with one, and waits for the others in the
+    end.
 
     Args:
         rows: int64 [N], which images.
         leave: whether the bar stays on the terminal.
         on_progress: called after every attack on a batch, and by `Task.on_progress`.
         classes: K, which the number of runs of an attack may depend on.
-        finished: whether the attack `name` on batch `number` is done already.
+        finished: whether the attack `name` on batch `number` is done already, which all processes know alike.
     """
-    rank, size = (world.rank, world.size) if world else (0, 1)
     batches = rows.split(batch_size)
+    rounds = _dealt(dealer, batches) if dealer else _in_rounds(world, batches)
+    total = dealer.total if dealer else lambda own: own  # a round counts the images of all
     parts = {name: attack.runs(classes) * len(attack.parts) for name, attack in attacks.items()}
     with logs.bar(len(rows) * sum(parts.values()), bar, leave=leave) as progress:
 
         def show(name: str, begun: int, count: int, what: str, done: int) -> None:
             progress.set_postfix_str(f"{name} {what}".strip(), refresh=bool(what))
-            progress.update(begun + count * done - progress.n)
+            progress.update(total(begun + count * done) - progress.n)
             on_progress()
 
-        for first in range(0, len(batches), size):
-            number, count = first + rank, sum(map(len, batches[first : first + size]))
+        own = 0
+        for number, count in rounds:
             batch = batches[number] if number < len(batches) else rows[:0]
             missing = [name for name in attacks if not finished(name, number)]
-            progress.update(count * sum(parts[name] for name in attacks if name not in missing))
+            own += count * sum(parts[name] for name in attacks if name not in missing)
+            progress.update(total(own) - progress.n)
             if not missing:
                 continue
             x, y = floats(images, batch, device_of(model), memory_format)
             for name in missing:
-                tell = partial(show, name, progress.n, count)
+                tell = partial(show, name, own, count)
                 if len(batch):
                     run(Task(name, attacks[name], number, batch, x, y, tell))
                 tell("", parts[name])
+                own += count * parts[name]
+        if dealer:
+            dealer.join(partial(show, "", own, 0, "waiting for the other processes", 0))
+            progress.update(total(own) - progress.n)
+
+
+def _in_rounds(world: World | None, batches: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """The number of this process's batch in each round, perhaps of none, and how many images the round has."""
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    for first in range(0, len(batches), size):
+        yield first + rank, sum(map(len, batches[first : first + size]))
+
+
+def _dealt(dealer: Dealer, batches: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """The numbers of the batches that this process gets, and how many images each has."""
+    for number in dealer.deal(len(batches)):
+        yield number, len(batches[number])

@@ -23,13 +23,16 @@ from ..models.checkpoints import load_model, with_classes_of
 from ..models.external import import_own
 from ..models.run_config import checkpoint_file, chosen_name, run_config
 from ..models.wrapping import normalisation
+from ..runtime.distributed import PATIENCE, World, world
 from ..runtime.signals import interruptible
 from . import attack_specs
 from .alarms import Alarm, alarms, beyond_chance, rechecked
 from .checks import check_numbers
 from .evaluate import evaluate
+from .record_log import has_records
 from .report import hardware, summary, write_report
 from .result import Evaluation, Options
+from .robustbench import architecture_of, chosen_attack, read_entry, robustbench_entry, write_entry
 
 Activation = Literal["relu", "silu", "gelu", "softplus"]
 
@@ -114,6 +117,10 @@ class EvaluateOptions:
     """Folder for evaluation.json (`help(spat_train.evaluate)` says what is in it), report.md, report.html and samples.jsonl.
     Default: evaluation/ in the run, or beside the checkpoint; with --source evaluation-from-NAME/."""
 
+    robustbench: Path | None = None
+    """Write an entry in the layout of RobustBench's leaderboards to this .json file, from --attacks autoattack. Fields that the
+    file has already, such as authors and link, are kept: only the accuracies and eps are updated. Default: none."""
+
     @property
     def folder(self) -> Path:
         return self.out or default_folder(self.model, self.source)
@@ -122,15 +129,21 @@ class EvaluateOptions:
 def evaluate_command(options: EvaluateOptions) -> None:
     """Attack a trained model at the test images, and write a report.
 
-    Interrupted or killed, the same command continues it. With other attacks it adds those to what the report has.
+    Interrupted or killed, the same command continues it. With other attacks it adds those to what the report has. Started by
+    torchrun, its processes share the images (one process a GPU), in a folder that all see.
     """
     config = run_config(options.model)
     eps = options.eps if options.eps is not None else config.evaluation_eps if config else 8.0
     _check(options, config, eps)
-    dataset = _load_data(options, config)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with world(options.device, PATIENCE) as processes:
+        _evaluate(options, config, eps, processes)
+
+
+def _evaluate(options: EvaluateOptions, config: Config | None, eps: float, processes: World) -> None:
+    device = processes.device
     if device.type != "cuda" and options.precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
+    dataset = processes.in_turn(lambda: _load_data(options, config))
     network, about = _open(options, "model", dataset)
     dataset = with_classes_of(network, dataset)
     source, source_about = _open(options, "source", dataset) if options.source else (None, {})
@@ -145,14 +158,35 @@ def evaluate_command(options: EvaluateOptions) -> None:
     settings: Options = {
         "eps": eps / 255, "rows": rows, "seed": options.seed, "batch_size": options.batch_size, "precision": options.precision,
         "input_gradient": options.input_gradient, "graph": "auto" if options.graph == "auto" else False,
-        "memory_format": config.memory_format if config else torch.channels_last,
+        "memory_format": config.memory_format if config else torch.channels_last, "world": processes,
     }  # fmt: skip
     evaluation, found = _attack(options, network, source, dataset.test, device, settings)
+    if not processes.main:
+        return
     write_report(options.folder, evaluation, dataset.test, dataset.classes, found, about)
+    entry = _entry(options, config, evaluation, about["network"], len(dataset.test)) if options.robustbench else {}
     print(summary(evaluation, found))
     if normalisation(network):
         print(f"the model normalises images: {normalisation(network)}")
     print(f"{options.folder / 'report.html'} written")
+    if options.robustbench:
+        print(write_entry(options.robustbench, entry))
+
+
+def _data_name(options: EvaluateOptions, config: Config | None) -> str:
+    return Path(options.data or (config.data if config else "")).stem
+
+
+def _entry(options: EvaluateOptions, config: Config | None, evaluation: Evaluation, network: str, test_images: int) -> dict:
+    """RobustBench's entry, with what `options.robustbench` has already."""
+    assert options.robustbench
+    dataset = _data_name(options, config)
+    return robustbench_entry(
+        evaluation, chosen_attack(attack_specs.parse_all(options.attacks), options.robustbench), test_images=test_images,
+        name=options.model.resolve().name if options.model.is_dir() else options.model.stem,
+        architecture=architecture_of(network), dataset=dataset, before=read_entry(options.robustbench, dataset),
+        additional_data=config is not None and config.extra is not None,
+    )  # fmt: skip
 
 
 def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
@@ -162,7 +196,15 @@ def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
     name = chosen_name(options.model, config, options.model_name, "--model-name")
     with as_input_error(f"--model-name {name}"):
         import_own(name)  # it may register losses
-    attack_specs.parse_all(options.attacks)
+    attacks = attack_specs.parse_all(options.attacks)
+    if options.robustbench:
+        if options.source or options.attack_wrong:
+            raise InputError(
+                f"--robustbench {options.robustbench}: an entry is about the model itself, attacked where it is right: leave out "
+                "--source and --attack-wrong"
+            )
+        chosen_attack(attacks, options.robustbench)
+        read_entry(options.robustbench, _data_name(options, config))
     check_device(options.device)
     check_count("--limit", options.limit)
     check_eps("--eps", eps)
@@ -219,7 +261,7 @@ def _attack(
     folder = options.folder
 
     def too_large() -> str:
-        begun = ", in another --out" if (folder / "samples.jsonl").exists() else ""
+        begun = ", in another --out" if has_records(folder) else ""
         return f"--batch-size {options.batch_size}: out of memory on {device}: lower it{begun}"
 
     with interruptible(f"the same command continues {folder}", too_large) as on_progress:

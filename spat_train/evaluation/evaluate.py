@@ -14,7 +14,7 @@ from spat_kernels.settings import GradientPath, Graph, Precision
 from ..data.images import Floats, Folder, Images, fingerprint, floats
 from ..errors import InputError
 from ..models.try_on import device_of
-from ..runtime.distributed import World
+from ..runtime.distributed import ALONE, Dealer, World
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import derived_seed, model_draws
 from . import checks
@@ -24,7 +24,6 @@ from .record_log import Samples, decoded, encoded, tensor_hash, weights_hash
 from .result import Evaluation, Example, Recheck, text_table
 
 BATCH = 512
-EXAMPLES = 4  # images kept of each attack
 LEVEL = 1 / 255
 
 # The columns of the thesis's tables 6.1 and 6.2.
@@ -121,6 +120,7 @@ def evaluate(
     precision: Precision | None = "fp32",
     input_gradient: GradientPath = "auto",
     graph: Graph = "auto",
+    world: World | None = None,
 ) -> Evaluation:
     """Attack `model` at `images`, batch by batch, and keep the outcome for each image.
 
@@ -146,11 +146,14 @@ def evaluate(
         on_progress: called after every attack on a batch, and before its runs and parts (to stop by an exception).
         memory_format: of the images. A model that fails on it gets contiguous ones, which `settings` then say.
         precision, input_gradient, graph: of the attacks, as in `spat_kernels.PGD`. Predictions are in the model's own precision.
+        world: the processes that share the batches, as `spat_train.runtime.distributed.world` yields them. All have to call this
+            alike, on a folder that all see; each gets the result, and the files are those of one process. None is this one.
 
     In the folder, for batches of B images:
 
         settings.json            what the results depend on, and the attacks
         samples.jsonl            a line for each attack on each batch; AutoAttack's has `part`, the index of what broke each
+        samples-RANK.jsonl       until the end: lines that one of several processes finished before those that come first
         images/ATTACK/BATCH.npz  x_adv: uint8 [B, H, W, C]; y, predicted, rows: int64 [B]
         evaluation.json          by `spat-train evaluate`:
             about, settings, versions, classes
@@ -164,7 +167,9 @@ def evaluate(
     Raises:
         InputError: an argument does not fit, or `folder` holds another evaluation.
         SaveError: the disk is full.
+        RuntimeError: another process of `world` ended.
     """
+    world = world or ALONE
     parsed = parse_all(attacks)
     checks.check_numbers(eps, eps_l2, seed, batch_size)
     images = checks.check_images(images)
@@ -183,15 +188,19 @@ def evaluate(
         "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
     place = RunFolder(Path(folder) if folder is not None else None)
-    place.claim()
+    world.on_main(place.claim)
     try:
-        with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()})) as samples:
-            parsed |= _earlier(samples, -(-len(rows) // batch_size), parsed)
+        with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()}, world)) as samples:
+            batches = -(-len(rows) // batch_size)
+            parsed |= _earlier(samples, batches, parsed)
+            samples.expect((name, number) for number in range(batches) for name in parsed)
             attack_batches(
                 _Recorder(samples, model, source or model, classes, settings, graph), model, images, rows, parsed,
-                batch_size=batch_size, memory_format=memory_format, bar=bar, leave=True, on_progress=on_progress,
-                classes=classes, finished=lambda name, number: (name, number) in samples.records,
+                batch_size=batch_size, memory_format=memory_format, bar=bar if world.main else None, leave=True,
+                on_progress=on_progress, classes=classes, finished=lambda name, number: (name, number) in samples.records,
+                dealer=Dealer(world),
             )  # fmt: skip
+            samples.merge()
     finally:
         place.release()
     return _collect(samples, settings, parsed, classes, rows, images.labels[rows])
@@ -205,6 +214,8 @@ def _earlier(samples: Samples, batches: int, others: dict[str, Attack]) -> dict[
             try:
                 found[name] = replace(parse(spec), name=name)
             except InputError as error:  # an attack or a loss of one's own, which another program defined
+                if not samples.world.main:
+                    continue
                 print(f"spat-train: {samples.folder} has results of {name}, which are left out: {error}", file=sys.stderr)
     return found
 
@@ -252,8 +263,7 @@ class _Recorder:
 
     def examples(self, task: Task, pixels: Tensor, broken: Tensor) -> list[dict]:
         """The first images that the attack broke, until there are EXAMPLES of it."""
-        records, at = self.samples.records, task.number * self.settings["batch_size"]
-        wanted = EXAMPLES - sum(len(records[task.name, before]["examples"]) for before in range(task.number))
+        at, wanted = task.number * self.settings["batch_size"], self.samples.wanted(task.name, task.number)
         return [{"index": at + i, "image": encoded(pixels[i])} for i in broken.nonzero()[:wanted, 0].tolist()]
 
 

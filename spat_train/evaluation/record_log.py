@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..runtime import atomic_write
 from ..runtime.atomic_write import SaveError
+from ..runtime.distributed import ALONE, World
 
+EXAMPLES = 4  # images kept of each attack
 FORMAT = "spat_train evaluation 2"
 DIFFER = {  # settings whose values say nothing to a reader
     "format": "another version made it", "weights": "the model differs, in weights, architecture or normalisation",
@@ -30,78 +34,134 @@ DIFFER = {  # settings whose values say nothing to a reader
 class Samples:
     """The records of an evaluation, in `folder`, or in memory alone where it is None.
 
-    A record is appended and flushed at once; what follows the last whole line, of a killed evaluation, is dropped.
+    A record is appended and flushed at once; what follows the last whole line, of a killed evaluation, is dropped. Records are
+    in samples.jsonl in the order in which one process makes them. Those that several processes make out of turn wait in
+    samples-RANK.jsonl.
 
     Args:
         settings: all that a record depends on, except its attack.
         attacks: what each attack is, by name; later evaluations may add others.
+        world: the processes that share the evaluation, and see the same folder.
+
+    Attributes:
+        records: by attack and batch, all that this process knows of.
 
     Raises:
-        InputError: the folder holds an evaluation with other settings, or something else.
+        InputError: the folder holds an evaluation with other settings, or something else; or the processes have different
+            settings, or do not see the same folder.
     """
 
-    def __init__(self, folder: Path | None, settings: dict, attacks: dict[str, str]):
-        self.records: dict[tuple[str, int], dict] = {}
-        self.folder, self.attacks = folder, attacks
-        self.file: BinaryIO | None = None
-        if folder is None:
-            return
-        self.path = folder / "samples.jsonl"
-        self.attacks = self._check(folder / "settings.json", {"format": FORMAT, **settings}, attacks) | attacks
-        content = {"settings": {"format": FORMAT, **settings}, "attacks": self.attacks}
-        atomic_write.write(folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
+    def __init__(self, folder: Path | None, settings: dict, attacks: dict[str, str], world: World = ALONE):
+        self.folder, self.world = folder, world
+        self.file: BinaryIO | None = None  # samples.jsonl, of the main process
+        self.early: BinaryIO | None = None  # samples-RANK.jsonl, where there are several
+        self.turns: deque[tuple[str, int]] = deque()  # what samples.jsonl lacks, in order
+        self.made: list[tuple[str, int]] = []  # by this process
+        if different := next((c for c in (changes(settings, other) for other in world.gather(settings)) if c), None):
+            raise InputError(f"the processes differ ({'; '.join(different)}): give all of them the same files")
+        self.records, self.written, self.attacks = world.on_main(lambda: self._open(settings, attacks))
+        if folder is not None and world.size > 1:
+            self._open_early(folder / shard(world.rank))
+
+    def _open(self, settings: dict, attacks: dict[str, str]) -> tuple[dict, set[tuple[str, int]], dict[str, str]]:
+        """The records on the disk, the keys of those in samples.jsonl, and all attacks that are known."""
+        if self.folder is None:
+            return {}, set(), attacks
+        path = self.folder / "samples.jsonl"
+        attacks = self._check(self.folder / "settings.json", {"format": FORMAT, **settings}, attacks) | attacks
+        content = {"settings": {"format": FORMAT, **settings}, "attacks": attacks}
+        atomic_write.write(self.folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
         try:
-            self.file = open(self.path, "a+b")  # noqa: SIM115  (until close)
-            self._read(self.file)
+            self.file = open(path, "ab")  # noqa: SIM115  (until close)
+            written, early = _whole_lines(path), dict[tuple[str, int], dict]()
+            for each in shards(self.folder):
+                early |= _whole_lines(each)
         except OSError as error:
-            raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, or choose another --out") from error
+            raise SaveError(f"cannot write {path} ({error.strerror}): make room, or choose another --out") from error
+        return early | written, set(written), attacks
 
     def _check(self, path: Path, settings: dict, attacks: dict[str, str]) -> dict[str, str]:
         """The attacks that are known there."""
+        folder = path.parent
         if not path.exists():
-            if self.path.exists():
-                raise InputError(f"--out {path.parent}: it holds samples.jsonl without {path.name}: choose another --out")
+            if there := [each.name for each in (folder / "samples.jsonl", *shards(folder)) if each.exists()]:
+                raise InputError(f"--out {folder}: it holds {there[0]} without {path.name}: choose another --out")
             return {}
         try:
             content = json.loads(path.read_bytes())
             before, known = content["settings"], content["attacks"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
+        if not has_records(folder):  # it ended before the first one, and keeps nobody from another
+            return {}
         changed = changes(before, settings)
         changed += [f"attack {n} was {known[n]}, now {what}" for n, what in attacks.items() if known.get(n, what) != what]
         if changed:
             raise InputError(
-                f"--out {path.parent}: it holds another evaluation ({'; '.join(changed)}): give the same, or choose another --out"
+                f"--out {folder}: it holds another evaluation ({'; '.join(changed)}): give the same, or choose another --out"
             )
         return known
 
-    def _read(self, file: BinaryIO) -> None:
-        file.seek(0)
-        whole = 0
-        for line in file.read().split(b"\n")[:-1]:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            whole += len(line) + 1
-            self.records[record["attack"], record["batch"]] = record
-        file.truncate(whole)
+    def _open_early(self, path: Path) -> None:
+        """Open this process's own file, and compare what it and the main process see of it."""
+        with suppress(OSError):  # then it is no file to the main process either
+            self.early = open(path, "ab")  # noqa: SIM115  (until close)
+        identities = self.world.gather(_identity(path))
+
+        def compare() -> None:
+            for rank, identity in enumerate(identities):
+                if identity is None or _identity(path.with_name(shard(rank))) != identity:
+                    raise InputError(f"--out {path.parent}: process {rank} cannot write there: choose a folder that all share")
+
+        self.world.on_main(compare)
 
     def finished(self, batches: int) -> dict[str, str]:
         """Those of `attacks` that all batches have a record of."""
         return {name: spec for name, spec in self.attacks.items() if all((name, k) in self.records for k in range(batches))}
 
+    def expect(self, tasks: Iterable[tuple[str, int]]) -> None:
+        """`tasks`: attacks and batches in the order of samples.jsonl, those that it has among them."""
+        self.turns = deque(task for task in tasks if task not in self.written)
+        self._take_turns()
+
     def add(self, record: dict) -> None:
         """Keep the record of `record["attack"]` on `record["batch"]`."""
-        self.records[record["attack"], record["batch"]] = record
-        if self.file is None:
-            return
-        try:
-            self.file.write((json.dumps(record) + "\n").encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, and give the same command again") from error
+        key = _key(record)
+        self.records[key] = record
+        self.made.append(key)
+        self._take_turns()
+        if self.early and not (self.file and key in self.written):
+            _append(self.early, record)
+
+    def wanted(self, attack: str, batch: int) -> int:
+        """How many examples a record may have: EXAMPLES less those of the earlier batches, as far as they are known."""
+        earlier = (self.records.get((attack, number), {}) for number in range(batch))
+        return max(0, EXAMPLES - sum(len(record.get("examples", ())) for record in earlier))
+
+    def _take_turns(self) -> None:
+        """Write records to samples.jsonl as far as they are known without a gap."""
+        while self.turns and self.turns[0] in self.records:
+            key = self.turns.popleft()
+            record = self.records[key]
+            if "examples" in record:  # it may have been made before those of earlier batches
+                self.records[key] = record = record | {"examples": record["examples"][: self.wanted(*key)]}
+            if self.file:
+                _append(self.file, record)
+            self.written.add(key)
+
+    def merge(self) -> None:
+        """Bring the records of all processes to all, and to samples.jsonl. All have to call it, when all is done."""
+        for theirs in self.world.gather([self.records[key] for key in self.made]):
+            self.records = {_key(record): record for record in theirs} | self.records
+        self._take_turns()
+        if self.file and self.folder and (paths := shards(self.folder)):
+            # A record may have no turn: of an attack that is not asked for, and that some batches lack.
+            left = [record for key, record in self.records.items() if key not in self.written]
+            if left:
+                atomic_write.write(self.folder / shard(0), b"".join(map(_line, left)))
+            for path in paths:
+                if not left or path.name != shard(0):
+                    path.unlink(missing_ok=True)
 
     def save(self, attack: str, batch: int, **arrays: Tensor) -> None:
         """Write images/ATTACK/BATCH.npz; before the record, so that what has a record has its images."""
@@ -114,13 +174,72 @@ class Samples:
         atomic_write.write(folder / f"{batch:05}.npz", content.getbuffer())
 
     def close(self) -> None:
-        """Close the file; without any record remove it, so that an evaluation with other settings may follow."""
-        if self.file:
-            with suppress(OSError):  # a line that could not be written, which `add` has reported
-                self.file.close()
-            if not self.records:
-                self.path.unlink(missing_ok=True)
-                self.path.with_name("settings.json").unlink(missing_ok=True)
+        """Close the files, and remove empty ones, so that an evaluation with other settings may follow. Where there are several
+        processes, samples.jsonl and settings.json stay: the others may have records."""
+        for file in (self.file, self.early):
+            if file:
+                with suppress(OSError):  # a line that could not be written, which `add` has reported
+                    file.close()
+        if self.folder is None:
+            return
+        unused = ["samples.jsonl", "settings.json"] if self.world.size == 1 and not self.records else []
+        own = self.folder / shard(self.world.rank)
+        if self.early and own.exists() and not own.stat().st_size:
+            unused.append(own.name)
+        for name in unused:
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def shard(rank: int) -> str:
+    """The name of the file for what a process finishes out of turn."""
+    return f"samples-{rank}.jsonl"
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("samples-*.jsonl"))
+
+
+def has_records(folder: Path) -> bool:
+    """Whether an evaluation there has finished anything."""
+    return any(path.exists() and path.stat().st_size for path in (folder / "samples.jsonl", *shards(folder)))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one of the same name on another disk."""
+    with suppress(OSError):
+        return path.stat().st_ino, path.stat().st_size
+    return None
+
+
+def _key(record: dict) -> tuple[str, int]:
+    return record["attack"], record["batch"]
+
+
+def _line(record: dict) -> bytes:
+    return (json.dumps(record) + "\n").encode()
+
+
+def _append(file: BinaryIO, record: dict) -> None:
+    try:
+        file.write(_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise SaveError(f"cannot write {file.name} ({error.strerror}): make room, and give the same command again") from error
+
+
+def _whole_lines(path: Path) -> dict[tuple[str, int], dict]:
+    """The records in a file, whose end is cut off from the first broken line on."""
+    found, whole = {}, 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        whole += len(line) + 1
+        found[_key(record)] = record
+    os.truncate(path, whole)
+    return found
 
 
 def changes(before: dict, now: dict) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spat_kernels.settings import GradientPath, Graph, Precision
 
+from ..runtime.distributed import World
 from .attack_specs import Attack
 
 WORST = "worst case"
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
     precision: Precision | None
     input_gradient: GradientPath
     graph: Graph
+    world: World | None
 
 
 @dataclass(frozen=True)

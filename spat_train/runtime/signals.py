@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..errors import InputError, is_out_of_memory
+from ..errors import InputError, first_line, is_out_of_memory
+from .distributed import PeerError, first_to_say, is_of_a_peer
 
 COPY = 2.0  # seconds: torchrun and batch systems send SIGTERM to a process twice, on its own and by its parent
 
@@ -50,7 +51,8 @@ class GracefulStop:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
             if not self.heeded:
                 raise Stopped(number, f"stopped by signal {number} before the first step: there is nothing to save")
-            os.write(2, f"\n{self.text}\n".encode())
+            if first_to_say(self.text):
+                os.write(2, f"\n{self.text}\n".encode())
 
         for number in before:
             signal.signal(number, hear)
@@ -101,9 +103,9 @@ def interruptible(stopped: str, out_of_memory: Callable[[], str]) -> Iterator[Ca
         out_of_memory: makes the message where memory does not suffice.
 
     Raises:
-        Stopped: a signal came. InputError: out of memory.
+        Stopped: a signal came. InputError: out of memory. PeerError: another process of the job ended.
     """
-    stopping = "spat-train: stopping after this run or part of an attack; the batch that it is on is attacked again"
+    stopping = f"spat-train: stopping after this run or part of an attack, whose batch is attacked again: {stopped}"
     with GracefulStop(stopping).heard() as wish:
 
         def on_progress() -> None:
@@ -113,9 +115,11 @@ def interruptible(stopped: str, out_of_memory: Callable[[], str]) -> Iterator[Ca
         try:
             yield on_progress
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(out_of_memory()) from error
+            if is_out_of_memory(error):
+                raise InputError(out_of_memory()) from error
+            if is_of_a_peer(error):
+                raise PeerError(f"another process ended, and may say why ({first_line(error)}): {stopped}") from error
+            raise
 
 
 _watched: list[int] = []

@@ -1,6 +1,5 @@
 """Adversarial training as one call. The loop is in run.py, what a step does in step.py."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,13 +11,11 @@ from ..config import Config
 from ..data.images import Dataset
 from ..data.loader import death
 from ..errors import InputError, first_line, is_out_of_memory
-from ..runtime.distributed import World, world
+from ..runtime.distributed import World, is_of_a_peer, world
 from ..runtime.run_folder import RunFolder
 from ..runtime.signals import GracefulStop
 from .check import check
 from .run import OnStep, Result, Run, TrainingError
-
-PEER = r"Connection (closed|reset) by peer|[Tt]imed out|ncclRemoteError"  # what a process sees of another that ended
 
 
 def train(config: Config, dataset: Dataset | None = None, *, save: bool = True, on_step: OnStep | None = None) -> Result:
@@ -80,7 +77,7 @@ def explained(config: Config, world: World, folder: RunFolder) -> Iterator[None]
                 "more GPUs (torchrun); where that is enough, and on --resume too: --graph never, --stream, or a lower "
                 f"--eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
             ) from error
-        if world.size > 1 and re.search(PEER, str(error)):
+        if world.size > 1 and is_of_a_peer(error):
             reason = f"another process ended, and may say why ({first_line(error)})"
             raise TrainingError(f"{reason}; {folder.kept()}, to go on with by --resume") from error
         raise

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import floats
 from spat_train.evaluation.attack_specs import Attack
 from spat_train.evaluation.evaluate import evaluate
+from spat_train.runtime.run_folder import FORMAT
 
 EPS = 15.3 / 255
 FEATURES = "tests.evaluation.helpers:Features"
@@ -52,6 +54,16 @@ def fitted(seed: int = 0, dtype: torch.dtype = torch.float32) -> Features:
         gram = hidden.T @ hidden + 0.1 * torch.eye(hidden.shape[1], dtype=torch.float64)
         model.classifier.weight.copy_(torch.linalg.solve(gram, hidden.T @ target).T)
     return model.to(dtype).eval()
+
+
+def write_run(folder: Path, eps: float = 15.3) -> Path:
+    """Make `folder` as a run leaves it, of a model that is fitted."""
+    folder.mkdir()
+    config = Config(data="digits", model=FEATURES, eps=eps)
+    (folder / "config.json").write_text(config.to_json())
+    content = {"format": FORMAT, "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}
+    torch.save(content, folder / "best.pt")
+    return folder
 
 
 def digits(count: int = 60, dtype: torch.dtype = torch.float32) -> tuple:

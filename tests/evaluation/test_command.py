@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,23 +22,16 @@ from spat_train.evaluation.attack_specs import NAMED
 from spat_train.evaluation.command import default_folder
 from spat_train.evaluation.result import WORST
 from spat_train.models.checkpoints import load_model
-from spat_train.runtime.run_folder import FORMAT
 from spat_train.training.trainer import train
-from tests.evaluation.helpers import EPS, FEATURES, Features, command, error, fitted, quiet
+from tests.evaluation.helpers import EPS, FEATURES, Features, command, error, fitted, quiet, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def a_run(tmp_path):
+def a_run(tmp_path) -> Path:
     """A folder as a run leaves it, of a model that is fitted."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    config = Config(data="digits", model=FEATURES, eps=15.3)
-    (folder / "config.json").write_text(config.to_json())
-    content = {"format": FORMAT, "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}
-    torch.save(content, folder / "best.pt")
-    return folder
+    return write_run(tmp_path / "run")
 
 
 @pytest.fixture

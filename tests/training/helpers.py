@@ -4,6 +4,10 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,3 +162,47 @@ def processes() -> multiprocessing.context.ForkServerContext:
 def on_one_thread(function, *arguments) -> None:
     torch.set_num_threads(1)
     function(*arguments)
+
+
+# ---- several processes
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank: int, size: int, port: str, function, *arguments) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
+    }  # fmt: skip
+    on_one_thread(function, *arguments)
+
+
+def in_several(size: int, function, *arguments) -> list[int]:
+    """Run function(*arguments) in processes that see each other, as torchrun would start them. Returns their exit codes."""
+    port = str(free_port())
+    children = [processes().Process(target=as_rank, args=(rank, size, port, function, *arguments)) for rank in range(size)]
+    for child in children:
+        child.start()
+    end = time.monotonic() + TIMEOUT
+    for child in children:
+        child.join(max(0, end - time.monotonic()))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
+
+
+def in_two(function, *arguments) -> list[int]:
+    return in_several(2, function, *arguments)
+
+
+def torchrun(*arguments, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script, or -m and a module, in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return subprocess.run(
+        [*launch, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=TIMEOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip

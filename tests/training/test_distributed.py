@@ -2,9 +2,7 @@
 
 import os
 import socket
-import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,37 +26,19 @@ from spat_train.training.run import Run
 from spat_train.training.step import TrainStep
 from spat_train.training.trainer import train
 from tests.training import helpers
-from tests.training.helpers import TIMEOUT, assert_same, assert_same_run, events, network, new_run, settings, weights
+from tests.training.helpers import (
+    assert_same,
+    assert_same_run,
+    events,
+    in_two,
+    network,
+    new_run,
+    settings,
+    torchrun,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def as_rank(rank: int, port: str, function, *arguments) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port
-    }  # fmt: skip
-    helpers.on_one_thread(function, *arguments)
-
-
-def in_two(function, *arguments) -> list[int]:
-    """Run function(*arguments) in two processes that see each other, as torchrun would start them. Returns their exit codes."""
-    port = str(free_port())
-    children = [helpers.processes().Process(target=as_rank, args=(rank, port, function, *arguments)) for rank in range(2)]
-    for child in children:
-        child.start()
-    end = time.monotonic() + TIMEOUT
-    for child in children:
-        child.join(max(0, end - time.monotonic()))
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-    return [child.exitcode for child in children]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +157,7 @@ def test_each_process_has_its_gpu(monkeypatch, device, size, place):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(torch._utils._get_device_index(device)))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: seen.append(backend))
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend, timeout: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     for name, value in (LAUNCHED | {"WORLD_SIZE": size, "RANK": size - 1, "LOCAL_RANK": size - 1}).items():
         monkeypatch.setenv(name, str(value))
@@ -283,13 +263,11 @@ def test_one_process_dying_ends_the_job(tmp_path):
     options = (
         "--data digits --model small-cnn --eps 51 --limit 150 --batch-size 32 --epochs 3 --device cpu --no-tensorboard --no-test"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    one_thread = {"capture_output": True, "text": True, "timeout": TIMEOUT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     arguments = ["train", *options.split(), "--out", str(tmp_path / "run")]
-    done = subprocess.run([*launch, str(script), *arguments], check=False, **one_thread)
+    done = torchrun(script, *arguments)
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
     assert weights(tmp_path / "run")["progress"]["epoch"] == 1  # what was saved before is whole
-    again = subprocess.run([*launch, "-m", "spat_train", *arguments, "--resume"], check=False, **one_thread)
+    again = torchrun("-m", "spat_train", *arguments, "--resume")
     assert again.returncode == 0, again.stderr
     assert weights(tmp_path / "run")["progress"]["epoch"] == 3
