@@ -22,7 +22,7 @@ from .. import checks, ops
 from ..balls import Ball
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch, Run
-from ..losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
+from ..losses import DLR, OURS, LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
 from ..settings import Graph
@@ -55,8 +55,8 @@ class APGDRun(Run):
         super().__init__(settings, batch)
         self.steps, self.rho, self.eot = settings.steps, settings.rho, settings.eot
         self.targeted = batch.targets is not None
-        if self.eot > 1 and type(self.loss) is LabelSmoothedCE:
-            self.loss = _ScaledCE(self.loss.alpha)
+        if self.eot > 1:
+            self.loss = self.loss.unnormalized()
         self.best, _, self.value, self.broken = self.empty_outcome(batch.x)
         self._begin_batch(batch)
 
@@ -96,7 +96,7 @@ class APGDRun(Run):
 
     def _can_drop(self) -> bool:
         """Whether to drop broken samples: a CPU takes less time for fewer, and the results of the others do not change."""
-        return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in (*OURS, _ScaledCE)
+        return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in OURS
 
     def _store(self, search: "_Search") -> None:
         found = search.best, search.ball.nan_seen, search.best_value, search.broken
@@ -191,13 +191,6 @@ class _Search:
         return part
 
 
-class _ScaledCE(LabelSmoothedCE):
-    """With its true length for each sample, which counts where gradients are averaged."""
-
-    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
-        ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale)
-
-
 @dataclass(eq=False, kw_only=True)
 class APGD(RestartedAttack):
     """Auto-PGD as a reusable object: `attack = APGD(8/255)`, then `attack(model, x, y)`.
@@ -205,7 +198,7 @@ class APGD(RestartedAttack):
     AutoAttack's APGD-CE is `APGD(eps)`, its APGD-T is `APGD(eps, loss="dlr", targets=9)`.
 
     Args:
-        loss: what is maximised, as for `PGD`. An object of the caller's must not leave out factors of its gradient if eot > 1.
+        loss: what is maximised, as for `PGD`. If eot > 1, its `unnormalized` form.
         steps: gradient steps, >= 1; a run takes steps + 1 forwards and steps backwards.
         restarts: runs from different random starts (for each target), of what is not misclassified yet.
         rho: the share of steps that must raise the loss, in [0, 1]: see above.

@@ -133,7 +133,7 @@ def test_no_image_or_one(name):
 @given(
     eps=st.sampled_from([0.0, torch.linspace(0, 0.1, 3)]) | st.floats(0, 0.5), step_size=st.none() | st.floats(0, 2),
     steps=st.integers(0, 3), seed=st.integers(0, 99), bounds=st.sampled_from([(0.0, 1.0), (-0.1, 1.3)]),
-    loss=st.sampled_from(["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.5), lambda z, y: z.logsumexp(1)]),
+    loss=st.sampled_from(["ce", "kl", "margin", "dlr", "pma", losses.LabelSmoothedCE(0.5), lambda z, y: z.logsumexp(1)]),
 )  # fmt: skip
 def test_result_is_inside_ball_and_box(kind, norm, dtype, eps, step_size, steps, seed, loss, bounds):
     torch.manual_seed(seed)
