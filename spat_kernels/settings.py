@@ -9,7 +9,8 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "half"]
 GradientPath = Literal["auto", "plan", "autograd"]
 BNMode = Literal["eval", "train", "keep"]
 Select = Literal["success", "loss"]
-Version = Literal["standard", "plus", "rand"]
+Targeting = Literal["confidence", "malt"]
+Version = Literal["standard", "fast", "plus", "rand"]
 Graph = Literal["auto"] | bool
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -17,6 +18,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 GRADIENT_PATHS: tuple[GradientPath, ...] = get_args(GradientPath)
 BN_MODES: tuple[BNMode, ...] = get_args(BNMode)
 SELECT: tuple[Select, ...] = get_args(Select)
+TARGETINGS: tuple[Targeting, ...] = get_args(Targeting)
 
 
 class AttackSettings(TypedDict, total=False):

@@ -225,7 +225,7 @@ def test_the_trainer_knows_a_registered_loss(plain, toy):
 
 def test_fewest_classes(toy):
     assert {version: max(map(fewest_classes, attacks)) for version, attacks in VERSIONS.items()} == {
-        "standard": 4, "plus": 4, "rand": 3,
+        "standard": 4, "fast": 4, "plus": 4, "rand": 3,
     }  # fmt: skip
     model, (x, _) = cnn(2).eval(), batch()
     y = model(x).argmax(1)
