@@ -303,9 +303,9 @@ class AutoAttack(_Engine):
     family = "autoattack"
     named = {
         "autoattack": ("autoattack", "Croce and Hein, 2020: APGD-CE, APGD-T, FAB-T, Square"),
-        "autoattack-fast": ("autoattack:version=fast", "APGD-PMA (Xie et al., 2025), APGD-T by MALT (Melamed et al., 2024)"),
         "autoattack-plus": ("autoattack:version=plus", "the same with restarts and the untargeted forms"),
         "autoattack-rand": ("autoattack:version=rand", "the same for randomised models"),
+        "autoattack-fast": ("autoattack:version=fast", "APGD-PMA (Xie et al., 2025), APGD-T by MALT (Melamed et al., 2024)"),
     }
 
     version: Version = setting("standard", choice(*VERSIONS))
