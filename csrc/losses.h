@@ -94,8 +94,8 @@ struct MarginRow {
   }
 };
 
-// The probability margin of one row (arXiv 2411.15210): p_m - p_y, m the likeliest class but y. Of y and m, w is the likelier and l
-// the other one. e_k = e^(z_k - top) with `top` the largest logit of the classes k != w, and `sum` sums these e: all that the
+// The probability margin of one row (arXiv 2411.15210): p_m - p_y, m the likeliest class but y. Of y and m, w is the likelier and
+// l the other one. e_k = e^(z_k - top) with `top` the largest logit of the classes k != w, and `sum` sums these e: all that the
 // gradient consists of is positive but for signs, so nothing cancels, and no z_w is so large that it vanishes (ops/pma.py).
 template <class A>
 struct PmaRow {
