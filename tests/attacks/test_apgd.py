@@ -238,6 +238,7 @@ SETTINGS = {
     "dlr": {"loss": "dlr"},
     "pma_eot": {"loss": "pma", "eot": 2},
     "targeted": {"loss": "dlr", "targets": 3},
+    "malt": {"loss": "dlr", "targets": 3, "targeting": "malt"},
     "targeted_ce_l2": {"norm": "l2", "targets": 2},
     "restarts": {"restarts": 3},
     "kl": {"loss": "kl"},
