@@ -382,6 +382,14 @@ def margin_eager(z, y, q):  # Madry et al.'s CW loss
 margin = rows(lambda z, y, q, g: ops.margin_grad(z, y, g, kappa=50.0), margin_eager)
 
 
+def pma_eager(z, y, q):
+    p = z.softmax(1)
+    return (p.scatter(1, y[:, None], -1.0).amax(1) - p.gather(1, y[:, None])[:, 0]).sum()
+
+
+pma = rows(lambda z, y, q, g: ops.pma_grad(z, y, g), pma_eager)
+
+
 def dlr_eager(z, y, q):  # AutoAttack's dlr_loss
     top, index = z.sort(dim=1)
     is_top = (index[:, -1] == y).float()
@@ -424,6 +432,7 @@ def _cases():
         yield Case("lsce_grad", shape, "normalize", lsce_normalized, SMALL_ROWS, moved=8, held=8)
         yield Case("kl_grad", shape, "", kl, SMALL_ROWS, moved=12, held=12)
         yield Case("margin_grad", shape, "", margin, SMALL_ROWS, moved=8, held=8)
+        yield Case("pma_grad", shape, "", pma, SMALL_ROWS, moved=8, held=8)
         yield Case("dlr_grad", shape, "", dlr, SMALL_ROWS, moved=8, held=8)
     host = partial(linf_step, op=torch.ops.spat.linf_step_.default)
     yield Case("linf_step_", (1, 1), "host", host, (1, 1), yardstick="add_")

@@ -277,6 +277,13 @@ void margin_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Ten
   SPAT_RUN(margin_grad, args, logits, rows.rows, kRank * rows.classes);
 }
 
+void pma_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, bool targeted, double scale,
+              bool normalize) {
+  const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
+  const PmaGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), targeted, normalize};
+  SPAT_RUN(pma_grad, args, logits, rows.rows, kExp * rows.classes);
+}
+
 void dlr_grad(Tensor logits, Tensor labels, std::optional<Tensor> targets, Tensor dlogits, std::optional<Tensor> loss,
               double scale) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, targets ? 4 : 3);
@@ -403,6 +410,7 @@ void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, 
   m.impl("lsce_grad", TORCH_BOX(&lsce_grad));                   \
   m.impl("kl_grad", TORCH_BOX(&kl_grad));                       \
   m.impl("margin_grad", TORCH_BOX(&margin_grad));               \
+  m.impl("pma_grad", TORCH_BOX(&pma_grad));                     \
   m.impl("dlr_grad", TORCH_BOX(&dlr_grad));                     \
   m.impl("keep_best_", TORCH_BOX(&keep_best_));                 \
   m.impl("scale_shift_relu", TORCH_BOX(&scale_shift_relu));     \

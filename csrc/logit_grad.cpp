@@ -145,6 +145,24 @@ SPAT_HD void margin_grad(const MarginGrad& a, int64_t row) {
 }
 
 template <class T>
+SPAT_HD void pma_grad(const PmaGrad& a, int64_t row) {
+  using A = acc_t<T>;
+  const int64_t classes = a.rows.classes, label = a.labels[row];
+  if (!is_class(label, a.rows)) return fill_nan<T>(a.rows, row);
+  const T* logits = static_cast<const T*>(a.rows.logits) + row * classes;
+  T* dlogits = static_cast<T*>(a.rows.dlogits) + row * classes;
+  Ranked<A> other[1];
+  rank(logits, classes, label, other);
+  PmaRow<A> pma({to_acc(logits[label]), label}, other[0], a.targeted);
+  Exponentials<T> e(logits, classes, row_max(logits, classes, pma.w.k));
+  if (!pma.weigh(e.max, e.sum(pma.w.k), A(a.rows.scale), a.normalize)) return fill_nan<T>(a.rows, row);
+  for (int64_t k0 = 0; k0 < classes; k0 += kLanes) store_lanes(dlogits, classes, k0, pma.per_e * e.at(k0));
+  dlogits[pma.w.k] = from_acc<T>(pma.at_w);
+  dlogits[pma.l.k] = from_acc<T>(pma.at_l);
+  if (a.rows.loss) static_cast<A*>(a.rows.loss)[row] = pma.loss;
+}
+
+template <class T>
 SPAT_HD void dlr_grad(const DlrGrad& a, int64_t row) {
   using A = acc_t<T>;
   const int64_t classes = a.rows.classes, label = a.labels[row], target = a.targets ? a.targets[row] : 0;
@@ -171,6 +189,7 @@ SPAT_HD void dlr_grad(const DlrGrad& a, int64_t row) {
 SPAT_ROWS(LsceGrad, lsce_grad)
 SPAT_ROWS(KlGrad, kl_grad)
 SPAT_ROWS(MarginGrad, margin_grad)
+SPAT_ROWS(PmaGrad, pma_grad)
 SPAT_ROWS(DlrGrad, dlr_grad)
 
 }  // namespace spat

@@ -171,6 +171,24 @@ __global__ void __launch_bounds__(kThreads) margin_grad_kernel(const MarginGrad 
 }
 
 template <class T, int N>
+__global__ void __launch_bounds__(kThreads) pma_grad_kernel(const PmaGrad a) {
+  using A = acc_t<T>;
+  const int64_t i_row = row_index();
+  if (i_row >= a.rows.rows) return;
+  const Row<T> row = row_of<T>(a.rows, i_row);
+  const int64_t label = a.labels[i_row];
+  if (label < 0 || label >= row.classes) return fill_nan<N>(row);
+
+  PmaRow<A> pma({to_acc(row.logits[label]), label}, next_ranked<N>(row, {INFINITY, -1}, label), a.targeted);
+  const OnlineSum<A> s = online_softmax<N>(row, pma.w.k);
+  if (!pma.weigh(s.max, s.sum, A(a.rows.scale), a.normalize)) return fill_nan<N>(row);
+  write_grad<N>(row, [&](int64_t k, A z) {
+    return k == pma.w.k ? pma.at_w : k == pma.l.k ? pma.at_l : pma.per_e * exp_nonpositive(z - s.max);
+  });
+  write_loss(row, pma.loss);
+}
+
+template <class T, int N>
 __global__ void __launch_bounds__(kThreads) dlr_grad_kernel(const DlrGrad a) {
   using A = acc_t<T>;
   const int64_t i_row = row_index();
@@ -206,6 +224,7 @@ __global__ void __launch_bounds__(kThreads) dlr_grad_kernel(const DlrGrad a) {
 SPAT_LAUNCH_ROWS(LsceGrad, lsce_grad)
 SPAT_LAUNCH_ROWS(KlGrad, kl_grad)
 SPAT_LAUNCH_ROWS(MarginGrad, margin_grad)
+SPAT_LAUNCH_ROWS(PmaGrad, pma_grad)
 SPAT_LAUNCH_ROWS(DlrGrad, dlr_grad)
 
 }  // namespace spat

@@ -94,6 +94,34 @@ struct MarginRow {
   }
 };
 
+// The probability margin of one row (arXiv 2411.15210): p_m - p_y, m the likeliest class but y. Of y and m, w is the likelier and
+// l the other one. e_k = e^(z_k - top) with `top` the largest logit of the classes k != w, and `sum` sums these e: all that the
+// gradient consists of is positive but for signs, so nothing cancels, and no z_w is so large that it vanishes (ops/pma.py).
+template <class A>
+struct PmaRow {
+  Ranked<A> w, l;
+  A sign;  // of p_w - p_l in the loss
+  A loss, at_w, at_l;
+  A per_e;  // the gradient at other classes is per_e * e_k
+  SPAT_HD PmaRow(Ranked<A> label, Ranked<A> other, bool targeted) {
+    const bool wrong = other.z > label.z;
+    w = wrong ? other : label, l = wrong ? label : other;
+    sign = wrong != targeted ? A(1) : A(-1);
+  }
+  // Whether the softmax is defined: no NaN, no +inf, and not all -inf.
+  SPAT_HD bool weigh(A top, A sum, A scale, bool normalize) {
+    const A e_l = exp_nonpositive(l.z - top), beside = exp_nonpositive(top - w.z);
+    const A lead = -A(expm1(l.z - w.z)), total = 1 + beside * sum;  // (p_w - p_l) / p_w and 1 / p_w
+    const A divisor = e_l + sum;                                    // 0 where those logits are all -inf: no direction
+    const A factor = normalize ? A(divisor > 0) : beside * divisor / (total * total);
+    loss = sign * lead / total;
+    at_w = sign * scale * factor;
+    per_e = -at_w * lead / (divisor > 0 ? divisor : A(1));
+    at_l = -at_w * (e_l * (lead + total) / (divisor > 0 ? divisor : A(1)));
+    return sum - sum == 0 && w.z - w.z == 0;
+  }
+};
+
 // Difference of logits ratio (arXiv 2003.01690, Eq. 6; Eq. 7 with a target). `rank` holds the four largest logits.
 // L = (z_up - z_label) / D; D = z_1 - z_3, with a target z_1 - (z_3 + z_4)/2; 1e-12 keeps equal logits from dividing by 0.
 template <class A>

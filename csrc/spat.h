@@ -70,6 +70,12 @@ struct MarginGrad {
   bool targeted;
 };
 
+struct PmaGrad {
+  Rows rows;
+  const int64_t* labels;
+  bool targeted, normalize;
+};
+
 struct DlrGrad {
   Rows rows;
   const int64_t* labels;
@@ -169,6 +175,7 @@ SPAT_DECLARE(Step, l2_step)
 SPAT_DECLARE(LsceGrad, lsce_grad)
 SPAT_DECLARE(KlGrad, kl_grad)
 SPAT_DECLARE(MarginGrad, margin_grad)
+SPAT_DECLARE(PmaGrad, pma_grad)
 SPAT_DECLARE(DlrGrad, dlr_grad)
 SPAT_DECLARE(KeepBest, keep_best)
 SPAT_DECLARE(ScaleShiftRelu, scale_shift_relu)

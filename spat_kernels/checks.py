@@ -73,6 +73,17 @@ def check_length(name: str, value) -> float:
     return most
 
 
+def check_budget(value) -> None:
+    """None, an int, or int64 [B]."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.ndim > 1:
+            raise TypeError(f"budget must be an int, or int64 [B] with one for each sample, got {kind(value)}")
+        if value.numel() and int(value.min()) < 1:
+            raise ValueError(f"budget={int(value.min())} must be at least 1")
+    elif value is not None:
+        check_count("budget", value, 1)
+
+
 def check_generator(generator) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {kind(generator)}: torch.Generator().manual_seed(0)")

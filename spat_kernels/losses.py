@@ -6,7 +6,7 @@ from autograd. To give it a name, subclass `AutogradLoss` and `register` it: att
 """
 
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
@@ -51,6 +51,11 @@ class Loss:
         """
         raise NotImplementedError
 
+    def unnormalized(self) -> "Loss":
+        """The same loss with gradients of their true length, which counts where they are averaged. One that leaves out factors
+        of a sample's own says here how it does not."""
+        return self
+
     def check_targeted(self, targeted: bool) -> None:
         if targeted and not self.has_targeted_form:
             raise ValueError(f"loss {self._called} has no targeted form: use loss='ce', or leave out targets")
@@ -94,11 +99,13 @@ class LabelSmoothedCE(Loss):
     """Cross-entropy against 1 - alpha on the label and alpha / (K - 1) on every other class (thesis, Eq. 4.1-4.2).
 
     `F.cross_entropy(label_smoothing=s)` is the same at s = alpha * K / (K - 1). alpha is in [0, 1]; 0 is cross-entropy.
+    `normalize` leaves the factor 1 - p_y out of the gradient of cross-entropy, which for confident samples would underflow.
     """
 
     name, title = "ce", "cross-entropy"
 
     alpha: float = 0.0
+    normalize: bool = field(default=True, kw_only=True)
 
     def __post_init__(self):
         if not isinstance(self.alpha, Real):
@@ -107,9 +114,11 @@ class LabelSmoothedCE(Loss):
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]: it is the label smoothing, not the step size (step_size)")
 
     def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
-        # Without the factor 1 - p_y of cross-entropy, gradients of confident samples do not underflow.
-        normalize = self.alpha == 0
+        normalize = self.normalize and self.alpha == 0
         ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale, normalize=normalize)
+
+    def unnormalized(self):
+        return replace(self, normalize=False)
 
     def describe(self):
         return self.title if self.alpha == 0 else f"label-smoothed {super().describe()}"
@@ -188,6 +197,26 @@ class DLR(Loss):
         ops.dlr_grad(logits, labels, dlogits, value, targets=targets, scale=scale)
 
 
+@register
+@dataclass(frozen=True)
+class PMA(Loss):
+    """max_{k != y} p_k - p_y, p = softmax(z): the probability margin attack (arXiv 2411.15210); targeted: p_t - max_{k != t} p_k.
+
+    `normalize` divides the gradient of each sample by its largest element, which for confident samples would underflow. In fp32
+    the value is -1 where z_y is ahead by more than 17, so APGD cannot tell such iterates apart: use "dlr" there.
+    """
+
+    name, title = "pma", "the probability margin"
+
+    normalize: bool = field(default=True, kw_only=True)
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        ops.pma_grad(logits, reference, dlogits, value, targeted=targeted, scale=scale, normalize=self.normalize)
+
+    def unnormalized(self):
+        return replace(self, normalize=False)
+
+
 class AutogradLoss(Loss):
     """A loss without a kernel: a subclass writes `value`, which autograd differentiates. A targeted attack minimises it."""
 
@@ -224,7 +253,7 @@ class Custom(AutogradLoss):
         return self.function(logits, reference)
 
 
-OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR)  # frozen, and of each sample by itself
+OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR, PMA)  # frozen, and of each sample by itself
 
 
 def names() -> tuple[str, ...]:

@@ -9,7 +9,8 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "half"]
 GradientPath = Literal["auto", "plan", "autograd"]
 BNMode = Literal["eval", "train", "keep"]
 Select = Literal["success", "loss"]
-Version = Literal["standard", "plus", "rand"]
+Targeting = Literal["confidence", "malt"]
+Version = Literal["standard", "fast", "plus", "rand"]
 Graph = Literal["auto"] | bool
 Stop = Literal["success", "cycle", "exact"]
 
@@ -19,6 +20,7 @@ GRADIENT_PATHS: tuple[GradientPath, ...] = get_args(GradientPath)
 BN_MODES: tuple[BNMode, ...] = get_args(BNMode)
 SELECT: tuple[Select, ...] = get_args(Select)
 STOPS: tuple[Stop, ...] = get_args(Stop)
+TARGETINGS: tuple[Targeting, ...] = get_args(Targeting)
 
 
 class AttackSettings(TypedDict, total=False):
@@ -30,7 +32,7 @@ class AttackSettings(TypedDict, total=False):
     precision: Precision | None
     input_gradient: GradientPath
     bn_mode: BNMode
-    budget: int | None
+    budget: int | torch.Tensor | None
     generator: torch.Generator | None
 
 

@@ -155,6 +155,12 @@ def margin(z, y):
     return z.scatter(1, y[:, None], -torch.inf).amax(1) - z.gather(1, y[:, None])[:, 0]
 
 
+def probability_margin(z, y):
+    p = z.softmax(1)
+    p_y = p.gather(1, y[:, None])[:, 0]
+    return p.scatter(1, y[:, None], -1.0).amax(1) - p_y
+
+
 def accuracy(model, x, y) -> float:
     """Share of the images that are classified as y; a NaN is no class."""
     logits = model(x)

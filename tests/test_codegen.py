@@ -99,4 +99,4 @@ def test_triton_kernels_compile(capability):
         logits = r["kernel"] == "pool_linear_kernel"  # which are few
         assert small_rows or ((r["wide_loads"] or pixels) and (r["wide_stores"] or logits)), r
         # exact arithmetic on images; Triton's exp, log and division have fused steps of their own
-        assert not r["fused_multiply_add"] or r["kernel"] in ("lsce_grad_kernel", "kl_grad_kernel"), r
+        assert not r["fused_multiply_add"] or r["kernel"] in ("lsce_grad_kernel", "kl_grad_kernel", "pma_grad_kernel"), r

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spat_kernels import APGD, AutoAttack, losses, pgd
+from spat_kernels import APGD, PGD, AutoAttack, losses, pgd
 from spat_kernels.attacks.autoattack import VERSIONS, fewest_classes
 from spat_train.config import Config
 from spat_train.data.datasets import load
@@ -20,7 +20,7 @@ from spat_train.evaluation.evaluate import evaluate
 from spat_train.training.check import check
 from spat_train.training.step import training_attack
 from spat_train.training.trainer import train
-from tests.helpers import EPS, batch, cnn
+from tests.helpers import EPS, batch, cnn, margin, probability_margin
 
 
 @pytest.fixture
@@ -58,6 +58,15 @@ def plain():
 
     yield Plain
     del losses.LOSSES["plain"]
+
+
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, z):
+        return self.factor * z
 
 
 def reference(logits, y):
@@ -102,6 +111,47 @@ def test_attacks_know_a_registered_loss(toy, plain):
     for settings in ({"random_start": False}, {"targeted": True}):
         with pytest.raises(ValueError, match="gradient of this loss is zero|loss 'plain' has no targeted form"):
             pgd(model, x, y, EPS, loss="plain", **settings)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_gradient_of_the_probability_margin(targeted):
+    """Its value and direction against autograd in fp64, and its true length where attacks average gradients."""
+    z, y, sign = (3 * torch.randn(32, 7)).double(), torch.randint(7, (32,)), -1 if targeted else 1
+    leaf = z.clone().requires_grad_()
+    expected = sign * probability_margin(leaf, y)
+    (exact,) = torch.autograd.grad(expected.sum(), leaf)
+    loss, dlogits, value = losses.as_loss("pma"), torch.empty_like(z), torch.empty(32).double()
+    assert loss == losses.PMA()
+    loss.gradient(z, loss.reference(y, None, targeted), dlogits, value, targeted=targeted, scale=2.0)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(dlogits, 2 * exact / exact.abs().amax(1, keepdim=True), rtol=1e-12, atol=1e-14)
+    loss.unnormalized().gradient(z, y, dlogits, None, targeted=targeted, scale=2.0)
+    torch.testing.assert_close(dlogits, 2 * exact, rtol=1e-12, atol=1e-14)
+
+
+def test_unnormalized_losses():
+    for loss in (losses.CrossEntropy(), losses.LabelSmoothedCE(0.2), losses.PMA()):
+        assert loss.unnormalized() == replace(loss, normalize=False) != loss
+        assert loss.unnormalized().describe() == loss.describe()
+    for loss in (losses.DLR(), losses.Margin(2.0), losses.KLDivergence()):
+        assert loss.unnormalized() == loss
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_climb_the_probability_margin(norm):
+    """Also of samples that the model is sure of, whose gradient of the true length is 0 in fp32: z_y is ahead by 200 and more."""
+    model, (x, _) = cnn().eval(), batch(16)
+    y, eps = model(x).argmax(1), EPS if norm == "linf" else 0.5
+    sure = nn.Sequential(model, Scale(200 / margin(model(x), y).abs().amin().item())).eval()
+    for attack in (PGD, APGD):
+        x_adv = attack(eps, loss="pma", norm=norm, steps=8, generator=seeded())(model, x, y)
+        assert (probability_margin(model(x_adv), y) > probability_margin(model(x), y)).all()
+    x_adv = PGD(eps, loss="pma", norm=norm, steps=8, generator=seeded())(sure, x, y)
+    noise = PGD(eps, loss="pma", norm=norm, steps=0, generator=seeded())(sure, x, y)
+    assert (margin(model(x_adv), y) > margin(model(noise), y)).all()
+    target = model(x).argsort(1)[:, -2]
+    towards = PGD(eps, loss="pma", targeted=True, norm=norm, steps=8, generator=seeded())(model, x, target)
+    assert (probability_margin(model(towards), target) < probability_margin(model(x), target)).all()
 
 
 def test_own_loss_object_with_state_per_batch():
@@ -175,7 +225,7 @@ def test_the_trainer_knows_a_registered_loss(plain, toy):
 
 def test_fewest_classes(toy):
     assert {version: max(map(fewest_classes, attacks)) for version, attacks in VERSIONS.items()} == {
-        "standard": 4, "plus": 4, "rand": 3,
+        "standard": 4, "fast": 4, "plus": 4, "rand": 3,
     }  # fmt: skip
     model, (x, _) = cnn(2).eval(), batch()
     y = model(x).argmax(1)

@@ -40,7 +40,7 @@ class BallAttack:
     precision: Precision | None = None
     input_gradient: GradientPath = "auto"
     bn_mode: BNMode = "eval"
-    budget: int | None = None
+    budget: int | Tensor | None = None
 
     def __post_init__(self):
         self.norm = checks.as_norm(self.norm)
@@ -51,12 +51,12 @@ class BallAttack:
             checks.check_reach("eps", self.largest_eps, self.bounds)
         check_path(self.precision, self.input_gradient)
         checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
-        if self.budget is not None:
-            checks.check_count("budget", self.budget, 1)
+        checks.check_budget(self.budget)
 
     def _check_radius(self, x: Tensor) -> None:
         """That eps goes with the images `x`."""
         checks.check_per_sample("eps", self.eps, x)
+        checks.check_per_sample("budget", self.budget, x)
         if self.norm == "l2" and x.numel():
             checks.check_reach("eps", self.largest_eps, self.bounds, x[0].numel())
 
@@ -100,10 +100,10 @@ class Tally:
         forwards, backwards: int64 [B].
     """
 
-    def __init__(self, x: Tensor, budget: int | None = None):
+    def __init__(self, x: Tensor, budget: int | Tensor | None = None):
         with torch.inference_mode(False):
             self.forwards, self.backwards = (torch.zeros(len(x), dtype=torch.int64, device=x.device) for _ in range(2))
-        self.budget = budget
+            self.limit = None if budget is None else self.forwards + torch.as_tensor(budget, device=x.device)
 
     def add(self, rows: Tensor | slice, forwards: int | Tensor, backwards: int | Tensor = 0) -> None:
         """To the samples `rows`."""
@@ -112,18 +112,23 @@ class Tally:
 
     def spent(self, rows: Tensor, needed: int = 1) -> Tensor:
         """bool [n], which of the samples `rows` have fewer than `needed` passes left of the budget."""
-        if self.budget is None:
+        if self.limit is None:
             return torch.zeros_like(rows, dtype=torch.bool)
-        return self.forwards[rows] + self.backwards[rows] + needed > self.budget
+        return self.left(rows) < needed
+
+    def left(self, rows: Tensor) -> Tensor:
+        """int64 [n], how much of their budget the samples `rows` have left."""
+        assert self.limit is not None
+        return self.limit[rows] - self.forwards[rows] - self.backwards[rows]
 
     def affordable(self, rows: Tensor, least: int = 1) -> list[tuple[Tensor, int | None]]:
         """The samples `rows`, int64 [n], in groups with equally much left of the budget, each with how much (None: no limit).
 
         Those with less than `least` left are in none of them.
         """
-        if self.budget is None or not len(rows):
+        if self.limit is None or not len(rows):
             return [(rows, None)] if len(rows) else []
-        left = self.budget - self.forwards[rows] - self.backwards[rows]
+        left = self.left(rows)
         return [(rows[left == n], n) for n in left.unique().tolist() if n >= least]
 
     def result(self, x_adv: Tensor) -> Result:

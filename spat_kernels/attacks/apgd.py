@@ -23,11 +23,12 @@ from .. import checks, ops
 from ..balls import Ball
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch, Passes, Run
-from ..losses import DLR, OURS, LabelSmoothedCE, LossLike, as_loss, value_dtype
+from ..losses import DLR, OURS, LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
-from ..settings import Graph
+from ..settings import TARGETINGS, Graph, Targeting
 from ._common import RestartedAttack, Result, Tally, as_dense, take_rows, warn_of_nan
+from .targeting import CANDIDATES, nearest_classes
 
 FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
 MOMENTUM = 0.75
@@ -58,8 +59,8 @@ class APGDRun(Run):
         self.last = settings.steps if settings.last is None else settings.last
         self.counts = torch.zeros(2, len(batch.x), dtype=torch.int64)
         self.targeted = batch.targets is not None
-        if self.eot > 1 and type(self.loss) is LabelSmoothedCE:
-            self.loss = _ScaledCE(self.loss.alpha)
+        if self.eot > 1:
+            self.loss = self.loss.unnormalized()
         self.best, _, self.value, self.broken = self.empty_outcome(batch.x)
         self._begin_batch(batch)
 
@@ -99,7 +100,7 @@ class APGDRun(Run):
 
     def _can_drop(self) -> bool:
         """Whether to drop broken samples: a CPU takes less time for fewer, and the results of the others do not change."""
-        return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in (*OURS, _ScaledCE)
+        return self.best.device.type == "cpu" and self.model.independent_samples and type(self.loss) in OURS
 
     @property
     def passes(self):
@@ -200,13 +201,6 @@ class _Search:
         return part
 
 
-class _ScaledCE(LabelSmoothedCE):
-    """With its true length for each sample, which counts where gradients are averaged."""
-
-    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
-        ops.lsce_grad(logits, reference, dlogits, value, alpha=self.alpha, targeted=targeted, scale=scale)
-
-
 @dataclass(eq=False, kw_only=True)
 class APGD(RestartedAttack):
     """Auto-PGD as a reusable object: `attack = APGD(8/255)`, then `attack(model, x, y)`.
@@ -214,14 +208,16 @@ class APGD(RestartedAttack):
     AutoAttack's APGD-CE is `APGD(eps)`, its APGD-T is `APGD(eps, loss="dlr", targets=9)`.
 
     Args:
-        loss: what is maximised, as for `PGD`. An object of the caller's must not leave out factors of its gradient if eot > 1.
+        loss: what is maximised, as for `PGD`. If eot > 1, its `unnormalized` form.
         steps: gradient steps, >= 1; a run takes steps + 1 forwards and steps backwards.
         restarts: runs from different random starts (for each target), of what is not misclassified yet.
         rho: the share of steps that must raise the loss, in [0, 1]: see above.
         eot: number of passes over which gradients and losses are averaged, for models that draw random numbers (expectation over
             transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
-        targets: None moves away from y. n >= 1 goes in turn towards each of the n likeliest wrong classes for x, where "dlr" is
-            the targeted form, Eq. 7, between y and the target.
+        targets: None moves away from y. n >= 1 goes in turn towards each of the n first wrong classes for x, where "dlr" is the
+            targeted form, Eq. 7, between y and the target.
+        targeting: which wrong classes are first: "confidence", the likeliest; or "malt", those whose boundaries are nearest, for
+            a backward for each of the K - 1 (at most 100) candidates (targeting.py).
         eps, norm, bounds, precision, input_gradient, bn_mode, budget, generator, graph: as for `PGD`; a capture is that of a run.
             What is misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of
             its own.
@@ -235,6 +231,7 @@ class APGD(RestartedAttack):
     rho: float = 0.75
     eot: int = 1
     targets: int | None = None
+    targeting: Targeting = "confidence"
     graph: Graph = "auto"
 
     run_class = APGDRun  # what `graphs` runs and captures
@@ -249,6 +246,9 @@ class APGD(RestartedAttack):
             checks.check_count(name, getattr(self, name), 1)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
+        checks.check_choice("targeting", self.targeting, TARGETINGS)
+        if self.targeting == "malt" and self.targets is None:
+            raise ValueError("targeting='malt' is an order of targets: give targets=9, or leave it out")
         checks.check_number("rho", self.rho, lambda v: 0 <= v <= 1, "in [0, 1], the share of steps that must raise the loss")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
@@ -283,13 +283,14 @@ class APGD(RestartedAttack):
         with torch.inference_mode(False), torch.no_grad():
             x, y = as_dense(x, y)
             with self._prepared_gradient(model, x, y, highest_label) as (gradient, _, _):
-                logits = gradient.logits(x)
-                tally.add(slice(None), gradient.forwards)
-            as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
+                logits = gradient.forward(x) if self.targeting == "malt" else gradient.logits(x)
+                as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
+                runs = self._targets(gradient, logits, y)
+                tally.add(slice(None), gradient.forwards, gradient.backwards)
             robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)
-            for targets, possible in self._targets(logits, y):
+            for targets, possible in runs:
                 for _ in range(self.restarts):
                     for rows, left in tally.affordable((robust & possible).nonzero()[:, 0], least=self.eot):
                         outcome = graphs.attack(self._within(left), model, self._batch(x, y, targets, rows), highest_label)
@@ -321,15 +322,27 @@ class APGD(RestartedAttack):
         """Forwards of a run, at most."""
         return (self.steps + 1) * self.eot
 
-    def _targets(self, logits: Tensor, y: Tensor) -> list[tuple[Tensor | None, Tensor]]:
-        """The classes to go to, int64 [B] each, the likeliest first, None where the attack is not targeted; and which of the
-        samples, bool [B], can go there."""
+    def _targets(self, gradient, logits: Tensor, y: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+        """The classes to go to, int64 [B] each, in the order of `targeting`, None where the attack is not targeted; and which of
+        the samples, bool [B], can go there."""
         classes = logits.shape[1]
         if self.targets is None:
             return [(None, torch.ones_like(y, dtype=torch.bool))]
         if self.targets >= classes:
             raise ValueError(f"targets={self.targets}, but the model has {classes} classes: at most {classes - 1} are wrong")
-        return list(zip(*(found[:, : self.targets].T.contiguous() for found in other_classes(logits, y)), strict=True))
+        if self.targeting == "malt":
+            self._check_affords(1 + min(classes - 1, CANDIDATES))
+            order = nearest_classes(gradient, logits, y, self.norm, value_dtype(logits))
+        else:
+            order = other_classes(logits, y)
+        return list(zip(*(found[:, : self.targets].T.contiguous() for found in order), strict=True))
+
+    def _check_affords(self, passes: int) -> None:
+        if self.budget is not None and int(torch.as_tensor(self.budget).min()) < passes:
+            raise ValueError(
+                f"budget={self.budget}: targeting='malt' takes {passes} passes before the first step: give more, or use "
+                "targeting='confidence'"
+            )
 
     def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
         eps = self.eps

@@ -21,10 +21,10 @@ from torch import Tensor
 from .. import checks
 from ..balls import box
 from ..ops._common import acc_dtype, broadcast
-from ..precision import logit_gradient_scale
 from ..predictions import other_classes, predictions
 from ..rng import draw
 from ._common import RestartedAttack, Result, Tally, eps_per_sample, warn_of_nan
+from .targeting import boundaries
 
 
 @dataclass(eq=False, kw_only=True)
@@ -181,15 +181,9 @@ class _Search:
     def _boundary(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """z_k - z_y [B] and its gradient [B, n] at `point`, for the class k of `others` with the nearest linearised boundary."""
         logits = self.gradient.forward(self.images(point))
-        scale = logit_gradient_scale(logits.dtype)
         nearest = torch.full_like(self.distance, inf)
         gap, w = torch.zeros_like(nearest), torch.zeros_like(point)
-        own = F.one_hot(self.y, logits.shape[1])
-        for i, k in enumerate(self.others.T, 1):
-            dlogits = ((F.one_hot(k, logits.shape[1]) - own) * scale).to(logits.dtype)
-            w_k = self.gradient.backward(dlogits, keep=i < self.others.shape[1]).flatten(1).to(point.dtype)
-            w_k = w_k / scale if self.gradient.factor is None else w_k * (self.gradient.factor / scale)[:, None]
-            gap_k = (logits.gather(1, k[:, None]) - logits.gather(1, self.y[:, None]))[:, 0].to(point.dtype)
+        for gap_k, w_k in boundaries(self.gradient, logits, self.y, self.others, point.dtype):
             usable = w_k.isfinite()
             w_k = torch.where(usable, w_k, 0)
             steepness = length(w_k, "l1" if self.norm == "linf" else "l2")

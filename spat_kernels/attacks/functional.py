@@ -28,7 +28,7 @@ def pgd_ls(
     bn_mode: BNMode = "eval",
     select: Select = "success",
     stop: Stop | None = None,
-    budget: int | None = None,
+    budget: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     graph: Graph = "auto",
     start: Tensor | None = None,

@@ -33,7 +33,7 @@ class PGD(RestartedAttack):
 
     Args:
         eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
-        loss: what is maximised: "ce", "kl", "margin", "dlr", or another name in `losses.LOSSES`; an object of
+        loss: what is maximised: "ce", "kl", "margin", "dlr", "pma", or another name in `losses.LOSSES`; an object of
             `spat_kernels.losses`; or a callable `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
         steps: gradient steps, >= 0.
         step_size: length of a step in the units of x, a number or [B]. None is eps / 4 for L-infinity (thesis, chapter 6) and
@@ -61,8 +61,8 @@ class PGD(RestartedAttack):
             one is known then and comes out, so that nothing changes but the time (on GPUs also roundings: see `early_stop.py`).
             "exact": either. None: nothing. Samples must not depend on each other: neither batch statistics nor random layers, and
             a loss of ours. It pays where there are tens of steps, and waits for the device every few of them.
-        budget: forwards and backwards that a sample may take part in, as many steps (and restarts) as they suffice for; None is
-            no limit.
+        budget: forwards and backwards that a sample may take part in, a number or int64 [B]: the attack takes the steps and restarts
+            that they suffice for. None is no limit.
         graph: whether a CUDA graph replays the whole attack, which frees small batches from the time that launches take. "auto"
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run

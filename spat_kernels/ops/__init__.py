@@ -8,11 +8,12 @@ from .l2 import l2_step_
 from .linf import linf_random_start_, linf_step_
 from .lsce import lsce_grad
 from .margin import margin_grad
+from .pma import pma_grad
 from .pool_linear import pool_linear, pool_linear_grad
 from .scale_shift_relu import scale_shift_relu, scale_shift_relu_grad
 from .split_image import split_image
 
 __all__ = [
     "crop_flip", "dlr_grad", "keep_best_", "kl_grad", "l2_step_", "linf_random_start_", "linf_step_", "lsce_grad", "margin_grad",
-    "pool_linear", "pool_linear_grad", "scale_shift_relu", "scale_shift_relu_grad", "split_image",
+    "pma_grad", "pool_linear", "pool_linear_grad", "scale_shift_relu", "scale_shift_relu_grad", "split_image",
 ]  # fmt: skip

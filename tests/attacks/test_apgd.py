@@ -11,7 +11,7 @@ from spat_kernels.attacks.apgd import checkpoints
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient.planned_gradient import PlannedGradient
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
-from tests.helpers import EPS, NORMS, Recorder, attackable, batch, cnn, correct, margin, moved, sharp
+from tests.helpers import EPS, NORMS, Recorder, attackable, batch, cnn, correct, margin, moved, probability_margin, sharp
 
 # --- against the judge ---
 
@@ -179,7 +179,7 @@ def test_restarts_and_targets_keep_the_highest_loss():
     assert not torch.equal(best, runs[0])
 
 
-@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "pma"])
 def test_gradients_are_averaged_with_their_lengths(loss, monkeypatch):
     """eot=3 on three networks in turn is one attack on the mean of their losses."""
     nets = [cnn().double().eval() for _ in range(3)]
@@ -198,6 +198,8 @@ def test_gradients_are_averaged_with_their_lengths(loss, monkeypatch):
         parts = z.split(10, dim=1)
         if loss == "ce":
             return sum(nn.functional.cross_entropy(part, y, reduction="none") for part in parts)
+        if loss == "pma":
+            return sum(probability_margin(part, y) for part in parts)
         return sum(margin(part, y).clamp(max=0) for part in parts)
 
     monkeypatch.setattr(apgd, "predictions", lambda logits: y[: len(logits)])  # all stay correct
@@ -234,7 +236,9 @@ SETTINGS = {
     "ce": {},
     "l2": {"norm": "l2"},
     "dlr": {"loss": "dlr"},
+    "pma_eot": {"loss": "pma", "eot": 2},
     "targeted": {"loss": "dlr", "targets": 3},
+    "malt": {"loss": "dlr", "targets": 3, "targeting": "malt"},
     "targeted_ce_l2": {"norm": "l2", "targets": 2},
     "restarts": {"restarts": 3},
     "kl": {"loss": "kl"},

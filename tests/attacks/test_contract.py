@@ -31,12 +31,14 @@ ATTACKS = {
     "pgd-l2": partial(PGD, steps=3, norm="l2", restarts=2, loss="dlr"),
     "apgd": partial(APGD, steps=4, restarts=2),
     "apgd-t-l2": partial(APGD, steps=3, norm="l2", loss="dlr", targets=2),
+    "apgd-malt": partial(APGD, steps=3, loss="dlr", targets=2, targeting="malt"),
     "apgd-eot": partial(APGD, steps=3, eot=2),
     "fab-t": partial(FAB, steps=3, targets=2, restarts=2),
     "fab-l2": partial(FAB, steps=3, norm="l2", targets=None, restarts=2),
     "square": partial(Square, queries=20, restarts=2),
     "square-l2": partial(Square, queries=20, norm="l2", restarts=2),
     "autoattack": partial(AutoAttack, steps=3, queries=20),
+    "autoattack-fast": partial(AutoAttack, steps=3, version="fast"),
     "autoattack-plus-l2": partial(AutoAttack, steps=2, queries=10, norm="l2", version="plus"),
 }
 every_attack = pytest.mark.parametrize("name", ATTACKS)
@@ -73,7 +75,13 @@ def test_leaves_no_trace(name, bn_mode):
 def test_any_layout_and_grad_mode_gives_the_same_images(name):
     model, x, y = attackable(6)
     settings = {"random_start": False} if name == "pgd" else {}
-    starts_by_memory = name in ("apgd", "apgd-eot", "autoattack")  # L-infinity draws starts in the order of the memory
+    starts_by_memory = name in (
+        "apgd",
+        "apgd-malt",
+        "apgd-eot",
+        "autoattack",
+        "autoattack-fast",
+    )  # L-infinity draws starts in the order of the memory
     for layout, view in strange_layouts(x):
         labels, before = model(view).argmax(1), view.clone()
         expected, got = (seeded(name, **settings)(model, v, labels) for v in (view.contiguous(), view))
@@ -133,7 +141,7 @@ def test_no_image_or_one(name):
 @given(
     eps=st.sampled_from([0.0, torch.linspace(0, 0.1, 3)]) | st.floats(0, 0.5), step_size=st.none() | st.floats(0, 2),
     steps=st.integers(0, 3), seed=st.integers(0, 99), bounds=st.sampled_from([(0.0, 1.0), (-0.1, 1.3)]),
-    loss=st.sampled_from(["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.5), lambda z, y: z.logsumexp(1)]),
+    loss=st.sampled_from(["ce", "kl", "margin", "dlr", "pma", losses.LabelSmoothedCE(0.5), lambda z, y: z.logsumexp(1)]),
 )  # fmt: skip
 def test_result_is_inside_ball_and_box(kind, norm, dtype, eps, step_size, steps, seed, loss, bounds):
     torch.manual_seed(seed)
@@ -370,7 +378,7 @@ def test_bad_settings_of_every_attack(kind, settings, error, message):
     (Square, {"queries": 1.5}, TypeError, "queries must be an int"),
     (Square, {"p_init": 0}, ValueError, r"p_init=0 must be in \(0, 1\], the share of the image"),
     (Square, {"p_init": "x"}, TypeError, r"p_init must be a number in \(0, 1\]"),
-    (AutoAttack, {"version": "fast"}, ValueError, "version='fast': choose one of 'standard', 'plus', 'rand'"),
+    (AutoAttack, {"version": "quick"}, ValueError, "version='quick': choose one of 'standard', 'fast', 'plus', 'rand'"),
     (AutoAttack, {"version": ("apgd-ce", "pgd")}, ValueError, "version='pgd': choose one of 'apgd-ce', "),
     (AutoAttack, {"version": None}, ValueError, "version=None: choose one of"),
     (AutoAttack, {"version": ()}, ValueError, r"version=\(\) names no attack"),

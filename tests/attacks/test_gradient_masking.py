@@ -68,6 +68,18 @@ def test_autoattack_says_what_its_authors_say():
     assert any("are NaN" in text for text in said(Overflows(linear(192, 4)), ("apgd-ce",)))
 
 
+def test_exhaustive_breaks_what_gradients_do_not():
+    model = Masking(linear(192)).eval()
+    x, y = classified(model.net, 20, (3, 8, 8))
+    with pytest.warns(RuntimeWarning, match="is 0 or NaN|Square, which needs no gradients"):
+        fast, both = (
+            AutoAttack(0.05, version="fast", exhaustive=exhaustive, steps=2, queries=100).run(model, x, y)
+            for exhaustive in (False, True)
+        )
+    assert fast.robust.sum() > both.robust.sum()
+    assert (both.broken_by == both.names.index("square")).any()
+
+
 def test_autoattack_looks_at_all_batches_and_at_what_it_attacks():
     net = linear(192, 4)
 

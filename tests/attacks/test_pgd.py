@@ -111,7 +111,8 @@ def test_radius_and_step_per_sample(norm):
 
 @pytest.mark.parametrize("select", ["success", "loss"])
 @pytest.mark.parametrize(
-    "loss", ["ce", "kl", "margin", "dlr", losses.LabelSmoothedCE(0.2), lambda z, y: F.cross_entropy(z, y, reduction="none")]
+    "loss",
+    ["ce", "kl", "margin", "dlr", "pma", losses.LabelSmoothedCE(0.2), lambda z, y: F.cross_entropy(z, y, reduction="none")],
 )
 def test_restarts_keep_the_best_of_the_same_runs(loss, select):
     model, (x, y) = cnn().eval(), batch(32)

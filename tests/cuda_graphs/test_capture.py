@@ -39,6 +39,8 @@ SETTINGS = {
     "kl_l2": {"loss": "kl", "norm": "l2"},
     "margin": {"loss": "margin"},
     "dlr": {"loss": "dlr"},
+    "pma": {"loss": "pma"},
+    "pma_targeted": {"loss": "pma", "targeted": True},
     "dlr_targeted": {"loss": "dlr", "targeted": True},
     "custom": {"loss": square},
     "targeted": {"targeted": True},

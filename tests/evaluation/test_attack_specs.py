@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import spat_kernels
+from spat_kernels.attacks.targeting import nearest_classes_of
 from spat_train.errors import InputError
 from spat_train.evaluation.attack_specs import NAMED, families, parse, parse_all
 from spat_train.evaluation.attack_specs.families import FAB, PGD
@@ -102,6 +103,12 @@ def test_right_only_if_right_at_every_iterate(spec, eps, steps, step_size):
         ("pgd-ls-20:alpha=1/4:eps=1/8", {"spec": "pgd:eps=0.125:loss=ls:alpha=0.25:steps=20:step=0.1"}),
         ("cw-40:step=1/8", {"spec": "pgd:loss=margin:kappa=0.0:steps=40:step=0.125"}),
         ("apgd-t", {"spec": "apgd:loss=dlr:targets=9", "steps": 100}),
+        ("apgd-t:targeting=malt", {"spec": "apgd:loss=dlr:targets=9:targeting=malt"}),
+        ("apgd-pma", {"spec": "apgd:loss=pma"}),
+        ("pgd-20:loss=pma", {"spec": "pgd:loss=pma:steps=20:step=0.1", "least_classes": 2}),
+        ("pgd-20:target=all:targeting=MALT", {"spec": "pgd:steps=20:step=0.1:target=all:targeting=malt"}),
+        ("aa-fast", {"version": "fast", "exhaustive": False, "parts": ("apgd-pma", "apgd-t-malt")}),
+        ("autoattack:version=fast:exhaustive=yes", {"exhaustive": True, "spec": "autoattack:version=fast:exhaustive=True"}),
         ("apgd-ce", {"loss": "ce", "steps": 100, "targets": None}),
         ("apgd-dlr", {"loss": "dlr", "steps": 100, "targets": None}),
         ("fab-t", {"steps": 100, "targets": 9}),
@@ -169,6 +176,12 @@ def test_runs_names_and_settings():
         ("pgd-kl-20-all", "loss 'kl' has no targeted form"),
         ("pgd:loss=cee", "loss=cee: choose one of ce, kl, margin, dlr, .*ls, lsce"),
         ("fab-tx2", "restarts would repeat one run"),
+        ("pgd-20:targeting=malt", "targeting=malt is an order of targets: give target=all"),
+        ("pgd-20:target=random:targeting=malt", "targeting=malt is an order of targets: give target=all"),
+        ("apgd:targeting=malt", "targeting=malt is an order of targets: give targets=9"),
+        ("apgd-t:targeting=near", "targeting=near: choose one of confidence, malt"),
+        ("autoattack:exhaustive=yes", "exhaustive=yes goes with version=fast, not standard: leave it out"),
+        ("autoattack-fast:exhaustive=2", "exhaustive=2: give yes or no"),
         ("pgd-20:restarts=0", "restarts=0: give at least 1"),
         ("pgd-20:steps=5:steps=6", "steps is given twice"),
         ("pgd-20,pgd-20", "attack pgd-20: it is named twice"),
@@ -211,3 +224,6 @@ def test_targets():
     assert torch.equal(every, order[:, 1:])
     assert torch.equal(chosen("pgd-7-all", 9), order[:, 1])
     assert (chosen("pgd-7-random") != chosen("pgd-7-random", seed=1)).any()
+    nearest = torch.stack([chosen("pgd-7-all:targeting=malt", run) for run in range(9)], 1)
+    assert torch.equal(nearest, nearest_classes_of(model, x, y, "linf")[0])
+    assert not torch.equal(nearest, every)

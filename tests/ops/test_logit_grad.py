@@ -4,6 +4,10 @@ Tolerance (style of flash-attention): at most twice the error that eager PyTorch
 rounding of the largest result, or of what the order of a sum costs (`sum_error`).
 """
 
+import decimal
+import itertools
+from decimal import Decimal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,8 @@ def samples(dtype):
         yield "lsce_grad", (z, y, dz, value, 0.0, True, 1.0, True)
         yield "kl_grad", (z, q, dz, value, 1.0)
         yield "margin_grad", (z, y, dz, value, 0.0, False, 1.0)
+        yield "pma_grad", (z, y, dz, value, False, 1.0, True)
+        yield "pma_grad", (z, y, dz, value, True, 1.0, False)
         yield "dlr_grad", (z, y, None, dz, value, 1.0)
         yield "dlr_grad", (z, y, y.flip(0), dz, value, 1.0)
 
@@ -52,6 +58,11 @@ def margin_targeted(z, y, q):
     return (-best_other(z, y)).clamp(max=KAPPA)
 
 
+def pma(z, y, q):
+    p = z.softmax(1)
+    return p.masked_fill(F.one_hot(y, z.shape[1]).bool(), -1).amax(1) - p.gather(1, y[:, None])[:, 0]
+
+
 def dlr(z, y, q):
     s = z.sort(1, descending=True).values
     return best_other(z, y) / (s[:, 0] - s[:, 2] + 1e-12)
@@ -72,10 +83,12 @@ LOSSES = {
     "kl": (kl, 2, lambda op, z, y, q, d, v: op("kl_grad")(z, q, d, v, SCALE)),
     "margin": (margin, 2, lambda op, z, y, q, d, v: op("margin_grad")(z, y, d, v, KAPPA, False, SCALE)),
     "margin_targeted": (margin_targeted, 2, lambda op, z, y, q, d, v: op("margin_grad")(z, y, d, v, KAPPA, True, SCALE)),
+    "pma": (pma, 2, lambda op, z, y, q, d, v: op("pma_grad")(z, y, d, v, False, SCALE, False)),
+    "pma_targeted": (lambda *a: -pma(*a), 2, lambda op, z, y, q, d, v: op("pma_grad")(z, y, d, v, True, SCALE, False)),
     "dlr": (dlr, 3, lambda op, z, y, q, d, v: op("dlr_grad")(z, y, None, d, v, SCALE)),
     "dlr_targeted": (dlr_targeted, 4, lambda op, z, y, q, d, v: op("dlr_grad")(z, y, (y + 1) % z.shape[1], d, v, SCALE)),
 }
-SOFTMAX = ("ce", "lsce", "lsce_targeted", "kl")
+SOFTMAX = ("ce", "lsce", "lsce_targeted", "kl", "pma", "pma_targeted")
 
 
 def eager(loss, z, y, q):
@@ -91,8 +104,10 @@ def sum_error(name, classes, dtype):
     A lane of the CUDA kernel adds classes / 32 terms one after another, then five shuffles add the lanes. A sum of n positive
     terms has a relative error of at most n unit roundoffs, and of about sqrt(n) as they come (Higham and Mary, SIAM J. Sci.
     Comput. 41, 2019): 11.6 with 4099 classes, where 10.2 were seen. Eager PyTorch spreads a long row over more threads on a GPU.
+    The gradient of the probability margin has the sum three times as a factor, and a product of five other rounded terms.
     """
-    return (classes / 32 + 5) ** 0.5 * torch.finfo(acc(dtype)).eps / 2 if name in SOFTMAX else 0.0
+    sums, others = (3, 5) if name.startswith("pma") else (1, 0)
+    return (sums * (classes / 32 + 5) ** 0.5 + others) * torch.finfo(acc(dtype)).eps / 2 if name in SOFTMAX else 0.0
 
 
 def assert_as_good(ours, rival, exact, floor):
@@ -243,6 +258,82 @@ def test_normalized_gradient_without_a_direction(impl):
         assert dlogits[6].isfinite().all()
 
 
+def exact_pma(row, y):
+    """L, its gradient and that without its largest element as a factor, of one row of floats, written out in 60 digits or more.
+
+    1 - p_k is 1 at 60 digits when p_k = 1e-4343, so sums of the other probabilities stand for it, and products for differences.
+    """
+    with decimal.localcontext(prec=60, Emin=-(10**9)):
+        z = [Decimal(v) for v in row]
+        m = max((k for k in range(len(z)) if k != y), key=lambda k: (z[k], -k))
+        top = max(z)
+        p = [(v - top).exp() for v in z]
+        total = sum(p)
+        p = [v / total for v in p]
+        gap = (z[m] - z[y]).copy_abs()
+        ahead = max(p[m], p[y]) * (1 - (-gap).exp() if gap > Decimal("1e-30") else gap)  # |p_m - p_y|
+        ahead = ahead.copy_sign(z[m] - z[y])
+        grad = [-p[k] * ahead for k in range(len(z))]
+        grad[m] = p[m] * (sum(p[k] for k in range(len(z)) if k != m) + p[y])
+        grad[y] = -p[y] * (sum(p[k] for k in range(len(z)) if k != y) + p[m])
+        largest = max(v.copy_abs() for v in grad)
+        return float(ahead), [float(v) for v in grad], [float(v / largest) for v in grad]
+
+
+GAPS = [0.0, 1e-6, 1e-3, 0.1, 0.24, 0.26, 1.0, 17.0, 40.0, 90.0, 104.0, 800.0, 1e4]
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_probability_margin_at_every_gap(impl, wrong, targeted):
+    """Label first, then its rival by each gap, and others near and far: element by element, to a few roundings."""
+    sign = -1.0 if targeted else 1.0
+    for dtype in impl.dtypes:
+        up = [-gap for gap in GAPS] if wrong else GAPS
+        rows = [[gap, 0.0, *others] for gap in up for others in ([-3.0, -0.5], [-30.0, -1e4], [-2e-3, -200.0], [-1e4, -1e4])]
+        z = torch.tensor(rows, dtype=torch.float64).to(dtype).to(impl.device)
+        y = torch.zeros(len(z), dtype=torch.int64, device=impl.device)
+        exact = [exact_pma(row, 0) for row in z.double().tolist()]
+        values, grads, directions = (
+            torch.tensor(part, dtype=torch.float64, device=impl.device) for part in zip(*exact, strict=True)
+        )
+        roundings = 16 * torch.finfo(acc(dtype)).eps
+        reach = 1 + z.double().abs().amax(1, keepdim=True).clamp(max=745)  # rounding x changes e^x by a share of |x| eps / 2
+        for normalize, expected in ((False, grads), (True, directions)):
+            dlogits, value = torch.full_like(z, torch.nan), torch.full_like(y, torch.nan, dtype=acc(dtype))
+            impl("pma_grad")(z, y, dlogits, value, targeted, 1.0, normalize)
+            error = (dlogits.double() - sign * expected).abs()
+            smallest = torch.finfo(dtype).smallest_normal + torch.finfo(acc(dtype)).smallest_normal
+            assert (error <= (roundings * reach + torch.finfo(dtype).eps) * expected.abs() + smallest).all(), (dtype, normalize)
+            assert ((value.double() - sign * values).abs() <= roundings * values.abs()).all(), dtype
+        ahead = z[:, :2].argmax(1, keepdim=True)
+        assert (dlogits.gather(1, ahead) == sign * (2 * ahead - 1)).all(), "exactly"
+        assert (dlogits[:, 1] * sign > 0).all()
+
+
+def test_probability_margin_needs_a_softmax(impl):
+    """All logits but the largest -inf: 0, and the value is exact. NaN, +inf or all -inf: NaN, in that row alone."""
+    inf, nan = torch.inf, torch.nan
+    rows = [[1.0, -inf, -inf], [-inf, 2.0, -inf], [-inf, 0.0, 1.0], [nan, 0.0, 1.0], [0.0, nan, 1.0], [0.0, 1.0, nan], [nan] * 3]
+    rows += [[inf, 0.0, 1.0], [0.0, inf, 1.0], [0.0, 1.0, inf], [inf, inf, 0.0], [-inf] * 3, [0.0, 1.0, 2.0], [0.0, -3e38, 3e38]]
+    for dtype in set(impl.dtypes) & {torch.float32, torch.float64}:
+        z = torch.tensor(rows, dtype=dtype, device=impl.device)
+        y = torch.zeros(len(z), dtype=torch.int64, device=impl.device)
+        for op, normalize in itertools.product((impl("pma_grad"), reference("pma_grad")), (False, True)):
+            dlogits, value = torch.full_like(z, 7.0), torch.full_like(z[:, 0], 7.0)
+            op(z, y, dlogits, value, False, 1.0, normalize)
+            assert (dlogits[:2] == 0).all()
+            assert value[:2].tolist() == [-1.0, 1.0]
+            assert dlogits[2].sign().tolist() == [0.0, -1.0, 1.0]
+            assert dlogits[3:12].isnan().all()
+            assert value[3:12].isnan().all()
+            assert dlogits[12:].isfinite().all()
+            assert value[13] == 1
+            if normalize:
+                assert dlogits[2].tolist() == [0.0, -1.0, 1.0]
+                assert dlogits[13].tolist() == [-1.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("lift", [0.0, -9.0])
 @pytest.mark.parametrize(("kappa", "value", "slope"), [(0.0, 0.0, 0.0), (2.0, 2.0, 1.0), (1.99, 1.99, 0.0), (50.0, 2.0, 1.0)])
 def test_margin_stops_beyond_kappa(impl, kappa, value, slope, lift):
@@ -261,6 +352,8 @@ def test_ties_go_by_index(impl):
     impl("margin_grad")(z, y, dlogits, None, 50.0, False, 1.0)
     assert dlogits.tolist() == [[1.0, 0.0, 0.0, -1.0, 0.0]]
     value = torch.empty(1, device=impl.device)
+    impl("pma_grad")(z, y, dlogits, None, False, 1.0, True)
+    assert dlogits.tolist() == [[1.0, 0.0, 0.0, -1.0, 0.0]]
     impl("dlr_grad")(z, y, None, dlogits, value, 1.0)
     assert value.item() == 0
     assert dlogits.isfinite().all()
@@ -307,7 +400,7 @@ def test_masked_logits(impl):
     """-inf for classes that a model masks out: probability 0, finite gradients, and no NaN in the unsmoothed loss."""
     z = torch.tensor([[2.0, -torch.inf, 1.0, -torch.inf]], device=impl.device)
     y, q = torch.tensor([0], device=impl.device), torch.tensor([[0.5, 0.0, 0.5, 0.0]], device=impl.device)
-    for name in ("ce", "kl"):
+    for name in ("ce", "kl", "pma"):
         dlogits, value = torch.empty_like(z), torch.empty(1, device=impl.device)
         LOSSES[name][2](impl, z, y, q, dlogits, value)
         assert dlogits.isfinite().all(), name

@@ -19,7 +19,7 @@ from ...errors import InputError, as_input_error, did_you_mean
 from .attack import Attack, read_setting
 from .families import FAMILIES, NAMED, TARGETS
 
-ALIASES = {"aa": "autoattack", "aa-plus": "autoattack-plus", "aa-rand": "autoattack-rand"}
+ALIASES = {"aa": "autoattack", "aa-fast": "autoattack-fast", "aa-plus": "autoattack-plus", "aa-rand": "autoattack-rand"}
 
 
 def parse(spec: str | Attack) -> Attack:

@@ -47,6 +47,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def yes_or_no(text: str) -> bool:
+    known = {"yes": True, "true": True, "no": False, "false": False}
+    if text.lower() not in known:
+        raise ValueError("give yes or no")
+    return known[text.lower()]
+
+
 def choice(*choices: str) -> Callable[[str], str]:
     """Reads one of `choices`, in capitals or not, unless choices differ by that alone."""
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 import spat_kernels
 from spat_kernels import losses, pgd
-from spat_kernels.attacks.autoattack import VERSIONS, fewest_classes
+from spat_kernels.attacks.autoattack import VERSIONS, attacks_of, fewest_classes
+from spat_kernels.attacks.targeting import nearest_classes_of
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes, predictions
-from spat_kernels.settings import Version
+from spat_kernels.settings import TARGETINGS, GradientPath, Targeting, Version
 
 from ...errors import InputError
-from .attack import Attack, choice, count, loss_name, number, positive, setting, share_of_eps
+from .attack import Attack, choice, count, loss_name, number, positive, setting, share_of_eps, yes_or_no
 
 TARGETS = {  # of PGD, in words
     "least-likely": "the least-likely class", "random": "a random wrong class", "all": "all wrong classes in turn",
@@ -83,6 +84,7 @@ class PGD(_Ascent):
         step: length of a step in units of eps; None is 1/4, for L2 2.5 / steps.
         start: uniform in the ball, or clean.
         target: none, or towards the least likely class of the clean image, a random wrong one, or all wrong ones in turn.
+        targeting: the order of all wrong ones: confidence, or malt, the nearest boundary first, for K - 1 more backwards a run.
         right_at: the iterates at which a prediction must be right, the last or every one. At every one, the first wrong one is
             what comes out.
     """
@@ -116,12 +118,15 @@ class PGD(_Ascent):
     step: float | None = setting(None, share_of_eps)
     start: str = setting("uniform", choice("uniform", "clean"))
     target: str = setting("none", choice("none", *TARGETS))
+    targeting: Targeting = setting("confidence", choice(*TARGETINGS))
     right_at: str = setting("last", choice("last", "every"))
 
     def __post_init__(self):
         super().__post_init__()
         if self.steps == 0 and (self.start == "clean" or self.target != "none" or self.right_at == "every"):
             raise ValueError("of no steps there is noise alone: leave out start, target and right_at, or steps=0")
+        if self.targeting == "malt" and self.target != "all":
+            raise ValueError("targeting=malt is an order of targets: give target=all")
         if self.maximised.needs_random_start and self.start == "clean":
             raise ValueError(f"the gradient of {self.loss} is 0 at a clean start: leave out start")
 
@@ -152,7 +157,7 @@ class PGD(_Ascent):
         start, which = draws
         if self.steps == 0:
             return start.clone()
-        labels = self._targets(model, x, y, which, run) if self.targeted else y
+        labels = self._targets(model, x, y, which, run, attack_options.get("input_gradient", "auto")) if self.targeted else y
         options = {"loss": self.maximised, "norm": self.norm, "targeted": self.targeted} | attack_options
         if self.right_at == "every":
             return self._first_wrong(model, x, y, labels, eps, start, options)
@@ -175,9 +180,12 @@ class PGD(_Ascent):
         """Length of a step in units of eps."""
         return self.step if self.step is not None else 1 / 4 if self.norm == "linf" else 2.5 / self.steps
 
-    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int) -> Tensor:
+    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int, path: GradientPath = "auto") -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
-        wrong, possible = other_classes(model_logits(model, x), y)
+        if self.targeting == "malt":
+            wrong, possible = nearest_classes_of(model, x, y, self.norm, path)
+        else:
+            wrong, possible = other_classes(model_logits(model, x), y)
         count = possible.sum(1).clamp_min(1)  # these come first
         place = (which * count).long() if self.target == "random" else count - 1 if self.target == "least-likely" else run % count
         return wrong.gather(1, place[:, None])[:, 0]
@@ -187,7 +195,8 @@ class PGD(_Ascent):
             return ["uniform noise"]
         where = {"uniform": "a uniform random start", "clean": "the image"}[self.start]
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {_length(self.length)} from {where}"
-        target = [f"towards {TARGETS[self.target]}"] if self.targeted else []
+        nearest = ", the nearest first" if self.targeting == "malt" else ""
+        target = [f"towards {TARGETS[self.target]}{nearest}"] if self.targeted else []
         every = ["right only if right at every iterate"] if self.right_at == "every" else []
         return [f"PGD on {self.maximised.describe()}", steps, *target, *every]
 
@@ -209,17 +218,29 @@ class _Engine(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class APGD(_Ascent, _Engine):
-    """AutoAttack's PGD, which chooses its steps itself; with `targets` n, towards the n likeliest wrong classes in turn."""
+    """AutoAttack's PGD, which chooses its steps itself; with `targets` n, towards the n likeliest wrong classes in turn, or by
+    `targeting` malt the n whose boundaries are nearest."""
 
     family = "apgd"
     named = {
         "apgd-ce": ("apgd", "Croce and Hein, 2020"),
         "apgd-dlr": ("apgd:loss=dlr", "Croce and Hein, 2020"),
+        "apgd-pma": ("apgd:loss=pma", "Xie et al., 2025, arXiv 2411.15210: the probability margin"),
         "apgd-t": ("apgd:loss=dlr:targets=9", "Croce and Hein, 2020: the nine likeliest wrong classes"),
+        "apgd-t-malt": (
+            "apgd:loss=dlr:targets=9:targeting=malt",
+            "Melamed et al., 2024, arXiv 2407.02240: the nine nearest ones",
+        ),
     }
 
     steps: int = setting(100, positive)
     targets: int | None = setting(None, positive)
+    targeting: Targeting = setting("confidence", choice(*TARGETINGS))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.targeting == "malt" and not self.targeted:
+            raise ValueError("targeting=malt is an order of targets: give targets=9")
 
     @property
     def targeted(self) -> bool:
@@ -230,10 +251,12 @@ class APGD(_Ascent, _Engine):
         return max(super().least_classes, (self.targets or 0) + 1)
 
     def _engine(self, eps, **options):
-        return spat_kernels.APGD(eps, loss=self.maximised, steps=self.steps, targets=self.targets, **options)
+        return spat_kernels.APGD(
+            eps, loss=self.maximised, steps=self.steps, targets=self.targets, targeting=self.targeting, **options
+        )  # fmt: skip
 
     def _describe(self):
-        return [f"APGD on {self.maximised.describe()}", f"{self.steps} steps", *_towards(self.targets)]
+        return [f"APGD on {self.maximised.describe()}", f"{self.steps} steps", *_towards(self.targets, self.targeting)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,31 +298,39 @@ class Square(_Engine):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(_Engine):
-    """The ensemble: `steps` of APGD and FAB, `queries` of Square."""
+    """The ensemble: `steps` of APGD and FAB, `queries` of Square. `exhaustive`: standard's attacks follow those of fast."""
 
     family = "autoattack"
     named = {
         "autoattack": ("autoattack", "Croce and Hein, 2020: APGD-CE, APGD-T, FAB-T, Square"),
         "autoattack-plus": ("autoattack:version=plus", "the same with restarts and the untargeted forms"),
         "autoattack-rand": ("autoattack:version=rand", "the same for randomised models"),
+        "autoattack-fast": ("autoattack:version=fast", "APGD-PMA (Xie et al., 2025), APGD-T by MALT (Melamed et al., 2024)"),
     }
 
     version: Version = setting("standard", choice(*VERSIONS))
+    exhaustive: bool = setting(False, yes_or_no)
     steps: int = setting(100, positive)
     queries: int = setting(5000, positive)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.exhaustive and self.version != "fast":
+            raise ValueError(f"exhaustive=yes goes with version=fast, not {self.version}: leave it out")
+
     @property
     def least_classes(self) -> int:
-        return max(map(fewest_classes, VERSIONS[self.version]))
+        return max(map(fewest_classes, self.parts))
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return VERSIONS[self.version]
+        return attacks_of(self.version, self.exhaustive)
 
     def _stages(self, model, x, y, eps, draws, run, attack_options):
         attack = spat_kernels.AutoAttack(
-            eps, norm=self.norm, version=self.version, steps=self.steps, queries=self.queries, seed=draws[0], **attack_options
-        )
+            eps, norm=self.norm, version=self.version, exhaustive=self.exhaustive, steps=self.steps, queries=self.queries,
+            seed=draws[0], **attack_options,
+        )  # fmt: skip
         stages = attack.stages(model, x, y)
 
         def following() -> Tensor:
@@ -311,8 +342,9 @@ class AutoAttack(_Engine):
             yield following()
 
     def _describe(self):
-        queries = [] if self.version == "rand" else [f"{self.queries} queries"]
-        return [f"AutoAttack, version {self.version}", f"{self.steps} steps", *queries]
+        queries = [f"{self.queries} queries"] if "square" in self.parts else []
+        then = ", then standard" if self.exhaustive else ""
+        return [f"AutoAttack, version {self.version}{then}", f"{self.steps} steps", *queries]
 
 
 def _length(step: float) -> str:
@@ -323,8 +355,9 @@ def _length(step: float) -> str:
     return f"eps / {round(parts)}" if parts > 1 and abs(parts - round(parts)) < 1e-6 else f"{step:.4g} eps"
 
 
-def _towards(targets: int | None) -> list[str]:
-    return [] if targets is None else [f"towards the {targets} likeliest wrong classes in turn"]
+def _towards(targets: int | None, targeting: Targeting = "confidence") -> list[str]:
+    first = {"confidence": "likeliest", "malt": "nearest"}[targeting]
+    return [] if targets is None else [f"towards the {targets} {first} wrong classes in turn"]
 
 
 FAMILIES: dict[str, type[Attack]] = {kind.family: kind for kind in (Clean, PGD, APGD, FAB, Square, AutoAttack)}
