@@ -3,6 +3,8 @@
 standard    APGD-CE, APGD-T, FAB-T, Square
 plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, APGD-T, FAB-T
 rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
+
+In L1 (arXiv 2103.01208) APGD searches in larger balls first, and "standard" has 5 restarts of APGD-CE and 5 targets of APGD-T.
 """
 
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ VERSIONS: dict[Version, tuple[str, ...]] = {
 }
 ATTACKS = VERSIONS["plus"]
 LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr"}
-TARGETS = 9
+TARGETS, TARGETS_L1 = 9, 5
 
 
 def fewest_classes(name: str) -> int:
@@ -209,12 +211,15 @@ class AutoAttack(BallAttack):
     def _attack(
         self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: Precision | None
     ) -> APGD | FAB | Square:
-        restarts = 5 if self.version == "plus" and name in ("apgd-ce", "apgd-dlr", "fab") else 1
+        in_l1 = self.norm == "l1" and self.version == "standard"
+        repeated = ("apgd-ce", "apgd-dlr", "fab") if self.version == "plus" else ("apgd-ce",) if in_l1 else ()
+        restarts = 5 if name in repeated else 1
         common: AttackSettings = {
             "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
             "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
         }  # fmt: skip
-        targets = min(TARGETS, classes - 1) if name.endswith("-t") else None
+        most = TARGETS_L1 if in_l1 and name == "apgd-t" else TARGETS
+        targets = min(most, classes - 1) if name.endswith("-t") else None
         if name == "square":
             return Square(eps, queries=self.queries, **common)
         if name.startswith("fab"):

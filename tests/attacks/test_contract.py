@@ -332,7 +332,7 @@ def test_replays_on_a_gpu(name):
 @pytest.mark.parametrize("settings, error, message", [
     ({"eps": -0.1}, ValueError, "eps=-0.1 must be finite and >= 0"),
     ({"eps": 2}, ValueError, "eps=2 exceeds the width of bounds"),
-    ({"norm": "l1"}, ValueError, "norm='l1': choose one of 'linf', 'l2'"),
+    ({"norm": "l0"}, ValueError, "norm='l0': choose one of 'linf', 'l2', 'l1'"),
     ({"restarts": 0}, ValueError, "restarts=0 must be at least 1"),
     ({"bounds": (1.0, 0.0)}, ValueError, r"bounds must be two numbers \(lo, hi\) with lo < hi, got tuple \(1.0, 0.0\)"),
     ({"precision": "fp8"}, ValueError, "precision='fp8': choose one of"),
@@ -387,10 +387,10 @@ def test_bad_settings(kind, settings, error, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_as_other_libraries_write_them(kind):
-    for written, norm in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf"), ("LINF", "linf"), ("l2", "l2")):
+    for written, norm in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf"), ("LINF", "linf"), ("l2", "l2"), ("L1", "l1")):
         assert kind(0.1, norm=written).norm == norm
-    for written in ("L1", "inf", 2, float("inf"), None, ["l2"]):
-        with pytest.raises(ValueError, match=r"norm=.*: choose one of 'linf', 'l2'$"):
+    for written in ("L0", "inf", 2, float("inf"), None, ["l2"]):
+        with pytest.raises(ValueError, match=r"norm=.*: choose one of 'linf', 'l2', 'l1'$"):
             kind(0.1, norm=written)
 
 

@@ -128,7 +128,7 @@ def test_runs_names_and_settings():
         assert parse(name).name == plain
     assert PGD(norm="L2", start="Clean") == parse("pgd:norm=l2:start=clean")
     assert FAB(norm="L∞", targets=np.int64(3)) == parse("fab:targets=3")
-    for wrong, message in (({"norm": "l1"}, "norm=l1: choose one of linf, l2"), ({"steps": 2.5}, "steps=2.5: give a whole")):
+    for wrong, message in (({"norm": "l0"}, "norm=l0: choose one of linf, l2, l1"), ({"steps": 2.5}, "steps=2.5: give a whole")):
         with pytest.raises(ValueError, match=message):
             PGD(**wrong)
     assert list(parse_all("pgd-20,fgsm")) == ["clean", "pgd-20", "fgsm"]
