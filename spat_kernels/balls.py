@@ -122,6 +122,8 @@ class L1Ball(Ball):
 
     Attributes:
         kept: int64 [1] or [B], along how many coordinates a step goes: more where gradients are equal, fewer where they are 0.
+        skips_sides: whether coordinates at the side of the box to which their gradient points are left out, so that no part of a
+            step is lost on them.
     """
 
     per_sample = (*Ball.per_sample, "kept")
@@ -130,6 +132,7 @@ class L1Ball(Ball):
         super().__init__(x, eps, step_size, bounds)
         kept = max(round(SPARSITY * math.prod(x.shape[1:])), 1)
         self.kept = torch.full((1,), kept, dtype=torch.int64, device=x.device)
+        self.skips_sides = True
 
     def draw(self, generator, samples):
         like: Any = {"dtype": self.eps.dtype, "device": self.x.device, "generator": generator}
@@ -147,13 +150,16 @@ class L1Ball(Ball):
         self._put_(x_adv, self.x.double() + draws[0])
 
     def _move_(self, x_adv, grad, step_size):
-        self._put_(x_adv, x_adv.double() + self._direction(grad) * broadcast(step_size, x_adv))
+        self._put_(x_adv, x_adv.double() + self._direction(x_adv, grad) * broadcast(step_size, x_adv))
 
-    def _direction(self, grad: Tensor) -> Tensor:
+    def _direction(self, x_adv: Tensor, grad: Tensor) -> Tensor:
         """Signs of the largest elements of each sample's gradient, scaled to the L1 norm 1, fp64."""
-        g = grad.flatten(1)
+        g, (lo, hi) = grad.flatten(1), self.bounds
         unusable = g.isnan()
         self.nan_seen |= unusable.any(1)
+        if self.skips_sides:
+            points = x_adv.flatten(1)
+            unusable |= torch.where(g > 0, points >= hi, points <= lo)
         g = g.masked_fill(unusable, 0)
         least = g.abs().sort(1, descending=True).values.gather(1, (self.kept - 1).expand(len(g))[:, None])
         signs = torch.where(g.abs() >= least, g.sign(), 0).double()
@@ -168,9 +174,9 @@ class L1Ball(Ball):
 def project_l1(points: Tensor, x: Tensor, eps: Tensor, lo: float, hi: float) -> Tensor:
     """The nearest points of L1 ball and box at once, not of one after the other (Croce and Hein, arXiv 2103.01208, Prop. 2.1).
 
-    With d = points - x and room r_i to the side of the box that d_i points to, these are x + sign(d_i) min(max(|d_i| - t, 0), r_i).
-    Their distance from x falls with t, and bends where a coordinate leaves its side, |d_i| - r_i, or comes to rest, |d_i|. Those
-    are sorted, and t is found between two of them, from the largest t on, where all distances are small.
+    With d = points - x, and room r_i to the side of the box that d_i points to, coordinate i goes to
+    x_i + sign(d_i) min(max(|d_i| - t, 0), r_i). The distance from x falls with t, and bends where a coordinate leaves its side,
+    |d_i| - r_i, or comes to rest, |d_i|. Those are sorted, and t is found between two of them, summing up from the largest on.
 
     Args:
         points: [B, n], finite. x: [B, n] inside the box. Both best in fp64, since the bends are summed up.

@@ -92,7 +92,7 @@ def check_reach(name: str, eps: float, bounds: tuple[float, float], values: int 
     reach = (bounds[1] - bounds[0]) * (values if norm == "l1" else math.sqrt(values))
     if eps > reach:
         size = "width" if values == 1 else f"diagonal, {reach:g},"
-        meant = f" ({eps:g}/255 for images in [0, 1])" if 1 < eps < 256 and tuple(bounds) == (0, 1) else ""
+        meant = f" ({eps:g}/255 for images in [0, 1])" if 1 < eps < 256 and tuple(bounds) == (0, 1) and norm != "l1" else ""
         raise ValueError(f"{name}={eps:g} exceeds the {size} of bounds={bounds}: it is in the units of x{meant}")
 
 

@@ -1,7 +1,6 @@
 """What many tests attack: small models and batches; and how they compare what comes out."""
 
 import copy
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 ASSETS = Path(__file__).parent / "assets"
 EPS = 8 / 255
-NORMS = {"linf": "Linf", "l2": "L2"}  # ours, and as torchattacks writes them
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # ours, and as torchattacks writes them
 
 
 # ---- models and batches
@@ -112,7 +111,7 @@ def strange_layouts(x):
 def distance(x_adv, x, norm):
     """How far each image has moved, fp64 [B]."""
     delta = (x_adv.double() - x.double()).flatten(1)
-    return torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
+    return torch.linalg.vector_norm(delta, {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
 
 
 def moved(x_adv, x):
@@ -127,7 +126,7 @@ def assert_inside(x_adv, x, eps, norm, bounds=(0.0, 1.0), atol=0.0):
     assert x_adv.isfinite().all()
     assert x_adv.min() >= lo
     assert x_adv.max() <= hi
-    rounding = torch.finfo(x.dtype).eps * (1 if norm == "linf" else math.sqrt(x[0].numel()))
+    rounding = torch.finfo(x.dtype).eps * x[0].numel() ** {"linf": 0, "l2": 1 / 2, "l1": 1}[norm]
     assert (distance(x_adv, x, norm) <= torch.as_tensor(eps, dtype=torch.float64) + rounding + atol).all()
 
 

@@ -2,9 +2,9 @@
 
     x_{t+1} = project(x_t + step_size * s / |s|_1)      s: the signs of the k largest elements of the gradient
 
-There is no momentum. A step size starts at eps, and k at a fifth of the elements. At checkpoints, every 4 % of the steps, k becomes
-two thirds of the number of elements in which the best point differs from x. If that number has fallen by more than 5 %, the step
-size is eps again and the run continues from its best point; else the step size falls by a third, down to eps / 10.
+There is no momentum. A step size starts at eps, and k at a fifth of the elements. At checkpoints, every 4 % of the steps, k
+becomes two thirds of the number of elements in which the best point differs from x. If that number has fallen by more than 5 %,
+the step size is eps again and the run continues from its best point; else the step size falls by a third, down to eps / 10.
 
 AutoAttack searches in larger balls first (section 3.4): radii of 3, 2 and 1 eps, with 30, 30 and 40 % of the steps. Each search
 starts at the best point of the one before, projected, and k and the number of elements are those of its start.
@@ -32,7 +32,7 @@ def checkpoints(steps: int) -> dict[int, int]:
 
 
 def larger_first(steps: int) -> list[tuple[int, int]]:
-    """(Radius in units of eps, steps in it) of the searches, in their order. The last one, in the ball itself, has a step at least."""
+    """(Radius in units of eps, steps) of the searches, in their order. The last one, in the ball itself, has a step at least."""
     each = min(ceil(0.3 * steps), (steps - 1) // 2)
     return [(3, each), (2, each), (1, steps - 2 * each)] if each else [(1, steps)]
 
@@ -94,4 +94,4 @@ class SparseSteps:
 
     def _keep(self, kept: Tensor) -> None:
         assert isinstance(self.ball, L1Ball)
-        self.ball.kept = kept.clamp_min(1)
+        self.ball.kept, self.ball.skips_sides = kept.clamp_min(1), False

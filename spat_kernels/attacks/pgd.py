@@ -3,7 +3,7 @@
     x_0     = a random point of the ball around x, or x
     x_{t+1} = project(x_t + step_size * direction(d loss / d x_t))
 
-    direction: the sign (L-infinity); g / ||g|| (L2); the signs of the largest 1 % of g, at length 1 (L1)
+    direction: the sign (L-infinity); g / ||g|| (L2); the signs of the largest 1 % of g, at L1 norm 1 (L1)
 
 Only the direction of the input gradient counts, so nothing else is computed: one fused kernel from logits to their gradient, the
 model's backward to its input, one fused kernel for the step and both projections.

@@ -19,6 +19,7 @@ from ..runtime import atomic_write
 from ..runtime.atomic_write import SaveError
 
 FORMAT = "spat_train evaluation 2"
+LATER = ("eps_l1",)  # settings that folders of earlier versions lack: no attack in them depends on these
 DIFFER = {  # settings whose values say nothing to a reader
     "format": "another version made it", "weights": "the model differs, in weights, architecture or normalisation",
     "source_weights": "the source differs, in weights, architecture or normalisation",
@@ -67,6 +68,7 @@ class Samples:
             before, known = content["settings"], content["attacks"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
+        before = {name: settings[name] for name in LATER if name in settings} | before
         changed = changes(before, settings)
         changed += [f"attack {n} was {known[n]}, now {what}" for n, what in attacks.items() if known.get(n, what) != what]
         if changed:
