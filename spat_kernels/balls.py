@@ -14,6 +14,7 @@ from .rng import draw
 from .settings import Norm
 
 SPARSITY = 0.01  # share of the coordinates that a step in L1 moves along, as published for SLIDE; APGD chooses its own
+ROUNDING = 1e-12  # relative differences that are none in sums of fp64
 
 
 class Ball:
@@ -195,7 +196,8 @@ def project_l1(points: Tensor, x: Tensor, eps: Tensor, lo: float, hi: float) -> 
     last = (distance <= eps).sum(1, keepdim=True) - 1
     t = bends.gather(1, last) - (eps - distance.gather(1, last)) / free.gather(1, last).clamp_min(1)
     fits = torch.minimum(size, room).sum(1, keepdim=True) <= eps
-    nearest = x + moved.sign() * torch.minimum((size - t).clamp_min(0), room)
+    left = torch.where(size - t > ROUNDING * size, size - t, 0)  # ties come to rest: what has moved is counted
+    nearest = x + moved.sign() * torch.minimum(left, room)
     return torch.where(fits, points, nearest).clamp(lo, hi)
 
 

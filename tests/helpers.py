@@ -130,6 +130,22 @@ def assert_inside(x_adv, x, eps, norm, bounds=(0.0, 1.0), atol=0.0):
     assert (distance(x_adv, x, norm) <= torch.as_tensor(eps, dtype=torch.float64) + rounding + atol).all()
 
 
+def nearest_in_l1(points, x, eps, lo=0.0, hi=1.0):
+    """The points of L1 ball and box nearest to `points` [B, n], fp64: each element shrunk by what bisection finds."""
+    moved = points - x
+    size, room = moved.abs(), torch.where(moved > 0, hi - x, x - lo)
+
+    def shrunk(by):
+        return torch.minimum((size - by).clamp_min(0), room)
+
+    too_little, enough = torch.zeros_like(size[:, :1]), size.amax(1, keepdim=True)
+    for _ in range(200):
+        middle = (too_little + enough) / 2
+        far = shrunk(middle).sum(1, keepdim=True) > eps
+        too_little, enough = torch.where(far, middle, too_little), torch.where(far, enough, middle)
+    return x + moved.sign() * shrunk(torch.where(shrunk(0).sum(1, keepdim=True) > eps, enough, 0.0))
+
+
 def snapshot(model, x, y):
     return {
         "state": copy.deepcopy(model.state_dict()),

@@ -296,8 +296,7 @@ class _BumpRun(_Run):
         outside = delta.clone()
         outside[gains] = outside[loses] = 0
         new = self._bump(side, place[4]) * signs[self.index] + delta[gains] / (self._norm(delta[gains], (2, 3)) + 1e-12)
-        budget = self._budget(self._norm(delta), self._norm(delta - outside))
-        outside[gains] = new / (self._norm(new, (2, 3)) + 1e-12) * budget
+        outside[gains] = new / (self._norm(new, (2, 3)) + 1e-12) * self._budget(delta, delta - outside)
         images = self._images(outside)
         margin = self._margins(self._whole_forward(images), self.y)
         better = self._better(margin)
@@ -308,8 +307,8 @@ class _BumpRun(_Run):
         """x with this perturbation, brought to length eps."""
         raise NotImplementedError
 
-    def _budget(self, whole: Tensor, squares: Tensor) -> Tensor:
-        """The length that each channel of the new square gets, from that of the `whole` perturbation and of both `squares`."""
+    def _budget(self, delta: Tensor, within: Tensor) -> Tensor:
+        """The length that each channel of the new square gets, from the perturbation and its part `within` both squares."""
         raise NotImplementedError
 
     def _norm(self, v: Tensor, dims=(1, 2, 3)) -> Tensor:
@@ -337,12 +336,12 @@ class _L2Run(_BumpRun):
     def _images(self, delta):
         return (self.x + delta / (self._norm(delta) + 1e-12) * self.eps).clamp(*self.bounds).to(self.x.dtype)
 
-    def _budget(self, whole, squares):
-        return ((self.eps**2 - whole**2).clamp_min(0) / self.batch[1] + squares**2).sqrt()
+    def _budget(self, delta, within):
+        return ((self.eps**2 - self._norm(delta) ** 2).clamp_min(0) / self.batch[1] + self._norm(within) ** 2).sqrt()
 
 
 class _L1Run(_BumpRun):
-    """As in the authors' code, each channel of a square is offered the budget of all, and the projection takes back the rest."""
+    """As in the authors' code, a channel is given as much as if all were like it. The projection takes back what is over."""
 
     p, fall = 1, 4
 
@@ -351,8 +350,8 @@ class _L1Run(_BumpRun):
         points = project_l1(x + delta, x, self.eps.double().flatten(1), *self.bounds)
         return points.view(self.x.shape).to(self.x.dtype)
 
-    def _budget(self, whole, squares):
-        return (self.eps - whole).clamp_min(0) + self.batch[1] * squares
+    def _budget(self, delta, within):
+        return (self.eps - self._norm(delta)).clamp_min(0) + self.batch[1] * self._norm(within, (2, 3))
 
 
 RUNS: dict[Norm, type[_Run]] = {"linf": _LinfRun, "l2": _L2Run, "l1": _L1Run}

@@ -7,9 +7,9 @@ same on every path, and ordered as the attacks are strong.
 import pytest
 import torch
 
-from spat_kernels import cw_linf, fgsm, pgd, pgd_ls
+from spat_kernels import APGD, PGD, AutoAttack, cw_linf, fgsm, pgd, pgd_ls
 from spat_train.evaluation.alarms import alarms
-from tests.helpers import EPS, photographs, robust
+from tests.helpers import EPS, assert_inside, photographs, robust
 
 # correctly classified images of 100, clean and under each attack
 LEFT = {
@@ -50,6 +50,28 @@ def test_smoothing_weakens_the_attack():
     assert left == sorted(left)
     assert left[0] < left[1] - 5
     assert left[2] >= LEFT["trades+spat"]["clean"]
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_in_l1_apgd_finds_more_than_pgd(name):
+    """At AutoAttack's radius for CIFAR-10."""
+    model, (x, y) = robust(name), photographs()
+    left = {"clean": LEFT[name]["clean"]}
+    for attack in (PGD(12.0, norm="l1", steps=20), APGD(12.0, norm="l1", steps=20)):
+        torch.manual_seed(0)
+        x_adv = attack(model, x, y)
+        assert_inside(x_adv, x, 12.0, "l1")
+        left[type(attack).__name__] = right(model, x_adv, y)
+    assert left == pytest.approx({"clean": LEFT[name]["clean"], "PGD": 23, "APGD": 21}, abs=1)
+    assert left["clean"] > left["PGD"] > left["APGD"]
+
+
+@pytest.mark.slow
+def test_autoattack_in_l1_finds_most():
+    model, (x, y) = robust("madry"), photographs()
+    result = AutoAttack(12.0, norm="l1", steps=20, queries=200).run(model, x, y)
+    assert_inside(result.x_adv, x, 12.0, "l1")
+    assert int(result.robust.sum()) <= 17, "of 32, and 21 by APGD alone"
 
 
 @pytest.mark.slow
