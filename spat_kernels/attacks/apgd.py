@@ -92,7 +92,7 @@ class APGDRun(Run):
             self._store(rest)
 
     def _begin(self, times: int, start: Tensor) -> "_Search":
-        """A search in the ball of so many times the radius. In larger balls than the own one nothing counts as broken."""
+        """A search from `start` in the ball of `times` the radius. If that is larger, nothing counts as broken."""
         if not isinstance(self.inner, L1Ball):
             return _Search(self.inner, self.y, self.reference, start)
         search = _SparseSearch(enlarged(self.inner, times), self.y, self.reference, start)

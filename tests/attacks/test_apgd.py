@@ -283,16 +283,6 @@ def test_settings_and_weights_tell_captures_apart(graphs):
         {}, {"steps": 3}, {"rho": 0.5}, {"norm": "l2"}, {"norm": "l1"}, {"norm": "l1", "multi_eps": False}, {"loss": "dlr"},
         {"targets": 1}, {"bounds": (-1.0, 1.0)},
     ]  # fmt: skip
-        {},
-        {"steps": 3},
-        {"rho": 0.5},
-        {"norm": "l2"},
-        {"norm": "l1"},
-        {"norm": "l1", "multi_eps": False},
-        {"loss": "dlr"},
-        {"targets": 1},
-        {"bounds": (-1.0, 1.0)},
-    ]
     for n, variant in enumerate(variants, 1):
         for eps in (0.0, 1e-9):
             APGD(eps, graph=True, **({"steps": 4} | variant))(model, x, y)
