@@ -72,7 +72,8 @@ def table(results: dict) -> str:
     return markdown(
         results, [entry | {"name": name} for name, entry in found.items()],
         "PGD || accuracy of these images, % | images as in the whole run, % | passes saved, % | s | faster | CPU s | faster",
-        "{name} || {accuracy:.1f} | {identical:.1f} | {saved:.1f} | {seconds:.0f} | {faster:.2f}x | {cpu_seconds:.0f} | {cpu_faster:.2f}x",
+        "{name} || {accuracy:.1f} | {identical:.1f} | {saved:.1f} | "
+        "{seconds:.0f} | {faster:.2f}x | {cpu_seconds:.0f} | {cpu_faster:.2f}x",
         "{settings[model]} ({settings[network]}), eps {settings[eps]:.4g}, {settings[images]:,} images that it gets right, "
         "{settings[steps]:,} steps of eps / 4, batches of {settings[batch_size]}.", environment,
     )  # fmt: skip

@@ -1,15 +1,20 @@
 """The sets that an attack stays in: a ball around each clean image, cut by the box of valid values."""
 
+import math
 from copy import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from .ops._common import acc_dtype, broadcast, same_layout
 from .rng import draw
 from .settings import Norm
+
+SPARSITY = 0.01  # share of the coordinates that a step in L1 moves along, as published for SLIDE; APGD chooses its own
+ROUNDING = 1e-12  # relative differences that are none in sums of fp64
 
 
 class Ball:
@@ -23,6 +28,8 @@ class Ball:
     Attributes:
         nan_seen: uint8 [B], 1 for samples that met a gradient that is NaN (L2: or infinite).
     """
+
+    per_sample: tuple[str, ...] = ("x", "eps", "step_size", "nan_seen")
 
     def __init__(self, x: Tensor, eps: float | Tensor, step_size: float | Tensor, bounds: tuple[float, float]):
         self.x, self.bounds = x, bounds
@@ -62,7 +69,7 @@ class Ball:
     def part(self, rows: Tensor) -> "Ball":
         """The ball of the samples `rows`, int64 [n], with tensors of its own."""
         part, samples = copy(self), len(self.x)
-        for name in ("x", "eps", "step_size", "nan_seen"):
+        for name in self.per_sample:
             values = getattr(self, name)
             setattr(part, name, values[rows] if len(values) == samples else values)
         return part
@@ -117,6 +124,90 @@ class L2Ball(Ball):
         ops.l2_step_(x_adv, self.x, grad, self.eps, step_size, *self.bounds, self.nan_seen)
 
 
+class L1Ball(Ball):
+    """Steps go along the coordinates with the largest gradients, equally far along each, and end at the nearest point of ball
+    and box (SLIDE: Tramèr and Boneh, arXiv 1904.13000; projection: Croce and Hein, arXiv 2103.01208).
+
+    Attributes:
+        kept: int64 [1] or [B], along how many coordinates a step goes: more where gradients are equal, fewer where they are 0.
+        skips_sides: whether coordinates at the side of the box to which their gradient points are left out, so that no part of a
+            step is lost on them.
+    """
+
+    per_sample = (*Ball.per_sample, "kept")
+
+    def __init__(self, x, eps, step_size, bounds):
+        super().__init__(x, eps, step_size, bounds)
+        kept = max(round(SPARSITY * math.prod(x.shape[1:])), 1)
+        self.kept = torch.full((1,), kept, dtype=torch.int64, device=x.device)
+        self.skips_sides = True
+
+    def draw(self, generator, samples):
+        like: Any = {"dtype": self.eps.dtype, "device": self.x.device, "generator": generator}
+        shape = samples, *self.x.shape[1:]
+        return draw("normal_", *shape, **like), draw("exponential_", *shape, **like), draw("exponential_", samples, **like)
+
+    def random_start_(self, x_adv, draws):
+        """Uniform in the ball: n of n + 1 exponentials that are scaled to the sum eps, with random signs."""
+        normal, exponential, other = draws
+        total = exponential.flatten(1).sum(1) + other
+        x_adv.copy_((self.x + exponential * normal.sign() * broadcast(self.eps / total, normal)).clamp_(*self.bounds))
+
+    def surface_start_(self, x_adv, draws):
+        """Normal noise, projected: as in the authors' code, a few large elements."""
+        self._put_(x_adv, self.x.double() + draws[0])
+
+    def _move_(self, x_adv, grad, step_size):
+        self._put_(x_adv, x_adv.double() + self._direction(x_adv, grad) * broadcast(step_size, x_adv))
+
+    def _direction(self, x_adv: Tensor, grad: Tensor) -> Tensor:
+        """Signs of the largest elements of each sample's gradient, scaled to the L1 norm 1, fp64."""
+        g, (lo, hi) = grad.flatten(1), self.bounds
+        unusable = g.isnan()
+        self.nan_seen |= unusable.any(1)
+        if self.skips_sides:
+            points = x_adv.flatten(1)
+            unusable |= torch.where(g > 0, points >= hi, points <= lo)
+        g = g.masked_fill(unusable, 0)
+        least = g.abs().sort(1, descending=True).values.gather(1, (self.kept - 1).expand(len(g))[:, None])
+        signs = torch.where(g.abs() >= least, g.sign(), 0).double()
+        return (signs / signs.abs().sum(1, keepdim=True).clamp_min(1)).view(grad.shape)
+
+    def _put_(self, x_adv: Tensor, points: Tensor) -> None:
+        """Write the nearest points of ball and box to `points`, fp64 [B, ...]."""
+        x, eps = self.x.double().flatten(1), self.eps.double()[:, None]
+        x_adv.copy_(project_l1(points.flatten(1), x, eps, *self.bounds).view(self.x.shape))
+
+
+def project_l1(points: Tensor, x: Tensor, eps: Tensor, lo: float, hi: float) -> Tensor:
+    """The nearest points of L1 ball and box at once, not of one after the other (Croce and Hein, arXiv 2103.01208, Prop. 2.1).
+
+    With d = points - x, and room r_i to the side of the box that d_i points to, coordinate i goes to
+    x_i + sign(d_i) min(max(|d_i| - t, 0), r_i). The distance from x falls with t, and bends where a coordinate leaves its side,
+    |d_i| - r_i, or comes to rest, |d_i|. Those are sorted, and t is found between two of them, summing up from the largest on.
+
+    Args:
+        points: [B, n], finite. x: [B, n] inside the box. Both best in fp64, since the bends are summed up.
+        eps: [1, 1] or [B, 1], radii.
+        lo, hi: the box.
+
+    Returns:
+        Tensor: [B, n]; points inside ball and box are returned as they are.
+    """
+    moved = points - x
+    size, room = moved.abs(), torch.where(moved > 0, hi - x, x - lo)
+    bends, order = torch.cat((size, (size - room).clamp_min(0)), 1).sort(1, descending=True)
+    free = torch.where(order < size.shape[1], 1, -1).cumsum(1)  # of the coordinates, below each bend: not at rest nor at a side
+    gained = free[:, :-1] * -bends.diff(dim=1)
+    distance = F.pad(gained.cumsum(1), (1, 0))  # at each bend
+    last = (distance <= eps).sum(1, keepdim=True) - 1
+    t = bends.gather(1, last) - (eps - distance.gather(1, last)) / free.gather(1, last).clamp_min(1)
+    fits = torch.minimum(size, room).sum(1, keepdim=True) <= eps
+    left = torch.where(size - t > ROUNDING * size, size - t, 0)  # ties come to rest: what has moved is counted
+    nearest = x + moved.sign() * torch.minimum(left, room)
+    return torch.where(fits, points, nearest).clamp(lo, hi)
+
+
 def as_values(value: float | Tensor, x: Tensor) -> Tensor:
     """A number or a tensor as [1] or [B], on x's device and in the dtype that arithmetic on the images `x` is done in."""
     size = value.numel() if isinstance(value, Tensor) else 1
@@ -131,7 +222,7 @@ def fill_(values: Tensor, value: float | Tensor) -> Tensor:
     return values.fill_(value)
 
 
-BALLS: dict[Norm, type[Ball]] = {"linf": LinfBall, "l2": L2Ball}
+BALLS: dict[Norm, type[Ball]] = {"linf": LinfBall, "l2": L2Ball, "l1": L1Ball}
 
 
 def box(bounds: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:

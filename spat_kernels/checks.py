@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .balls import box
-from .settings import NORMS
+from .settings import NORMS, Norm
 
 
 def warn(text: str) -> None:
@@ -35,7 +35,7 @@ def check_choice(name: str, value, choices) -> None:
 
 
 def as_norm(value):
-    """ "linf" or "l2" of what other libraries call them, "Linf", "L2" and "L∞"; other values as they are."""
+    """ "linf", "l2" or "l1" of what other libraries call them, "Linf", "L2", "L1" and "L∞"; other values as they are."""
     name = value.lower().replace("∞", "inf") if isinstance(value, str) else value
     return name if name in NORMS else value
 
@@ -98,12 +98,12 @@ def check_bounds(bounds) -> tuple[float, float]:
     return found
 
 
-def check_reach(name: str, eps: float, bounds: tuple[float, float], values: int = 1) -> None:
-    """Check `eps` against the diagonal of the box. `values`: how many a sample has, for L2; 1 for L-infinity."""
-    reach = (bounds[1] - bounds[0]) * math.sqrt(values)
+def check_reach(name: str, eps: float, bounds: tuple[float, float], values: int = 1, norm: Norm = "l2") -> None:
+    """Check `eps` against the diagonal of the box in L2 or L1. `values`: how many a sample has; 1 for L-infinity."""
+    reach = (bounds[1] - bounds[0]) * (values if norm == "l1" else math.sqrt(values))
     if eps > reach:
         size = "width" if values == 1 else f"diagonal, {reach:g},"
-        meant = f" ({eps:g}/255 for images in [0, 1])" if 1 < eps < 256 and tuple(bounds) == (0, 1) else ""
+        meant = f" ({eps:g}/255 for images in [0, 1])" if 1 < eps < 256 and tuple(bounds) == (0, 1) and norm != "l1" else ""
         raise ValueError(f"{name}={eps:g} exceeds the {size} of bounds={bounds}: it is in the units of x{meant}")
 
 

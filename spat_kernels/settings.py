@@ -4,7 +4,7 @@ from typing import Literal, TypedDict, get_args
 
 import torch
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "half"]
 GradientPath = Literal["auto", "plan", "autograd"]
 BNMode = Literal["eval", "train", "keep"]

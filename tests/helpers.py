@@ -1,7 +1,6 @@
 """What many tests attack: small models and batches; and how they compare what comes out."""
 
 import copy
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 ASSETS = Path(__file__).parent / "assets"
 EPS = 8 / 255
-NORMS = {"linf": "Linf", "l2": "L2"}  # ours, and as torchattacks writes them
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # ours, and as torchattacks writes them
 
 
 # ---- models and batches
@@ -112,7 +111,7 @@ def strange_layouts(x):
 def distance(x_adv, x, norm):
     """How far each image has moved, fp64 [B]."""
     delta = (x_adv.double() - x.double()).flatten(1)
-    return torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, dim=1)
+    return torch.linalg.vector_norm(delta, {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
 
 
 def moved(x_adv, x):
@@ -127,8 +126,24 @@ def assert_inside(x_adv, x, eps, norm, bounds=(0.0, 1.0), atol=0.0):
     assert x_adv.isfinite().all()
     assert x_adv.min() >= lo
     assert x_adv.max() <= hi
-    rounding = torch.finfo(x.dtype).eps * (1 if norm == "linf" else math.sqrt(x[0].numel()))
+    rounding = torch.finfo(x.dtype).eps * x[0].numel() ** {"linf": 0, "l2": 1 / 2, "l1": 1}[norm]
     assert (distance(x_adv, x, norm) <= torch.as_tensor(eps, dtype=torch.float64) + rounding + atol).all()
+
+
+def nearest_in_l1(points, x, eps, lo=0.0, hi=1.0):
+    """The points of L1 ball and box nearest to `points` [B, n], fp64: each element shrunk by what bisection finds."""
+    moved = points - x
+    size, room = moved.abs(), torch.where(moved > 0, hi - x, x - lo)
+
+    def shrunk(by):
+        return torch.minimum((size - by).clamp_min(0), room)
+
+    too_little, enough = torch.zeros_like(size[:, :1]), size.amax(1, keepdim=True)
+    for _ in range(200):
+        middle = (too_little + enough) / 2
+        far = shrunk(middle).sum(1, keepdim=True) > eps
+        too_little, enough = torch.where(far, middle, too_little), torch.where(far, enough, middle)
+    return x + moved.sign() * shrunk(torch.where(shrunk(0).sum(1, keepdim=True) > eps, enough, 0.0))
 
 
 def snapshot(model, x, y):

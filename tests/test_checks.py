@@ -185,6 +185,14 @@ def test_an_l2_radius_beyond_the_box(attack):
         attack(13.8, norm="l2", input_gradient="autograd")(Untouched(), X, Y)
 
 
+@pytest.mark.parametrize("attack", [PGD, sk.APGD, sk.FAB, sk.Square, sk.AutoAttack])
+def test_an_l1_radius_beyond_the_box(attack):
+    with pytest.raises(ValueError, match=r"eps=193 exceeds the diagonal, 192, of bounds=\(0.0, 1.0\): it is in the units of x$"):
+        attack(193.0, norm="l1")(Untouched(), X, Y)
+    with pytest.raises(AssertionError, match="must not run"):
+        attack(191.0, norm="l1", input_gradient="autograd")(Untouched(), X, Y)
+
+
 def test_lazy_layers_must_be_called_first():
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
     for call in (PGD(EPS), sk.APGD(EPS), lambda *a: sk.explain(*a[:2])):

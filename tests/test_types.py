@@ -25,6 +25,7 @@ CALLS = [
     ("sk.pgd_ls(model, x, y, 0.1, 0.2, steps=5, norm='linf')", None),
     ("sk.pgd_kl(model, x, None, 0.1, steps=5, start=x)", None),
     ("sk.fgsm(model, x, y, 0.1, norm='l2', loss='dlr', targeted=True)", None),
+    ("sk.APGD(12.0, norm='l1', multi_eps=False)", None),
     ("sk.cw_linf(model, x, y, 0.1, kappa=0.0, steps=5, select='loss')", None),
     ("sk.PGD(0.1, loss=sk.losses.Margin(3.0), restarts=2).launch(model, x, y)", None),
     ("sk.APGD(0.1, loss='dlr', targets=9)(model, x, y)", None),

@@ -57,8 +57,8 @@ class BallAttack:
         """That eps goes with the images `x`."""
         checks.check_per_sample("eps", self.eps, x)
         checks.check_per_sample("budget", self.budget, x)
-        if self.norm == "l2" and x.numel():
-            checks.check_reach("eps", self.largest_eps, self.bounds, x[0].numel())
+        if self.norm != "linf" and x.numel():
+            checks.check_reach("eps", self.largest_eps, self.bounds, x[0].numel(), self.norm)
 
     def _check_batch(self, model, x, y) -> int:
         """Check what a call is given; return the largest label, -1 without images. Waits for the device once."""

@@ -8,6 +8,8 @@ The step size starts at 2 eps. At checkpoints, fixed beforehand (`checkpoints`),
 from its best point, if since the last checkpoint the loss rose in at most a share rho of the steps, or if the step size was not
 halved then and the best loss has not changed since. As in the authors' code the first step rises if its loss is positive.
 
+L1 has steps and checkpoints of its own (apgd_l1.py).
+
 Everything is a tensor with a value per sample, so a run never waits for the device: the schedule knows no data.
 """
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .. import checks, ops
-from ..balls import Ball
+from ..balls import Ball, L1Ball
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch, Passes, Run
 from ..losses import DLR, OURS, LossLike, as_loss, value_dtype
@@ -28,6 +30,7 @@ from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
 from ..settings import TARGETINGS, Graph, Targeting
 from ._common import RestartedAttack, Result, Tally, as_dense, take_rows, warn_of_nan
+from .apgd_l1 import SparseSteps, enlarged, larger_first
 from .targeting import CANDIDATES, nearest_classes
 
 FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
@@ -55,8 +58,8 @@ class APGDRun(Run):
 
     def __init__(self, settings: "APGD", batch: Batch):
         super().__init__(settings, batch)
-        self.steps, self.rho, self.eot = settings.steps, settings.rho, settings.eot
-        self.last = settings.steps if settings.last is None else settings.last
+        self.rho, self.eot, self.multi_eps, self.last = settings.rho, settings.eot, settings.in_larger_balls, settings.last
+        self.searches = larger_first(settings.steps) if self.multi_eps else [(1, settings.steps)]
         self.counts = torch.zeros(2, len(batch.x), dtype=torch.int64)
         self.targeted = batch.targets is not None
         if self.eot > 1:
@@ -80,23 +83,43 @@ class APGDRun(Run):
 
     def attempt(self, captured: bool) -> None:
         drops = not captured and self._can_drop()
-        periods = checkpoints(self.steps)
         start = torch.empty_like(self.ball.x)
-        self.ball.surface_start_(start, self.draws)
-        search = _Search(self.inner, self.y, self.reference, self.inner.laid_out(start))
+        enlarged(self.ball, self.searches[0][0]).surface_start_(start, self.draws)
+        start = self.inner.laid_out(start)
         with self.model.arithmetic(self.best.device.type):
-            self._evaluate(search, differentiate=self.last > 0)
-            for step in range(1, self.last + 1):
-                search.step()
-                self._evaluate(search, differentiate=step < self.last)
-                if step in periods:
-                    search.check(self.rho * periods[step])
-                    if drops and search.broken.any():
-                        self._store(search)
-                        search = search.part((~search.broken).nonzero()[:, 0])
-                        if not len(search.y):
-                            return
-        self._store(search)
+            for times, steps in self.searches:
+                search = self._begin(times, start)
+                rest = self._ascend(search, steps, drops)
+                start = search.best
+        if rest is not None:
+            self._store(rest)
+
+    def _begin(self, times: int, start: Tensor) -> "_Search":
+        """A search from `start` in the ball of `times` the radius. If that is larger, nothing counts as broken."""
+        if not isinstance(self.inner, L1Ball):
+            return _Search(self.inner, self.y, self.reference, start)
+        search = _SparseSearch(enlarged(self.inner, times), self.y, self.reference, start)
+        if self.multi_eps:
+            search.ball.project_(start)
+        search.begin(adapt=self.multi_eps)
+        search.done.fill_(times > 1)
+        return search
+
+    def _ascend(self, search: "_Search", steps: int, drops: bool) -> "_Search | None":
+        """Go through the steps; return the search on the samples that are not dropped, None without any."""
+        periods, last = search.checkpoints(steps), steps if self.last is None else self.last
+        self._evaluate(search, differentiate=last > 0)
+        for step in range(1, last + 1):
+            search.step()
+            self._evaluate(search, differentiate=step < last)
+            if step in periods:
+                search.check(self.rho * periods[step])
+                if drops and search.broken.any():
+                    self._store(search)
+                    search = search.part((~search.broken).nonzero()[:, 0])
+                    if not len(search.y):
+                        return None
+        return search
 
     def _can_drop(self) -> bool:
         """Whether to drop broken samples: a CPU takes less time for fewer, and the results of the others do not change."""
@@ -135,6 +158,8 @@ class APGDRun(Run):
 
 class _Search:
     """The iterates of one run on n samples, and what is known of each sample so far."""
+
+    checkpoints = staticmethod(checkpoints)
 
     def __init__(self, ball: Ball, y: Tensor, reference, start: Tensor):
         n, like = len(ball.x), ball.eps
@@ -201,6 +226,10 @@ class _Search:
         return part
 
 
+class _SparseSearch(SparseSteps, _Search):
+    """In L1."""
+
+
 @dataclass(eq=False, kw_only=True)
 class APGD(RestartedAttack):
     """Auto-PGD as a reusable object: `attack = APGD(8/255)`, then `attack(model, x, y)`.
@@ -209,18 +238,20 @@ class APGD(RestartedAttack):
 
     Args:
         loss: what is maximised, as for `PGD`. If eot > 1, its `unnormalized` form.
-        steps: gradient steps, >= 1; a run takes steps + 1 forwards and steps backwards.
+        steps: gradient steps, >= 1; a run takes steps + 1 forwards (steps + 3 with multi_eps) and steps backwards.
         restarts: runs from different random starts (for each target), of what is not misclassified yet.
-        rho: the share of steps that must raise the loss, in [0, 1]: see above.
+        rho: the share of steps that must raise the loss, in [0, 1]: see above. Not in L1.
         eot: number of passes over which gradients and losses are averaged, for models that draw random numbers (expectation over
             transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
         targets: None moves away from y. n >= 1 goes in turn towards each of the n first wrong classes for x, where "dlr" is the
             targeted form, Eq. 7, between y and the target.
         targeting: which wrong classes are first: "confidence", the likeliest; or "malt", those whose boundaries are nearest, for
             a backward for each of the K - 1 (at most 100) candidates (targeting.py).
+        multi_eps: whether a run spends 60 % of its steps in balls of 3 and 2 eps first (apgd_l1.py), as AutoAttack does in L1.
+            None is True for L1, and False for the others, which know no such form.
         eps, norm, bounds, precision, input_gradient, bn_mode, budget, generator, graph: as for `PGD`; a capture is that of a run.
             What is misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of
-            its own.
+            its own. A run for which the budget does not suffice ends early, in L1 with multi_eps with all three balls.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -232,6 +263,7 @@ class APGD(RestartedAttack):
     eot: int = 1
     targets: int | None = None
     targeting: Targeting = "confidence"
+    multi_eps: bool | None = None
     graph: Graph = "auto"
 
     run_class = APGDRun  # what `graphs` runs and captures
@@ -250,6 +282,10 @@ class APGD(RestartedAttack):
         if self.targeting == "malt" and self.targets is None:
             raise ValueError("targeting='malt' is an order of targets: give targets=9, or leave it out")
         checks.check_number("rho", self.rho, lambda v: 0 <= v <= 1, "in [0, 1], the share of steps that must raise the loss")
+        if self.multi_eps not in (None, False, True):
+            raise TypeError(f"multi_eps must be True, False or None, got {checks.kind(self.multi_eps)}")
+        if self.multi_eps and self.norm != "l1":
+            raise ValueError(f"multi_eps=True with norm={self.norm!r}: it is for L1: leave it out")
 
     def __call__(self, model, x: Tensor, y: Tensor) -> Tensor:
         """`run`, of which the images alone are returned."""
@@ -305,22 +341,30 @@ class APGD(RestartedAttack):
         return tally.result(x_adv)
 
     def _within(self, left: int | None) -> "APGD":
-        """The attack, ended by the step that `left` passes suffice for."""
-        last = self.steps if left is None else (left // self.eot - 1) // 2
-        if last >= self.steps:
+        """The attack, of which a run takes no more than `left` passes."""
+        if left is None or left >= self.eot * (2 * self.steps + 1 + 2 * self.in_larger_balls):
             return self
         shorter: Any = copy(self)
-        shorter.last = last
+        fitting = (left // self.eot - 3) // 2
+        if self.in_larger_balls and fitting > 0:
+            shorter.steps = fitting
+        else:
+            shorter.multi_eps, shorter.last = False, (left // self.eot - 1) // 2
         return shorter
 
     def kind(self) -> tuple:
         """What tells captures of this class apart, beside what all attacks have."""
-        return self.steps, self.rho, self.eot, self.last
+        return self.steps, self.rho, self.eot, self.last, self.in_larger_balls
 
     @property
     def passes(self) -> int:
         """Forwards of a run, at most."""
-        return (self.steps + 1) * self.eot
+        return (self.steps + (3 if self.in_larger_balls else 1)) * self.eot
+
+    @property
+    def in_larger_balls(self) -> bool:
+        """`multi_eps`, or what None stands for."""
+        return self.norm == "l1" if self.multi_eps is None else self.multi_eps
 
     def _targets(self, gradient, logits: Tensor, y: Tensor) -> list[tuple[Tensor | None, Tensor]]:
         """The classes to go to, int64 [B] each, in the order of `targeting`, None where the attack is not targeted; and which of

@@ -5,6 +5,8 @@ fast        APGD-PMA, APGD-T in the order of MALT (targeting.py): about a fifth 
             gradients are masked, Square finds more: `exhaustive` adds the attacks of standard
 plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, APGD-T, FAB-T
 rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
+
+In L1 (arXiv 2103.01208) APGD searches in larger balls first, and "standard" has 5 restarts of APGD-CE and 5 targets of APGD-T.
 """
 
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ VERSIONS: dict[Version, tuple[str, ...]] = {
 }
 ATTACKS = *VERSIONS["plus"], *VERSIONS["fast"]
 LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-pma": "pma", "apgd-t": "dlr", "apgd-t-malt": "dlr"}
-TARGETS = {"apgd-t": 9, "apgd-t-malt": 9, "fab-t": 9}
+TARGETS, TARGETS_L1 = {"apgd-t": 9, "apgd-t-malt": 9, "fab-t": 9}, 5
 
 
 def fewest_classes(name: str) -> int:
@@ -234,12 +236,14 @@ class AutoAttack(BallAttack):
     def _attack(
         self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: Precision | None
     ) -> APGD | FAB | Square:
-        restarts = 5 if self.version == "plus" and name in ("apgd-ce", "apgd-dlr", "fab") else 1
+        in_l1 = self.norm == "l1" and self.version == "standard"
+        repeated = ("apgd-ce", "apgd-dlr", "fab") if self.version == "plus" else ("apgd-ce",) if in_l1 else ()
+        restarts = 5 if name in repeated else 1
         common: AttackSettings = {
             "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
             "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
         }  # fmt: skip
-        targets = min(TARGETS[name], classes - 1) if name in TARGETS else None
+        targets = min(TARGETS_L1 if in_l1 and name == "apgd-t" else TARGETS[name], classes - 1) if name in TARGETS else None
         if name == "square":
             return Square(eps, queries=self.queries, **common)
         if name.startswith("fab"):

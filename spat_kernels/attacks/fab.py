@@ -24,7 +24,7 @@ from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
 from ..rng import draw
 from ._common import RestartedAttack, Result, Tally, eps_per_sample, warn_of_nan
-from .targeting import boundaries
+from .targeting import DUAL, boundaries
 
 
 @dataclass(eq=False, kw_only=True)
@@ -186,7 +186,7 @@ class _Search:
         for gap_k, w_k in boundaries(self.gradient, logits, self.y, self.others, point.dtype):
             usable = w_k.isfinite()
             w_k = torch.where(usable, w_k, 0)
-            steepness = length(w_k, "l1" if self.norm == "linf" else "l2")
+            steepness = torch.linalg.vector_norm(w_k, DUAL[self.norm], dim=1)
             distance = gap_k.abs() / (steepness + 1e-12)
             self.nan_seen |= ~usable.all(1) | gap_k.isnan()  # a gap is infinite where a class is ruled out
             nearer = (distance < nearest) & steepness.isfinite()
@@ -205,32 +205,47 @@ class _Search:
 def project(points: Tensor, w: Tensor, gap: Tensor, lo: float, hi: float, norm: str) -> Tensor:
     """The shortest moves d that close the gap, gap + w d = 0, inside the box: exact projections onto hyperplane and box.
 
-    Along -sign(gap w), with room m_i to the side of the box, coordinate i moves by min(t v_i, m_i): v_i = 1 for L-infinity and
-    |w_i| for L2. The gap that this closes, sum_i |w_i| min(t v_i, m_i), grows with t and bends where t = m_i / v_i: those are
-    sorted, and t is found between two of them.
+    They go along -sign(gap w), at most to the side of the box.
 
     Args:
         points: [B, n] inside the box.
         w: [B, n], finite.
         gap: [B], finite.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
 
     Returns:
         Tensor: moves [B, n]; where the box does not reach the hyperplane, those to its corner nearest to it.
     """
     downhill = -(w.sign() * gap.sign()[:, None])
     room = torch.where(downhill > 0, hi - points, points - lo)
-    steep = w.abs()
-    speed = torch.ones_like(w) if norm == "linf" else steep
-    bend, order = torch.where(w == 0, 0.0, room / speed).sort(1)
+    if norm == "l1":
+        return downhill * _steepest_first(w.abs(), room, gap.abs()[:, None])
+    return downhill * _together(w.abs(), room, gap.abs()[:, None], torch.ones_like(w) if norm == "linf" else w.abs())
+
+
+def _steepest_first(steep: Tensor, room: Tensor, gap: Tensor) -> Tensor:
+    """L1: of all moves of the same length, that of the steepest coordinate closes most. So the steepest moves to its side, then
+    the next one, and the last one as far as it has to."""
+    steep, order = steep.sort(1, descending=True)
+    room = room.gather(1, order)
+    left = gap - F.pad((steep * room).cumsum(1)[:, :-1], (1, 0))  # [B, n], before each coordinate moves
+    lengths = torch.minimum(left.clamp_min(0) / steep.clamp_min(torch.finfo(steep.dtype).tiny), room)
+    return torch.empty_like(lengths).scatter_(1, order, torch.where(steep > 0, lengths, 0))
+
+
+def _together(steep: Tensor, room: Tensor, gap: Tensor, speed: Tensor) -> Tensor:
+    """L-infinity and L2: coordinate i moves by min(t v_i, m_i), with the room m_i and the speed v_i, 1 for L-infinity and |w_i|
+    for L2. The gap that this closes, sum_i |w_i| min(t v_i, m_i), grows with t and bends where t = m_i / v_i: those are sorted,
+    and t is found between two of them."""
+    bend, order = torch.where(steep == 0, 0.0, room / speed).sort(1)
     closed, rate = ((steep * v).gather(1, order) for v in (room, speed))
     closed = F.pad(closed.cumsum(1), (1, 0))  # [B, n + 1]: by the coordinates that have reached the side, before each bend
     rate = F.pad(rate.flip(1).cumsum(1).flip(1), (0, 1))  # of those that have not
     at_bend = closed[:, 1:] + rate[:, 1:] * bend
-    passed = (at_bend < gap.abs()[:, None]).sum(1, keepdim=True)
-    t = (gap.abs()[:, None] - closed.gather(1, passed)) / rate.gather(1, passed).clamp_min(torch.finfo(w.dtype).tiny)
-    out_of_reach = passed == w.shape[1]
-    return downhill * torch.where(out_of_reach, room, torch.minimum(t.clamp(0, torch.finfo(t.dtype).max) * speed, room))
+    passed = (at_bend < gap).sum(1, keepdim=True)
+    t = (gap - closed.gather(1, passed)) / rate.gather(1, passed).clamp_min(torch.finfo(steep.dtype).tiny)
+    out_of_reach = passed == steep.shape[1]
+    return torch.where(out_of_reach, room, torch.minimum(t.clamp(0, torch.finfo(t.dtype).max) * speed, room))
 
 
 def length(v: Tensor, norm: str) -> Tensor:

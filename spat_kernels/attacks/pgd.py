@@ -1,7 +1,9 @@
 """PGD: projected gradient ascent on a loss of the logits (Madry et al., arXiv 1706.06083; thesis, Eq. 2.7).
 
     x_0     = a random point of the ball around x, or x
-    x_{t+1} = project(x_t + step_size * direction(d loss / d x_t))     direction: the sign (L-infinity) or g / ||g|| (L2)
+    x_{t+1} = project(x_t + step_size * direction(d loss / d x_t))
+
+    direction: the sign (L-infinity); g / ||g|| (L2); the signs of the largest 1 % of g, at L1 norm 1 (L1)
 
 Only the direction of the input gradient counts, so nothing else is computed: one fused kernel from logits to their gradient, the
 model's backward to its input, one fused kernel for the step and both projections.
@@ -37,9 +39,9 @@ class PGD(RestartedAttack):
             `spat_kernels.losses`; or a callable `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
         steps: gradient steps, >= 0.
         step_size: length of a step in the units of x, a number or [B]. None is eps / 4 for L-infinity (thesis, chapter 6) and
-            2.5 * eps / steps for L2 (the same at 10 steps).
+            2.5 * eps / steps for L2 and L1 (the same at 10 steps).
         random_start: begin at a uniform random point of the ball, else at x.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         targeted: move towards the classes y instead of away from them.
         restarts: runs from different random starts, of which the best is kept per sample. One forward more each.
         bounds: (lo, hi) of valid x.
@@ -61,8 +63,8 @@ class PGD(RestartedAttack):
             one is known then and comes out, so that nothing changes but the time (on GPUs also roundings: see `early_stop.py`).
             "exact": either. None: nothing. Samples must not depend on each other: neither batch statistics nor random layers, and
             a loss of ours. It pays where there are tens of steps, and waits for the device every few of them.
-        budget: forwards and backwards that a sample may take part in, a number or int64 [B]: the attack takes the steps and restarts
-            that they suffice for. None is no limit.
+        budget: forwards and backwards that a sample may take part in, a number or int64 [B]: the attack takes the steps and
+            restarts that they suffice for. None is no limit.
         graph: whether a CUDA graph replays the whole attack, which frees small batches from the time that launches take. "auto"
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run

@@ -5,7 +5,7 @@ squares get smaller in the course of the run. All samples of a batch see the sam
 reach, and no more (windows.py).
 
     L-infinity: x +- eps, one random sign for each channel of the square; vertical stripes of such signs at the start
-    L2:         a square loses its perturbation, and another one gains it, in the shape of a centred bump (`_bump`)
+    L2, L1:     a square loses its perturbation, and another one gains it, in the shape of a centred bump (`_bump`)
 """
 
 import math
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..balls import box
+from ..balls import box, project_l1
 from ..input_gradient.windows import Windows
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import predictions
 from ..rng import draw
+from ..settings import Norm
 from ._common import RestartedAttack, Result, Tally, eps_per_sample
 
 # (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
-# Number of queries after which samples drop out on devices that must be waited for, and whose random numbers L2 draws at once.
+# Number of queries after which samples drop out on devices that must be waited for, and whose random numbers bumps draw at once.
 BLOCK = 50
 CHUNK = 64  # images in a forward on CPUs: more do not make one faster
 # Windows have overheads: they are for squares for which they multiply at most this share of what whole forwards do. The samples
@@ -72,7 +73,7 @@ class Square(RestartedAttack):
 
         Args:
             model: module or callable, x -> logits [B, K].
-            x: images [B, C, H, W] inside `bounds` in fp32, fp16, bf16 or fp64; for L2 of at least 5x5 pixels.
+            x: images [B, C, H, W] inside `bounds` in fp32, fp16, bf16 or fp64; for L2 and L1 of at least 5x5 pixels.
             y: int64 [B], the true labels.
 
         Returns:
@@ -264,8 +265,16 @@ class _LinfRun(_Run):
             self.windows.adopt(which, better)
 
 
-class _L2Run(_Run):
-    """A square loses its perturbation, and another one gains it, in the shape of a bump; at the start a grid of bumps."""
+class _BumpRun(_Run):
+    """A square loses its perturbation, and another one gains it, in the shape of a bump; at the start a grid of bumps.
+
+    Attributes:
+        p: of the norm, 1 or 2.
+        fall: how fast bumps fall, as `_hill` has it.
+    """
+
+    p: int
+    fall: int
 
     def __init__(self, *args):
         self.bumps: dict[int, Tensor] = {}
@@ -298,9 +307,8 @@ class _L2Run(_Run):
         delta = self.best.to(self.eps.dtype) - self.x
         outside = delta.clone()
         outside[gains] = outside[loses] = 0
-        new = self._bump(side, place[4]) * signs[self.index] + delta[gains] / (_norm(delta[gains], (2, 3)) + 1e-12)
-        energy = (self.eps**2 - _norm(delta) ** 2).clamp_min(0) / self.batch[1] + _norm(delta - outside) ** 2
-        outside[gains] = new / (_norm(new, (2, 3)) + 1e-12) * energy.sqrt()
+        new = self._bump(side, place[4]) * signs[self.index] + delta[gains] / (self._norm(delta[gains], (2, 3)) + 1e-12)
+        outside[gains] = new / (self._norm(new, (2, 3)) + 1e-12) * self._budget(delta, delta - outside)
         images = self._images(outside)
         self.tally.add(self.index, 1)
         margin = self._margins(self._whole_forward(images), self.y)
@@ -309,28 +317,54 @@ class _L2Run(_Run):
         self.best = torch.where(broadcast(better, images), images, self.best)
 
     def _images(self, delta: Tensor) -> Tensor:
-        """x with this perturbation, scaled to length eps."""
-        return (self.x + delta / (_norm(delta) + 1e-12) * self.eps).clamp(*self.bounds).to(self.x.dtype)
+        """x with this perturbation, brought to length eps."""
+        raise NotImplementedError
+
+    def _budget(self, delta: Tensor, within: Tensor) -> Tensor:
+        """The length that each channel of the new square gets, from the perturbation and its part `within` both squares."""
+        raise NotImplementedError
+
+    def _norm(self, v: Tensor, dims=(1, 2, 3)) -> Tensor:
+        return torch.linalg.vector_norm(v, self.p, dims, keepdim=True)
 
     def _bump(self, side: int, turn: float) -> Tensor:
         """[side, side] of length 1: a positive and a negative half, each highest in its middle; turned by `turn` >= 0.5."""
         if side not in self.bumps:
-            bump = torch.cat((_hill(side // 2, side), -_hill(side - side // 2, side)))
-            self.bumps[side] = (bump / bump.norm()).to(self.x.device, self.eps.dtype)
+            bump = torch.cat((self._hill(side // 2, side), -self._hill(side - side // 2, side)))
+            self.bumps[side] = (bump / torch.linalg.vector_norm(bump, self.p)).to(self.x.device, self.eps.dtype)
         return self.bumps[side] if turn < 0.5 else self.bumps[side].T
 
-
-def _hill(height: int, width: int) -> Tensor:
-    """[height, width] of length 1: 1/1 + 1/4 + 1/9 + ..., the sum of rectangles growing around the middle."""
-    hill = torch.zeros(height, width, dtype=torch.float64)
-    top, left = height // 2, width // 2
-    for i in range(max(top, left) + 1):
-        hill[max(top - i, 0) : top + i + 1, max(left - i, 0) : left + i + 1] += 1 / (i + 1) ** 2
-    return hill / hill.norm().clamp_min(torch.finfo(hill.dtype).tiny)
-
-
-def _norm(v: Tensor, dims=(1, 2, 3)) -> Tensor:
-    return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+    def _hill(self, height: int, width: int) -> Tensor:
+        """[height, width] of length 1: the sum of rectangles growing around the middle, of heights 1, 1/2^fall, 1/3^fall, ..."""
+        hill = torch.zeros(height, width, dtype=torch.float64)
+        top, left = height // 2, width // 2
+        for i in range(max(top, left) + 1):
+            hill[max(top - i, 0) : top + i + 1, max(left - i, 0) : left + i + 1] += 1 / (i + 1) ** self.fall
+        return hill / torch.linalg.vector_norm(hill, self.p).clamp_min(torch.finfo(hill.dtype).tiny)
 
 
-RUNS = {"linf": _LinfRun, "l2": _L2Run}
+class _L2Run(_BumpRun):
+    p, fall = 2, 2
+
+    def _images(self, delta):
+        return (self.x + delta / (self._norm(delta) + 1e-12) * self.eps).clamp(*self.bounds).to(self.x.dtype)
+
+    def _budget(self, delta, within):
+        return ((self.eps**2 - self._norm(delta) ** 2).clamp_min(0) / self.batch[1] + self._norm(within) ** 2).sqrt()
+
+
+class _L1Run(_BumpRun):
+    """As in the authors' code, a channel is given as much as if all were like it. The projection takes back what is over."""
+
+    p, fall = 1, 4
+
+    def _images(self, delta):
+        x, delta = (t.double().flatten(1) for t in (self.x, delta))
+        points = project_l1(x + delta, x, self.eps.double().flatten(1), *self.bounds)
+        return points.view(self.x.shape).to(self.x.dtype)
+
+    def _budget(self, delta, within):
+        return (self.eps - self._norm(delta)).clamp_min(0) + self.batch[1] * self._norm(within, (2, 3))
+
+
+RUNS: dict[Norm, type[_Run]] = {"linf": _LinfRun, "l2": _L2Run, "l1": _L1Run}

@@ -74,7 +74,7 @@ def alarms(
         InputError, SaveError: as `evaluate`.
     """
     eps, seed, batch_size = options["eps"], options.get("seed", 0), options.get("batch_size", 256)
-    checks.check_numbers(eps, 1.0, seed, batch_size)
+    checks.check_numbers(eps, 1.0, 1.0, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(options.get("rows"), len(images))
     memory_format = options.get("memory_format", torch.channels_last)

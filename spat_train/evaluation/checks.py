@@ -16,8 +16,8 @@ from ..runtime.seeding import model_draws
 from .attack_specs import Attack
 
 
-def check_numbers(eps: float, eps_l2: float, seed: int, batch_size: int) -> None:
-    for name, value, most in (("eps", eps, 1), ("eps_l2", eps_l2, math.inf)):
+def check_numbers(eps: float, eps_l2: float, eps_l1: float, seed: int, batch_size: int) -> None:
+    for name, value, most in (("eps", eps, 1), ("eps_l2", eps_l2, math.inf), ("eps_l1", eps_l1, math.inf)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value <= most or value == math.inf:
             remedy = f", for images in [0, 1]: {value:g}/255, not {value:g}" if number and value > 1 else ""
@@ -101,18 +101,23 @@ def check_models(
 
 
 def check_attacks(
-    attacks: dict[str, Attack], classes: int, eps: float, eps_l2: float, image_shape: tuple[int, int, int], black_box: bool
+    attacks: dict[str, Attack],
+    classes: int,
+    radii: tuple[float, float, float],
+    image_shape: tuple[int, int, int],
+    black_box: bool,
 ) -> None:
+    """Check that each of `attacks` fits the model and the images. `radii`: of the balls in L-infinity, L2 and L1."""
     for name, attack in attacks.items():
         if black_box and getattr(attack, "right_at", "last") == "every":  # it would stop at what the source gets wrong
             raise InputError(f"attack {name}: right_at=every asks the model that is attacked: leave it out, or the source")
         if classes < attack.least_classes:
             remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
             raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
-        if attack.norm == "l2":
+        if attack.norm != "linf":
             with as_input_error(f"attack {name}"):
-                own = "eps_l2" if attack.eps is None else "eps"
-                check_reach(own, attack.radius(eps, eps_l2), (0, 1), math.prod(image_shape))
+                own = f"eps_{attack.norm}" if attack.eps is None else "eps"
+                check_reach(own, attack.radius(*radii), (0, 1), math.prod(image_shape), attack.norm)
 
 
 def check_arithmetic(

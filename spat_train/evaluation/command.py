@@ -52,6 +52,8 @@ class EvaluateOptions:
     """Radius of the L-infinity ball, in 1/255. Default: that of the run, else 8."""
     eps_l2: float = 0.5
     """Radius of the L2 ball, for images in [0, 1]."""
+    eps_l1: float = 12.0
+    """Radius of the L1 ball, for images in [0, 1]."""
     attack_wrong: bool = False
     """Attack the images that the model gets wrong too, and count them by what that ends at. Else they count as broken."""
     alarms: bool = True
@@ -208,7 +210,7 @@ def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
     check_device(options.device)
     check_count("--limit", options.limit)
     check_eps("--eps", eps)
-    check_numbers(eps / 255, options.eps_l2, options.seed, options.batch_size)
+    check_numbers(eps / 255, options.eps_l2, options.eps_l1, options.seed, options.batch_size)
     if options.source is None and (options.source_activation or options.source_mean or options.source_std):
         raise InputError(
             "--source-activation, --source-mean, --source-std: give the --source that they are of, or leave them out"
@@ -269,8 +271,8 @@ def _attack(
         model.to(device)
         source = source and source.to(device)
         evaluation = evaluate(
-            model, images, options.attacks, source=source, eps_l2=options.eps_l2, attack_wrong=options.attack_wrong,
-            folder=folder, save_images=options.save_images, **how,
+            model, images, options.attacks, source=source, eps_l2=options.eps_l2, eps_l1=options.eps_l1,
+            attack_wrong=options.attack_wrong, folder=folder, save_images=options.save_images, **how,
         )  # fmt: skip
         found = [beyond_chance(evaluation)]
         if options.alarms:

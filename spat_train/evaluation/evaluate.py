@@ -107,6 +107,7 @@ def evaluate(
     *,
     eps: float,
     eps_l2: float = 0.5,
+    eps_l1: float = 12.0,
     source: nn.Module | None = None,
     attack_wrong: bool = False,
     rows: Tensor | None = None,
@@ -133,7 +134,7 @@ def evaluate(
         images: uint8 images, or a tuple of images [N, C, H, W] in [0, 1], fp32 (or fp64, with precision=None), and labels,
             int64 [N].
         attacks: specs as `attack_specs.parse` takes them; a str is split at commas. "clean" is always among them.
-        eps, eps_l2: the radii for images in [0, 1], where an attack has none of its own.
+        eps, eps_l2, eps_l1: the radii for images in [0, 1], where an attack has none of its own.
         source: make the adversarial images on this model, and count what they do to `model` (black box).
         attack_wrong: attack images that the model gets wrong too, and count what that ends at, so that an attack may raise
             accuracy, as PGD-LS does at alpha = 1 (thesis, Fig. 5.3).
@@ -171,11 +172,11 @@ def evaluate(
     """
     world = world or ALONE
     parsed = parse_all(attacks)
-    checks.check_numbers(eps, eps_l2, seed, batch_size)
+    checks.check_numbers(eps, eps_l2, eps_l1, seed, batch_size)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
     classes, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
-    checks.check_attacks(parsed, classes, eps, eps_l2, images.image_shape, black_box=source not in (None, model))
+    checks.check_attacks(parsed, classes, (eps, eps_l2, eps_l1), images.image_shape, black_box=source not in (None, model))
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
     if save_images and folder is None:
@@ -183,7 +184,7 @@ def evaluate(
     settings = {
         "weights": weights_hash(model), "source_weights": weights_hash(source) if source else None,
         "data": fingerprint(images, contents=True), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
-        "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
+        "eps_l1": eps_l1, "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
         "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
@@ -239,7 +240,7 @@ class _Recorder:
     def attack(self, task: Task) -> dict:
         """The outcome of an attack on a batch, whose adversarial images are checked again."""
         attack, settings, x, y = task.attack, self.settings, task.x, task.y
-        eps = attack.radius(settings["eps"], settings["eps_l2"])
+        eps = attack.radius(settings["eps"], settings["eps_l2"], settings["eps_l1"])
         clean = torch.tensor(self.samples.records["clean", task.number]["predicted"], device=y.device)
         predicted, x_adv, part = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], task.name, task.number, run),
@@ -268,13 +269,15 @@ class _Recorder:
 
 
 def inside(x_adv: Tensor, x: Tensor, eps: float, norm: str, slack: float = 0.0) -> Tensor:
-    """bool [B]: in the box [0, 1] exactly, and in the ball to one rounding and `slack` in each pixel."""
+    """bool [B]: in the box [0, 1] exactly, and in the ball to one rounding and `slack` in each pixel (L1: that has moved)."""
     slack += torch.finfo(x.dtype).eps
     moved = (x_adv.double() - x.double()).flatten(1)
     flat = x_adv.flatten(1)
     box = ((flat >= 0) & (flat <= 1)).all(1)
     if norm == "l2":
         return box & (moved.norm(dim=1) <= eps + slack * moved.shape[1] ** 0.5)
+    if norm == "l1":
+        return box & (moved.abs().sum(1) <= eps + slack * moved.count_nonzero(1))
     return box & (moved.abs() <= eps + slack).all(1)
 
 

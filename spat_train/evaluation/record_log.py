@@ -23,6 +23,7 @@ from ..runtime.distributed import ALONE, World
 
 EXAMPLES = 4  # images kept of each attack
 FORMAT = "spat_train evaluation 2"
+LATER = ("eps_l1",)  # settings that folders of earlier versions lack: no attack in them depends on these
 DIFFER = {  # settings whose values say nothing to a reader
     "format": "another version made it", "weights": "the model differs, in weights, architecture or normalisation",
     "source_weights": "the source differs, in weights, architecture or normalisation",
@@ -94,6 +95,7 @@ class Samples:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
         if not has_records(folder):  # it ended before the first one, and keeps nobody from another
             return {}
+        before = {name: settings[name] for name in LATER if name in settings} | before
         changed = changes(before, settings)
         changed += [f"attack {n} was {known[n]}, now {what}" for n, what in attacks.items() if known.get(n, what) != what]
         if changed:

@@ -92,8 +92,8 @@ def accuracy_section(e: Evaluation) -> Section:
     )  # fmt: skip
     made = " Adversarial images are made on another model (black box)." if e.settings["source_weights"] else ""
     text = (
-        f"{len(e)} images, eps {255 * e.settings['eps']:.4g}/255 ({e.settings['eps']:.4g}), for L2 {e.settings['eps_l2']:g}. "
-        f"{wrong}{made} Intervals are Wilson's, 95 %."
+        f"{len(e)} images, eps {255 * e.settings['eps']:.4g}/255 ({e.settings['eps']:.4g}), for L2 {e.settings['eps_l2']:g}, "
+        f"for L1 {e.settings['eps_l1']:g}. {wrong}{made} Intervals are Wilson's, 95 %."
     )
     return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "broken", "settings"), e.lines())
 
@@ -153,9 +153,9 @@ def gallery(e: Evaluation, images: Images | Folder | Floats, classes: Sequence[s
             x, _ = floats(images, e.rows[at : at + 1], "cpu", torch.contiguous_format)
             clean = x[0].float().permute(1, 2, 0)
             moved = example.image / 255 - clean
-            # So that the largest difference is as bright as it can be: for L2 it is that of this image.
-            l2 = e.attacks[name].norm == "l2"
-            most = float(moved.abs().max()) if l2 else e.attacks[name].radius(e.settings["eps"], e.settings["eps_l2"])
+            # So that the largest difference is as bright as it can be: for L2 and L1 it is that of this image.
+            radius = e.attacks[name].radius(*(e.settings[key] for key in ("eps", "eps_l2", "eps_l1")))
+            most = radius if e.attacks[name].norm == "linf" else float(moved.abs().max())
             factor = max(int(0.5 / max(most, 1 / 255)), 1)
             predicted = int(e.predicted[name][at])
             became = classes[predicted] if predicted >= 0 else "NaN"

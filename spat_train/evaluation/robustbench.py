@@ -57,7 +57,7 @@ def robustbench_entry(
     if evaluation.settings["attack_wrong"] or evaluation.settings["source_weights"]:
         raise InputError("RobustBench attacks the model itself, where it is right: leave out attack_wrong and source")
     kept: dict[str, Any] = {key: value for key, value in (before or {}).items() if value is not None}
-    radius = chosen.radius(evaluation.settings["eps"], evaluation.settings["eps_l2"])
+    radius = chosen.radius(*(evaluation.settings[name] for name in ("eps", "eps_l2", "eps_l1")))
     defaults: dict[str, Any] = {
         "name": name, "architecture": architecture, "dataset": dataset, "additional_data": additional_data,
         "number_forward_passes": 1,

@@ -18,11 +18,11 @@ from tests.helpers import EPS, NORMS, Recorder, attackable, batch, cnn, correct,
 
 def same_start(monkeypatch, x, norm, eps):
     """Make torchattacks draw the noise that our attacks start with, the same for every image."""
-    noise = torch.randn_like(x[:1]) if norm == "l2" else torch.rand_like(x[:1])
+    noise = torch.rand_like(x[:1]) if norm == "linf" else torch.randn_like(x[:1])
     for name in ("rand", "randn"):
         monkeypatch.setattr(torch, name, lambda shape: noise.repeat(shape[0], 1, 1, 1))
-    direction = noise if norm == "l2" else 2 * noise - 1
-    direction = direction / direction.norm(p=2 if norm == "l2" else torch.inf)
+    direction = 2 * noise - 1 if norm == "linf" else noise
+    direction = direction / direction.norm(p={"linf": torch.inf, "l2": 2, "l1": 1}[norm])
     for ball in balls.BALLS.values():
         monkeypatch.setattr(
             ball, "surface_start_", lambda self, x_adv, draws: x_adv.copy_((self.x + eps * direction).clamp(0, 1))
@@ -102,7 +102,7 @@ def test_starts_lie_on_the_surface(norm):
     assert not torch.equal(starts[1], starts[2])
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("targets", [None, 3])
 @pytest.mark.parametrize("input_gradient", ["plan", "autograd"])
 def test_samples_are_independent(monkeypatch, norm, targets, input_gradient):
@@ -110,7 +110,7 @@ def test_samples_are_independent(monkeypatch, norm, targets, input_gradient):
     model, x, y = attackable(15)
     y[::5] += 1
     y %= 10
-    same_start(monkeypatch, x, norm, eps := 0.005 if norm == "linf" else 0.05)
+    same_start(monkeypatch, x, norm, eps := {"linf": 0.005, "l2": 0.05, "l1": 0.2}[norm])
     attack = APGD(eps, loss="dlr", norm=norm, targets=targets, steps=12, input_gradient=input_gradient)
     together = attack(model, x, y)
     broken = (model(together).argmax(1) != y)[y == model(x).argmax(1)]
@@ -235,6 +235,8 @@ def graphs(monkeypatch) -> Graphs:
 SETTINGS = {
     "ce": {},
     "l2": {"norm": "l2"},
+    "l1": {"norm": "l1", "eps": 0.2, "steps": 9},
+    "l1_alone": {"norm": "l1", "eps": 0.2, "steps": 30, "multi_eps": False},
     "dlr": {"loss": "dlr"},
     "pma_eot": {"loss": "pma", "eot": 2},
     "targeted": {"loss": "dlr", "targets": 3},
@@ -265,7 +267,7 @@ def test_replays_equal_the_attack_itself(graphs, name):
     assert len(graphs) >= 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm": "l2", "loss": "dlr", "targets": 4}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"norm": "l2", "loss": "dlr", "targets": 4}, {"norm": "l1"}], ids=str)
 def test_one_capture_serves_shorter_batches(graphs, settings):
     """A plan's samples are independent, so what is left of a batch is replayed by the capture of the whole."""
     model = sharp()
@@ -281,7 +283,10 @@ def test_settings_and_weights_tell_captures_apart(graphs):
     graphs.capacity = 20
     model, (x, _) = cnn().eval(), batch(4)
     y = model(x).argmax(1)
-    variants = [{}, {"steps": 3}, {"rho": 0.5}, {"norm": "l2"}, {"loss": "dlr"}, {"targets": 1}, {"bounds": (-1.0, 1.0)}]
+    variants = [
+        {}, {"steps": 3}, {"rho": 0.5}, {"norm": "l2"}, {"norm": "l1"}, {"norm": "l1", "multi_eps": False}, {"loss": "dlr"},
+        {"targets": 1}, {"bounds": (-1.0, 1.0)},
+    ]  # fmt: skip
     for n, variant in enumerate(variants, 1):
         for eps in (0.0, 1e-9):
             APGD(eps, graph=True, **({"steps": 4} | variant))(model, x, y)

@@ -19,7 +19,7 @@ QUICK = {"steps": 3, "queries": 20}
 
 
 @pytest.mark.parametrize("version", ["standard", "fast", "plus", ("square", "apgd-ce"), ("apgd-t-malt", "fab-t", "apgd-pma")])
-@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06), ("l1", 0.3)])
 def test_result_says_what_broke_what(norm, eps, version):
     model, x, y = attackable(40)
     y[::8] = (y[::8] + 1) % 10
@@ -75,6 +75,10 @@ def test_published_settings(monkeypatch):
     assert (made[0].rho, made[3].p_init, made[3].queries) == (0.75, 0.8, 5000)
     assert list(settings("plus")) == [(*ce, 5, 1), (*dlr, 5, 1), ("FAB", None, None, 5, 1), square, targeted, fab_t]
     assert list(settings("rand")) == [(*ce, 1, 20), (*dlr, 1, 20)]
+    assert list(settings("standard", norm="l1")) == [(*ce, 5, 1), ("APGD", "dlr", 5, 1, 1), fab_t, square]
+    assert [a.in_larger_balls for a in made[:2]] == [True, True]
+    assert list(settings("plus", norm="l1")) == list(settings("plus"))
+    assert list(settings(("apgd-ce", "apgd-t"), norm="l1")) == [(*ce, 1, 1), targeted]
     shared = {"norm": "l2", "bounds": (-1, 2), "precision": "fp32", "input_gradient": "autograd", "bn_mode": "keep"}
     fast = [("APGD", "pma", None, 1, 1), targeted]
     assert list(settings("fast")) == fast

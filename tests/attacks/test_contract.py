@@ -29,25 +29,32 @@ KINDS = [PGD, APGD, FAB, Square, AutoAttack]
 ATTACKS = {
     "pgd": partial(PGD, steps=4),
     "pgd-l2": partial(PGD, steps=3, norm="l2", restarts=2, loss="dlr"),
+    "pgd-l1": partial(PGD, steps=3, norm="l1", restarts=2),
     "apgd": partial(APGD, steps=4, restarts=2),
     "apgd-t-l2": partial(APGD, steps=3, norm="l2", loss="dlr", targets=2),
     "apgd-malt": partial(APGD, steps=3, loss="dlr", targets=2, targeting="malt"),
+    "apgd-l1": partial(APGD, steps=6, norm="l1", restarts=2),
+    "apgd-t-l1": partial(APGD, steps=4, norm="l1", loss="dlr", targets=2, multi_eps=False),
     "apgd-eot": partial(APGD, steps=3, eot=2),
     "fab-t": partial(FAB, steps=3, targets=2, restarts=2),
     "fab-l2": partial(FAB, steps=3, norm="l2", targets=None, restarts=2),
+    "fab-l1": partial(FAB, steps=3, norm="l1", targets=2, restarts=2),
     "square": partial(Square, queries=20, restarts=2),
     "square-l2": partial(Square, queries=20, norm="l2", restarts=2),
+    "square-l1": partial(Square, queries=20, norm="l1", restarts=2),
     "autoattack": partial(AutoAttack, steps=3, queries=20),
     "autoattack-fast": partial(AutoAttack, steps=3, version="fast"),
+    "autoattack-l1": partial(AutoAttack, steps=3, queries=20, norm="l1"),
     "autoattack-plus-l2": partial(AutoAttack, steps=2, queries=10, norm="l2", version="plus"),
 }
+RADII = {"linf": 0.006, "l2": 0.06, "l1": 0.3}  # that break some of `attackable`
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
 
 def seeded(name, seed=0, **settings):
     make = ATTACKS[name]
     source = {"seed": seed} if make.func is AutoAttack else {"generator": torch.Generator().manual_seed(seed)}
-    return make(**({"eps": 0.06 if make.keywords.get("norm") == "l2" else 0.006} | source | settings))
+    return make(**({"eps": RADII[make.keywords.get("norm", "linf")]} | source | settings))
 
 
 # ---- no trace
@@ -106,14 +113,15 @@ def test_any_layout_and_grad_mode_gives_the_same_images(name):
 def test_random_numbers_follow_the_seed(name):
     model, x, y = attackable(8)
     state = torch.get_rng_state()
-    first, again, other = (seeded(name, seed, eps=0.2 if name.endswith("l2") else 0.01)(model, x, y) for seed in (5, 5, 6))
+    eps = {"l2": 0.2, "l1": 2.0}.get(name[-2:], 0.01)
+    first, again, other = (seeded(name, seed, eps=eps)(model, x, y) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other) or "fab" in name, "FAB's first run begins at x, and what it finds stays"
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", [PGD, APGD, Square])
-@pytest.mark.parametrize("norm, eps", [("linf", 0.01), ("l2", 0.2)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.01), ("l2", 0.2), ("l1", 2.0)])
 def test_without_a_generator_it_is_torchs(kind, norm, eps):
     model, x, y = attackable(8)
     attack = kind(eps, norm=norm, **({"queries": 30} if kind is Square else {"steps": 1}))
@@ -135,7 +143,7 @@ def test_no_image_or_one(name):
 
 
 @pytest.mark.parametrize("kind", [PGD, APGD])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @settings(max_examples=15, deadline=None, database=None, derandomize=True)
 @given(
@@ -152,7 +160,7 @@ def test_result_is_inside_ball_and_box(kind, norm, dtype, eps, step_size, steps,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("name", ["fab-t", "fab", "square"])
 def test_result_is_misclassified_inside_ball_and_box_or_x_itself(name, norm, dtype):
     model, x, _ = attackable(24)
@@ -162,7 +170,7 @@ def test_result_is_misclassified_inside_ball_and_box_or_x_itself(name, norm, dty
     y[::6] = (y[::6] + 1) % 10
     half = dtype in (torch.bfloat16, torch.float16)  # there a plan's logits are not to the last bit the model's
     largest = 0.03 if name == "square" or half else 0.008
-    eps = torch.linspace(0, largest if norm == "linf" else 10 * largest, 24)
+    eps = torch.linspace(0, largest * {"linf": 1, "l2": 10, "l1": 60}[norm], 24)
     settings = {"queries": 40} if name == "square" else {"steps": 8, "targets": 2 if name == "fab-t" else None}
     settings["input_gradient"] = "autograd" if half or name == "square" else "plan"
     x_adv = (Square if name == "square" else FAB)(eps, norm=norm, restarts=2, **settings)(model, x, y)
@@ -180,12 +188,12 @@ def test_result_is_misclassified_inside_ball_and_box_or_x_itself(name, norm, dty
 
 
 @pytest.mark.parametrize("bounds", [(-1.0, 2.0), (0.25, 0.75)])
-@pytest.mark.parametrize("name", ["fab-t", "square", "square-l2"])
+@pytest.mark.parametrize("name", ["fab-t", "fab-l1", "square", "square-l2", "square-l1"])
 def test_bounds(name, bounds):
     model, x, _ = attackable(12)
     x = bounds[0] + x * (bounds[1] - bounds[0])
     y = model(x).argmax(1)
-    x_adv = seeded(name, eps=0.3, bounds=bounds)(model, x, y)
+    x_adv = seeded(name, eps=20.0 if name.endswith("l1") else 0.3, bounds=bounds)(model, x, y)
     assert x_adv.min() >= bounds[0]
     assert x_adv.max() <= bounds[1]
     wrong = model(x_adv).argmax(1) != y
@@ -208,7 +216,7 @@ def test_images_of_any_shape_and_two_classes(kind, shape):
     model = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape[1:]).numel(), 2))
     x = torch.rand(shape)
     y = model(x).argmax(1)
-    for norm, eps in (("linf", 0.9), ("l2", 2.0)):
+    for norm, eps in (("linf", 0.9), ("l2", 2.0), ("l1", 5.0)):
         for targets in [{}] if kind is PGD else [{"targets": 1}, {"targets": None}]:
             x_adv = kind(eps, norm=norm, steps=20, **targets)(model, x, y)
             assert x_adv.shape == shape
@@ -254,7 +262,7 @@ class Broken(Plain):
 
 
 @pytest.mark.parametrize("part", ["element", "whole"])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("attack", [
     partial(PGD, 0.5, random_start=False), partial(APGD, 0.02, steps=5),
     partial(FAB, 0.5, steps=3, targets=2), partial(FAB, 0.5, steps=3, targets=None),
@@ -283,7 +291,7 @@ def test_nan_gradients_are_counted_and_harmless(attack, norm, part):
         found(Broken(part), [0, 2])
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
+@pytest.mark.parametrize("norm, eps", RADII.items())
 @pytest.mark.parametrize("name", ["fab-t", "fab-l2"])
 def test_one_image_alone_is_attacked_as_in_a_batch(name, norm, eps):
     model, x, y = attackable(8)
@@ -305,7 +313,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.06)])
+@pytest.mark.parametrize("norm, eps", RADII.items())
 @pytest.mark.parametrize("name", PARTS)
 def test_devices_agree(device, name, norm, eps):
     """Numbers drawn on the host give the same images in fp64 wherever they are computed, but for ties."""
@@ -323,12 +331,13 @@ def test_devices_agree(device, name, norm, eps):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("norm, eps", RADII.items())
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
-def test_replays_on_a_gpu(name):
+def test_replays_on_a_gpu(name, norm, eps):
     model, x, y = (t.cuda() for t in attackable(20))
 
     def images(graph):
-        return PARTS[name](0.006, graph=graph, generator=torch.Generator("cuda").manual_seed(0))(model, x, y)
+        return PARTS[name](eps, norm=norm, graph=graph, generator=torch.Generator("cuda").manual_seed(0))(model, x, y)
 
     expected = images(False)
     assert all(torch.equal(images(True), expected) for _ in range(3)), "captured, then replayed"
@@ -340,7 +349,7 @@ def test_replays_on_a_gpu(name):
 @pytest.mark.parametrize("settings, error, message", [
     ({"eps": -0.1}, ValueError, "eps=-0.1 must be finite and >= 0"),
     ({"eps": 2}, ValueError, "eps=2 exceeds the width of bounds"),
-    ({"norm": "l1"}, ValueError, "norm='l1': choose one of 'linf', 'l2'"),
+    ({"norm": "l0"}, ValueError, "norm='l0': choose one of 'linf', 'l2', 'l1'"),
     ({"restarts": 0}, ValueError, "restarts=0 must be at least 1"),
     ({"bounds": (1.0, 0.0)}, ValueError, r"bounds must be two numbers \(lo, hi\) with lo < hi, got tuple \(1.0, 0.0\)"),
     ({"precision": "fp8"}, ValueError, "precision='fp8': choose one of"),
@@ -364,6 +373,8 @@ def test_bad_settings_of_every_attack(kind, settings, error, message):
     (APGD, {"targets": 0}, ValueError, "targets=0 must be at least 1"),
     (APGD, {"rho": 1.5}, ValueError, r"rho=1.5 must be in \[0, 1\], the share of steps"),
     (APGD, {"rho": "a"}, TypeError, r"rho must be a number in \[0, 1\]"),
+    (APGD, {"multi_eps": 3}, TypeError, "multi_eps must be True, False or None, got int 3"),
+    (APGD, {"multi_eps": True}, ValueError, "multi_eps=True with norm='linf': it is for L1: leave it out"),
     (APGD, {"loss": "mse"}, ValueError, "loss='mse': give one of"),
     (FAB, {"steps": -1}, ValueError, "steps=-1 must be at least 0"),
     (FAB, {"targets": 0}, ValueError, "targets=0 must be at least 1"),
@@ -395,10 +406,10 @@ def test_bad_settings(kind, settings, error, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_as_other_libraries_write_them(kind):
-    for written, norm in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf"), ("LINF", "linf"), ("l2", "l2")):
+    for written, norm in (("Linf", "linf"), ("L2", "l2"), ("L∞", "linf"), ("LINF", "linf"), ("l2", "l2"), ("L1", "l1")):
         assert kind(0.1, norm=written).norm == norm
-    for written in ("L1", "inf", 2, float("inf"), None, ["l2"]):
-        with pytest.raises(ValueError, match=r"norm=.*: choose one of 'linf', 'l2'$"):
+    for written in ("L0", "inf", 2, float("inf"), None, ["l2"]):
+        with pytest.raises(ValueError, match=r"norm=.*: choose one of 'linf', 'l2', 'l1'$"):
             kind(0.1, norm=written)
 
 
@@ -423,6 +434,7 @@ def test_bad_batches_of_every_attack(kind):
     (APGD, {"graph": True}, "graph=True, but x is on cpu"),
     (APGD, {"loss": "kl", "targets": 1}, "loss 'kl' has no targeted form"),
     (AutoAttack, {"eps": 14.0, "norm": "l2"}, "eps=14 exceeds the diagonal, 13.8564, of bounds"),
+    (AutoAttack, {"eps": 193.0, "norm": "l1"}, "eps=193 exceeds the diagonal, 192, of bounds"),
 ], ids=str)  # fmt: skip
 def test_settings_that_do_not_go_with_the_batch(kind, settings, message):
     model, (x, _) = cnn().eval(), batch()
@@ -438,6 +450,7 @@ def test_images_that_square_does_not_take():
         (AutoAttack(0.1), x.flatten(1), r"\[B, C, H, W\] of at least 1x1.*shape \[6, 192\]: leave Square"),
         (AutoAttack(0.1, version=("square",)), x.flatten(1), r"got shape \[6, 192\]$"),
         (AutoAttack(0.1, norm="l2"), x[..., :4], "of at least 5x5 pixels for norm="),
+        (Square(0.1, norm="l1"), x[..., :4], "of at least 5x5 pixels for norm='l1'"),
     ]:
         with pytest.raises(ValueError, match=message):
             attack(nn.Identity(), images, y)

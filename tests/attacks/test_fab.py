@@ -43,6 +43,15 @@ def nearest_linf(point, w, gap):
     return result.x[-1] if result.status == 0 else None
 
 
+def nearest_l1(point, w, gap):
+    """min sum(a + b), d = a - b inside the box, w d = -gap, by scipy's linear program; None where there is none."""
+    optimize = pytest.importorskip("scipy.optimize")
+    scale = max(np.abs(w).max(), 1e-300)
+    sides = [(0, 2 - p) for p in point] + [(0, p + 1) for p in point]
+    result = optimize.linprog(np.ones(2 * len(point)), A_eq=[[*w / scale, *-w / scale]], b_eq=[-gap / scale], bounds=sides)
+    return result.fun if result.status == 0 else None
+
+
 def nearest_l2(point, w, gap):
     """The dual of the quadratic program: d(t) = clip(-t w), t by bisection."""
     optimize = pytest.importorskip("scipy.optimize")
@@ -61,7 +70,7 @@ def nearest_l2(point, w, gap):
     return np.linalg.norm(move(optimize.brentq(rest, 0, far, xtol=1e-300, rtol=1e-15, maxiter=1000)))
 
 
-@pytest.mark.parametrize("norm, nearest", [("linf", nearest_linf), ("l2", nearest_l2)])
+@pytest.mark.parametrize("norm, nearest", [("linf", nearest_linf), ("l2", nearest_l2), ("l1", nearest_l1)])
 @pytest.mark.parametrize("n", [1, 2, 7, 30])
 def test_projections_are_the_nearest_points(n, norm, nearest):
     points, w, gap = planes(n)
@@ -82,7 +91,14 @@ def test_projections_are_the_nearest_points(n, norm, nearest):
     assert 30 < found < len(points), "some of both"
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_projections_in_l1_move_the_steepest_first():
+    points, w = torch.tensor([[0.5, 0.5, 0.9, 0.2]]).double(), torch.tensor([[1.0, -3.0, -2.0, 0.0]]).double()
+    for gap, moves in ((0.9, [0, 0.3, 0, 0]), (1.6, [0, 0.5, 0.05, 0]), (2.0, [-0.3, 0.5, 0.1, 0]), (9.0, [-0.5, 0.5, 0.1, 0])):
+        found = project(points, w, torch.tensor([gap]).double(), 0.0, 1.0, "l1")
+        torch.testing.assert_close(found, torch.tensor([moves]).double())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_projections_of_extreme_gradients_are_finite(norm):
     points = torch.rand(6, 50)
     for scale in (1e-38, 1e-30, 1e-12, 1e12, 1e18):
@@ -108,13 +124,25 @@ def judge(model, x, y, norm, eps, steps, targets, monkeypatch):
         torch.set_default_dtype(torch.float64)
         try:
             settings = {"multi_targeted": True, "n_classes": targets + 1} if targets else {}
-            return torchattacks.FAB(model, norm=NORMS[norm], eps=eps, steps=steps, seed=0, **settings)(x, y)
+            attack = torchattacks.FAB(model, norm=NORMS[norm], eps=eps, steps=steps, seed=0, **settings)
+            return judge_l1(attack, model, x, y, eps, targets) if norm == "l1" else attack(x, y)
         finally:
             torch.set_default_dtype(torch.float32)
 
 
+def judge_l1(attack, model, x, y, eps, targets):
+    """Its runs in L1, one after the other. What it does around them fails there (UnboundLocalError)."""
+    found = x.clone()
+    for target in range(2, (targets or 1) + 2):
+        attack.target_class = target
+        x_adv = (attack.attack_single_run_targeted if targets else attack.attack_single_run)(x, y)
+        taken = ((found == x).flatten(1).all(1)) & (model(x_adv).argmax(1) != y) & (distance(x_adv, x, "l1") <= eps)
+        found[taken] = x_adv[taken]
+    return found
+
+
 @pytest.mark.parametrize("how", ["plan", "autograd"])
-@pytest.mark.parametrize("norm, eps", [("linf", 0.5), ("l2", 4.0), ("linf", 0.08), ("l2", 0.5)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.5), ("l2", 4.0), ("linf", 0.08), ("l2", 0.5), ("l1", 9.0), ("l1", 2.0)])
 @pytest.mark.parametrize("targets", [3, None])
 def test_equals_torchattacks(task, norm, eps, targets, how, monkeypatch):
     model, *images = task
@@ -131,15 +159,16 @@ def test_equals_torchattacks(task, norm, eps, targets, how, monkeypatch):
     assert ((ours - theirs).abs().flatten(1).amax(1) <= 1e-6).double().mean() >= 0.95
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_linear_models_are_broken_at_their_margin(norm):
     """There the distance to the nearest boundary is known: |f| / ||w||, if the box is far."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).double()
     x = torch.rand(20, 3, 4, 4).double() * 0.2 + 0.4
+    model[1].bias.data -= model(x).detach().mean(0)  # in L1 a single element moves all the way
     logits, w = model(x).detach(), model[1].weight.detach()
     y = logits.argmax(1)
-    dual = {"linf": 1, "l2": 2}[norm]
+    dual = {"linf": 1, "l2": 2, "l1": torch.inf}[norm]
     gaps = (logits.gather(1, y[:, None]) - logits) / torch.linalg.vector_norm(w[y][:, None] - w, dual, dim=2)
     margin = gaps.scatter(1, y[:, None], torch.inf).amin(1)
     for targets in (4, None):
@@ -190,7 +219,7 @@ def test_costs_what_it_says():
     assert len(sizes) < 1 + 2 * 4 * 3
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_restarts_begin_at_random_points_halfway_to_the_rim(norm):
     seen = []
 

@@ -77,13 +77,14 @@ def test_default_step_size():
     start = x.clone()
     one_step = sk.pgd(model, x, y, EPS, steps=1, start=start)
     torch.testing.assert_close(one_step, sk.pgd(model, x, y, EPS, steps=1, step_size=EPS / 4, start=start), rtol=0, atol=0)
-    l2 = sk.pgd(model, x, y, 1.0, steps=5, norm="l2", start=start)
-    torch.testing.assert_close(l2, sk.pgd(model, x, y, 1.0, steps=5, step_size=0.5, norm="l2", start=start), rtol=0, atol=0)
+    for norm in ("l2", "l1"):
+        found = [sk.pgd(model, x, y, 1.0, steps=5, step_size=s, norm=norm, start=start) for s in (None, 0.5)]
+        torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_degenerate_settings_mean_what_they_say():
     model, (x, y) = cnn().eval(), batch()
-    for norm in ("linf", "l2"):
+    for norm in ("linf", "l2", "l1"):
         assert torch.equal(sk.pgd(model, x, y, 0.0, norm=norm), x), "eps=0"
         state = torch.get_rng_state()
         same = sk.pgd(model, x, y, EPS, steps=0, random_start=False, norm=norm)
@@ -96,7 +97,7 @@ def test_degenerate_settings_mean_what_they_say():
         assert distance(far, x, norm).max() <= EPS + 1e-6, "steps=0 still projects a given start"
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_radius_and_step_per_sample(norm):
     """A sample is attacked as it is alone. fp64, since a convolution's rounding depends on the batch size."""
     model, (x, y) = cnn().double().eval(), batch(4)
@@ -148,7 +149,7 @@ def test_costs_no_more_forwards_than_steps():
         assert len(model.inputs) == forwards, kwargs
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_model_sees_the_layout_of_the_images(norm, layout):
     model, (x, y) = Recorder(cnn()), batch()
@@ -161,14 +162,14 @@ def test_the_model_sees_the_layout_of_the_images(norm, layout):
 
 
 def breakable(n: int = 300):
-    """A network, images and the classes that it gives them: about half can be broken within 0.05 (L-infinity) or 0.4 (L2)."""
+    """A network, images and their classes by it: about half can be broken within 0.05 (L-infinity), 0.4 (L2) or 2 (L1)."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
     x = torch.rand(n, 1, 8, 8)
     return model, x, model(x).argmax(1)
 
 
 @pytest.mark.parametrize("input_gradient", ["auto", "autograd"])
-@pytest.mark.parametrize("norm, eps", [("linf", 0.05), ("l2", 0.4)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.05), ("l2", 0.4), ("l1", 2.0)])
 def test_a_broken_image_stays_broken_where_its_gradient_is_zero(norm, eps, input_gradient):
     """The margin with kappa = 0 is flat beyond the boundary: more steps must not walk back, with any number of restarts."""
     model, x, y = breakable()
@@ -192,7 +193,7 @@ def test_a_broken_image_stays_broken_where_its_gradient_is_zero(norm, eps, input
         assert left(attack) <= few
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_what_is_wrong_already_is_left_alone_by_a_flat_loss(norm):
     model, x, y = breakable(20)
     assert torch.equal(sk.fgsm(model, x, (y + 1) % 4, 0.4, norm=norm, loss="margin"), x)

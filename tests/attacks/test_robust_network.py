@@ -7,15 +7,17 @@ same on every path, and ordered as the attacks are strong.
 import pytest
 import torch
 
-from spat_kernels import cw_linf, fgsm, pgd, pgd_ls
+from spat_kernels import APGD, PGD, AutoAttack, cw_linf, fgsm, pgd, pgd_ls
 from spat_train.evaluation.alarms import alarms
-from tests.helpers import EPS, photographs, robust
+from tests.helpers import EPS, assert_inside, photographs, robust
 
 # correctly classified images of 100, clean and under each attack
 LEFT = {
     "madry": {"clean": 32, "fgsm": 24, "pgd": 23, "cw": 20},
     "trades+spat": {"clean": 36, "fgsm": 23, "pgd": 21, "cw": 17},
 }
+# the same in L1, at AutoAttack's radius for CIFAR-10
+LEFT_IN_L1 = {"madry": {"pgd": 24, "apgd": 21}, "trades+spat": {"pgd": 21, "apgd": 21}}
 
 
 def right(model, x, y) -> int:
@@ -50,6 +52,28 @@ def test_smoothing_weakens_the_attack():
     assert left == sorted(left)
     assert left[0] < left[1] - 5
     assert left[2] >= LEFT["trades+spat"]["clean"]
+
+
+@pytest.mark.parametrize("name", LEFT_IN_L1)
+def test_in_l1_apgd_finds_more_than_pgd(name):
+    model, (x, y) = robust(name), photographs()
+    left = {}
+    for attack, kind in (("pgd", PGD), ("apgd", APGD)):
+        torch.manual_seed(0)
+        x_adv = kind(12.0, norm="l1", steps=20)(model, x, y)
+        assert_inside(x_adv, x, 12.0, "l1")
+        left[attack] = right(model, x_adv, y)
+    assert left == pytest.approx(LEFT_IN_L1[name], abs=1)
+    assert LEFT[name]["clean"] > left["pgd"] >= left["apgd"]
+    assert name != "madry" or left["pgd"] > left["apgd"]
+
+
+@pytest.mark.slow
+def test_autoattack_in_l1_finds_most():
+    model, (x, y) = robust("madry"), photographs()
+    result = AutoAttack(12.0, norm="l1", steps=20, queries=200).run(model, x, y)
+    assert_inside(result.x_adv, x, 12.0, "l1")
+    assert int(result.robust.sum()) <= 17, "of 32, and 21 by APGD alone"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from spat_kernels.attacks.square import Square
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_kernels.input_gradient.windows import Windows
 from spat_kernels.rng import rng_lock
-from tests.helpers import NORMS, Recorder, attackable, correct, moved
+from tests.helpers import NORMS, Recorder, assert_inside, attackable, correct, moved, nearest_in_l1
 
 EPS = 0.125  # to be added exactly
 
@@ -96,6 +96,69 @@ def test_l2_equals_torchattacks(task, drawn, monkeypatch):
 # --- query by query ---
 
 
+def bump(side):
+    """Two halves of opposite sign, each 1 + 1/16 + 1/81 + ... at its middle, of L1 norm 1."""
+
+    def hill(height, width):
+        found = torch.zeros(height, width).double()
+        for row in range(height):
+            for column in range(width):
+                nearest = max(abs(row - height // 2), abs(column - width // 2))
+                found[row, column] = sum(1 / i**4 for i in range(nearest + 1, max(height // 2, width // 2) + 2))
+        return found / found.sum()
+
+    return torch.cat((hill(side // 2, side), -hill(side - side // 2, side))) / 2
+
+
+def eager_l1(model, x, y, eps, queries, numbers):
+    """The attack as it is in the authors' code, on images of 10x10: (margins after each query, images)."""
+    turns, signs, *blocks = numbers
+    (b, c), n, radius = x.shape[:2], x[0].numel(), torch.full((1, 1), eps).double()
+
+    def placed(delta):
+        return nearest_in_l1((x + delta).view(b, n), x.view(b, n), radius).view_as(x)
+
+    def margin(images):
+        z = model(images)
+        return (z.gather(1, y[:, None]) - z.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+
+    def total(v, dims=(2, 3)):
+        return v.abs().sum(dims, keepdim=True)
+
+    def signed(numbers):
+        return torch.where(numbers < 0.5, -1.0, 1.0)
+
+    delta = torch.zeros_like(x)
+    for i in range(5):
+        for j in range(5):
+            shape = bump(2) if turns[i, j] < 0.5 else bump(2).T
+            delta[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = shape * signed(signs[i, j])
+    best = placed(delta)
+    least, margins = margin(best), []
+    places, signs = (torch.cat(part) for part in (blocks[::2], blocks[1::2]))
+    for i in range(queries):
+        p = 0.8 / [d for first, d in square.SCHEDULE if int(i / queries * 10_000) >= first][-1]
+        side = max(round(math.sqrt(p * 100)), 3)
+        side = min(side + (side % 2 == 0), 9)
+        top, left, top_2, left_2 = (int(u * (10 - side)) for u in places[i, :4].tolist())
+        gains = ..., slice(top, top + side), slice(left, left + side)
+        loses = ..., slice(top_2, top_2 + side), slice(left_2, left_2 + side)
+        delta, both = best - x, torch.zeros_like(x)
+        both[gains] = both[loses] = 1
+        new = (bump(side) if places[i, 4] < 0.5 else bump(side).T) * signed(signs[i])
+        new = new + delta[gains] / (total(delta[gains]) + 1e-12)
+        unused = (eps - total(delta, (1, 2, 3))).clamp_min(0)
+        new = new / (total(new) + 1e-12) * (unused / c + total(delta * both)) * c
+        delta[loses] = 0
+        delta[gains] = new
+        images = placed(delta)
+        value = margin(images)
+        better = value < least
+        best, least = torch.where(better.view(-1, 1, 1, 1), images, best), torch.where(better, value, least)
+        margins.append(least)
+    return torch.stack(margins), best
+
+
 def eager_linf(model, x, y, eps, queries, numbers, p_init=0.8):
     """The attack as it is written in the paper: every query of every image is asked."""
     stripes, places, signs = numbers
@@ -164,15 +227,30 @@ def test_squares_shrink_as_published():
     assert [(i, sides[i]) for i in firsts] == [
         (0, 29), (6, 20), (26, 14), (101, 10), (251, 7), (501, 5), (1001, 4), (2001, 3), (3001, 2), (4001, 1)
     ]  # fmt: skip
-    run = square._L2Run.__new__(square._L2Run)
-    run.settings, run.batch = Square(0.1), (1, 3, 32, 32)
-    assert sorted({run._side(i) for i in range(5000)}) == [3, 5, 7, 11, 15, 21, 29]
+    for kind in (square._L2Run, square._L1Run):
+        run = kind.__new__(kind)
+        run.settings, run.batch = Square(0.1), (1, 3, 32, 32)
+        assert sorted({run._side(i) for i in range(5000)}) == [3, 5, 7, 11, 15, 21, 29]
+
+
+def test_l1_is_the_eager_loop(drawn):
+    model, x, y = attackable(30, size=10)
+    run = finished_run(seeded(0.05, norm="l1", queries=120), model, x, y)
+    left = run.index.tolist()
+    assert len(left) > 20
+    with torch.no_grad():
+        margins, best = eager_l1(model, x, y, 0.05, 120, drawn)
+    assert (margins[-1] < 0).sum() == 30 - len(left)
+    assert (margins[-1] < margins[0]).sum() > 20
+    torch.testing.assert_close(run.margin, margins[-1][left], rtol=0, atol=1e-9)
+    torch.testing.assert_close(run.best, best[left], rtol=0, atol=1e-9)
+    assert_inside(run.best, x[left], 0.05, "l1")
 
 
 # --- true to its settings ---
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.1)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.006), ("l2", 0.1), ("l1", 0.6)])
 def test_samples_are_independent(norm, eps):
     """All see the same squares. What is drawn for one alone is drawn for the first of a batch."""
     model, x, y = attackable(12)
@@ -197,7 +275,7 @@ def test_parts_and_chunks_change_nothing(monkeypatch):
     assert torch.equal(seeded(0.003, queries=80)(model, x, y), expected)
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.004), ("l2", 0.06)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.004), ("l2", 0.06), ("l1", 0.4)])
 def test_where_looking_waits_samples_drop_out_between_blocks(norm, eps, monkeypatch):
     """As on a GPU: broken samples stay for a while, and nothing is skipped."""
     model, x, y = attackable(24)
@@ -225,9 +303,9 @@ def test_costs_and_edges():
     network = Recorder(model)
     assert torch.equal(seeded(0.1)(network, x, (y + 1) % 10), x)
     assert sum(network.sizes) <= 6 + 4, "all misclassified: one forward, and those that make a plan"
-    for norm in ("linf", "l2"):
+    for norm, reach in (("linf", 0.2), ("l2", 0.2), ("l1", 2.0)):
         assert torch.equal(seeded(0.0, norm=norm, queries=9)(model, x, y), x), "eps=0"
-        one = seeded(0.2, norm=norm, queries=50)(model, x[:1], y[:1])
+        one = seeded(reach, norm=norm, queries=50)(model, x[:1], y[:1])
         assert (model(one).argmax(1) != y[:1]).all()
         network.inputs.clear()
         start = seeded(0.2, norm=norm, queries=0, input_gradient="autograd")(network, x, y)
@@ -237,11 +315,11 @@ def test_costs_and_edges():
         hopeless = seeded(1e-9, norm=norm, queries=11, input_gradient="autograd")(network, x, y)
         assert torch.equal(hopeless, x)
         assert len(network.inputs) <= 2 + 11
-        if norm == "l2":
+        if norm != "linf":
             assert sum(network.sizes) == 6 * (2 + 11)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_two_classes_and_images_of_any_size(norm):
     for size in [(5, 5), (6, 6), (9, 9), (14, 13), (5, 31), (40, 7)] + [(1, 1), (2, 3), (1, 12)] * (norm == "linf"):
         model = nn.Sequential(nn.Flatten(), nn.Linear(2 * math.prod(size), 2)).double()

@@ -34,6 +34,7 @@ def square(z, y):
 SETTINGS = {
     "plain": {},
     "l2": {"norm": "l2"},
+    "l1": {"norm": "l1"},
     "smoothed": {"loss": losses.LabelSmoothedCE(0.3)},
     "kl": {"loss": "kl"},
     "kl_l2": {"loss": "kl", "norm": "l2"},
@@ -49,6 +50,7 @@ SETTINGS = {
     "restarts_kl": {"restarts": 2, "steps": 2, "loss": "kl"},
     "from_x": {"random_start": False},
     "from_x_l2": {"random_start": False, "norm": "l2"},
+    "from_x_l1": {"random_start": False, "norm": "l1"},
     "no_steps": {"steps": 0},
     "train_mode": {"bn_mode": "train"},
     "as_it_is": {"bn_mode": "keep"},
@@ -103,7 +105,7 @@ def test_replays_equal_the_attack_itself(each_graphs, device, name):
     assert len(each_graphs) == 1
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(graphs, norm, dtype):
     model = cnn().to(dtype)
@@ -113,7 +115,7 @@ def test_dtypes(graphs, norm, dtype):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_radius_and_step_per_sample_and_start(graphs, norm):
     model, attack = cnn(), {"norm": norm, "steps": 3}
     for got, expected in pairs(model, attack, eps=lambda i: torch.tensor([0.0, 0.01, 0.02, 0.04]) * (i + 1)):
@@ -142,7 +144,7 @@ def test_any_grad_mode(graphs, context):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_noise_is_fresh_and_follows_a_generator(graphs, norm):
     model, (x, y), images = cnn(), batch(), []
     for graph in (True, True, False):

@@ -29,7 +29,7 @@ def test_named_attacks_are_those_of_the_sources(monkeypatch):
         "pgd-40": (40, 0.01, True, ce), "pgd-100": (100, 0.01, True, ce),
         "cw-30": (30, 0.03, True, cw_plus), "cw-40": (40, 0.01, True, cw), "cw+-40": (40, 0.01, True, cw_plus),
         "pgd-kl-20": (20, 0.03, True, kl), "pgd-ls-20:alpha=0.3": (20, 0.03, True, spat_kernels.losses.LabelSmoothedCE(0.3)),
-        "pgd-l2-20": (20, None, True, ce), "pgd-l2-100": (100, None, True, ce),
+        "pgd-l2-20": (20, None, True, ce), "pgd-l2-100": (100, None, True, ce), "pgd-l1-20": (20, None, True, ce),
     }  # fmt: skip
     for name, (steps, step_size, random_start, loss) in expected.items():
         calls.clear()
@@ -38,7 +38,7 @@ def test_named_attacks_are_those_of_the_sources(monkeypatch):
         *drawn, how = calls
         found = {key: how[key] for key in ("steps", "step_size", "loss", "norm", "targeted")}
         step_size = step_size and pytest.approx(step_size)
-        norm = "l2" if "l2" in name else "linf"
+        norm = next((norm for norm in ("l1", "l2") if norm in name), "linf")
         assert found == {"steps": steps, "step_size": step_size, "loss": loss, "norm": norm, "targeted": False}, name
         assert (len(drawn) == 1 and "start" in how) is random_start, name
         assert attack.restarts == 1, name
@@ -135,7 +135,7 @@ def test_runs_names_and_settings():
         assert parse(name).name == plain
     assert PGD(norm="L2", start="Clean") == parse("pgd:norm=l2:start=clean")
     assert FAB(norm="L∞", targets=np.int64(3)) == parse("fab:targets=3")
-    for wrong, message in (({"norm": "l1"}, "norm=l1: choose one of linf, l2"), ({"steps": 2.5}, "steps=2.5: give a whole")):
+    for wrong, message in (({"norm": "l0"}, "norm=l0: choose one of linf, l2, l1"), ({"steps": 2.5}, "steps=2.5: give a whole")):
         with pytest.raises(ValueError, match=message):
             PGD(**wrong)
     assert list(parse_all("pgd-20,fgsm")) == ["clean", "pgd-20", "fgsm"]
@@ -147,7 +147,7 @@ def test_runs_names_and_settings():
         assert again.spec == attack.spec
         assert again.describe() == attack.describe()
         assert parse(attack) is attack
-        assert attack.radius(0.1, 0.5) == (0.5 if attack.norm == "l2" else 0.1)
+        assert attack.radius(0.1, 0.5, 12.0) == {"linf": 0.1, "l2": 0.5, "l1": 12.0}[attack.norm]
 
 
 @pytest.mark.parametrize(
@@ -195,14 +195,17 @@ def test_specs_that_do_not_fit(spec, message):
     assert "\n" not in str(caught.value)
 
 
+IN_L1 = [f"{name}:norm=L1" for name in ("apgd-ce:steps=6", "fab:steps=3", "square:queries=20", "aa:steps=3:queries=20")]
 CHEAP = {"apgd": ":steps=4", "fab": ":steps=3:targets=2", "square": ":queries=20", "autoattack": ":steps=3:queries=20"}
 
 
-@pytest.mark.parametrize("name", [*NAMED, "pgd-7-least-likely", "pgd-7-random", "pgd-7-all", "pgd-7x2", "fab:norm=l2:steps=2"])
+@pytest.mark.parametrize(
+    "name", [*NAMED, "pgd-7-least-likely", "pgd-7-random", "pgd-7-all", "pgd-7x2", "fab:norm=l2:steps=2", *IN_L1]
+)
 def test_every_named_attack_runs(name):
     family = parse(name + ":alpha=0.1" * (name == "pgd-ls-20")).family
     spec = name + (":alpha=0.1" if name == "pgd-ls-20" else "" if ":" in name else CHEAP.get(family, ""))
-    found = quiet(fitted(), digits(12), [spec], eps_l2=0.5, batch_size=8)
+    found = quiet(fitted(), digits(12), [spec], eps_l2=0.5, eps_l1=3.0, batch_size=8)
     name = parse(spec).name
     assert found.accuracy(name) <= found.accuracy("clean")
     assert found.accuracy("clean") > 80

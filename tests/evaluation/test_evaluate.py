@@ -118,7 +118,7 @@ def test_restarts_on_what_is_left_find_what_restarts_on_all_find(name, black_box
     x, y = digits(50, torch.float64)
     found = quiet(model, (x, y), [name, "fgsm"], source=source if black_box else None, seed=5, batch_size=20, precision=None)
     attack = parse(name)
-    expected = brute_force(model, source, x, y, attack, attack.radius(EPS, 0.5), 5, 20)
+    expected = brute_force(model, source, x, y, attack, attack.radius(EPS, 0.5, 12.0), 5, 20)
     assert torch.equal(~found.correct(name), expected)
     assert name == "noisex20" or 0 < found.accuracy(name) < found.accuracy("clean")
     fgsm = brute_force(model, source, x, y, parse("fgsm"), EPS, 5, 20)
@@ -223,22 +223,35 @@ def test_an_attack_that_leaves_the_ball_is_caught():
     assert not rechecked(quiet(model, (x, y), "fgsm,pgd-l2-20")).raised
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_inside(norm):
     x = torch.full((4, 1, 8, 8), 0.5)
-    far = {"linf": 0.1, "l2": 0.1 / 8}[norm]
+    far = {"linf": 0.1, "l2": 0.1 / 8, "l1": 0.1 / 64}[norm]
     x_adv = x + far * torch.tensor([1.0, 1.001, -1.0, 0.0])[:, None, None, None]
     x_adv[3, 0, 0, 0] = 1 + 1e-6
     assert module.inside(x_adv, x, 0.1, norm).tolist() == [True, False, True, False]
     assert module.inside(x_adv, x, 0.1, norm, 0.5 / 255).tolist() == [True, True, True, False]
 
 
+def test_inside_in_l1_gives_slack_for_what_has_moved_alone():
+    x = torch.full((2, 1, 8, 8), 0.5)
+    x_adv = x.clone()
+    x_adv[:, 0, 0, :2] += 0.05 + torch.tensor([0.4, 0.6])[:, None] / 255
+    assert module.inside(x_adv, x, 0.1, "l1", 0.5 / 255).tolist() == [True, False]
+
+
 def test_saved_images(tmp_path):
     data, model = load("digits").test, fitted()
     found = quiet(
-        model, data, "pgd-10,pgd:norm=l2:eps=1/2", rows=torch.arange(50), batch_size=20, folder=tmp_path, save_images=True
+        model,
+        data,
+        "pgd-10,pgd:norm=l2:eps=1/2,apgd:norm=l1:eps=2:steps=10",
+        rows=torch.arange(50),
+        batch_size=20,
+        folder=tmp_path,
+        save_images=True,
     )
-    for name, eps in (("pgd-10", EPS), ("pgd:norm=l2:eps=1/2", 0.5)):
+    for name, eps in (("pgd-10", EPS), ("pgd:norm=l2:eps=1/2", 0.5), ("apgd:norm=l1:eps=2:steps=10", 2)):
         arrays = [np.load(file) for file in sorted((tmp_path / "images" / file_name(name)).iterdir())]
         saved = {key: torch.from_numpy(np.concatenate([a[key] for a in arrays])) for key in arrays[0]}
         assert len(arrays) == 3
@@ -247,7 +260,7 @@ def test_saved_images(tmp_path):
         assert torch.equal(saved["y"], data.labels[:50])
         assert torch.equal(saved["predicted"], found.predicted[name])
         moved = distance(saved["x_adv"], data.pixels[:50], parse(name).norm) / 255
-        assert (moved <= eps + (8 if "l2" in name else 1) * 0.5 / 255).all()
+        assert (moved <= eps + {"linf": 1, "l2": 8, "l1": 64}[parse(name).norm] * 0.5 / 255).all()
         assert moved.max() > 0.95 * eps
         broken = found.correct("clean") & ~found.correct(name)
         x = saved["x_adv"].permute(0, 3, 1, 2).float() / 255
@@ -307,6 +320,8 @@ PIXELS = torch.zeros(6, 8, 8, 1, dtype=torch.uint8)
         ({"eps": 8}, "eps=8: give a number above 0, for images in .0, 1.: 8/255"),
         ({"eps_l2": 128.0, "attacks": "pgd-l2-20"}, r"attack pgd-l2-20: eps_l2=128 exceeds the diagonal, 8, .*\(128/255 for"),
         ({"attacks": "fgsm,fab:norm=l2:eps=9"}, "attack fab:norm=l2:eps=9: eps=9 exceeds the diagonal, 8,"),
+        ({"eps_l1": 65.0, "attacks": "pgd-l1-20"}, "attack pgd-l1-20: eps_l1=65 exceeds the diagonal, 64,"),
+        ({"eps_l1": 0.0}, "eps_l1=0.0: give a number above 0"),
         ({"seed": -1}, "seed=-1: give an integer"),
         ({"batch_size": 0}, "batch_size=0: give an integer from 1"),
         ({"precision": "tf32"}, "precision='tf32': TF32 is for GPUs"),

@@ -1,5 +1,6 @@
 """What an evaluation keeps in its folder: files that any kill leaves whole, continued and extended."""
 
+import json
 import os
 import re
 import shutil
@@ -87,6 +88,7 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
         "the source differs, in weights, architecture or normalisation": {"source": model},
         "the images or labels of --data differ": {"images": Images(images.pixels ^ 1, images.labels)},
         "--eps-l2 was 0.5, now 1.0; --attack-wrong was False, now True": {"eps_l2": 1.0, "attack_wrong": True},
+        "--eps-l1 was 12.0, now 3.0": {"eps_l1": 3.0},
         "--batch-size was 20, now 10; --precision was fp32, now bf16": {"batch_size": 10, "precision": "bf16"},
     }.items():
         with pytest.raises(InputError, match=re.escape(f"it holds another evaluation ({message}): give the same, or choose")):
@@ -96,6 +98,21 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
     assert contents(tmp_path) == before
     (tmp_path / "settings.json").unlink()
     with pytest.raises(InputError, match="it holds samples.jsonl without settings.json"):
+        quiet(model, images, "fgsm", **how)
+
+
+def test_a_folder_from_before_l1_continues(tmp_path):
+    model, images = fitted(), load("digits").test
+    how = {"rows": torch.arange(40), "batch_size": 20, "folder": tmp_path}
+    first = quiet(model, images, "fgsm", **how)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert kept["settings"].pop("eps_l1") == 12.0
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    lines = (tmp_path / "samples.jsonl").read_bytes()
+    more = quiet(model, images, "fgsm,pgd:norm=l1:steps=3", eps_l1=3.0, **how)
+    assert torch.equal(more.predicted["fgsm"], first.predicted["fgsm"])
+    assert (tmp_path / "samples.jsonl").read_bytes().startswith(lines), "nothing is done again"
+    with pytest.raises(InputError, match="--eps-l1 was 3.0, now 12.0"):
         quiet(model, images, "fgsm", **how)
 
 

@@ -5,6 +5,7 @@
     pgd-40-least-likely                targeted: -least-likely, -random or -all after any PGD
     pgd-20:alpha=0.2:steps=50          with other settings
     pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255
+    autoattack:norm=l1:eps=12          in another norm: linf, l2 or l1
 
 Names may be in capitals (AutoAttack, PGD-20, AA), and so may the values that are names (norm=L2).
 Lengths of steps are in units of eps. eps itself is the evaluation's, or given here, in the units of images in [0, 1]. Losses are

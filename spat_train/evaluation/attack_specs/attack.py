@@ -15,6 +15,8 @@ from spat_kernels.settings import NORMS, Norm
 
 from ...errors import as_input_error
 
+NORM_NAMES: dict[Norm, str] = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}
+
 # ---- how settings are read: functions text -> value, which raise a ValueError that says what to give
 
 
@@ -92,7 +94,7 @@ class Attack:
 
     Args:
         name: what it is called in reports; its random numbers depend on it. Default: its spec.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         eps: radius for images in [0, 1]; None is the evaluation's for this norm.
         restarts: how often an evaluation runs it on what is not broken yet.
     """
@@ -143,9 +145,9 @@ class Attack:
         """The number of classes that a model must have for it."""
         return 2
 
-    def radius(self, eps: float, eps_l2: float) -> float:
+    def radius(self, eps: float, eps_l2: float, eps_l1: float) -> float:
         """Its own eps, else the one of its norm."""
-        return self.eps if self.eps is not None else eps_l2 if self.norm == "l2" else eps
+        return self.eps if self.eps is not None else {"linf": eps, "l2": eps_l2, "l1": eps_l1}[self.norm]
 
     # ---- a run
 
@@ -226,7 +228,7 @@ class Attack:
         what = ", ".join(self._describe())
         repeated = f", {self.restarts} restarts" if self.restarts > 1 else ""
         radius = "" if self.eps is None else f", eps {self.eps:.4g}"
-        return f"{what}{repeated}{radius}, {'L2' if self.norm == 'l2' else 'L-infinity'}"
+        return f"{what}{repeated}{radius}, {NORM_NAMES[self.norm]}"
 
     def _describe(self) -> list[str]:
         raise NotImplementedError

@@ -81,7 +81,7 @@ class PGD(_Ascent):
     Args:
         loss: what is maximised; ls is ce with an `alpha` (PGD-LS).
         steps: 0 is a random point of the ball.
-        step: length of a step in units of eps; None is 1/4, for L2 2.5 / steps.
+        step: length of a step in units of eps; None is 1/4, for L2 and L1 2.5 / steps.
         start: uniform in the ball, or clean.
         target: none, or towards the least likely class of the clean image, a random wrong one, or all wrong ones in turn.
         targeting: the order of all wrong ones: confidence, or malt, the nearest boundary first, for K - 1 more backwards a run.
@@ -112,6 +112,8 @@ class PGD(_Ascent):
         "pgd-l2-20": ("pgd:norm=l2:steps=20", "the same, 20 steps"),
         "pgd-l2-40": ("pgd:norm=l2:steps=40", "the same, 40 steps"),
         "pgd-l2-100": ("pgd:norm=l2:steps=100", "the same, 100 steps"),
+        "pgd-l1-20": ("pgd:norm=l1:steps=20", "Tramèr and Boneh, 2019: L1; sparse steps of 2.5 eps / steps"),
+        "pgd-l1-100": ("pgd:norm=l1:steps=100", "the same, 100 steps"),
     }
 
     steps: int = setting(10, count)
@@ -219,7 +221,8 @@ class _Engine(Attack):
 @dataclass(frozen=True, kw_only=True)
 class APGD(_Ascent, _Engine):
     """AutoAttack's PGD, which chooses its steps itself; with `targets` n, towards the n likeliest wrong classes in turn, or by
-    `targeting` malt the n whose boundaries are nearest."""
+    `targeting` malt the n whose boundaries are nearest. In L1 it searches in larger balls first, as AutoAttack's does (Croce and
+    Hein, 2021)."""
 
     family = "apgd"
     named = {
