@@ -31,7 +31,7 @@ from ..predictions import other_classes, predictions
 from ..settings import TARGETINGS, Graph, Targeting
 from ._common import RestartedAttack, Result, Tally, as_dense, take_rows, warn_of_nan
 from .apgd_l1 import SparseSteps, enlarged, larger_first
-from .targeting import CANDIDATES, nearest_classes
+from .targeting import malt_passes, nearest_classes
 
 FIRST, SHORTER, LEAST = 0.22, 0.03, 0.06  # lengths of the periods between checkpoints, as shares of the steps (section 3.2)
 MOMENTUM = 0.75
@@ -319,10 +319,8 @@ class APGD(RestartedAttack):
         with torch.inference_mode(False), torch.no_grad():
             x, y = as_dense(x, y)
             with self._prepared_gradient(model, x, y, highest_label) as (gradient, _, _):
-                logits = gradient.forward(x) if self.targeting == "malt" else gradient.logits(x)
-                as_loss(self.loss).check_classes(logits.shape[1], self.targets is not None)
-                runs = self._targets(gradient, logits, y)
-                tally.add(slice(None), gradient.forwards, gradient.backwards)
+                logits, runs = self._runs(gradient, x, y, tally)
+                tally.add(slice(None), 1, gradient.backwards if self.budget is None else 0)
             robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)
@@ -366,27 +364,36 @@ class APGD(RestartedAttack):
         """`multi_eps`, or what None stands for."""
         return self.norm == "l1" if self.multi_eps is None else self.multi_eps
 
-    def _targets(self, gradient, logits: Tensor, y: Tensor) -> list[tuple[Tensor | None, Tensor]]:
-        """The classes to go to, int64 [B] each, in the order of `targeting`, None where the attack is not targeted; and which of
-        the samples, bool [B], can go there."""
+    def _runs(self, gradient, x: Tensor, y: Tensor, tally: Tally) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]]]:
+        """The logits of the clean images; and for each run the classes to go to, int64 [B], in the order of `targeting`, None
+        where the attack is not targeted, and which of the samples, bool [B], can go there."""
+        keeps = self.targeting == "malt" and self.budget is None
+        logits = gradient.forward(x) if keeps else gradient.logits(x)
         classes = logits.shape[1]
+        as_loss(self.loss).check_classes(classes, self.targets is not None)
         if self.targets is None:
-            return [(None, torch.ones_like(y, dtype=torch.bool))]
+            return logits, [(None, torch.ones_like(y, dtype=torch.bool))]
         if self.targets >= classes:
             raise ValueError(f"targets={self.targets}, but the model has {classes} classes: at most {classes - 1} are wrong")
         if self.targeting == "malt":
-            self._check_affords(1 + min(classes - 1, CANDIDATES))
-            order = nearest_classes(gradient, logits, y, self.norm, value_dtype(logits))
+            wrong, possible = self._nearest(gradient, logits, x, y, tally)
         else:
-            order = other_classes(logits, y)
-        return list(zip(*(found[:, : self.targets].T.contiguous() for found in order), strict=True))
+            wrong, possible = other_classes(logits, y)
+        return logits, list(zip(*(t[:, : self.targets].T.contiguous() for t in (wrong, possible)), strict=True))
 
-    def _check_affords(self, passes: int) -> None:
-        if self.budget is not None and int(torch.as_tensor(self.budget).min()) < passes:
-            raise ValueError(
-                f"budget={self.budget}: targeting='malt' takes {passes} passes before the first step: give more, or use "
-                "targeting='confidence'"
+    def _nearest(self, gradient, logits: Tensor, x: Tensor, y: Tensor, tally: Tally) -> tuple[Tensor, Tensor]:
+        """MALT's order of the wrong classes. A sample whose budget does not suffice for it can go to none."""
+        if self.budget is None:
+            return nearest_classes(gradient, logits, y, self.norm, value_dtype(logits))
+        wrong, possible = other_classes(logits, y)
+        rows = (~tally.spent(torch.arange(len(y), device=y.device), 1 + malt_passes(logits.shape[1]))).nonzero()[:, 0]
+        able = torch.zeros_like(possible)
+        if len(rows):
+            wrong[rows], able[rows] = nearest_classes(
+                gradient, gradient.forward(x[rows]), y[rows], self.norm, value_dtype(logits)
             )
+            tally.add(rows, 1, gradient.backwards)
+        return wrong, able
 
     def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
         eps = self.eps

@@ -26,7 +26,7 @@ from ._common import BallAttack, Tally, as_dense, take_rows
 from .apgd import APGD
 from .fab import FAB
 from .square import Square, check_pixels
-from .targeting import CANDIDATES
+from .targeting import malt_passes
 
 VERSIONS: dict[Version, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -256,8 +256,8 @@ class AutoAttack(BallAttack):
 
     @staticmethod
     def _least(name: str, classes: int) -> int:
-        """The passes that an attack must have: one, those of MALT, and that which judges it."""
-        return 2 + (min(classes - 1, CANDIDATES) if name.endswith("malt") else 0)
+        """The passes that an attack needs to look at the clean images, and the one that judges it."""
+        return 2 + (malt_passes(classes) if name.endswith("malt") else 0)
 
     def _batches(self, robust: Tensor) -> list[Tensor]:
         """The samples still to be attacked, in batches of indices."""

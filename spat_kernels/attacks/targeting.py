@@ -5,8 +5,8 @@ malt         the one whose boundary is nearest: by rising (z_y - z_k) / ||d(z_y 
              arXiv 2407.02240), which is the distance to the boundary of a model that is linear up to there
 
 The norm is the dual one of the ball's, as in the authors' code: within a ball of radius eps a linear function changes by eps
-times that norm of its gradient: L1 for L-infinity, L2 for L2, L-infinity for L1. As there, MALT orders the 100 likeliest classes, which costs a
-backward each, all from one forward. Less likely ones follow by confidence.
+times that norm of its gradient: L1 for L-infinity, L2 for L2, L-infinity for L1. As there, MALT orders the 100 likeliest classes,
+which costs a backward each, all from one forward. Less likely ones follow by confidence.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,11 @@ from ._common import as_dense
 
 CANDIDATES = 100
 DUAL: dict[Norm, float] = {"linf": 1, "l2": 2, "l1": inf}  # the norm that gradients are measured in
+
+
+def malt_passes(classes: int) -> int:
+    """Forwards and backwards that MALT's order takes."""
+    return 1 + min(classes - 1, CANDIDATES)
 
 
 def boundaries(gradient, logits: Tensor, y: Tensor, others: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from spat_kernels.attacks._common import Tally
 from spat_kernels.predictions import model_logits, predictions
 
 from ..data.images import Floats, Folder, Images, floats
@@ -21,6 +23,23 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
     return predictions(model_logits(model, x))
 
 
+class Broken(NamedTuple):
+    """What an attack did to a batch.
+
+    Attributes:
+        predicted: int64 [B], the first wrong class that an image was brought to, else y.
+        x_adv: like x, the image with that prediction.
+        part: int64 [B], index in `attack.parts` of the part that brought it there, else -1.
+        forwards, backwards: int64 [B], the passes of the model that an image took part in, those that judge `x_adv` left out.
+    """
+
+    predicted: Tensor
+    x_adv: Tensor
+    part: Tensor
+    forwards: Tensor
+    backwards: Tensor
+
+
 def broken_by(
     attack: Attack,
     model: nn.Module,
@@ -32,9 +51,10 @@ def broken_by(
     clean: Tensor | None = None,
     source: nn.Module | None = None,
     classes: int = 0,
+    budget: int | None = None,
     on_progress: Callable[[str, int], object] = lambda what, done: None,
     **attack_options,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Broken:
     """All runs of `attack` on a batch, each on what is not broken yet.
 
     Args:
@@ -44,30 +64,31 @@ def broken_by(
             every image, and the prediction after the attack counts.
         source: the model that adversarial images are made on; None is `model`.
         classes: K, where the attack goes through targets.
+        budget: forwards and backwards that an image may take part in, over all runs; None is no limit.
         on_progress: called before every part of every run with its name and the number of parts that are done.
-
-    Returns:
-        predicted: int64 [B], the first wrong class that an image was brought to, else y.
-        x_adv: like x, the image with that prediction.
-        part: int64 [B], index in `attack.parts` of the part that brought it there, else -1.
     """
     predicted = torch.full_like(y, -1) if clean is None else clean.clone()
     images, left = x.clone(), torch.ones_like(y, dtype=torch.bool) if clean is None else clean == y
     part, runs = torch.full_like(y, -1), attack.runs(classes)
+    tally, everyone = Tally(x, budget), torch.arange(len(x), device=x.device)
     for run in range(runs):
-        generator = torch.Generator().manual_seed(seed(run))
-        stages = attack.stages(source or model, x, y, eps, generator, run=run, only=left, **attack_options)
+        generator, limit = torch.Generator().manual_seed(seed(run)), {} if budget is None else {"budget": tally.left(everyone)}
+        only = left & ~tally.spent(everyone)
+        stages = attack.stages(source or model, x, y, eps, generator, run=run, only=only, **attack_options, **limit)
+        spent: list[Tensor] = []
         for number, name in enumerate(attack.parts):
-            if not left.any():
-                return predicted, images, part
+            if not (left & only).any():
+                break
             shown = [f"run {run + 1} of {runs}"] * (runs > 1) + [name] * bool(name)
             on_progress(" ".join(shown), run * len(attack.parts) + number)
-            x_adv = next(stages)
+            x_adv, *spent = next(stages)
             predicted[left] = predict(model, x_adv[left])
             images[left] = x_adv[left]
             part[left & (predicted != y)] = number
             left = left & (predicted == y)
-    return predicted, images, part
+        if spent:
+            tally.add(slice(None), *spent)
+    return Broken(predicted, images, part, tally.forwards, tally.backwards)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from spat_kernels.attacks.targeting import malt_passes
 from spat_kernels.checks import check_graph, check_range, check_reach
 from spat_kernels.input_gradient.choose import check_path, check_precision, explain
 from spat_kernels.settings import GradientPath, Graph, Precision
@@ -16,13 +17,14 @@ from ..runtime.seeding import model_draws
 from .attack_specs import Attack
 
 
-def check_numbers(eps: float, eps_l2: float, eps_l1: float, seed: int, batch_size: int) -> None:
+def check_numbers(eps: float, eps_l2: float, eps_l1: float, seed: int, batch_size: int, budget: int | None = None) -> None:
     for name, value, most in (("eps", eps, 1), ("eps_l2", eps_l2, math.inf), ("eps_l1", eps_l1, math.inf)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value <= most or value == math.inf:
             remedy = f", for images in [0, 1]: {value:g}/255, not {value:g}" if number and value > 1 else ""
             raise InputError(f"{name}={value!r}: give a number above 0{remedy}")
-    for name, value, least in (("seed", seed, 0), ("batch_size", batch_size, 1)):
+    given = () if budget is None else (("budget", budget, 1),)
+    for name, value, least in (("seed", seed, 0), ("batch_size", batch_size, 1), *given):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise InputError(f"{name}={value!r}: give an integer from {least} to 2**31 - 1")
 
@@ -106,11 +108,14 @@ def check_attacks(
     radii: tuple[float, float, float],
     image_shape: tuple[int, int, int],
     black_box: bool,
+    budget: int | None = None,
 ) -> None:
     """Check that each of `attacks` fits the model and the images. `radii`: of the balls in L-infinity, L2 and L1."""
     for name, attack in attacks.items():
         if black_box and getattr(attack, "right_at", "last") == "every":  # it would stop at what the source gets wrong
             raise InputError(f"attack {name}: right_at=every asks the model that is attacked: leave it out, or the source")
+        if budget is not None and getattr(attack, "targeting", "confidence") == "malt":
+            _check_budget_of_malt(name, attack, classes, budget)
         if classes < attack.least_classes:
             remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
             raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
@@ -118,6 +123,13 @@ def check_attacks(
             with as_input_error(f"attack {name}"):
                 own = f"eps_{attack.norm}" if attack.eps is None else "eps"
                 check_reach(own, attack.radius(*radii), (0, 1), math.prod(image_shape), attack.norm)
+
+
+def _check_budget_of_malt(name: str, attack: Attack, classes: int, budget: int) -> None:
+    if attack.family == "pgd":
+        raise InputError(f"attack {name}: targeting=malt of PGD orders the classes again in every run: leave out the budget")
+    if budget < (passes := malt_passes(classes)):
+        raise InputError(f"attack {name}: targeting=malt takes {passes} passes first: give a budget above {budget}")
 
 
 def check_arithmetic(

@@ -56,6 +56,8 @@ class EvaluateOptions:
     """Radius of the L1 ball, for images in [0, 1]."""
     attack_wrong: bool = False
     """Attack the images that the model gets wrong too, and count them by what that ends at. Else they count as broken."""
+    budget: int | None = None
+    """Forwards and backwards that an attack may spend on an image, over all its restarts and parts. Default: no limit."""
     alarms: bool = True
     """Look for signs of masked gradients, on 100 of the images. Clean accuracy is compared with chance in any case."""
 
@@ -200,17 +202,17 @@ def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
         import_own(name)  # it may register losses
     attacks = attack_specs.parse_all(options.attacks)
     if options.robustbench:
-        if options.source or options.attack_wrong:
+        if options.source or options.attack_wrong or options.budget:
             raise InputError(
-                f"--robustbench {options.robustbench}: an entry is about the model itself, attacked where it is right: leave out "
-                "--source and --attack-wrong"
+                f"--robustbench {options.robustbench}: an entry is about the model itself, attacked where it is right, to the "
+                "end: leave out --source, --attack-wrong and --budget"
             )
         chosen_attack(attacks, options.robustbench)
         read_entry(options.robustbench, _data_name(options, config))
     check_device(options.device)
     check_count("--limit", options.limit)
     check_eps("--eps", eps)
-    check_numbers(eps / 255, options.eps_l2, options.eps_l1, options.seed, options.batch_size)
+    check_numbers(eps / 255, options.eps_l2, options.eps_l1, options.seed, options.batch_size, options.budget)
     if options.source is None and (options.source_activation or options.source_mean or options.source_std):
         raise InputError(
             "--source-activation, --source-mean, --source-std: give the --source that they are of, or leave them out"
@@ -271,7 +273,7 @@ def _attack(
         model.to(device)
         source = source and source.to(device)
         evaluation = evaluate(
-            model, images, options.attacks, source=source, eps_l2=options.eps_l2, eps_l1=options.eps_l1,
+            model, images, options.attacks, source=source, eps_l2=options.eps_l2, eps_l1=options.eps_l1, budget=options.budget,
             attack_wrong=options.attack_wrong, folder=folder, save_images=options.save_images, **how,
         )  # fmt: skip
         found = [beyond_chance(evaluation)]

@@ -110,6 +110,7 @@ def evaluate(
     eps_l1: float = 12.0,
     source: nn.Module | None = None,
     attack_wrong: bool = False,
+    budget: int | None = None,
     rows: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -138,6 +139,7 @@ def evaluate(
         source: make the adversarial images on this model, and count what they do to `model` (black box).
         attack_wrong: attack images that the model gets wrong too, and count what that ends at, so that an attack may raise
             accuracy, as PGD-LS does at alpha = 1 (thesis, Fig. 5.3).
+        budget: forwards and backwards that an attack may spend on an image, over all its restarts and parts; None is no limit.
         rows: int64 [N], which images; None is all.
         seed: seeds everything random, with an attack's name, the number of the batch and that of the run.
         batch_size: images attacked at once.
@@ -153,14 +155,16 @@ def evaluate(
     In the folder, for batches of B images:
 
         settings.json            what the results depend on, and the attacks
-        samples.jsonl            a line for each attack on each batch; AutoAttack's has `part`, the index of what broke each
+        samples.jsonl            a line for each attack on each batch, with `forwards` and `backwards` spent on each image;
+                                 AutoAttack's has `part`, the index of what broke each
         samples-RANK.jsonl       until the end: lines that one of several processes finished before those that come first
         images/ATTACK/BATCH.npz  x_adv: uint8 [B, H, W, C]; y, predicted, rows: int64 [B]
         evaluation.json          by `spat-train evaluate`:
             about, settings, versions, classes
             attacks              by name: spec, settings in words, source
             results              by name, and "worst case": accuracy and interval in percent, broken (wrong ones included);
-                                 of AutoAttack "after": the same after each of its parts
+                                 of AutoAttack "after": the same after each of its parts; forwards and backwards, the mean of
+                                 the images that were attacked
             checked              by name: adversarial, outside, rounded (`spat_train.evaluation.result.Recheck`)
             alarms               name, numbers, raised, meaning
             samples              by image: row in the data set, label, broken_by (names), predicted (by name; -1 is NaN)
@@ -172,11 +176,12 @@ def evaluate(
     """
     world = world or ALONE
     parsed = parse_all(attacks)
-    checks.check_numbers(eps, eps_l2, eps_l1, seed, batch_size)
+    checks.check_numbers(eps, eps_l2, eps_l1, seed, batch_size, budget)
     images = checks.check_images(images)
     rows = checks.check_rows(rows, len(images))
     classes, memory_format = checks.check_models(model, source, images, images.labels[rows], memory_format, parsed)
-    checks.check_attacks(parsed, classes, (eps, eps_l2, eps_l1), images.image_shape, black_box=source not in (None, model))
+    black_box = source not in (None, model)
+    checks.check_attacks(parsed, classes, (eps, eps_l2, eps_l1), images.image_shape, black_box=black_box, budget=budget)
     x, _ = floats(images, rows[:2], device_of(model), memory_format)
     checks.check_arithmetic(source or model, x, precision, input_gradient, graph)
     if save_images and folder is None:
@@ -184,7 +189,8 @@ def evaluate(
     settings = {
         "weights": weights_hash(model), "source_weights": weights_hash(source) if source else None,
         "data": fingerprint(images, contents=True), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
-        "eps_l1": eps_l1, "attack_wrong": attack_wrong, "seed": seed, "batch_size": batch_size, "precision": precision,
+        "eps_l1": eps_l1, "attack_wrong": attack_wrong, "budget": budget, "seed": seed, "batch_size": batch_size,
+        "precision": precision,
         "input_gradient": input_gradient, "save_images": save_images,
         "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
@@ -242,11 +248,11 @@ class _Recorder:
         attack, settings, x, y = task.attack, self.settings, task.x, task.y
         eps = attack.radius(settings["eps"], settings["eps_l2"], settings["eps_l1"])
         clean = torch.tensor(self.samples.records["clean", task.number]["predicted"], device=y.device)
-        predicted, x_adv, part = broken_by(
+        predicted, x_adv, part, forwards, backwards = broken_by(
             attack, self.model, x, y, eps, lambda run: derived_seed(settings["seed"], task.name, task.number, run),
             clean=None if settings["attack_wrong"] else clean, source=self.source, classes=self.classes,
             on_progress=task.on_progress, precision=settings["precision"], input_gradient=settings["input_gradient"],
-            graph=self.graph,
+            graph=self.graph, budget=settings["budget"],
         )  # fmt: skip
         broken = (clean == y) & (predicted != y)
         pixels = (255 * x_adv).round().to(torch.uint8)
@@ -257,7 +263,7 @@ class _Recorder:
         if settings["save_images"]:
             self.samples.save(task.name, task.number, x_adv=pixels, y=y, predicted=predicted, rows=task.rows)
         return {
-            "predicted": predicted.tolist(),
+            "predicted": predicted.tolist(), "forwards": forwards.tolist(), "backwards": backwards.tolist(),
             "adversarial": int(broken.sum()), "outside": int(outside.sum()), "rounded": int(still.sum()),
             "examples": self.examples(task, pixels, broken),
         } | ({"part": part.where(broken, -1).tolist()} if len(attack.parts) > 1 else {})  # fmt: skip
@@ -291,7 +297,10 @@ def _collect(
         having = {name: found for name, found in records.items() if all(key in r for r in found)}
         return {name: torch.tensor([p for r in found for p in r[key]]) for name, found in having.items()}
 
-    found = Evaluation(settings, attacks, classes, rows, labels, joined("predicted"), joined("part"), folder=samples.folder)
+    found = Evaluation(
+        settings, attacks, classes, rows, labels, joined("predicted"), joined("part"), joined("forwards"), joined("backwards"),
+        folder=samples.folder,
+    )  # fmt: skip
     for name in list(attacks)[1:]:
         counts = (sum(r[key] for r in records[name]) for key in ("adversarial", "outside", "rounded"))
         found.rechecks[name] = Recheck(*counts)

@@ -91,11 +91,13 @@ def accuracy_section(e: Evaluation) -> Section:
         "Images that the model gets wrong as they are count as broken by every attack, and are not attacked."
     )  # fmt: skip
     made = " Adversarial images are made on another model (black box)." if e.settings["source_weights"] else ""
+    limit = f", {e.settings['budget']} at most" if e.settings["budget"] else ""
     text = (
         f"{len(e)} images, eps {255 * e.settings['eps']:.4g}/255 ({e.settings['eps']:.4g}), for L2 {e.settings['eps_l2']:g}, "
-        f"for L1 {e.settings['eps_l1']:g}. {wrong}{made} Intervals are Wilson's, 95 %."
+        f"for L1 {e.settings['eps_l1']:g}. {wrong}{made} Intervals are Wilson's, 95 %. "
+        f"Passes are the forwards and backwards that an attack took for an image, the mean of those that it attacked{limit}."
     )
-    return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "broken", "settings"), e.lines())
+    return Section("Accuracy", text, ("attack", "accuracy, %", "95 % interval", "passes", "broken", "settings"), e.lines())
 
 
 def alarm_section(found: Sequence[Alarm]) -> list[Section]:
@@ -185,6 +187,9 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
         for name, attack in e.attacks.items()
     }
     results: dict[str, dict] = {name: _result(e.correct(name)) for name in (*e.attacks, WORST)}
+    for name in e.attacks:
+        if passes := e.passes(name):
+            results[name] |= dict(zip(("forwards", "backwards"), passes, strict=True))
     for name in e.part:
         results[name]["after"] = {part: _result(left) for part, left in e.after(name).items()}
     content = {

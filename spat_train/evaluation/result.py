@@ -66,6 +66,8 @@ class Evaluation:
         predicted: by attack, int64 [N]: the wrong class that an image was brought to, else its label; -1 where logits were NaN.
         part: by attack that has several (`Attack.parts`: AutoAttack's), int64 [N]: the index of the part that broke an
             image, else -1.
+        forwards, backwards: by attack, int64 [N], the passes of the model that it spent on an image, those that judge what comes
+            out left out; not of attacks that were recorded before there were such counts.
         rechecks: by attack, without "clean".
         examples: by attack, the first images that were right and that it broke.
     """
@@ -77,6 +79,8 @@ class Evaluation:
     labels: Tensor
     predicted: dict[str, Tensor]
     part: dict[str, Tensor]
+    forwards: dict[str, Tensor] = field(default_factory=dict)
+    backwards: dict[str, Tensor] = field(default_factory=dict)
     rechecks: dict[str, Recheck] = field(default_factory=dict)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     folder: Path | None = None
@@ -98,6 +102,14 @@ class Evaluation:
         right, by = self.correct("clean"), self.part.get(name)
         return {} if by is None else {p: right & ((by < 0) | (by > k)) for k, p in enumerate(self.attacks[name].parts)}
 
+    def passes(self, name: str) -> tuple[float, float] | None:
+        """Forwards and backwards that the attack took, the mean of the attacked images; None where they are not known."""
+        attacked = torch.ones_like(self.labels, dtype=torch.bool) if self.settings["attack_wrong"] else self.correct("clean")
+        if name not in self.forwards or not attacked.any():
+            return None
+        forwards, backwards = (float(counts[name][attacked].double().mean()) for counts in (self.forwards, self.backwards))
+        return forwards, backwards
+
     def accuracy(self, name: str) -> float:
         """In percent."""
         return percent(self.correct(name))
@@ -110,26 +122,28 @@ class Evaluation:
         """Percent of the images that no attack broke."""
         return self.accuracy(WORST)
 
-    def lines(self) -> list[tuple[str, str, str, str, str]]:
-        """What a table has: name, accuracy and its interval in percent, the number of broken images, and a description.
+    def lines(self) -> list[tuple[str, str, str, str, str, str]]:
+        """What a table has: name, accuracy and its interval in percent, passes per image, broken images, and a description.
 
         A row for each attack, below it one for each of its parts where it has several, and the worst case.
         """
         found = []
         for name, attack in self.attacks.items():
-            found.append(_row(name, self.correct(name), attack.describe()))
+            passes = self.passes(name)
+            cost = "" if passes is None else f"{passes[0]:.0f} + {passes[1]:.0f}"
+            found.append(_row(name, self.correct(name), attack.describe(), cost))
             for number, (part, left) in enumerate(self.after(name).items()):
                 found.append(_row(f"  after {part}", left, f"{part} broke {int((self.part[name] == number).sum())}"))
         return [*found, _row(WORST, self.correct(WORST), "broken by any of the above")]
 
     def table(self) -> str:
-        """Attacks down: accuracy and its interval in percent."""
-        return text_table([("accuracy, %", "", "95 % interval"), *(row[:3] for row in self.lines())])
+        """Attacks down: accuracy and its interval in percent, forwards and backwards per attacked image."""
+        return text_table([("accuracy, %", "", "95 % interval", "passes"), *(row[:4] for row in self.lines())])
 
 
-def _row(name: str, correct: Tensor, description: str) -> tuple[str, str, str, str, str]:
+def _row(name: str, correct: Tensor, description: str, cost: str = "") -> tuple[str, str, str, str, str, str]:
     low, high = interval(correct)
-    return name, f"{percent(correct):.2f}", f"{low:.2f} to {high:.2f}", str(int((~correct).sum())), description
+    return name, f"{percent(correct):.2f}", f"{low:.2f} to {high:.2f}", cost, str(int((~correct).sum())), description
 
 
 def percent(correct: Tensor) -> float:

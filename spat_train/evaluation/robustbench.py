@@ -56,6 +56,8 @@ def robustbench_entry(
     check_standard(chosen)
     if evaluation.settings["attack_wrong"] or evaluation.settings["source_weights"]:
         raise InputError("RobustBench attacks the model itself, where it is right: leave out attack_wrong and source")
+    if evaluation.settings["budget"]:
+        raise InputError("RobustBench's AutoAttack has no budget: leave it out")
     kept: dict[str, Any] = {key: value for key, value in (before or {}).items() if value is not None}
     radius = chosen.radius(*(evaluation.settings[name] for name in ("eps", "eps_l2", "eps_l1")))
     defaults: dict[str, Any] = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spat_kernels import losses
+from spat_kernels.attacks._common import Result, Tally
 from spat_kernels.checks import as_norm
 from spat_kernels.settings import NORMS, Norm
 
@@ -86,6 +87,11 @@ def setting(default: object, read: Callable[[str], object]) -> Any:
 # ---- an attack
 
 
+def unchanged(x: Tensor) -> Result:
+    """A copy of the images, for no passes."""
+    return Tally(x).result(x.clone())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack:
     """One attack with all its settings: `parse` makes them, and `attack(model, x, y, eps, generator)` is one run of it.
@@ -152,9 +158,9 @@ class Attack:
     # ---- a run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Adversarial images of one run: the last of its `stages`, which takes the same arguments."""
-        *_, x_adv = self.stages(*args, **kwargs)
-        return x_adv
+        """Adversarial images of one run: of the last of its `stages`, which takes the same arguments."""
+        *_, found = self.stages(*args, **kwargs)
+        return found.x_adv
 
     def stages(
         self,
@@ -167,8 +173,8 @@ class Attack:
         run: int = 0,
         only: Tensor | None = None,
         **attack_options: Any,
-    ) -> Iterator[Tensor]:
-        """Adversarial images of one run, after each of its parts.
+    ) -> Iterator[Result]:
+        """Adversarial images of one run, after each of its parts, and what they have cost by then.
 
         Args:
             model: images [B, C, H, W] in [0, 1] -> logits [B, K].
@@ -178,32 +184,34 @@ class Attack:
                 draw for the images that they attack.
             run: the index of the run in `runs`, which chooses the targets.
             only: bool [B], which images to attack; None is all.
-            attack_options: `precision`, `input_gradient`, `graph` as in `spat_kernels.PGD`.
+            attack_options: `precision`, `input_gradient`, `graph`, `budget` as in `spat_kernels.PGD`.
 
         Yields:
-            Tensor: like x; images that are not attacked are as they were.
+            Result: images like x; those that are not attacked are as they were, and cost nothing.
         """
         draws = self._draw(x, y, eps, generator)
         if only is None or bool(only.all()):
             yield from self._stages(model, x, y, eps, draws, run, attack_options)
         elif bool(only.any()):
             chosen = [t[only] if isinstance(t, Tensor) else t for t in draws]
-            for found in self._stages(model, x[only], y[only], eps, chosen, run, attack_options):
-                x_adv = x.clone()
-                x_adv[only] = found
-                yield x_adv
+            options = {name: value[only] if isinstance(value, Tensor) else value for name, value in attack_options.items()}
+            for found in self._stages(model, x[only], y[only], eps, chosen, run, options):
+                whole = unchanged(x)
+                for ours, theirs in zip(whole, found, strict=True):
+                    ours[only] = theirs
+                yield whole
         else:
-            yield x.clone()
+            yield unchanged(x)
 
     def _draw(self, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> list:
         """What is random about a run on a whole batch: tensors with one entry per image, or others for all of them."""
         return []
 
-    def _stages(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, attack_options: dict) -> Iterator[Tensor]:
+    def _stages(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, attack_options: dict) -> Iterator[Result]:
         yield self._attack(model, x, y, eps, draws, run, attack_options)
 
-    def _attack(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, attack_options: dict) -> Tensor:
-        """The adversarial images. Attacks of several parts define `_stages` instead."""
+    def _attack(self, model, x: Tensor, y: Tensor, eps: float, draws: list, run: int, attack_options: dict) -> Result:
+        """The adversarial images and their costs. Attacks of several parts define `_stages` instead."""
         raise NotImplementedError
 
     # ---- in words

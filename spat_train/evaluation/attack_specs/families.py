@@ -3,8 +3,8 @@
 A new attack is a class here, in `FAMILIES`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,15 +12,18 @@ from torch import Tensor
 
 import spat_kernels
 from spat_kernels import losses, pgd
+from spat_kernels.attacks._common import Result, Tally
 from spat_kernels.attacks.autoattack import VERSIONS, attacks_of, fewest_classes
-from spat_kernels.attacks.targeting import nearest_classes_of
+from spat_kernels.attacks.targeting import malt_passes, nearest_classes_of
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes, predictions
-from spat_kernels.settings import TARGETINGS, GradientPath, Targeting, Version
+from spat_kernels.settings import STOPS, TARGETINGS, GradientPath, Stop, Targeting, Version
 
-from ...errors import InputError
-from .attack import Attack, choice, count, loss_name, number, positive, setting, share_of_eps, yes_or_no
+from ...errors import InputError, as_input_error
+from .attack import Attack, choice, count, loss_name, number, positive, setting, share_of_eps, unchanged, yes_or_no
 
+STOP_BY_NAME: dict[str, Stop | None] = {"auto": None, "none": None, **{name: name for name in STOPS}}
+CYCLES_FROM = 50  # steps; iterates of robust networks return to an earlier one after tens of steps
 TARGETS = {  # of PGD, in words
     "least-likely": "the least-likely class", "random": "a random wrong class", "all": "all wrong classes in turn",
 }  # fmt: skip
@@ -32,7 +35,7 @@ class Clean(Attack):
     named = {"clean": ("clean", "the images as they are")}
 
     def _attack(self, model, x, y, eps, draws, run, attack_options):
-        return x.clone()
+        return unchanged(x)
 
     @classmethod
     def readers(cls):
@@ -87,6 +90,8 @@ class PGD(_Ascent):
         targeting: the order of all wrong ones: confidence, or malt, the nearest boundary first, for K - 1 more backwards a run.
         right_at: the iterates at which a prediction must be right, the last or every one. At every one, the first wrong one is
             what comes out.
+        stop: as in `spat_kernels.PGD`: none, success, cycle or exact. auto looks for cycles where that changes no bit: on CPUs,
+            in models that take the plan, in L-infinity, on the losses of `spat_kernels`, in attacks of many steps.
     """
 
     family = "pgd"
@@ -103,6 +108,7 @@ class PGD(_Ascent):
         ),
         "pgd-40": ("pgd:steps=40:step=1/30", "Madry et al., 2018, MNIST: steps of 0.01 at eps 0.3"),
         "pgd-100": ("pgd:steps=100:step=1/30", "Madry et al., 2018, MNIST"),
+        "pgd-1000": ("pgd:steps=1000:step=1/4:stop=cycle", "Doldo et al., 2025: ends at the cycle that an iterate is in"),
         "pgd-kl-20": ("pgd:loss=kl:steps=20:step=1/10", "thesis, Tables 5.1 and 5.2; the inner attack of TRADES"),
         "pgd-ls-20": ("pgd:loss=ls:steps=20:step=1/10", "thesis, Eq. 4.1 to 4.3; alpha must be given: pgd-ls-20:alpha=0.2"),
         "cw-30": ("pgd:loss=margin:kappa=50:steps=30:step=1/10", "thesis, Tables 6.1 and 6.2; Madry et al., 2018, CIFAR-10"),
@@ -122,6 +128,7 @@ class PGD(_Ascent):
     target: str = setting("none", choice("none", *TARGETS))
     targeting: Targeting = setting("confidence", choice(*TARGETINGS))
     right_at: str = setting("last", choice("last", "every"))
+    stop: str = setting("auto", choice(*STOP_BY_NAME))
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,6 +138,10 @@ class PGD(_Ascent):
             raise ValueError("targeting=malt is an order of targets: give target=all")
         if self.maximised.needs_random_start and self.start == "clean":
             raise ValueError(f"the gradient of {self.loss} is 0 at a clean start: leave out start")
+        if self.stop not in ("auto", "none"):
+            if self.right_at == "every":
+                raise ValueError("right_at=every stops at the first wrong iterate by itself: leave out stop")
+            self._engine(1.0, stop=STOP_BY_NAME[self.stop])  # it checks what goes with stop
 
     @property
     def random(self) -> bool:
@@ -158,36 +169,64 @@ class PGD(_Ascent):
     def _attack(self, model, x, y, eps, draws, run, attack_options):
         start, which = draws
         if self.steps == 0:
-            return start.clone()
-        labels = self._targets(model, x, y, which, run, attack_options.get("input_gradient", "auto")) if self.targeted else y
-        options = {"loss": self.maximised, "norm": self.norm, "targeted": self.targeted} | attack_options
+            return unchanged(start)
+        tally, labels = Tally(x, attack_options.pop("budget", None)), y
+        if self.targeted:
+            labels = self._targets(model, x, y, which, run, attack_options.get("input_gradient", "auto"), tally)
         if self.right_at == "every":
-            return self._first_wrong(model, x, y, labels, eps, start, options)
-        step_size = None if self.step is None else self.step * eps
-        where = {"random_start": False} if self.start == "clean" else {"start": start}
-        return pgd(model, x, labels, eps, steps=self.steps, step_size=step_size, **where, **options)
+            return self._first_wrong(model, x, y, labels, eps, start, attack_options, tally)
+        rows = (~tally.spent(torch.arange(len(x), device=x.device))).nonzero()[:, 0]
+        if not len(rows):
+            return tally.result(x.clone())
+        budget = None if tally.limit is None else tally.left(rows)
+        attack = self._engine(eps, stop=self._stop(model, x, attack_options), budget=budget, **attack_options)
+        with as_input_error(f"attack {self.name}") if self.stop != "auto" else nullcontext():
+            found = attack.run(model, x[rows], labels[rows], start=None if self.start == "clean" else start[rows])
+        x_adv = x.clone()
+        x_adv[rows] = found.x_adv
+        tally.add(rows, found.forwards, found.backwards)
+        return tally.result(x_adv)
 
-    def _first_wrong(self, model, x: Tensor, y: Tensor, labels: Tensor, eps: float, start: Tensor, options: dict) -> Tensor:
+    def _engine(self, eps, **options) -> spat_kernels.PGD:
+        return spat_kernels.PGD(
+            eps, loss=self.maximised, steps=self.steps, step_size=None if self.step is None else self.step * eps, norm=self.norm,
+            targeted=self.targeted, random_start=self.start != "clean", **options,
+        )  # fmt: skip
+
+    def _stop(self, model, x: Tensor, attack_options: dict) -> Stop | None:
+        if self.stop != "auto":
+            return STOP_BY_NAME[self.stop]
+        if x.is_cuda or self.steps < CYCLES_FROM or self.norm != "linf" or type(self.maximised) not in losses.OURS:
+            return None
+        how = {name: attack_options[name] for name in ("precision", "input_gradient") if name in attack_options}
+        return "cycle" if spat_kernels.explain(model, x[:1], **how).path == "plan" else None
+
+    def _first_wrong(self, model, x, y, labels, eps: float, start: Tensor, options: dict, tally: Tally) -> Result:
         """The first misclassified iterate of each image, else its last one."""
         point = found = start
-        right = torch.ones_like(y, dtype=torch.bool)
+        right, everyone = torch.ones_like(y, dtype=torch.bool), torch.arange(len(x), device=x.device)
+        step = replace(self, steps=1, step=self.length, right_at="last")._engine(eps, **options)
         for _ in range(self.steps):
-            point = pgd(model, x, labels, eps, steps=1, step_size=self.length * eps, start=point, **options)
-            found = torch.where(right.view(-1, *[1] * (x.ndim - 1)), point, found)
+            goes_on = ~tally.spent(everyone, 3)
+            point, forwards, backwards = step.run(model, x, labels, start=point)
+            found = torch.where((right & goes_on).view(-1, *[1] * (x.ndim - 1)), point, found)
             right = right & (predictions(model_logits(model, point)) == y)
-        return found
+            tally.add(goes_on, forwards[goes_on] + 1, backwards[goes_on])
+        return tally.result(found)
 
     @property
     def length(self) -> float:
         """Length of a step in units of eps."""
         return self.step if self.step is not None else 1 / 4 if self.norm == "linf" else 2.5 / self.steps
 
-    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int, path: GradientPath = "auto") -> Tensor:
+    def _targets(self, model, x: Tensor, y: Tensor, which: Tensor, run: int, path: GradientPath, tally: Tally) -> Tensor:
         """int64 [B], of the wrong classes: the least likely for the clean images, by `which` in [0, 1), or one for each `run`."""
         if self.targeting == "malt":
             wrong, possible = nearest_classes_of(model, x, y, self.norm, path)
+            tally.add(slice(None), 1, malt_passes(wrong.shape[1] + 1) - 1)
         else:
             wrong, possible = other_classes(model_logits(model, x), y)
+            tally.add(slice(None), 1)
         count = possible.sum(1).clamp_min(1)  # these come first
         place = (which * count).long() if self.target == "random" else count - 1 if self.target == "least-likely" else run % count
         return wrong.gather(1, place[:, None])[:, 0]
@@ -199,7 +238,8 @@ class PGD(_Ascent):
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {_length(self.length)} from {where}"
         nearest = ", the nearest first" if self.targeting == "malt" else ""
         target = [f"towards {TARGETS[self.target]}{nearest}"] if self.targeted else []
-        every = ["right only if right at every iterate"] if self.right_at == "every" else []
+        first = self.right_at == "every" or self.stop in ("success", "exact")
+        every = ["right only if right at every iterate"] if first else []
         return [f"PGD on {self.maximised.describe()}", steps, *target, *every]
 
 
@@ -211,9 +251,9 @@ class _Engine(Attack):
 
     def _attack(self, model, x, y, eps, draws, run, attack_options):
         generator = torch.Generator().manual_seed(draws[0])
-        return self._engine(eps, norm=self.norm, generator=generator, **attack_options)(model, x, y)
+        return self._engine(eps, norm=self.norm, generator=generator, **attack_options).run(model, x, y)
 
-    def _engine(self, eps: float, **options: Any) -> Callable[..., Tensor]:
+    def _engine(self, eps: float, **options: Any) -> spat_kernels.APGD | spat_kernels.FAB | spat_kernels.Square:
         """The attack of `spat_kernels`. FAB and Square know no CUDA graphs, and drop `graph`."""
         raise NotImplementedError
 
@@ -336,9 +376,10 @@ class AutoAttack(_Engine):
         )  # fmt: skip
         stages = attack.stages(model, x, y)
 
-        def following() -> Tensor:
+        def following() -> Result:
             with tf32_switches("fp32", x.device.type):  # it asks what is misclassified as `evaluate` does, not by the user's TF32
-                return next(stages).x_adv
+                found = next(stages)
+            return Result(found.x_adv, found.forwards, found.backwards)
 
         following()  # without an attack
         for _ in self.parts:
