@@ -1,4 +1,4 @@
-"""APGD in L1: sparse steps, whose sparsity follows the perturbation (Croce and Hein, arXiv 2103.01208, section 3.2).
+"""APGD in L1: sparse steps, whose sparsity follows the perturbation (Croce and Hein, arXiv 2103.01208).
 
     x_{t+1} = project(x_t + step_size * s / |s|_1)      s: the signs of the k largest elements of the gradient
 
@@ -6,7 +6,7 @@ There is no momentum. A step size starts at eps, and k at a fifth of the element
 becomes two thirds of the number of elements in which the best point differs from x. If that number has fallen by more than 5 %,
 the step size is eps again and the run continues from its best point; else the step size falls by a third, down to eps / 10.
 
-AutoAttack searches in larger balls first (section 3.4): radii of 3, 2 and 1 eps, with 30, 30 and 40 % of the steps. Each search
+AutoAttack searches in larger balls first: radii of 3, 2 and 1 eps, with 30, 30 and 40 % of the steps. Each search
 starts at the best point of the one before, projected, and k and the number of elements are those of its start.
 """
 
@@ -73,7 +73,7 @@ class SparseSteps:
         self.ball.step_(self.x_adv, self.grad)
 
     def check(self, few: float) -> None:
-        """At a checkpoint. `few`, how many steps must raise the loss, does not count in L1."""
+        """At a checkpoint. `few`, as in apgd.py, does not count in L1."""
         changed, ball = self._changed(self.best), self.ball
         sparser = FEWER[1] * changed < FEWER[0] * self.changed
         ball.step_size = torch.where(sparser, ball.eps, torch.maximum(ball.step_size / SHORTER, ball.eps / SHORTEST))
