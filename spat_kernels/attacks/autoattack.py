@@ -160,8 +160,7 @@ class AutoAttack(BallAttack):
         generator = torch.Generator(x.device).manual_seed(self.seed)
         tally = Tally(x, self.budget)
         result = Result(x.clone(), torch.full_like(y, -1), tally.forwards, tally.backwards, ("clean", *self.attacks))
-        classes, only_here = self._without_attack(model, x, y, highest_label, result)
-        tally.add(slice(None), 1 + (self.precision is not None))
+        classes, only_here = self._without_attack(model, x, y, highest_label, result, tally)
         for rows in self._batches(result.robust & ~only_here)[:1]:
             self._warn_of_signs(model, x[rows], y[rows], highest_label)
         yield result
@@ -184,7 +183,9 @@ class AutoAttack(BallAttack):
                 self._warn_of_square(int((result.broken_by == number).sum()), len(x))
             yield result
 
-    def _without_attack(self, model, x: Tensor, y: Tensor, highest_label: int, result: Result) -> tuple[int, Tensor]:
+    def _without_attack(
+        self, model, x: Tensor, y: Tensor, highest_label: int, result: Result, tally: Tally
+    ) -> tuple[int, Tensor]:
         """Put what is misclassified as it is into `result`, and warn of strange logits.
 
         Returns:
@@ -194,13 +195,16 @@ class AutoAttack(BallAttack):
         only_here = torch.zeros_like(y, dtype=torch.bool)
         for rows in self._batches(result.robust):
             logits = self._logits(model, x[rows], highest_label)
+            tally.add(rows, 1)
             if not classes:
                 classes = logits.shape[1]
                 self._check_classes(classes)
             unanswered += int(logits.isnan().any(1).sum())
             probabilities = probabilities and gradient_masking.are_probabilities(logits)
             result.broken_by[rows[predictions(logits) != y[rows]]] = 0
-            if self.precision is not None:
+            rows = rows[~tally.spent(rows)]
+            if self.precision is not None and len(rows):
+                tally.add(rows, 1)
                 with self._prepared_gradient(model, x[rows], y[rows], highest_label) as (gradient, images, labels):
                     only_here[rows] = predictions(gradient.logits(images)) != labels
         if unanswered:

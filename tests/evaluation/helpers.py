@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from spat_kernels.attacks._common import Result
 from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import floats
 from spat_train.evaluation.attack_specs import Attack
+from spat_train.evaluation.attack_specs.attack import unchanged
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.runtime.run_folder import FORMAT
 
@@ -82,9 +84,9 @@ class Escaping(Attack):
     family = "escaping"
 
     def _attack(self, model, x, y, eps, draws, run, how):
-        x_adv = x.clone()
+        x_adv, *passes = unchanged(x)
         x_adv[::2, 0, 4, 4] = (x[::2, 0, 4, 4] - eps - 1.5 / 255).abs().clamp(max=1)
-        return x_adv
+        return Result(x_adv, *passes)
 
     def _describe(self):
         return ["escaping"]

@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 import spat_kernels
+from spat_kernels import PGD
+from spat_kernels.attacks._common import Tally
 from spat_kernels.attacks.targeting import nearest_classes_of
 from spat_train.errors import InputError
-from spat_train.evaluation.attack_specs import NAMED, families, parse, parse_all
-from spat_train.evaluation.attack_specs.families import FAB, PGD
+from spat_train.evaluation.attack_specs import NAMED, parse, parse_all
+from spat_train.evaluation.attack_specs.families import FAB
+from spat_train.evaluation.attack_specs.families import PGD as PGDSpec
 from spat_train.evaluation.evaluate import predict
 from tests.evaluation.helpers import digits, fitted, quiet
 
@@ -19,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_named_attacks_are_those_of_the_sources(monkeypatch):
     """Written out from the papers, not from the table: steps, length of a step at eps 0.3, start, loss."""
     calls = []
-    monkeypatch.setattr(families, "pgd", lambda model, x, y, eps, **how: calls.append(how) or x)
+    monkeypatch.setattr(PGD, "run", lambda self, model, x, y, start=None: calls.append((self, start)) or Tally(x).result(x))
     x, y = digits(4)
     ce, kl = spat_kernels.losses.CrossEntropy(), spat_kernels.losses.KLDivergence()
     cw, cw_plus = spat_kernels.losses.Margin(0.0), spat_kernels.losses.Margin(50.0)
     expected = {
         "fgsm": (1, 0.3, False, ce), "fgsm-rs": (1, 0.375, True, ce),
         "pgd-7": (7, 0.075, True, ce), "pgd-10": (10, 0.075, True, ce), "pgd-20": (20, 0.03, True, ce),
-        "pgd-40": (40, 0.01, True, ce), "pgd-100": (100, 0.01, True, ce),
+        "pgd-40": (40, 0.01, True, ce), "pgd-100": (100, 0.01, True, ce), "pgd-1000": (1000, 0.075, True, ce),
         "cw-30": (30, 0.03, True, cw_plus), "cw-40": (40, 0.01, True, cw), "cw+-40": (40, 0.01, True, cw_plus),
         "pgd-kl-20": (20, 0.03, True, kl), "pgd-ls-20:alpha=0.3": (20, 0.03, True, spat_kernels.losses.LabelSmoothedCE(0.3)),
         "pgd-l2-20": (20, None, True, ce), "pgd-l2-100": (100, None, True, ce), "pgd-l1-20": (20, None, True, ce),
@@ -35,12 +38,13 @@ def test_named_attacks_are_those_of_the_sources(monkeypatch):
         calls.clear()
         attack = parse(name)
         attack(nn.Flatten(), x, y, 0.3, torch.Generator())
-        *drawn, how = calls
-        found = {key: how[key] for key in ("steps", "step_size", "loss", "norm", "targeted")}
+        ((pgd, start),) = calls
+        found = {key: getattr(pgd, key) for key in ("steps", "step_size", "loss", "norm", "targeted")}
         step_size = step_size and pytest.approx(step_size)
         norm = next((norm for norm in ("l1", "l2") if norm in name), "linf")
         assert found == {"steps": steps, "step_size": step_size, "loss": loss, "norm": norm, "targeted": False}, name
-        assert (len(drawn) == 1 and "start" in how) is random_start, name
+        assert (start is not None) is pgd.random_start is random_start, name
+        assert pgd.stop == ("cycle" if name == "pgd-1000" else None), name
         assert attack.restarts == 1, name
     assert parse("noise").steps == 0
     assert parse("clean").describe() == "no attack"
@@ -133,14 +137,14 @@ def test_runs_names_and_settings():
     for name, plain in (("AA", "autoattack"), ("AutoAttack", "autoattack"), ("PGD-40X20", "pgd-40x20"), ("APGD-T", "apgd-t")):
         assert parse(name) == parse(plain)
         assert parse(name).name == plain
-    assert PGD(norm="L2", start="Clean") == parse("pgd:norm=l2:start=clean")
+    assert PGDSpec(norm="L2", start="Clean") == parse("pgd:norm=l2:start=clean")
     assert FAB(norm="L∞", targets=np.int64(3)) == parse("fab:targets=3")
     for wrong, message in (({"norm": "l0"}, "norm=l0: choose one of linf, l2, l1"), ({"steps": 2.5}, "steps=2.5: give a whole")):
         with pytest.raises(ValueError, match=message):
-            PGD(**wrong)
+            PGDSpec(**wrong)
     assert list(parse_all("pgd-20,fgsm")) == ["clean", "pgd-20", "fgsm"]
     assert list(parse_all(["clean"])) == ["clean"]
-    assert list(parse_all([PGD(name="a"), PGD(name="b")])) == ["clean", "a", "b"]  # random numbers depend on the name
+    assert list(parse_all([PGDSpec(name="a"), PGDSpec(name="b")])) == ["clean", "a", "b"]  # random numbers depend on the name
     for name in NAMED:
         attack = parse(name + ":alpha=0.1" * (name == "pgd-ls-20"))
         again = parse(attack.spec)
@@ -220,7 +224,11 @@ def test_targets():
     order = model(x).scatter(1, y[:, None], torch.inf).argsort(dim=1, descending=True)
 
     def chosen(name, run=0, seed=0):
-        return parse(name)._targets(model, x, y, torch.rand(len(x), generator=torch.Generator().manual_seed(seed)), run)
+        which, tally = torch.rand(len(x), generator=torch.Generator().manual_seed(seed)), Tally(x)
+        targets = parse(name)._targets(model, x, y, which, run, "auto", tally)
+        assert tally.forwards.unique().tolist() == [1]
+        assert tally.backwards.unique().tolist() == [9 if "malt" in name else 0]
+        return targets
 
     assert torch.equal(chosen("pgd-7-least-likely"), order[:, -1])
     every = torch.stack([chosen("pgd-7-all", run) for run in range(9)], 1)

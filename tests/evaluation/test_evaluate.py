@@ -1,5 +1,6 @@
 """Evaluations: the outcome of every attack on every image, as counted by hand."""
 
+import json
 import math
 from functools import partial
 
@@ -343,3 +344,107 @@ def test_what_does_not_fit_is_an_error_before_any_work(tmp_path, monkeypatch, ar
         evaluate(given.pop("model"), given.pop("images"), given.pop("attacks"), bar=None, **given)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+# ---- what it cost
+
+COSTS = {  # forwards and backwards of an image that is attacked to the end
+    "noise": (0, 0), "pgd-7": (7, 7), "pgd-7-least-likely": (8, 7), "pgd-kl-20": (21, 20), "pgd-20-rst": (40, 20),
+    "square:queries=30": None, "apgd-ce:steps=6": (8, 6), "fab-t:steps=2:targets=3": (13, 6), "pgd-7-all": (72, 63),
+    "autoattack:steps=3:queries=20": None,
+}  # fmt: skip
+
+
+def test_costs_of_every_attack_are_beside_its_accuracy(tmp_path):
+    model, (x, y) = fitted(), digits(40)
+    found = quiet(model, (x, y), [*COSTS, "pgd-7x3"], folder=tmp_path, batch_size=30)
+    right = found.correct("clean")
+    for name, expected in COSTS.items():
+        forwards, backwards = found.forwards[name], found.backwards[name]
+        assert not (forwards + backwards)[~right].any(), "what is wrong is not attacked"
+        if expected is not None:
+            robust = found.correct(name)
+            assert forwards[robust].unique().tolist() == [expected[0]] * bool(robust.any()), name
+            assert backwards[robust].unique().tolist() == [expected[1]] * bool(robust.any()), name
+        mean = found.passes(name)
+        assert mean == (float(forwards[right].double().mean()), float(backwards[right].double().mean()))
+        (line,) = (line for line in found.lines() if line[0] == name)
+        assert line[3] == f"{mean[0]:.0f} + {mean[1]:.0f}"
+    broken_at_once = right & ~found.correct("pgd-7")
+    assert found.forwards["pgd-7x3"][broken_at_once].max() < 21
+    assert found.forwards["pgd-7x3"][found.correct("pgd-7x3")].unique().tolist() == [21]
+    assert found.passes("clean") is None
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [len(r["forwards"]) for r in records if r["attack"] == "pgd-7"] == [30, 10]
+
+
+def test_what_was_recorded_without_costs_has_none(tmp_path):
+    model, (x, y) = fitted(), digits(20)
+    quiet(model, (x, y), "pgd-7", folder=tmp_path)
+    path = tmp_path / "samples.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if "wards" not in k}) + "\n" for r in records))
+    found = quiet(model, (x, y), "pgd-7,fgsm", folder=tmp_path)
+    assert found.passes("pgd-7") is None
+    assert found.passes("fgsm") == (1, 1)
+    assert {line[0]: line[3] for line in found.lines()} == {"clean": "", "pgd-7": "", "fgsm": "1 + 1", WORST: ""}
+
+
+@pytest.mark.parametrize("budget", [1, 7, 30, 200])
+def test_no_image_costs_more_than_the_budget(budget, tmp_path):
+    model, (x, y) = fitted(), digits(30)
+    names = [*COSTS, "pgd-7x3", "pgd-7-random:restarts=3", "apgd-ce:steps=6:restarts=2", "pgd-l2-20"]
+    found = quiet(model, (x, y), names, budget=budget, batch_size=20, folder=tmp_path)
+    for name in names:
+        cost = found.forwards[name] + found.backwards[name]
+        assert cost.max() <= budget, name
+    assert found.settings["budget"] == budget
+    unlimited = quiet(model, (x, y), "pgd-7,pgd-7x3")
+    enough = found.forwards["pgd-7"] + found.backwards["pgd-7"] == 14
+    assert torch.equal(found.predicted["pgd-7"][enough], unlimited.predicted["pgd-7"][enough])
+    with pytest.raises(InputError, match=f"--budget was {budget}, now None"):
+        quiet(model, (x, y), "pgd-7", folder=tmp_path, batch_size=20)
+
+
+def test_budgets_that_do_not_fit():
+    model, images = fitted(), digits(4)
+    for budget, attack, message in (
+        (0, "fgsm", "budget=0"),
+        (9, "apgd-t:targeting=malt", "takes 10 passes first"),
+        (99, "pgd:target=all:targeting=malt", "leave out the budget"),
+    ):
+        with pytest.raises(InputError, match=message):
+            quiet(model, images, attack, budget=budget)
+
+
+def test_cycles_change_no_record_but_the_cost(monkeypatch):
+    model, images = fitted(), digits(48)
+    how = {"batch_size": 32, "eps": 0.1}
+    whole = quiet(model, images, ["pgd:steps=96:start=clean:stop=none"], **how)
+    found = quiet(model, images, ["pgd:steps=96:start=clean", "pgd:steps=96:start=clean:stop=cycle", "pgd:steps=40"], **how)
+    for name in ("pgd:steps=96:start=clean", "pgd:steps=96:start=clean:stop=cycle"):
+        assert torch.equal(found.predicted[name], whole.predicted["pgd:steps=96:start=clean:stop=none"])
+        assert found.backwards[name].sum() < whole.backwards["pgd:steps=96:start=clean:stop=none"].sum()
+    assert found.passes("pgd:steps=40") == (40, 40), "where nothing cycles, nothing is looked for"
+
+
+def test_stops_that_do_not_fit():
+    for spec, message in (
+        ("pgd-l2-20:stop=cycle", "stop='cycle' looks for cycles"),
+        ("pgd-20-rst:stop=success", "leave out stop"),
+        ("pgd-20:stop=sometimes", "choose one of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse(spec)
+    with pytest.raises(InputError, match="attack pgd-1000: stop='cycle', but the model's gradient"):
+        quiet(Chancy().eval(), digits(16), "pgd-1000")
+    assert "right only if right at every iterate" in parse("pgd-20:stop=exact").describe()
+
+
+class Chancy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = fitted()
+
+    def forward(self, x):
+        return self.net(x + 0.01 * torch.rand_like(x))

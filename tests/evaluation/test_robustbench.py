@@ -37,7 +37,8 @@ def evaluation(attacks="autoattack", right=(6, 3), count=7, **settings) -> Evalu
     """Of `count` images, with that many right before and after AutoAttack."""
     parsed, labels = parse_all(attacks), torch.ones(count, dtype=torch.int64)
     predicted = {name: (torch.arange(count) < right[i > 0]).long() for i, name in enumerate(parsed)}
-    settings = {"eps": 8 / 255, "eps_l2": 0.5, "attack_wrong": False, "source_weights": None, "precision": "fp32"} | settings
+    settings = {"eps": 8 / 255, "eps_l2": 0.5, "eps_l1": 12.0, "precision": "fp32"} | settings
+    settings = {"attack_wrong": False, "source_weights": None, "budget": None} | settings
     return Evaluation(settings, parsed, 10, torch.arange(count), labels, predicted, {})
 
 
@@ -174,8 +175,9 @@ def test_what_the_command_refuses_at_once(monkeypatch, capsys, a_run, tmp_path):
         ((*entry, "--attacks", "fgsm"), "an entry needs one AutoAttack, and --attacks has none: give --attacks autoattack"),
         ((*entry, "--attacks", "aa,aa:norm=l2"), "--attacks has autoattack, autoattack:norm=l2: give --attacks autoattack"),
         ((*entry, "--attacks", "aa-plus"), "attack autoattack-plus: RobustBench reports AutoAttack's standard version"),
-        ((*entry, "--attacks", "aa", "--attack-wrong"), "leave out --source and --attack-wrong"),
-        ((*entry, "--attacks", "aa", "--source", a_run), "leave out --source and --attack-wrong"),
+        ((*entry, "--attacks", "aa", "--attack-wrong"), "leave out --source, --attack-wrong and --budget"),
+        ((*entry, "--attacks", "aa", "--budget", "100"), "leave out --source, --attack-wrong and --budget"),
+        ((*entry, "--attacks", "aa", "--source", a_run), "leave out --source, --attack-wrong and --budget"),
         (("--robustbench", tmp_path / "no" / "e.json", "--attacks", "aa"), "there is no folder .*/no: make it, or choose"),
         (("--robustbench", tmp_path / "L2" / "e.json", "--attacks", "aa"), "that folder is for L2, and the attack is Linf"),
         (("--robustbench", tmp_path / "list.json", "--attacks", "aa"), "it holds no entry of RobustBench"),
