@@ -1,13 +1,16 @@
 """PGD of many steps with an early stop against the whole run: `python -m benchmarks.early_stop --help`.
 
     python -m benchmarks.early_stop runs/wrn-10-2-madry --data cifar10.npz --out results/cpu/early_stop.json
+    python -m benchmarks.early_stop runs/mnist-madry-w4 --data mnist.npz --images 1000 --torchattacks --out early_stop-mnist.json
 
-On images that the model gets right, from the same random starts, in fp32. Batch by batch, in turns, so that whatever else the
-machine does hits all alike; seconds are also given as those of the process on its cores. The images must be the same to the bit.
+On images that the model gets right, in fp32; ours from the same random starts. Batch by batch, in turns, so that whatever else
+the machine does hits all alike; seconds are also given as those of the process on its cores. With stop="cycle" the images must be
+those of the whole run to the bit.
 """
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +22,11 @@ from benchmarks import measure
 from benchmarks.agreement import run_and_images
 from benchmarks.tables import environment, markdown
 from spat_kernels import PGD
+from spat_kernels.attacks._common import Result
 from spat_kernels.predictions import predictions
+from spat_kernels.settings import Stop
 
+JUDGE = "torchattacks"
 STOPS = {"whole run": None, 'stop="cycle"': "cycle", 'stop="exact"': "exact", 'stop="success"': "success"}
 
 
@@ -38,19 +44,38 @@ class Arguments:
     """How many images that the model gets right, the first ones."""
     steps: int = 1000
     batch_size: int = 100
+    torchattacks: bool = False
+    """Whether torchattacks' PGD runs beside ours."""
 
 
-def compare(model, x: Tensor, y: Tensor, eps: float, steps: int, batch_size: int) -> dict[str, dict]:
+def ours(stop: Stop | None, eps: float, steps: int, seed: int) -> Callable[..., Result]:
+    return PGD(eps, steps=steps, stop=stop, generator=torch.Generator().manual_seed(seed)).run
+
+
+def theirs(eps: float, steps: int) -> Callable[..., Result]:
+    import torchattacks
+
+    def run(model, x, y):
+        with torch.enable_grad():
+            x_adv = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=steps)(x, y)
+        passes = torch.full_like(y, steps)
+        return Result(x_adv, passes, passes)
+
+    return run
+
+
+def compare(model, x: Tensor, y: Tensor, eps: float, steps: int, batch_size: int, judged: bool = False) -> dict[str, dict]:
     """By way of stopping: seconds and CPU seconds; of each image its passes, whether it is broken at the end or on the way, and
     whether it is the whole run's to the bit."""
-    found = {name: {"seconds": 0.0, "cpu_seconds": 0.0, "passes": [], "broken": [], "same": []} for name in STOPS}
+    ways = [*STOPS, *[JUDGE] * judged]
+    found = {name: {"seconds": 0.0, "cpu_seconds": 0.0, "passes": [], "broken": [], "same": []} for name in ways}
     draw = random.Random(0)
     for number, rows in enumerate(torch.arange(len(x)).split(batch_size)):
-        images, names = {}, draw.sample(list(STOPS), len(STOPS))
+        images, names = {}, draw.sample(ways, len(ways))
         for name in names:
-            attack = PGD(eps, steps=steps, stop=STOPS[name], generator=torch.Generator().manual_seed(number))
+            attack = theirs(eps, steps) if name == JUDGE else ours(STOPS[name], eps, steps, number)
             begin = time.perf_counter(), time.process_time()
-            images[name], forwards, backwards = attack.run(model, x[rows], y[rows])
+            images[name], forwards, backwards = attack(model, x[rows], y[rows])
             found[name]["seconds"] += time.perf_counter() - begin[0]
             found[name]["cpu_seconds"] += time.process_time() - begin[1]
             found[name]["passes"] += (forwards + backwards).tolist()
@@ -86,7 +111,7 @@ def main(args: Arguments) -> None:
     right = (predictions(model(x)) == y).nonzero()[: args.images, 0]
     settings = {"model": args.model.name, "network": config.model, "eps": config.eps / 255, "images": len(right)}
     settings |= {"steps": args.steps, "batch_size": args.batch_size}
-    found = compare(model, x[right], y[right], config.eps / 255, args.steps, args.batch_size)
+    found = compare(model, x[right], y[right], config.eps / 255, args.steps, args.batch_size, args.torchattacks)
     results = measure.begun("early_stop", "cpu", settings=settings, early_stop=found)
     measure.write(args.out, results)
     print(table(results))
