@@ -33,7 +33,7 @@ class Arguments:
     data: Path
     """The data set as an .npz file."""
     out: Path
-    """JSON file to write, after every batch."""
+    """JSON file to write."""
     images: int = 1000
     """Maximum number of test images, the first ones."""
     precision: Literal["fp32", "bf16"] = "fp32"
