@@ -119,7 +119,7 @@ def test_kl_needs_a_start_away_from_x():
     with pytest.raises(ValueError, match="random_start=False, but the gradient of this loss is zero"):
         sk.pgd_kl(Untouched(), X, None, EPS, random_start=False)
     sk.pgd_kl(cnn(), X, None, EPS, start=X + 0.001 * torch.randn_like(X))  # the start of TRADES' own code
-    with pytest.raises(TypeError, match="y=None, but the loss or the choice of restarts"):
+    with pytest.raises(TypeError, match="y=None, but the loss, the choice of restarts or stop needs labels"):
         sk.pgd_kl(Untouched(), X, None, EPS, restarts=2)
 
 
