@@ -13,18 +13,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.agreement import run_and_images
 from benchmarks.tables import environment, markdown
 from spat_kernels import PGD
 from spat_kernels.attacks._common import Result
 from spat_kernels.predictions import predictions
-from spat_kernels.settings import Stop
+from spat_kernels.settings import Precision, Stop
+from spat_train.data.datasets import load_npz
+from spat_train.data.images import floats
+from spat_train.models.checkpoints import load_model
 
 JUDGE = "torchattacks"
 STOPS = {"whole run": None, 'stop="cycle"': "cycle", 'stop="exact"': "exact", 'stop="success"': "success"}
@@ -35,7 +38,7 @@ class Arguments:
     """PGD of many steps with an early stop against the whole run."""
 
     model: tyro.conf.Positional[Path]
-    """The folder of a run."""
+    """The folder of a run, or a checkpoint."""
     data: Path
     """The data set as an .npz file."""
     out: Path
@@ -46,10 +49,14 @@ class Arguments:
     batch_size: int = 100
     torchattacks: bool = False
     """Whether torchattacks' PGD runs beside ours."""
+    network: str | None = None
+    """The architecture of a checkpoint, which is attacked at eps 8/255."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "cpu"
 
 
-def ours(stop: Stop | None, eps: float, steps: int, seed: int) -> Callable[..., Result]:
-    return PGD(eps, steps=steps, stop=stop, generator=torch.Generator().manual_seed(seed)).run
+def ours(stop: Stop | None, eps: float, steps: int, seed: int, precision: Precision) -> Callable[..., Result]:
+    return PGD(eps, steps=steps, stop=stop, generator=torch.Generator().manual_seed(seed), precision=precision).run
 
 
 def theirs(eps: float, steps: int) -> Callable[..., Result]:
@@ -64,18 +71,19 @@ def theirs(eps: float, steps: int) -> Callable[..., Result]:
     return run
 
 
-def compare(model, x: Tensor, y: Tensor, eps: float, steps: int, batch_size: int, judged: bool = False) -> dict[str, dict]:
+def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> dict[str, dict]:
     """By way of stopping: seconds and CPU seconds; of each image its passes, whether it is broken at the end or on the way, and
     whether it is the whole run's to the bit."""
-    ways = [*STOPS, *[JUDGE] * judged]
+    ways = [*STOPS, *[JUDGE] * args.torchattacks]
     found = {name: {"seconds": 0.0, "cpu_seconds": 0.0, "passes": [], "broken": [], "same": []} for name in ways}
     draw = random.Random(0)
-    for number, rows in enumerate(torch.arange(len(x)).split(batch_size)):
+    for number, rows in enumerate(torch.arange(len(x)).split(args.batch_size)):
         images, names = {}, draw.sample(ways, len(ways))
         for name in names:
-            attack = theirs(eps, steps) if name == JUDGE else ours(STOPS[name], eps, steps, number)
+            attack = theirs(eps, args.steps) if name == JUDGE else ours(STOPS[name], eps, args.steps, number, args.precision)
             begin = time.perf_counter(), time.process_time()
             images[name], forwards, backwards = attack(model, x[rows], y[rows])
+            measure.synchronize(args.device)
             found[name]["seconds"] += time.perf_counter() - begin[0]
             found[name]["cpu_seconds"] += time.process_time() - begin[1]
             found[name]["passes"] += (forwards + backwards).tolist()
@@ -100,22 +108,31 @@ def table(results: dict) -> str:
         "{name} || {accuracy:.1f} | {identical:.1f} | {saved:.1f} | "
         "{seconds:.0f} | {faster:.2f}x | {cpu_seconds:.0f} | {cpu_faster:.2f}x",
         "{settings[model]} ({settings[network]}), eps {settings[eps]:.4g}, {settings[images]:,} images that it gets right, "
-        "{settings[steps]:,} steps of eps / 4, batches of {settings[batch_size]}.", environment,
+        "{settings[steps]:,} steps of eps / 4, batches of {settings[batch_size]}, {settings[precision]}.", environment,
     )  # fmt: skip
+
+
+def given(args: Arguments) -> tuple[nn.Module, str, float, Tensor, Tensor]:
+    """The model, its architecture, eps, and test images with labels."""
+    dataset = load_npz(args.data)
+    model, config = load_model(args.model, dataset, args.network)
+    network, eps = (config.model, config.eps / 255) if config else (str(args.network), 8 / 255)
+    x, y = floats(dataset.test, torch.arange(min(10 * args.images, len(dataset.test))), args.device, torch.contiguous_format)
+    return model.requires_grad_(False).to(args.device), network, eps, x, y
 
 
 @torch.no_grad()
 def main(args: Arguments) -> None:
     torch.set_num_threads(2)
-    model, config, x, y = run_and_images(args.model, args.data, 10 * args.images)
+    model, network, eps, x, y = given(args)
     right = (predictions(model(x)) == y).nonzero()[: args.images, 0]
-    settings = {"model": args.model.name, "network": config.model, "eps": config.eps / 255, "images": len(right)}
-    settings |= {"steps": args.steps, "batch_size": args.batch_size}
-    found = compare(model, x[right], y[right], config.eps / 255, args.steps, args.batch_size, args.torchattacks)
-    results = measure.begun("early_stop", "cpu", settings=settings, early_stop=found)
+    settings = {"model": args.model.stem, "network": network, "eps": eps, "images": len(right), "steps": args.steps}
+    settings |= {"batch_size": args.batch_size, "precision": args.precision}
+    found = compare(model, x[right], y[right], eps, args)
+    results = measure.begun("early_stop", args.device, settings=settings, early_stop=found)
     measure.write(args.out, results)
     print(table(results))
-    if not all(found['stop="cycle"']["same"]):
+    if args.device == "cpu" and not all(found['stop="cycle"']["same"]):
         raise SystemExit('stop="cycle" gave other images than the whole run')
 
 

@@ -57,6 +57,7 @@ def pytest(options: str) -> str:
     return f"{{python}} -m pytest -q --tb=short -p no:cacheprovider {options}"
 
 
+ROBUST = "tests/assets/wrn-10-2-madry.pt --network wrn-10-2 --data {data}"
 TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --rows mart+spat"
 FIVE = f"{TABLE61} mart trades+spat trades madry --epochs 8 --test-precision tf32"
 RACE = "--models wrn-34-10 resnet-18 --batches 128 256 --precisions bf16"
@@ -81,6 +82,8 @@ STEPS = [
     Step("fused", 70, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
     Step("attack", 120, bench("attack", f"{RACE} fp32 tf32 fp16 --providers {LOOPS} 'compiled autocast loop' --seconds 0.3"),
          bench("attack", f"{TINY} 4 8 16 --providers 'spat eager' 'spat plan' loop torchattacks")),
+    Step("early_stop", 40, bench("early_stop", f"{ROBUST} --images 1000 --batch-size 1000 --precision bf16"),
+         bench("early_stop", f"{ROBUST} --images 4 --steps 6 --batch-size 4")),
     Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}")),
     Step("breakdown", 45, bench("breakdown", "--models wrn-34-10 resnet-18 --batches 256 128"),
          bench("breakdown", "--models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0")),
