@@ -80,6 +80,8 @@ def check_budget(value) -> None:
             raise TypeError(f"budget must be an int, or int64 [B] with one for each sample, got {kind(value)}")
         if value.numel() and int(value.min()) < 1:
             raise ValueError(f"budget={int(value.min())} must be at least 1")
+    elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"budget must be an int, or int64 [B] with one for each sample, got {kind(value)}")
     elif value is not None:
         check_count("budget", value, 1)
 

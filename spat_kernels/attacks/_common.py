@@ -20,8 +20,9 @@ class Result(NamedTuple):
 
     Attributes:
         x_adv: adversarial images, as a call returns them.
-        forwards, backwards: int64 [B], on x's device: the passes of the model that each sample took part in, whether by
-            autograd, in a plan or in a CUDA graph. A forward of which a plan computes only a part counts as one.
+        forwards, backwards: int64 [B], on x's device: the passes of the model that each sample was in until it was done, whether
+            by autograd, in a plan or in a CUDA graph. A forward of which a plan computes only a part counts as one. What fills up
+            a batch, and AutoAttack's search for masked gradients, are not counted.
     """
 
     x_adv: Tensor
@@ -52,6 +53,8 @@ class BallAttack:
         check_path(self.precision, self.input_gradient)
         checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
         checks.check_budget(self.budget)
+        if isinstance(self.budget, Tensor) and self.budget.numel() > 1 and self.bn_mode == "train":
+            raise ValueError("budget for each sample with bn_mode='train', where samples depend on the batch: give one number")
 
     def _check_radius(self, x: Tensor) -> None:
         """That eps goes with the images `x`."""
@@ -121,15 +124,15 @@ class Tally:
         assert self.limit is not None
         return self.limit[rows] - self.forwards[rows] - self.backwards[rows]
 
-    def affordable(self, rows: Tensor, least: int = 1) -> list[tuple[Tensor, int | None]]:
-        """The samples `rows`, int64 [n], in groups with equally much left of the budget, each with how much (None: no limit).
+    def affordable(self, rows: Tensor, least: int, most: int) -> list[tuple[Tensor, int | None]]:
+        """The samples `rows`, int64 [n], in groups with equally much left of the budget, and how much (None: `most` or more).
 
         Those with less than `least` left are in none of them.
         """
         if self.limit is None or not len(rows):
             return [(rows, None)] if len(rows) else []
-        left = self.left(rows)
-        return [(rows[left == n], n) for n in left.unique().tolist() if n >= least]
+        left = self.left(rows).clamp_max(most)
+        return [(rows[left == n], n if n < most else None) for n in left.unique().tolist() if n >= least]
 
     def result(self, x_adv: Tensor) -> Result:
         return Result(x_adv, self.forwards, self.backwards)

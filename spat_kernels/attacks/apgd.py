@@ -127,7 +127,7 @@ class APGDRun(Run):
 
     @property
     def passes(self):
-        return Passes(*self.counts)
+        return Passes(*self.counts.clone())  # a capture on the way counts on
 
     def _store(self, search: "_Search") -> None:
         rows = slice(None) if search.rows is None else search.rows
@@ -320,14 +320,15 @@ class APGD(RestartedAttack):
             x, y = as_dense(x, y)
             with self._prepared_gradient(model, x, y, highest_label) as (gradient, _, _):
                 logits, runs = self._runs(gradient, x, y, tally)
+                eot = 1 if gradient.deterministic else self.eot
                 tally.add(slice(None), 1, gradient.backwards if self.budget is None else 0)
             robust, x_adv = predictions(logits) == y, x.clone()
             value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
             nan_seen = torch.zeros_like(y, dtype=torch.uint8)
             for targets, possible in runs:
                 for _ in range(self.restarts):
-                    for rows, left in tally.affordable((robust & possible).nonzero()[:, 0], least=self.eot):
-                        outcome = graphs.attack(self._within(left), model, self._batch(x, y, targets, rows), highest_label)
+                    for rows, left in tally.affordable((robust & possible).nonzero()[:, 0], eot, eot * self._evaluations):
+                        outcome = graphs.attack(self._within(left, eot), model, self._batch(x, y, targets, rows), highest_label)
                         found, nans, values, broken = outcome.tensors
                         better = broken | (values > value[rows])
                         taken = rows[better]
@@ -338,16 +339,21 @@ class APGD(RestartedAttack):
             warn_of_nan(int(nan_seen.sum()), len(x))
         return tally.result(x_adv)
 
-    def _within(self, left: int | None) -> "APGD":
-        """The attack, of which a run takes no more than `left` passes."""
-        if left is None or left >= self.eot * (2 * self.steps + 1 + 2 * self.in_larger_balls):
+    @property
+    def _evaluations(self) -> int:
+        """Forwards and backwards of a run, each of which is `eot` passes."""
+        return 2 * self.steps + (3 if self.in_larger_balls else 1)
+
+    def _within(self, left: int | None, eot: int) -> "APGD":
+        """The attack, of which a run takes no more than `left` passes (None: all that it needs)."""
+        if left is None:
             return self
         shorter: Any = copy(self)
-        fitting = (left // self.eot - 3) // 2
+        fitting = (left // eot - 3) // 2
         if self.in_larger_balls and fitting > 0:
             shorter.steps = fitting
         else:
-            shorter.multi_eps, shorter.last = False, (left // self.eot - 1) // 2
+            shorter.multi_eps, shorter.last = False, (left // eot - 1) // 2
         return shorter
 
     def kind(self) -> tuple:

@@ -240,7 +240,7 @@ class AutoAttack(BallAttack):
     def _attack(
         self, name: str, classes: int, eps: float | Tensor, generator: torch.Generator | None, precision: Precision | None
     ) -> APGD | FAB | Square:
-        in_l1 = self.norm == "l1" and self.version == "standard"
+        in_l1 = self.norm == "l1" and (self.version == "standard" or self.exhaustive)
         repeated = ("apgd-ce", "apgd-dlr", "fab") if self.version == "plus" else ("apgd-ce",) if in_l1 else ()
         restarts = 5 if name in repeated else 1
         common: AttackSettings = {
@@ -278,5 +278,5 @@ class AutoAttack(BallAttack):
             if name not in fitting:
                 raise ValueError(
                     f"version={self.version!r}: the loss of {name} needs at least {fewest_classes(name)} classes, the model has "
-                    f"{classes}: use version={fitting!r}"
+                    f"{classes}: use version={fitting!r}{' without exhaustive' * self.exhaustive}"
                 )

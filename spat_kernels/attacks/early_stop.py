@@ -1,15 +1,17 @@
 """PGD that ends early for samples from which nothing new can come: `PGD(stop=...)` (Doldo et al., arXiv 2503.19347).
 
 With a fixed step, the sign and the projection, the next iterate is a function of the present one, if the gradient of a sample
-depends on nothing else. So an iterate that was there before means a cycle: if x_t = x_s, s < t, then x_{t+k} = x_{s+k} for all
-k, and x_T is x_t where T - t is divisible by the period t - s. Iterates are known by a hash of 64 bits, which the fused step
-computes while it writes them; ops/linf.py bounds the probability of a collision.
+depends on nothing else. So a repeated iterate means a cycle: if x_t = x_s, s < t, then x_{t+k} = x_{s+k} for all k, and x_T is
+x_t where T - t is divisible by the period t - s. Iterates are known by a hash of 64 bits, which the fused step computes while it
+writes them; ops/linf.py bounds the probability of a collision.
 
 The steps run in segments. Between two of them samples leave, and the batch gets smaller. Kernels are chosen by the size of a
 batch, and may sum up in another order, so the gradients in a smaller batch are first compared with those in the larger one. On
-CPUs they must be equal to the last bit, else the batch stays as it is: what comes out is what comes out without an early stop. On
-GPUs, where no size may have the bits of another, the run goes on in the smaller batch and forgets the iterates before it: each
-sample has its T steps, and a cycle is a proof, but roundings are not those of a run without an early stop.
+CPUs they must be equal to the last bit, else the batch stays as it is: the images are bit-identical to those of a run without an
+early stop. On GPUs, where no size may have the bits of another, the run goes on in the smaller batch and forgets the iterates
+before it: each sample has its T steps, but with other roundings than without an early stop.
+
+A budget of passes ends a run in the same way, at the step that it still suffices for.
 """
 
 from copy import copy
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import checks, ops
 from ..balls import BALLS, Ball, box
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch
@@ -38,6 +40,12 @@ if TYPE_CHECKING:
 # 31, 65 some were not. Other machines may differ: hence the comparison.
 MULTIPLE = 16
 SHRINK = 0.75  # the share of the samples that a smaller batch may have at most: each costs a comparison
+# On GPUs a batch has this share of the one before: each size has a graph, and half a batch would be replayed by the graph of all.
+QUARTER = 4
+COMPARISON = 4  # passes: a forward and a backward in both batches
+NOISE = (
+    1e-2  # of the largest element: a gradient on a GPU may differ by so much from call to call by the order of atomic additions
+)
 
 
 class EarlyStop:
@@ -51,65 +59,79 @@ class EarlyStop:
     Attributes:
         x_adv: like x. nan_seen: uint8 [B], as of a run. tally: the passes of each sample.
         classes: the number of classes K, None before the first forward.
+        reserve: passes that are kept for a look at what a run has found.
     """
 
     def __init__(self, settings: "PGD", model, batch: Batch, highest_label: int):
         self.settings, self.model, self.batch, self.highest_label = settings, model, batch, highest_label
+        self.loss = as_loss(settings.loss)
         self.x_adv, self.tally = batch.x.clone(), Tally(batch.x, settings.budget)
         self.nan_seen = torch.zeros(len(batch.x), dtype=torch.uint8, device=batch.x.device)
         self.classes: int | None = None
-        self.looks, self.hashes = settings.stop in ("success", "exact"), settings.stop in ("cycle", "exact")
-        self.extra = int(as_loss(settings.loss).needs_clean_logits)  # forwards of a segment besides those of its steps
-        self.reserve = (1 + self.extra) * (settings.restarts > 1)  # passes after a run, to see how good it is
+        self.reserve = int(settings.restarts > 1)
 
     def run(self) -> None:
         """All restarts. With select="success" a sample that one has broken is left out of the next, if `stop` looks for that."""
         settings, x = self.settings, self.batch.x
-        left, best = torch.arange(len(x), device=x.device), _Best(self) if settings.restarts > 1 else None
+        checks.check_model(self.model, x)
+        best = _Best(self) if settings.restarts > 1 else None
+        left = torch.arange(len(x), device=x.device)
+        if self.loss.needs_clean_logits and settings.steps:
+            self._see_clean_images()
         for restart in range(settings.restarts):
             start = self._start()
-            if restart == 0 and settings.stop is not None:
+            if restart == 0 and settings.stop is not None and settings.steps:
                 self._check_independence(start)
-            for rows, passes in self.tally.affordable(left, least=self.reserve):
-                steps = settings.steps if passes is None else min(settings.steps, (passes - self.reserve) // 2)
-                _Climb(self, rows, start[rows], steps).run()
-                if best is not None:
-                    best.keep(rows)
-            if best is not None and self.looks and settings.select == "success":
-                left = left[~best.success[left]]
+            groups = self.tally.affordable(left, self.reserve, 2 * settings.steps + self.reserve)
+            for rows, passes in groups:
+                steps = settings.steps if passes is None else (passes - self.reserve) // 2
+                _Climb(self, rows, start, steps).run()
+            if best is not None and groups:
+                best.keep(torch.cat([rows for rows, _ in groups]))
+                if settings.looks_for_success and settings.select == "success":
+                    left = left[~best.success[left]]
         self.x_adv = self.x_adv if best is None else best.images
 
-    def gradient(self, batch: Batch, iterate: Tensor, payers: Tensor) -> Tensor:
-        """The gradient at `iterate`, as a step has it. `payers`: the samples on whose account its passes go."""
-        settings, loss = self.settings, as_loss(self.settings.loss)
-        with settings._prepared_gradient(self.model, batch.x, batch.y, self.highest_label) as (gradient, x, y):
-            clean = gradient.logits(gradient.laid_out(x)) if loss.needs_clean_logits else None
+    def gradient(self, batch: Batch, iterate: Tensor, charged: Tensor) -> Tensor:
+        """The gradient at `iterate`, as a step has it. `charged`: the samples to whom its passes are counted."""
+        settings = self.settings
+        with settings._prepared_gradient(self.model, batch.x, batch.y, self.highest_label) as (gradient, _, y):
             logits = gradient.forward(gradient.laid_out(iterate))
-            dlogits, reference = torch.empty_like(logits), loss.reference(y, clean, settings.targeted)
+            self.loss.check_classes(logits.shape[1], settings.targeted)
+            dlogits, reference = torch.empty_like(logits), self.loss.reference(y, batch.clean_logits, settings.targeted)
             scale = logit_gradient_scale(logits.dtype)
-            loss.gradient(logits, reference, dlogits, None, targeted=settings.targeted, scale=scale)
+            self.loss.gradient(logits, reference, dlogits, None, targeted=settings.targeted, scale=scale)
             grad = gradient.backward(dlogits)
-            self.tally.add(payers, gradient.forwards, gradient.backwards)
+            self.tally.add(charged, gradient.forwards, gradient.backwards)
         return grad
 
+    def _see_clean_images(self) -> None:
+        """Put the logits of the clean images into the batch, for the loss."""
+        x, y = self.batch.x, self.batch.y
+        with self.settings._prepared_gradient(self.model, x, y, self.highest_label) as (gradient, _, _):
+            self.batch = self.batch._replace(clean_logits=gradient.logits(gradient.laid_out(x)))
+        self.tally.add(slice(None), 1)
+
     def _check_independence(self, start: Tensor) -> None:
-        """That a sample's gradient does not change with the other samples, nor from call to call. In a plan it cannot.
+        """Check that a sample's gradient changes neither with the other samples nor from call to call. In a plan it cannot.
 
         Half of the samples are replaced by others, which must not show in the gradients of the rest.
         """
-        batch, everyone = self.batch, torch.arange(len(start), device=start.device)
-        with self.settings._prepared_gradient(self.model, *batch[:2], self.highest_label) as (gradient, _, _):
+        settings, batch = self.settings, self.batch
+        with settings._prepared_gradient(self.model, batch.x, batch.y, self.highest_label) as (gradient, _, _):
             planned = gradient.independent_samples
-        if planned or self.tally.spent(everyone, 6).any():  # with a budget of fewer passes there is nothing to stop
+        rows = torch.arange(len(start), device=start.device)
+        rows = rows[~self.tally.spent(rows, COMPARISON + 2)]  # the others have a step or two at most
+        if planned or not len(rows):
             return
-        changed = start.clone()
-        changed[1::2] = start[::2][: len(start) // 2]
-        before, after = (self.gradient(batch, iterate, everyone)[::2] for iterate in (start, changed))
-        if not _equal(before, after):
+        batch, changed = part(batch, rows), start[rows].clone()
+        changed[1::2] = changed[::2][: len(rows) // 2]
+        before, after = (self.gradient(batch, iterate, rows)[::2] for iterate in (start[rows], changed))
+        if not _equal(before, after) and (keeps_bits(start) or (before - after).abs().max() > NOISE * before.abs().max()):
             raise ValueError(
-                f"stop={self.settings.stop!r}, but the model's gradient at an image changes with the others of its batch, or "
-                "from call to call, as of batch statistics and random layers: put them into eval mode (bn_mode='eval'), or "
-                "leave out stop"
+                f"stop={settings.stop!r}, but the model's gradient at an image changes with the others of its batch, or from "
+                "call to call, as of batch statistics and random layers: put them into eval mode (bn_mode='eval'), or leave "
+                "out stop"
             )
 
     def _start(self) -> Tensor:
@@ -117,9 +139,10 @@ class EarlyStop:
         batch, settings = self.batch, self.settings
         start = torch.empty_like(batch.x).copy_(batch.x if batch.start is None else batch.start)
         if batch.start is None and settings.random_start:
+            ball = self.ball(batch)
             with rng_lock:
-                draws = self.ball(batch).draw(settings.generator, len(batch.x))
-            self.ball(batch).random_start_(start, draws)
+                draws = ball.draw(settings.generator, len(batch.x))
+            ball.random_start_(start, draws)
         return start
 
     def ball(self, batch: Batch) -> Ball:
@@ -127,7 +150,7 @@ class EarlyStop:
 
 
 class _Climb:
-    """One run from one start.
+    """One run of T `steps` from one start, for the samples `rows`.
 
     Attributes:
         index: int64 [n], which samples of the batch are in the working batch; some of them, not `live`, fill it up.
@@ -138,38 +161,46 @@ class _Climb:
 
     def __init__(self, attack: EarlyStop, rows: Tensor, start: Tensor, steps: int):
         self.attack, self.steps, self.done, self.first = attack, steps, 0, 0
-        self.iterate, self.live = start, torch.ones_like(rows, dtype=torch.bool)
-        self.history = rows.new_zeros(steps if attack.hashes else 0, len(rows))
-        self.refused = len(rows) + 1  # the smallest size that was too small
-        self.period = torch.zeros_like(rows)
-        self._take(rows)
+        everyone = torch.arange(len(start), device=start.device)
+        index = everyone if attack.settings.stop else rows  # without a stop no bits are promised
+        self.iterate, self.live = start[index], torch.isin(index, rows)
+        self.history = index.new_zeros(steps if attack.settings.looks_for_cycles else 0, len(index))
+        self.period = torch.zeros_like(index)
+        self.refused = len(index) + 1  # the smallest size that was too small
+        self._take(index)
 
     def run(self) -> None:
-        if self.steps == 0:
-            self.attack.ball(self.batch).project_(self.iterate)
         while self.done < self.steps:
-            steps = (self.steps - self.done - 1) % SEGMENT + 1
-            self._leave(self.live & self.attack.tally.spent(self.index, 2 * steps + self.attack.extra + self.attack.reserve))
-            if not self.live.any():
+            self._shrink()
+            steps = self._affordable((self.steps - self.done - 1) % SEGMENT + 1)
+            if not steps:
                 return
             self._segment(steps)
-            self._shrink()
         self._leave(self.live)
 
+    def _affordable(self, steps: int) -> int:
+        """As many of `steps` as all samples can pay, after those that cannot pay one have left. 0 when none is left."""
+        tally, reserve = self.attack.tally, self.attack.reserve
+        self._leave(self.live & tally.spent(self.index, 2 + reserve))
+        if not self.live.any():
+            return 0
+        if tally.limit is None:
+            return steps
+        return min(steps, (int(tally.left(self.index[self.live]).min()) - reserve) // 2)
+
     def _segment(self, steps: int) -> None:
-        """Go on by `steps`, and let those go whose last iterate is known then."""
-        attack, tally = self.attack, self.attack.tally
+        """Go on by `steps`, and drop the samples whose last iterate is known then."""
+        attack, ours = self.attack, self.index[self.live]
         settings: Any = copy(attack.settings)
         settings.steps, settings.restarts, settings.run_class = steps, 1, SegmentRun
         settings.looks_first = self.done > 0 or attack.batch.start is None
         found = graphs.attack(settings, attack.model, self.batch._replace(start=self.iterate), attack.highest_label)
         self.iterate, nan_seen, broken, *hashes = found.tensors
         attack.classes, self.done = found.classes, self.done + steps
-        ours = self.index[self.live]
         attack.nan_seen[ours] |= nan_seen[self.live]
-        tally.add(ours, *(n[self.live] if isinstance(n, Tensor) else n for n in found.passes))
-        leaves = self.live & broken if attack.looks else torch.zeros_like(self.live)
-        if attack.hashes:
+        attack.tally.add(ours, *found.passes)
+        leaves = self.live & broken if attack.settings.looks_for_success else torch.zeros_like(self.live)
+        if attack.settings.looks_for_cycles:
             self.history[self.done - steps : self.done] = torch.stack(hashes[:steps])
             leaves |= self.live & self._ends_here()
         self._leave(leaves)
@@ -185,45 +216,47 @@ class _Climb:
         return (self.period > 0) & ((self.steps - t) % self.period.clamp_min(1) == 0)
 
     def _leave(self, leaves: Tensor) -> None:
-        self.attack.x_adv[self.index[leaves]] = self.iterate[leaves]
+        points = self.iterate
+        if self.done == 0:  # a start of the caller's may be anywhere
+            points = points.clone()
+            self.attack.ball(self.batch).project_(points)
+        self.attack.x_adv[self.index[leaves]] = points[leaves]
         self.live = self.live & ~leaves
 
     def _shrink(self) -> None:
         """Take a smaller batch, if it pays and does no harm."""
-        left, size, bits = int(self.live.sum()), len(self.live), keeps_bits(self.iterate)
-        if bits:
+        if self.attack.settings.stop is None:
+            return
+        attack, left, size = self.attack, int(self.live.sum()), len(self.live)
+        if keeps_bits(self.iterate):
             smaller = -(-left // MULTIPLE) * MULTIPLE
-        else:  # few sizes, since each has a graph
+        else:
             smaller = size
-            while smaller % 2 == 0 and smaller // 2 >= max(left, 1):
-                smaller //= 2
-        comparison = self.attack.tally.spent(self.index[self.live], 2 * (2 + self.attack.extra) + self.attack.reserve)
-        if not left or smaller > SHRINK * min(size, self.refused) or comparison.any():
+            while -(-smaller // QUARTER) >= max(left, 1) and smaller > 1:
+                smaller = -(-smaller // QUARTER)
+        poor = attack.tally.spent(self.index[self.live], COMPARISON + 2 + attack.reserve)
+        if not left or smaller > SHRINK * min(size, self.refused) or poor.any():
             return
         rows = self.live.byte().argsort(descending=True, stable=True)[:smaller]  # filled up by some that have left
         equal = self._has_equal_gradients(rows)
-        if bits and not equal:
+        if keeps_bits(self.iterate) and not equal:
             self.refused = smaller
             return
         self.iterate, self.live, self.history = self.iterate[rows], self.live[rows], self.history[:, rows]
         self.period = self.period[rows]
         self._take(self.index[rows])
         if not equal:
-            self.first = self.done - 1  # x_t is the first one of this arithmetic
+            self.first = max(self.done - 1, 0)  # x_t is the first one of this arithmetic
             self.period.zero_()
 
     def _take(self, index: Tensor) -> None:
-        batch = self.attack.batch
-        eps, step_size = (take_rows(value, index) for value in (batch.eps, batch.step_size))
-        self.index = index
-        self.batch = Batch(batch.x[index], None if batch.y is None else batch.y[index], eps, step_size)
+        self.index, self.batch = index, part(self.attack.batch, index)
 
     def _has_equal_gradients(self, rows: Tensor) -> bool:
         """Whether the gradients of the samples `rows` do not change, to the bit, when these are a batch."""
-        attack, (x, y), payers = self.attack, self.batch[:2], self.index[self.live]
-        part = self.batch._replace(x=x[rows], y=None if y is None else y[rows])
-        whole = attack.gradient(self.batch, self.iterate, payers)
-        return _equal(whole[rows], attack.gradient(part, self.iterate[rows], payers))
+        charged = self.index[self.live]
+        whole = self.attack.gradient(self.batch, self.iterate, charged)
+        return _equal(whole[rows], self.attack.gradient(part(self.batch, rows), self.iterate[rows], charged))
 
 
 class _Best:
@@ -238,13 +271,11 @@ class _Best:
     def keep(self, rows: Tensor) -> None:
         """Take over what is better of the samples `rows`, int64 [n]."""
         attack, settings, batch = self.attack, self.attack.settings, self.attack.batch
-        loss = as_loss(settings.loss)
-        with settings._prepared_gradient(attack.model, batch.x, batch.y, attack.highest_label) as (gradient, x, y):
-            clean = gradient.logits(gradient.laid_out(x)) if loss.needs_clean_logits else None
+        with settings._prepared_gradient(attack.model, batch.x, batch.y, attack.highest_label) as (gradient, _, y):
             logits = gradient.logits(gradient.laid_out(attack.x_adv))
             value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
-            reference = loss.reference(y, clean, settings.targeted)
-            loss.gradient(logits, reference, torch.empty_like(logits), value, targeted=settings.targeted, scale=1.0)
+            reference = attack.loss.reference(y, batch.clean_logits, settings.targeted)
+            attack.loss.gradient(logits, reference, torch.empty_like(logits), value, targeted=settings.targeted, scale=1.0)
             attack.tally.add(rows, gradient.forwards)
         asked = torch.zeros_like(self.success)
         asked[rows] = True
@@ -254,6 +285,13 @@ class _Best:
             ops.keep_best_(self.images, self.value, self.success, attack.x_adv, value, found)
         else:
             ops.keep_best_(self.images, self.value, None, attack.x_adv, value, None)
+
+
+def part(batch: Batch, rows: Tensor) -> Batch:
+    """The samples `rows` of a batch, without a start."""
+    y, clean_logits = (None if t is None else t[rows] for t in (batch.y, batch.clean_logits))
+    eps, step_size = (take_rows(value, rows) for value in (batch.eps, batch.step_size))
+    return Batch(batch.x[rows], y, eps, step_size, clean_logits=clean_logits)
 
 
 def keeps_bits(x: Tensor) -> bool:

@@ -113,7 +113,8 @@ class FAB(RestartedAttack):
         for others, possible in runs:
             for restart in range(self.restarts):
                 noise = self._noise(x) if restart else None
-                for left, budget in tally.affordable((robust & possible.any(1)).nonzero()[:, 0]):  # waits for the device
+                rows = (robust & possible.any(1)).nonzero()[:, 0]  # waits for the device
+                for left, budget in tally.affordable(rows, 1, self.steps * (2 + others.shape[1])):
                     search = _Search(self, gradient, x[left], y[left], others[left])
                     before = gradient.forwards, gradient.backwards
                     search.run(None if noise is None else noise[left] * (eps[left, None] / 2), budget)

@@ -64,7 +64,7 @@ class PGD(RestartedAttack):
             "exact": either. None: nothing. Samples must not depend on each other: neither batch statistics nor random layers, and
             a loss of ours. It pays where there are tens of steps, and waits for the device every few of them.
         budget: forwards and backwards that a sample may take part in, a number or int64 [B]: the attack takes the steps and
-            restarts that they suffice for. None is no limit.
+            restarts that they suffice for, less comparisons that a stop makes. None is no limit.
         graph: whether a CUDA graph replays the whole attack, which frees small batches from the time that launches take. "auto"
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
@@ -186,7 +186,8 @@ class PGD(RestartedAttack):
         """
         if self.stop is not None or self.budget is not None:
             raise ValueError(
-                "stop and budget wait for the device, which `launch` does not do: call the attack, or leave them out"
+                f"stop={self.stop!r} and budget={self.budget} wait for the device, which launch does not: call the attack, or "
+                "leave them out"
             )
         self._check(model, x, y, start)
         if x.numel() == 0:
@@ -205,6 +206,14 @@ class PGD(RestartedAttack):
         return self.steps, self.targeted, self.random_start, self.restarts > 1 and self.select, self.stop, self.looks_first
 
     @property
+    def looks_for_success(self) -> bool:
+        return self.stop in ("success", "exact")
+
+    @property
+    def looks_for_cycles(self) -> bool:
+        return self.stop in ("cycle", "exact")
+
+    @property
     def passes(self) -> int:
         """Forwards of a run, at most."""
         return self.steps + 2
@@ -218,7 +227,7 @@ class PGD(RestartedAttack):
         checks.check_per_sample("step_size", self.step_size, x)
         if y is not None:
             checks.check_labels(y, x)
-        elif loss.uses_labels or (self.restarts > 1 and self.select == "success") or self.stop in ("success", "exact"):
+        elif loss.uses_labels or (self.restarts > 1 and self.select == "success") or self.looks_for_success:
             raise TypeError("y=None, but the loss, the choice of restarts or stop needs labels: give y, int64 [B]")
         if start is not None:
             checks.check_start(start, x)
@@ -233,7 +242,7 @@ class PGD(RestartedAttack):
         if self.stop is None:
             return
         checks.check_choice("stop", self.stop, (None, *STOPS))
-        if self.stop != "success" and self.norm != "linf":
+        if self.looks_for_cycles and self.norm != "linf":
             raise ValueError(
                 f"stop={self.stop!r} looks for cycles, which the sign and the projection of norm='linf' lead to: with "
                 f"norm={self.norm!r} iterates do not come back: use stop='success'"

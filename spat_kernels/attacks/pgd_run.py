@@ -95,7 +95,7 @@ class SegmentRun(PGDRun):
     """
 
     def __init__(self, settings: "PGD", batch: Batch):
-        self.looks, self.hashes_iterates = settings.stop in ("success", "exact"), settings.stop in ("cycle", "exact")
+        self.looks, self.hashes_iterates = settings.looks_for_success, settings.looks_for_cycles
         self.looks_first = settings.looks_first
         _, _, self.found, *self.hashes = self.empty_outcome(batch.x)
         super().__init__(settings, batch)

@@ -139,7 +139,7 @@ class _Run:
 
     def _search(self, first: int, last: int, x_adv: Tensor, robust: Tensor) -> None:
         for i in range(first, last):
-            if i % BLOCK == 0 or not self.waits:
+            if i % BLOCK == 0 or not self.waits or self.tally.limit is not None:
                 self._drop_broken(x_adv, robust)
             if len(self.index) == 0:
                 return
@@ -256,7 +256,7 @@ class _LinfRun(_Run):
             images = self.best[which].clone()
             images[at] = new
             logits = self._whole_forward(images)
-        self.tally.add(self.index[which], 1)
+        self.tally.add(self.index if self.waits else self.index[which], 1)
         margin = self._margins(logits, self.y[which])
         better = self._better(margin, which)
         self.margin[which] = torch.where(better, margin, self.margin[which])

@@ -74,7 +74,7 @@ def nearest_classes_of(model, x: Tensor, y: Tensor, norm: Norm, path: GradientPa
     """`nearest_classes` of a model in eval mode at the images x [B, ...] with labels y, int64 [B], in fp32 without TF32."""
     with torch.inference_mode(False), torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"):
         x, y = as_dense(x, y)
-        gradient = input_gradient(model, x, path, None, int(y.max()))
+        gradient = input_gradient(model, x, path, None, int(y.max()) if len(y) else -1)
         with gradient.arithmetic(x.device.type):
             gradient.prepare()
             return nearest_classes(gradient, gradient.forward(x), y, norm, acc_dtype(x.dtype))

@@ -16,7 +16,7 @@ def attack_key(settings, batch: Batch) -> tuple:
     x, cuda, cudnn = batch.x, backends.cuda.matmul, backends.cudnn
     return (
         (x.shape[1:], x.dtype, x.device, x.is_contiguous()),
-        (*(t is None for t in (batch.y, batch.start, batch.targets)),),
+        (*(t is None for t in (batch.y, batch.start, batch.targets, batch.clean_logits)),),
         (*(isinstance(v, Tensor) and v.numel() > 1 for v in (batch.eps, batch.step_size)),),
         (settings.run_class, settings.kind(), loss_key(settings.loss), settings.norm, tuple(settings.bounds)),
         (settings.bn_mode, settings.precision, settings.input_gradient),

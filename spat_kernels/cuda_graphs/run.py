@@ -15,9 +15,12 @@ from ..rng import rng_lock
 
 
 class Batch(NamedTuple):
-    """What an attack is given for one batch, checked. x is dense [B, ...], y int64 [B] or None, start like x or None; eps and
-    step_size are numbers, or tensors of one value or [B]; targets, int64 [B], are classes to go to from y. `runs` is the number
-    of starts, of which the best is kept."""
+    """What an attack is given for one batch, checked.
+
+    x is dense [B, ...], y int64 [B] or None, start like x or None; eps and step_size are numbers, or tensors of one value or [B].
+    targets, int64 [B], are classes to go to from y. clean_logits [B, K], those at x, are for losses that need them (None: a run
+    asks the model). `runs` is the number of starts, of which the best is kept.
+    """
 
     x: Tensor
     y: Tensor | None
@@ -25,12 +28,13 @@ class Batch(NamedTuple):
     step_size: float | Tensor
     start: Tensor | None = None
     targets: Tensor | None = None
+    clean_logits: Tensor | None = None
     runs: int = 1
 
     def copy(self) -> "Batch":
         """With images and labels of its own; a run copies the rest by itself."""
-        y, targets = (None if t is None else t.clone() for t in (self.y, self.targets))
-        return self._replace(x=self.x.clone(), y=y, targets=targets)
+        y, targets, logits = (None if t is None else t.clone() for t in (self.y, self.targets, self.clean_logits))
+        return self._replace(x=self.x.clone(), y=y, targets=targets, clean_logits=logits)
 
 
 class Passes(NamedTuple):
@@ -66,7 +70,7 @@ class Run:
     def __init__(self, settings, batch: Batch):
         self.loss, self.path, self.precision = settings.loss, settings.input_gradient, settings.precision
         self.ball = BALLS[settings.norm](batch.x, batch.eps, batch.step_size, box(settings.bounds, batch.x.dtype))
-        self.y, self.targets = batch.y, batch.targets
+        self.y, self.targets, self.clean_logits = batch.y, batch.targets, batch.clean_logits
         self.draws: tuple[Tensor, ...] = ()
         self.reference: Any = None
         self.classes: int | None = None
@@ -74,7 +78,8 @@ class Run:
     def load(self, batch: Batch) -> None:
         """Copy in a batch like the first one, or a shorter one: then what came before fills up the rest."""
         n = len(batch.x)
-        for ours, given in ((self.ball.x, batch.x), (self.y, batch.y), (self.targets, batch.targets)):
+        kept = (self.ball.x, batch.x), (self.y, batch.y), (self.targets, batch.targets), (self.clean_logits, batch.clean_logits)
+        for ours, given in kept:
             if ours is not None:
                 assert given is not None
                 ours[:n].copy_(given)
@@ -121,7 +126,9 @@ class Run:
             self.reference = self._reference()
 
     def _reference(self):
-        clean_logits = self.model.logits(self.inner.x) if self.loss.needs_clean_logits else None
+        clean_logits = self.clean_logits
+        if clean_logits is None and self.loss.needs_clean_logits:
+            clean_logits = self.model.logits(self.inner.x)
         labels: Any = self.y if self.targets is None else self.targets  # None only for a loss that uses none
         return self.loss.reference(labels, clean_logits, self.targeted)
 

@@ -156,10 +156,13 @@ def linf_step_kernel(
     if HASH:
         b_bits = b_moved.to(BITS, bitcast=True).to(tl.uint64)
         b_hash = tl.where(m, mix(b_bits + (o - i_sample * sample_numel + 1).to(tl.uint64) * 0x9E3779B97F4A7C15), 0)
-        first = tl.program_id(0).to(tl.int64) * BLOCK // sample_numel
-        for j in range(SAMPLES):  # that a block may have a part of
-            b_sum = tl.sum(tl.where(i_sample == first + j, b_hash, 0)).to(tl.int64, bitcast=True)
-            tl.atomic_add(hash_ptr + first + j, b_sum, mask=(first + j) * sample_numel < numel)
+        if SAMPLES > 32:
+            tl.atomic_add(hash_ptr + i_sample, b_hash.to(tl.int64, bitcast=True), mask=m)
+        else:
+            first = tl.program_id(0).to(tl.int64) * BLOCK // sample_numel
+            for j in range(SAMPLES):  # that a block may have a part of
+                b_sum = tl.sum(tl.where(i_sample == first + j, b_hash, 0)).to(tl.int64, bitcast=True)
+                tl.atomic_add(hash_ptr + first + j, b_sum, mask=(first + j) * sample_numel < numel)
 
 
 # --- launchers ---

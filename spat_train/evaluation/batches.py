@@ -30,7 +30,8 @@ class Broken(NamedTuple):
         predicted: int64 [B], the first wrong class that an image was brought to, else y.
         x_adv: like x, the image with that prediction.
         part: int64 [B], index in `attack.parts` of the part that brought it there, else -1.
-        forwards, backwards: int64 [B], the passes of the model that an image took part in, those that judge `x_adv` left out.
+        forwards, backwards: int64 [B], the passes of the model that an image was in. A look at what came out counts where another
+            run depends on it.
     """
 
     predicted: Tensor
@@ -70,24 +71,28 @@ def broken_by(
     predicted = torch.full_like(y, -1) if clean is None else clean.clone()
     images, left = x.clone(), torch.ones_like(y, dtype=torch.bool) if clean is None else clean == y
     part, runs = torch.full_like(y, -1), attack.runs(classes)
+    judged = int(runs > 1)  # a forward that decides on whether the next run attacks an image
     tally, everyone = Tally(x, budget), torch.arange(len(x), device=x.device)
     for run in range(runs):
-        generator, limit = torch.Generator().manual_seed(seed(run)), {} if budget is None else {"budget": tally.left(everyone)}
-        only = left & ~tally.spent(everyone)
+        generator = torch.Generator().manual_seed(seed(run))
+        limit = {} if budget is None else {"budget": tally.left(everyone) - judged}
+        only = left & ~tally.spent(everyone, attack.least_passes(classes) + judged)
         stages = attack.stages(source or model, x, y, eps, generator, run=run, only=only, **attack_options, **limit)
         spent: list[Tensor] = []
         for number, name in enumerate(attack.parts):
-            if not (left & only).any():
+            now = left & only
+            if not now.any():
                 break
             shown = [f"run {run + 1} of {runs}"] * (runs > 1) + [name] * bool(name)
             on_progress(" ".join(shown), run * len(attack.parts) + number)
             x_adv, *spent = next(stages)
-            predicted[left] = predict(model, x_adv[left])
-            images[left] = x_adv[left]
-            part[left & (predicted != y)] = number
+            predicted[now] = predict(model, x_adv[now])
+            images[now] = x_adv[now]
+            part[now & (predicted != y)] = number
             left = left & (predicted == y)
         if spent:
             tally.add(slice(None), *spent)
+            tally.add(only, judged)
     return Broken(predicted, images, part, tally.forwards, tally.backwards)
 
 

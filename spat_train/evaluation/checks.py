@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spat_kernels.attacks.targeting import malt_passes
 from spat_kernels.checks import check_graph, check_range, check_reach
 from spat_kernels.input_gradient.choose import check_path, check_precision, explain
 from spat_kernels.settings import GradientPath, Graph, Precision
@@ -114,8 +113,10 @@ def check_attacks(
     for name, attack in attacks.items():
         if black_box and getattr(attack, "right_at", "last") == "every":  # it would stop at what the source gets wrong
             raise InputError(f"attack {name}: right_at=every asks the model that is attacked: leave it out, or the source")
-        if budget is not None and getattr(attack, "targeting", "confidence") == "malt":
-            _check_budget_of_malt(name, attack, classes, budget)
+        if black_box and (stop := getattr(attack, "stop", "none")) in ("success", "exact"):
+            raise InputError(f"attack {name}: stop={stop} ends at what the source gets wrong: leave it out, or the source")
+        if budget is not None:
+            _check_budget(name, attack, classes, budget)
         if classes < attack.least_classes:
             remedy = "give fewer targets" if getattr(attack, "targets", None) and classes >= 4 else "leave it out"
             raise InputError(f"attack {name}: it needs {attack.least_classes} classes, the model has {classes}: {remedy}")
@@ -125,11 +126,11 @@ def check_attacks(
                 check_reach(own, attack.radius(*radii), (0, 1), math.prod(image_shape), attack.norm)
 
 
-def _check_budget_of_malt(name: str, attack: Attack, classes: int, budget: int) -> None:
-    if attack.family == "pgd":
+def _check_budget(name: str, attack: Attack, classes: int, budget: int) -> None:
+    if attack.family == "pgd" and getattr(attack, "targeting", "confidence") == "malt":
         raise InputError(f"attack {name}: targeting=malt of PGD orders the classes again in every run: leave out the budget")
-    if budget < (passes := malt_passes(classes)):
-        raise InputError(f"attack {name}: targeting=malt takes {passes} passes first: give a budget above {budget}")
+    if budget < (least := attack.least_passes(classes)):
+        raise InputError(f"budget={budget}: attack {name} takes {least} passes for its first step: give at least {least}")
 
 
 def check_arithmetic(

@@ -18,12 +18,12 @@ from spat_kernels import losses
 from ..config import Config, check_device
 from ..data.datasets import load
 from ..data.images import Dataset, Folder, Images
-from ..errors import InputError, as_input_error, check_count, check_eps
+from ..errors import InputError, as_input_error, check_count, check_eps, first_line
 from ..models.checkpoints import load_model, with_classes_of
 from ..models.external import import_own
 from ..models.run_config import checkpoint_file, chosen_name, run_config
 from ..models.wrapping import normalisation
-from ..runtime.distributed import PATIENCE, World, world
+from ..runtime.distributed import PATIENCE, PeerError, World, is_of_a_peer, world
 from ..runtime.signals import interruptible
 from . import attack_specs
 from .alarms import Alarm, alarms, beyond_chance, rechecked
@@ -140,7 +140,13 @@ def evaluate_command(options: EvaluateOptions) -> None:
     eps = options.eps if options.eps is not None else config.evaluation_eps if config else 8.0
     _check(options, config, eps)
     with world(options.device, PATIENCE) as processes:
-        _evaluate(options, config, eps, processes)
+        try:
+            _evaluate(options, config, eps, processes)
+        except RuntimeError as error:
+            if isinstance(error, PeerError) or not is_of_a_peer(error):
+                raise
+            said = f"another process ended, and may say why ({first_line(error)})"
+            raise PeerError(f"{said}: give the same command again") from error
 
 
 def _evaluate(options: EvaluateOptions, config: Config | None, eps: float, processes: World) -> None:

@@ -58,7 +58,8 @@ class Samples:
         self.early: BinaryIO | None = None  # samples-RANK.jsonl, where there are several
         self.turns: deque[tuple[str, int]] = deque()  # what samples.jsonl lacks, in order
         self.made: list[tuple[str, int]] = []  # by this process
-        if different := next((c for c in (changes(settings, other) for other in world.gather(settings)) if c), None):
+        given = settings | {"attacks": attacks}
+        if different := next((c for c in (changes(given, other) for other in world.gather(given)) if c), None):
             raise InputError(f"the processes differ ({'; '.join(different)}): give all of them the same files")
         self.records, self.written, self.attacks = world.on_main(lambda: self._open(settings, attacks))
         if folder is not None and world.size > 1:
@@ -84,6 +85,8 @@ class Samples:
     def _check(self, path: Path, settings: dict, attacks: dict[str, str]) -> dict[str, str]:
         """The attacks that are known there."""
         folder = path.parent
+        if not has_records(folder):  # it ended before the first one: other settings may follow
+            return {}
         if not path.exists():
             if there := [each.name for each in (folder / "samples.jsonl", *shards(folder)) if each.exists()]:
                 raise InputError(f"--out {folder}: it holds {there[0]} without {path.name}: choose another --out")
@@ -93,8 +96,6 @@ class Samples:
             before, known = content["settings"], content["attacks"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
-        if not has_records(folder):  # it ended before the first one, and keeps nobody from another
-            return {}
         before = {name: settings[name] for name in LATER if name in settings} | before
         changed = changes(before, settings)
         changed += [f"attack {n} was {known[n]}, now {what}" for n, what in attacks.items() if known.get(n, what) != what]
@@ -186,8 +187,10 @@ class Samples:
             return
         unused = ["samples.jsonl", "settings.json"] if self.world.size == 1 and not self.records else []
         own = self.folder / shard(self.world.rank)
-        if self.early and own.exists() and not own.stat().st_size:
-            unused.append(own.name)
+        for path in shards(self.folder) if self.world.size == 1 else [own] if self.early else []:
+            with suppress(FileNotFoundError):  # the main process removes what it has merged
+                if not path.stat().st_size:
+                    unused.append(path.name)
         for name in unused:
             (self.folder / name).unlink(missing_ok=True)
 

@@ -247,5 +247,5 @@ def web_page(title: str, sections: Sequence[Section], pictures: Sequence[str]) -
 def _cell(text: str) -> str:
     if text in ("ALARM", "ok"):
         return f'<td><span class="{text}">{text}</span></td>'
-    number = text.replace(".", "").replace(" to ", "").isdecimal()
+    number = text.replace(".", "").replace(" to ", "").replace(" + ", "").isdecimal()
     return f'<td class="number">{text}</td>' if number else f"<td>{html.escape(text)}</td>"

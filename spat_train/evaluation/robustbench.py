@@ -1,6 +1,7 @@
 """Entries of RobustBench's leaderboards (Croce et al., arXiv 2010.09670), in the layout of its model_info/DATASET/NORM/*.json."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,8 @@ def chosen_attack(attacks: dict[str, Attack], file: Path) -> str:
     norm, folder = NORMS[attacks[found[0]].norm], file.resolve().parent
     if not folder.is_dir():
         raise InputError(f"--robustbench {file}: there is no folder {folder}: make it, or choose another place")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise InputError(f"--robustbench {file}: it cannot be written there: choose another place")
     if folder.name in NORMS.values() and folder.name != norm:
         raise InputError(f"--robustbench {file}: that folder is for {folder.name}, and the attack is {norm}: choose {norm}/")
     return found[0]

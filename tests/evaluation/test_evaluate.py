@@ -350,7 +350,7 @@ def test_what_does_not_fit_is_an_error_before_any_work(tmp_path, monkeypatch, ar
 
 COSTS = {  # forwards and backwards of an image that is attacked to the end
     "noise": (0, 0), "pgd-7": (7, 7), "pgd-7-least-likely": (8, 7), "pgd-kl-20": (21, 20), "pgd-20-rst": (40, 20),
-    "square:queries=30": None, "apgd-ce:steps=6": (8, 6), "fab-t:steps=2:targets=3": (13, 6), "pgd-7-all": (72, 63),
+    "square:queries=30": None, "apgd-ce:steps=6": (8, 6), "fab-t:steps=2:targets=3": (13, 6), "pgd-7-all": (81, 63),
     "autoattack:steps=3:queries=20": None,
 }  # fmt: skip
 
@@ -371,8 +371,8 @@ def test_costs_of_every_attack_are_beside_its_accuracy(tmp_path):
         (line,) = (line for line in found.lines() if line[0] == name)
         assert line[3] == f"{mean[0]:.0f} + {mean[1]:.0f}"
     broken_at_once = right & ~found.correct("pgd-7")
-    assert found.forwards["pgd-7x3"][broken_at_once].max() < 21
-    assert found.forwards["pgd-7x3"][found.correct("pgd-7x3")].unique().tolist() == [21]
+    assert found.forwards["pgd-7x3"][broken_at_once].max() < 24
+    assert found.forwards["pgd-7x3"][found.correct("pgd-7x3")].unique().tolist() == [24], "and a look after each run"
     assert found.passes("clean") is None
     records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [len(r["forwards"]) for r in records if r["attack"] == "pgd-7"] == [30, 10]
@@ -390,7 +390,7 @@ def test_what_was_recorded_without_costs_has_none(tmp_path):
     assert {line[0]: line[3] for line in found.lines()} == {"clean": "", "pgd-7": "", "fgsm": "1 + 1", WORST: ""}
 
 
-@pytest.mark.parametrize("budget", [1, 7, 30, 200])
+@pytest.mark.parametrize("budget", [11, 15, 30, 200])
 def test_no_image_costs_more_than_the_budget(budget, tmp_path):
     model, (x, y) = fitted(), digits(30)
     names = [*COSTS, "pgd-7x3", "pgd-7-random:restarts=3", "apgd-ce:steps=6:restarts=2", "pgd-l2-20"]
@@ -406,11 +406,31 @@ def test_no_image_costs_more_than_the_budget(budget, tmp_path):
         quiet(model, (x, y), "pgd-7", folder=tmp_path, batch_size=20)
 
 
+def test_what_the_budget_does_not_suffice_for_stays_as_it_was():
+    """With attack_wrong: an image that a run does not attack keeps what the run before it found."""
+    model, images = fitted(), digits(64)
+    name = "pgd-ls-20:alpha=1:restarts=3"
+    once, twice = (quiet(model, images, name, attack_wrong=True, budget=n, eps=0.02) for n in (41, 60))
+    assert torch.equal(once.predicted[name], twice.predicted[name]), "60 passes are one run, too, and 18 that are left"
+    assert torch.equal(once.backwards[name], torch.full((64,), 20))
+
+
+def test_a_budget_switches_off_what_it_would_pay_for():
+    model, images = fitted(), digits(48)
+    found = quiet(model, images, "pgd:steps=96:start=clean", budget=150, eps=0.1, batch_size=32)
+    whole = quiet(model, images, "pgd:steps=75:start=clean:stop=none", eps=0.1, batch_size=32)
+    assert torch.equal(*(e.predicted[name] for e, name in ((found, "pgd:steps=96:start=clean"),
+                                                           (whole, "pgd:steps=75:start=clean:stop=none"))))  # fmt: skip
+
+
 def test_budgets_that_do_not_fit():
     model, images = fitted(), digits(4)
     for budget, attack, message in (
         (0, "fgsm", "budget=0"),
-        (9, "apgd-t:targeting=malt", "takes 10 passes first"),
+        (1, "pgd-7", "budget=1: attack pgd-7 takes 2 passes for its first step: give at least 2"),
+        (13, "apgd-t:targeting=malt", "takes 14 passes for its first step"),
+        (6, "autoattack-fast", "takes 7 passes"),
+        (2, "pgd-7-all", "takes 3 passes"),
         (99, "pgd:target=all:targeting=malt", "leave out the budget"),
     ):
         with pytest.raises(InputError, match=message):
@@ -438,7 +458,12 @@ def test_stops_that_do_not_fit():
             parse(spec)
     with pytest.raises(InputError, match="attack pgd-1000: stop='cycle', but the model's gradient"):
         quiet(Chancy().eval(), digits(16), "pgd-1000")
-    assert "right only if right at every iterate" in parse("pgd-20:stop=exact").describe()
+    assert "until misclassified or in a cycle" in parse("pgd-20:stop=exact").describe()
+    assert "until at the target" in parse("pgd-20-random:stop=success").describe()
+    with pytest.raises(InputError, match="ends at what the source gets wrong"):
+        quiet(fitted(), digits(4), "pgd-20:stop=exact", source=fitted(1))
+    with pytest.raises(InputError, match="leave out start, target, right_at and stop"):
+        parse("noise:stop=cycle")
 
 
 class Chancy(nn.Module):

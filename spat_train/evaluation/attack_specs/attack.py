@@ -151,6 +151,10 @@ class Attack:
         """The number of classes that a model must have for it."""
         return 2
 
+    def least_passes(self, classes: int) -> int:
+        """Forwards and backwards without which a run does nothing."""
+        return 0
+
     def radius(self, eps: float, eps_l2: float, eps_l1: float) -> float:
         """Its own eps, else the one of its norm."""
         return self.eps if self.eps is not None else {"linf": eps, "l2": eps_l2, "l1": eps_l1}[self.norm]

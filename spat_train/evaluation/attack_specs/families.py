@@ -3,7 +3,6 @@
 A new attack is a class here, in `FAMILIES`.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +18,11 @@ from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes, predictions
 from spat_kernels.settings import STOPS, TARGETINGS, GradientPath, Stop, Targeting, Version
 
-from ...errors import InputError, as_input_error
+from ...errors import InputError
 from .attack import Attack, choice, count, loss_name, number, positive, setting, share_of_eps, unchanged, yes_or_no
 
 STOP_BY_NAME: dict[str, Stop | None] = {"auto": None, "none": None, **{name: name for name in STOPS}}
+STOP_IN_WORDS = {"success": "until {}", "cycle": "until in a cycle", "exact": "until {} or in a cycle"}
 CYCLES_FROM = 50  # steps; iterates of robust networks return to an earlier one after tens of steps
 TARGETS = {  # of PGD, in words
     "least-likely": "the least-likely class", "random": "a random wrong class", "all": "all wrong classes in turn",
@@ -132,13 +132,14 @@ class PGD(_Ascent):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps == 0 and (self.start == "clean" or self.target != "none" or self.right_at == "every"):
-            raise ValueError("of no steps there is noise alone: leave out start, target and right_at, or steps=0")
+        stops = self.stop not in ("auto", "none")
+        if self.steps == 0 and (self.start == "clean" or self.target != "none" or self.right_at == "every" or stops):
+            raise ValueError("of no steps there is noise alone: leave out start, target, right_at and stop, or steps=0")
         if self.targeting == "malt" and self.target != "all":
             raise ValueError("targeting=malt is an order of targets: give target=all")
         if self.maximised.needs_random_start and self.start == "clean":
             raise ValueError(f"the gradient of {self.loss} is 0 at a clean start: leave out start")
-        if self.stop not in ("auto", "none"):
+        if stops:
             if self.right_at == "every":
                 raise ValueError("right_at=every stops at the first wrong iterate by itself: leave out stop")
             self._engine(1.0, stop=STOP_BY_NAME[self.stop])  # it checks what goes with stop
@@ -170,7 +171,7 @@ class PGD(_Ascent):
         start, which = draws
         if self.steps == 0:
             return unchanged(start)
-        tally, labels = Tally(x, attack_options.pop("budget", None)), y
+        stop, tally, labels = self._stop(model, x, attack_options), Tally(x, attack_options.pop("budget", None)), y
         if self.targeted:
             labels = self._targets(model, x, y, which, run, attack_options.get("input_gradient", "auto"), tally)
         if self.right_at == "every":
@@ -179,9 +180,13 @@ class PGD(_Ascent):
         if not len(rows):
             return tally.result(x.clone())
         budget = None if tally.limit is None else tally.left(rows)
-        attack = self._engine(eps, stop=self._stop(model, x, attack_options), budget=budget, **attack_options)
-        with as_input_error(f"attack {self.name}") if self.stop != "auto" else nullcontext():
+        attack = self._engine(eps, stop=stop, budget=budget, **attack_options)
+        try:
             found = attack.run(model, x[rows], labels[rows], start=None if self.start == "clean" else start[rows])
+        except ValueError as error:
+            if not str(error).startswith("stop="):
+                raise
+            raise InputError(f"attack {self.name}: {error}, by {self.name}:stop=none") from error
         x_adv = x.clone()
         x_adv[rows] = found.x_adv
         tally.add(rows, found.forwards, found.backwards)
@@ -196,7 +201,8 @@ class PGD(_Ascent):
     def _stop(self, model, x: Tensor, attack_options: dict) -> Stop | None:
         if self.stop != "auto":
             return STOP_BY_NAME[self.stop]
-        if x.is_cuda or self.steps < CYCLES_FROM or self.norm != "linf" or type(self.maximised) not in losses.OURS:
+        pays = self.steps >= CYCLES_FROM and self.norm == "linf" and type(self.maximised) in losses.OURS
+        if not pays or x.is_cuda or "budget" in attack_options:
             return None
         how = {name: attack_options[name] for name in ("precision", "input_gradient") if name in attack_options}
         return "cycle" if spat_kernels.explain(model, x[:1], **how).path == "plan" else None
@@ -213,6 +219,10 @@ class PGD(_Ascent):
             right = right & (predictions(model_logits(model, point)) == y)
             tally.add(goes_on, forwards[goes_on] + 1, backwards[goes_on])
         return tally.result(found)
+
+    def least_passes(self, classes):
+        asks = malt_passes(classes) if self.targeting == "malt" else int(self.targeted)
+        return 0 if self.steps == 0 else asks + (3 if self.right_at == "every" else 2) + self.maximised.needs_clean_logits
 
     @property
     def length(self) -> float:
@@ -238,13 +248,17 @@ class PGD(_Ascent):
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of {_length(self.length)} from {where}"
         nearest = ", the nearest first" if self.targeting == "malt" else ""
         target = [f"towards {TARGETS[self.target]}{nearest}"] if self.targeted else []
-        first = self.right_at == "every" or self.stop in ("success", "exact")
-        every = ["right only if right at every iterate"] if first else []
-        return [f"PGD on {self.maximised.describe()}", steps, *target, *every]
+        every = ["right only if right at every iterate"] if self.right_at == "every" else []
+        success = "at the target" if self.targeted else "misclassified"
+        stop = [STOP_IN_WORDS[self.stop].format(success)] if self.stop in STOP_IN_WORDS else []
+        return [f"PGD on {self.maximised.describe()}", steps, *target, *every, *stop]
 
 
 class _Engine(Attack):
     """An attack of `spat_kernels` that is an object with its own seed and bookkeeping."""
+
+    def least_passes(self, classes):
+        return 2  # the clean image, and a query
 
     def _draw(self, x, y, eps, generator):
         return [int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))]
@@ -293,6 +307,9 @@ class APGD(_Ascent, _Engine):
     def least_classes(self) -> int:
         return max(super().least_classes, (self.targets or 0) + 1)
 
+    def least_passes(self, classes):
+        return (malt_passes(classes) + 1 if self.targeting == "malt" else 1) + 3  # a start, a step, and what it leads to
+
     def _engine(self, eps, **options):
         return spat_kernels.APGD(
             eps, loss=self.maximised, steps=self.steps, targets=self.targets, targeting=self.targeting, **options
@@ -315,6 +332,9 @@ class FAB(_Engine):
     @property
     def least_classes(self) -> int:
         return (self.targets or 1) + 1
+
+    def least_passes(self, classes):
+        return 1 + 2 + (classes - 1 if self.targets is None else 1)
 
     def _engine(self, eps, graph="auto", **options):
         return spat_kernels.FAB(eps, steps=self.steps, targets=self.targets, **options)
@@ -368,6 +388,9 @@ class AutoAttack(_Engine):
     @property
     def parts(self) -> tuple[str, ...]:
         return attacks_of(self.version, self.exhaustive)
+
+    def least_passes(self, classes):
+        return 2 + 4 + 1  # the clean image, also in half precision; a step of APGD, and a look at what it leads to
 
     def _stages(self, model, x, y, eps, draws, run, attack_options):
         attack = spat_kernels.AutoAttack(
