@@ -7,6 +7,7 @@ At the published 100 steps and 5,000 queries, batch by batch, in turns. Passes a
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,14 +34,14 @@ class Arguments:
     data: Path
     """The data set as an .npz file."""
     out: Path
-    """JSON file to write."""
+    """JSON file to write, after every batch."""
     images: int = 1000
     """Maximum number of test images, the first ones."""
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float, precision: Precision) -> dict[str, dict]:
-    """By version: seconds, and of each image forwards, backwards and what broke it."""
+def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float, precision: Precision) -> Iterator[dict[str, dict]]:
+    """By version, after every batch: seconds, and of each image so far forwards, backwards and what broke it."""
     found: dict[str, dict] = {v: {"seconds": 0.0, "forwards": [], "backwards": [], "broken_by": []} for v in VERSIONS}
     draw = random.Random(0)
     for rows in torch.arange(len(x)).split(BATCH):
@@ -53,12 +54,17 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float, precision: Preci
                 entry[name] += getattr(result, name).tolist()
             entry["broken_by"] += [result.names[i] if i >= 0 else None for i in result.broken_by.tolist()]
         print(f"{int(rows[-1]) + 1} of {len(x)} images", {v: f"{f['seconds']:.0f} s" for v, f in found.items()}, flush=True)
+        yield found
+
+
+def judged(found: dict[str, dict]) -> dict[str, dict]:
+    """`found` with accuracies in percent, and how fast compares with standard."""
     standard = found["standard"]
     for entry in found.values():
         robust, theirs = ([by is None for by in e["broken_by"]] for e in (entry, standard))
-        entry["accuracy"] = 100 * sum(robust) / len(x)
-        entry["agreement"] = 100 * sum(a == b for a, b in zip(robust, theirs, strict=True)) / len(x)
-        entry["mean_forwards"], entry["mean_backwards"] = (sum(entry[n]) / len(x) for n in ("forwards", "backwards"))
+        entry["accuracy"] = 100 * sum(robust) / len(robust)
+        entry["agreement"] = 100 * sum(a == b for a, b in zip(robust, theirs, strict=True)) / len(robust)
+        entry["mean_forwards"], entry["mean_backwards"] = (sum(entry[n]) / len(robust) for n in ("forwards", "backwards"))
         entry["share"] = 100 * passes(entry) / passes(standard)
         entry["faster"] = standard["seconds"] / entry["seconds"]
     return found
@@ -85,12 +91,14 @@ def main(args: Arguments) -> None:
     torch.set_num_threads(2)
     model, config, x, y = run_and_images(args.model, args.data, args.images)
     eps = config.eps / 255
-    clean = 100 * (model(x).argmax(1) == y).double().mean().item()
-    settings = {"model": args.model.name, "network": config.model, "eps": eps, "images": len(x), "clean": clean}
-    settings |= {"batch_size": BATCH, "precision": args.precision}
-    found = compare(model, x, y, eps, args.precision)
-    results = measure.begun("autoattack_fast", "cpu", settings=settings, autoattack_fast=found)
-    measure.write(args.out, results)
+    right = model(x).argmax(1) == y
+    settings = {"model": args.model.name, "network": config.model, "eps": eps, "batch_size": BATCH, "precision": args.precision}
+    results = measure.begun("autoattack_fast", "cpu", settings=settings)
+    for found in compare(model, x, y, eps, args.precision):
+        done = len(found["fast"]["broken_by"])
+        settings |= {"images": done, "clean": 100 * right[:done].double().mean().item()}
+        results["autoattack_fast"] = judged(found)
+        measure.write(args.out, results)
     print(table(results))
 
 

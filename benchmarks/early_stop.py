@@ -59,10 +59,11 @@ def ours(stop: Stop | None, eps: float, steps: int, seed: int, precision: Precis
     return PGD(eps, steps=steps, stop=stop, generator=torch.Generator().manual_seed(seed), precision=precision).run
 
 
-def theirs(eps: float, steps: int) -> Callable[..., Result]:
+def theirs(eps: float, steps: int, seed: int) -> Callable[..., Result]:
     import torchattacks
 
     def run(model, x, y):
+        torch.manual_seed(seed)
         with torch.enable_grad():
             x_adv = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=steps)(x, y)
         passes = torch.full_like(y, steps)
@@ -80,7 +81,9 @@ def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> dict[st
     for number, rows in enumerate(torch.arange(len(x)).split(args.batch_size)):
         images, names = {}, draw.sample(ways, len(ways))
         for name in names:
-            attack = theirs(eps, args.steps) if name == JUDGE else ours(STOPS[name], eps, args.steps, number, args.precision)
+            attack = (
+                theirs(eps, args.steps, number) if name == JUDGE else ours(STOPS[name], eps, args.steps, number, args.precision)
+            )
             begin = time.perf_counter(), time.process_time()
             images[name], forwards, backwards = attack(model, x[rows], y[rows])
             measure.synchronize(args.device)
