@@ -81,11 +81,10 @@ def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> dict[st
     for number, rows in enumerate(torch.arange(len(x)).split(args.batch_size)):
         images, names = {}, draw.sample(ways, len(ways))
         for name in names:
-            attack = (
-                theirs(eps, args.steps, number) if name == JUDGE else ours(STOPS[name], eps, args.steps, number, args.precision)
-            )
+            stop = STOPS.get(name)
+            run = theirs(eps, args.steps, number) if name == JUDGE else ours(stop, eps, args.steps, number, args.precision)
             begin = time.perf_counter(), time.process_time()
-            images[name], forwards, backwards = attack(model, x[rows], y[rows])
+            images[name], forwards, backwards = run(model, x[rows], y[rows])
             measure.synchronize(args.device)
             found[name]["seconds"] += time.perf_counter() - begin[0]
             found[name]["cpu_seconds"] += time.process_time() - begin[1]
@@ -106,9 +105,10 @@ def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> dict[st
 def table(results: dict) -> str:
     found = results["early_stop"]
     return markdown(
-        results, [entry | {"name": name} for name, entry in found.items()],
+        results,
+        [e | {"name": name, "identical": "" if name == JUDGE else f"{e['identical']:.1f}"} for name, e in found.items()],
         "PGD || accuracy of these images, % | images as in the whole run, % | passes saved, % | s | faster | CPU s | faster",
-        "{name} || {accuracy:.1f} | {identical:.1f} | {saved:.1f} | "
+        "{name} || {accuracy:.1f} | {identical} | {saved:.1f} | "
         "{seconds:.0f} | {faster:.2f}x | {cpu_seconds:.0f} | {cpu_faster:.2f}x",
         "{settings[model]} ({settings[network]}), eps {settings[eps]:.4g}, {settings[images]:,} images that it gets right, "
         "{settings[steps]:,} steps of eps / 4, batches of {settings[batch_size]}, {settings[precision]}.", environment,
