@@ -190,8 +190,7 @@ def evaluate(
         "weights": weights_hash(model), "source_weights": weights_hash(source) if source else None,
         "data": fingerprint(images, contents=True), "rows": tensor_hash(rows), "images": len(rows), "eps": eps, "eps_l2": eps_l2,
         "eps_l1": eps_l1, "attack_wrong": attack_wrong, "budget": budget, "seed": seed, "batch_size": batch_size,
-        "precision": precision,
-        "input_gradient": input_gradient, "save_images": save_images,
+        "precision": precision, "input_gradient": input_gradient, "save_images": save_images,
         "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
     place = RunFolder(Path(folder) if folder is not None else None)

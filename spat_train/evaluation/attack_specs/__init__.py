@@ -5,6 +5,7 @@
     pgd-40-least-likely                targeted: -least-likely, -random or -all after any PGD
     pgd-20:alpha=0.2:steps=50          with other settings
     pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255
+    pgd-100:stop=exact                 ends at a success, or where the iterates go in a cycle
     autoattack:norm=l1:eps=12          in another norm: linf, l2 or l1
 
 Names may be in capitals (AutoAttack, PGD-20, AA), and so may the values that are names (norm=L2).
