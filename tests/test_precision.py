@@ -23,7 +23,7 @@ def test_precision_leaves_the_switches_as_they_were(monkeypatch):
 
 
 def test_switches_that_inherited_their_value_inherit_again():
-    before = torch.backends.fp32_precision
+    before, each = torch.backends.fp32_precision, [s.fp32_precision for s in SWITCHES]
     try:
         torch.backends.fp32_precision = "tf32"
         with precision.tf32_switches("tf32", "cuda"), precision.tf32_switches("fp32", "cuda"):
@@ -32,6 +32,8 @@ def test_switches_that_inherited_their_value_inherit_again():
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     finally:
         torch.backends.fp32_precision = before
+        for switch, value in zip(SWITCHES, each, strict=True):  # the line above sets them all, and not to what they were
+            switch.fp32_precision = value
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("fp32", "tf32"), ("tf32", "fp32"), ("tf32", "tf32"), ("bf16", "tf32")])

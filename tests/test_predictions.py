@@ -9,6 +9,7 @@ from torch import nn
 
 import spat_kernels as sk
 from spat_kernels import APGD, FAB, PGD, AutoAttack, Square
+from spat_kernels.attacks._common import Tally
 from spat_kernels.predictions import other_classes, predictions
 from tests.helpers import Around, accuracy, linear, moved
 
@@ -180,9 +181,9 @@ def test_targets_of_an_evaluation_are_possible_classes():
     for name, runs in (("pgd-10-least-likely", 1), ("pgd-10-random", 1), ("pgd-10-all", 9)):
         attack = parse(name)
         for run in range(runs):
-            targets = attack._targets(Masked(net), x, y, which, run)
+            targets = attack._targets(Masked(net), x, y, which, run, "auto", Tally(x))
             assert (targets < 5).all()
             assert (targets != y).all()
-            assert torch.equal(targets, attack._targets(Subset(net), x, y, which, run))
+            assert torch.equal(targets, attack._targets(Subset(net), x, y, which, run, "auto", Tally(x)))
             seen |= set(targets.tolist())
     assert seen == set(range(5))
