@@ -45,7 +45,7 @@ def enlarged(ball: Ball, times: int) -> Ball:
 
 
 class SparseSteps:
-    """The steps and checkpoints of a search in L1. What else a search is, and its attributes, is in apgd.py."""
+    """The steps and checkpoints of a search in L1. What else a search is, and its attributes, is in apgd_run.py."""
 
     ball: Ball
     x_adv: Tensor
@@ -73,7 +73,7 @@ class SparseSteps:
         self.ball.step_(self.x_adv, self.grad)
 
     def check(self, few: float) -> None:
-        """At a checkpoint. `few`, as in apgd.py, does not count in L1."""
+        """At a checkpoint. `few`, as in apgd_run.py, does not count in L1."""
         changed, ball = self._changed(self.best), self.ball
         sparser = FEWER[1] * changed < FEWER[0] * self.changed
         ball.step_size = torch.where(sparser, ball.eps, torch.maximum(ball.step_size / SHORTER, ball.eps / SHORTEST))

@@ -6,8 +6,8 @@ from torch import nn
 
 import spat_kernels as sk
 from spat_kernels import APGD, balls
-from spat_kernels.attacks import apgd
-from spat_kernels.attacks.apgd import checkpoints
+from spat_kernels.attacks import apgd, apgd_run
+from spat_kernels.attacks.apgd_run import checkpoints
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient.planned_gradient import PlannedGradient
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
@@ -202,7 +202,8 @@ def test_gradients_are_averaged_with_their_lengths(loss, monkeypatch):
             return sum(probability_margin(part, y) for part in parts)
         return sum(margin(part, y).clamp(max=0) for part in parts)
 
-    monkeypatch.setattr(apgd, "predictions", lambda logits: y[: len(logits)])  # all stay correct
+    for module in (apgd, apgd_run):
+        monkeypatch.setattr(module, "predictions", lambda logits: y[: len(logits)])  # all stay correct
     start, results = torch.Generator(), []
     for attacked, settings in ((model, {"loss": loss, "eot": 3}), (Together(), {"loss": mean})):
         attack = APGD(EPS, steps=6, generator=start.manual_seed(1), norm="l2", **settings)
