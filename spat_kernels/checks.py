@@ -79,11 +79,11 @@ def check_budget(value) -> None:
         if value.dtype != torch.int64 or value.ndim > 1:
             raise TypeError(f"budget must be an int, or int64 [B] with one for each sample, got {kind(value)}")
         if value.numel() and int(value.min()) < 1:
-            raise ValueError(f"budget={int(value.min())} must be at least 1")
+            raise ValueError(f"budget={int(value.min())} must be at least 1: None is no limit")
     elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"budget must be an int, or int64 [B] with one for each sample, got {kind(value)}")
-    elif value is not None:
-        check_count("budget", value, 1)
+    elif value is not None and value < 1:
+        raise ValueError(f"budget={value} must be at least 1: None is no limit")
 
 
 def check_generator(generator) -> None:

@@ -54,15 +54,16 @@ class Result(NamedTuple):
 
     Attributes:
         x_adv: like x: misclassified images where there are any, else x.
+        forwards, backwards: int64 [B], the passes of the model that a sample was in until it was done, as in
+            other attacks.
         broken_by: int64 [B], index in `names` of what broke a sample, or -1: robust.
-        forwards, backwards: int64 [B], the passes of the model that a sample took part in, as in `PGD.run`.
         names: "clean" (misclassified without an attack), then the attacks in their order.
     """
 
     x_adv: Tensor
-    broken_by: Tensor
     forwards: Tensor
     backwards: Tensor
+    broken_by: Tensor
     names: tuple[str, ...]
 
     @property
@@ -78,15 +79,15 @@ class AutoAttack(BallAttack):
     Each call draws the same random numbers, from a generator of its own.
 
     Args:
-        version: "standard", "fast", "plus" or "rand", or names of attacks in their order, of those in "plus" and "fast", each
-            with one restart.
+        version: "standard" (APGD-CE, APGD-T, FAB-T, Square), "fast" (APGD-PMA, APGD-T by MALT), "plus" or "rand"; or names of
+            attacks in their order, of those in "plus" and "fast", each with one restart.
         exhaustive: whether the attacks of "standard" follow those of "fast", on what is left.
         steps: of APGD and FAB.
-        queries: of Square.
+        queries: of Square, which "fast" and "rand" leave out.
         seed: of all random numbers that are not the model's.
         batch_size: number of images attacked at once; None is all.
         eps, norm, bounds, precision, input_gradient, bn_mode, budget, graph: as for `PGD`. Whether an image is misclassified is
-            asked of the model itself in any case, in the caller's arithmetic.
+            always judged by the model itself, in the caller's arithmetic.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -159,7 +160,7 @@ class AutoAttack(BallAttack):
         x, y = as_dense(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         tally = Tally(x, self.budget)
-        result = Result(x.clone(), torch.full_like(y, -1), tally.forwards, tally.backwards, ("clean", *self.attacks))
+        result = Result(x.clone(), tally.forwards, tally.backwards, torch.full_like(y, -1), ("clean", *self.attacks))
         classes, only_here = self._without_attack(model, x, y, highest_label, result, tally)
         for rows in self._batches(result.robust & ~only_here)[:1]:
             self._warn_of_signs(model, x[rows], y[rows], highest_label)
@@ -173,8 +174,8 @@ class AutoAttack(BallAttack):
                         continue
                     attack = self._attack(name, classes, take_rows(self.eps, rows), generator, precision)
                     attack.budget = None if self.budget is None else tally.left(rows) - 1
-                    found, *passes = attack.run(model, x[rows], y[rows])
-                    tally.add(rows, *passes)
+                    found, forwards, backwards = attack.run(model, x[rows], y[rows])
+                    tally.add(rows, forwards, backwards)
                     tally.add(rows, 1)
                     broken = predictions(self._logits(model, found, highest_label)) != y[rows]
                     result.x_adv[rows[broken]] = found[broken]

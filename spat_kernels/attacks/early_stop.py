@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from .pgd import PGD
 
 # Smaller batches on CPUs hold a multiple of this number of samples. On two cores, for convolutional networks in fp32 and fp64, by
-# plan and by autograd, gradients in batches of 16, 32, 48 and 64 were those in a batch of 128 to the bit; in batches of 1, 3, 13,
-# 31, 65 some were not. Other machines may differ: hence the comparison.
-MULTIPLE = 16
+# plan and by autograd, gradients in batches of 8, 16, 24, ..., 120 were those in a batch of 128 to the bit; in batches of 1, 3,
+# 13, 31, 65 some were not. Other machines may differ: hence the comparison.
+MULTIPLE = 8
 SHRINK = 0.75  # the share of the samples that a smaller batch may have at most: each costs a comparison
 # On GPUs a batch has this share of the one before: each size has a graph, and half a batch would be replayed by the graph of all.
 QUARTER = 4
@@ -130,7 +130,7 @@ class EarlyStop:
         if not _equal(before, after) and (keeps_bits(start) or (before - after).abs().max() > NOISE * before.abs().max()):
             raise ValueError(
                 f"stop={settings.stop!r}, but the model's gradient at an image changes with the others of its batch, or from "
-                "call to call, as of batch statistics and random layers: put them into eval mode (bn_mode='eval'), or leave "
+                f"call to call, as with batch statistics or dropout (bn_mode={settings.bn_mode!r}): use bn_mode='eval', or leave "
                 "out stop"
             )
 

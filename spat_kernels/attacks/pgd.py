@@ -60,11 +60,11 @@ class PGD(RestartedAttack):
         generator: source of the random starts, on any device; None is torch's default one of x's device.
         stop: what ends the attack on a sample before its last step. "success": an iterate that is misclassified (or at its
             target), which is what comes out. "cycle": an iterate that was there before (Doldo et al., arXiv 2503.19347): the last
-            one is known then and comes out, so that nothing changes but the time (on GPUs also roundings: see `early_stop.py`).
+            one is known then and comes out, so that nothing changes but the time (on GPUs roundings change too: `early_stop.py`).
             "exact": either. None: nothing. Samples must not depend on each other: neither batch statistics nor random layers, and
             a loss of ours. It pays where there are tens of steps, and waits for the device every few of them.
         budget: forwards and backwards that a sample may take part in, a number or int64 [B]: the attack takes the steps and
-            restarts that they suffice for, less comparisons that a stop makes. None is no limit.
+            restarts that they suffice for; where `stop` compares batches, it pays for that too. None is no limit.
         graph: whether a CUDA graph replays the whole attack, which frees small batches from the time that launches take. "auto"
             captures an attack on an nn.Module when it comes for the second time with the same shapes and settings; True the
             first time, or it is an error (x on the CPU, a plain callable); False never. Python code of the model does not run
@@ -253,8 +253,8 @@ class PGD(RestartedAttack):
             )
         if type(self.loss) not in OURS:
             raise ValueError(
-                f"stop={self.stop!r} needs a loss that is a function of a sample's logits, which code of your own may not be "
-                f"({self.loss}): use one of spat_kernels.losses, or leave out stop"
+                f"stop={self.stop!r} needs a loss that is a function of a sample's logits and nothing else, and code of your own "
+                "may be anything: use one of spat_kernels.losses, or leave out stop"
             )
 
     def _default_step_size(self) -> float | Tensor:

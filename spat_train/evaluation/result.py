@@ -110,6 +110,15 @@ class Evaluation:
         forwards, backwards = (float(counts[name][attacked].double().mean()) for counts in (self.forwards, self.backwards))
         return forwards, backwards
 
+    def _ended(self, name: str) -> str:
+        """Whether the budget ended the attack on images that it had not broken, in words."""
+        budget = self.settings.get("budget")
+        if budget is None or name not in self.forwards:
+            return ""
+        left = budget - self.forwards[name] - self.backwards[name]
+        ended = self.correct(name) & self.correct("clean") & (left < max(self.attacks[name].least_passes(self.classes), 4))
+        return f", ended by the budget of {budget} for {int(ended.sum())} images" if ended.any() else ""
+
     def accuracy(self, name: str) -> float:
         """In percent."""
         return percent(self.correct(name))
@@ -131,7 +140,7 @@ class Evaluation:
         for name, attack in self.attacks.items():
             passes = self.passes(name)
             cost = "" if passes is None else f"{passes[0]:.0f} + {passes[1]:.0f}"
-            found.append(_row(name, self.correct(name), attack.describe(), cost))
+            found.append(_row(name, self.correct(name), attack.describe() + self._ended(name), cost))
             for number, (part, left) in enumerate(self.after(name).items()):
                 found.append(_row(f"  after {part}", left, f"{part} broke {int((self.part[name] == number).sum())}"))
         return [*found, _row(WORST, self.correct(WORST), "broken by any of the above")]

@@ -90,7 +90,10 @@ def _unlike_theirs(evaluation: Evaluation, test_images: int) -> str:
 def check_standard(attack: Attack) -> None:
     """Raise InputError unless `attack` is AutoAttack as RobustBench runs it, at any radius."""
     if not isinstance(attack, AutoAttack) or replace(attack, norm="linf", eps=None).spec != AutoAttack.family:
-        raise InputError(f"attack {attack.name}: RobustBench reports AutoAttack's standard version: give autoattack")
+        raise InputError(
+            f"attack {attack.name}: RobustBench reports AutoAttack's standard version with its own steps and queries: give "
+            "autoattack"
+        )
     if attack.norm not in NORMS:
         raise InputError(f"attack {attack.name}: RobustBench has no leaderboard of {attack.norm}: give {' or '.join(NORMS)}")
 

@@ -419,4 +419,4 @@ def test_linear_models_end_where_the_box_does():
     """A constant gradient: a period of 1, as soon as all pixels are at the side of the ball."""
     model, (x, y) = linear(pixels=192).double(), batch(16)
     found = PGD(0.1, steps=1000, stop="cycle").run(model, x.double(), y)
-    assert found.backwards.max() <= 16
+    assert found.backwards.max() <= 20

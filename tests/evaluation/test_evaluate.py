@@ -399,6 +399,9 @@ def test_no_image_costs_more_than_the_budget(budget, tmp_path):
         cost = found.forwards[name] + found.backwards[name]
         assert cost.max() <= budget, name
     assert found.settings["budget"] == budget
+    said = {line[0]: line[5] for line in found.lines()}
+    assert ("ended by the budget" in said["pgd-20-rst"]) is (budget < 60 and bool(found.correct("pgd-20-rst").any()))
+    assert "ended by the budget" not in said["noise"]
     unlimited = quiet(model, (x, y), "pgd-7,pgd-7x3")
     enough = found.forwards["pgd-7"] + found.backwards["pgd-7"] == 14
     assert torch.equal(found.predicted["pgd-7"][enough], unlimited.predicted["pgd-7"][enough])
@@ -462,6 +465,8 @@ def test_stops_that_do_not_fit():
     assert "until at the target" in parse("pgd-20-random:stop=success").describe()
     with pytest.raises(InputError, match="ends at what the source gets wrong"):
         quiet(fitted(), digits(4), "pgd-20:stop=exact", source=fitted(1))
+    with pytest.raises(InputError, match="queries=9 are of Square, which version=fast has not: leave it out, or give exhaustive"):
+        parse("autoattack-fast:queries=9")
     with pytest.raises(InputError, match="leave out start, target, right_at and stop"):
         parse("noise:stop=cycle")
 

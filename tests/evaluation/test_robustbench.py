@@ -85,7 +85,11 @@ def test_a_footnote_says_what_is_unlike_their_evaluations_as_long_as_it_is():
     ("found", "attack", "message"),
     [
         (evaluation("fgsm"), "autoattack", "attack autoattack: the evaluation has clean, fgsm: add it"),
-        (evaluation("fgsm"), "fgsm", "attack fgsm: RobustBench reports AutoAttack's standard version: give autoattack"),
+        (
+            evaluation("fgsm"),
+            "fgsm",
+            "attack fgsm: RobustBench reports AutoAttack's standard version",
+        ),
         *(
             (evaluation(name), name, "RobustBench reports AutoAttack's standard version")
             for name in ("autoattack-plus", "autoattack-rand", "autoattack:steps=50", "autoattack:queries=9", "autoattackx2")

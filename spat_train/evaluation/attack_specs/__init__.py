@@ -6,6 +6,8 @@
     pgd-20:alpha=0.2:steps=50          with other settings
     pgd:steps=50:step=1/20:loss=margin:restarts=5:eps=16/255
     pgd-100:stop=exact                 ends at a success, or where the iterates go in a cycle
+
+Without stop=, PGD of 50 steps or more looks for cycles on CPUs where that changes no bit; stop=none does not.
     autoattack:norm=l1:eps=12          in another norm: linf, l2 or l1
 
 Names may be in capitals (AutoAttack, PGD-20, AA), and so may the values that are names (norm=L2).

@@ -380,6 +380,9 @@ class AutoAttack(_Engine):
         super().__post_init__()
         if self.exhaustive and self.version != "fast":
             raise ValueError(f"exhaustive=yes goes with version=fast, not {self.version}: leave it out")
+        if "square" not in self.parts and self.queries != 5000:
+            remedy = "leave it out, or give exhaustive=yes" if self.version == "fast" else "leave it out"
+            raise ValueError(f"queries={self.queries} are of Square, which version={self.version} has not: {remedy}")
 
     @property
     def least_classes(self) -> int:
