@@ -10,7 +10,7 @@ those of the whole run to the bit.
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ class Arguments:
     data: Path
     """The data set as an .npz file."""
     out: Path
-    """JSON file to write."""
+    """JSON file to write, after every batch."""
     images: int = 300
     """How many images that the model gets right, the first ones."""
     steps: int = 1000
@@ -74,8 +74,8 @@ def theirs(eps: float, steps: int, seed: int) -> Callable[..., Result]:
     return run
 
 
-def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> dict[str, dict]:
-    """By way of stopping: seconds and CPU seconds; of each image its passes, whether it is broken at the end or on the way, and
+def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> Iterator[dict[str, dict]]:
+    """By way of stopping, after every batch: seconds and CPU seconds; of each image its passes, whether it is broken at the end or on the way, and
     whether it is the whole run's to the bit."""
     ways = [*STOPS, *[JUDGE] * args.torchattacks]
     if not args.success:
@@ -97,10 +97,15 @@ def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> dict[st
         for name in names:
             found[name]["same"] += (images[name] == images["whole run"]).flatten(1).all(1).tolist()
         print(f"{int(rows[-1]) + 1} of {len(x)} images", {n: f"{f['seconds']:.0f} s" for n, f in found.items()}, flush=True)
+        yield found
+
+
+def judged(found: dict[str, dict]) -> dict[str, dict]:
+    """`found` with accuracies in percent, and how the ways compare with the whole run."""
     whole = found["whole run"]
     for entry in found.values():
-        entry["accuracy"] = 100 - 100 * sum(entry["broken"]) / len(x)
-        entry["identical"] = 100 * sum(entry["same"]) / len(x)
+        entry["accuracy"] = 100 - 100 * sum(entry["broken"]) / len(entry["broken"])
+        entry["identical"] = 100 * sum(entry["same"]) / len(entry["same"])
         entry["saved"] = 100 - 100 * sum(entry["passes"]) / sum(whole["passes"])
         entry["faster"], entry["cpu_faster"] = (whole[key] / entry[key] for key in ("seconds", "cpu_seconds"))
     return found
@@ -133,11 +138,13 @@ def main(args: Arguments) -> None:
     torch.set_num_threads(2)
     model, network, eps, x, y = given(args)
     right = (predictions(model(x)) == y).nonzero()[: args.images, 0]
-    settings = {"model": args.model.stem, "network": network, "eps": eps, "images": len(right), "steps": args.steps}
+    settings = {"model": args.model.stem, "network": network, "eps": eps, "steps": args.steps}
     settings |= {"batch_size": args.batch_size, "precision": args.precision}
-    found = compare(model, x[right], y[right], eps, args)
-    results = measure.begun("early_stop", args.device, settings=settings, early_stop=found)
-    measure.write(args.out, results)
+    results = measure.begun("early_stop", args.device, settings=settings)
+    for found in compare(model, x[right], y[right], eps, args):
+        settings["images"] = len(found["whole run"]["passes"])
+        results["early_stop"] = judged(found)
+        measure.write(args.out, results)
     print(table(results))
     if args.device == "cpu" and not all(found['stop="cycle"']["same"]):
         raise SystemExit('stop="cycle" gave other images than the whole run')
