@@ -75,8 +75,8 @@ def theirs(eps: float, steps: int, seed: int) -> Callable[..., Result]:
 
 
 def compare(model, x: Tensor, y: Tensor, eps: float, args: Arguments) -> Iterator[dict[str, dict]]:
-    """By way of stopping, after every batch: seconds and CPU seconds; of each image so far its passes, whether it is broken at the
-    end, and whether it is the whole run's to the bit."""
+    """By way of stopping, after every batch: seconds and CPU seconds; of each image so far its passes, whether it is broken at
+    the end, and whether it is the whole run's to the bit."""
     ways = [*STOPS, *[JUDGE] * args.torchattacks]
     if not args.success:
         ways.remove('stop="success"')
