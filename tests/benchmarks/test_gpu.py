@@ -233,7 +233,7 @@ def test_rehearsal(tmp_path, tiny_npz):
     assert {name for name, status in found.items() if status != "ok"} == skipped, found
     assert {name for name, status in found.items() if status == "skipped"} == skipped
     files = {path.name for path in (tmp_path / "b").rglob("*") if path.is_file()}  # those of the first command are not copied
-    assert files == {f"{name}.json" for name in ("attack", "breakdown", "training", "table61", "microbench", "gpu")}
+    assert files == {f"{name}.json" for name in ("attack", "breakdown", "early_stop", "training", "table61", "microbench", "gpu")}
     keys = json.loads((tmp_path / "b" / "rehearsal" / "microbench.json").read_text())
     assert {"machine", "batch", "host_us", "graph_nodes"} <= keys.keys()
     assert {name: len(found["convolutions, limit 10"]) for name, found in keys["precisions"].items()} == {"bf16": 8, "fp32": 8}
