@@ -1,7 +1,7 @@
 """AutoAttack: attacks without parameters to tune, one after the other, each on what is still correct (arXiv 2003.01690).
 
 standard    APGD-CE, APGD-T, FAB-T, Square
-fast        APGD-PMA, APGD-T in the order of MALT (targeting.py): about a fifth of the forwards and backwards of standard. Where
+fast        APGD-PMA, APGD-T in the order of MALT (targeting.py): a fifth to a quarter of the passes of standard. Where
             gradients are masked, Square finds more: `exhaustive` adds the attacks of standard
 plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, APGD-T, FAB-T
 rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
