@@ -197,7 +197,7 @@ def project_l1(points: Tensor, x: Tensor, eps: Tensor, lo: float, hi: float) -> 
     moved = points - x
     size, room = moved.abs(), torch.where(moved > 0, hi - x, x - lo)
     bends, order = torch.cat((size, (size - room).clamp_min(0)), 1).sort(1, descending=True)
-    free = torch.where(order < size.shape[1], 1, -1).cumsum(1)  # of the coordinates, below each bend: not at rest nor at a side
+    free = torch.where(order < size.shape[1], 1, -1).cumsum(1)  # coordinates between rest and a side, below each bend
     gained = free[:, :-1] * -bends.diff(dim=1)
     distance = F.pad(gained.cumsum(1), (1, 0))  # at each bend
     last = (distance <= eps).sum(1, keepdim=True) - 1

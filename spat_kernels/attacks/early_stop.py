@@ -43,9 +43,8 @@ SHRINK = 0.75  # the share of the samples that a smaller batch may have at most:
 # On GPUs a batch has this share of the one before: each size has a graph, and half a batch would be replayed by the graph of all.
 QUARTER = 4
 COMPARISON = 4  # passes: a forward and a backward in both batches
-NOISE = (
-    1e-2  # of the largest element: a gradient on a GPU may differ by so much from call to call by the order of atomic additions
-)
+# The share of the largest element by which gradients on a GPU may differ between two calls, since atomic additions have no order.
+NOISE = 1e-2
 
 
 class EarlyStop:
@@ -209,7 +208,7 @@ class _Climb:
         """bool [n], whose iterate is x_T."""
         t = self.done
         same = self.history[self.first : t - 1] == self.history[t - 1]
-        number = torch.arange(self.first + 1, t, device=same.device)  # of the iterates: the first is x_1
+        number = torch.arange(self.first + 1, t, device=same.device)  # the t of each iterate x_t in `same`
         if len(number):
             latest = (same * number[:, None]).amax(0)
             self.period = torch.where((self.period == 0) & (latest > 0), t - latest, self.period)

@@ -87,7 +87,7 @@ class PGD(RestartedAttack):
     graph: Graph = "auto"
 
     run_class = PGDRun  # what `graphs` runs and captures
-    looks_first: ClassVar[bool] = True  # of a segment: whether the iterate that it starts from may be a success
+    looks_first: ClassVar[bool] = True  # whether `SegmentRun` tests the iterate it starts from for success
 
     def __post_init__(self):
         self.loss = loss = as_loss(self.loss)

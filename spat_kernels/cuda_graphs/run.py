@@ -159,7 +159,7 @@ class Run:
 
     @property
     def passes(self) -> Passes:
-        """Of the attack so far."""
+        """Forwards and backwards since the attack began."""
         return Passes(self.model.forwards, self.model.backwards)
 
     def _logit_gradient(self, logits: Tensor, reference, value: Tensor | None = None) -> Tensor:

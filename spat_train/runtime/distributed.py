@@ -23,7 +23,7 @@ from .atomic_write import SaveError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=365)  # of `world`: for processes that wait for each other's work, however long that takes
+PATIENCE = timedelta(days=365)  # a timeout for `world` where processes wait for each other's work, which may take days
 _PEER = r"Connection (closed|reset) by peer|[Tt]imed out|ncclRemoteError|Broken pipe"
 
 
@@ -149,7 +149,7 @@ class Dealer:
             yield number
 
     def total(self, own: int) -> int:
-        """The sum of `own` over all processes, where each is what its process told last."""
+        """The sum over all processes of the `own` that each reported last."""
         more, self.counts["own"] = own - self.counts["own"], own
         return self._add("done", more)
 

@@ -40,7 +40,7 @@ def loop(model, x, y, start, eps, steps, adapt):
     point, iterates, broken = start, [start], []
 
     def count(point):
-        """Of the elements that have moved. What bisection leaves of those that have not is rounding."""
+        """Counts the elements that have moved. The bisection leaves rounding errors in the others."""
         return int(((point - x).abs() > 1e-11).sum())
 
     value, grad, wrong = look(point)
