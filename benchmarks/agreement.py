@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import spat_kernels as sk
 from benchmarks import measure, rivals
 from benchmarks.tables import environment, markdown
-from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.data.images import floats
 from spat_train.models.checkpoints import load_model
@@ -166,22 +165,26 @@ def table(results: dict) -> str:
     )  # fmt: skip
 
 
-def run_and_images(run: Path, data: Path, images: int) -> tuple[nn.Module, Config, Tensor, Tensor]:
-    """The model of a run in eval mode, its config, and the first test images with their labels."""
+def given(
+    path: Path, data: Path, images: int, network: str | None = None, device: str = "cpu"
+) -> tuple[nn.Module, str, float, Tensor, Tensor]:
+    """The model of a run in eval mode, its architecture and eps, and the first test images with their labels. A checkpoint alone
+    knows neither: it is a `network`, attacked at 8/255."""
     dataset = load_npz(data)
-    model, config = load_model(run, dataset)
-    x, y = floats(dataset.test, torch.arange(min(images, len(dataset.test))), "cpu", torch.contiguous_format)
-    return model.requires_grad_(False), config, x, y
+    model, config = load_model(path, dataset, network)
+    x, y = floats(dataset.test, torch.arange(min(images, len(dataset.test))), device, torch.contiguous_format)
+    name, eps = (config.model, config.eps / 255) if config else (str(network), 8 / 255)
+    return model.requires_grad_(False).to(device), name, eps, x, y
 
 
 def main(args: Arguments) -> None:
     records = []
     for run, path in zip(args.runs, args.data, strict=True):
-        model, config, x, y = run_and_images(run, path, args.images)
+        model, network, eps, x, y = given(run, path, args.images)
         for pair in PAIRS:
             for dtype in pair.dtypes:
-                found = compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, config.eps / 255)
-                records.append({"run": run.name, "model": config.model, "images": len(x), "eps": config.eps / 255} | found)
+                found = compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, eps)
+                records.append({"run": run.name, "model": network, "images": len(x), "eps": eps} | found)
                 print(records[-1], flush=True)
     measure.write(args.out, measure.begun("agreement", "cpu", agreement=records))
     wrong = [r for r in records if abs(r["accuracy"][0] - r["accuracy"][1]) > POINTS]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import spat_kernels
 from benchmarks import measure
-from benchmarks.agreement import BATCH, run_and_images
+from benchmarks.agreement import BATCH, given
 from benchmarks.tables import columns, environment, markdown
 
 STEPS, PUBLISHED = 10, 100  # of APGD and FAB in torchattacks, and in the paper
@@ -134,8 +134,7 @@ def table(results: dict) -> str:
 
 def main(args: Arguments) -> None:
     torch.set_num_threads(2)
-    model, config, x, y = run_and_images(args.model, args.data, args.images)
-    eps = config.eps / 255
+    model, network, eps, x, y = given(args.model, args.data, args.images)
     how = eps, args.norm
     providers = {"torchattacks": torchattacks(*how, args.queries), "spat_kernels": ours(*how, STEPS, args.queries)}
     if args.published:
@@ -143,7 +142,7 @@ def main(args: Arguments) -> None:
     with torch.no_grad():
         clean = 100 * (model(x).argmax(1) == y).double().mean().item()
     found = judged(compare(model, x, y, providers, BATCH), y)
-    settings = {"model": args.model.name, "network": config.model, "eps": eps, "norm": args.norm, "images": len(x)}
+    settings = {"model": args.model.name, "network": network, "eps": eps, "norm": args.norm, "images": len(x)}
     settings |= {"batch_size": BATCH, "queries": args.queries, "published": args.published, "clean": clean}
     results = measure.begun("autoattack", "cpu", settings=settings, autoattack=found)
     measure.write(args.out, results)

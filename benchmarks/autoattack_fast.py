@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.agreement import BATCH, run_and_images
+from benchmarks.agreement import BATCH, given
 from benchmarks.tables import environment, markdown
 from spat_kernels import AutoAttack
 from spat_kernels.settings import Precision, Version
@@ -30,13 +30,15 @@ class Arguments:
     """AutoAttack(version="fast") beside version="standard"."""
 
     model: tyro.conf.Positional[Path]
-    """The folder of a run."""
+    """The folder of a run, or a checkpoint."""
     data: Path
     """The data set as an .npz file."""
     out: Path
     """JSON file to write, after every batch."""
     images: int = 1000
     """Maximum number of test images, the first ones."""
+    network: str | None = None
+    """The architecture of a checkpoint, which is attacked at eps 8/255."""
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -89,10 +91,9 @@ def table(results: dict) -> str:
 @torch.no_grad()
 def main(args: Arguments) -> None:
     torch.set_num_threads(2)
-    model, config, x, y = run_and_images(args.model, args.data, args.images)
-    eps = config.eps / 255
+    model, network, eps, x, y = given(args.model, args.data, args.images, args.network)
     right = model(x).argmax(1) == y
-    settings = {"model": args.model.name, "network": config.model, "eps": eps, "batch_size": BATCH, "precision": args.precision}
+    settings = {"model": args.model.stem, "network": network, "eps": eps, "batch_size": BATCH, "precision": args.precision}
     results = measure.begun("autoattack_fast", "cpu", settings=settings)
     for found in compare(model, x, y, eps, args.precision):
         done = len(found["fast"]["broken_by"])

@@ -1,6 +1,6 @@
 """PGD of many steps with an early stop against the whole run: `python -m benchmarks.early_stop --help`.
 
-    python -m benchmarks.early_stop runs/wrn-10-2-madry --data cifar10.npz --out results/cpu/early_stop.json
+    python -m benchmarks.early_stop tests/assets/wrn-10-2-madry.pt --network wrn-10-2 --data cifar10.npz --out early_stop.json
     python -m benchmarks.early_stop runs/mnist-madry-w4 --data mnist.npz --images 1000 --torchattacks --out early_stop-mnist.json
 
 On images that the model gets right, in fp32; ours from the same random starts. Batch by batch, in turns, so that whatever else
@@ -17,17 +17,15 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import measure
+from benchmarks.agreement import given
 from benchmarks.tables import environment, markdown
 from spat_kernels import PGD
 from spat_kernels.attacks._common import Result
 from spat_kernels.predictions import predictions
 from spat_kernels.settings import Precision, Stop
-from spat_train.data.datasets import load_npz
-from spat_train.data.images import floats
-from spat_train.models.checkpoints import load_model
 
 JUDGE = "torchattacks"
 STOPS = {"whole run": None, 'stop="cycle"': "cycle", 'stop="exact"': "exact", 'stop="success"': "success"}
@@ -124,19 +122,10 @@ def table(results: dict) -> str:
     )  # fmt: skip
 
 
-def given(args: Arguments) -> tuple[nn.Module, str, float, Tensor, Tensor]:
-    """The model, its architecture, eps, and test images with labels."""
-    dataset = load_npz(args.data)
-    model, config = load_model(args.model, dataset, args.network)
-    network, eps = (config.model, config.eps / 255) if config else (str(args.network), 8 / 255)
-    x, y = floats(dataset.test, torch.arange(min(10 * args.images, len(dataset.test))), args.device, torch.contiguous_format)
-    return model.requires_grad_(False).to(args.device), network, eps, x, y
-
-
 @torch.no_grad()
 def main(args: Arguments) -> None:
     torch.set_num_threads(2)
-    model, network, eps, x, y = given(args)
+    model, network, eps, x, y = given(args.model, args.data, 10 * args.images, args.network, args.device)
     right = (predictions(model(x)) == y).nonzero()[: args.images, 0]
     settings = {"model": args.model.stem, "network": network, "eps": eps, "steps": args.steps}
     settings |= {"batch_size": args.batch_size, "precision": args.precision}
