@@ -6,7 +6,9 @@ Every attack, and every count of what is misclassified, asks here.
 import torch
 from torch import Tensor
 
+from . import ops
 from .model_state.borrow import borrowed
+from .ops._common import acc_dtype
 from .precision import tf32_switches
 
 
@@ -22,6 +24,13 @@ def other_classes(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     y_last = (order == y[:, None]).byte().argsort(dim=1, stable=True)  # by its index: others may have y's logit, also -inf
     others = order.gather(1, y_last)[:, :-1]
     return others, logits.gather(1, others) > -torch.inf
+
+
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """p_y - max_{k != y} p_k of logits [B, K]: [B] in fp32 (fp64), the negative of the loss "pma"."""
+    value = torch.empty(len(logits), dtype=acc_dtype(logits.dtype), device=logits.device)
+    ops.pma_grad(logits.contiguous(), y, torch.empty_like(logits), value)
+    return -value
 
 
 def model_logits(model, x: Tensor) -> Tensor:

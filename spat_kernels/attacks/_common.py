@@ -74,8 +74,8 @@ class BallAttack:
 
     @contextmanager
     def _prepared_gradient(self, model, x: Tensor, y: Tensor | None, highest_label: int):
-        """Within, without gradients: (the input gradient of `model`, prepared; x; y), the model borrowed, x and y dense."""
-        with torch.inference_mode(False), torch.no_grad(), borrowed(model, self.bn_mode):
+        """Within: (the input gradient of `model`, prepared; x; y), the model borrowed, x and y dense."""
+        with borrowed(model, self.bn_mode):
             x, y = as_dense(x, y)
             gradient = input_gradient(model, x, self.input_gradient, self.precision, highest_label)
             with gradient.arithmetic(x.device.type):

@@ -93,6 +93,8 @@ class APGD(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 
@@ -118,27 +120,26 @@ class APGD(RestartedAttack):
         highest_label, tally = self._check_batch(model, x, y), Tally(x, self.budget)
         if x.numel() == 0:
             return tally.result(x.detach().clone())
-        with torch.inference_mode(False), torch.no_grad():
-            x, y = as_dense(x, y)
-            with self._prepared_gradient(model, x, y, highest_label) as (gradient, _, _):
-                logits, runs = self._runs(gradient, x, y, tally)
-                eot = 1 if gradient.deterministic else self.eot
-                tally.add(slice(None), 1, gradient.backwards if self.budget is None else 0)
-            robust, x_adv = predictions(logits) == y, x.clone()
-            value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
-            nan_seen = torch.zeros_like(y, dtype=torch.uint8)
-            for targets, possible in runs:
-                for _ in range(self.restarts):
-                    for rows, left in tally.affordable((robust & possible).nonzero()[:, 0], eot, eot * self._evaluations):
-                        outcome = graphs.attack(self._within(left, eot), model, self._batch(x, y, targets, rows), highest_label)
-                        found, nans, values, broken = outcome.tensors
-                        better = broken | (values > value[rows])
-                        taken = rows[better]
-                        x_adv[taken], value[taken] = found[better], values[better]
-                        nan_seen[rows] |= nans
-                        robust[rows] = ~broken
-                        tally.add(rows, *outcome.passes)
-            warn_of_nan(int(nan_seen.sum()), len(x))
+        x, y = as_dense(x, y)
+        with self._prepared_gradient(model, x, y, highest_label) as (gradient, _, _):
+            logits, runs = self._runs(gradient, x, y, tally)
+            eot = 1 if gradient.deterministic else self.eot
+            tally.add(slice(None), 1, gradient.backwards if self.budget is None else 0)
+        robust, x_adv = predictions(logits) == y, x.clone()
+        value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
+        nan_seen = torch.zeros_like(y, dtype=torch.uint8)
+        for targets, possible in runs:
+            for _ in range(self.restarts):
+                for rows, left in tally.affordable((robust & possible).nonzero()[:, 0], eot, eot * self._evaluations):
+                    outcome = graphs.attack(self._within(left, eot), model, self._batch(x, y, targets, rows), highest_label)
+                    found, nans, values, broken = outcome.tensors
+                    better = broken | (values > value[rows])
+                    taken = rows[better]
+                    x_adv[taken], value[taken] = found[better], values[better]
+                    nan_seen[rows] |= nans
+                    robust[rows] = ~broken
+                    tally.add(rows, *outcome.passes)
+        warn_of_nan(int(nan_seen.sum()), len(x))
         return tally.result(x_adv)
 
     @property

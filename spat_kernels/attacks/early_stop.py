@@ -39,10 +39,13 @@ if TYPE_CHECKING:
 # plan and by autograd, gradients in batches of 8, 16, 24, ..., 120 were those in a batch of 128 to the bit; in batches of 1, 3,
 # 13, 31, 65 some were not. Other machines may differ: hence the comparison.
 MULTIPLE = 8
-SHRINK = 0.75  # the share of the samples that a smaller batch may have at most: each costs a comparison
+# A smaller batch costs a comparison, and must save twice of that: in all steps that are left, but where cycles are looked for,
+# most samples leave soon, so only the next few steps count.
+AHEAD = 16
 # On GPUs a batch has this share of the one before: each size has a graph, and half a batch would be replayed by the graph of all.
 QUARTER = 4
 COMPARISON = 4  # passes: a forward and a backward in both batches
+SHRINK = 0.75  # the share of the batch whose gradients had other bits, at which a comparison may be worth it again
 # The share of the largest element by which gradients on a GPU may differ between two calls, since atomic additions have no order.
 NOISE = 1e-2
 
@@ -165,7 +168,7 @@ class _Climb:
         self.iterate, self.live = start[index], torch.isin(index, rows)
         self.history = index.new_zeros(steps if attack.settings.looks_for_cycles else 0, len(index))
         self.period = torch.zeros_like(index)
-        self.refused = len(index) + 1  # the smallest size that was too small
+        self.largest = float(len(index))  # of the sizes that are worth a comparison
         self._take(index)
 
     def run(self) -> None:
@@ -233,13 +236,15 @@ class _Climb:
             smaller = size
             while -(-smaller // QUARTER) >= max(left, 1) and smaller > 1:
                 smaller = -(-smaller // QUARTER)
+        ahead = min(self.steps - self.done, AHEAD if attack.settings.looks_for_cycles else self.steps)
+        pays = smaller <= self.largest and (size - smaller) * ahead >= COMPARISON * size
         poor = attack.tally.spent(self.index[self.live], COMPARISON + 2 + attack.reserve)
-        if not left or smaller > SHRINK * min(size, self.refused) or poor.any():
+        if not left or not pays or poor.any():
             return
         rows = self.live.byte().argsort(descending=True, stable=True)[:smaller]  # filled up by some that have left
         equal = self._has_equal_gradients(rows)
         if keeps_bits(self.iterate) and not equal:
-            self.refused = smaller
+            self.largest = SHRINK * smaller
             return
         self.iterate, self.live, self.history = self.iterate[rows], self.live[rows], self.history[:, rows]
         self.period = self.period[rows]

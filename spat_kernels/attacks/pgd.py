@@ -138,22 +138,23 @@ class PGD(RestartedAttack):
         tally.add(slice(None), *passes)
         return tally.result(x_adv)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _attack(self, model, x: Tensor, y: Tensor | None, start: Tensor | None) -> tuple[Tensor, Passes]:
         self._check(model, x, y, start)
         if x.numel() == 0:
             return x.detach().clone(), Passes(0, 0)
-        with torch.inference_mode(False), torch.no_grad():
-            values = checks.Values(x, y, start, self.bounds)
-            highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
-            with rewound_on_error(self.generator, default_generator(x.device)):
-                try:
-                    (x_adv, nan_seen), classes, passes = self._outcome(model, self._batch(x, y, start), highest_label)
-                except Exception:
-                    values.read()  # if these are wrong, that is the error
-                    raise
-                highest_label, with_nan = values.read(nan_seen.sum())  # waits for the device
-                checks.check_classes(highest_label, classes)
-            warn_of_nan(with_nan, len(x))
+        values = checks.Values(x, y, start, self.bounds)
+        highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
+        with rewound_on_error(self.generator, default_generator(x.device)):
+            try:
+                (x_adv, nan_seen), classes, passes = self._outcome(model, self._batch(x, y, start), highest_label)
+            except Exception:
+                values.read()  # if these are wrong, that is the error
+                raise
+            highest_label, with_nan = values.read(nan_seen.sum())  # waits for the device
+            checks.check_classes(highest_label, classes)
+        warn_of_nan(with_nan, len(x))
         return x_adv, passes
 
     def _outcome(self, model, batch: Batch, highest_label: int) -> Outcome:
@@ -175,6 +176,8 @@ class PGD(RestartedAttack):
         waits = self.stop is not None or self.budget is not None
         return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets and not waits
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
 
@@ -192,8 +195,7 @@ class PGD(RestartedAttack):
         self._check(model, x, y, start)
         if x.numel() == 0:
             return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
-        with torch.inference_mode(False), torch.no_grad():
-            (x_adv, nan_seen), *_ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
+        (x_adv, nan_seen), *_ = graphs.attack(self, model, self._batch(x, y, start), highest_label=-1)
         return x_adv, nan_seen
 
     def _batch(self, x: Tensor, y: Tensor | None, start: Tensor | None) -> Batch:

@@ -65,6 +65,8 @@ class Square(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 

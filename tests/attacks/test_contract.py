@@ -72,10 +72,11 @@ def test_leaves_no_trace(name, bn_mode):
     assert bn_mode != "eval" or torch.equal(torch.get_rng_state(), state), "a given generator leaves the default one alone"
     assert not x_adv.requires_grad
     assert x_adv.grad_fn is None
-    with torch.inference_mode():
-        inside = seeded(name, bn_mode=bn_mode)(model, x.detach() + 0, y + 0)
-    assert inside.shape == x.shape
-    assert not inside.is_inference()
+    for size in (len(x), 0):
+        with torch.inference_mode():
+            inside = seeded(name, bn_mode=bn_mode).run(model, x.detach()[:size] + 0, y[:size] + 0)
+        assert inside.x_adv.shape == x[:size].shape
+        assert not any(t.is_inference() for t in (inside.x_adv, inside.forwards, inside.backwards))
 
 
 @every_attack

@@ -465,8 +465,8 @@ def test_stops_that_do_not_fit():
     assert "until at the target" in parse("pgd-20-random:stop=success").describe()
     with pytest.raises(InputError, match="ends at what the source gets wrong"):
         quiet(fitted(), digits(4), "pgd-20:stop=exact", source=fitted(1))
-    with pytest.raises(InputError, match="queries=9 are of Square, which version=fast has not: leave it out, or give exhaustive"):
-        parse("autoattack-fast:queries=9")
+    with pytest.raises(InputError, match="queries=9 are of Square, which version=rand has not: leave it out"):
+        parse("autoattack-rand:queries=9")
     with pytest.raises(InputError, match="leave out start, target, right_at and stop"):
         parse("noise:stop=cycle")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import spat_kernels
 from spat_kernels import losses, pgd
 from spat_kernels.attacks._common import Result, Tally
-from spat_kernels.attacks.autoattack import VERSIONS, attacks_of, fewest_classes
+from spat_kernels.attacks.autoattack import VERSIONS, fewest_classes
 from spat_kernels.attacks.targeting import malt_passes, nearest_classes_of
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits, other_classes, predictions
@@ -361,14 +361,17 @@ class Square(_Engine):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(_Engine):
-    """The ensemble: `steps` of APGD and FAB, `queries` of Square. `exhaustive`: standard's attacks follow those of fast."""
+    """The ensemble: `steps` of APGD and FAB, `queries` of Square. `exhaustive`: in fast, standard follows on all that is left."""
 
     family = "autoattack"
     named = {
         "autoattack": ("autoattack", "Croce and Hein, 2020: APGD-CE, APGD-T, FAB-T, Square"),
         "autoattack-plus": ("autoattack:version=plus", "the same with restarts and the untargeted forms"),
         "autoattack-rand": ("autoattack:version=rand", "the same for randomised models"),
-        "autoattack-fast": ("autoattack:version=fast", "APGD-PMA (Xie et al., 2025), APGD-T by MALT (Melamed et al., 2024)"),
+        "autoattack-fast": (
+            "autoattack:version=fast",
+            "PMA (Xie et al., 2025), MALT (Melamed et al., 2024), then all on close calls",
+        ),
     }
 
     version: Version = setting("standard", choice(*VERSIONS))
@@ -381,8 +384,7 @@ class AutoAttack(_Engine):
         if self.exhaustive and self.version != "fast":
             raise ValueError(f"exhaustive=yes goes with version=fast, not {self.version}: leave it out")
         if "square" not in self.parts and self.queries != 5000:
-            remedy = "leave it out, or give exhaustive=yes" if self.version == "fast" else "leave it out"
-            raise ValueError(f"queries={self.queries} are of Square, which version={self.version} has not: {remedy}")
+            raise ValueError(f"queries={self.queries} are of Square, which version={self.version} has not: leave it out")
 
     @property
     def least_classes(self) -> int:
@@ -390,7 +392,7 @@ class AutoAttack(_Engine):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return attacks_of(self.version, self.exhaustive)
+        return VERSIONS[self.version]
 
     def least_passes(self, classes):
         return 2 + 4 + 1  # the clean image, also in half precision; a step of APGD, and a look at what it leads to
@@ -413,7 +415,7 @@ class AutoAttack(_Engine):
 
     def _describe(self):
         queries = [f"{self.queries} queries"] if "square" in self.parts else []
-        then = ", then standard" if self.exhaustive else ""
+        then = {"fast": f", then standard on {'all that is left' if self.exhaustive else 'close calls'}"}.get(self.version, "")
         return [f"AutoAttack, version {self.version}{then}", f"{self.steps} steps", *queries]
 
 
