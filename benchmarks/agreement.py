@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -78,7 +79,7 @@ def _our_l2(model, x, y, eps, start):
 
 def _torchattacks_tpgd(model, x, y, eps, start):
     with _drawn("randn_like", (start - x) / eps):
-        return import_module("torchattacks").TPGD(model, eps=eps, alpha=eps / 10, steps=STEPS)(x)
+        return import_module("torchattacks").TPGD(model, eps=eps, alpha=eps / 10, steps=STEPS)(x, y)
 
 
 def _our_tpgd(model, x, y, eps, start):
@@ -145,13 +146,15 @@ class Arguments:
     """Our attacks beside those of torchattacks, foolbox and ART."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of trained models."""
+    """Folders of runs, or checkpoints."""
     data: tuple[Path, ...]
     """The .npz file of each."""
     out: Path
     """JSON file to write."""
     images: int = 1000
     """Maximum number of test images, the first ones."""
+    network: str | None = None
+    """The architecture of checkpoints, which are attacked at eps 8/255."""
 
 
 def table(results: dict) -> str:
@@ -165,26 +168,34 @@ def table(results: dict) -> str:
     )  # fmt: skip
 
 
-def given(
-    path: Path, data: Path, images: int, network: str | None = None, device: str = "cpu"
-) -> tuple[nn.Module, str, float, Tensor, Tensor]:
-    """The model of a run in eval mode, its architecture and eps, and the first test images with their labels. A checkpoint alone
-    knows neither: it is a `network`, attacked at 8/255."""
+class Given(NamedTuple):
+    """What a benchmark attacks: a model in eval mode by its names, within eps; and images with their labels."""
+
+    name: str
+    network: str
+    model: nn.Module
+    eps: float
+    x: Tensor
+    y: Tensor
+
+
+def given(path: Path, data: Path, images: int, network: str | None = None, device: str = "cpu") -> Given:
+    """The model of a run or checkpoint, and the first test images. A checkpoint does not know its `network` and eps, 8/255."""
     dataset = load_npz(data)
-    model, config = load_model(path, dataset, network)
+    model, config = load_model(path, dataset, network, option="--network")
     x, y = floats(dataset.test, torch.arange(min(images, len(dataset.test))), device, torch.contiguous_format)
     name, eps = (config.model, config.eps / 255) if config else (str(network), 8 / 255)
-    return model.requires_grad_(False).to(device), name, eps, x, y
+    return Given(path.name if path.is_dir() else path.stem, name, model.requires_grad_(False).to(device), eps, x, y)
 
 
 def main(args: Arguments) -> None:
     records = []
     for run, path in zip(args.runs, args.data, strict=True):
-        model, network, eps, x, y = given(run, path, args.images)
+        name, network, model, eps, x, y = given(run, path, args.images, args.network)
         for pair in PAIRS:
             for dtype in pair.dtypes:
                 found = compare(pair, copy.deepcopy(model).to(dtype), x.to(dtype), y, eps)
-                records.append({"run": run.name, "model": network, "images": len(x), "eps": eps} | found)
+                records.append({"run": name, "model": network, "images": len(x), "eps": eps} | found)
                 print(records[-1], flush=True)
     measure.write(args.out, measure.begun("agreement", "cpu", agreement=records))
     wrong = [r for r in records if abs(r["accuracy"][0] - r["accuracy"][1]) > POINTS]

@@ -32,7 +32,7 @@ class Arguments:
     """Our AutoAttack against torchattacks', on the same model and images."""
 
     model: tyro.conf.Positional[Path]
-    """The folder of a run."""
+    """The folder of a run, or a checkpoint."""
     data: Path
     """The data set as an .npz file, of which test images are attacked."""
     out: Path
@@ -44,6 +44,8 @@ class Arguments:
     """Queries of Square; fewer for a rehearsal."""
     published: bool = True
     """Whether ours also runs at the published steps."""
+    network: str | None = None
+    """The architecture of a checkpoint, which is attacked at eps 8/255."""
 
 
 # (model, x, y) -> (stage, seconds, samples still robust [B]) after each attack
@@ -134,7 +136,7 @@ def table(results: dict) -> str:
 
 def main(args: Arguments) -> None:
     torch.set_num_threads(2)
-    model, network, eps, x, y = given(args.model, args.data, args.images)
+    name, network, model, eps, x, y = given(args.model, args.data, args.images, args.network)
     how = eps, args.norm
     providers = {"torchattacks": torchattacks(*how, args.queries), "spat_kernels": ours(*how, STEPS, args.queries)}
     if args.published:
@@ -142,7 +144,7 @@ def main(args: Arguments) -> None:
     with torch.no_grad():
         clean = 100 * (model(x).argmax(1) == y).double().mean().item()
     found = judged(compare(model, x, y, providers, BATCH), y)
-    settings = {"model": args.model.name, "network": network, "eps": eps, "norm": args.norm, "images": len(x)}
+    settings = {"model": name, "network": network, "eps": eps, "norm": args.norm, "images": len(x)}
     settings |= {"batch_size": BATCH, "queries": args.queries, "published": args.published, "clean": clean}
     results = measure.begun("autoattack", "cpu", settings=settings, autoattack=found)
     measure.write(args.out, results)

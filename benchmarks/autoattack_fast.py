@@ -91,9 +91,9 @@ def table(results: dict) -> str:
 @torch.no_grad()
 def main(args: Arguments) -> None:
     torch.set_num_threads(2)
-    model, network, eps, x, y = given(args.model, args.data, args.images, args.network)
+    name, network, model, eps, x, y = given(args.model, args.data, args.images, args.network)
     right = model(x).argmax(1) == y
-    settings = {"model": args.model.stem, "network": network, "eps": eps, "batch_size": BATCH, "precision": args.precision}
+    settings = {"model": name, "network": network, "eps": eps, "batch_size": BATCH, "precision": args.precision}
     results = measure.begun("autoattack_fast", "cpu", settings=settings)
     for found in compare(model, x, y, eps, args.precision):
         done = len(found["fast"]["broken_by"])

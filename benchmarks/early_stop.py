@@ -125,9 +125,9 @@ def table(results: dict) -> str:
 @torch.no_grad()
 def main(args: Arguments) -> None:
     torch.set_num_threads(2)
-    model, network, eps, x, y = given(args.model, args.data, 10 * args.images, args.network, args.device)
+    name, network, model, eps, x, y = given(args.model, args.data, 10 * args.images, args.network, args.device)
     right = (predictions(model(x)) == y).nonzero()[: args.images, 0]
-    settings = {"model": args.model.stem, "network": network, "eps": eps, "steps": args.steps}
+    settings = {"model": name, "network": network, "eps": eps, "steps": args.steps}
     settings |= {"batch_size": args.batch_size, "precision": args.precision}
     results = measure.begun("early_stop", args.device, settings=settings)
     for found in compare(model, x[right], y[right], eps, args):

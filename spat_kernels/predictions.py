@@ -26,8 +26,8 @@ def other_classes(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return others, logits.gather(1, others) > -torch.inf
 
 
-def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """p_y - max_{k != y} p_k of logits [B, K]: [B] in fp32 (fp64), the negative of the loss "pma"."""
+def probability_lead(logits: Tensor, y: Tensor) -> Tensor:
+    """p_y - max_{k != y} p_k of logits [B, K]: [B] in fp32 (fp64), the negative of the loss "pma". NaN without a softmax."""
     value = torch.empty(len(logits), dtype=acc_dtype(logits.dtype), device=logits.device)
     ops.pma_grad(logits.contiguous(), y, torch.empty_like(logits), value)
     return -value

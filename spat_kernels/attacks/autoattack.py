@@ -1,16 +1,16 @@
 """AutoAttack: attacks without parameters to tune, one after the other, each on what is still correct (arXiv 2003.01690).
 
 standard    APGD-CE, APGD-T, FAB-T, Square
-fast        APGD-PMA, APGD-T towards the two nearest classes (MALT, targeting.py), then standard on close calls: images that
-            lost most of their margin p_y - max p_k. Elsewhere standard finds next to nothing, for four fifths of its passes;
-            but where gradients are masked, Square finds more: `exhaustive` has standard follow on all that is left
+fast        APGD-PMA, APGD-T towards the two nearest classes (MALT, targeting.py), then standard on close calls alone: images
+            whose label has lost most of its lead p_y - max p_k. Where gradients are masked, or logits are so large that every
+            p is 0 or 1, images that could be broken are no close calls: `exhaustive` has standard follow on all that is left
 plus        APGD-CE and APGD-DLR (5 restarts each), FAB (5 restarts), Square, APGD-T, FAB-T
 rand        APGD-CE and APGD-DLR, each gradient averaged over 20 passes, for models that draw random numbers
 
 In L1 (arXiv 2103.01208) APGD searches in larger balls first, and "standard" has 5 restarts of APGD-CE and 5 targets of APGD-T.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from .. import checks, losses
 from ..input_gradient.autograd import InputGradient
 from ..model_state.borrow import borrowed
 from ..ops._common import acc_dtype
-from ..predictions import predictions, probability_margin
+from ..predictions import predictions, probability_lead
 from ..settings import AttackSettings, Graph, Precision, Targeting, Version
 from . import gradient_masking
 from ._common import BallAttack, Tally, as_dense, take_rows
@@ -38,10 +38,9 @@ VERSIONS: dict[Version, tuple[str, ...]] = {
 }
 ATTACKS = tuple(dict.fromkeys(VERSIONS["plus"] + VERSIONS["fast"]))
 LOSS_OF = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-pma": "pma", "apgd-t": "dlr", "apgd-t-malt": "dlr"}
-TARGETS, TARGETS_L1 = {"apgd-t": 9, "apgd-t-malt": 2, "fab-t": 9}, 5
-# An image is a close call if this share of its margin is left. On robust networks of CIFAR-10 and MNIST these are 7 to 13 % of
-# what APGD-PMA and APGD-T leave, and nearly all that standard breaks then (benchmarks/NOTES.md).
-CLOSE = 0.15
+TARGETS, TARGETS_L1, TARGETS_FAST = {"apgd-t": 9, "apgd-t-malt": 9, "fab-t": 9}, 5, 2
+FIRST = VERSIONS["fast"][:2]  # what comes before the close calls
+CLOSE = 0.15  # the share of its lead that a close call has left, at most; benchmarks/NOTES.md says what that finds and costs
 
 
 def fewest_classes(name: str) -> int:
@@ -79,9 +78,11 @@ class AutoAttack(BallAttack):
     Each call draws the same random numbers, from a generator of its own.
 
     Args:
-        version: "standard" (APGD-CE, APGD-T, FAB-T, Square), "fast" (APGD-PMA, APGD-T by MALT, then "standard" on close calls),
-            "plus" or "rand"; or names of attacks in their order, of those in "plus" and "fast", each with one restart.
-        exhaustive: whether in "fast" the attacks of "standard" are made on all that is left.
+        version: "standard" (APGD-CE, APGD-T, FAB-T, Square), "fast" (APGD-PMA, APGD-T to 2 classes by MALT, then "standard" on
+            close calls), "plus" or "rand"; or names of attacks in their order, of those in "plus" and "fast": each with one
+            restart, and towards 9 classes if targeted.
+        exhaustive: whether in "fast" the attacks of "standard" are made on all that is left. Without it what only Square can
+            break is not looked for.
         steps: of APGD and FAB.
         queries: of Square, which "rand" leaves out.
         seed: of all random numbers that are not the model's.
@@ -142,7 +143,7 @@ class AutoAttack(BallAttack):
         Warns:
             RuntimeWarning: a sign that the result may be too good (`gradient_masking.py`): outputs that are random (or, for
                 "rand", not), probabilities instead of logits, NaN; gradients that are 0; images that Square breaks and gradients
-                do not. The gradient was NaN for some samples, as for `PGD`.
+                do not ("fast" asks it about close calls alone). The gradient was NaN for some samples, as for `PGD`.
         """
         *_, result = self.stages(model, x, y)
         return result
@@ -156,23 +157,27 @@ class AutoAttack(BallAttack):
         """
         highest_label = self._check_batch(model, x, y)
         if "square" in self.attacks:
-            check_pixels(x, self.norm, self.attacks)
+            check_pixels(x, self.norm, self._instead(lambda name: name != "square"))
         x, y = as_dense(x, y)
         generator = torch.Generator(x.device).manual_seed(self.seed)
         tally = Tally(x, self.budget)
         result = Result(x.clone(), tally.forwards, tally.backwards, torch.full_like(y, -1), ("clean", *self.attacks))
-        margin = torch.ones(len(x), dtype=acc_dtype(x.dtype), device=x.device)
-        classes, only_here = self._without_attack(model, x, y, highest_label, result, tally, margin)
-        close = CLOSE * margin
+        lead = torch.ones(len(x), dtype=acc_dtype(x.dtype), device=x.device)
+        classes, only_here = self._without_attack(model, x, y, highest_label, result, tally, lead)
+        close = CLOSE * lead
         for rows in self._batches(result.robust & ~only_here)[:1]:
             self._warn_of_signs(model, x[rows], y[rows], highest_label)
         yield result
         for number, name in enumerate(self.attacks, 1):
-            attacked = result.robust & (margin <= close) if self._is_for_close_calls(name) else result.robust
+            attacked = result.robust
+            if self._asks_close_calls and name not in FIRST:
+                attacked = attacked & ~(lead > close)  # NaN is close
             # Attacks leave alone what is misclassified as it is: what is so in `precision` only, they attack without.
             for precision, chosen in ((self.precision, ~only_here), (None, only_here)):
                 for batch in self._batches(attacked & chosen):
-                    rows = batch[~tally.spent(batch, self._least(name, classes))]
+                    poor = tally.spent(batch, self._least(name, classes))
+                    lead[batch[poor]] = 0  # it may be close: this attack does not say
+                    rows = batch[~poor]
                     if not len(rows):
                         continue
                     attack = self._attack(name, classes, take_rows(self.eps, rows), generator, precision)
@@ -181,7 +186,7 @@ class AutoAttack(BallAttack):
                     tally.add(rows, forwards, backwards)
                     tally.add(rows, 1)
                     logits = self._logits(model, found, highest_label)
-                    margin[rows] = margin[rows].minimum(probability_margin(logits, y[rows]).to(margin.dtype))
+                    self._lower(lead, rows, logits, y)
                     broken = predictions(logits) != y[rows]
                     result.x_adv[rows[broken]] = found[broken]
                     result.broken_by[rows[broken]] = number
@@ -190,9 +195,9 @@ class AutoAttack(BallAttack):
             yield result
 
     def _without_attack(
-        self, model, x: Tensor, y: Tensor, highest_label: int, result: Result, tally: Tally, margin: Tensor
+        self, model, x: Tensor, y: Tensor, highest_label: int, result: Result, tally: Tally, lead: Tensor
     ) -> tuple[int, Tensor]:
-        """Put what is misclassified as it is into `result`, the margins into `margin`, and warn of strange logits.
+        """Put what is misclassified as it is into `result`, the leads of labels into `lead`, and warn of strange logits.
 
         Returns:
             tuple: the number of classes, 0 without images; bool [B], what is misclassified in `precision` only.
@@ -208,7 +213,7 @@ class AutoAttack(BallAttack):
             unanswered += int(logits.isnan().any(1).sum())
             probabilities = probabilities and gradient_masking.are_probabilities(logits)
             result.broken_by[rows[predictions(logits) != y[rows]]] = 0
-            margin[rows] = probability_margin(logits, y[rows]).to(margin.dtype)
+            self._lower(lead, rows, logits, y)
             rows = rows[~tally.spent(rows)]
             if self.precision is not None and len(rows):
                 tally.add(rows, 1)
@@ -223,7 +228,7 @@ class AutoAttack(BallAttack):
     def _warn_of_square(self, alone: int, images: int) -> None:
         if alone > gradient_masking.SQUARE_SHARE * images:
             checks.warn(
-                f"Square, which needs no gradients, broke {alone} of {images} images that the attacks by gradients left: "
+                f"Square, which needs no gradients, broke {alone} of {images} images, and the attacks by gradients did not: "
                 "the gradients may be masked, and the model less robust than it looks"
             )
 
@@ -254,7 +259,12 @@ class AutoAttack(BallAttack):
             "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
             "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
         }  # fmt: skip
-        targets = min(TARGETS_L1 if in_l1 and name == "apgd-t" else TARGETS[name], classes - 1) if name in TARGETS else None
+        targets = TARGETS.get(name)
+        if name == "apgd-t" and in_l1:
+            targets = TARGETS_L1
+        elif name == "apgd-t-malt" and self.version == "fast":
+            targets = TARGETS_FAST
+        targets = targets and min(targets, classes - 1)
         if name == "square":
             return Square(eps, queries=self.queries, **common)
         if name.startswith("fab"):
@@ -265,8 +275,14 @@ class AutoAttack(BallAttack):
             eps, loss=LOSS_OF[name], steps=self.steps, targets=targets, targeting=targeting, eot=eot, graph=self.graph, **common
         )
 
-    def _is_for_close_calls(self, name: str) -> bool:
-        return self.version == "fast" and not self.exhaustive and name in VERSIONS["standard"]
+    @property
+    def _asks_close_calls(self) -> bool:
+        return self.version == "fast" and not self.exhaustive
+
+    def _lower(self, lead: Tensor, rows: Tensor, logits: Tensor, y: Tensor) -> None:
+        """Note the leads of the samples `rows`, where they decide what is attacked."""
+        if self._asks_close_calls:
+            lead[rows] = lead[rows].minimum(probability_lead(logits, y[rows]).to(lead.dtype))
 
     @staticmethod
     def _least(name: str, classes: int) -> int:
@@ -283,10 +299,14 @@ class AutoAttack(BallAttack):
             return InputGradient(model, None, highest_label).logits(x)
 
     def _check_classes(self, classes: int) -> None:
-        fitting = tuple(name for name in self.attacks if fewest_classes(name) <= classes)
         for name in self.attacks:
-            if name not in fitting:
+            if fewest_classes(name) > classes:
                 raise ValueError(
                     f"version={self.version!r}: the loss of {name} needs at least {fewest_classes(name)} classes, the model has "
-                    f"{classes}: use version={fitting!r}{' without exhaustive' * self.exhaustive}"
+                    f"{classes}: {self._instead(lambda name: fewest_classes(name) <= classes)}"
                 )
+
+    def _instead(self, fits: Callable[[str], bool]) -> str:
+        """What to do where not all attacks fit: name those that do; of "fast" the first, as the others are for close calls."""
+        names = tuple(filter(fits, FIRST if self.version == "fast" else self.attacks))
+        return f"use version={names!r}{' without exhaustive' * self.exhaustive}" if names else "choose other attacks"

@@ -39,13 +39,14 @@ if TYPE_CHECKING:
 # plan and by autograd, gradients in batches of 8, 16, 24, ..., 120 were those in a batch of 128 to the bit; in batches of 1, 3,
 # 13, 31, 65 some were not. Other machines may differ: hence the comparison.
 MULTIPLE = 8
-# A smaller batch costs a comparison, and must save twice of that: in all steps that are left, but where cycles are looked for,
-# most samples leave soon, so only the next few steps count.
+# A smaller batch must save at least twice what the comparison costs: a step is two passes, so (size - smaller) * steps is at
+# least 4 * size. Of the steps to come only these count where cycles are looked for, since most samples leave soon, and where the
+# samples pay for the comparison out of a budget.
 AHEAD = 16
 # On GPUs a batch has this share of the one before: each size has a graph, and half a batch would be replayed by the graph of all.
 QUARTER = 4
 COMPARISON = 4  # passes: a forward and a backward in both batches
-SHRINK = 0.75  # the share of the batch whose gradients had other bits, at which a comparison may be worth it again
+SHRINK = 0.75  # after a size whose gradients had other bits, the next one that is tried is at most this share of it
 # The share of the largest element by which gradients on a GPU may differ between two calls, since atomic additions have no order.
 NOISE = 1e-2
 
@@ -168,7 +169,7 @@ class _Climb:
         self.iterate, self.live = start[index], torch.isin(index, rows)
         self.history = index.new_zeros(steps if attack.settings.looks_for_cycles else 0, len(index))
         self.period = torch.zeros_like(index)
-        self.largest = float(len(index))  # of the sizes that are worth a comparison
+        self.largest = float(len(index))  # the largest size that may still be tried
         self._take(index)
 
     def run(self) -> None:
@@ -236,7 +237,8 @@ class _Climb:
             smaller = size
             while -(-smaller // QUARTER) >= max(left, 1) and smaller > 1:
                 smaller = -(-smaller // QUARTER)
-        ahead = min(self.steps - self.done, AHEAD if attack.settings.looks_for_cycles else self.steps)
+        few = attack.settings.looks_for_cycles or attack.tally.limit is not None
+        ahead = min(self.steps - self.done, AHEAD if few else self.steps)
         pays = smaller <= self.largest and (size - smaller) * ahead >= COMPARISON * size
         poor = attack.tally.spent(self.index[self.live], COMPARISON + 2 + attack.reserve)
         if not left or not pays or poor.any():

@@ -102,15 +102,13 @@ class Square(RestartedAttack):
         return tally.result(x_adv)
 
 
-def check_pixels(x: Tensor, norm: str, attacks: tuple[str, ...] = ()) -> None:
-    """That x is what Square takes; without it AutoAttack could do with the others of its `attacks`."""
+def check_pixels(x: Tensor, norm: str, remedy: str = "") -> None:
+    """That x is what Square takes."""
     least = 1 if norm == "linf" else 5
     if x.ndim != 4 or (x.numel() > 0 and min(x.shape[2:]) < least):
-        others = tuple(name for name in attacks if name != "square")
-        remedy = f": leave Square out by version={others}" if others else ""
         raise ValueError(
             f"x must be images [B, C, H, W] of at least {least}x{least} pixels for norm={norm!r}, "
-            f"got shape {list(x.shape)}{remedy}"
+            f"got shape {list(x.shape)}{remedy and ': ' + remedy}"
         )
 
 

@@ -43,7 +43,7 @@ ATTACKS = {
     "square-l2": partial(Square, queries=20, norm="l2", restarts=2),
     "square-l1": partial(Square, queries=20, norm="l1", restarts=2),
     "autoattack": partial(AutoAttack, steps=3, queries=20),
-    "autoattack-fast": partial(AutoAttack, steps=3, version="fast"),
+    "autoattack-fast": partial(AutoAttack, steps=3, queries=20, version="fast"),
     "autoattack-l1": partial(AutoAttack, steps=3, queries=20, norm="l1"),
     "autoattack-plus-l2": partial(AutoAttack, steps=2, queries=10, norm="l2", version="plus"),
 }
@@ -74,8 +74,10 @@ def test_leaves_no_trace(name, bn_mode):
     assert x_adv.grad_fn is None
     for size in (len(x), 0):
         with torch.inference_mode():
-            inside = seeded(name, bn_mode=bn_mode).run(model, x.detach()[:size] + 0, y[:size] + 0)
+            images, labels = x.detach()[:size] + 0, y[:size] + 0
+            inside, called = seeded(name, bn_mode=bn_mode).run(model, images, labels), seeded(name)(model, images, labels)
         assert inside.x_adv.shape == x[:size].shape
+        assert not called.is_inference()
         assert not any(t.is_inference() for t in (inside.x_adv, inside.forwards, inside.backwards))
 
 
@@ -448,8 +450,8 @@ def test_images_that_square_does_not_take():
     for attack, images, message in [
         (Square(0.1), x.flatten(1), r"x must be images \[B, C, H, W\] of at least 1x1 pixels"),
         (Square(0.1, norm="l2"), x[:, :, :4], r"at least 5x5 pixels for norm='l2', got shape \[6, 3, 4, 8\]"),
-        (AutoAttack(0.1), x.flatten(1), r"\[B, C, H, W\] of at least 1x1.*shape \[6, 192\]: leave Square"),
-        (AutoAttack(0.1, version=("square",)), x.flatten(1), r"got shape \[6, 192\]$"),
+        (AutoAttack(0.1), x.flatten(1), r"\[B, C, H, W\] of at least 1x1.*shape \[6, 192\]: use version="),
+        (AutoAttack(0.1, version=("square",)), x.flatten(1), r"got shape \[6, 192\]: choose other attacks"),
         (AutoAttack(0.1, norm="l2"), x[..., :4], "of at least 5x5 pixels for norm="),
         (Square(0.1, norm="l1"), x[..., :4], "of at least 5x5 pixels for norm='l1'"),
     ]:

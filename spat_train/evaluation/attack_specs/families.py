@@ -370,7 +370,7 @@ class AutoAttack(_Engine):
         "autoattack-rand": ("autoattack:version=rand", "the same for randomised models"),
         "autoattack-fast": (
             "autoattack:version=fast",
-            "PMA (Xie et al., 2025), MALT (Melamed et al., 2024), then all on close calls",
+            "PMA (Xie et al., 2025), MALT (Melamed et al., 2024), then the rest on close calls",
         ),
     }
 
@@ -415,7 +415,7 @@ class AutoAttack(_Engine):
 
     def _describe(self):
         queries = [f"{self.queries} queries"] if "square" in self.parts else []
-        then = {"fast": f", then standard on {'all that is left' if self.exhaustive else 'close calls'}"}.get(self.version, "")
+        then = f", then standard on {'all that is left' if self.exhaustive else 'close calls'}" if self.version == "fast" else ""
         return [f"AutoAttack, version {self.version}{then}", f"{self.steps} steps", *queries]
 
 
