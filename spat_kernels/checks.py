@@ -45,6 +45,11 @@ def check_graph(value) -> None:
         check_choice("graph", value, ("auto",))
 
 
+def check_flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {kind(value)}")
+
+
 def check_count(name: str, value, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {kind(value)}")

@@ -84,8 +84,8 @@ class APGD(RestartedAttack):
         if self.targeting == "malt" and self.targets is None:
             raise ValueError("targeting='malt' is an order of targets: give targets=9, or leave it out")
         checks.check_number("rho", self.rho, lambda v: 0 <= v <= 1, "in [0, 1], the share of steps that must raise the loss")
-        if not (self.multi_eps is None or isinstance(self.multi_eps, bool)):
-            raise TypeError(f"multi_eps must be True, False or None, got {checks.kind(self.multi_eps)}")
+        if self.multi_eps is not None:
+            checks.check_flag("multi_eps", self.multi_eps)
         if self.multi_eps and self.norm != "l1":
             raise ValueError(f"multi_eps=True with norm={self.norm!r}: it is for L1: leave it out")
 

@@ -82,7 +82,7 @@ class AutoAttack(BallAttack):
             close calls), "plus" or "rand"; or names of attacks in their order, of those in "plus" and "fast": each with one
             restart, and towards 9 classes if targeted.
         exhaustive: whether in "fast" the attacks of "standard" are made on all that is left. Without it what only Square can
-            break is not looked for.
+            break is not looked for. The smaller the logits, the more images are close calls, and the more "fast" costs.
         steps: of APGD and FAB.
         queries: of Square, which "rand" leaves out.
         seed: of all random numbers that are not the model's.
@@ -104,6 +104,7 @@ class AutoAttack(BallAttack):
 
     def __post_init__(self):
         super().__post_init__()
+        checks.check_flag("exhaustive", self.exhaustive)
         checks.check_count("seed", self.seed, 0)
         if self.batch_size is not None:
             checks.check_count("batch_size", self.batch_size, 1)
@@ -246,7 +247,7 @@ class AutoAttack(BallAttack):
             if zero:
                 checks.warn(
                     f"the gradient of the margin is 0 or NaN at {zero} of the first {len(x)} images: attacks by gradients cannot "
-                    "move them, so they may look robust without being so"
+                    f"move them, so they may look robust without being so{': use exhaustive=True' * self._asks_close_calls}"
                 )
 
     def _attack(
@@ -307,6 +308,6 @@ class AutoAttack(BallAttack):
                 )
 
     def _instead(self, fits: Callable[[str], bool]) -> str:
-        """What to do where not all attacks fit: name those that do; of "fast" the first, as the others are for close calls."""
-        names = tuple(filter(fits, FIRST if self.version == "fast" else self.attacks))
+        """What to do where not all attacks fit: name those that do, which then attack all that is left, also those of "fast"."""
+        names = tuple(filter(fits, self.attacks))
         return f"use version={names!r}{' without exhaustive' * self.exhaustive}" if names else "choose other attacks"

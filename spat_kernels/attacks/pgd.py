@@ -90,6 +90,8 @@ class PGD(RestartedAttack):
     looks_first: ClassVar[bool] = True  # whether `SegmentRun` tests the iterate it starts from for success
 
     def __post_init__(self):
+        checks.check_flag("targeted", self.targeted)
+        checks.check_flag("random_start", self.random_start)
         self.loss = loss = as_loss(self.loss)
         loss.check_targeted(self.targeted)
         super().__post_init__()
