@@ -81,7 +81,8 @@ class Build(BuildExtension):
         target = Path(self.build_temp, source.name).with_suffix(".cu.o").absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         flags = ["-O3", "-std=c++20", "-fmad=false", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
-        failed = subprocess.call([NVCC, *flags, *ARCHS, "-c", str(source), "-o", str(target)])
+        archs = ["-gencode=arch=compute_90a,code=sm_90a"] if source.stem.endswith("_sm90a") else ARCHS
+        failed = subprocess.call([NVCC, *flags, *archs, "-c", str(source), "-o", str(target)])
         need(not failed, f"nvcc fails on {source}, as it says above: name another toolkit by CUDA_HOME, {WITHOUT}")
         return str(target)
 

@@ -203,6 +203,19 @@ void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, con
 // thread; exponentials, ranks and crops weigh more than a step.
 constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4;
 
+#ifdef SPAT_CUDA
+// On the current stream of the device of `t`.
+template <class Args>
+void run_on_gpu(const Args& args, const Tensor& t, int (*launch)(const Args&, void*)) {
+  torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  const int error = launch(args, stream);
+  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error), " (built for CUDA " SPAT_CUDA
+                  "; for another GPU set TORCH_CUDA_ARCH_LIST and install again, or set SPAT_KERNELS_BACKEND=triton)");
+}
+#endif
+
 template <class Args>
 void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*cpu)(const Args&, int64_t, int64_t),
          [[maybe_unused]] std::type_identity_t<int (*)(const Args&, void*)> launch) {
@@ -214,12 +227,7 @@ void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*
     return;
   }
 #ifdef SPAT_CUDA
-  torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  const int error = launch(args, stream);
-  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error), " (built for CUDA " SPAT_CUDA
-                  "; for another GPU set TORCH_CUDA_ARCH_LIST and install again, or set SPAT_KERNELS_BACKEND=triton)");
+  run_on_gpu(args, t, launch);
 #endif
 }
 
@@ -229,6 +237,21 @@ void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*
 #define SPAT_LAUNCHER(name) nullptr
 #endif
 #define SPAT_RUN(name, args, t, count, item) run(args, t, count, item, name##_cpu, SPAT_LAUNCHER(name))
+
+#if defined(SPAT_CUDA) || defined(SPAT_CUDA_ON_CPU)
+#define SPAT_CONVOLUTIONS
+// Convolutions are for Hopper alone; tests/cuda_on_cpu has them on CPU tensors.
+template <class Args>
+void run_conv(const Args& args, const Tensor& out, int (*launch)(const Args&, void*)) {
+  if (out.numel() == 0) return;
+#ifdef SPAT_CUDA
+  run_on_gpu(args, out, launch);
+#else
+  const int error = launch(args, nullptr);
+  STD_TORCH_CHECK(error == 0, cuda_error_name(error));
+#endif
+}
+#endif
 
 // ---- the ops, in the order of their schemas' arguments -----------------------------------------------------------------------
 
@@ -313,25 +336,36 @@ void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_succes
   SPAT_RUN(keep_best, args, best, images.samples, images.sample_numel);
 }
 
-void scale_shift_relu(Tensor a, std::optional<Tensor> b, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                      std::optional<Tensor> total, Tensor out, std::optional<Tensor> mask, bool relu) {
-  const Channels shape = channels_of(a, "a");
+ScaleShiftRelu forward_pass(const Tensor& first, const void* a, const std::optional<Tensor>& b, const std::optional<Tensor>& scale,
+                            const std::optional<Tensor>& shift, const std::optional<Tensor>& total, const Tensor& out,
+                            const std::optional<Tensor>& mask, bool relu) {
+  const Channels shape = channels_of(first, "the first image");
   const ScalarType acc = acc_type(shape.dtype);
   STD_TORCH_CHECK(relu || !mask, "mask goes with relu");
-  const ScaleShiftRelu args{shape, a.const_data_ptr(), channels_like(b, a, "b"),
-                            optional_vector(scale, shape.channels, acc, a, "scale"),
-                            optional_vector(shift, shape.channels, acc, a, "shift"),
-                            channels_like(total, a, "total"), channels_like(out, a, "out"), mask_of(mask, shape, a), relu};
-  SPAT_RUN(scale_shift_relu, args, a, shape.rows, shape.channels);
+  return {shape, a, channels_like(b, first, "b"), optional_vector(scale, shape.channels, acc, first, "scale"),
+          optional_vector(shift, shape.channels, acc, first, "shift"), channels_like(total, first, "total"),
+          channels_like(out, first, "out"), mask_of(mask, shape, first), relu};
+}
+
+ScaleShiftReluGrad backward_pass(const Tensor& first, const void* grad, const std::optional<Tensor>& grad2,
+                                 const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
+                                 const std::optional<Tensor>& residual, const Tensor& dx) {
+  const Channels shape = channels_of(first, "the first image");
+  return {shape, grad, channels_like(grad2, first, "grad2"), mask_of(mask, shape, first),
+          optional_vector(scale, shape.channels, acc_type(shape.dtype), first, "scale"),
+          channels_like(residual, first, "residual"), channels_like(dx, first, "dx")};
+}
+
+void scale_shift_relu(Tensor a, std::optional<Tensor> b, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                      std::optional<Tensor> total, Tensor out, std::optional<Tensor> mask, bool relu) {
+  const ScaleShiftRelu args = forward_pass(a, a.const_data_ptr(), b, scale, shift, total, out, mask, relu);
+  SPAT_RUN(scale_shift_relu, args, a, args.shape.rows, args.shape.channels);
 }
 
 void scale_shift_relu_grad(Tensor grad, std::optional<Tensor> grad2, std::optional<Tensor> mask, std::optional<Tensor> scale,
                            std::optional<Tensor> residual, Tensor dx) {
-  const Channels shape = channels_of(grad, "grad");
-  const ScaleShiftReluGrad args{shape, grad.const_data_ptr(), channels_like(grad2, grad, "grad2"), mask_of(mask, shape, grad),
-                                optional_vector(scale, shape.channels, acc_type(shape.dtype), grad, "scale"),
-                                channels_like(residual, grad, "residual"), channels_like(dx, grad, "dx")};
-  SPAT_RUN(scale_shift_relu_grad, args, grad, shape.rows, shape.channels);
+  const ScaleShiftReluGrad args = backward_pass(grad, grad.const_data_ptr(), grad2, mask, scale, residual, dx);
+  SPAT_RUN(scale_shift_relu_grad, args, grad, args.shape.rows, args.shape.channels);
 }
 
 void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, Tensor out) {
@@ -401,7 +435,69 @@ void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, 
   SPAT_RUN(crop_flip, args, images, samples, kCrop * sample_numel);
 }
 
+#ifdef SPAT_CONVOLUTIONS
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t stride, int64_t pad_height, int64_t pad_width,
+             int64_t tile) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x must be float16 or bfloat16");
+  for (const Tensor* t : {&x, &weight, &out}) {
+    const char* name = t == &x ? "x" : t == &weight ? "weight" : "out";
+    check_tensor(t->dim() == 4 && is_channels_last(*t) && t->size(1) % 8 == 0 && t->size(1) > 0, *t, dtype, x, name,
+                 "be channels_last with a multiple of 8 channels");
+    STD_TORCH_CHECK(is_aligned(t->const_data_ptr()), name, " must begin at a multiple of 16 bytes");
+  }
+  const int64_t samples = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t out_channels = weight.size(0), kernel_height = weight.size(2), kernel_width = weight.size(3);
+  STD_TORCH_CHECK(weight.size(1) == channels, "weight must be [K, ", channels, ", R, S]");
+  STD_TORCH_CHECK(stride >= 1 && stride <= 8 && pad_height >= 0 && pad_height < kernel_height && pad_width >= 0 &&
+                      pad_width < kernel_width && kernel_height <= 64 && kernel_width <= 64,
+                  "stride must be 1 to 8, and padding less than the kernel, of at most 64 by 64");
+  const int64_t rows = (height + 2 * pad_height - kernel_height) / stride + 1;
+  const int64_t columns = (width + 2 * pad_width - kernel_width) / stride + 1;
+  STD_TORCH_CHECK(height + 2 * pad_height >= kernel_height && width + 2 * pad_width >= kernel_width, "weight is larger than x");
+  STD_TORCH_CHECK(out.size(0) == samples && out.size(1) == out_channels && out.size(2) == rows && out.size(3) == columns,
+                  "out must be [", samples, ", ", out_channels, ", ", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 160, "tile must be 64, 128 or 160, got ", tile);
+  STD_TORCH_CHECK(samples * rows * columns < (int64_t(1) << 31) && samples * height * width < (int64_t(1) << 31),
+                  "x must have fewer than 2^31 pixels");
+  const auto n = [](int64_t v) { return int32_t(v); };
+  return {x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(rows), n(columns),
+          n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile)};
+}
+
+// The tensors of a pass are read in packets of 16 bytes.
+void check_packets(std::initializer_list<const void*> tensors) {
+  for (const void* p : tensors) STD_TORCH_CHECK(is_aligned(p), "every tensor but mask must begin at a multiple of 16 bytes");
+}
+
+void conv_scale_shift_relu(Tensor x, Tensor weight, int64_t stride, int64_t pad_height, int64_t pad_width, std::optional<Tensor> b,
+                           std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> total, Tensor out,
+                           std::optional<Tensor> mask, bool relu, int64_t tile) {
+  const ConvScaleShiftRelu args{conv_of(x, weight, out, stride, pad_height, pad_width, tile),
+                                forward_pass(out, nullptr, b, scale, shift, total, out, mask, relu)};
+  check_packets({args.pass.b, args.pass.scale, args.pass.shift, args.pass.total});
+  run_conv(args, out, launch_conv_scale_shift_relu);
+}
+
+void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t pad_height, int64_t pad_width,
+                                std::optional<Tensor> grad2, std::optional<Tensor> mask, std::optional<Tensor> scale,
+                                std::optional<Tensor> residual, Tensor out, int64_t tile) {
+  const ConvScaleShiftReluGrad args{conv_of(x, weight, out, stride, pad_height, pad_width, tile),
+                                    backward_pass(out, nullptr, grad2, mask, scale, residual, out)};
+  check_packets({args.pass.grad2, args.pass.scale, args.pass.residual});
+  run_conv(args, out, launch_conv_scale_shift_relu_grad);
+}
+
+#endif
+
 }  // namespace
+
+#define SPAT_IMPLEMENT_CONVOLUTIONS(m)                                  \
+  m.impl("conv_scale_shift_relu", TORCH_BOX(&conv_scale_shift_relu)); \
+  m.impl("conv_scale_shift_relu_grad", TORCH_BOX(&conv_scale_shift_relu_grad));
 
 #define SPAT_IMPLEMENT(m)                                       \
   m.impl("linf_random_start_", TORCH_BOX(&linf_random_start_)); \
@@ -420,9 +516,17 @@ void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, 
   m.impl("pool_linear_grad", TORCH_BOX(&pool_linear_grad));     \
   m.impl("crop_flip", TORCH_BOX(&crop_flip));
 
-STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) { SPAT_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) {
+  SPAT_IMPLEMENT(m)
+#ifdef SPAT_CUDA_ON_CPU
+  SPAT_IMPLEMENT_CONVOLUTIONS(m)
+#endif
+}
 #ifdef SPAT_CUDA
-STABLE_TORCH_LIBRARY_IMPL(spat, CUDA, m) { SPAT_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(spat, CUDA, m) {
+  SPAT_IMPLEMENT(m)
+  SPAT_IMPLEMENT_CONVOLUTIONS(m)
+}
 #else
 #define SPAT_CUDA ""
 #endif

@@ -165,6 +165,24 @@ struct CropFlip {
   DType dtype;
 };
 
+// A convolution in half precision, for Hopper alone: images [samples, height, width, channels], weights [out_channels, kernel_height,
+// kernel_width, channels] in memory, all channels multiples of 8. A block does `tile` output channels: 64, 128 or 160.
+struct Conv {
+  const void *x, *weight;
+  int32_t samples, height, width, channels, out_height, out_width, out_channels, kernel_height, kernel_width;
+  int32_t stride, pad_height, pad_width, tile;
+};
+
+struct ConvScaleShiftRelu {
+  Conv conv;
+  ScaleShiftRelu pass;  // its `a` is what the convolution gives
+};
+
+struct ConvScaleShiftReluGrad {
+  Conv conv;
+  ScaleShiftReluGrad pass;  // its `grad` is
+};
+
 #define SPAT_DECLARE(Args, name)                               \
   void name##_cpu(const Args& args, int64_t begin, int64_t end); \
   int launch_##name(const Args& args, void* stream);
@@ -185,6 +203,9 @@ SPAT_DECLARE(PoolLinear, pool_linear)
 SPAT_DECLARE(PoolLinearGrad, pool_linear_grad)
 SPAT_DECLARE(CropFlip, crop_flip)
 #undef SPAT_DECLARE
+
+int launch_conv_scale_shift_relu(const ConvScaleShiftRelu& args, void* stream);
+int launch_conv_scale_shift_relu_grad(const ConvScaleShiftReluGrad& args, void* stream);
 
 const char* cuda_error_name(int error);
 

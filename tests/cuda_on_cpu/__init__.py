@@ -25,7 +25,8 @@ CSRC = HERE.parents[1] / "csrc"
 TORCH = Path(torch.__file__).parent
 # A misaligned packet, an index beyond an array or an overflow ends the process.
 SANITIZE = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
-FLAGS = ["-O1", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS = ["-O1", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-Wno-psabi"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DSPAT_CUDA_ON_CPU"]
 # More flags, such as -fsanitize=address, come from CXXFLAGS.
 COMPILER = [os.environ.get("CXX", "g++"), *FLAGS, *SANITIZE, *os.environ.get("CXXFLAGS", "").split()]
 INCLUDES = [f"-I{path}" for path in (HERE, CSRC, TORCH / "include", sysconfig.get_paths()["include"])]
@@ -62,7 +63,9 @@ def compile_all(sources: list[Path], target: Path, *link_flags: str) -> None:
 def build(folder: Path) -> Path:
     """The extension module, in `folder`."""
     texts = {f"{file.name}.cpp": as_cpp(file) for file in CSRC.glob("*.cu")} | {"cpu_functions.cpp": cpu_functions()}
-    for name, text in {**texts, "vec.cuh": as_cpp(CSRC / "vec.cuh")}.items():
+    stand_ins = {file.name for file in HERE.glob("*.cuh")}
+    headers = {file.name: as_cpp(HERE / file.name if file.name in stand_ins else file) for file in CSRC.glob("*.cuh")}
+    for name, text in {**texts, **headers}.items():
         (folder / name).write_text(text)
     library = folder / "_C.so"
     sources = [CSRC / "bindings.cpp", *(folder / name for name in texts)]

@@ -10,7 +10,7 @@
 #define __device__
 #define __shared__ static  // one block runs at a time
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define always_inline  // g++ cannot inline what math.h and losses.h hand over as a function pointer
 
 struct dim3 {
@@ -32,6 +32,9 @@ void run(dim3 grid, dim3 block, void (*kernel)(const void*), const void* argumen
 
 // Waits until `group` threads, a warp or the block, are at this place in the code; what each of them gave.
 const uint64_t* meet(const char* op, std::source_location at, unsigned group, uint64_t gives);
+
+// Lets the other threads run, one that waits for `what` until it is so.
+void poll(const char* what, std::source_location at);
 
 // kernel<<<grid, block, shared, stream>>>(arguments) is Launch(kernel, grid, block, shared, stream)(arguments) here.
 template <class... Parameters>
@@ -86,6 +89,14 @@ inline int __syncthreads_or(int v, std::source_location at = std::source_locatio
 }
 inline void __syncthreads(std::source_location at = std::source_location::current()) {
   cuda_on_cpu::meet("__syncthreads", at, blockDim.x, 0);
+}
+inline void __syncwarp(std::source_location at = std::source_location::current()) {
+  cuda_on_cpu::meet("__syncwarp", at, cuda_on_cpu::kWarp, 0);
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class F>
+int cudaFuncSetAttribute(F, cudaFuncAttribute, int bytes) {
+  return bytes > 227 * 1024;
 }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 template <class T>

@@ -26,6 +26,7 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   bool done;
   std::string waits_at;  // "" while it can run
+  bool polls;            // it waits for others, but for no particular ones
   unsigned group;        // how many threads it waits for: its warp, or the block
   uint64_t gives;
   std::shared_ptr<const Values> gets;  // what all of them gave
@@ -61,11 +62,13 @@ void make_threads(unsigned count) {
   }
 }
 
+bool polls(const Thread& t) { return t.polls; }
+
 // If the `group` threads from `first` on wait for each other at one place, they may run again.
 bool release(unsigned first, unsigned group) {
   if (first + group > threads.size()) return false;
   const auto begin = threads.begin() + first, end = begin + group;
-  if (begin->waits_at.empty() || begin->group != group) return false;
+  if (begin->waits_at.empty() || begin->group != group || std::any_of(begin, end, polls)) return false;
   if (!std::all_of(begin, end, [&](const Thread& t) { return t.waits_at == begin->waits_at; })) return false;
   const auto values = std::make_shared<Values>();
   for (auto t = begin; t != end; ++t) values->push_back(t->gives);
@@ -73,11 +76,16 @@ bool release(unsigned first, unsigned group) {
   return true;
 }
 
+constexpr int kPatience = 1000;  // rounds in which threads do nothing but poll
+
 bool run_block(const std::vector<unsigned>& order) {
-  for (Thread& t : threads) t.done = false;
-  for (bool released = true; released;) {
+  for (Thread& t : threads) t.done = t.polls = false;
+  int idle = 0;
+  for (bool released = true; released || (std::any_of(threads.begin(), threads.end(), polls) && idle < kPatience);) {
+    ++idle;
     for (unsigned i : order) {
-      if (threads[i].done || !threads[i].waits_at.empty()) continue;
+      if (threads[i].done || !(threads[i].waits_at.empty() || threads[i].polls)) continue;
+      if (!std::exchange(threads[i].polls, false)) idle = 0;
       threadIdx = dim3(i, 0, 0);
       swapcontext(&scheduler, &threads[i].context);
     }
@@ -114,6 +122,14 @@ cudaError_t run_grid(dim3 grid, dim3 block) {
 void run(dim3 grid, dim3 block, void (*kernel_)(const void*), const void* arguments_) {
   kernel = kernel_, arguments = arguments_;
   if (const cudaError_t error = run_grid(grid, block)) last_error = error;
+}
+
+void poll(const char* what, std::source_location at) {
+  Thread& me = threads[threadIdx.x];
+  me.waits_at = std::string(what) + ", line " + std::to_string(at.line()) + " of " + at.file_name();
+  me.polls = true, me.group = 0;
+  leave(me);
+  me.waits_at.clear();
 }
 
 const uint64_t* meet(const char* op, std::source_location at, unsigned group, uint64_t gives) {

@@ -1,0 +1,1 @@
+"""Convolutions that do the pointwise pass behind them, and the choice of who does it."""

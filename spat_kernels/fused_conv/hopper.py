@@ -1,0 +1,64 @@
+"""Convolutions with their pass in the epilogue, by our own kernel for Hopper (csrc/conv_sm90a.cu).
+
+    forward:   t = conv(x, weight) + b,   v = scale_c t + shift_c,   out = relu(v);   total = t;   mask = the bits !(v <= 0)
+    gradient:  dx = mask * (dgrad(grad, weight) + grad2) * scale_c + residual
+
+The formulas are those of ops.scale_shift_relu, whose first image is here what the convolution gives, in fp32 and not rounded. The
+gradient of a convolution of stride 1 is a convolution of `grad` with the weights turned round, which `turned` prepares.
+
+fp16 and bf16, channels_last, channels in multiples of 8, one group, no dilation, the same stride both ways. A block does 128 pixels
+of 64, 128 or 160 output channels, its `tile`: which one is fastest depends on the shape.
+"""
+
+import torch
+from torch import Tensor
+
+from .._library import cuda_built, library
+from ..ops._common import Maybe
+
+TILES = (160, 128, 64)
+HOPPER = (9, 0)
+
+for _name, _pass in {
+    "conv_scale_shift_relu": "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b!) out, Tensor(c!)? mask, bool relu",
+    "conv_scale_shift_relu_grad": "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out",
+}.items():
+    library.define(f"{_name}(Tensor x, Tensor weight, int stride, int pad_height, int pad_width, {_pass}, int tile) -> ()")
+
+
+def turned(weight: Tensor) -> Tensor:
+    """Weights [K, C, R, S] as those of the gradient, [C, K, R, S], turned by 180 degrees, channels_last."""
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def conv_scale_shift_relu(
+    x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1, padding: tuple[int, int] = (0, 0), b: Maybe = None, scale: Maybe = None,
+    shift: Maybe = None, total: Maybe = None, mask: Maybe = None, relu: bool = True, tile: int = 128,
+) -> Tensor:  # fmt: skip
+    """Write relu((conv(x, weight) + b) * scale + shift) into `out`, its sum into `total`, the ReLU's bits into `mask`; returns `out`.
+
+    x [N, C, H, W], weight [K, C, R, S], out, b and total [N, K, H', W'], scale and shift fp32 [K], mask as in ops.scale_shift_relu.
+    Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
+    """
+    torch.ops.spat.conv_scale_shift_relu.default(x, weight, stride, *padding, b, scale, shift, total, out, mask, relu, tile)
+    return out
+
+
+def conv_scale_shift_relu_grad(
+    grad: Tensor, turned_weight: Tensor, dx: Tensor, *, padding: tuple[int, int] = (0, 0), grad2: Maybe = None, mask: Maybe = None,
+    scale: Maybe = None, residual: Maybe = None, tile: int = 128,
+) -> Tensor:  # fmt: skip
+    """Write (dgrad(grad, weight) + grad2) * scale, 0 where `mask` is, plus `residual` into `dx`; returns `dx`.
+
+    grad [N, K, H', W'], `turned` weights [C, K, R, S], dx, grad2 and residual [N, C, H, W], scale fp32 [C]. `padding` is that of the
+    convolution forward, whose stride is 1. Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
+    """
+    rows, columns = turned_weight.shape[2:]
+    inner = rows - 1 - padding[0], columns - 1 - padding[1]
+    torch.ops.spat.conv_scale_shift_relu_grad.default(grad, turned_weight, 1, *inner, grad2, mask, scale, residual, dx, tile)
+    return dx
+
+
+def runs_on(device: torch.device) -> bool:
+    """Is `device` a Hopper, and the kernel built?"""
+    return bool(cuda_built) and device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER

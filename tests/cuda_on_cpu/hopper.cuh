@@ -1,0 +1,116 @@
+// In the place of csrc/hopper.cuh: what TMA, its barriers and wgmma do, as PTX describes them, thread by thread.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "dtypes.h"
+
+#define __grid_constant__
+
+namespace spat::hopper {
+
+constexpr int kDepth = 64, kWarpgroup = 128, kRowBytes = 128, kChunkBytes = 16, kSwizzle = 8;
+
+// Where value `column` of row `row` lies in a tile.
+inline int place(int row, int column) {
+  const int chunk = column / 8 ^ row % kSwizzle;
+  return row * kDepth + chunk * 8 + column % 8;
+}
+
+struct TensorMap {
+  const uint16_t* data;
+  int64_t shape[4];  // [samples, height, width, channels], or [1, rows, taps, channels]
+  int kernel[2], stride, padding[2], count;
+};
+
+struct Barrier {
+  int arrivals, pending;
+  int64_t bytes;
+  uint32_t parity;  // of the phase that is not complete yet
+
+  void check() {
+    if (pending == 0 && bytes == 0) pending = arrivals, parity ^= 1;
+  }
+};
+
+template <class T>
+int map_pixels(TensorMap& map, const void* images, const int64_t (&shape)[4], const int (&kernel)[2], int stride,
+               const int (&padding)[2], int pixels) {
+  map = {static_cast<const uint16_t*>(images), {shape[0], shape[1], shape[2], shape[3]}, {kernel[0], kernel[1]}, stride,
+         {padding[0], padding[1]}, pixels};
+  return cudaSuccess;
+}
+template <class T>
+int map_weights(TensorMap& map, const void* weights, const int64_t (&shape)[3], int count) {
+  map = {static_cast<const uint16_t*>(weights), {1, shape[0], shape[1], shape[2]}, {}, 1, {}, count};
+  return cudaSuccess;
+}
+
+inline uint16_t value(const TensorMap& map, int64_t n, int64_t y, int64_t x, int64_t channel) {
+  const int64_t at[] = {n, y, x, channel};
+  for (int i = 0; i < 4; ++i)
+    if (at[i] < 0 || at[i] >= map.shape[i]) return 0;
+  return map.data[((n * map.shape[1] + y) * map.shape[2] + x) * map.shape[3] + channel];
+}
+
+template <class Shared>
+Shared& launched_shared() {
+  static Shared shared;
+  return shared;
+}
+
+inline bool elected() { return threadIdx.x % cuda_on_cpu::kWarp == 0; }
+inline void init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline void barriers_are_ready() {}
+inline void arrive(Barrier& barrier) { --barrier.pending, barrier.check(); }
+inline void arrive_and_expect(Barrier& barrier, uint32_t bytes) { barrier.bytes += bytes, arrive(barrier); }
+inline void wait(Barrier& barrier, uint32_t parity, std::source_location at = std::source_location::current()) {
+  while (barrier.parity == (parity & 1)) cuda_on_cpu::poll("a barrier", at);
+}
+
+inline void received(Barrier& barrier, int64_t bytes) { barrier.bytes -= bytes, barrier.check(); }
+
+inline void copy_pixels(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int x, int y, int sample, int right,
+                        int down) {
+  const int64_t last_x = map.shape[2] - 1 + map.padding[1] + 1 - map.kernel[1];
+  const int64_t last_y = map.shape[1] - 1 + map.padding[0] + 1 - map.kernel[0];
+  for (int i = 0; i < map.count; ++i) {
+    for (int j = 0; j < kDepth; ++j) tile[place(i, j)] = value(map, sample, y + down, x + right, channel + j);
+    if ((x += map.stride) > last_x) x = -map.padding[1], y += map.stride;
+    if (y > last_y) y = -map.padding[0], ++sample;
+  }
+  received(barrier, int64_t(map.count) * kRowBytes);
+}
+inline void copy_weights(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int tap, int row) {
+  for (int i = 0; i < map.count; ++i)
+    for (int j = 0; j < kDepth; ++j) tile[place(i, j)] = value(map, 0, row + i, tap, channel + j);
+  received(barrier, int64_t(map.count) * kRowBytes);
+}
+
+struct Operand {
+  const uint16_t* tile;
+  int column;
+};
+inline Operand operand(const uint16_t* tile, int column) { return {tile, column}; }
+
+template <int N>
+using Sums = float[N / 2];
+template <int N>
+void hand_over(Sums<N>&) {}
+template <int N>
+void take_back(Sums<N>&) {}
+// The lanes of a warp do their products as one.
+inline void commit(std::source_location at = std::source_location::current()) {
+  cuda_on_cpu::meet("wgmma", at, cuda_on_cpu::kWarp, 0);
+}
+
+template <class T, int N>
+void multiply(Sums<N>& sums, Operand x, Operand w) {
+  const int lane = threadIdx.x % cuda_on_cpu::kWarp, warp = threadIdx.x % kWarpgroup / cuda_on_cpu::kWarp;
+  for (int i = 0; i < N / 2; ++i) {
+    const int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k)
+      sums[i] += to_acc(T{x.tile[place(row, x.column + k)]}) * to_acc(T{w.tile[place(column, w.column + k)]});
+  }
+}
+
+}  // namespace spat::hopper
