@@ -84,7 +84,7 @@ STEPS = [
          bench("attack", f"{TINY} 4 8 16 --providers 'spat eager' 'spat plan' loop torchattacks")),
     Step("early_stop", 40, bench("early_stop", f"{ROBUST} --images 1000 --batch-size 1000 --precision bf16"),
          bench("early_stop", f"{ROBUST} --images 4 --steps 6 --batch-size 4")),
-    Step("triton", 55, pytest("tests/ops -m gpu -k triton -n {processes}")),
+    Step("triton", 90, pytest("tests/ops -m gpu -k triton -n {processes}")),
     Step("breakdown", 45, bench("breakdown", "--models wrn-34-10 resnet-18 --batches 256 128"),
          bench("breakdown", "--models wrn-10-1 --batches 4 --steps 2 --precision fp32 --seconds 0")),
     Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "

@@ -4,6 +4,7 @@ Run as a program, with TRITON_INTERPRET=0 (conftest.py has Triton interpret, whi
 """
 
 import json
+import re
 import sys
 from functools import partial
 
@@ -81,6 +82,8 @@ def main(capability: int, dtypes: list[str]) -> None:
                     "wide_stores": ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64"),
                     "local_memory": ".local" in ptx,
                     "fused_multiply_add": "fma.rn" in ptx,
+                    "may_be_fused": re.findall(r"\b(?:add|sub|mul)\.(?:ftz\.)?f\d+", ptx),
+                    "approximations": re.findall(r"\b(?:div|sqrt|rsqrt|rcp)\.(?:full|approx)[.\w]*", ptx),
                 }
             )
     print(json.dumps(report))

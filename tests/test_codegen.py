@@ -99,5 +99,7 @@ def test_triton_kernels_compile(capability):
         pixels = r["kernel"] in ("split_image_kernel", "crop_flip_kernel")  # of 12 bytes, and single ones
         logits = r["kernel"] == "pool_linear_kernel"  # which are few
         assert small_rows or ((r["wide_loads"] or pixels) and (r["wide_stores"] or logits)), r
-        # exact arithmetic on images; Triton's exp, log and division have fused steps of their own
+        # exact arithmetic on images; Triton's exp and log have fused steps of their own
         assert not r["fused_multiply_add"] or r["kernel"] in ("lsce_grad_kernel", "kl_grad_kernel", "pma_grad_kernel"), r
+        assert not r["may_be_fused"], (r, "without .rn ptxas may fuse, in one variant of a kernel and not in another")
+        assert set(r["approximations"]) <= {"rcp.approx.ftz.f64"}, (r, "but for the log of fp64")

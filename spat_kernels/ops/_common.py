@@ -137,6 +137,12 @@ def launch_rows(kernel, logits: Tensor, *tensors: Maybe, numbers: tuple[float, .
 
 
 @triton.jit
+def divide(a, b):
+    """a / b, rounded to nearest as in C++. Triton's `/` does that in fp64, but in fp32 it is up to 2 ulp off (div.full.f32)."""
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
 def load_rows(ptr, i_b, i_k, B, K: tl.constexpr, other, ACC: tl.constexpr):
     """A [BLOCK_B, BLOCK_K] tile at rows i_b and columns i_k, `other` beyond the edges, and its mask."""
     m = (i_b < B)[:, None] & (i_k < K)[None, :]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import Maybe, acc_dtype, check_rows, is_class, launch_rows, safe_labels
+from ._common import Maybe, acc_dtype, check_rows, divide, is_class, launch_rows, safe_labels
 from .margin import next_ranked, without_nan
 
 # --- reference ---
@@ -80,20 +80,21 @@ def dlr_grad_kernel(
         k_up, target_valid = safe_labels(targets_ptr, i_b, B, K)
         valid = valid & target_valid
         z_up = tl.load(logits_ptr + i_b * K + k_up, mask=i_b < B, other=0.0).to(ACC)
-        b_d = z1 - (z3 + z4) / 2 + 1e-12
+        b_d = z1 - (z3 + z4) * 0.5 + 1e-12
     else:
         k_up, z_up = tl.where(k1 == b_y, k2, k1), tl.where(k1 == b_y, z2, z1)
         b_d = z1 - z3 + 1e-12
     defined = b_d - b_d == 0
     b_d = tl.where(defined, b_d, 1.0)
-    b_loss = (z_up - b_zy) / b_d
-    b_slope, b_ratio = (1.0 / b_d)[:, None], tl.where(defined & (b_loss - b_loss == 0), b_loss / b_d, 0.0)[:, None]
+    b_loss = divide(z_up - b_zy, b_d)
+    b_slope = divide(tl.full([BLOCK_B], 1.0, ACC), b_d)[:, None]
+    b_ratio = tl.where(defined & (b_loss - b_loss == 0), divide(b_loss, b_d), 0.0)[:, None]
     for first in range(0, K, BLOCK_K):
         i_k = first + tl.arange(0, BLOCK_K)[None, :]
         b_g = tl.where(i_k == k_up[:, None], b_slope, 0.0) - tl.where(i_k == b_y[:, None], b_slope, 0.0)
         b_g -= tl.where(i_k == k1[:, None], b_ratio, 0.0)
         if TARGETED:
-            b_g += tl.where((i_k == k3[:, None]) | (i_k == k4[:, None]), b_ratio / 2, 0.0)
+            b_g += tl.where((i_k == k3[:, None]) | (i_k == k4[:, None]), b_ratio * 0.5, 0.0)
         else:
             b_g += tl.where(i_k == k3[:, None], b_ratio, 0.0)
         b_g = tl.where(valid[:, None], tl.cast(scale, ACC) * b_g, float("nan"))

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import Maybe, acc_dtype, check, check_rows, launch_rows, load_rows
+from ._common import Maybe, acc_dtype, check, check_rows, divide, launch_rows, load_rows
 from .lsce import online_softmax
 
 # --- reference ---
@@ -50,7 +50,7 @@ def kl_grad_kernel(
         i_k = first + tl.arange(0, BLOCK_K)
         b_z, m = load_rows(logits_ptr, i_b, i_k, B, K, 0.0, ACC)
         b_q, m = load_rows(probs_ptr, i_b, i_k, B, K, 0.0, ACC)
-        b_g = tl.exp(b_z - b_max[:, None]) / b_total[:, None] - b_q
+        b_g = divide(tl.exp(b_z - b_max[:, None]), b_total[:, None]) - b_q
         tl.store(dlogits_ptr + i_b[:, None] * K + i_k[None, :], tl.cast(scale, ACC) * b_g, mask=m)
         if WITH_LOSS:
             b_log_q = tl.log(tl.where(b_q > 0, b_q, 1.0))

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import Maybe, acc_dtype, check, check_rows, is_class, launch_rows, load_rows, safe_labels
+from ._common import Maybe, acc_dtype, check, check_rows, divide, is_class, launch_rows, load_rows, safe_labels
 
 # --- reference ---
 
@@ -100,12 +100,12 @@ def lsce_grad_kernel(
     if NORMALIZE:
         b_factor = tl.full([BLOCK_B], 1.0, ACC)
         b_divisor = tl.where(b_sum == 0, 1.0, b_sum) + (b_total - b_total)
-    b_label_grad = tl.where(valid, alpha - b_sum * b_factor / b_divisor, float("nan"))
+    b_label_grad = tl.where(valid, alpha - divide(b_sum * b_factor, b_divisor), float("nan"))
     b_gaps = tl.zeros([BLOCK_B], ACC)
     for first in range(0, K, BLOCK_K):
         i_k = first + tl.arange(0, BLOCK_K)
         b_z, m = load_rows(logits_ptr, i_b, i_k, B, K, 0.0, ACC)
-        b_g = tl.exp(b_z - b_top[:, None]) * b_factor[:, None] / b_divisor[:, None] - off_target
+        b_g = divide(tl.exp(b_z - b_top[:, None]) * b_factor[:, None], b_divisor[:, None]) - off_target
         b_g = tl.where(i_k[None, :] == b_y[:, None], b_label_grad[:, None], tl.where(valid[:, None], b_g, float("nan")))
         tl.store(dlogits_ptr + i_b[:, None] * K + i_k[None, :], scale * b_g, mask=m)
         b_gaps += tl.sum(tl.where(m, b_zy[:, None] - b_z, 0.0), 1)

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import Maybe, acc_dtype, check_rows, is_class, launch_rows, load_rows, safe_labels
+from ._common import Maybe, acc_dtype, check_rows, divide, is_class, launch_rows, load_rows, safe_labels
 from .lsce import online_softmax
 from .margin import next_ranked
 
@@ -71,7 +71,7 @@ def one_minus_exp(b_x):
     """1 - e^x for x <= 0 without cancellation: near 0 by its series, whose first omitted term is x^13 / 13!."""
     b_series = tl.full(b_x.shape, 1.0, b_x.dtype)
     for n in tl.static_range(12, 1, -1):
-        b_series = 1.0 + b_series * b_x / n
+        b_series = 1.0 + divide(b_series * b_x, n)
     return tl.where(b_x > -0.25, -b_x * b_series, 1.0 - tl.exp(b_x))
 
 
@@ -96,11 +96,11 @@ def pma_grad_kernel(
     valid = valid & (b_sum - b_sum == 0) & (b_zw - b_zw == 0)
     b_divisor = b_el + b_sum
     b_sign = tl.where(wrong != TARGETED, 1.0, -1.0).to(ACC)
-    b_factor = tl.where(b_divisor > 0, 1.0, 0.0) if NORMALIZE else b_beside * b_divisor / (b_total * b_total)
+    b_factor = tl.where(b_divisor > 0, 1.0, 0.0) if NORMALIZE else divide(b_beside * b_divisor, b_total * b_total)
     b_at_w = b_sign * tl.cast(scale, ACC) * b_factor
     b_divisor = tl.where(b_divisor > 0, b_divisor, 1.0)
-    b_per_e = -b_at_w * b_lead / b_divisor
-    b_at_l = -b_at_w * (b_el * (b_lead + b_total) / b_divisor)
+    b_per_e = divide(-b_at_w * b_lead, b_divisor)
+    b_at_l = -b_at_w * divide(b_el * (b_lead + b_total), b_divisor)
     for first in range(0, K, BLOCK_K):
         i_k = first + tl.arange(0, BLOCK_K)
         b_z, m = load_rows(logits_ptr, i_b, i_k, B, K, 0.0, ACC)
@@ -109,7 +109,7 @@ def pma_grad_kernel(
         b_g = tl.where(i_k[None, :] == b_w[:, None], b_at_w[:, None], b_g)
         tl.store(dlogits_ptr + i_b[:, None] * K + i_k[None, :], tl.where(valid[:, None], b_g, float("nan")), mask=m)
     if WITH_LOSS:
-        tl.store(loss_ptr + i_b, tl.where(valid, b_sign * b_lead / b_total, float("nan")), mask=i_b < B)
+        tl.store(loss_ptr + i_b, tl.where(valid, divide(b_sign * b_lead, b_total), float("nan")), mask=i_b < B)
 
 
 # --- launcher ---

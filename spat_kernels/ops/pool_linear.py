@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, FLOATS, Maybe, acc_dtype, as_rows, check, check_layout, check_per_channel, tl_acc
+from ._common import EXACT, FLOATS, Maybe, acc_dtype, as_rows, check, check_layout, check_per_channel, divide, tl_acc
 from .scale_shift_relu import check_mask, unpack_bits
 
 MAX_CHANNELS = 4096  # in the shared memory of a block, 32 KiB of fp64
@@ -102,7 +102,7 @@ def pool_linear_kernel(
     for first in range(0, PIXELS, BLOCK_N):
         i_p = first + i_n[:, None]
         b_sum += tl.load(x_ptr + (i_b * PIXELS + i_p) * C + i_c, mask=(i_p < PIXELS) & (i_c < C), other=0.0).to(ACC)
-    b_pooled = tl.sum(b_sum, 0)[None, :] / PIXELS
+    b_pooled = divide(tl.sum(b_sum, 0)[None, :], PIXELS)
     for first in range(0, CLASSES, BLOCK_N):
         i_k = first + i_n
         b_w = tl.load(weight_ptr + i_k[:, None] * C + i_c, mask=(i_k < CLASSES)[:, None] & (i_c < C), other=0.0)
@@ -131,9 +131,9 @@ def pool_linear_grad_kernel(
     if factor_ptr is not None:
         b_nan = tl.sum(tl.where(b_g != b_g, 1, 0)) > 0  # which a maximum may pass over
         b_largest = tl.where(b_nan, float("nan"), tl.maximum(tl.max(tl.abs(b_g)), tl.cast(tiny, ACC)))
-        tl.store(factor_ptr + i_b, b_largest / PIXELS)
+        tl.store(factor_ptr + i_b, divide(b_largest, PIXELS))
         b_divisor = b_divisor * 0 + b_largest
-    b_g /= b_divisor
+    b_g = divide(b_g, b_divisor)
     if scale_ptr is not None:
         b_g *= tl.load(scale_ptr + i_c, mask=i_c < C, other=0.0)
     b_g = tl.broadcast_to(b_g, [BLOCK_N, BLOCK_C])

@@ -336,14 +336,18 @@ def test_devices_agree(device, name, norm, eps):
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm, eps", RADII.items())
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
-def test_replays_on_a_gpu(name, norm, eps):
+def test_replays_on_a_gpu(monkeypatch, name, norm, eps):
+    """To the bit where the batches are of one size. Later targets of APGD-T have fewer images left, which replay the capture of
+    all of them, and a GPU may round another size otherwise: gradients up to 64 ulp off have moved L2 iterates by 7e-16."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # else a backward may add in any order, by atomics
     model, x, y = (t.cuda() for t in attackable(20))
 
     def images(graph):
         return PARTS[name](eps, norm=norm, graph=graph, generator=torch.Generator("cuda").manual_seed(0))(model, x, y)
 
     expected = images(False)
-    assert all(torch.equal(images(True), expected) for _ in range(3)), "captured, then replayed"
+    for _ in range(3):  # captured, then replayed
+        torch.testing.assert_close(images(True), expected, rtol=0, atol=1e-14 if name == "apgd-t" else 0)
 
 
 # ---- errors
