@@ -3,8 +3,9 @@
 //
 // An implicit matrix product: rows are output pixels, columns output channels, the inner dimension runs over the weights of a window
 // and the channels, 64 at a time. A block does kRows x N of it, each of its two warpgroups 64 rows. TMA copies stages of both factors,
-// in its im2col mode: pixels at their places in the image, zeros outside. Two blocks share a multiprocessor, so that one multiplies
-// while the other does its epilogue. 160 columns fit the 160, 320 and 640 channels of a WRN-34-10 exactly.
+// in its im2col mode: pixels at their places in the image, zeros outside. Blocks go from tile to tile, and copies run ahead into the
+// next one. Two blocks share a multiprocessor, so that one multiplies while the other does its epilogue. 160 columns fit the 160, 320
+// and 640 channels of a WRN-34-10 exactly.
 //
 // The gradient of a convolution of stride 1 is a convolution, too, of the gradients with the weights turned round (fused_conv/hopper.py).
 #include "hopper.cuh"
@@ -24,80 +25,105 @@ struct alignas(1024) Stage {
 };
 template <int N>
 constexpr int kStages = N == 64 ? 4 : 3;  // of which two blocks fit into the shared memory of a multiprocessor
+
+// What one thread knows about the copies: where the next one is from, and where it goes. In shared memory, for the registers' sake.
+struct Copies {
+  int tile, x, y, sample, column;  // of the tile's first window
+  int down, right, channel, stage;
+  uint32_t parity;
+};
+
 template <int N>
 struct Shared {
   Stage<N> stages[kStages<N>];
   Barrier full[kStages<N>], empty[kStages<N>];
+  Copies copies;
 };
 
-// The copies of a block, by one thread: a stage is 64 channels under one weight of the window.
+// The tiles of the matrix product, those with the same pixels next to each other. A block does one of every gridDim.x.
 template <int N>
-struct Copies {
-  const TensorMap &images, &weights;
-  const Conv& c;
-  int x, y, sample, column;
-  int down = 0, right = 0, channel = 0, next = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ Copies(const TensorMap& images, const TensorMap& weights, const Conv& c, int64_t row, int column)
-      : images(images), weights(weights), c(c), column(column) {
-    const int64_t pixels = int64_t(c.out_height) * c.out_width;
-    sample = int(row / pixels);
-    const int pixel = int(row - sample * pixels), out_y = pixel / c.out_width, out_x = pixel - out_y * c.out_width;
-    y = out_y * c.stride - c.pad_height, x = out_x * c.stride - c.pad_width;
+struct Tiles {
+  int columns, count;
+  __host__ __device__ __forceinline__ explicit Tiles(const Conv& c) : columns((c.out_channels + N - 1) / N) {
+    count = (c.samples * c.out_height * c.out_width + kRows - 1) / kRows * columns;
   }
-
-  // The next stage, as soon as everybody has read what it held.
-  __device__ __forceinline__ void start(Shared<N>& shared) {
-    if (down == c.kernel_height) return;
-    Stage<N>& stage = shared.stages[next];
-    Barrier& full = shared.full[next];
-    wait(shared.empty[next], parity ^ 1);
-    arrive_and_expect(full, sizeof(stage));
-    copy_pixels(stage.pixels, images, full, channel, x, y, sample, right, down);
-    copy_weights(stage.weights, weights, full, channel, down * c.kernel_width + right, column);
-    if ((channel += kDepth) >= c.channels) channel = 0, ++right;
-    if (right == c.kernel_width) right = 0, ++down;
-    if (++next == kStages<N>) next = 0, parity ^= 1;
-  }
+  __device__ __forceinline__ int row(int tile) const { return tile / columns * kRows; }
+  __device__ __forceinline__ int column(int tile) const { return tile % columns * N; }
 };
 
-// The products of a block, by all threads. What each warp needs to say to the others goes through one lane.
+// Goes to a tile, if there is one.
+template <int N>
+__device__ __forceinline__ void go_to(Copies& copies, const Conv& c, int tile) {
+  const Tiles<N> tiles(c);
+  copies.tile = tile;
+  if (tile >= tiles.count) return;
+  const int pixels = c.out_height * c.out_width, row = tiles.row(tile);
+  const int sample = row / pixels, pixel = row - sample * pixels, out_y = pixel / c.out_width;
+  copies.sample = sample, copies.column = tiles.column(tile);
+  copies.y = out_y * c.stride - c.pad_height, copies.x = (pixel - out_y * c.out_width) * c.stride - c.pad_width;
+  copies.down = copies.right = copies.channel = 0;
+}
+
+// Starts to copy the next stage, 64 channels under one weight of the window, as soon as everybody has read what was there.
+template <int N>
+__device__ __forceinline__ void copy_next(Shared<N>& shared, const TensorMap& images, const TensorMap& weights, const Conv& c) {
+  Copies& now = shared.copies;
+  if (now.tile >= Tiles<N>(c).count) return;
+  Stage<N>& stage = shared.stages[now.stage];
+  Barrier& full = shared.full[now.stage];
+  wait(shared.empty[now.stage], now.parity ^ 1);
+  arrive_and_expect(full, sizeof(stage));
+  copy_pixels(stage.pixels, images, full, now.channel, now.x, now.y, now.sample, now.right, now.down);
+  copy_weights(stage.weights, weights, full, now.channel, now.down * c.kernel_width + now.right, now.column);
+  if (++now.stage == kStages<N>) now.stage = 0, now.parity ^= 1;
+  if ((now.channel += kDepth) < c.channels) return;
+  now.channel = 0;
+  if (++now.right < c.kernel_width) return;
+  now.right = 0;
+  if (++now.down == c.kernel_height) go_to<N>(now, c, now.tile + gridDim.x);
+}
+
+// The products of a block, by all its threads. Where one thread does something for all of its warp, it is `elected`.
 template <class T, int N>
 struct Products {
   Shared<N>& shared;
-  Copies<N>& copies;
-  Sums<N>& sums;
-  int warp, first;
-  int stage = 0, before = -1;
+  const TensorMap &images, &weights;
+  const Conv& c;
+  int warp;  // known to be the same in all of its threads
+  int stage = 0;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ Products(Shared<N>& shared, Copies<N>& copies, Sums<N>& sums)
-      : shared(shared), copies(copies), sums(sums), warp(__shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0)) {
-    first = warp / 4 * 64 * kDepth;
-    if (warp == 0 && elected())
-      for (int i = 0; i < kStages<N>; ++i) copies.start(shared);
-    __syncwarp();
-  }
-
-  // The next stage, of which so many columns are not zeros.
+  // sums += the next stage, of which COLUMNS are not zeros. The stage before is free then.
   template <int COLUMNS>
-  __device__ __forceinline__ void add() {
+  __device__ __forceinline__ void add(Sums<N>& sums, bool first) {
     const Stage<N>& now = shared.stages[stage];
     wait(shared.full[stage], parity);
     hand_over<N>(sums);
 #pragma unroll
     for (int column = 0; column < COLUMNS; column += 16)
-      multiply<T, N>(sums, operand(now.pixels + first, column), operand(now.weights, column));
+      multiply<T, N>(sums, operand(now.pixels + warp / 4 * 64 * kDepth, column), operand(now.weights, column));
     commit();
-    if (before >= 0) {
-      const bool one = elected();
-      if (one) arrive(shared.empty[before]);
-      if (warp == 0 && one) copies.start(shared);
-      __syncwarp();
-    }
-    before = stage;
+    if (!first) release(stage == 0 ? kStages<N> - 1 : stage - 1);
     if (++stage == kStages<N>) stage = 0, parity ^= 1;
+  }
+
+  __device__ __forceinline__ void release(int done) {
+    const bool one = elected();
+    if (one) arrive(shared.empty[done]);
+    if (warp == 0 && one) copy_next(shared, images, weights, c);
+    __syncwarp();
+  }
+
+  // HALF: the last stage under each weight holds 32 channels or fewer.
+  template <bool HALF>
+  __device__ __forceinline__ void add_all(Sums<N>& sums) {
+    bool first = true;
+    for (int tap = 0; tap < c.kernel_height * c.kernel_width; ++tap) {
+      for (int channel = HALF ? kDepth / 2 : 0; channel < c.channels; channel += kDepth, first = false) add<kDepth>(sums, first);
+      if constexpr (HALF) add<kDepth / 2>(sums, first), first = false;
+    }
+    take_back<N>(sums);
+    release(stage == 0 ? kStages<N> - 1 : stage - 1);
   }
 };
 
@@ -117,7 +143,59 @@ __device__ __forceinline__ void exchange(float (&pairs)[4][2]) {
         }
 }
 
-// HALF: the last stage of each tap holds 32 channels or fewer.
+// Two threads a row ask for what the pass will read of an image.
+template <int N>
+__device__ __forceinline__ void prefetch_image(const void* image, const Conv& c, int row, int column) {
+  const int r = row + int(threadIdx.x) / 2, last = column + N < c.out_channels ? column + N : c.out_channels;
+  if (!image || r >= c.samples * c.out_height * c.out_width) return;
+  const uint16_t* from = static_cast<const uint16_t*>(image) + int64_t(r) * c.out_channels;
+  for (int channel = column + int(threadIdx.x) % 2 * 64; channel < last; channel += 128) prefetch(from + channel);
+}
+template <int N>
+__device__ __forceinline__ void prefetch_images(const ScaleShiftRelu& s, const Conv& c, int row, int column) {
+  prefetch_image<N>(s.b, c, row, column);
+}
+template <int N>
+__device__ __forceinline__ void prefetch_images(const ScaleShiftReluGrad& s, const Conv& c, int row, int column) {
+  prefetch_image<N>(s.grad2, c, row, column);
+  prefetch_image<N>(s.residual, c, row, column);
+}
+
+// The pass over a thread's sums. The loads of a few octets are on their way before the first is needed.
+template <class T, int N, class Pass>
+__device__ __forceinline__ void write_sums(const Sums<N>& sums, const Conv& c, const Pass& args, int row, int column) {
+  constexpr int kGroups = N / 32, kAtOnce = std::is_same_v<Pass, ScaleShiftRelu> ? 2 : 2;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = row + 16 * warp + lane / 4 + 8 * h, first = column + 8 * (lane % 4);
+    const int64_t octets = int64_t(r) * (c.out_channels / kOctet) + first / kOctet;  // from the first to the group 0 of this row
+    const auto octet = [&](int group) {
+      return Octet{(octets + 4 * group) * kOctet, first + 32 * group, kOctet, octets + 4 * group};
+    };
+    const auto exists = [&](int group) { return r < args.shape.rows && first + 32 * group < c.out_channels; };
+#pragma unroll
+    for (int begin = 0; begin < kGroups; begin += kAtOnce) {
+      Reads<T> reads[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (begin + i < kGroups && exists(begin + i)) read_ahead<true>(args, octet(begin + i), reads[i]);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int group = begin + i;
+        if (group >= kGroups) continue;
+        float pairs[4][2], v[kOctet];
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) pairs[j / 2][j % 2] = sums[16 * group + 4 * (j / 2) + 2 * h + j % 2];
+        exchange(pairs);
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) v[j] = pairs[j / 2][j % 2];
+        if (exists(group)) pass<true, T>(args, octet(group), reads[i], v);
+      }
+    }
+  }
+}
+
 template <class T, int N, bool HALF, class Pass>
 __global__ void __launch_bounds__(kBlock, 2)
     conv_kernel(const __grid_constant__ TensorMap images, const __grid_constant__ TensorMap weights, const Conv c, const Pass args) {
@@ -126,38 +204,21 @@ __global__ void __launch_bounds__(kBlock, 2)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages<N>; ++i) init(shared.full[i], 1), init(shared.empty[i], kBlock / kWarp);
     barriers_are_ready();
+    shared.copies.stage = 0, shared.copies.parity = 0;
+    go_to<N>(shared.copies, c, blockIdx.x);
   }
   __syncthreads();
-  const int columns = (c.out_channels + N - 1) / N;
-  const int64_t row = int64_t(blockIdx.x) / columns * kRows;
-  const int column = int(blockIdx.x) % columns * N;
-  Copies<N> copies(images, weights, c, row, column);
-  Sums<N> sums = {};
-  Products<T, N> products(shared, copies, sums);
-  for (int tap = 0; tap < c.kernel_height * c.kernel_width; ++tap) {
-    for (int channel = HALF ? kDepth / 2 : 0; channel < c.channels; channel += kDepth) products.template add<kDepth>();
-    if constexpr (HALF) products.template add<kDepth / 2>();
+  if (threadIdx.x == 0)
+    for (int i = 0; i < kStages<N>; ++i) copy_next(shared, images, weights, c);
+  __syncwarp();
+  Products<T, N> products{shared, images, weights, c, __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0)};
+  const Tiles<N> tiles(c);
+  for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    prefetch_images<N>(args, c, tiles.row(tile), tiles.column(tile));
+    Sums<N> sums = {};
+    products.template add_all<HALF>(sums);
+    write_sums<T, N>(sums, c, args, tiles.row(tile), tiles.column(tile));
   }
-  take_back<N>(sums);
-
-  const int64_t rows = args.shape.rows, octets = args.shape.octets;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int group = 0; group < N / 32; ++group)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float pairs[4][2], v[kOctet];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) pairs[i][j] = sums[16 * group + 4 * i + 2 * h + j];
-      exchange(pairs);
-#pragma unroll
-      for (int j = 0; j < kOctet; ++j) v[j] = pairs[j / 2][j % 2];
-      const int64_t r = row + 16 * warp + lane / 4 + 8 * h, channel = column + 32 * group + 8 * (lane % 4);
-      if (r < rows && channel < c.out_channels)
-        pass<true, T>(args, Octet{r * c.out_channels + channel, channel, kOctet, r * octets + channel / kOctet}, v);
-    }
 #endif
 }
 
@@ -173,7 +234,7 @@ int launch(const Conv& c, const Pass& args, void* stream) {
   const auto kernel = half ? conv_kernel<T, N, true, Pass> : conv_kernel<T, N, false, Pass>;
   const int bytes = sizeof(Shared<N>);
   if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  const int64_t blocks = ceil_div(args.shape.rows, kRows) * ceil_div(c.out_channels, N);
+  const int blocks = std::min(Tiles<N>(c).count, 2 * multiprocessors());
   kernel<<<blocks, kBlock, bytes, cudaStream_t(stream)>>>(images, weights, c, args);
   return cudaGetLastError();
 }

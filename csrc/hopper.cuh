@@ -42,6 +42,14 @@ F driver(const char* name) {
   return reinterpret_cast<F>(found);
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Images [samples, height, width, channels]: copies take 64 channels of `pixels` output pixels, each at the place of the image that
 // meets the first weight of its window. `padding` is on each side, `kernel` is height and width of the window.
 template <class T>
@@ -135,6 +143,9 @@ __device__ __forceinline__ void copy_weights(uint16_t* tile, const TensorMap& ma
       "l"(&map), "r"(shared_address(&barrier)), "r"(channel), "r"(tap), "r"(row)
       : "memory");
 }
+
+// Asks for the 128 bytes around p, to have them in L2 soon.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))); }
 
 // Sixteen columns of a tile, as wgmma reads them: address, 1024 bytes from eight rows to the next, and the order of chunks.
 struct Operand {

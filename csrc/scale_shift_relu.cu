@@ -17,9 +17,11 @@ __device__ __forceinline__ void do_octet(const Args& args, const void* first) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= args.shape.rows * args.shape.octets) return;
   const Octet o = octet_of<PACKETS>(args.shape, i);
+  Reads<T> reads;
+  read_ahead<PACKETS>(args, o, reads);
   acc_t<T> v[kOctet] = {};
   read<PACKETS, T>(first, o.first, o.size, [&](int j, acc_t<T> value) { v[j] = value; });
-  pass<PACKETS, T>(args, o, v);
+  pass<PACKETS, T>(args, o, reads, v);
 }
 
 template <class T, bool PACKETS>

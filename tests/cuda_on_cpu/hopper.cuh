@@ -32,6 +32,8 @@ struct Barrier {
   }
 };
 
+inline int multiprocessors() { return 1; }
+
 template <class T>
 int map_pixels(TensorMap& map, const void* images, const int64_t (&shape)[4], const int (&kernel)[2], int stride,
                const int (&padding)[2], int pixels) {
@@ -85,6 +87,8 @@ inline void copy_weights(uint16_t* tile, const TensorMap& map, Barrier& barrier,
     for (int j = 0; j < kDepth; ++j) tile[place(i, j)] = value(map, 0, row + i, tap, channel + j);
   received(barrier, int64_t(map.count) * kRowBytes);
 }
+
+inline void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }
 
 struct Operand {
   const uint16_t* tile;
