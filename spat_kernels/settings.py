@@ -12,6 +12,7 @@ Select = Literal["success", "loss"]
 Targeting = Literal["confidence", "malt"]
 Version = Literal["standard", "fast", "plus", "rand"]
 Graph = Literal["auto"] | bool
+Fuse = Literal["auto"] | bool
 Stop = Literal["success", "cycle", "exact"]
 
 NORMS: tuple[Norm, ...] = get_args(Norm)

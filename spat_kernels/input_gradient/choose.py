@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import checks
 from ..model_state.borrow import borrowed
 from ..precision import half_dtype
-from ..settings import BN_MODES, GRADIENT_PATHS, PRECISIONS, BNMode, GradientPath, Precision
+from ..settings import BN_MODES, GRADIENT_PATHS, PRECISIONS, BNMode, Fuse, GradientPath, Precision
 from .autograd import InputGradient
 from .nodes import CannotPlan
 from .plan_cache import plan_and_dtype, unwrapped
@@ -77,7 +77,12 @@ def check_precision(precision: Precision | None, x: Tensor) -> None:
 
 
 def input_gradient(
-    model, x: Tensor, path: GradientPath = "auto", precision: Precision | None = None, highest_label: int = -1
+    model,
+    x: Tensor,
+    path: GradientPath = "auto",
+    precision: Precision | None = None,
+    highest_label: int = -1,
+    fuse: Fuse = "auto",
 ) -> InputGradient | PlannedGradient:
     """The way to differentiate `model`, which is borrowed (frozen, in the mode of the attack), at images like `x`.
 
@@ -87,7 +92,7 @@ def input_gradient(
     if path != "autograd":
         try:
             plan, dtype = plan_and_dtype(model, x, precision)
-            return PlannedGradient(plan, unwrapped(model), x.dtype, dtype, precision, highest_label)
+            return PlannedGradient(plan, unwrapped(model), x.dtype, dtype, precision, highest_label, fuse)
         except CannotPlan as reason:
             if path == "plan":
                 raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'") from reason

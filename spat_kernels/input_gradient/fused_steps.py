@@ -1,0 +1,173 @@
+"""Convolutions of a plan by an engine, with the pass behind them, or backward with that in front (grouping.py).
+
+A step asks here first. What no engine takes is left to the step, with nothing changed.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..fused_conv import choose
+from ..fused_conv.choose import Engine
+from ..fused_conv.recipe import Epilogue, Recipe, Way, empty_results
+from ..settings import Fuse
+from .gradients import Grads, give, rows, sum_
+from .grouping import stream
+from .steps import Conv, FusedConv, Pointwise
+from .weights import ConvWeights
+
+if TYPE_CHECKING:
+    from .planned_gradient import PlannedGradient
+
+Sizes = tuple[int, int, int]
+
+
+class Engines:
+    """The engines of one attack in one thread: the recipes of its steps, and the weights in the form that each engine wants.
+
+    Args:
+        fuse: the caller's option.
+        device: of the images.
+
+    Attributes:
+        active: whether any engine may apply.
+        masks: value of a pass that its convolution has done -> its mask, until the pass collects it.
+        used: (output of a convolution, way) -> the last recipes that were asked for there.
+    """
+
+    def __init__(self, fuse: Fuse, device: torch.device):
+        self.fuse, self.active = fuse, fuse is not False and choose.chooser.applies(device)
+        self.masks: dict[int, Tensor | None] = {}
+        self.used: dict[tuple[int, Way], list[Recipe]] = {}
+        self._recipes: dict[tuple, Recipe] = {}
+        self._weights: dict[tuple, Tensor] = {}
+
+    def begin(self) -> None:
+        """Called first in every forward, since an error may have ended the last one anywhere."""
+        self.masks.clear()
+
+    def prepare(self) -> None:
+        """The model's weights may have changed."""
+        self._weights.clear()
+
+    def run(
+        self, step: Conv, way: Way, bound: ConvWeights, x: Tensor, sizes: tuple[Sizes, Sizes], tensors: dict[str, Tensor],
+        epilogue: Epilogue | None,
+    ) -> dict[str, Tensor] | None:  # fmt: skip
+        """What an engine writes ("out", "total", "mask"), or None: no engine is chosen.
+
+        Args:
+            x: what the convolution reads, as in `fused_conv.recipe.apart`.
+            sizes: of a sample of the convolution's input and output.
+            tensors: what else is read, by name.
+            epilogue: the pass, if one rides along.
+        """
+        key = step.out, way, len(x), epilogue
+        recipe = self._recipes.get(key)
+        if recipe is None:
+            recipe = self._recipes[key] = _recipe(step, way, bound, x, sizes, "bias" in tensors, epilogue)
+            self.used.setdefault((step.out, way), []).append(recipe)
+        choice = choose.chooser.choose(recipe, x, bound.weight, tensors, self.fuse)
+        if choice is None:
+            return None
+        results = empty_results(recipe, x.device)
+        try:
+            weight = self._weight((step.out, way, choice.engine.name), choice.engine, recipe, bound.weight)
+            choice.engine.run(choice.variant, recipe, x, weight, **results, **tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            choose.chooser.give_up(recipe, x.device, self.fuse, error)
+            return None
+        return results
+
+    def _weight(self, key: tuple, engine: Engine, recipe: Recipe, weight: Tensor) -> Tensor:
+        """The weights as the engine wants them, made once after each `prepare`."""
+        if key not in self._weights:
+            prepared = engine.prepare_weight(recipe, weight)
+            self._weights[key] = weight if prepared is None else prepared
+        return self._weights[key]
+
+
+def _recipe(
+    step: Conv, way: Way, bound: ConvWeights, x: Tensor, sizes: tuple[Sizes, Sizes], bias: bool, epilogue: Epilogue | None
+) -> Recipe:
+    height, width = bound.weight.shape[2:]
+    stride, padding, dilation = ((int(v), int(w)) for v, w in (step.conv[k] for k in ("stride", "padding", "dilation")))
+    conv = (height, width), stride, padding, dilation, step.conv["groups"]
+    return Recipe(way, x.dtype, len(x), *sizes, *conv, bound.layout, bias, epilogue)
+
+
+def forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, x: Tensor, values: list, keep: bool):
+    """What the step's forward returns, where an engine does it; a pass that rides along is done then. None: nothing is done.
+
+    Where an engine takes the convolution only, it gets that.
+    """
+    sizes = _sizes(x.shape, step)
+    bias = {} if bound.bias is None else {"bias": bound.bias}
+    if isinstance(step, FusedConv) and step.behind is not None:
+        behind = run.plan.steps[step.behind]
+        assert isinstance(behind, Pointwise)
+        epilogue, tensors = _pass(run, step, behind, values, keep)
+        results = run.engines.run(step, "forward", bound, x, sizes, bias | tensors, epilogue)
+        if results is not None:
+            values[behind.out] = results["out"]
+            if behind.total is not None:
+                values[behind.total] = results["total"]
+            run.engines.masks[behind.out] = results.get("mask")
+            return None, x.shape
+    results = run.engines.run(step, "forward", bound, x, sizes, bias, None)
+    return None if results is None else (results["out"], x.shape)
+
+
+def _pass(
+    run: "PlannedGradient", step: FusedConv, behind: Pointwise, values: list, keep: bool
+) -> tuple[Epilogue, dict[str, Tensor]]:
+    assert step.behind is not None
+    others = [j for j in behind.inputs if j != step.out]
+    scale, shift = run.bound[step.behind]
+    tensors = {"b": rows(values[others[0]]) if others else None, "scale": scale, "shift": shift}
+    given = {name: t for name, t in tensors.items() if t is not None}
+    writes = ("total",) * (behind.total is not None) + ("mask",) * (keep and behind.relu)
+    return Epilogue(tuple(given), writes, behind.relu), given
+
+
+def gradient(run: "PlannedGradient", step: Conv, bound: ConvWeights, grad: Tensor, shape: torch.Size) -> Tensor | None:
+    """The gradient with respect to the convolution's input of `shape`, by an engine. None: no engine is chosen."""
+    results = run.engines.run(step, "gradient", bound, grad, _sizes(shape, step), {}, None)
+    return None if results is None else results["out"]
+
+
+def gradient_with_pass(
+    run: "PlannedGradient", step: Conv, bound: ConvWeights, grad: Tensor, shape: torch.Size, grads: Grads
+) -> bool:
+    """The same, and the way back of the pass in front, whose inputs get their gradients. False: nothing is done."""
+    if not isinstance(step, FusedConv) or step.in_front is None:
+        return False
+    front = run.plan.steps[step.in_front]
+    assert isinstance(front, Pointwise)
+    others, before = grads[front.out], stream(front)
+    tensors = {
+        "grad2": rows(sum_(others)[0]) if others else None,
+        "mask": run.mask(step.in_front),
+        "scale": run.bound[step.in_front].scale,
+        "residual": rows(sum_(grads[before])[0]) if before is not None and grads[before] else None,
+    }
+    given = {name: t for name, t in tensors.items() if t is not None}
+    if not given:
+        return False
+    results = run.engines.run(step, "gradient", bound, grad, _sizes(shape, step), given, Epilogue(tuple(given)))
+    if results is None:
+        return False
+    grads[front.out] = []
+    if before is not None:
+        grads[before] = []
+    give(front, results["out"], True, grads)
+    return True
+
+
+def _sizes(shape: torch.Size, step: Conv) -> tuple[Sizes, Sizes]:
+    """(C, H, W) of what the convolution reads, of `shape`, and of what it makes."""
+    (channels, height, width), (out, *pixels) = shape[1:], step.shape
+    return (channels, height, width), (out, pixels[0], pixels[1])
