@@ -1,7 +1,7 @@
 """Choices on disk: which engine was the fastest at a recipe, on which card, by which versions.
 
-`choices.json` in SPAT_KERNELS_CACHE, or in ~/.cache/spat_kernels, is made when there is something to write. What cannot be read is
-as good as empty. What cannot be written is not kept. `problem` says so. Processes that write at once keep each other's.
+`choices.json` in SPAT_KERNELS_CACHE, or in ~/.cache/spat_kernels, is made when there is something to write. What cannot be read
+is as good as empty. What cannot be written is not kept. `problem` says so. Processes that write at once keep each other's.
 """
 
 import importlib.metadata

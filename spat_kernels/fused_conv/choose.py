@@ -212,13 +212,12 @@ class Chooser:
                 times[candidate] = seconds
         named = {str(c): s for c, s in times.items()} | ({} if apart_seconds is None else {APART: apart_seconds})
         best = min(times, key=times.__getitem__, default=None)
-        told = {"seconds": named, "problems": trial.problems, "measured": complete}
+        reason = ""
         if best is None:
-            return Decision(None, SPENT if not complete else "; ".join(_problems(trial.problems)), **told)
-        if fuse is not True and apart_seconds is not None and times[best] > GAIN * apart_seconds:
-            slower = f"{best} takes {times[best] * 1e6:.1f} us, apart {apart_seconds * 1e6:.1f}"
-            return Decision(None, slower, **told)
-        return Decision(best, **told)
+            reason = "; ".join(_problems(trial.problems)) if complete else SPENT
+        elif fuse is not True and apart_seconds is not None and times[best] > GAIN * apart_seconds:
+            reason = f"{best} takes {times[best] * 1e6:.1f} us, apart {apart_seconds * 1e6:.1f}"
+        return Decision(None if reason else best, reason, named, trial.problems, complete)
 
 
 class _Trial:

@@ -1,6 +1,7 @@
 """Whether an engine's results are right: as close to the exact ones as PyTorch's convolution and our pass are, twice over.
 
-The exact result is computed in fp32 from 16-bit values (fp64 from others), convolution and pass with nothing rounded between. "out" and "total" the error is taken in norm and at the largest element. Both may be at most
+The exact result is computed in fp32 from 16-bit values (fp64 from others), convolution and pass with nothing rounded between. The
+errors of "out" and "total" are taken in norm and at the largest element. Both may be at most
 
     2 * the error of `apart` + the rounding to the dtype, u * (norm, or largest element)
 

@@ -95,8 +95,10 @@ def _recipe(
 ) -> Recipe:
     height, width = bound.weight.shape[2:]
     stride, padding, dilation = ((int(v), int(w)) for v, w in (step.conv[k] for k in ("stride", "padding", "dilation")))
-    conv = (height, width), stride, padding, dilation, step.conv["groups"]
-    return Recipe(way, x.dtype, len(x), *sizes, *conv, bound.layout, bias, epilogue)
+    groups, (input_, output) = step.conv["groups"], sizes
+    return Recipe(
+        way, x.dtype, len(x), input_, output, (height, width), stride, padding, dilation, groups, bound.layout, bias, epilogue
+    )
 
 
 def forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, x: Tensor, values: list, keep: bool):
@@ -112,11 +114,11 @@ def forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, x: Tensor, v
         epilogue, tensors = _pass(run, step, behind, values, keep)
         results = run.engines.run(step, "forward", bound, x, sizes, bias | tensors, epilogue)
         if results is not None:
-            values[behind.out] = results["out"]
+            values[behind.out], total = results["out"], results.get("total")
             if behind.total is not None:
-                values[behind.total] = results["total"]
+                values[behind.total] = total
             run.engines.masks[behind.out] = results.get("mask")
-            return None, x.shape
+            return total if step.shared else None, x.shape
     results = run.engines.run(step, "forward", bound, x, sizes, bias, None)
     return None if results is None else (results["out"], x.shape)
 
@@ -129,7 +131,7 @@ def _pass(
     scale, shift = run.bound[step.behind]
     tensors = {"b": rows(values[others[0]]) if others else None, "scale": scale, "shift": shift}
     given = {name: t for name, t in tensors.items() if t is not None}
-    writes = ("total",) * (behind.total is not None) + ("mask",) * (keep and behind.relu)
+    writes = ("total",) * (step.shared or behind.total is not None) + ("mask",) * (keep and behind.relu)
     return Epilogue(tuple(given), writes, behind.relu), given
 
 

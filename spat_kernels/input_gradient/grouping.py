@@ -3,7 +3,8 @@
 An engine (`fused_conv`) may do a convolution and a pass in one launch. Each pass finds its convolution here, once for a plan:
 
     forward    the convolution whose output the pass alone reads, if what is added to that was computed before. Of two that are
-               added, as with a projection shortcut, the later one.
+               added, as with a projection shortcut, the later one. Where the pass adds nothing, others may read the output too:
+               the pass can write that as its total.
     way back   the first convolution that reads the pass's value, if no step reads that value or the stream (the sum before scale
                and shift) earlier. Backward it comes last, when all other gradients of value and stream are there.
 
@@ -31,7 +32,8 @@ def group(steps: list[Step], exact: set[int]) -> None:
         if isinstance(step, Pointwise):
             carrier, step.alone = _forward_carrier(steps, p, step, readers, makers)
             if carrier is not None:
-                _fused(steps, carrier).behind, step.in_conv = p, True
+                conv, step.in_conv = _fused(steps, carrier), True
+                conv.behind, conv.shared = p, len(readers[conv.out]) > 1
             carrier, step.back_alone = _gradient_carrier(steps, p, step, readers, exact)
             if carrier is not None:
                 _fused(steps, carrier).in_front, step.back_in_conv = p, True
@@ -54,11 +56,15 @@ def _forward_carrier(steps: list[Step], p: int, step: Pointwise, readers: Reader
     if not sources:
         return None, "it reads no convolution"
     conv = max(sources)
-    if readers[sources[conv]] != [p]:
+    if readers[sources[conv]] != [p] and (len(step.inputs) > 1 or _has_pass(steps[conv])):
         return None, "others read the convolution too"
     if any(makers.get(j, -1) > conv for j in step.inputs):
         return None, "what is added is computed after the convolution"
     return conv, ""
+
+
+def _has_pass(step: Step) -> bool:
+    return isinstance(step, FusedConv) and step.behind is not None
 
 
 def _gradient_carrier(steps: list[Step], p: int, step: Pointwise, readers: Readers, exact: set[int]):
@@ -71,7 +77,8 @@ def _gradient_carrier(steps: list[Step], p: int, step: Pointwise, readers: Reade
         return None, "the first to read it is no convolution"
     if step.out in exact:
         return None, "it stays fp32 in half precision"
-    others = [k for k in readers.get(stream(step), []) if k > p] if stream(step) is not None else []
+    before = stream(step)
+    others = [] if before is None else [k for k in readers.get(before, []) if k > p]
     if any(k < first for k in others):
         return None, "others read the sum before the convolution runs"
     if not (step.relu or step.affine or others or len(readers[step.out]) > 1):

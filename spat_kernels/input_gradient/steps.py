@@ -35,7 +35,8 @@ class Conv(Step):
 class FusedConv(Conv):
     """A convolution with passes next to it, which an engine may do in the same launch (`fused_conv`). Else each is done alone."""
 
-    behind: int | None = None  # the Pointwise step that alone reads `out`
+    behind: int | None = None  # the Pointwise step that reads `out`
+    shared: bool = False  # others read `out` too: it is the total of that pass
     in_front: int | None = None  # the Pointwise step whose way back is done with the gradient of this convolution
 
     def plain(self) -> Conv:
