@@ -31,13 +31,15 @@ class Engines:
         device: of the images.
 
     Attributes:
+        chooser: who chooses.
         active: whether any engine may apply.
         masks: value of a pass that its convolution has done -> its mask, until the pass collects it.
         used: (output of a convolution, way) -> the last recipes that were asked for there.
     """
 
     def __init__(self, fuse: Fuse, device: torch.device):
-        self.fuse, self.active = fuse, fuse is not False and choose.chooser.applies(device)
+        self.fuse, self.chooser = fuse, choose.chooser
+        self.active = fuse is not False and self.chooser.applies(device)
         self.masks: dict[int, Tensor | None] = {}
         self.used: dict[tuple[int, Way], list[Recipe]] = {}
         self._recipes: dict[tuple, Recipe] = {}
@@ -68,7 +70,7 @@ class Engines:
         if recipe is None:
             recipe = self._recipes[key] = _recipe(step, way, bound, x, sizes, "bias" in tensors, epilogue)
             self.used.setdefault((step.out, way), []).append(recipe)
-        choice = choose.chooser.choose(recipe, x, bound.weight, tensors, self.fuse)
+        choice = self.chooser.choose(recipe, x, bound.weight, tensors, self.fuse)
         if choice is None:
             return None
         results = empty_results(recipe, x.device)
@@ -78,7 +80,7 @@ class Engines:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            choose.chooser.give_up(recipe, x.device, self.fuse, error)
+            self.chooser.give_up(recipe, x.device, self.fuse, error)
             return None
         return results
 

@@ -106,12 +106,8 @@ CONVS = [
     {"input": (16, 8, 8), "output": (24, 4, 4), "kernel": (1, 1), "stride": (2, 2)},
     {"input": (6, 9, 8), "output": (9, 3, 6), "kernel": (2, 3), "stride": (3, 1), "dilation": (2, 1), "groups": 3},
 ]
-FORWARD = [
-    None,
-    Epilogue(("shift",), ("mask",), True),
-    Epilogue(("b", "scale", "shift"), ("total", "mask"), True),
-    Epilogue(("b",)),
-]
+EVERYTHING = Epilogue(("b", "scale", "shift"), ("total", "mask"), True)
+FORWARD = [None, Epilogue(("shift",), ("mask",), True), EVERYTHING, Epilogue(("b",))]
 GRADIENT = [None, Epilogue(("mask", "scale")), Epilogue(("grad2", "mask", "scale", "residual")), Epilogue(("grad2",))]
 
 
