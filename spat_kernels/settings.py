@@ -32,6 +32,7 @@ class AttackSettings(TypedDict, total=False):
     bounds: tuple[float, float]
     precision: Precision | None
     input_gradient: GradientPath
+    fuse: Fuse
     bn_mode: BNMode
     budget: int | torch.Tensor | None
     generator: torch.Generator | None

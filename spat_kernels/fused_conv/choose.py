@@ -30,6 +30,7 @@ BUDGET = 20.0  # seconds that choosing may take in a process
 GAIN = 0.98  # an engine is taken for at most this share of the time that `apart` takes
 CALLS, REPLAYS = 10, 3  # in a timed graph, and of it
 APART = "apart"
+SLOWER = "no engine is faster than PyTorch and ops"
 SPENT = f"the {BUDGET:.0f} s for choosing in a process are spent"
 
 
@@ -214,9 +215,9 @@ class Chooser:
         best = min(times, key=times.__getitem__, default=None)
         reason = ""
         if best is None:
-            reason = "; ".join(_problems(trial.problems)) if complete else SPENT
+            reason = f"no engine is right: {_first(trial.problems)}" if complete else SPENT
         elif fuse is not True and apart_seconds is not None and times[best] > GAIN * apart_seconds:
-            reason = f"{best} takes {times[best] * 1e6:.1f} us, apart {apart_seconds * 1e6:.1f}"
+            reason = SLOWER
         return Decision(None if reason else best, reason, named, trial.problems, complete)
 
 
@@ -270,7 +271,7 @@ class _Trial:
 def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | None:
     """The choice that is on disk, once it is found to be right here; None: it is not."""
     if entry["choice"] == APART:
-        return Decision(None, "another process found it slower than apart", entry["seconds"])
+        return Decision(None, SLOWER, entry["seconds"])
     choice = next((c for c in candidates if str(c) == entry["choice"]), None)
     if choice is None or trial.judge.unfit or not trial.is_right(choice):
         return None
@@ -289,8 +290,8 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
 
 
-def _problems(problems: dict[str, str]) -> list[str]:
-    return [f"{name}: {problem}" for name, problem in problems.items() if name != APART]
+def _first(problems: dict[str, str]) -> str:
+    return next((f"{name}: {problem}" for name, problem in problems.items() if name != APART), "")
 
 
 @contextmanager
