@@ -11,6 +11,7 @@ attack that is captured has run before as it is. What fails keeps `apart`, with 
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,11 +24,12 @@ from .. import rng
 from ..cuda_graph import CudaGraph
 from ..settings import Fuse
 from .cache import Cache
-from .judge import Judge
+from .judge import UNFIT, Judge
 from .recipe import Recipe, apart
 
 BUDGET = 20.0  # seconds that choosing may take in a process
 GAIN = 0.98  # an engine is taken for at most this share of the time that `apart` takes
+TRIES = 3  # on values that show nothing: an attack may begin with a gradient of 0
 CALLS, REPLAYS = 10, 3  # in a timed graph, and of it
 APART = "apart"
 SLOWER = "no engine is faster than PyTorch and ops"
@@ -56,6 +58,8 @@ class Engine(Protocol):
 
     def run(self, variant: str, recipe: Recipe, x: Tensor, weight: Tensor, out: Tensor, **tensors: Tensor) -> None:
         """Launch on the current stream, and write all of `out`, and "total" and "mask" if they are given.
+
+        It may be captured in a CUDA graph: nothing waits for the device, and what it allocates is torch's.
 
         Args:
             x: as in `recipe.apart`, dense in `recipe.layout`.
@@ -123,6 +127,7 @@ class Chooser:
         self.applies = applies or (lambda device: device.type == "cuda" and bool(self.engines))
         self.spent = 0.0
         self._decisions: dict[tuple, Decision] = {}
+        self._unfit: Counter[tuple] = Counter()
         self._lock = threading.RLock()
 
     @property
@@ -140,8 +145,13 @@ class Chooser:
                 decision = self.decision(recipe, x.device, fuse)
                 if decision is None:
                     decision = self._decide(recipe, x, weight, tensors, fuse)
-                    self._decisions[_key(recipe, x.device, fuse)] = decision
+                    self._keep(_key(recipe, x.device, fuse), decision)
         return decision.choice if decision else None
+
+    def _keep(self, key: tuple, decision: Decision) -> None:
+        self._unfit[key] += decision.reason == UNFIT
+        if decision.reason != UNFIT or self._unfit[key] == TRIES:
+            self._decisions[key] = decision
 
     def decision(self, recipe: Recipe, device: torch.device, fuse: Fuse = "auto") -> Decision | None:
         """What was found for `recipe`, None before its first use."""
@@ -155,6 +165,7 @@ class Chooser:
         """What was found, in this process."""
         with self._lock:
             self._decisions.clear()
+            self._unfit.clear()
             self.spent = 0.0
 
     def _decide(self, recipe: Recipe, x: Tensor, weight: Tensor, tensors: dict[str, Tensor], fuse: Fuse) -> Decision:

@@ -47,6 +47,7 @@ class Recipe:
         layout: memory format of what the convolution reads, and of its weights.
         bias: whether a bias [K] in `dtype` is added, forward, before the pass.
         epilogue: the pass, or None: a convolution alone.
+        tf32: whether fp32 values may be rounded to TF32.
     """
 
     way: Way
@@ -62,6 +63,7 @@ class Recipe:
     layout: torch.memory_format = torch.channels_last
     bias: bool = False
     epilogue: Epilogue | None = None
+    tf32: bool = False
 
     @property
     def result(self) -> tuple[int, int, int, int]:
@@ -78,7 +80,8 @@ class Recipe:
         parts += [f"{self.groups} groups"] * (self.groups != 1)
         parts += ["contiguous"] * (self.layout != torch.channels_last)
         parts += ["bias"] * self.bias
-        images = f"{self.way} {SHORT.get(self.dtype, self.dtype)} {_by((self.batch, *self.input))} -> {self.output[0]}"
+        dtype = "tf32" if self.tf32 else SHORT.get(self.dtype, self.dtype)
+        images = f"{self.way} {dtype} {_by((self.batch, *self.input))} -> {self.output[0]}"
         return f"{images}, {', '.join(parts)}" + (f" + {', '.join(self._pass())}" if self.epilogue else "")
 
     def _pass(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..fused_conv import choose
 from ..fused_conv.choose import Engine
 from ..fused_conv.recipe import Epilogue, Recipe, Way, empty_results
+from ..precision import backends
 from ..settings import Fuse
 from .gradients import Grads, give, rows, sum_
 from .grouping import stream
@@ -128,9 +129,11 @@ def _recipe(
     height, width = bound.weight.shape[2:]
     stride, padding, dilation = ((int(v), int(w)) for v, w in (step.conv[k] for k in ("stride", "padding", "dilation")))
     groups, (input_, output) = step.conv["groups"], sizes
+    tf32 = x.is_cuda and x.dtype == torch.float32 and backends.cudnn.conv.fp32_precision == "tf32"
     return Recipe(
-        way, x.dtype, len(x), input_, output, (height, width), stride, padding, dilation, groups, bound.layout, bias, epilogue
-    )
+        way, x.dtype, len(x), input_, output, (height, width), stride, padding, dilation, groups, bound.layout, bias, epilogue,
+        tf32,
+    )  # fmt: skip
 
 
 def forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, x: Tensor, values: list, keep: bool):

@@ -31,7 +31,7 @@ def test_different_recipes_have_different_names():
         for change in (
             {"way": "gradient"}, {"dtype": torch.float16}, {"batch": 5}, {"input": (4, 9, 7)}, {"output": (9, 9, 7)},
             {"kernel": (1, 3)}, {"stride": (2, 1)}, {"padding": (1, 0)}, {"dilation": (1, 2)}, {"groups": 2},
-            {"layout": torch.contiguous_format}, {"bias": True}, *({"epilogue": e} for e in epilogues),
+            {"layout": torch.contiguous_format}, {"bias": True}, {"tf32": True}, *({"epilogue": e} for e in epilogues),
         )
     ]  # fmt: skip
     assert len({*map(str, [base, *others])}) == len({base, *others}) == len(others) + 1
