@@ -54,6 +54,8 @@ SETTINGS = {
     "train_mode": {"bn_mode": "train"},
     "as_it_is": {"bn_mode": "keep"},
     "other_bounds": {"bounds": (-0.5, 1.5)},
+    "alone": {"fuse": False},
+    "fused": {"fuse": True},
 }
 
 

@@ -334,7 +334,7 @@ def test_processes_keep_what_others_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("fuse", ["auto", True])
-def test_attacks_ask_and_explain_tells(fuse):
+def test_attacks_ask_and_explain_tells(fuse, tmp_path):
     torch.manual_seed(0)
     model, x, y = randomized(create("wrn-10-1"), torch.float32), images(4, dtype=torch.float32), torch.arange(4)
     settings = {"steps": 2, "random_start": False, "precision": "bf16"}
@@ -353,6 +353,9 @@ def test_attacks_ask_and_explain_tells(fuse):
         assert "forward 7 of 7 passes ride in convolutions (7 twin 128x160)" in told
         assert "gradient 6 of 7 passes ride in convolutions (6 twin 128x160), 1 do not (1 the head does it)" in told
         assert str(sk.explain(model, x, precision="bf16", fuse=False)) == plain
+    with installed(chooser(Twin(), cache=Cache(tmp_path / "file"))):
+        (tmp_path / "file").write_text("")
+        assert str(sk.explain(model, x, precision="bf16", fuse=fuse)).count("choices are not kept") == (fuse == "auto")
     with installed(chooser(Twin(), timer=by_names(plain=5.0))):
         assert f"7 do not (7 {choose.SLOWER})" in str(sk.explain(model, x, precision="bf16"))
 
@@ -391,3 +394,58 @@ def test_out_of_memory_is_the_attacks():
         engine.hungry = True
         with pytest.raises(torch.OutOfMemoryError):
             sk.pgd(model, x, y, EPS, steps=1)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+def test_the_timer_times():
+    x = torch.rand(2**24, device="cuda")
+    once, twice = choose.graph_seconds(lambda: x.add_(1)), choose.graph_seconds(lambda: x.add_(1).add_(1))
+    assert 1e-6 < once < 1e-3
+    assert 1.5 < twice / once < 2.5
+
+
+@pytest.mark.gpu
+def test_chooses_on_the_gpu_and_leaves_nothing_behind():
+    """With the default timer: the same choice for every recipe, random numbers and switches as before, memory freed."""
+    for recipe in recipes():
+        x, weight, tensors = tensors_for(recipe)
+        x, weight, tensors = x.cuda(), weight.cuda(), {name: t.cuda() for name, t in tensors.items()}
+        new = choose.Chooser((Twin(), Wrong("larger")))
+        torch.cuda.synchronize()
+        before = torch.cuda.get_rng_state(), torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        assert str(new.choose(recipe, x, weight, tensors, True)) == "twin plain", new.decision(recipe, x.device, True)
+        after = torch.cuda.get_rng_state(), torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        assert torch.equal(before[0], after[0])
+        assert before[1:] == after[1:]
+        assert "wrong" in new.decision(recipe, x.device, True).problems["wrong larger"]
+    gc.collect()
+    allocated = torch.cuda.memory_allocated()
+    new.choose(replace(recipe, batch=recipe.batch + 1), torch.cat((x, x[:1])), weight, tensors, "auto")
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= allocated + 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_captures_run_what_was_chosen(precision):
+    torch.manual_seed(0)
+    model, x, y = (
+        randomized(create("wrn-10-2"), torch.float32).cuda(),
+        images(8, dtype=torch.float32).cuda(),
+        torch.arange(8).cuda(),
+    )
+    settings = {"steps": 3, "random_start": False, "precision": precision}
+    expected = sk.pgd(model, x, y, EPS, fuse=False, graph=False, **settings)
+    engine = Twin()
+    with installed(choose.Chooser((engine,))):
+        eager = sk.pgd(model, x, y, EPS, fuse=True, graph=False, **settings)
+        captured = [sk.pgd(model, x, y, EPS, fuse=True, graph=True, **settings) for _ in range(3)]
+        engine.calls.clear()
+        captured.append(sk.pgd(model, x, y, EPS, fuse=True, graph=True, **settings))
+        assert not engine.calls, "a replay runs no Python"
+    sk.graphs.free(model)
+    for found in (eager, *captured):
+        assert (found == expected).float().mean() > 0.9  # cuDNN may take another algorithm
