@@ -187,7 +187,8 @@ class PGD(RestartedAttack):
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
 
         Nobody looks at the values in x, y and start, which must be such as a call asks for. The first attack on a model through
-        autograd does wait once, to see whether the model writes on its input, and warns if it does.
+        autograd does wait once, to see whether the model writes on its input, and warns if it does. So does the first attack on
+        images of a shape, where kernels are chosen (`fuse`).
 
         Returns:
             tuple: adversarial images, as of a call; uint8 [B], 1 for samples that met an unusable gradient.

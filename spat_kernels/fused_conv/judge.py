@@ -5,9 +5,10 @@ errors of "out" and "total" are taken in norm and at the largest element. Both m
 
     2 * the error of `apart` + the rounding to the dtype, u * (norm, or largest element)
 
-A bit of the mask says whether v > 0, and may be wrong where v is as good as 0: within the rounding u |y s| of the convolution's
-result y, scaled by s, and the error of summing its n products in fp32, 4 sqrt(n) 2^-24 sum |x w| |s|: rounding errors of sums are
-independent enough to grow as sqrt(n), and 4 of their deviations are never reached. The rest of the pass adds roundings in fp32.
+A gradient that is masked out must be 0, or the residual, exactly. A bit of a mask that is written says whether v > 0, and may be
+wrong where v is as good as 0: within the rounding u |y s| of the convolution's result y, scaled by s, and the error of summing its
+n products in fp32, 4 sqrt(n) 2^-24 sum |x w| |s|: rounding errors of sums are independent enough to grow as sqrt(n), and 4 of their
+deviations are hardly reached. The rest of the pass adds roundings in fp32.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Judge:
         self.unit = _rounding(recipe.dtype)
         with tf32_switches("fp32", x.device.type):
             self.expected, self.value, self.slack = _exact(recipe, x, weight, tensors)
+        self.masked = _masked(recipe, tensors.get("mask"))
         norms = [float(t.norm()) for t in self.expected.values()]
         self.unfit = "" if all(0 < n < float("inf") for n in norms) else UNFIT
         if not self.unfit:
@@ -69,6 +71,8 @@ class Judge:
                     f"wrong: {name} is off by {found.norm:.2e} in norm (limit {limit.norm:.2e}) and {found.largest:.2e} at the "
                     f"largest (limit {limit.largest:.2e})"
                 )
+        if self.masked is not None and (results["out"] != self.expected["out"])[self.masked].any():
+            return "wrong: what is masked out is neither 0 nor the residual"
         return self._mask_problem(results["mask"]) if "mask" in results else ""
 
     def errors(self, name: str, found: Tensor) -> Errors:
@@ -105,14 +109,13 @@ def _rounding(dtype: torch.dtype) -> float:
 def _exact(recipe: Recipe, x: Tensor, weight: Tensor, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Maybe, Maybe]:
     """Exact results by name; with a mask also the value v that its bits are of, and what counts as 0 there."""
     dtype = torch.float32 if recipe.dtype in HALVES else torch.float64
-    mask = tensors.get("mask")
     given = {name: t.to(dtype) for name, t in tensors.items() if name != "mask"}
     y = convolve(recipe, x.to(dtype), weight.to(dtype), given.get("bias"))
     if recipe.epilogue is None:
         return {"out": y}, None, None
     scale, shift = (_per_channel(given.get(name)) for name in ("scale", "shift"))
     if recipe.way == "gradient":
-        return {"out": _exact_gradient(y, given, scale, mask)}, None, None
+        return {"out": _exact_gradient(y, given, scale, _masked(recipe, tensors.get("mask")))}, None, None
     total = _added(y, given.get("b"))
     v = total if scale is None else total * scale
     v = _added(v, shift)
@@ -125,13 +128,19 @@ def _exact(recipe: Recipe, x: Tensor, weight: Tensor, tensors: dict[str, Tensor]
     return expected, v, _slack(recipe, y, total, sums, scale, shift)
 
 
-def _exact_gradient(y: Tensor, given: dict[str, Tensor], scale: Maybe, mask: Maybe) -> Tensor:
+def _exact_gradient(y: Tensor, given: dict[str, Tensor], scale: Maybe, masked: Maybe) -> Tensor:
     g = _added(y, given.get("grad2"))
     g = g if scale is None else g * scale
-    if mask is not None:
-        bits = unpack_bits(mask, g.shape[1])
-        g = g.masked_fill(~bits.view(len(g), *g.shape[2:], g.shape[1]).movedim(-1, 1), 0)
+    g = g if masked is None else g.masked_fill(masked, 0)
     return _added(g, given.get("residual"))
+
+
+def _masked(recipe: Recipe, mask: Maybe) -> Maybe:
+    """bool, like `out`: where a mask that is read has no bit."""
+    if mask is None:
+        return None
+    batch, channels, *pixels = recipe.result
+    return ~unpack_bits(mask, channels).view(batch, *pixels, channels).movedim(-1, 1)
 
 
 def _slack(recipe: Recipe, y: Tensor, total: Tensor, sums: Tensor, scale: Maybe, shift: Maybe) -> Tensor:

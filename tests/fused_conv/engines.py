@@ -6,7 +6,7 @@ import torch
 
 from spat_kernels.fused_conv import choose
 from spat_kernels.fused_conv.recipe import Epilogue, Recipe, apart, empty_results
-from spat_kernels.ops.scale_shift_relu import pack_bits
+from spat_kernels.ops.scale_shift_relu import pack_bits, unpack_bits
 
 
 class Twin:
@@ -56,6 +56,9 @@ class Wrong(Twin):
             out *= 1.05
         elif variant == "total":
             tensors["total"][0, 0, 0, 0] += 1
+        elif variant == "leaks":
+            off = ~unpack_bits(tensors["mask"], out.shape[1]).view(len(out), *out.shape[2:], -1).movedim(-1, 1)
+            out[off] += 1e-6
         elif variant == "a bit":
             tensors["mask"][0, 0] ^= 1
         elif variant == "unused bits":

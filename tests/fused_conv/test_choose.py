@@ -16,7 +16,7 @@ import spat_kernels as sk
 from spat_kernels.fused_conv import choose
 from spat_kernels.fused_conv.cache import Cache
 from spat_kernels.fused_conv.judge import UNFIT, Judge
-from spat_kernels.fused_conv.recipe import Recipe, apart
+from spat_kernels.fused_conv.recipe import Epilogue, Recipe, apart
 from spat_train.models.registry import create
 from tests.fused_conv.engines import EVERYTHING, Picky, Twin, Wrong, by_names, chooser, installed, recipes, tensors_for
 from tests.input_gradient.models import EPS, images, randomized
@@ -66,6 +66,15 @@ def test_never_takes_a_wrong_one(way, fuse):
     problem = decision.problems[f"wrong {way}"]
     assert problem == "RuntimeError: no kernel image is available" if way == "raises" else "wrong: " in problem
     assert ask(chooser(Wrong(way)), fuse=fuse).choice is None
+
+
+def test_what_is_masked_out_is_exact():
+    """Errors there are as small as any, but ReLUs that are off let nothing through."""
+    epilogue = Epilogue(("mask", "scale"))
+    recipe = replace(RECIPE, way="gradient", epilogue=epilogue)
+    decision = ask(chooser(Wrong("leaks"), Twin()), recipe)
+    assert str(decision.choice) == "twin plain"
+    assert "masked out" in decision.problems["wrong leaks"]
 
 
 def test_roundings_of_another_order_are_right():
@@ -358,6 +367,20 @@ def test_attacks_ask_and_explain_tells(fuse, tmp_path):
         assert str(sk.explain(model, x, precision="bf16", fuse=fuse)).count("choices are not kept") == (fuse == "auto")
     with installed(chooser(Twin(), timer=by_names(plain=5.0))):
         assert f"7 do not (7 {choose.SLOWER})" in str(sk.explain(model, x, precision="bf16"))
+
+
+def test_two_attacks_in_two_threads():
+    torch.manual_seed(0)
+    model, x, y = randomized(create("wrn-10-1")), images(4), torch.arange(4)
+    expected = sk.pgd(model, x, y, EPS, steps=2, random_start=False)
+    found = []
+    with installed(chooser(Twin("a", "b"))):
+        attack = lambda: found.append(sk.pgd(model, x, y, EPS, steps=2, random_start=False))  # noqa: E731
+        threads = [threading.Thread(target=attack) for _ in range(2)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    assert len(found) == 2
+    assert all(torch.equal(each, expected) for each in found)
 
 
 def test_an_engine_that_fails_later_is_given_up():
