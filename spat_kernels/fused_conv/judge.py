@@ -6,9 +6,9 @@ errors of "out" and "total" are taken in norm and at the largest element. Both m
     2 * the error of `apart` + the rounding to the dtype, u * (norm, or largest element)
 
 A gradient that is masked out must be 0, or the residual, exactly. A bit of a mask that is written says whether v > 0, and may be
-wrong where v is as good as 0: within the rounding u |y s| of the convolution's result y, scaled by s, and the error of summing its
-n products in fp32, 4 sqrt(n) 2^-24 sum |x w| |s|: rounding errors of sums are independent enough to grow as sqrt(n), and 4 of their
-deviations are hardly reached. The rest of the pass adds roundings in fp32.
+wrong where v is as good as 0: within the rounding u |y s| of the convolution's result y, scaled by s, and the error of summing
+its n products in fp32, 4 sqrt(n) 2^-24 sum |x w| |s|. Rounding errors of sums are independent enough to grow as sqrt(n), and 4 of
+their deviations are hardly reached. The rest of the pass adds roundings in fp32.
 """
 
 from collections.abc import Callable
