@@ -1,1 +1,1 @@
-"""Convolutions that do the pass next to them in one launch: what is asked for, by whom it is done, and how that is chosen."""
+"""Convolutions that do the pointwise pass behind them, and the choice of who does it."""
