@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import spat_kernels as sk
+from spat_kernels.attacks import pgd as attacks
+from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.fused_conv import choose
 from spat_kernels.fused_conv.cache import Cache
 from spat_kernels.fused_conv.judge import UNFIT, Judge
 from spat_kernels.fused_conv.recipe import Epilogue, Recipe, apart
 from spat_train.models.registry import create
+from tests.cuda_graphs.fake_graph import FakeGraph
 from tests.fused_conv.engines import EVERYTHING, Picky, Twin, Wrong, by_names, chooser, installed, recipes, tensors_for
 from tests.input_gradient.models import EPS, images, randomized
 
@@ -381,6 +384,23 @@ def test_two_attacks_in_two_threads():
         [t.join() for t in threads]
     assert len(found) == 2
     assert all(torch.equal(each, expected) for each in found)
+
+
+def test_replays_run_what_was_chosen_on_the_weights_as_they_are(monkeypatch):
+    """In captures that work on the CPU. The weights that engines get are prepared in each."""
+    torch.manual_seed(0)
+    model, x, y, engine = randomized(create("wrn-10-1")), images(4), torch.arange(4), Twin()
+    graphs = Graphs(graph=FakeGraph)
+    monkeypatch.setattr(attacks, "graphs", graphs)
+    settings = {"steps": 2, "random_start": False}
+    with installed(chooser(engine)):
+        for sign in (1, 1, -1, 1):
+            model.conv1.weight.mul_(sign)
+            engine.calls.clear()
+            found = sk.pgd(model, x, y, EPS, graph=True, **settings)
+            assert torch.equal(found, sk.pgd(model, x, y, EPS, graph=False, fuse=False, **settings))
+            assert len(graphs) == 1
+        assert not engine.calls, "a replay runs no Python"
 
 
 def test_an_engine_that_fails_later_is_given_up():
