@@ -45,6 +45,10 @@ class Engine(Protocol):
 
     name: str
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it does anything on `device`. Asked once an attack: where no engine does, nothing is looked up."""
+        ...
+
     def variants(self, recipe: Recipe, device: torch.device) -> list[str]:
         """Its ways of doing `recipe` on `device`, by name; [] where there is none. Cheap: nothing is built or launched."""
         ...
@@ -109,7 +113,7 @@ class Chooser:
         timer: function -> seconds that a call takes on the current device.
         budget: seconds in all. fuse=True does not look at it.
         cache: of choices, None to keep none on disk.
-        applies: device -> whether to choose there at all. None: on CUDA, if there are engines.
+        applies: device -> whether to choose there at all. None: on CUDA, where an engine runs.
 
     Attributes:
         spent: seconds so far.
@@ -124,11 +128,17 @@ class Chooser:
         applies: Callable[[torch.device], bool] | None = None,
     ):
         self._engines, self.timer, self.budget, self.cache = engines, timer or graph_seconds, budget, cache
-        self.applies = applies or (lambda device: device.type == "cuda" and bool(self.engines))
+        self.applies = applies or self._runs_on
         self.spent = 0.0
         self._decisions: dict[tuple, Decision] = {}
         self._unfit: Counter[tuple] = Counter()
         self._lock = threading.RLock()
+
+    def _runs_on(self, device: torch.device) -> bool:
+        try:
+            return device.type == "cuda" and any(engine.runs_on(device) for engine in self.engines)
+        except Exception:  # no reason for an attack to fail
+            return False
 
     @property
     def engines(self) -> tuple[Engine, ...]:

@@ -23,6 +23,9 @@ class Twin:
         self.names = list(names or ("plain",))
         self.calls, self.prepared = [], 0
 
+    def runs_on(self, device):
+        return True
+
     def variants(self, recipe, device):
         return self.names
 
@@ -71,6 +74,9 @@ class Picky(Twin):
     """Raises while it is asked what it can do."""
 
     name = "picky"
+
+    def runs_on(self, device):
+        raise LookupError("nobody home")
 
     def variants(self, recipe, device):
         raise LookupError("nobody home")

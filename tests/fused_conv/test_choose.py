@@ -225,10 +225,18 @@ def test_two_threads_choose_once():
     assert len(engine.calls) == 2  # checked, and timed
 
 
-def test_applies_to_gpus_with_engines():
+def test_applies_to_gpus_where_an_engine_runs():
+    class Elsewhere(Twin):
+        def runs_on(self, device):
+            return device.index == 1
+
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert not choose.chooser.applies(CPU)
-    assert not choose.Chooser(()).applies(torch.device("cuda", 0))
-    assert choose.Chooser((Twin(),)).applies(torch.device("cuda", 0))
+    assert not choose.Chooser((Twin(),)).applies(CPU)
+    assert not choose.Chooser(()).applies(first)
+    assert not choose.Chooser((Picky(),)).applies(first)
+    assert choose.Chooser((Twin(),)).applies(first)
+    assert [choose.Chooser((Elsewhere(),)).applies(device) for device in (first, second)] == [False, True]
 
 
 # ---- on disk
