@@ -40,9 +40,9 @@ def as_norm(value):
     return name if name in NORMS else value
 
 
-def check_graph(value) -> None:
+def check_auto_or_flag(name: str, value) -> None:
     if not isinstance(value, bool):
-        check_choice("graph", value, ("auto",))
+        check_choice(name, value, ("auto",))
 
 
 def check_flag(name: str, value) -> None:

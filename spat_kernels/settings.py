@@ -12,6 +12,7 @@ Select = Literal["success", "loss"]
 Targeting = Literal["confidence", "malt"]
 Version = Literal["standard", "fast", "plus", "rand"]
 Graph = Literal["auto"] | bool
+Fuse = Literal["auto"] | bool
 Stop = Literal["success", "cycle", "exact"]
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -31,6 +32,7 @@ class AttackSettings(TypedDict, total=False):
     bounds: tuple[float, float]
     precision: Precision | None
     input_gradient: GradientPath
+    fuse: Fuse
     bn_mode: BNMode
     budget: int | torch.Tensor | None
     generator: torch.Generator | None

@@ -57,6 +57,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_choices(tmp_path_factory):
+    """Which kernels do convolutions is chosen by the tests themselves, and not kept for the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPAT_KERNELS_CACHE", str(tmp_path_factory.mktemp("choices")))
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """Tiny models gain nothing from more, and forked processes must not inherit a pool."""

@@ -43,6 +43,7 @@ CALLS = [
     ("sk.PGD(0.1, precision='fp8')", "arg-type"),
     ("sk.PGD(0.1, graph='always')", "arg-type"),
     ("sk.PGD(0.1, bn_mode='test')", "arg-type"),
+    ("sk.PGD(0.1, fuse='never')", "arg-type"),
     ("sk.PGD(0.1, select='best')", "arg-type"),
     ("sk.APGD(0.1, input_gradient='fast')", "arg-type"),
     ("sk.AutoAttack(0.1, version='standrd')", "arg-type"),

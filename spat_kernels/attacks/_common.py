@@ -12,7 +12,7 @@ from ..balls import as_values
 from ..input_gradient.choose import check_path, check_precision, input_gradient
 from ..model_state.borrow import borrowed
 from ..ops._common import is_dense
-from ..settings import BN_MODES, NORMS, BNMode, GradientPath, Norm, Precision
+from ..settings import BN_MODES, NORMS, BNMode, Fuse, GradientPath, Norm, Precision
 
 
 class Result(NamedTuple):
@@ -40,6 +40,7 @@ class BallAttack:
     bounds: tuple[float, float] = (0.0, 1.0)
     precision: Precision | None = None
     input_gradient: GradientPath = "auto"
+    fuse: Fuse = "auto"
     bn_mode: BNMode = "eval"
     budget: int | Tensor | None = None
 
@@ -51,6 +52,7 @@ class BallAttack:
         if self.norm == "linf":
             checks.check_reach("eps", self.largest_eps, self.bounds)
         check_path(self.precision, self.input_gradient)
+        checks.check_auto_or_flag("fuse", self.fuse)
         checks.check_choice("bn_mode", self.bn_mode, BN_MODES)
         checks.check_budget(self.budget)
         if isinstance(self.budget, Tensor) and self.budget.numel() > 1 and self.bn_mode == "train":
@@ -77,7 +79,7 @@ class BallAttack:
         """Within: (the input gradient of `model`, prepared; x; y), the model borrowed, x and y dense."""
         with borrowed(model, self.bn_mode):
             x, y = as_dense(x, y)
-            gradient = input_gradient(model, x, self.input_gradient, self.precision, highest_label)
+            gradient = input_gradient(model, x, self.input_gradient, self.precision, highest_label, self.fuse)
             with gradient.arithmetic(x.device.type):
                 gradient.prepare()
                 yield gradient, x, y

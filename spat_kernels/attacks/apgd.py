@@ -51,9 +51,9 @@ class APGD(RestartedAttack):
             a backward for each of the K - 1 (at most 100) candidates (targeting.py).
         multi_eps: whether a run spends 60 % of its steps in balls of 3 and 2 eps first (apgd_l1.py), as AutoAttack does in L1.
             None is True for L1, and False for the others, which know no such form.
-        eps, norm, bounds, precision, input_gradient, bn_mode, budget, generator, graph: as for `PGD`; a capture is that of a run.
-            What is misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest of
-            its own. A run for which the budget does not suffice ends early, in L1 with multi_eps with all three balls.
+        eps, norm, bounds, precision, input_gradient, fuse, bn_mode, budget, generator, graph: as for `PGD`; a capture is that of
+            a run. What is misclassified is left out of the next run, and on CPUs, in models that take the plan, out of the rest
+            of its own. A run for which the budget does not suffice ends early, in L1 with multi_eps with all three balls.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -75,7 +75,7 @@ class APGD(RestartedAttack):
         self.loss = loss = as_loss(self.loss)
         loss.check_targeted(self.targets is not None)
         super().__post_init__()
-        checks.check_graph(self.graph)
+        checks.check_auto_or_flag("graph", self.graph)
         for name in ("steps", "eot"):
             checks.check_count(name, getattr(self, name), 1)
         if self.targets is not None:

@@ -87,8 +87,8 @@ class AutoAttack(BallAttack):
         queries: of Square, which "rand" leaves out.
         seed: of all random numbers that are not the model's.
         batch_size: number of images attacked at once; None is all.
-        eps, norm, bounds, precision, input_gradient, bn_mode, budget, graph: as for `PGD`. Whether an image is misclassified is
-            always judged by the model itself, in the caller's arithmetic.
+        eps, norm, bounds, precision, input_gradient, fuse, bn_mode, budget, graph: as for `PGD`. Whether an image is
+            misclassified is always judged by the model itself, in the caller's arithmetic.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -258,7 +258,7 @@ class AutoAttack(BallAttack):
         restarts = 5 if name in repeated else 1
         common: AttackSettings = {
             "norm": self.norm, "restarts": restarts, "bounds": self.bounds, "precision": precision,
-            "input_gradient": self.input_gradient, "bn_mode": self.bn_mode, "generator": generator,
+            "input_gradient": self.input_gradient, "fuse": self.fuse, "bn_mode": self.bn_mode, "generator": generator,
         }  # fmt: skip
         targets = TARGETS.get(name)
         if name == "apgd-t" and in_l1:

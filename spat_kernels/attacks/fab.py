@@ -42,8 +42,9 @@ class FAB(RestartedAttack):
         alpha_max: largest weight of the clean image's projection, in [0, 1].
         eta: overshoot beyond the hyperplane, >= 1.
         beta: where to continue from a misclassified point, as a fraction of the way from x to it, in (0, 1].
-        eps, norm, bounds, precision, input_gradient, bn_mode, budget: as for `PGD`. What is found farther away than eps does not
-            count. In mode "train" a sample's result depends on the others, of which those already misclassified are left out.
+        eps, norm, bounds, precision, input_gradient, fuse, bn_mode, budget: as for `PGD`. What is found farther away than eps
+            does not count. In mode "train" a sample's result depends on the others, of which those already misclassified are left
+            out.
         generator: source of the random starts, on any device; None is torch's default one of x's device. The first run of each
             target draws nothing.
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..losses import KLDivergence, LabelSmoothedCE, LossLike, Margin
-from ..settings import BNMode, CommonSettings, GradientPath, Graph, Norm, PGDSettings, Precision, Select, Stop
+from ..settings import BNMode, CommonSettings, Fuse, GradientPath, Graph, Norm, PGDSettings, Precision, Select, Stop
 from .pgd import PGD
 
 
@@ -25,6 +25,7 @@ def pgd_ls(
     bounds: tuple[float, float] = (0.0, 1.0),
     precision: Precision | None = None,
     input_gradient: GradientPath = "auto",
+    fuse: Fuse = "auto",
     bn_mode: BNMode = "eval",
     select: Select = "success",
     stop: Stop | None = None,
@@ -43,8 +44,8 @@ def pgd_ls(
     """
     attack = PGD(
         eps, loss=LabelSmoothedCE(alpha), steps=steps, step_size=step_size, random_start=random_start, norm=norm,
-        targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, bn_mode=bn_mode,
-        select=select, stop=stop, budget=budget, generator=generator, graph=graph,
+        targeted=targeted, restarts=restarts, bounds=bounds, precision=precision, input_gradient=input_gradient, fuse=fuse,
+        bn_mode=bn_mode, select=select, stop=stop, budget=budget, generator=generator, graph=graph,
     )  # fmt: skip
     return attack(model, x, y, start=start)
 

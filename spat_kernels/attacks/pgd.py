@@ -53,6 +53,9 @@ class PGD(RestartedAttack):
             model (in half precision in channels_last, where the model can read that), "auto" takes the plan where the model
             allows it. Code of the model does not run in a plan: changes of modules, attributes, modes and hooks are noticed; of
             globals, closures and the insides of other objects they are not.
+        fuse: whether convolutions of a plan do the passes next to them in one launch, on GPUs that have kernels for that. "auto"
+            takes the fastest kernel that was found right and faster, at the first use of each shape. That takes seconds once, and
+            is kept in ~/.cache/spat_kernels (or SPAT_KERNELS_CACHE). True takes one even if it is slower; False never.
         bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
             statistics never change.
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
@@ -96,7 +99,7 @@ class PGD(RestartedAttack):
         loss.check_targeted(self.targeted)
         super().__post_init__()
         checks.check_choice("select", self.select, SELECT)
-        checks.check_graph(self.graph)
+        checks.check_auto_or_flag("graph", self.graph)
         checks.check_count("steps", self.steps, 0)
         self._check_stop()
         if self.step_size is not None:
@@ -184,7 +187,8 @@ class PGD(RestartedAttack):
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
 
         Nobody looks at the values in x, y and start, which must be such as a call asks for. The first attack on a model through
-        autograd does wait once, to see whether the model writes on its input, and warns if it does.
+        autograd does wait once, to see whether the model writes on its input, and warns if it does. So does the first attack on
+        images of a shape, where kernels are chosen (`fuse`).
 
         Returns:
             tuple: adversarial images, as of a call; uint8 [B], 1 for samples that met an unusable gradient.

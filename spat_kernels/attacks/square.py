@@ -44,7 +44,7 @@ class Square(RestartedAttack):
         queries: proposals in each run, >= 0, after one query of where it starts.
         restarts: runs, each on the samples that the ones before have not broken.
         p_init: share of the image that the first squares cover, in (0, 1].
-        eps, norm, bounds, precision, input_gradient, bn_mode, budget: as for `PGD`. No gradient is computed:
+        eps, norm, bounds, precision, input_gradient, fuse, bn_mode, budget: as for `PGD`. No gradient is computed:
             input_gradient="plan" is the plan's forward, "autograd" calls the model itself. In mode "train" a sample's result
             depends on the others left.
         generator: source of all random numbers, on any device; None is torch's default one of x's device.

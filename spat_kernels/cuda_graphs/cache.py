@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..cuda_graph import CudaGraph
 from ..losses import AutogradLoss
 from .capture import CapturedAttack, Outcome, eager_attack
-from .cuda_graph import CudaGraph
 from .key import attack_key
 from .run import Batch
 

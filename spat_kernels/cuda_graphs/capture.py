@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, rng
+from ..cuda_graph import CudaGraph
 from ..losses import OURS
 from ..model_state.borrow import borrowed
 from ..model_state.structure import Structure
-from .cuda_graph import CudaGraph
 from .key import loss_key
 from .run import Batch, Passes, Run
 

@@ -69,6 +69,7 @@ class Run:
 
     def __init__(self, settings, batch: Batch):
         self.loss, self.path, self.precision = settings.loss, settings.input_gradient, settings.precision
+        self.fuse = settings.fuse
         self.ball = BALLS[settings.norm](batch.x, batch.eps, batch.step_size, box(settings.bounds, batch.x.dtype))
         self.y, self.targets, self.clean_logits = batch.y, batch.targets, batch.clean_logits
         self.draws: tuple[Tensor, ...] = ()
@@ -105,7 +106,7 @@ class Run:
 
     def attack(self, model, generator: torch.Generator | None, runs: int, highest_label: int) -> None:
         """Attack `model`, borrowed, from `runs` starts."""
-        self.model = input_gradient(model, self.ball.x, self.path, self.precision, highest_label)
+        self.model = input_gradient(model, self.ball.x, self.path, self.precision, highest_label, self.fuse)
         for i in range(runs):
             self.draw(generator)
             if i == 0:

@@ -8,80 +8,22 @@ model (trace.py) becomes a list of steps, in channels_last:
                backward: mask, scale, and the gradients of the residual branches.
     PoolLinear the pooling and the linear layer at the end (ops.pool_linear), where its weights are few; backward, it also does
                the pass of a Pointwise in front.
+    FusedConv  a Conv with the Pointwise behind it, or with the way back of the one in front, for engines that do both in one
+               launch (grouping.py, fused_conv).
     Mean, Linear, Reshape, and Local (other functions, differentiated by autograd one by one)
 
 A pre-activation BatchNorm on a residual stream is not folded forward into the next convolution: zero padding would see its shift.
 The plan holds no tensor of the model: weights.py binds its steps to the weights as they are, planned_gradient.py runs them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from torch import Tensor
 
 from ..ops.pool_linear import MAX_CHANNELS, MAX_WEIGHTS
-from .nodes import Node, Norm, Ref, Term
-
-Maps = tuple[Norm | Term, ...]
-
-
-@dataclass
-class Step:
-    """One step: reads the values `inputs`, writes the value `out`. `frees` are the values that nobody reads after it."""
-
-    inputs: tuple[int, ...]
-    out: int
-    name: str
-    shape: tuple[int, ...]  # one sample of `out`
-    frees: list[int] = field(default_factory=list)
-
-
-@dataclass(kw_only=True)
-class Conv(Step):
-    weight: Ref
-    bias: Ref | None
-    conv: dict
-    before: Maps = ()  # affine maps of the image, done while it is read
-    after: Maps = ()  # affine maps folded into weight and bias
-    shift_moves: bool = False  # the folded bias is added by the Pointwise that reads `out`
-
-
-@dataclass
-class Pointwise(Step):
-    affine: Maps = ()
-    relu: bool = False
-    total: int | None = None  # the value inputs[0] (+ inputs[1]), where somebody else reads it
-    shifts: tuple[int, ...] = ()  # steps whose bias moved here
-    in_place: bool = False  # inputs[0] is a convolution's output that nobody else reads
-    in_head: bool = False  # its way back is done by the PoolLinear behind it
-
-
-@dataclass(kw_only=True)
-class Linear(Step):
-    weight: Ref
-    bias: Ref | None
-
-
-@dataclass(kw_only=True)
-class PoolLinear(Linear):
-    pointwise: int | None = None  # the step whose way back is done here
-
-
-@dataclass
-class Mean(Step):
-    pass
-
-
-@dataclass
-class Reshape(Step):
-    pass
-
-
-@dataclass(kw_only=True)
-class Local(Step):
-    function: Callable[..., Tensor]
+from .grouping import group
+from .nodes import Node
+from .steps import Conv, Linear, Local, Maps, Mean, Pointwise, PoolLinear, Reshape, Step
 
 
 class Plan:
@@ -114,6 +56,7 @@ class Plan:
                 done |= self._add_step(i)
         self._fuse_head()
         self._move_shifts()
+        group(self.steps, self.exact)
         self._note_frees()
         self.reads_rows = any(0 in s.inputs and isinstance(s, (Conv, Pointwise)) for s in self.steps)
 

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._common import acc_dtype
 from ..precision import HALVES, arithmetic
+from ..settings import Fuse
 from .autograd import check_logits
-from .plan import Conv, Linear, Local, Mean, Plan, Pointwise, PoolLinear, Reshape, Step
-from .weights import CHANNELS_LAST, ConvWeights, LinearWeights, ScaleShift, Weights
+from .conv_steps import conv_backward, conv_forward, pointwise_backward, pointwise_forward
+from .fused_steps import Engines
+from .gradients import Grads, give, rows, take
+from .plan import Plan
+from .steps import Conv, FusedConv, Linear, Local, Mean, Pointwise, PoolLinear, Reshape, Step
+from .weights import CHANNELS_LAST, LinearWeights, Weights
 
 Saved = Any  # what a step's forward keeps for its backward
-Grads = list[list[tuple[Tensor, bool]]]  # for each value: what its readers contribute, and whether that memory may be written to
 
 
 class PlannedGradient:
@@ -32,9 +36,11 @@ class PlannedGradient:
         dtype: of the convolutions.
         precision: as the caller asked for it, for the TF32 switches.
         highest_label: the largest class that the labels name, to be checked against the number of classes.
+        fuse: whether engines may do convolutions together with the passes next to them, as the caller asked.
 
     Attributes:
         bound: what each step reads of the model (weights.py).
+        engines: who does the convolutions (fused_steps.py).
         factor: [B], by which samples of the last `backward` are to be multiplied where lengths count; None is 1.
         keep: whether that `backward` may be called again.
         forwards, backwards: how many there have been.
@@ -53,12 +59,14 @@ class PlannedGradient:
         dtype: torch.dtype,
         precision: str | None = None,
         highest_label: int = -1,
+        fuse: Fuse = False,
     ):
         self.plan, self.image_dtype, self.dtype = plan, image_dtype, dtype
         self.precision, self.highest_label = precision, highest_label
         self.logits_dtype = acc_dtype(dtype)
         self._weights = Weights(plan, model, image_dtype, dtype)
         self.device = self._weights.device
+        self.engines = Engines(fuse, self.device)
         self._saved: list = [None] * len(plan.steps)
 
     def arithmetic(self, device_type: str):
@@ -67,7 +75,7 @@ class PlannedGradient:
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Images in the memory format in which the plan reads them fastest."""
-        return _rows(x) if self.plan.reads_rows else x
+        return rows(x) if self.plan.reads_rows else x
 
     def release(self) -> None:
         """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
@@ -76,6 +84,7 @@ class PlannedGradient:
     def prepare(self) -> None:
         """Fold and cast the weights as they are now."""
         self.bound = self._weights.bind()
+        self.engines.prepare()
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K]; nothing is kept."""
@@ -84,6 +93,7 @@ class PlannedGradient:
     def forward(self, x: Tensor, keep: bool = True) -> Tensor:
         """Logits of `x`, contiguous [B, K]; what `backward` needs is kept, if `keep`."""
         self.forwards += 1
+        self.engines.begin()
         values: list = [None] * len(self.plan.nodes)  # Tensors, as long as a step still reads them
         values[0] = x
         for i, step in enumerate(self.plan.steps):
@@ -109,6 +119,10 @@ class PlannedGradient:
             BACKWARD[type(step)](self, step, self.bound[i], saved, grads)
         return take(grads, 0)[0]
 
+    def mask(self, i: int) -> Tensor | None:
+        """The bits that the last `forward` kept of the Pointwise step i."""
+        return self._saved[i]
+
     def kept_bytes(self) -> int:
         """Bytes that the last `forward` keeps for `backward`."""
         return sum(t.numel() * t.element_size() for s in self._saved for t in _tensors(s))
@@ -129,105 +143,10 @@ class PlannedGradient:
 # ---- the steps --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(t: Tensor) -> Tensor:
-    """`t` with its channels innermost in memory."""
-    return t.contiguous(memory_format=CHANNELS_LAST) if t.ndim == 4 else t.contiguous()
-
-
-def take(grads: Grads, value: int) -> tuple[Tensor, bool]:
-    """The gradient of `value`, summed over its readers, and whether its memory may be written to. It is dropped from `grads`."""
-    contributions, grads[value] = grads[value], []
-    return _sum(contributions)
-
-
-def _sum(contributions: list[tuple[Tensor, bool]]) -> tuple[Tensor, bool]:
-    if len(contributions) == 1:
-        return contributions[0]
-    total = contributions[0][0] + contributions[1][0]
-    for grad, _ in contributions[2:]:
-        total += grad
-    return total, True
-
-
 def _tensors(saved) -> list[Tensor]:
     if isinstance(saved, Tensor):
         return [saved]
     return [t for s in saved for t in _tensors(s)] if isinstance(saved, (tuple, list)) else []
-
-
-def _conv_forward(run: PlannedGradient, step: Conv, bound: ConvWeights, values, keep):
-    x = _rows(values[step.inputs[0]])
-    if bound.splits:
-        shape = len(x), bound.weight.shape[1], *x.shape[2:]
-        wide = torch.empty(shape, dtype=run.dtype, device=x.device, memory_format=CHANNELS_LAST)
-        x = ops.split_image(x, wide, scale=bound.scale, shift=bound.shift)
-    elif bound.scale is not None or bound.shift is not None:
-        x = ops.scale_shift_relu(x, torch.empty_like(x), scale=bound.scale, shift=bound.shift, relu=False)
-    x = x.to(run.dtype, memory_format=bound.layout)
-    c = step.conv
-    y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
-    return _rows(y), x.shape
-
-
-def _conv_backward(run: PlannedGradient, step: Conv, bound: ConvWeights, shape, grads):
-    grad = take(grads, step.out)[0].contiguous(memory_format=bound.layout)
-    unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=bound.layout)
-    c, only_input = step.conv, [True, False, False]
-    dx, _, _ = torch.ops.aten.convolution_backward(
-        grad, unread, bound.weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"], only_input
-    )
-    if bound.splits:
-        dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
-    if bound.scale is not None:
-        dx = dx * bound.scale.view(-1, 1, 1).to(dx.dtype)
-    if step.inputs[0] != 0 and step.inputs[0] in run.plan.exact:
-        dx = dx.to(run.image_dtype)  # other gradients meet it there
-    grads[step.inputs[0]].append((dx, not bound.splits))
-
-
-def _pointwise_forward(run: PlannedGradient, step: Pointwise, bound: ScaleShift, values, keep):
-    a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
-    a, b = _rows(a), b if b is None else _rows(b)
-    mask = None
-    if keep and step.relu:
-        rows = a.numel() // a.shape[1]
-        mask = torch.empty(rows, -(-a.shape[1] // 8), dtype=torch.uint8, device=a.device)
-    total = None
-    if step.total is not None:
-        total = a if step.in_place else torch.empty_like(a)
-        values[step.total] = total
-    out = a if step.in_place and total is None else torch.empty_like(a)
-    ops.scale_shift_relu(a, out, b=b, scale=bound.scale, shift=bound.shift, total=total, mask=mask, relu=step.relu)
-    return out, mask
-
-
-def _pointwise_backward(run: PlannedGradient, step: Pointwise, bound: ScaleShift, mask, grads):
-    if step.in_head:
-        return
-    outs, grads[step.out] = grads[step.out], []
-    if len(outs) > 2:
-        outs = [_sum(outs[1:]), outs[0]]
-    stream = step.total if len(step.inputs) > 1 else step.inputs[0]  # the value before scale and shift
-    residual, residual_fresh = take(grads, stream) if stream is not None and grads[stream] else (None, False)
-    outs = [(_rows(g), fresh) for g, fresh in outs]
-    if mask is None and bound.scale is None and residual is None and len(outs) == 1:
-        dx, fresh = outs[0]  # a bare addition
-    else:
-        (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
-        reusable = [g for g, fresh in outs if fresh]
-        if residual is not None:
-            residual = _rows(residual)
-            reusable += [residual] * residual_fresh
-        target = reusable[0] if reusable else torch.empty_like(grad)
-        dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=bound.scale, residual=residual)
-        fresh = True
-    _give(step, dx, fresh, grads)
-
-
-def _give(step: Step, dx: Tensor, fresh: bool, grads: Grads) -> None:
-    """The gradient of the sum, before scale and shift, is that of each of its inputs."""
-    for j in step.inputs:
-        grads[j].append((dx, fresh and len(step.inputs) == 1))
 
 
 def _linear_forward(run: PlannedGradient, step: Linear, bound: LinearWeights, values, keep):
@@ -242,7 +161,7 @@ def _linear_backward(run: PlannedGradient, step: Linear, bound: LinearWeights, s
 
 
 def _pool_linear_forward(run: PlannedGradient, step: PoolLinear, bound: LinearWeights, values, keep):
-    x, (weight, bias) = _rows(values[step.inputs[0]]), bound
+    x, (weight, bias) = rows(values[step.inputs[0]]), bound
     logits = torch.empty(len(x), len(weight), dtype=weight.dtype, device=x.device)
     return ops.pool_linear(x, weight, logits, bias=bias), (x.shape, x.dtype)
 
@@ -257,9 +176,9 @@ def _pool_linear_backward(run: PlannedGradient, step: PoolLinear, bound: LinearW
         ops.pool_linear_grad(grad, bound.weight, dx, factor=run.factor)
         grads[step.inputs[0]].append((dx, True))
     else:
-        mask, (scale, _) = run._saved[step.pointwise], run.bound[step.pointwise]
+        mask, (scale, _) = run.mask(step.pointwise), run.bound[step.pointwise]
         ops.pool_linear_grad(grad, bound.weight, dx, mask=mask, scale=scale, factor=run.factor)
-        _give(run.plan.steps[step.pointwise], dx, True, grads)
+        give(run.plan.steps[step.pointwise], dx, True, grads)
 
 
 def _mean_forward(run: PlannedGradient, step: Mean, bound, values, keep):
@@ -311,11 +230,11 @@ def _local_backward(run: PlannedGradient, step: Local, bound, saved, grads):
 
 # (run, step, what is bound to it, values, whether to keep what the backward needs) -> the step's value, what was kept
 FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
-    Conv: _conv_forward, Pointwise: _pointwise_forward, Linear: _linear_forward, PoolLinear: _pool_linear_forward,
-    Mean: _mean_forward, Reshape: _reshape_forward, Local: _local_forward,
+    Conv: conv_forward, FusedConv: conv_forward, Pointwise: pointwise_forward, Linear: _linear_forward,
+    PoolLinear: _pool_linear_forward, Mean: _mean_forward, Reshape: _reshape_forward, Local: _local_forward,
 }  # fmt: skip
 # (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
 BACKWARD: dict[type[Step], Callable[..., None]] = {
-    Conv: _conv_backward, Pointwise: _pointwise_backward, Linear: _linear_backward, PoolLinear: _pool_linear_backward,
-    Mean: _mean_backward, Reshape: _reshape_backward, Local: _local_backward,
+    Conv: conv_backward, FusedConv: conv_backward, Pointwise: pointwise_backward, Linear: _linear_backward,
+    PoolLinear: _pool_linear_backward, Mean: _mean_backward, Reshape: _reshape_backward, Local: _local_backward,
 }  # fmt: skip

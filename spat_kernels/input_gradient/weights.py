@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..ops._common import acc_dtype
 from ..precision import HALVES
 from .nodes import Norm, Ref, Term
-from .plan import Conv, Linear, Maps, Plan, Pointwise, Step
+from .plan import Plan
+from .steps import Conv, Linear, Maps, Pointwise, Step
 
 CHANNELS_LAST = torch.channels_last
 ALIGNED = 4  # scales and shifts start at multiples of 4 values, 16 bytes of fp32, which CUDA kernels read at once

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plan import Conv, Linear, Local, Pointwise, Step
+from .grouping import made
 from .planned_gradient import FORWARD, PlannedGradient
+from .steps import Conv, FusedConv, Linear, Local, Pointwise, Step
 from .weights import ConvWeights
 
 MULTIPLE = 8
@@ -108,11 +109,13 @@ class Windows:
         for step, bound in zip(gradient.plan.steps, gradient.bound, strict=True):
             reach = _reach(step, bound) if local.issuperset(step.inputs) else None
             if reach:
-                local.update(_made(step))
+                local.update(made(step))
             if reach != Reach() or len(step.inputs) > 1:
                 self.kept |= local.intersection(step.inputs)
             if isinstance(step, Pointwise):
                 step = replace(step, in_place=False)  # what it reads may be kept
+            if isinstance(step, FusedConv):
+                step = step.plain()
             if type(step) is Linear:
                 bound = bound._replace(weight=bound.weight.t().contiguous().t())  # [40, 1568] -> [40, 512]: 1.0 ms instead of 1.5
             self.steps.append((step, bound, reach))
@@ -123,7 +126,7 @@ class Windows:
         """On CPUs: a GPU would wait for launches, of which there are more this way."""
         if not isinstance(gradient, PlannedGradient) or gradient.device.type != "cpu":
             return False
-        return gradient.dtype == gradient.image_dtype and len(gradient.plan.nodes[0].shape) == 3
+        return not gradient.engines.active and gradient.dtype == gradient.image_dtype and len(gradient.plan.nodes[0].shape) == 3
 
     @property
     def bytes_per_image(self) -> int:
@@ -182,7 +185,7 @@ class Windows:
             if reach and isinstance(step, Conv):
                 step, bound = _pad(step, bound, inputs, (*columns.padding, *rows.padding))
             inputs[step.out], _ = FORWARD[type(step)](self.gradient, step, bound, inputs, False)
-            for j in _made(step):
+            for j in made(step):
                 values[j] = inputs[j]
                 if j in self.kept:
                     assert rows.out
@@ -227,7 +230,7 @@ class Windows:
                 length = self.shapes[step.inputs[0]][1 + axis]
                 padding = max(-first, 0), max(last - length, 0)
                 wanted = dict.fromkeys(wanted, (max(first, 0), min(last, length)))
-                new |= dict.fromkeys(_made(step), out)
+                new |= dict.fromkeys(made(step), out)
             legs = [_leg(new[j], wanted[j]) if j in wanted else None for j in step.inputs]
             ways.append(Way(legs, padding, out and slice(*out)))
         return ways
@@ -238,12 +241,6 @@ def _leg(new: tuple[int, int], wanted: tuple[int, int]) -> Leg:
     last = max(first, min(new[1], wanted[1]))  # nothing, where strides step over the new part
     into, part = slice(first - wanted[0], last - wanted[0]), slice(first - new[0], last - new[0])
     return Leg(slice(*wanted), into, part, new == wanted)
-
-
-def _made(step: Step) -> list[int]:
-    """The values that a step writes."""
-    total = getattr(step, "total", None)
-    return [step.out] if total is None else [step.out, total]
 
 
 def _length(interval: slice) -> int:

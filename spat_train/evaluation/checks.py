@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spat_kernels.checks import check_graph, check_range, check_reach
+from spat_kernels.checks import check_auto_or_flag, check_range, check_reach
 from spat_kernels.input_gradient.choose import check_path, check_precision, explain
 from spat_kernels.settings import GradientPath, Graph, Precision
 
@@ -144,7 +144,7 @@ def check_arithmetic(
     try:
         check_path(precision, input_gradient)
         check_precision(precision, x)
-        check_graph(graph)
+        check_auto_or_flag("graph", graph)
         if input_gradient == "plan" and (reason := explain(model, x, precision=precision).reason):
             raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'")
     except (TypeError, ValueError) as error:

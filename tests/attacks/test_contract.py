@@ -365,6 +365,7 @@ def test_replays_on_a_gpu(monkeypatch, name, norm, eps):
     ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int 3"),
     ({"graph": "maybe"}, ValueError, "graph='maybe': choose one of"),
     ({"graph": 1}, ValueError, "graph=1: choose one of"),
+    ({"fuse": "maybe"}, ValueError, "fuse='maybe': choose one of"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_settings_of_every_attack(kind, settings, error, message):

@@ -16,11 +16,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spat_kernels as sk
-from spat_kernels import PGD, checks, losses
+from spat_kernels import PGD, checks, cuda_graph, losses
 from spat_kernels.attacks import pgd as attacks
-from spat_kernels.cuda_graphs import cuda_graph
+from spat_kernels.cuda_graph import CudaGraph
 from spat_kernels.cuda_graphs.cache import Graphs
-from spat_kernels.cuda_graphs.cuda_graph import CudaGraph
 from spat_kernels.input_gradient.nodes import CannotPlan
 from spat_kernels.input_gradient.trace import _NoLooking
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
@@ -55,6 +54,8 @@ SETTINGS = {
     "train_mode": {"bn_mode": "train"},
     "as_it_is": {"bn_mode": "keep"},
     "other_bounds": {"bounds": (-0.5, 1.5)},
+    "alone": {"fuse": False},
+    "fused": {"fuse": True},
 }
 
 

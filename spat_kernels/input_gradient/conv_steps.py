@@ -1,0 +1,104 @@
+"""The convolutions of a plan and the passes between them: forward, and back to their inputs.
+
+Each runs alone here. Where an engine does a convolution, maybe with the pass next to it (`fused_steps`), what follows finds that
+done: the pass its value, and backward nothing left in `grads`.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from . import fused_steps
+from .gradients import Grads, give, rows, sum_, take
+from .grouping import stream
+from .steps import Conv, Pointwise
+from .weights import CHANNELS_LAST, ConvWeights, ScaleShift
+
+if TYPE_CHECKING:
+    from .planned_gradient import PlannedGradient
+
+
+def conv_forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, values, keep):
+    x = _read(run, bound, values[step.inputs[0]])
+    if run.engines.active and (done := fused_steps.forward(run, step, bound, x, values, keep)):
+        return done
+    c = step.conv
+    y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
+    return rows(y), x.shape
+
+
+def _read(run: "PlannedGradient", bound: ConvWeights, x: Tensor) -> Tensor:
+    """What a convolution reads of a value: split into halves or normalised where it is to be, in the convolutions' dtype."""
+    x = rows(x)
+    if bound.splits:
+        shape = len(x), bound.weight.shape[1], *x.shape[2:]
+        wide = torch.empty(shape, dtype=run.dtype, device=x.device, memory_format=CHANNELS_LAST)
+        x = ops.split_image(x, wide, scale=bound.scale, shift=bound.shift)
+    elif bound.scale is not None or bound.shift is not None:
+        x = ops.scale_shift_relu(x, torch.empty_like(x), scale=bound.scale, shift=bound.shift, relu=False)
+    return x.to(run.dtype, memory_format=bound.layout)
+
+
+def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape, grads: Grads):
+    grad = take(grads, step.out)[0].contiguous(memory_format=bound.layout)
+    dx = None
+    if run.engines.active:
+        if fused_steps.gradient_with_pass(run, step, bound, grad, shape, grads):
+            return
+        dx = fused_steps.gradient(run, step, bound, grad, shape)
+    if dx is None:
+        unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=bound.layout)
+        c, only_input = step.conv, [True, False, False]
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            grad, unread, bound.weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"], only_input
+        )
+    if bound.splits:
+        dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
+    if bound.scale is not None:
+        dx = dx * bound.scale.view(-1, 1, 1).to(dx.dtype)
+    if step.inputs[0] != 0 and step.inputs[0] in run.plan.exact:
+        dx = dx.to(run.image_dtype)  # other gradients meet it there
+    grads[step.inputs[0]].append((dx, not bound.splits))
+
+
+def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift, values, keep):
+    if step.out in run.engines.masks:  # the convolution has done it
+        return values[step.out], run.engines.masks.pop(step.out)
+    a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
+    a, b = rows(a), b if b is None else rows(b)
+    mask = None
+    if keep and step.relu:
+        pixels = a.numel() // a.shape[1]
+        mask = torch.empty(pixels, -(-a.shape[1] // 8), dtype=torch.uint8, device=a.device)
+    total = None
+    if step.total is not None:
+        total = a if step.in_place else torch.empty_like(a)
+        values[step.total] = total
+    out = a if step.in_place and total is None else torch.empty_like(a)
+    ops.scale_shift_relu(a, out, b=b, scale=bound.scale, shift=bound.shift, total=total, mask=mask, relu=step.relu)
+    return out, mask
+
+
+def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift, mask, grads: Grads):
+    if not grads[step.out]:  # the head has done it, or a convolution
+        return
+    outs, grads[step.out] = grads[step.out], []
+    if len(outs) > 2:
+        outs = [sum_(outs[1:]), outs[0]]
+    before = stream(step)
+    residual, residual_fresh = take(grads, before) if before is not None and grads[before] else (None, False)
+    outs = [(rows(g), fresh) for g, fresh in outs]
+    if mask is None and bound.scale is None and residual is None and len(outs) == 1:
+        dx, fresh = outs[0]  # a bare addition
+    else:
+        (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
+        reusable = [g for g, fresh in outs if fresh]
+        if residual is not None:
+            residual = rows(residual)
+            reusable += [residual] * residual_fresh
+        target = reusable[0] if reusable else torch.empty_like(grad)
+        dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=bound.scale, residual=residual)
+        fresh = True
+    give(step, dx, fresh, grads)

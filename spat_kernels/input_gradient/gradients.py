@@ -1,0 +1,34 @@
+"""Gradients on their way back through a plan: what each value's readers contribute to it."""
+
+import torch
+from torch import Tensor
+
+from .steps import Step
+
+Grads = list[list[tuple[Tensor, bool]]]  # for each value: what its readers contribute, and whether that memory may be written to
+
+
+def rows(t: Tensor) -> Tensor:
+    """`t` with its channels innermost in memory."""
+    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t.contiguous()
+
+
+def take(grads: Grads, value: int) -> tuple[Tensor, bool]:
+    """The gradient of `value`, summed over its readers, and whether its memory may be written to. It is dropped from `grads`."""
+    contributions, grads[value] = grads[value], []
+    return sum_(contributions)
+
+
+def sum_(contributions: list[tuple[Tensor, bool]]) -> tuple[Tensor, bool]:
+    if len(contributions) == 1:
+        return contributions[0]
+    total = contributions[0][0] + contributions[1][0]
+    for grad, _ in contributions[2:]:
+        total += grad
+    return total, True
+
+
+def give(step: Step, dx: Tensor, fresh: bool, grads: Grads) -> None:
+    """The gradient of the sum, before scale and shift, is that of each of its inputs."""
+    for j in step.inputs:
+        grads[j].append((dx, fresh and len(step.inputs) == 1))

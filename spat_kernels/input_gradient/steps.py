@@ -1,0 +1,84 @@
+"""The steps of an input-gradient plan: what each reads, writes and fuses. They hold no tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+
+from .nodes import Norm, Ref, Term
+
+Maps = tuple[Norm | Term, ...]
+
+
+@dataclass
+class Step:
+    """One step: reads the values `inputs`, writes the value `out`. `frees` are the values that nobody reads after it."""
+
+    inputs: tuple[int, ...]
+    out: int
+    name: str
+    shape: tuple[int, ...]  # one sample of `out`
+    frees: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Conv(Step):
+    weight: Ref
+    bias: Ref | None
+    conv: dict
+    before: Maps = ()  # affine maps of the image, done while it is read
+    after: Maps = ()  # affine maps folded into weight and bias
+    shift_moves: bool = False  # the folded bias is added by the Pointwise that reads `out`
+
+
+@dataclass(kw_only=True)
+class FusedConv(Conv):
+    """A convolution with passes next to it, which an engine may do in the same launch (`fused_conv`). Else each is done alone."""
+
+    behind: int | None = None  # the Pointwise step that reads `out`
+    shared: bool = False  # others read `out` too: it is the total of that pass
+    in_front: int | None = None  # the Pointwise step whose way back is done with the gradient of this convolution
+
+    def plain(self) -> Conv:
+        """The convolution by itself."""
+        return Conv(**{f.name: getattr(self, f.name) for f in fields(Conv)})
+
+
+@dataclass
+class Pointwise(Step):
+    affine: Maps = ()
+    relu: bool = False
+    total: int | None = None  # the value inputs[0] (+ inputs[1]), where somebody else reads it
+    shifts: tuple[int, ...] = ()  # steps whose bias moved here
+    in_place: bool = False  # inputs[0] is a convolution's output that nobody else reads
+    in_head: bool = False  # its way back is done by the PoolLinear behind it
+    in_conv: bool = False  # it may be done by the `FusedConv` in front, where an engine can
+    back_in_conv: bool = False  # its way back may be done in the gradient of the `FusedConv` behind it
+    alone: str = ""  # why it is done by itself, if it is
+    back_alone: str = ""
+
+
+@dataclass(kw_only=True)
+class Linear(Step):
+    weight: Ref
+    bias: Ref | None
+
+
+@dataclass(kw_only=True)
+class PoolLinear(Linear):
+    pointwise: int | None = None  # the step whose way back is done here
+
+
+@dataclass
+class Mean(Step):
+    pass
+
+
+@dataclass
+class Reshape(Step):
+    pass
+
+
+@dataclass(kw_only=True)
+class Local(Step):
+    function: Callable[..., Tensor]
