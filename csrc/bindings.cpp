@@ -461,11 +461,11 @@ Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t s
   STD_TORCH_CHECK(out.size(0) == samples && out.size(1) == out_channels && out.size(2) == rows && out.size(3) == columns,
                   "out must be [", samples, ", ", out_channels, ", ", rows, ", ", columns, "]");
   STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 160, "tile must be 64, 128 or 160, got ", tile);
-  STD_TORCH_CHECK(samples * rows * columns < (int64_t(1) << 31) && samples * height * width < (int64_t(1) << 31),
-                  "x must have fewer than 2^31 pixels");
+  STD_TORCH_CHECK(samples * rows * columns < (int64_t(1) << 30) && samples * height * width < (int64_t(1) << 30),
+                  "x must have fewer than 2^30 pixels");
   const auto n = [](int64_t v) { return int32_t(v); };
   return {x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(rows), n(columns),
-          n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile)};
+          n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile), 0, 0};
 }
 
 // The tensors of a pass are read in packets of 16 bytes.

@@ -18,26 +18,29 @@ using namespace hopper;
 
 constexpr int kRows = 128;
 constexpr int kBlock = kRows / 64 * kWarpgroup;
+constexpr int kMaxPixels = 192;  // of a tile with the rows above and below
 
-template <int N>
-struct alignas(1024) Stage {
-  uint16_t pixels[kRows * kDepth], weights[N * kDepth];
-};
-template <int N>
-constexpr int kStages = N == 64 ? 4 : 3;  // of which two blocks fit into the shared memory of a multiprocessor
-
-// What one thread knows about the copies: where the next one is from, and where it goes. In shared memory, for the registers' sake.
-struct Copies {
-  int tile, x, y, sample, column;  // of the tile's first window
-  int down, right, channel, stage;
+// What one thread knows about the copies that it starts: where the next one is from, and where it goes. In shared memory, for the
+// registers' sake.
+struct alignas(16) Copies {
+  int tile, down, right, channel, stage;
   uint32_t parity;
 };
 
-template <int N>
+
+// ROWS: a tile is whole rows of images, whose pixels are copied with the rows above and below, once for all weights of a column of
+// the window: it moves down by whole rows. Else each weight has a copy of its own (im2col), and any geometry goes.
+template <int N, bool ROWS>
 struct Shared {
-  Stage<N> stages[kStages<N>];
-  Barrier full[kStages<N>], empty[kStages<N>];
-  Copies copies;
+  static constexpr int kPixels = ROWS ? 2 : 3, kWeights = N == 64 ? 6 : 3;  // two blocks fit into a multiprocessor's shared memory
+  struct alignas(1024) {
+    uint16_t values[(ROWS ? kMaxPixels : kRows) * kDepth];
+  } pixels[kPixels];
+  struct alignas(1024) {
+    uint16_t values[N * kDepth];
+  } weights[kWeights];
+  Barrier pixels_full[kPixels], pixels_empty[kPixels], weights_full[kWeights], weights_empty[kWeights];
+  Copies next_pixels, next_weights;
 };
 
 // The tiles of the matrix product, those with the same pixels next to each other. A block does one of every gridDim.x.
@@ -51,79 +54,130 @@ struct Tiles {
   __device__ __forceinline__ int column(int tile) const { return tile % columns * N; }
 };
 
-// Goes to a tile, if there is one.
-template <int N>
-__device__ __forceinline__ void go_to(Copies& copies, const Conv& c, int tile) {
-  const Tiles<N> tiles(c);
-  copies.tile = tile;
-  if (tile >= tiles.count) return;
-  const int pixels = c.out_height * c.out_width, row = tiles.row(tile);
-  const int sample = row / pixels, pixel = row - sample * pixels, out_y = pixel / c.out_width;
-  copies.sample = sample, copies.column = tiles.column(tile);
-  copies.y = out_y * c.stride - c.pad_height, copies.x = (pixel - out_y * c.out_width) * c.stride - c.pad_width;
-  copies.down = copies.right = copies.channel = 0;
-}
-
-// Starts to copy the next stage, 64 channels under one weight of the window, as soon as everybody has read what was there.
-template <int N>
-__device__ __forceinline__ void copy_next(Shared<N>& shared, const TensorMap& images, const TensorMap& weights, const Conv& c) {
-  Copies& now = shared.copies;
-  if (now.tile >= Tiles<N>(c).count) return;
-  Stage<N>& stage = shared.stages[now.stage];
-  Barrier& full = shared.full[now.stage];
-  wait(shared.empty[now.stage], now.parity ^ 1);
-  arrive_and_expect(full, sizeof(stage));
-  copy_pixels(stage.pixels, images, full, now.channel, now.x, now.y, now.sample, now.right, now.down);
-  copy_weights(stage.weights, weights, full, now.channel, now.down * c.kernel_width + now.right, now.column);
-  if (++now.stage == kStages<N>) now.stage = 0, now.parity ^= 1;
+// The order of the copies: `channel` of the image under the weight (down, right) of the window, 64 channels at a time.
+template <int N, bool ROWS>
+__device__ __forceinline__ void advance(Copies& now, const Conv& c, bool weights, int stages) {
+  if (++now.stage == stages) now.stage = 0, now.parity ^= 1;
+  if (ROWS && weights) {
+    if (++now.down < c.kernel_height) return;
+    now.down = 0;
+  }
   if ((now.channel += kDepth) < c.channels) return;
   now.channel = 0;
+  if (!ROWS) {
+    if (++now.down < c.kernel_height) return;
+    now.down = 0;
+  }
   if (++now.right < c.kernel_width) return;
-  now.right = 0;
-  if (++now.down == c.kernel_height) go_to<N>(now, c, now.tile + gridDim.x);
+  now.right = 0, now.tile += int(gridDim.x);
 }
 
+// Each starts the next copy, as soon as everybody has read what was there. One thread does pixels, another one weights.
+template <int N, bool ROWS>
+__device__ __forceinline__ void copy_next_pixels(Shared<N, ROWS>& shared, const TensorMap& images, const Conv& c) {
+  Copies now = shared.next_pixels;
+  const Tiles<N> tiles(c);
+  if (now.tile >= tiles.count) return;
+  auto& target = shared.pixels[now.stage];
+  Barrier& full = shared.pixels_full[now.stage];
+  const int area = c.out_height * c.out_width, row = tiles.row(now.tile), sample = row / area, pixel = row - sample * area;
+  const int y = pixel / c.out_width, x = pixel - y * c.out_width;
+  wait(shared.pixels_empty[now.stage], now.parity ^ 1);
+  if constexpr (ROWS) {
+    arrive_and_expect(full, c.tile_pixels * kDepth * sizeof(uint16_t));
+    copy_rows(target.values, images, full, now.channel, now.right - c.pad_width, y - c.pad_height, sample);
+  } else {
+    arrive_and_expect(full, sizeof(target));
+    copy_pixels(target.values, images, full, now.channel, x * c.stride - c.pad_width, y * c.stride - c.pad_height, sample,
+                now.right, now.down);
+  }
+  advance<N, ROWS>(now, c, false, Shared<N, ROWS>::kPixels);
+  shared.next_pixels = now;
+}
+template <int N, bool ROWS>
+__device__ __forceinline__ void copy_next_weights(Shared<N, ROWS>& shared, const TensorMap& weights, const Conv& c) {
+  Copies now = shared.next_weights;
+  const Tiles<N> tiles(c);
+  if (now.tile >= tiles.count) return;
+  auto& target = shared.weights[now.stage];
+  Barrier& full = shared.weights_full[now.stage];
+  wait(shared.weights_empty[now.stage], now.parity ^ 1);
+  arrive_and_expect(full, sizeof(target));
+  copy_weights(target.values, weights, full, now.channel, now.down * c.kernel_width + now.right, tiles.column(now.tile));
+  advance<N, ROWS>(now, c, true, Shared<N, ROWS>::kWeights);
+  shared.next_weights = now;
+}
+
+// A place in a ring of buffers.
+template <int COUNT>
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == COUNT) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ int before() const { return stage == 0 ? COUNT - 1 : stage - 1; }
+};
+
 // The products of a block, by all its threads. Where one thread does something for all of its warp, it is `elected`.
-template <class T, int N>
+template <class T, int N, bool ROWS>
 struct Products {
-  Shared<N>& shared;
+  Shared<N, ROWS>& shared;
   const TensorMap &images, &weights;
   const Conv& c;
   int warp;  // known to be the same in all of its threads
-  int stage = 0;
-  uint32_t parity = 0;
+  Turn<Shared<N, ROWS>::kPixels> pixels;
+  Turn<Shared<N, ROWS>::kWeights> filter;
 
-  // sums += the next stage, of which COLUMNS are not zeros. The stage before is free then.
+  // sums += the next pixels, `rows` further down, times the next weights, of which COLUMNS channels are not zeros.
   template <int COLUMNS>
-  __device__ __forceinline__ void add(Sums<N>& sums, bool first) {
-    const Stage<N>& now = shared.stages[stage];
-    wait(shared.full[stage], parity);
+  __device__ __forceinline__ void add(Sums<N>& sums, int rows) {
+    const int first = warp / (kWarpgroup / kWarp) * c.half_tile + rows * c.out_width;
+    const uint16_t *x = shared.pixels[pixels.stage].values + first * kDepth, *w = shared.weights[filter.stage].values;
+    wait(shared.weights_full[filter.stage], filter.parity);
     hand_over<N>(sums);
 #pragma unroll
-    for (int column = 0; column < COLUMNS; column += 16)
-      multiply<T, N>(sums, operand(now.pixels + warp / 4 * 64 * kDepth, column), operand(now.weights, column));
-    commit();
-    if (!first) release(stage == 0 ? kStages<N> - 1 : stage - 1);
-    if (++stage == kStages<N>) stage = 0, parity ^= 1;
+    for (int column = 0; column < COLUMNS; column += 16) multiply<T, N>(sums, operand(x, column), operand(w, column));
+    commit();  // of the product before all is read
   }
 
-  __device__ __forceinline__ void release(int done) {
+  __device__ __forceinline__ void release_weights(int stage) {
     const bool one = elected();
-    if (one) arrive(shared.empty[done]);
-    if (warp == 0 && one) copy_next(shared, images, weights, c);
+    if (one) arrive(shared.weights_empty[stage]);
+    if (warp == 0 && one) copy_next_weights(shared, weights, c);
     __syncwarp();
+  }
+  __device__ __forceinline__ void release_pixels(int stage) {
+    const bool one = elected();
+    if (one) arrive(shared.pixels_empty[stage]);
+    if (warp == kWarpgroup / kWarp && one) copy_next_pixels(shared, images, c);
+    __syncwarp();
+  }
+
+  template <int COLUMNS>
+  __device__ __forceinline__ void add_stage(Sums<N>& sums, bool begins) {
+    wait(shared.pixels_full[pixels.stage], pixels.parity);
+    for (int down = 0; down < (ROWS ? c.kernel_height : 1); ++down) {
+      add<COLUMNS>(sums, down);
+      if (!begins || down > 0) release_weights(filter.before());
+      if (!begins && down == 0) release_pixels(pixels.before());
+      filter.next();
+    }
+    pixels.next();
   }
 
   // HALF: the last stage under each weight holds 32 channels or fewer.
   template <bool HALF>
   __device__ __forceinline__ void add_all(Sums<N>& sums) {
-    bool first = true;
-    for (int tap = 0; tap < c.kernel_height * c.kernel_width; ++tap) {
-      for (int channel = HALF ? kDepth / 2 : 0; channel < c.channels; channel += kDepth, first = false) add<kDepth>(sums, first);
-      if constexpr (HALF) add<kDepth / 2>(sums, first), first = false;
+    bool begins = true;
+    for (int i = 0; i < (ROWS ? 1 : c.kernel_height) * c.kernel_width; ++i) {
+      for (int channel = HALF ? kDepth / 2 : 0; channel < c.channels; channel += kDepth, begins = false)
+        add_stage<kDepth>(sums, begins);
+      if constexpr (HALF) add_stage<kDepth / 2>(sums, begins), begins = false;
     }
     take_back<N>(sums);
-    release(stage == 0 ? kStages<N> - 1 : stage - 1);
+    release_weights(filter.before());
+    release_pixels(pixels.before());
   }
 };
 
@@ -164,7 +218,7 @@ __device__ __forceinline__ void prefetch_images(const ScaleShiftReluGrad& s, con
 // The pass over a thread's sums. The loads of a few octets are on their way before the first is needed.
 template <class T, int N, class Pass>
 __device__ __forceinline__ void write_sums(const Sums<N>& sums, const Conv& c, const Pass& args, int row, int column) {
-  constexpr int kGroups = N / 32, kAtOnce = std::is_same_v<Pass, ScaleShiftRelu> ? 2 : 2;
+  constexpr int kGroups = N / 32, kAtOnce = N == 160 ? 1 : 2;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -196,22 +250,26 @@ __device__ __forceinline__ void write_sums(const Sums<N>& sums, const Conv& c, c
   }
 }
 
-template <class T, int N, bool HALF, class Pass>
+template <class T, int N, bool ROWS, bool HALF, class Pass>
 __global__ void __launch_bounds__(kBlock, 2)
     conv_kernel(const __grid_constant__ TensorMap images, const __grid_constant__ TensorMap weights, const Conv c, const Pass args) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  Shared<N>& shared = launched_shared<Shared<N>>();
+  auto& shared = launched_shared<Shared<N, ROWS>>();
+  constexpr int kPixels = Shared<N, ROWS>::kPixels, kWeights = Shared<N, ROWS>::kWeights;
+  const int warp = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages<N>; ++i) init(shared.full[i], 1), init(shared.empty[i], kBlock / kWarp);
+    for (int i = 0; i < kPixels; ++i) init(shared.pixels_full[i], 1), init(shared.pixels_empty[i], kBlock / kWarp);
+    for (int i = 0; i < kWeights; ++i) init(shared.weights_full[i], 1), init(shared.weights_empty[i], kBlock / kWarp);
     barriers_are_ready();
-    shared.copies.stage = 0, shared.copies.parity = 0;
-    go_to<N>(shared.copies, c, blockIdx.x);
+    shared.next_pixels = shared.next_weights = {int(blockIdx.x), 0, 0, 0, 0, 0};
   }
   __syncthreads();
   if (threadIdx.x == 0)
-    for (int i = 0; i < kStages<N>; ++i) copy_next(shared, images, weights, c);
+    for (int i = 0; i < kWeights; ++i) copy_next_weights(shared, weights, c);
+  if (threadIdx.x == kWarpgroup)
+    for (int i = 0; i < kPixels; ++i) copy_next_pixels(shared, images, c);
   __syncwarp();
-  Products<T, N> products{shared, images, weights, c, __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0)};
+  Products<T, N, ROWS> products{shared, images, weights, c, warp, {}, {}};
   const Tiles<N> tiles(c);
   for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     prefetch_images<N>(args, c, tiles.row(tile), tiles.column(tile));
@@ -222,30 +280,51 @@ __global__ void __launch_bounds__(kBlock, 2)
 #endif
 }
 
-template <class T, int N, class Pass>
+template <class T, int N, bool ROWS, class Pass>
 int launch(const Conv& c, const Pass& args, void* stream) {
   TensorMap images, weights;
   const int64_t shape[] = {c.samples, c.height, c.width, c.channels};
   const int64_t weight_shape[] = {c.out_channels, int64_t(c.kernel_height) * c.kernel_width, c.channels};
   const int kernel_size[] = {c.kernel_height, c.kernel_width}, padding[] = {c.pad_height, c.pad_width};
-  if (const int error = map_pixels<T>(images, c.x, shape, kernel_size, c.stride, padding, kRows)) return error;
+  const int samples = c.out_height * c.out_width == 64 ? 2 : 1;
+  const int error = ROWS ? map_rows<T>(images, c.x, shape, c.tile_pixels / samples / c.width, samples)
+                         : map_pixels<T>(images, c.x, shape, kernel_size, c.stride, padding, kRows);
+  if (error) return error;
   if (const int error = map_weights<T>(weights, c.weight, weight_shape, N)) return error;
   const bool half = (c.channels - 1) % kDepth < kDepth / 2;
-  const auto kernel = half ? conv_kernel<T, N, true, Pass> : conv_kernel<T, N, false, Pass>;
-  const int bytes = sizeof(Shared<N>);
+  const auto kernel = half ? conv_kernel<T, N, ROWS, true, Pass> : conv_kernel<T, N, ROWS, false, Pass>;
+  const int bytes = sizeof(Shared<N, ROWS>);
   if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
   const int blocks = std::min(Tiles<N>(c).count, 2 * multiprocessors());
   kernel<<<blocks, kBlock, bytes, cudaStream_t(stream)>>>(images, weights, c, args);
   return cudaGetLastError();
 }
 
+// Pixels of a tile with the rows around them, 0 where a tile is not whole rows of one image, or two images.
+int pixels_in_rows(const Conv& c) {
+  const int area = c.out_height * c.out_width, images = area == 64 ? 2 : 1;
+  const bool same = c.stride == 1 && c.height == c.out_height && c.width == c.out_width;
+  if (!same || c.width % 8 || 64 % c.width || area * images % kRows) return 0;
+  const int pixels = kRows + images * (c.kernel_height - 1) * c.width;
+  return pixels <= kMaxPixels ? pixels : 0;
+}
+
+template <int N, class T, class Pass>
+int launch_tile(Conv c, const Pass& args, void* stream) {
+  c.tile_pixels = pixels_in_rows(c);
+  c.half_tile = c.tile_pixels && c.height * c.width == 64 ? c.tile_pixels / 2 : 64;
+  return c.tile_pixels ? launch<T, N, true>(c, args, stream) : launch<T, N, false>(c, args, stream);
+}
+
+template <class T, class Pass>
+int launch_dtype(const Conv& c, const Pass& args, void* stream) {
+  return c.tile == 64 ? launch_tile<64, T>(c, args, stream)
+                      : c.tile == 128 ? launch_tile<128, T>(c, args, stream) : launch_tile<160, T>(c, args, stream);
+}
+
 template <class Pass>
 int launch_conv(const Conv& c, const Pass& args, void* stream) {
-  const auto tiled = [&](auto t) {
-    using T = decltype(t);
-    return c.tile == 64 ? launch<T, 64>(c, args, stream) : c.tile == 128 ? launch<T, 128>(c, args, stream) : launch<T, 160>(c, args, stream);
-  };
-  return args.shape.dtype == DType::f16 ? tiled(half{}) : tiled(bfloat16{});
+  return args.shape.dtype == DType::f16 ? launch_dtype<half>(c, args, stream) : launch_dtype<bfloat16>(c, args, stream);
 }
 
 }  // namespace

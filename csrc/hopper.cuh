@@ -68,6 +68,20 @@ int map_pixels(TensorMap& map, const void* images, const int64_t (&shape)[4], co
              : cudaSuccess;
 }
 
+// The same images: copies take 64 channels of `rows` whole rows of `count` images, zeros where the image ends.
+template <class T>
+int map_rows(TensorMap& map, const void* images, const int64_t (&shape)[4], int rows, int count) {
+  static const auto encode = driver<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  const cuuint64_t channels = shape[3], width = shape[2], height = shape[1], samples = shape[0], row = sizeof(T) * channels;
+  const cuuint64_t sizes[] = {channels, width, height, samples}, strides[] = {row, row * width, row * width * height};
+  const cuuint32_t box[] = {kDepth, cuuint32_t(width), cuuint32_t(rows), cuuint32_t(count)}, steps[] = {1, 1, 1, 1};
+  if (!encode) return cudaErrorNotSupported;
+  return encode(&map, kType<T>, 4, const_cast<void*>(images), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+             ? cudaErrorInvalidValue
+             : cudaSuccess;
+}
+
 // Weights [rows, taps, channels]: copies take 64 channels of one tap of `count` rows.
 template <class T>
 int map_weights(TensorMap& map, const void* weights, const int64_t (&shape)[3], int count) {
@@ -134,6 +148,15 @@ __device__ __forceinline__ void copy_pixels(uint16_t* tile, const TensorMap& map
       "{%7, %8};" ::"r"(shared_address(tile)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(channel), "r"(x), "r"(y), "r"(sample), "h"(uint16_t(right)),
       "h"(uint16_t(down))
+      : "memory");
+}
+// Rows from y on, each from x on, of the samples from `sample` on.
+__device__ __forceinline__ void copy_rows(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int x, int y,
+                                          int sample) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+          shared_address(tile)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(channel), "r"(x), "r"(y), "r"(sample)
       : "memory");
 }
 __device__ __forceinline__ void copy_weights(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int tap, int row) {

@@ -171,6 +171,7 @@ struct Conv {
   const void *x, *weight;
   int32_t samples, height, width, channels, out_height, out_width, out_channels, kernel_height, kernel_width;
   int32_t stride, pad_height, pad_width, tile;
+  int32_t tile_pixels, half_tile;  // conv_sm90a.cu sets them
 };
 
 struct ConvScaleShiftRelu {

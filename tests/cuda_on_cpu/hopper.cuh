@@ -42,6 +42,11 @@ int map_pixels(TensorMap& map, const void* images, const int64_t (&shape)[4], co
   return cudaSuccess;
 }
 template <class T>
+int map_rows(TensorMap& map, const void* images, const int64_t (&shape)[4], int rows, int count) {
+  map = {static_cast<const uint16_t*>(images), {shape[0], shape[1], shape[2], shape[3]}, {rows, 0}, 1, {}, count};
+  return cudaSuccess;
+}
+template <class T>
 int map_weights(TensorMap& map, const void* weights, const int64_t (&shape)[3], int count) {
   map = {static_cast<const uint16_t*>(weights), {1, shape[0], shape[1], shape[2]}, {}, 1, {}, count};
   return cudaSuccess;
@@ -81,6 +86,13 @@ inline void copy_pixels(uint16_t* tile, const TensorMap& map, Barrier& barrier, 
     if (y > last_y) y = -map.padding[0], ++sample;
   }
   received(barrier, int64_t(map.count) * kRowBytes);
+}
+inline void copy_rows(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int x, int y, int sample) {
+  const int width = int(map.shape[2]), rows = map.kernel[0];
+  for (int i = 0; i < map.count * rows * width; ++i)
+    for (int j = 0; j < kDepth; ++j)
+      tile[place(i, j)] = value(map, sample + i / width / rows, y + i / width % rows, x + i % width, channel + j);
+  received(barrier, int64_t(map.count) * rows * width * kRowBytes);
 }
 inline void copy_weights(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int tap, int row) {
   for (int i = 0; i < map.count; ++i)
