@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spat_kernels
+from spat_kernels.settings import Fuse
 from benchmarks.measure import DTYPES
 
 EPS, STEP = 8 / 255, 2 / 255
@@ -44,6 +45,8 @@ def providers(device: str, steps: int = 10) -> list[Provider]:
     ours += [("spat plan+graph", p, "plan", True) for p in (full + half) * cuda]
     attack = partial(spat_pgd, steps=steps)
     found = [Provider(n, p, partial(attack, precision=p, path=path, graph=graph), ours=True) for n, p, path, graph in ours]
+    apart = partial(attack, path="plan", graph=True, fuse=False)
+    found += [Provider("spat plan+graph, fuse=False", p, partial(apart, precision=p), ours=True) for p in half * cuda]
     found += [Provider("loop", p, partial(plain_loop, steps=steps)) for p in full]
     found += [
         Provider("torchattacks", "fp32", partial(torchattacks_pgd, steps=steps), note="as shipped"),
@@ -60,8 +63,9 @@ def providers(device: str, steps: int = 10) -> list[Provider]:
     return found
 
 
-def spat_pgd(model: nn.Module, steps: int, precision: str, path: str, graph: bool) -> Attack:
-    attack = spat_kernels.PGD(EPS, steps=steps, step_size=STEP, precision=precision, input_gradient=path, graph=graph)
+def spat_pgd(model: nn.Module, steps: int, precision: str, path: str, graph: bool, fuse: Fuse = "auto") -> Attack:
+    settings = {"precision": precision, "input_gradient": path, "graph": graph, "fuse": fuse}
+    attack = spat_kernels.PGD(EPS, steps=steps, step_size=STEP, **settings)
     return lambda x, y: attack(model, x, y)
 
 

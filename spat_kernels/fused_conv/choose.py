@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -24,6 +24,7 @@ from .. import rng
 from ..cuda_graph import CudaGraph
 from ..settings import Fuse
 from .cache import Cache
+from .hopper import Hopper
 from .judge import UNFIT, Judge
 from .recipe import Recipe, apart
 
@@ -74,7 +75,7 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: tuple[Engine, ...] = ()
+ENGINES: tuple[Engine, ...] = (Hopper(),)
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,8 @@ def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | 
 
 
 def _key(recipe: Recipe, device: torch.device, fuse: Fuse) -> tuple:
-    return recipe, device, fuse is True
+    """What a decision is of: batches up to the next power of two share it, since attacks whose batch shrinks would choose for ever."""
+    return replace(recipe, batch=1 << (recipe.batch - 1).bit_length()), device, fuse is True
 
 
 def _may_not_wait(x: Tensor) -> bool:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .._library import cuda_built, library
 from ..ops._common import Maybe
+from .recipe import Recipe
 
 TILES = (160, 128, 64)
+WASTE = 1.2  # a tile is tried if it does at most this many times the output channels of the tile that does the fewest
 HOPPER = (9, 0)
 
 for _name, _pass in {
@@ -59,6 +61,36 @@ def conv_scale_shift_relu_grad(
     return dx
 
 
-def runs_on(device: torch.device) -> bool:
-    """Is `device` a Hopper, and the kernel built?"""
-    return bool(cuda_built) and device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+class Hopper:
+    """The engine (see `choose.Engine`). A variant is a tile."""
+
+    name = "hopper"
+
+    def runs_on(self, device: torch.device) -> bool:
+        return bool(cuda_built) and device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+
+    def variants(self, recipe: Recipe, device: torch.device) -> list[str]:
+        stride, channels = recipe.stride, (recipe.input[0], recipe.output[0])
+        fits = (
+            recipe.dtype in (torch.float16, torch.bfloat16)
+            and recipe.layout == torch.channels_last
+            and recipe.groups == 1
+            and recipe.dilation == (1, 1)
+            and not recipe.bias
+            and all(c % 8 == 0 for c in channels)
+            and all(p < k for p, k in zip(recipe.padding, recipe.kernel, strict=True))
+            and (stride == (1, 1) or (recipe.way == "forward" and stride[0] == stride[1] <= 8))
+        )
+        done = {tile: -(-recipe.result[1] // tile) * tile for tile in TILES}
+        return [f"tile {tile}" for tile in TILES if done[tile] <= WASTE * min(done.values())] if fits else []
+
+    def prepare_weight(self, recipe: Recipe, weight: Tensor) -> Tensor | None:
+        return turned(weight) if recipe.way == "gradient" else None
+
+    def run(self, variant: str, recipe: Recipe, x: Tensor, weight: Tensor, out: Tensor, **tensors: Tensor) -> None:
+        tile = int(variant.removeprefix("tile "))
+        if recipe.way == "gradient":
+            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, tile=tile, **tensors)
+        else:
+            relu, (stride, _) = bool(recipe.epilogue and recipe.epilogue.relu), recipe.stride
+            conv_scale_shift_relu(x, weight, out, stride=stride, padding=recipe.padding, relu=relu, tile=tile, **tensors)
