@@ -191,7 +191,7 @@ class Chooser:
                 trial = _Trial(recipe, x, weight, tensors, self.timer, problems)
                 cache = self.cache if fuse == "auto" else None
                 names = sorted(map(str, candidates))
-                entry = cache.get(x.device, str(recipe)) if cache else None
+                entry = cache.get(x.device, str(_alike(recipe))) if cache else None
                 if entry is not None and entry["candidates"] == names:
                     known = _recall(trial, candidates, entry)
                     if known is not None:
@@ -199,7 +199,7 @@ class Chooser:
                 decision = self._tune(trial, candidates, fuse, began)
                 if cache and decision.measured:
                     chosen = str(decision.choice) if decision.choice else APART
-                    cache.put(x.device, str(recipe), {"choice": chosen, "candidates": names, "seconds": decision.seconds})
+                    cache.put(x.device, str(_alike(recipe)), {"choice": chosen, "candidates": names, "seconds": decision.seconds})
                 return decision
         except Exception as error:  # out of memory too: the attack itself may have enough
             return Decision(None, f"choosing failed: {_said(error)}")
@@ -302,7 +302,11 @@ def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | 
 
 def _key(recipe: Recipe, device: torch.device, fuse: Fuse) -> tuple:
     """What a decision is of: batches up to the next power of two share it, since attacks whose batch shrinks would choose for ever."""
-    return replace(recipe, batch=1 << (recipe.batch - 1).bit_length()), device, fuse is True
+    return _alike(recipe), device, fuse is True
+
+
+def _alike(recipe: Recipe) -> Recipe:
+    return replace(recipe, batch=1 << (recipe.batch - 1).bit_length())
 
 
 def _may_not_wait(x: Tensor) -> bool:
