@@ -248,7 +248,7 @@ void run_conv(const Args& args, const Tensor& out, int (*launch)(const Args&, vo
   run_on_gpu(args, out, launch);
 #else
   const int error = launch(args, nullptr);
-  STD_TORCH_CHECK(error == 0, cuda_error_name(error));
+  STD_TORCH_CHECK(error == 0, cuda_error_name(error), " (", error, ")");
 #endif
 }
 #endif
@@ -440,7 +440,7 @@ void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, 
 bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t stride, int64_t pad_height, int64_t pad_width,
-             int64_t tile) {
+             int64_t tile, bool rows) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x must be float16 or bfloat16");
   for (const Tensor* t : {&x, &weight, &out}) {
@@ -455,17 +455,17 @@ Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t s
   STD_TORCH_CHECK(stride >= 1 && stride <= 8 && pad_height >= 0 && pad_height < kernel_height && pad_width >= 0 &&
                       pad_width < kernel_width && kernel_height <= 64 && kernel_width <= 64,
                   "stride must be 1 to 8, and padding less than the kernel, of at most 64 by 64");
-  const int64_t rows = (height + 2 * pad_height - kernel_height) / stride + 1;
-  const int64_t columns = (width + 2 * pad_width - kernel_width) / stride + 1;
+  const int64_t out_height = (height + 2 * pad_height - kernel_height) / stride + 1;
+  const int64_t out_width = (width + 2 * pad_width - kernel_width) / stride + 1;
   STD_TORCH_CHECK(height + 2 * pad_height >= kernel_height && width + 2 * pad_width >= kernel_width, "weight is larger than x");
-  STD_TORCH_CHECK(out.size(0) == samples && out.size(1) == out_channels && out.size(2) == rows && out.size(3) == columns,
-                  "out must be [", samples, ", ", out_channels, ", ", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(out.size(0) == samples && out.size(1) == out_channels && out.size(2) == out_height && out.size(3) == out_width,
+                  "out must be [", samples, ", ", out_channels, ", ", out_height, ", ", out_width, "]");
   STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 160, "tile must be 64, 128 or 160, got ", tile);
-  STD_TORCH_CHECK(samples * rows * columns < (int64_t(1) << 30) && samples * height * width < (int64_t(1) << 30),
+  STD_TORCH_CHECK(samples * out_height * out_width < (int64_t(1) << 30) && samples * height * width < (int64_t(1) << 30),
                   "x must have fewer than 2^30 pixels");
   const auto n = [](int64_t v) { return int32_t(v); };
-  return {x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(rows), n(columns),
-          n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile), 0, 0};
+  return {x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(out_height), n(out_width),
+          n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile), rows, 0, 0, 0, 0};
 }
 
 // The tensors of a pass are read in packets of 16 bytes.
@@ -475,8 +475,8 @@ void check_packets(std::initializer_list<const void*> tensors) {
 
 void conv_scale_shift_relu(Tensor x, Tensor weight, int64_t stride, int64_t pad_height, int64_t pad_width, std::optional<Tensor> b,
                            std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> total, Tensor out,
-                           std::optional<Tensor> mask, bool relu, int64_t tile) {
-  const ConvScaleShiftRelu args{conv_of(x, weight, out, stride, pad_height, pad_width, tile),
+                           std::optional<Tensor> mask, bool relu, int64_t tile, bool rows) {
+  const ConvScaleShiftRelu args{conv_of(x, weight, out, stride, pad_height, pad_width, tile, rows),
                                 forward_pass(out, nullptr, b, scale, shift, total, out, mask, relu)};
   check_packets({args.pass.b, args.pass.scale, args.pass.shift, args.pass.total});
   run_conv(args, out, launch_conv_scale_shift_relu);
@@ -484,8 +484,8 @@ void conv_scale_shift_relu(Tensor x, Tensor weight, int64_t stride, int64_t pad_
 
 void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t pad_height, int64_t pad_width,
                                 std::optional<Tensor> grad2, std::optional<Tensor> mask, std::optional<Tensor> scale,
-                                std::optional<Tensor> residual, Tensor out, int64_t tile) {
-  const ConvScaleShiftReluGrad args{conv_of(x, weight, out, stride, pad_height, pad_width, tile),
+                                std::optional<Tensor> residual, Tensor out, int64_t tile, bool rows) {
+  const ConvScaleShiftReluGrad args{conv_of(x, weight, out, stride, pad_height, pad_width, tile, rows),
                                     backward_pass(out, nullptr, grad2, mask, scale, residual, out)};
   check_packets({args.pass.grad2, args.pass.scale, args.pass.residual});
   run_conv(args, out, launch_conv_scale_shift_relu_grad);

@@ -21,26 +21,27 @@ constexpr int kBlock = kRows / 64 * kWarpgroup;
 constexpr int kMaxPixels = 192;  // of a tile with the rows above and below
 
 // What one thread knows about the copies that it starts: where the next one is from, and where it goes. In shared memory, for the
-// registers' sake.
+// registers' sake, and read and written as a whole.
 struct alignas(16) Copies {
-  int tile, down, right, channel, stage;
+  int down, right, channel, stage;
   uint32_t parity;
+  int tile, x, y;  // of the tile's first pixel; -1: there is no tile left
+  int sample, column, unused[2];
 };
 
-
-// ROWS: a tile is whole rows of images, whose pixels are copied with the rows above and below, once for all weights of a column of
-// the window: it moves down by whole rows. Else each weight has a copy of its own (im2col), and any geometry goes.
-template <int N, bool ROWS>
-struct Shared {
-  static constexpr int kPixels = ROWS ? 2 : 3, kWeights = N == 64 ? 6 : 3;  // two blocks fit into a multiprocessor's shared memory
-  struct alignas(1024) {
-    uint16_t values[(ROWS ? kMaxPixels : kRows) * kDepth];
-  } pixels[kPixels];
-  struct alignas(1024) {
-    uint16_t values[N * kDepth];
-  } weights[kWeights];
-  Barrier pixels_full[kPixels], pixels_empty[kPixels], weights_full[kWeights], weights_empty[kWeights];
+// Before the rings of buffers: pixels, then weights. `full` counts what copies bring, `empty` the warps that have read it.
+constexpr int kMaxStages = 8;
+struct alignas(1024) Shared {
+  Barrier pixels_full[kMaxStages], pixels_empty[kMaxStages], weights_full[kMaxStages], weights_empty[kMaxStages];
   Copies next_pixels, next_weights;
+
+  __device__ __forceinline__ uint16_t* pixels(const Conv& c, int stage) {
+    return reinterpret_cast<uint16_t*>(this + 1) + stage * c.tile_pixels * kDepth;
+  }
+  template <int N>
+  __device__ __forceinline__ uint16_t* weights(const Conv& c, int stage) {
+    return pixels(c, c.pixel_stages) + stage * N * kDepth;
+  }
 };
 
 // The tiles of the matrix product, those with the same pixels next to each other. A block does one of every gridDim.x.
@@ -54,7 +55,18 @@ struct Tiles {
   __device__ __forceinline__ int column(int tile) const { return tile % columns * N; }
 };
 
-// The order of the copies: `channel` of the image under the weight (down, right) of the window, 64 channels at a time.
+template <int N>
+__device__ __forceinline__ void go_to(Copies& copies, const Conv& c, int tile) {
+  const Tiles<N> tiles(c);
+  const int area = c.out_height * c.out_width, row = tiles.row(tile), sample = row / area, pixel = row - sample * area;
+  const int y = pixel / c.out_width, x = pixel - y * c.out_width;
+  copies.tile = tile < tiles.count ? tile : -1;
+  copies.sample = sample, copies.column = tiles.column(tile);
+  copies.y = y * c.stride - c.pad_height, copies.x = x * c.stride - c.pad_width;
+}
+
+// The order of copies: `channel` of the image, 64 at a time, under the weight (down, right) of the window. ROWS: all weights of a
+// column of the window, one after the other, use the same pixels.
 template <int N, bool ROWS>
 __device__ __forceinline__ void advance(Copies& now, const Conv& c, bool weights, int stages) {
   if (++now.stage == stages) now.stage = 0, now.parity ^= 1;
@@ -69,88 +81,80 @@ __device__ __forceinline__ void advance(Copies& now, const Conv& c, bool weights
     now.down = 0;
   }
   if (++now.right < c.kernel_width) return;
-  now.right = 0, now.tile += int(gridDim.x);
+  now.right = 0;
+  go_to<N>(now, c, now.tile + int(gridDim.x));
 }
 
 // Each starts the next copy, as soon as everybody has read what was there. One thread does pixels, another one weights.
 template <int N, bool ROWS>
-__device__ __forceinline__ void copy_next_pixels(Shared<N, ROWS>& shared, const TensorMap& images, const Conv& c) {
+__device__ __forceinline__ void copy_next_pixels(Shared& shared, const TensorMap& images, const Conv& c) {
   Copies now = shared.next_pixels;
-  const Tiles<N> tiles(c);
-  if (now.tile >= tiles.count) return;
-  auto& target = shared.pixels[now.stage];
+  if (now.tile < 0) return;
+  uint16_t* target = shared.pixels(c, now.stage);
   Barrier& full = shared.pixels_full[now.stage];
-  const int area = c.out_height * c.out_width, row = tiles.row(now.tile), sample = row / area, pixel = row - sample * area;
-  const int y = pixel / c.out_width, x = pixel - y * c.out_width;
   wait(shared.pixels_empty[now.stage], now.parity ^ 1);
-  if constexpr (ROWS) {
-    arrive_and_expect(full, c.tile_pixels * kDepth * sizeof(uint16_t));
-    copy_rows(target.values, images, full, now.channel, now.right - c.pad_width, y - c.pad_height, sample);
-  } else {
-    arrive_and_expect(full, sizeof(target));
-    copy_pixels(target.values, images, full, now.channel, x * c.stride - c.pad_width, y * c.stride - c.pad_height, sample,
-                now.right, now.down);
-  }
-  advance<N, ROWS>(now, c, false, Shared<N, ROWS>::kPixels);
+  arrive_and_expect(full, c.tile_pixels * kDepth * int(sizeof(uint16_t)));
+  if constexpr (ROWS)
+    copy_rows(target, images, full, now.channel, now.right - c.pad_width, now.y, now.sample);
+  else
+    copy_pixels(target, images, full, now.channel, now.x, now.y, now.sample, now.right, now.down);
+  advance<N, ROWS>(now, c, false, c.pixel_stages);
   shared.next_pixels = now;
 }
 template <int N, bool ROWS>
-__device__ __forceinline__ void copy_next_weights(Shared<N, ROWS>& shared, const TensorMap& weights, const Conv& c) {
+__device__ __forceinline__ void copy_next_weights(Shared& shared, const TensorMap& weights, const Conv& c) {
   Copies now = shared.next_weights;
-  const Tiles<N> tiles(c);
-  if (now.tile >= tiles.count) return;
-  auto& target = shared.weights[now.stage];
+  if (now.tile < 0) return;
   Barrier& full = shared.weights_full[now.stage];
   wait(shared.weights_empty[now.stage], now.parity ^ 1);
-  arrive_and_expect(full, sizeof(target));
-  copy_weights(target.values, weights, full, now.channel, now.down * c.kernel_width + now.right, tiles.column(now.tile));
-  advance<N, ROWS>(now, c, true, Shared<N, ROWS>::kWeights);
+  arrive_and_expect(full, N * kDepth * int(sizeof(uint16_t)));
+  const int tap = now.down * c.kernel_width + now.right;
+  copy_weights(shared.template weights<N>(c, now.stage), weights, full, now.channel, tap, now.column);
+  advance<N, ROWS>(now, c, true, c.weight_stages);
   shared.next_weights = now;
 }
 
 // A place in a ring of buffers.
-template <int COUNT>
 struct Turn {
   int stage = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == COUNT) stage = 0, parity ^= 1;
+  __device__ __forceinline__ void next(int count) {
+    if (++stage == count) stage = 0, parity ^= 1;
   }
-  __device__ __forceinline__ int before() const { return stage == 0 ? COUNT - 1 : stage - 1; }
+  __device__ __forceinline__ int before(int count) const { return (stage == 0 ? count : stage) - 1; }
 };
 
 // The products of a block, by all its threads. Where one thread does something for all of its warp, it is `elected`.
 template <class T, int N, bool ROWS>
 struct Products {
-  Shared<N, ROWS>& shared;
+  Shared& shared;
   const TensorMap &images, &weights;
   const Conv& c;
   int warp;  // known to be the same in all of its threads
-  Turn<Shared<N, ROWS>::kPixels> pixels;
-  Turn<Shared<N, ROWS>::kWeights> filter;
+  Turn pixels, filter;
 
   // sums += the next pixels, `rows` further down, times the next weights, of which COLUMNS channels are not zeros.
   template <int COLUMNS>
   __device__ __forceinline__ void add(Sums<N>& sums, int rows) {
     const int first = warp / (kWarpgroup / kWarp) * c.half_tile + rows * c.out_width;
-    const uint16_t *x = shared.pixels[pixels.stage].values + first * kDepth, *w = shared.weights[filter.stage].values;
+    const uint16_t *x = shared.pixels(c, pixels.stage) + first * kDepth, *w = shared.template weights<N>(c, filter.stage);
     wait(shared.weights_full[filter.stage], filter.parity);
     hand_over<N>(sums);
 #pragma unroll
     for (int column = 0; column < COLUMNS; column += 16) multiply<T, N>(sums, operand(x, column), operand(w, column));
-    commit();  // of the product before all is read
+    commit();  // what came before has been read now
   }
 
-  __device__ __forceinline__ void release_weights(int stage) {
+  __device__ __forceinline__ void release_weights() {
     const bool one = elected();
-    if (one) arrive(shared.weights_empty[stage]);
-    if (warp == 0 && one) copy_next_weights(shared, weights, c);
+    if (one) arrive(shared.weights_empty[filter.before(c.weight_stages)]);
+    if (warp == 0 && one) copy_next_weights<N, ROWS>(shared, weights, c);
     __syncwarp();
   }
-  __device__ __forceinline__ void release_pixels(int stage) {
+  __device__ __forceinline__ void release_pixels() {
     const bool one = elected();
-    if (one) arrive(shared.pixels_empty[stage]);
-    if (warp == kWarpgroup / kWarp && one) copy_next_pixels(shared, images, c);
+    if (one) arrive(shared.pixels_empty[pixels.before(c.pixel_stages)]);
+    if (warp == kWarpgroup / kWarp && one) copy_next_pixels<N, ROWS>(shared, images, c);
     __syncwarp();
   }
 
@@ -159,11 +163,11 @@ struct Products {
     wait(shared.pixels_full[pixels.stage], pixels.parity);
     for (int down = 0; down < (ROWS ? c.kernel_height : 1); ++down) {
       add<COLUMNS>(sums, down);
-      if (!begins || down > 0) release_weights(filter.before());
-      if (!begins && down == 0) release_pixels(pixels.before());
-      filter.next();
+      if (!begins || down > 0) release_weights();
+      if (!begins && down == 0) release_pixels();
+      filter.next(c.weight_stages);
     }
-    pixels.next();
+    pixels.next(c.pixel_stages);
   }
 
   // HALF: the last stage under each weight holds 32 channels or fewer.
@@ -176,8 +180,8 @@ struct Products {
       if constexpr (HALF) add_stage<kDepth / 2>(sums, begins), begins = false;
     }
     take_back<N>(sums);
-    release_weights(filter.before());
-    release_pixels(pixels.before());
+    release_weights();
+    release_pixels();
   }
 };
 
@@ -254,22 +258,24 @@ template <class T, int N, bool ROWS, bool HALF, class Pass>
 __global__ void __launch_bounds__(kBlock, 2)
     conv_kernel(const __grid_constant__ TensorMap images, const __grid_constant__ TensorMap weights, const Conv c, const Pass args) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  auto& shared = launched_shared<Shared<N, ROWS>>();
-  constexpr int kPixels = Shared<N, ROWS>::kPixels, kWeights = Shared<N, ROWS>::kWeights;
-  const int warp = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0);
+  Shared& shared = launched_shared<Shared>();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kPixels; ++i) init(shared.pixels_full[i], 1), init(shared.pixels_empty[i], kBlock / kWarp);
-    for (int i = 0; i < kWeights; ++i) init(shared.weights_full[i], 1), init(shared.weights_empty[i], kBlock / kWarp);
+    for (int i = 0; i < kMaxStages; ++i) {
+      init(shared.pixels_full[i], 1), init(shared.pixels_empty[i], kBlock / kWarp);
+      init(shared.weights_full[i], 1), init(shared.weights_empty[i], kBlock / kWarp);
+    }
     barriers_are_ready();
-    shared.next_pixels = shared.next_weights = {int(blockIdx.x), 0, 0, 0, 0, 0};
+    Copies first = {};
+    go_to<N>(first, c, blockIdx.x);
+    shared.next_pixels = shared.next_weights = first;
   }
   __syncthreads();
   if (threadIdx.x == 0)
-    for (int i = 0; i < kWeights; ++i) copy_next_weights(shared, weights, c);
+    for (int i = 0; i < c.weight_stages; ++i) copy_next_weights<N, ROWS>(shared, weights, c);
   if (threadIdx.x == kWarpgroup)
-    for (int i = 0; i < kPixels; ++i) copy_next_pixels(shared, images, c);
+    for (int i = 0; i < c.pixel_stages; ++i) copy_next_pixels<N, ROWS>(shared, images, c);
   __syncwarp();
-  Products<T, N, ROWS> products{shared, images, weights, c, warp, {}, {}};
+  Products<T, N, ROWS> products{shared, images, weights, c, __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0), {}, {}};
   const Tiles<N> tiles(c);
   for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     prefetch_images<N>(args, c, tiles.row(tile), tiles.column(tile));
@@ -280,27 +286,7 @@ __global__ void __launch_bounds__(kBlock, 2)
 #endif
 }
 
-template <class T, int N, bool ROWS, class Pass>
-int launch(const Conv& c, const Pass& args, void* stream) {
-  TensorMap images, weights;
-  const int64_t shape[] = {c.samples, c.height, c.width, c.channels};
-  const int64_t weight_shape[] = {c.out_channels, int64_t(c.kernel_height) * c.kernel_width, c.channels};
-  const int kernel_size[] = {c.kernel_height, c.kernel_width}, padding[] = {c.pad_height, c.pad_width};
-  const int samples = c.out_height * c.out_width == 64 ? 2 : 1;
-  const int error = ROWS ? map_rows<T>(images, c.x, shape, c.tile_pixels / samples / c.width, samples)
-                         : map_pixels<T>(images, c.x, shape, kernel_size, c.stride, padding, kRows);
-  if (error) return error;
-  if (const int error = map_weights<T>(weights, c.weight, weight_shape, N)) return error;
-  const bool half = (c.channels - 1) % kDepth < kDepth / 2;
-  const auto kernel = half ? conv_kernel<T, N, ROWS, true, Pass> : conv_kernel<T, N, ROWS, false, Pass>;
-  const int bytes = sizeof(Shared<N, ROWS>);
-  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  const int blocks = std::min(Tiles<N>(c).count, 2 * multiprocessors());
-  kernel<<<blocks, kBlock, bytes, cudaStream_t(stream)>>>(images, weights, c, args);
-  return cudaGetLastError();
-}
-
-// Pixels of a tile with the rows around them, 0 where a tile is not whole rows of one image, or two images.
+// Pixels of a tile with the rows around them; 0 where a tile is not whole rows of one image, or two images.
 int pixels_in_rows(const Conv& c) {
   const int area = c.out_height * c.out_width, images = area == 64 ? 2 : 1;
   const bool same = c.stride == 1 && c.height == c.out_height && c.width == c.out_width;
@@ -309,11 +295,42 @@ int pixels_in_rows(const Conv& c) {
   return pixels <= kMaxPixels ? pixels : 0;
 }
 
+// As many buffers as fit, for two blocks on a multiprocessor, or for one where there is none for a second; returns their bytes.
+template <int N, bool ROWS>
+int fill_shared_memory(Conv& c, bool alone) {
+  constexpr int kMost = 227 * 1024, kHalf = 113 * 1024;
+  const int bytes = (alone ? kMost : kHalf) - int(sizeof(Shared)), pixels = c.tile_pixels * 2 * kDepth, weights = N * 2 * kDepth;
+  c.pixel_stages = ROWS ? (alone ? 4 : 2) : std::min(bytes / (pixels + weights), kMaxStages);
+  c.weight_stages = ROWS ? std::min((bytes - c.pixel_stages * pixels) / weights, kMaxStages) : c.pixel_stages;
+  return int(sizeof(Shared)) + c.pixel_stages * pixels + c.weight_stages * weights;
+}
+
+template <class T, int N, bool ROWS, class Pass>
+int launch(Conv c, const Pass& args, void* stream) {
+  const int images_in_tile = ROWS && c.out_height * c.out_width == 64 ? 2 : 1, blocks = Tiles<N>(c).count;
+  c.tile_pixels = ROWS ? pixels_in_rows(c) : kRows;
+  c.half_tile = images_in_tile == 2 ? c.tile_pixels / 2 : 64;
+  const int bytes = fill_shared_memory<N, ROWS>(c, blocks <= multiprocessors());
+  TensorMap images, weights;
+  const int64_t shape[] = {c.samples, c.height, c.width, c.channels};
+  const int64_t weight_shape[] = {c.out_channels, int64_t(c.kernel_height) * c.kernel_width, c.channels};
+  const int kernel_size[] = {c.kernel_height, c.kernel_width}, padding[] = {c.pad_height, c.pad_width};
+  const int error = ROWS ? map_rows<T>(images, c.x, shape, c.tile_pixels / images_in_tile / c.width, images_in_tile)
+                         : map_pixels<T>(images, c.x, shape, kernel_size, c.stride, padding, kRows);
+  if (error) return error;
+  if (const int error = map_weights<T>(weights, c.weight, weight_shape, N)) return error;
+  const bool half = (c.channels - 1) % kDepth < kDepth / 2;
+  const auto kernel = half ? conv_kernel<T, N, ROWS, true, Pass> : conv_kernel<T, N, ROWS, false, Pass>;
+  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  const int count = std::min(blocks, 2 * multiprocessors());
+  kernel<<<count, kBlock, bytes, cudaStream_t(stream)>>>(images, weights, c, args);
+  return cudaGetLastError();
+}
+
 template <int N, class T, class Pass>
-int launch_tile(Conv c, const Pass& args, void* stream) {
-  c.tile_pixels = pixels_in_rows(c);
-  c.half_tile = c.tile_pixels && c.height * c.width == 64 ? c.tile_pixels / 2 : 64;
-  return c.tile_pixels ? launch<T, N, true>(c, args, stream) : launch<T, N, false>(c, args, stream);
+int launch_tile(const Conv& c, const Pass& args, void* stream) {
+  if (!c.rows) return launch<T, N, false>(c, args, stream);
+  return pixels_in_rows(c) ? launch<T, N, true>(c, args, stream) : cudaErrorInvalidValue;
 }
 
 template <class T, class Pass>

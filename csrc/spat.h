@@ -166,12 +166,14 @@ struct CropFlip {
 };
 
 // A convolution in half precision, for Hopper alone: images [samples, height, width, channels], weights [out_channels, kernel_height,
-// kernel_width, channels] in memory, all channels multiples of 8. A block does `tile` output channels: 64, 128 or 160.
+// kernel_width, channels] in memory, all channels multiples of 8. A block does `tile` output channels: 64, 128 or 160. `rows`: of whole
+// rows of the image.
 struct Conv {
   const void *x, *weight;
   int32_t samples, height, width, channels, out_height, out_width, out_channels, kernel_height, kernel_width;
   int32_t stride, pad_height, pad_width, tile;
-  int32_t tile_pixels, half_tile;  // conv_sm90a.cu sets them
+  bool rows;
+  int32_t tile_pixels, half_tile, pixel_stages, weight_stages;  // conv_sm90a.cu sets them
 };
 
 struct ConvScaleShiftRelu {

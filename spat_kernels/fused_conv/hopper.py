@@ -18,6 +18,7 @@ from ..ops._common import Maybe
 from .recipe import Recipe
 
 TILES = (160, 128, 64)
+PIXELS, MAX_PIXELS = 128, 192  # of a tile, and with the rows above and below
 WASTE = 1.2  # a tile is tried if it does at most this many times the output channels of the tile that does the fewest
 HOPPER = (9, 0)
 
@@ -25,7 +26,7 @@ for _name, _pass in {
     "conv_scale_shift_relu": "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b!) out, Tensor(c!)? mask, bool relu",
     "conv_scale_shift_relu_grad": "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out",
 }.items():
-    library.define(f"{_name}(Tensor x, Tensor weight, int stride, int pad_height, int pad_width, {_pass}, int tile) -> ()")
+    library.define(f"{_name}(Tensor x, Tensor weight, int stride, int pad_height, int pad_width, {_pass}, int tile, bool rows) -> ()")
 
 
 def turned(weight: Tensor) -> Tensor:
@@ -35,29 +36,28 @@ def turned(weight: Tensor) -> Tensor:
 
 def conv_scale_shift_relu(
     x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1, padding: tuple[int, int] = (0, 0), b: Maybe = None, scale: Maybe = None,
-    shift: Maybe = None, total: Maybe = None, mask: Maybe = None, relu: bool = True, tile: int = 128,
+    shift: Maybe = None, total: Maybe = None, mask: Maybe = None, relu: bool = True, tile: int = 128, rows: bool = False,
 ) -> Tensor:  # fmt: skip
     """Write relu((conv(x, weight) + b) * scale + shift) into `out`, its sum into `total`, the ReLU's bits into `mask`; returns `out`.
 
     x [N, C, H, W], weight [K, C, R, S], out, b and total [N, K, H', W'], scale and shift fp32 [K], mask as in ops.scale_shift_relu.
     Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
     """
-    torch.ops.spat.conv_scale_shift_relu.default(x, weight, stride, *padding, b, scale, shift, total, out, mask, relu, tile)
+    torch.ops.spat.conv_scale_shift_relu.default(x, weight, stride, *padding, b, scale, shift, total, out, mask, relu, tile, rows)
     return out
 
 
 def conv_scale_shift_relu_grad(
     grad: Tensor, turned_weight: Tensor, dx: Tensor, *, padding: tuple[int, int] = (0, 0), grad2: Maybe = None, mask: Maybe = None,
-    scale: Maybe = None, residual: Maybe = None, tile: int = 128,
+    scale: Maybe = None, residual: Maybe = None, tile: int = 128, rows: bool = False,
 ) -> Tensor:  # fmt: skip
     """Write (dgrad(grad, weight) + grad2) * scale, 0 where `mask` is, plus `residual` into `dx`; returns `dx`.
 
     grad [N, K, H', W'], `turned` weights [C, K, R, S], dx, grad2 and residual [N, C, H, W], scale fp32 [C]. `padding` is that of the
     convolution forward, whose stride is 1. Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
     """
-    rows, columns = turned_weight.shape[2:]
-    inner = rows - 1 - padding[0], columns - 1 - padding[1]
-    torch.ops.spat.conv_scale_shift_relu_grad.default(grad, turned_weight, 1, *inner, grad2, mask, scale, residual, dx, tile)
+    inner = [size - 1 - p for size, p in zip(turned_weight.shape[2:], padding, strict=True)]
+    torch.ops.spat.conv_scale_shift_relu_grad.default(grad, turned_weight, 1, *inner, grad2, mask, scale, residual, dx, tile, rows)
     return dx
 
 
@@ -82,15 +82,25 @@ class Hopper:
             and (stride == (1, 1) or (recipe.way == "forward" and stride[0] == stride[1] <= 8))
         )
         done = {tile: -(-recipe.result[1] // tile) * tile for tile in TILES}
-        return [f"tile {tile}" for tile in TILES if done[tile] <= WASTE * min(done.values())] if fits else []
+        tiles = [f"tile {tile}" for tile in TILES if done[tile] <= WASTE * min(done.values())]
+        return [*tiles, *[f"{tile} rows" for tile in tiles if _in_rows(recipe)]] if fits else []
 
     def prepare_weight(self, recipe: Recipe, weight: Tensor) -> Tensor | None:
         return turned(weight) if recipe.way == "gradient" else None
 
     def run(self, variant: str, recipe: Recipe, x: Tensor, weight: Tensor, out: Tensor, **tensors: Tensor) -> None:
-        tile = int(variant.removeprefix("tile "))
+        (_, tile, *rows) = variant.split()
+        tiling = {"tile": int(tile), "rows": bool(rows)}
         if recipe.way == "gradient":
-            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, tile=tile, **tensors)
+            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, **tiling, **tensors)
         else:
             relu, (stride, _) = bool(recipe.epilogue and recipe.epilogue.relu), recipe.stride
-            conv_scale_shift_relu(x, weight, out, stride=stride, padding=recipe.padding, relu=relu, tile=tile, **tensors)
+            conv_scale_shift_relu(x, weight, out, stride=stride, padding=recipe.padding, relu=relu, **tiling, **tensors)
+
+
+def _in_rows(recipe: Recipe) -> bool:
+    """Can a tile be whole rows of one image, or of two, so that their pixels are copied once for a column of the window?"""
+    (_, height, width), (rows, _) = recipe.output, recipe.kernel
+    images = 2 if height * width == PIXELS // 2 else 1
+    whole = width % 8 == 0 and PIXELS // 2 % width == 0 and images * height * width % PIXELS == 0
+    return whole and recipe.input[1:] == recipe.output[1:] and PIXELS + images * (rows - 1) * width <= MAX_PIXELS

@@ -20,7 +20,7 @@ struct dim3 {
 extern dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 

@@ -61,8 +61,8 @@ inline uint16_t value(const TensorMap& map, int64_t n, int64_t y, int64_t x, int
 
 template <class Shared>
 Shared& launched_shared() {
-  static Shared shared;
-  return shared;
+  alignas(1024) static unsigned char bytes[227 * 1024];
+  return *reinterpret_cast<Shared*>(bytes);
 }
 
 inline bool elected() { return threadIdx.x % cuda_on_cpu::kWarp == 0; }
