@@ -387,6 +387,42 @@ void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> sh
   SPAT_RUN(split_image, args, x, shape.rows, shape.channels);
 }
 
+void check_winograd(const Tensor& t, const char* name) {
+  check_dtype(t, ScalarType::Float, name);
+  STD_TORCH_CHECK(has_winograd(), "Winograd's convolutions need a CPU with AVX-512");
+  STD_TORCH_CHECK(t.dim() == 4 && is_channels_last(t) && t.size(1) > 0 && t.size(1) % 32 == 0, name,
+                  " must be channels_last with a multiple of 32 channels");
+}
+
+// Weights for `winograd`: [16, out_channels, channels] in number, in panels (winograd.cpp).
+void check_winograd_weights(const Tensor& t, int64_t out_channels, int64_t channels, const Tensor& like, const char* name) {
+  const bool fits = t.dim() == 3 && t.size(0) == 16 && t.size(1) == out_channels && t.size(2) == channels && t.is_contiguous();
+  check_tensor(fits, t, ScalarType::Float, like, name, "be contiguous [16, ", out_channels, ", ", channels, "]");
+}
+
+constexpr int64_t kLeastTiles = 12;  // for a thread: with fewer it waits for the weights
+
+void winograd(Tensor x, Tensor weight, Tensor out) {
+  check_winograd(x, "x");
+  check_winograd(out, "out");
+  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(2) == x.size(2) && out.size(3) == x.size(3), "out must have x's pixels");
+  check_winograd_weights(weight, out.size(1), x.size(1), x, "weight");
+  const Winograd args{x.const_data_ptr<float>(), weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
+                      x.size(2), x.size(3), x.size(1), out.size(1)};
+  const int64_t tiles = x.size(0) * ((args.height + 1) / 2) * ((args.width + 1) / 2);
+  if (tiles == 0) return;
+  torch::stable::parallel_for(0, tiles, kLeastTiles, [&](int64_t begin, int64_t end) { winograd_cpu(args, begin, end); });
+}
+
+void winograd_weights(Tensor weight, bool turned, Tensor out) {
+  check_winograd(weight, "weight");
+  STD_TORCH_CHECK(weight.size(0) % 32 == 0 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3], K in 32s");
+  const int64_t channels = weight.size(turned ? 0 : 1), out_channels = weight.size(turned ? 1 : 0);
+  check_winograd_weights(out, out_channels, channels, weight, "out");
+  const WinogradWeights args{weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(), channels, out_channels, turned};
+  torch::stable::parallel_for(0, channels / 16, 1, [&](int64_t begin, int64_t end) { winograd_weights_cpu(args, begin, end); });
+}
+
 // A sample's work: its pixels, which are converted, and a row of the weights, read from L2, for every class.
 int64_t head_work(const Head& head) { return head.shape.channels * (head.pixels + head.classes); }
 
@@ -518,6 +554,8 @@ void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t
 
 STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) {
   SPAT_IMPLEMENT(m)
+  m.impl("winograd", TORCH_BOX(&winograd));
+  m.impl("winograd_weights", TORCH_BOX(&winograd_weights));
 #ifdef SPAT_CUDA_ON_CPU
   SPAT_IMPLEMENT_CONVOLUTIONS(m)
 #endif

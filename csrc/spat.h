@@ -186,6 +186,26 @@ struct ConvScaleShiftReluGrad {
   ScaleShiftReluGrad pass;  // its `grad` is
 };
 
+// A convolution of 3x3, stride 1 and padding 1 in fp32, for CPUs with AVX-512 alone: images [samples, height, width, channels], all
+// channels multiples of 32, weights as WinogradWeights makes them.
+struct Winograd {
+  const float *x, *weight;
+  float* out;
+  int64_t height, width, channels, out_channels;
+};
+
+// Its weights, of [out_channels, 3, 3, channels] in memory; `turned`: of [channels, 3, 3, out_channels], for the gradient.
+struct WinogradWeights {
+  const float* weight;
+  float* out;
+  int64_t channels, out_channels;
+  bool turned;
+};
+
+bool has_winograd();
+void winograd_cpu(const Winograd& args, int64_t begin, int64_t end);
+void winograd_weights_cpu(const WinogradWeights& args, int64_t begin, int64_t end);
+
 #define SPAT_DECLARE(Args, name)                               \
   void name##_cpu(const Args& args, int64_t begin, int64_t end); \
   int launch_##name(const Args& args, void* stream);

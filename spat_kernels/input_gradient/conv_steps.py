@@ -24,6 +24,9 @@ def conv_forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, values,
     x = _read(run, bound, values[step.inputs[0]])
     if run.engines.active and (done := fused_steps.forward(run, step, bound, x, values, keep)):
         return done
+    if bound.winograd is not None:
+        y = bound.winograd.forward(x)
+        return (y if bound.bias is None else y.add_(bound.bias.view(-1, 1, 1))), x.shape
     c = step.conv
     y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
     return rows(y), x.shape
@@ -48,7 +51,9 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
         if fused_steps.gradient_with_pass(run, step, bound, grad, shape, grads):
             return
         dx = fused_steps.gradient(run, step, bound, grad, shape)
-    if dx is None:
+    if dx is None and bound.winograd is not None:
+        dx = bound.winograd.gradient(grad)
+    elif dx is None:
         unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=bound.layout)
         c, only_input = step.conv, [True, False, False]
         dx, _, _ = torch.ops.aten.convolution_backward(

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..fused_conv import winograd
+from ..fused_conv.winograd import Winograd
 from ..ops._common import acc_dtype
 from ..precision import HALVES
 from .nodes import Norm, Ref, Term
@@ -31,6 +33,7 @@ class ConvWeights(NamedTuple):
     shift: Tensor | None
     layout: torch.memory_format = CHANNELS_LAST  # of input, output and weights
     splits: bool = False  # fp32 values are read in half precision, as two halves (ops.split_image)
+    winograd: Winograd | None = None  # does the convolution, and its gradient, without the bias
 
 
 class ScaleShift(NamedTuple):
@@ -94,7 +97,8 @@ class Weights:
         if step.bias is not None:
             bias = self._of(step.bias).to(self.acc)
             shift = _sum(bias if scale is None else bias * scale, shift)
-        layout = self._layout(step)
+        fast = self.dtype == torch.float32 and winograd.applies(weight, step.conv)
+        layout = CHANNELS_LAST if fast else self._layout(step)
         if scale is None:
             folded = weight.to(self.dtype, memory_format=layout)
         else:
@@ -103,7 +107,8 @@ class Weights:
         splits = self.dtype in HALVES and self.image_dtype == torch.float32 and step.inputs[0] in self.plan.exact
         folded = _twice(folded) if splits else folded
         inside = None if shift is None or step.shift_moves else shift.to(self.dtype)
-        return ConvWeights(folded, shift, inside, *self._scale_shift(step.before, weight.shape[1]), layout, splits)
+        before = self._scale_shift(step.before, weight.shape[1])
+        return ConvWeights(folded, shift, inside, *before, layout, splits, Winograd(folded) if fast else None)
 
     def _layout(self, step: Step) -> torch.memory_format:
         """channels_last, but for fp32 on CPUs with few pixels: there oneDNN reads all weights again for every image.

@@ -68,7 +68,7 @@ def build(folder: Path) -> Path:
     for name, text in {**texts, **headers}.items():
         (folder / name).write_text(text)
     library = folder / "_C.so"
-    sources = [CSRC / "bindings.cpp", *(folder / name for name in texts)]
+    sources = [CSRC / "bindings.cpp", CSRC / "winograd.cpp", *(folder / name for name in texts)]
     compile_all(sources, library, "-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
     return library
 
