@@ -301,7 +301,7 @@ def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | 
 
 
 def _key(recipe: Recipe, device: torch.device, fuse: Fuse) -> tuple:
-    """What a decision is of: batches up to the next power of two share it, since attacks whose batch shrinks would choose for ever."""
+    """What a decision is of. Batches up to the next power of two share it: attacks whose batch shrinks would choose for ever."""
     return _alike(recipe), device, fuse is True
 
 

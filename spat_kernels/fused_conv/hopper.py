@@ -6,8 +6,9 @@
 The formulas are those of ops.scale_shift_relu, whose first image is here what the convolution gives, in fp32 and not rounded. The
 gradient of a convolution of stride 1 is a convolution of `grad` with the weights turned round, which `turned` prepares.
 
-fp16 and bf16, channels_last, channels in multiples of 8, one group, no dilation, the same stride both ways. A block does 128 pixels
-of 64, 128 or 160 output channels, its `tile`: which one is fastest depends on the shape.
+fp16 and bf16, channels_last, channels in multiples of 8, one group, no dilation, the same stride both ways. A block does 128
+pixels of 64, 128 or 160 output channels, its `tile`. With `rows` these are whole rows of images, whose pixels are copied once for
+all weights of a column of the window. What is fastest depends on the shape.
 """
 
 import torch
@@ -22,11 +23,11 @@ PIXELS, MAX_PIXELS = 128, 192  # of a tile, and with the rows above and below
 WASTE = 1.2  # a tile is tried if it does at most this many times the output channels of the tile that does the fewest
 HOPPER = (9, 0)
 
-for _name, _pass in {
-    "conv_scale_shift_relu": "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b!) out, Tensor(c!)? mask, bool relu",
-    "conv_scale_shift_relu_grad": "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out",
-}.items():
-    library.define(f"{_name}(Tensor x, Tensor weight, int stride, int pad_height, int pad_width, {_pass}, int tile, bool rows) -> ()")
+_CONV = "Tensor x, Tensor weight, int stride, int pad_height, int pad_width"
+_FORWARD = "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b!) out, Tensor(c!)? mask, bool relu"
+_GRADIENT = "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out"
+library.define(f"conv_scale_shift_relu({_CONV}, {_FORWARD}, int tile, bool rows) -> ()")
+library.define(f"conv_scale_shift_relu_grad({_CONV}, {_GRADIENT}, int tile, bool rows) -> ()")
 
 
 def turned(weight: Tensor) -> Tensor:
@@ -35,29 +36,32 @@ def turned(weight: Tensor) -> Tensor:
 
 
 def conv_scale_shift_relu(
-    x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1, padding: tuple[int, int] = (0, 0), b: Maybe = None, scale: Maybe = None,
-    shift: Maybe = None, total: Maybe = None, mask: Maybe = None, relu: bool = True, tile: int = 128, rows: bool = False,
+    x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1, padding: tuple[int, int] = (0, 0), b: Maybe = None,
+    scale: Maybe = None, shift: Maybe = None, total: Maybe = None, mask: Maybe = None, relu: bool = True, tile: int = 128,
+    rows: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Write relu((conv(x, weight) + b) * scale + shift) into `out`, its sum into `total`, the ReLU's bits into `mask`; returns `out`.
+    """Write relu((conv(x, weight) + b) * scale + shift) into `out`, the sum into `total`, the ReLU's bits into `mask`.
 
-    x [N, C, H, W], weight [K, C, R, S], out, b and total [N, K, H', W'], scale and shift fp32 [K], mask as in ops.scale_shift_relu.
-    Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
+    x [N, C, H, W], weight [K, C, R, S], out, b and total [N, K, H', W'], scale and shift fp32 [K], mask as in
+    ops.scale_shift_relu. Returns `out`. Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
     """
     torch.ops.spat.conv_scale_shift_relu.default(x, weight, stride, *padding, b, scale, shift, total, out, mask, relu, tile, rows)
     return out
 
 
 def conv_scale_shift_relu_grad(
-    grad: Tensor, turned_weight: Tensor, dx: Tensor, *, padding: tuple[int, int] = (0, 0), grad2: Maybe = None, mask: Maybe = None,
-    scale: Maybe = None, residual: Maybe = None, tile: int = 128, rows: bool = False,
+    grad: Tensor, turned_weight: Tensor, dx: Tensor, *, padding: tuple[int, int] = (0, 0), grad2: Maybe = None,
+    mask: Maybe = None, scale: Maybe = None, residual: Maybe = None, tile: int = 128, rows: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Write (dgrad(grad, weight) + grad2) * scale, 0 where `mask` is, plus `residual` into `dx`; returns `dx`.
+    """Write (dgrad(grad, weight) + grad2) * scale, 0 where `mask` is, plus `residual` into `dx`.
 
-    grad [N, K, H', W'], `turned` weights [C, K, R, S], dx, grad2 and residual [N, C, H, W], scale fp32 [C]. `padding` is that of the
-    convolution forward, whose stride is 1. Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
+    grad [N, K, H', W'], `turned` weights [C, K, R, S], dx, grad2 and residual [N, C, H, W], scale fp32 [C]. `padding` is that of
+    the convolution forward, whose stride is 1. Returns `dx`. Raises RuntimeError as above.
     """
     inner = [size - 1 - p for size, p in zip(turned_weight.shape[2:], padding, strict=True)]
-    torch.ops.spat.conv_scale_shift_relu_grad.default(grad, turned_weight, 1, *inner, grad2, mask, scale, residual, dx, tile, rows)
+    torch.ops.spat.conv_scale_shift_relu_grad.default(
+        grad, turned_weight, 1, *inner, grad2, mask, scale, residual, dx, tile, rows
+    )
     return dx
 
 
