@@ -2,8 +2,8 @@
 
     python -m benchmarks.convolutions --models wrn-34-10 resnet-18 --batches 128 256 --out convolutions.json    (needs a Hopper)
 
-The times are those by which an attack chooses (fused_conv/choose.py): every variant is first held to the exact result, then a
-CUDA graph of ten calls is replayed. TFLOP/s count the multiplications of the convolution alone, also where a pass is done with it.
+The times are those by which an attack chooses (fused_conv/choose.py). Every variant is first held to the exact result, then a
+CUDA graph of ten calls is replayed. TFLOP/s count the convolution's multiplications alone, also where a pass is done with it.
 """
 
 from collections import Counter

@@ -93,13 +93,14 @@ class Hopper:
         return turned(weight) if recipe.way == "gradient" else None
 
     def run(self, variant: str, recipe: Recipe, x: Tensor, weight: Tensor, out: Tensor, **tensors: Tensor) -> None:
-        (_, tile, *rows) = variant.split()
-        tiling = {"tile": int(tile), "rows": bool(rows)}
+        tile, rows = int(variant.split()[1]), variant.endswith("rows")
         if recipe.way == "gradient":
-            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, **tiling, **tensors)
+            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, tile=tile, rows=rows, **tensors)
         else:
             relu, (stride, _) = bool(recipe.epilogue and recipe.epilogue.relu), recipe.stride
-            conv_scale_shift_relu(x, weight, out, stride=stride, padding=recipe.padding, relu=relu, **tiling, **tensors)
+            conv_scale_shift_relu(
+                x, weight, out, stride=stride, padding=recipe.padding, relu=relu, tile=tile, rows=rows, **tensors
+            )
 
 
 def _in_rows(recipe: Recipe) -> bool:
