@@ -131,14 +131,17 @@ struct Products {
   const TensorMap &images, &weights;
   const Conv& c;
   int warp;  // known to be the same in all of its threads
-  Turn pixels, filter;
+  Turn pixels, weights_by_row;
+
+  // Of the weights. But for ROWS they go with the pixels, which saves registers.
+  __device__ __forceinline__ Turn& filter() { return ROWS ? weights_by_row : pixels; }
 
   // sums += the next pixels, `rows` further down, times the next weights, of which COLUMNS channels are not zeros.
   template <int COLUMNS>
   __device__ __forceinline__ void add(Sums<N>& sums, int rows) {
     const int first = warp / (kWarpgroup / kWarp) * c.half_tile + rows * c.out_width;
-    const uint16_t *x = shared.pixels(c, pixels.stage) + first * kDepth, *w = shared.template weights<N>(c, filter.stage);
-    wait(shared.weights_full[filter.stage], filter.parity);
+    const uint16_t *x = shared.pixels(c, pixels.stage) + first * kDepth, *w = shared.template weights<N>(c, filter().stage);
+    wait(shared.weights_full[filter().stage], filter().parity);
     hand_over<N>(sums);
 #pragma unroll
     for (int column = 0; column < COLUMNS; column += 16) multiply<T, N>(sums, operand(x, column), operand(w, column));
@@ -147,7 +150,7 @@ struct Products {
 
   __device__ __forceinline__ void release_weights() {
     const bool one = elected();
-    if (one) arrive(shared.weights_empty[filter.before(c.weight_stages)]);
+    if (one) arrive(shared.weights_empty[filter().before(c.weight_stages)]);
     if (warp == 0 && one) copy_next_weights<N, ROWS>(shared, weights, c);
     __syncwarp();
   }
@@ -165,7 +168,7 @@ struct Products {
       add<COLUMNS>(sums, down);
       if (!begins || down > 0) release_weights();
       if (!begins && down == 0) release_pixels();
-      filter.next(c.weight_stages);
+      if (ROWS) weights_by_row.next(c.weight_stages);
     }
     pixels.next(c.pixel_stages);
   }
