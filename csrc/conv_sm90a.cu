@@ -130,8 +130,8 @@ struct Products {
   Shared& shared;
   const TensorMap &images, &weights;
   const Conv& c;
-  int warp;  // known to be the same in all of its threads
   Turn pixels, weights_by_row;
+  int warp;  // known to be the same in all of its threads; found for each tile, not to be kept while sums are written
 
   // Of the weights. But for ROWS they go with the pixels, which saves registers.
   __device__ __forceinline__ Turn& filter() { return ROWS ? weights_by_row : pixels; }
@@ -176,6 +176,7 @@ struct Products {
   // HALF: the last stage under each weight holds 32 channels or fewer.
   template <bool HALF>
   __device__ __forceinline__ void add_all(Sums<N>& sums) {
+    warp = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0);
     bool begins = true;
     for (int i = 0; i < (ROWS ? 1 : c.kernel_height) * c.kernel_width; ++i) {
       for (int channel = HALF ? kDepth / 2 : 0; channel < c.channels; channel += kDepth, begins = false)
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kBlock, 2)
   if (threadIdx.x == kWarpgroup)
     for (int i = 0; i < c.pixel_stages; ++i) copy_next_pixels<N, ROWS>(shared, images, c);
   __syncwarp();
-  Products<T, N, ROWS> products{shared, images, weights, c, __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0), {}, {}};
+  Products<T, N, ROWS> products{shared, images, weights, c};
   const Tiles<N> tiles(c);
   for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     prefetch_images<N>(args, c, tiles.row(tile), tiles.column(tile));
