@@ -26,7 +26,9 @@ for _name, _pass in {
     "conv_scale_shift_relu": "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b!) out, Tensor(c!)? mask, bool relu",
     "conv_scale_shift_relu_grad": "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out",
 }.items():
-    library.define(f"{_name}(Tensor x, Tensor weight, int stride, int pad_height, int pad_width, {_pass}, int tile, bool rows) -> ()")
+    library.define(
+        f"{_name}(Tensor x, Tensor weight, int stride, int pad_height, int pad_width, {_pass}, int tile, bool rows) -> ()"
+    )
 
 
 def turned(weight: Tensor) -> Tensor:
@@ -57,7 +59,9 @@ def conv_scale_shift_relu_grad(
     convolution forward, whose stride is 1. Raises RuntimeError where they do not fit, and on a GPU that is not a Hopper.
     """
     inner = [size - 1 - p for size, p in zip(turned_weight.shape[2:], padding, strict=True)]
-    torch.ops.spat.conv_scale_shift_relu_grad.default(grad, turned_weight, 1, *inner, grad2, mask, scale, residual, dx, tile, rows)
+    torch.ops.spat.conv_scale_shift_relu_grad.default(
+        grad, turned_weight, 1, *inner, grad2, mask, scale, residual, dx, tile, rows
+    )
     return dx
 
 
