@@ -304,7 +304,7 @@ def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | 
 
 
 def _key(recipe: Recipe, device: torch.device, fuse: Fuse) -> tuple:
-    """What a decision is of: batches up to the next power of two share it, since attacks whose batch shrinks would choose for ever."""
+    """What a decision is for. Batches up to the next power of two share it: where batches shrink, none would be met twice."""
     return _alike(recipe), device, fuse is True
 
 
