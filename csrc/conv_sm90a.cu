@@ -290,15 +290,6 @@ __global__ void __launch_bounds__(kBlock, 2)
 #endif
 }
 
-// Pixels of a tile with the rows around them; 0 where a tile is not whole rows of one image, or two images.
-int pixels_in_rows(const Conv& c) {
-  const int area = c.out_height * c.out_width, images = area == 64 ? 2 : 1;
-  const bool same = c.stride == 1 && c.height == c.out_height && c.width == c.out_width;
-  if (!same || c.width % 8 || 64 % c.width || area * images % kRows) return 0;
-  const int pixels = kRows + images * (c.kernel_height - 1) * c.width;
-  return pixels <= kMaxPixels ? pixels : 0;
-}
-
 // As many buffers as fit, for two blocks on a multiprocessor, or for one where there is none for a second; returns their bytes.
 template <int N, bool ROWS>
 int fill_shared_memory(Conv& c, bool alone) {
@@ -333,8 +324,7 @@ int launch(Conv c, const Pass& args, void* stream) {
 
 template <int N, class T, class Pass>
 int launch_tile(const Conv& c, const Pass& args, void* stream) {
-  if (!c.rows) return launch<T, N, false>(c, args, stream);
-  return pixels_in_rows(c) ? launch<T, N, true>(c, args, stream) : cudaErrorInvalidValue;
+  return c.rows ? launch<T, N, true>(c, args, stream) : launch<T, N, false>(c, args, stream);
 }
 
 template <class T, class Pass>
@@ -349,6 +339,14 @@ int launch_conv(const Conv& c, const Pass& args, void* stream) {
 }
 
 }  // namespace
+
+int pixels_in_rows(const Conv& c) {
+  const int64_t area = int64_t(c.out_height) * c.out_width, images = area == 64 ? 2 : 1;
+  const bool same = c.stride == 1 && c.height == c.out_height && c.width == c.out_width;
+  if (!same || c.width % 8 || 64 % c.width || area * images % kRows) return 0;
+  const int64_t pixels = kRows + images * (c.kernel_height - 1) * c.width;
+  return pixels <= kMaxPixels ? int(pixels) : 0;
+}
 
 int launch_conv_scale_shift_relu(const ConvScaleShiftRelu& args, void* stream) { return launch_conv(args.conv, args.pass, stream); }
 int launch_conv_scale_shift_relu_grad(const ConvScaleShiftReluGrad& args, void* stream) {
