@@ -158,9 +158,9 @@ Channels channels_of(const Tensor& t, const char* name) {
 }
 
 // The data of a tensor like `like`, or null.
-void* channels_like(const std::optional<Tensor>& t, const Tensor& like, const char* name) {
+void* channels_like(const std::optional<Tensor>& t, const Tensor& like, const char* name, const char* like_name) {
   if (!t) return nullptr;
-  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), like, name, "have the shape of the first argument");
+  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), like, name, "have the shape of ", like_name);
   check_channels_last(*t, name);
   return t->mutable_data_ptr();
 }
@@ -336,35 +336,36 @@ void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_succes
   SPAT_RUN(keep_best, args, best, images.samples, images.sample_numel);
 }
 
-ScaleShiftRelu forward_pass(const Tensor& first, const void* a, const std::optional<Tensor>& b, const std::optional<Tensor>& scale,
-                            const std::optional<Tensor>& shift, const std::optional<Tensor>& total, const Tensor& out,
-                            const std::optional<Tensor>& mask, bool relu) {
-  const Channels shape = channels_of(first, "the first image");
+// `like` is what the images of a pass have the shape of, by its name.
+ScaleShiftRelu forward_pass(const Tensor& like, const char* name, const void* a, const std::optional<Tensor>& b,
+                            const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                            const std::optional<Tensor>& total, const Tensor& out, const std::optional<Tensor>& mask, bool relu) {
+  const Channels shape = channels_of(like, name);
   const ScalarType acc = acc_type(shape.dtype);
   STD_TORCH_CHECK(relu || !mask, "mask goes with relu");
-  return {shape, a, channels_like(b, first, "b"), optional_vector(scale, shape.channels, acc, first, "scale"),
-          optional_vector(shift, shape.channels, acc, first, "shift"), channels_like(total, first, "total"),
-          channels_like(out, first, "out"), mask_of(mask, shape, first), relu};
+  return {shape, a, channels_like(b, like, "b", name), optional_vector(scale, shape.channels, acc, like, "scale"),
+          optional_vector(shift, shape.channels, acc, like, "shift"), channels_like(total, like, "total", name),
+          channels_like(out, like, "out", name), mask_of(mask, shape, like), relu};
 }
 
-ScaleShiftReluGrad backward_pass(const Tensor& first, const void* grad, const std::optional<Tensor>& grad2,
+ScaleShiftReluGrad backward_pass(const Tensor& like, const char* name, const void* grad, const std::optional<Tensor>& grad2,
                                  const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
                                  const std::optional<Tensor>& residual, const Tensor& dx) {
-  const Channels shape = channels_of(first, "the first image");
-  return {shape, grad, channels_like(grad2, first, "grad2"), mask_of(mask, shape, first),
-          optional_vector(scale, shape.channels, acc_type(shape.dtype), first, "scale"),
-          channels_like(residual, first, "residual"), channels_like(dx, first, "dx")};
+  const Channels shape = channels_of(like, name);
+  return {shape, grad, channels_like(grad2, like, "grad2", name), mask_of(mask, shape, like),
+          optional_vector(scale, shape.channels, acc_type(shape.dtype), like, "scale"),
+          channels_like(residual, like, "residual", name), channels_like(dx, like, "dx", name)};
 }
 
 void scale_shift_relu(Tensor a, std::optional<Tensor> b, std::optional<Tensor> scale, std::optional<Tensor> shift,
                       std::optional<Tensor> total, Tensor out, std::optional<Tensor> mask, bool relu) {
-  const ScaleShiftRelu args = forward_pass(a, a.const_data_ptr(), b, scale, shift, total, out, mask, relu);
+  const ScaleShiftRelu args = forward_pass(a, "a", a.const_data_ptr(), b, scale, shift, total, out, mask, relu);
   SPAT_RUN(scale_shift_relu, args, a, args.shape.rows, args.shape.channels);
 }
 
 void scale_shift_relu_grad(Tensor grad, std::optional<Tensor> grad2, std::optional<Tensor> mask, std::optional<Tensor> scale,
                            std::optional<Tensor> residual, Tensor dx) {
-  const ScaleShiftReluGrad args = backward_pass(grad, grad.const_data_ptr(), grad2, mask, scale, residual, dx);
+  const ScaleShiftReluGrad args = backward_pass(grad, "grad", grad.const_data_ptr(), grad2, mask, scale, residual, dx);
   SPAT_RUN(scale_shift_relu_grad, args, grad, args.shape.rows, args.shape.channels);
 }
 
@@ -500,8 +501,12 @@ Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t s
   STD_TORCH_CHECK(samples * out_height * out_width < (int64_t(1) << 30) && samples * height * width < (int64_t(1) << 30),
                   "x must have fewer than 2^30 pixels");
   const auto n = [](int64_t v) { return int32_t(v); };
-  return {x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(out_height), n(out_width),
-          n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile), rows, 0, 0, 0, 0};
+  const Conv c{x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(out_height),
+               n(out_width), n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile),
+               rows, 0, 0, 0, 0};
+  STD_TORCH_CHECK(!rows || pixels_in_rows(c), "rows needs stride 1, out as large as x, 8, 16, 32 or 64 pixels in a row, tiles of 128 "
+                  "pixels that are whole rows of an image, or two images, and at most 192 pixels with the rows above and below");
+  return c;
 }
 
 // The tensors of a pass are read in packets of 16 bytes.
@@ -513,7 +518,7 @@ void conv_scale_shift_relu(Tensor x, Tensor weight, int64_t stride, int64_t pad_
                            std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> total, Tensor out,
                            std::optional<Tensor> mask, bool relu, int64_t tile, bool rows) {
   const ConvScaleShiftRelu args{conv_of(x, weight, out, stride, pad_height, pad_width, tile, rows),
-                                forward_pass(out, nullptr, b, scale, shift, total, out, mask, relu)};
+                                forward_pass(out, "out", nullptr, b, scale, shift, total, out, mask, relu)};
   check_packets({args.pass.b, args.pass.scale, args.pass.shift, args.pass.total});
   run_conv(args, out, launch_conv_scale_shift_relu);
 }
@@ -522,7 +527,7 @@ void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t
                                 std::optional<Tensor> grad2, std::optional<Tensor> mask, std::optional<Tensor> scale,
                                 std::optional<Tensor> residual, Tensor out, int64_t tile, bool rows) {
   const ConvScaleShiftReluGrad args{conv_of(x, weight, out, stride, pad_height, pad_width, tile, rows),
-                                    backward_pass(out, nullptr, grad2, mask, scale, residual, out)};
+                                    backward_pass(out, "out", nullptr, grad2, mask, scale, residual, out)};
   check_packets({args.pass.grad2, args.pass.scale, args.pass.residual});
   run_conv(args, out, launch_conv_scale_shift_relu_grad);
 }

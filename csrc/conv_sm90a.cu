@@ -130,15 +130,18 @@ struct Products {
   Shared& shared;
   const TensorMap &images, &weights;
   const Conv& c;
-  int warp;  // known to be the same in all of its threads
-  Turn pixels, filter;
+  Turn pixels, weights_by_row;
+  int warp;  // known to be the same in all of its threads; found for each tile, not to be kept while sums are written
+
+  // Of the weights. But for ROWS they go with the pixels, which saves registers.
+  __device__ __forceinline__ Turn& filter() { return ROWS ? weights_by_row : pixels; }
 
   // sums += the next pixels, `rows` further down, times the next weights, of which COLUMNS channels are not zeros.
   template <int COLUMNS>
   __device__ __forceinline__ void add(Sums<N>& sums, int rows) {
     const int first = warp / (kWarpgroup / kWarp) * c.half_tile + rows * c.out_width;
-    const uint16_t *x = shared.pixels(c, pixels.stage) + first * kDepth, *w = shared.template weights<N>(c, filter.stage);
-    wait(shared.weights_full[filter.stage], filter.parity);
+    const uint16_t *x = shared.pixels(c, pixels.stage) + first * kDepth, *w = shared.template weights<N>(c, filter().stage);
+    wait(shared.weights_full[filter().stage], filter().parity);
     hand_over<N>(sums);
 #pragma unroll
     for (int column = 0; column < COLUMNS; column += 16) multiply<T, N>(sums, operand(x, column), operand(w, column));
@@ -147,7 +150,7 @@ struct Products {
 
   __device__ __forceinline__ void release_weights() {
     const bool one = elected();
-    if (one) arrive(shared.weights_empty[filter.before(c.weight_stages)]);
+    if (one) arrive(shared.weights_empty[filter().before(c.weight_stages)]);
     if (warp == 0 && one) copy_next_weights<N, ROWS>(shared, weights, c);
     __syncwarp();
   }
@@ -165,7 +168,7 @@ struct Products {
       add<COLUMNS>(sums, down);
       if (!begins || down > 0) release_weights();
       if (!begins && down == 0) release_pixels();
-      filter.next(c.weight_stages);
+      if (ROWS) weights_by_row.next(c.weight_stages);
     }
     pixels.next(c.pixel_stages);
   }
@@ -173,6 +176,7 @@ struct Products {
   // HALF: the last stage under each weight holds 32 channels or fewer.
   template <bool HALF>
   __device__ __forceinline__ void add_all(Sums<N>& sums) {
+    warp = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0);
     bool begins = true;
     for (int i = 0; i < (ROWS ? 1 : c.kernel_height) * c.kernel_width; ++i) {
       for (int channel = HALF ? kDepth / 2 : 0; channel < c.channels; channel += kDepth, begins = false)
@@ -275,7 +279,7 @@ __global__ void __launch_bounds__(kBlock, 2)
   if (threadIdx.x == kWarpgroup)
     for (int i = 0; i < c.pixel_stages; ++i) copy_next_pixels<N, ROWS>(shared, images, c);
   __syncwarp();
-  Products<T, N, ROWS> products{shared, images, weights, c, __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0), {}, {}};
+  Products<T, N, ROWS> products{shared, images, weights, c};
   const Tiles<N> tiles(c);
   for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     prefetch_images<N>(args, c, tiles.row(tile), tiles.column(tile));
@@ -284,15 +288,6 @@ __global__ void __launch_bounds__(kBlock, 2)
     write_sums<T, N>(sums, c, args, tiles.row(tile), tiles.column(tile));
   }
 #endif
-}
-
-// Pixels of a tile with the rows around them; 0 where a tile is not whole rows of one image, or two images.
-int pixels_in_rows(const Conv& c) {
-  const int area = c.out_height * c.out_width, images = area == 64 ? 2 : 1;
-  const bool same = c.stride == 1 && c.height == c.out_height && c.width == c.out_width;
-  if (!same || c.width % 8 || 64 % c.width || area * images % kRows) return 0;
-  const int pixels = kRows + images * (c.kernel_height - 1) * c.width;
-  return pixels <= kMaxPixels ? pixels : 0;
 }
 
 // As many buffers as fit, for two blocks on a multiprocessor, or for one where there is none for a second; returns their bytes.
@@ -329,8 +324,7 @@ int launch(Conv c, const Pass& args, void* stream) {
 
 template <int N, class T, class Pass>
 int launch_tile(const Conv& c, const Pass& args, void* stream) {
-  if (!c.rows) return launch<T, N, false>(c, args, stream);
-  return pixels_in_rows(c) ? launch<T, N, true>(c, args, stream) : cudaErrorInvalidValue;
+  return c.rows ? launch<T, N, true>(c, args, stream) : launch<T, N, false>(c, args, stream);
 }
 
 template <class T, class Pass>
@@ -345,6 +339,14 @@ int launch_conv(const Conv& c, const Pass& args, void* stream) {
 }
 
 }  // namespace
+
+int pixels_in_rows(const Conv& c) {
+  const int64_t area = int64_t(c.out_height) * c.out_width, images = area == 64 ? 2 : 1;
+  const bool same = c.stride == 1 && c.height == c.out_height && c.width == c.out_width;
+  if (!same || c.width % 8 || 64 % c.width || area * images % kRows) return 0;
+  const int64_t pixels = kRows + images * (c.kernel_height - 1) * c.width;
+  return pixels <= kMaxPixels ? int(pixels) : 0;
+}
 
 int launch_conv_scale_shift_relu(const ConvScaleShiftRelu& args, void* stream) { return launch_conv(args.conv, args.pass, stream); }
 int launch_conv_scale_shift_relu_grad(const ConvScaleShiftReluGrad& args, void* stream) {

@@ -166,8 +166,8 @@ struct CropFlip {
 };
 
 // A convolution in half precision, for Hopper alone: images [samples, height, width, channels], weights [out_channels, kernel_height,
-// kernel_width, channels] in memory, all channels multiples of 8. A block does `tile` output channels: 64, 128 or 160. `rows`: of whole
-// rows of the image.
+// kernel_width, channels] in memory, all channels multiples of 8. A block does `tile` output channels: 64, 128 or 160. `rows`: its
+// pixels are whole rows of the image, which are copied once for all weights of a column of the window.
 struct Conv {
   const void *x, *weight;
   int32_t samples, height, width, channels, out_height, out_width, out_channels, kernel_height, kernel_width;
@@ -175,6 +175,9 @@ struct Conv {
   bool rows;
   int32_t tile_pixels, half_tile, pixel_stages, weight_stages;  // conv_sm90a.cu sets them
 };
+
+// Pixels of a tile of whole rows, with the rows above and below; 0 where a tile is not whole rows of one image, or of two.
+int pixels_in_rows(const Conv& c);
 
 struct ConvScaleShiftRelu {
   Conv conv;

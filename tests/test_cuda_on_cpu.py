@@ -1,4 +1,5 @@
-"""The CUDA kernels without a GPU: the tests of the ops, run on csrc/*.cu compiled for the CPU (see tests/cuda_on_cpu)."""
+"""The CUDA kernels without a GPU: the tests of the ops and of Hopper's convolutions, run on csrc/*.cu compiled for the CPU (see
+tests/cuda_on_cpu)."""
 
 import os
 import re
@@ -13,6 +14,7 @@ from tests import cuda_on_cpu
 
 CHECKOUT = Path(__file__).parents[1]
 COMPILER = cuda_on_cpu.COMPILER[0]
+TESTS = ("tests/ops", "tests/fused_conv/test_hopper.py")
 
 
 def sanitizes() -> bool:
@@ -34,11 +36,11 @@ def test_it_reports_what_a_gpu_would_not(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_ops_pass_on_the_cuda_kernels():
+def test_the_kernels_pass_their_tests():
     """In a process of its own, which a misaligned access would end; without capture, so that it can say so."""
     plugins = ["-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", "-q", "-s", *plugins, "tests/ops", "-k", "compiled-cpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", *plugins, *TESTS, "-k", "compiled-cpu or emulated"]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
     result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=own | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 200
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 400

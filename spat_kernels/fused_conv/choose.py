@@ -51,7 +51,10 @@ class Engine(Protocol):
         ...
 
     def variants(self, recipe: Recipe, device: torch.device) -> list[str]:
-        """Its ways of doing `recipe` on `device`, by name; [] where there is none. Cheap: nothing is built or launched."""
+        """Its ways of doing `recipe` on `device`, by name; [] where there is none. Cheap: nothing is built or launched.
+
+        They do not depend on the batch: batches up to the next power of two share a decision.
+        """
         ...
 
     def prepare_weight(self, recipe: Recipe, weight: Tensor) -> Tensor | None:
@@ -165,11 +168,11 @@ class Chooser:
             self._decisions[key] = decision
 
     def decision(self, recipe: Recipe, device: torch.device, fuse: Fuse = "auto") -> Decision | None:
-        """What was found for `recipe`, None before its first use."""
+        """What was found for `recipe` or one with a batch alike (`_key`), None before the first use."""
         return self._decisions.get(_key(recipe, device, fuse))
 
     def give_up(self, recipe: Recipe, device: torch.device, fuse: Fuse, error: Exception) -> None:
-        """Leave `recipe` to `apart` from now on: the engine failed at it."""
+        """Leave `recipe`, and those with batches alike, to `apart` from now on: the engine failed at it."""
         self._decisions[_key(recipe, device, fuse)] = Decision(None, f"it failed: {_said(error)}")
 
     def forget(self) -> None:
@@ -301,12 +304,13 @@ def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | 
 
 
 def _key(recipe: Recipe, device: torch.device, fuse: Fuse) -> tuple:
-    """What a decision is of: batches up to the next power of two share it, since attacks whose batch shrinks would choose for ever."""
+    """What a decision is for. Batches up to the next power of two share it: where batches shrink, none would be met twice."""
     return _alike(recipe), device, fuse is True
 
 
 def _alike(recipe: Recipe) -> Recipe:
-    return replace(recipe, batch=1 << (recipe.batch - 1).bit_length())
+    """`recipe` with its batch up to the next power of two. An empty one shares with no other, as it shows nothing."""
+    return replace(recipe, batch=recipe.batch and 1 << (recipe.batch - 1).bit_length())
 
 
 def _may_not_wait(x: Tensor) -> bool:

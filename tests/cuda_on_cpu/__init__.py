@@ -1,10 +1,11 @@
 """The CUDA kernels as C++, in the place of the C++ kernels: their indices, tails, packets, shuffles, barriers and launches run
-where no GPU is. The tests of the ops take them by
+where no GPU is. The tests of the ops and of convolutions take them by
 
-    python -m pytest -p tests.cuda_on_cpu.plugin -n 0 tests/ops -k compiled-cpu
+    python -m pytest -p tests.cuda_on_cpu.plugin -n 0 tests/ops tests/fused_conv/test_hopper.py -k "compiled-cpu or emulated"
 
 CUDA is C++ with some more words, which cuda_runtime.h in this folder defines, and some syntax, which `as_cpp` rewrites.
 bindings.cpp calls `foo_cpu(args, begin, end)` for a part of the work; here the first such call does all of it, by `launch_foo`.
+Convolutions, which have no C++ kernels, are CPU ops here. hopper.cuh in this folder stands in for TMA, its barriers and wgmma.
 
 What this cannot show is a GPU's own: its conversions of 16-bit floats, its <cmath>, nvcc's code, threads that run at once.
 """

@@ -24,7 +24,7 @@ from tests.cuda_graphs.fake_graph import FakeGraph
 from tests.fused_conv.engines import EVERYTHING, Picky, Twin, Wrong, by_names, chooser, installed, recipes, tensors_for
 from tests.input_gradient.models import EPS, images, randomized
 
-RECIPE = Recipe("forward", torch.bfloat16, 3, (5, 9, 7), (6, 9, 7), (3, 3), padding=(1, 1), epilogue=EVERYTHING)
+RECIPE = Recipe("forward", torch.bfloat16, 4, (5, 9, 7), (6, 9, 7), (3, 3), padding=(1, 1), epilogue=EVERYTHING)
 CPU = torch.device("cpu")
 
 
@@ -207,6 +207,43 @@ def test_nothing_is_chosen_while_it_may_not_wait(monkeypatch):
     assert new.choose(RECIPE, x, weight, tensors) is not None, "it is looked up"
 
 
+def test_batches_up_to_the_next_power_of_two_share_a_decision():
+    """65 to 128 do, in memory and on disk; 64 and 129 have their own, and so have the other options."""
+    recipe = Recipe("forward", torch.bfloat16, 65, (8, 1, 1), (8, 1, 1), (1, 1), epilogue=Epilogue(relu=True))
+    engine = Twin("a", "b")
+    new = chooser(engine, timer=by_names(b=0.1))
+    first = ask(new, recipe)
+    assert str(first.choice) == "twin b"
+    calls = len(engine.calls)
+    for batch in (66, 96, 127, 128):
+        assert new.decision(replace(recipe, batch=batch), CPU) is first
+        assert ask(new, replace(recipe, batch=batch)) is first
+        assert new.decision(replace(recipe, batch=batch), CPU, True) is None
+    assert len(engine.calls) == calls
+    for batch in (64, 129):
+        assert new.decision(replace(recipe, batch=batch), CPU) is None
+        assert ask(new, replace(recipe, batch=batch)) is not first
+    assert {r.batch for _, r in engine.calls} == {64, 65, 129}, "an engine is asked for the batch that there is"
+
+    new.give_up(replace(recipe, batch=100), CPU, "auto", RuntimeError("launch failed"))
+    for batch, lost in ((64, False), (65, True), (128, True), (129, False)):
+        decision = ask(new, replace(recipe, batch=batch))
+        assert (decision.choice is None) == lost
+        assert decision.reason == ("it failed: RuntimeError: launch failed" if lost else "")
+
+
+def test_small_batches_share_with_none():
+    """1 and 2 are powers of two; an empty batch, which shows nothing, must not decide for another."""
+    recipe = replace(RECIPE, batch=0)
+    new = chooser(Twin())
+    for _ in range(choose.TRIES):
+        assert new.choose(recipe, *tensors_for(recipe)) is None
+    for batch in (1, 2):
+        assert new.decision(replace(recipe, batch=batch), CPU) is None
+        assert ask(new, replace(recipe, batch=batch)).choice is not None
+    assert new.decision(recipe, CPU).choice is None
+
+
 def test_two_threads_choose_once():
     engine = Twin()
     new = chooser(engine)
@@ -248,6 +285,18 @@ def entries(folder):
     return known
 
 
+def test_a_kept_choice_is_for_batches_alike(tmp_path):
+    """It is checked on the batch that there is, and not timed."""
+    recipe = replace(RECIPE, batch=5)
+    assert ask(chooser(Twin("a", "b"), timer=by_names(b=0.1), cache=Cache(tmp_path)), recipe).choice is not None
+    assert set(entries(tmp_path)) == {str(replace(recipe, batch=8))}
+    engine = Twin("a", "b")
+    new = chooser(engine, cache=Cache(tmp_path))
+    new.timer = None  # calling it would fail
+    assert str(ask(new, replace(recipe, batch=7)).choice) == "twin b"
+    assert [(variant, of.batch) for variant, of in engine.calls] == [("b", 7)]
+
+
 def test_choices_are_kept_and_checked_but_not_timed_again(tmp_path):
     folder = tmp_path / "made" / "late"
     assert ask(chooser(Twin("a", "b"), timer=by_names(b=0.1), cache=Cache(folder))).choice is not None
@@ -259,10 +308,11 @@ def test_choices_are_kept_and_checked_but_not_timed_again(tmp_path):
     assert [variant for variant, _ in engine.calls] == ["b"]
     assert [p.name for p in folder.iterdir() if p.name.startswith("choices.json")] == ["choices.json"]
 
-    other = replace(RECIPE, batch=4)
+    other = replace(RECIPE, batch=5)
     ask(chooser(Twin("a"), timer=by_names(a=2.0), cache=Cache(folder)), other)
-    assert entries(folder)[str(other)]["choice"] == "apart"
-    assert set(entries(folder)) == {str(RECIPE), str(other)}
+    kept = str(replace(other, batch=8))  # batches of 5 to 8 share it
+    assert entries(folder)[kept]["choice"] == "apart"
+    assert set(entries(folder)) == {str(RECIPE), kept}
     engine = Twin("a")
     assert ask(chooser(engine, cache=Cache(folder)), other).reason == choose.SLOWER
     assert not engine.calls
@@ -378,6 +428,22 @@ def test_attacks_ask_and_explain_tells(fuse, tmp_path):
         assert str(sk.explain(model, x, precision="bf16", fuse=fuse)).count("choices are not kept") == (fuse == "auto")
     with installed(chooser(Twin(), timer=by_names(plain=5.0))):
         assert f"7 do not (7 {choose.SLOWER})" in str(sk.explain(model, x, precision="bf16"))
+
+
+def test_smaller_batches_ask_nothing_and_explain_tells_the_same():
+    """As in attacks that drop images while they run."""
+    torch.manual_seed(0)
+    model, x, y, engine = randomized(create("wrn-10-1")), images(4), torch.arange(4), Twin()
+    with installed(chooser(engine)) as new:
+        sk.pgd(model, x, y, EPS, steps=1)
+        spent, told = new.spent, str(sk.explain(model, x))
+        sk.pgd(model, x[:3], y[:3], EPS, steps=1)
+        assert new.spent == spent, "nothing was chosen"
+        engine.calls.clear()
+        assert str(sk.explain(model, x[:3])) == told
+        assert {recipe.batch for _, recipe in engine.calls} <= {3}
+        sk.pgd(model, x[:2], y[:2], EPS, steps=1)
+        assert new.spent > spent
 
 
 def test_two_attacks_in_two_threads():
