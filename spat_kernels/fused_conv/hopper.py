@@ -11,6 +11,8 @@ pixels of 64, 128 or 160 output channels, its `tile`. With `rows` the pixels are
 all weights of a column of the window. Which variant is fastest depends on the shape.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -121,12 +123,12 @@ class Hopper:
 
     def run(self, variant: str, recipe: Recipe, x: Tensor, weight: Tensor, out: Tensor, **tensors: Tensor) -> None:
         (_, tile, *rows) = variant.split()
-        tiling = {"tile": int(tile), "rows": bool(rows)}
+        given: dict[str, Any] = {"tile": int(tile), "rows": bool(rows), **tensors}
         if recipe.way == "gradient":
-            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, **tiling, **tensors)
+            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, **given)
         else:
             relu, (stride, _) = bool(recipe.epilogue and recipe.epilogue.relu), recipe.stride
-            conv_scale_shift_relu(x, weight, out, stride=stride, padding=recipe.padding, relu=relu, **tiling, **tensors)
+            conv_scale_shift_relu(x, weight, out, stride=stride, padding=recipe.padding, relu=relu, **given)
 
 
 def _in_rows(recipe: Recipe) -> bool:
