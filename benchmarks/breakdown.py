@@ -28,6 +28,7 @@ from spat_train.models.registry import create
 
 # By the first pattern that a kernel's or an operator's name has; cuDNN's kernels are named after their engines.
 KINDS = {
+    "convolution and pass": r"spat::.*conv_kernel",
     "spat": r"\bspat::|(linf|l2)_step_k|linf_random|(lsce|kl|margin|pma|dlr)_grad_k|scale_shift_relu|pool_linear|split_image"
     "|crop_flip|keep_best",
     "batch norm": r"batch_norm|bn_fw|bn_bw|batchnorm",

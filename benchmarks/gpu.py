@@ -61,7 +61,7 @@ ROBUST = "tests/assets/wrn-10-2-madry.pt --network wrn-10-2 --data {data}"
 TABLE61 = "{python} -m benchmarks.table61 --data {data} --out {out} --runs {runs} --rows mart+spat"
 FIVE = f"{TABLE61} mart trades+spat trades madry --epochs 8 --test-precision tf32"
 RACE = "--models wrn-34-10 resnet-18 --batches 128 256 --precisions bf16"
-LOOPS = "'spat plan+graph' loop torchattacks 'autocast loop'"
+LOOPS = "'spat plan+graph' 'spat plan+graph, fuse=False' loop torchattacks 'autocast loop'"
 KERNELS = pytest("tests/ops -m 'gpu and not slow' -k 'compiled and not refused and not in_one_graph'")
 QUICK = "--seconds 0 --no-memory --small-ceilings"
 TINY = f"--models wrn-10-1 --precisions fp32 --steps 2 {QUICK} --batches"
@@ -74,12 +74,12 @@ STEPS = [
          beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
          Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
               f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
+    Step("convolutions", 40, bench("convolutions", "--models wrn-34-10 resnet-18 --batches 128 256")),
     Step("table61", 340, f"sh -c \"trap : INT; {FIVE} & {FIVE} & {FIVE}; code=$?; wait; exit $code\"",
          f"{TABLE61} --model small-cnn --epochs 1 --precision fp32 --limit 20 --test-images 20"),
     Step("training", 60, bench("training", "--model resnet-18 --batch 128 --precisions fp32 bf16 "
                                "--providers spat_train authors autocast --seconds 0.3"),
          bench("training", f"{SMALL} --methods mart madry --precisions fp32 --providers spat_train authors --seconds 0")),
-    Step("fused", 70, "{python} -m benchmarks.fused both --out {out}", needs="cudnn"),
     Step("attack", 120, bench("attack", f"{RACE} fp32 tf32 fp16 --providers {LOOPS} 'compiled autocast loop' --seconds 0.3"),
          bench("attack", f"{TINY} 4 8 16 --providers 'spat eager' 'spat plan' loop torchattacks")),
     Step("early_stop", 40, bench("early_stop", f"{ROBUST} --images 1000 --batch-size 1000 --precision bf16"),
@@ -90,6 +90,7 @@ STEPS = [
     Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "
                                  "--seconds 0.02"),
          bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
+    Step("fused", 70, "{python} -m benchmarks.fused both --out {out}", needs="cudnn", default=False),
     Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
          f'sh -c "for tool in memcheck racecheck; do {{sanitizer}} --error-exitcode 86 --tool $tool {KERNELS} || exit; done"',
          default=False),
@@ -116,7 +117,7 @@ class Options:
     data: Path | None = None
     """CIFAR-10 as an .npz file."""
     only: list[str] = field(default_factory=list)
-    """Names of steps, by default all but sanitizer, kernels, memory, precision and overhead."""
+    """Names of steps, by default all but fused, sanitizer, kernels, memory, precision and overhead."""
     have: Path | None = None
     """The --out of an earlier command, or a copy of it."""
     rehearse: bool = False

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spat_kernels
-from spat_kernels.settings import Fuse
 from benchmarks.measure import DTYPES
+from spat_kernels.settings import Fuse
 
 EPS, STEP = 8 / 255, 2 / 255
 Attack = Callable[[Tensor, Tensor], Tensor]  # x [B, 3, H, W] in [0, 1], y [B] -> x_adv

@@ -11,8 +11,6 @@ pixels of 64, 128 or 160 output channels, its `tile`. With `rows` the pixels are
 all weights of a column of the window. Which variant is fastest depends on the shape.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,14 +24,11 @@ MAX_KERNEL = 64
 WASTE = 1.2  # a tile is tried if it does at most this many times the output channels of the tile that does the fewest
 HOPPER = (9, 0)
 
-for _name, _pass in {
-    "conv_scale_shift_relu": "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b!) out, Tensor(c!)? mask, "
-    "bool relu",
-    "conv_scale_shift_relu_grad": "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out",
-}.items():
-    library.define(
-        f"{_name}(Tensor x, Tensor weight, int stride, int pad_height, int pad_width, {_pass}, int tile, bool rows) -> ()"
-    )
+_CONV = "Tensor x, Tensor weight, int stride, int pad_height, int pad_width"
+_FORWARD = "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b!) out, Tensor(c!)? mask, bool relu"
+_GRADIENT = "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out"
+library.define(f"conv_scale_shift_relu({_CONV}, {_FORWARD}, int tile, bool rows) -> ()")
+library.define(f"conv_scale_shift_relu_grad({_CONV}, {_GRADIENT}, int tile, bool rows) -> ()")
 
 
 def turned(weight: Tensor) -> Tensor:
@@ -122,13 +117,14 @@ class Hopper:
         return turned(weight) if recipe.way == "gradient" else None
 
     def run(self, variant: str, recipe: Recipe, x: Tensor, weight: Tensor, out: Tensor, **tensors: Tensor) -> None:
-        (_, tile, *rows) = variant.split()
-        given: dict[str, Any] = {"tile": int(tile), "rows": bool(rows), **tensors}
+        tile, rows = int(variant.split()[1]), variant.endswith("rows")
         if recipe.way == "gradient":
-            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, **given)
+            conv_scale_shift_relu_grad(x, weight, out, padding=recipe.padding, tile=tile, rows=rows, **tensors)
         else:
             relu, (stride, _) = bool(recipe.epilogue and recipe.epilogue.relu), recipe.stride
-            conv_scale_shift_relu(x, weight, out, stride=stride, padding=recipe.padding, relu=relu, **given)
+            conv_scale_shift_relu(
+                x, weight, out, stride=stride, padding=recipe.padding, relu=relu, tile=tile, rows=rows, **tensors
+            )
 
 
 def _in_rows(recipe: Recipe) -> bool:
