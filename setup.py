@@ -1,7 +1,7 @@
 """Build csrc/ into spat_kernels/_C.abi3.so: CPU code always, CUDA code wherever nvcc is found (no GPU is needed).
 
 CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the architectures ("8.0;9.0;10.0+PTX"), MAX_JOBS the number of compilers at
-once. SPAT_CUDA=0 leaves CUDA out, SPAT_CUDA=1 insists on it.
+once. SPAT_CUDA=0 leaves CUDA out, SPAT_CUDA=1 insists on it. Files named *_sm90a.cu are for sm_90a alone, whatever the list says.
 """
 
 import os

@@ -4,9 +4,10 @@ packets of 16 bytes."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ CHECKOUT = Path(__file__).parents[1]
 EXTENSION = next(Path(spat_kernels.__file__).parent.glob("_C.*"), None)
 CUDA = spat_kernels.config()["cuda"]
 KERNELS = sorted(f"{op.rstrip('_')}_kernel" for op in OPS)
+CONV = re.compile(r"conv_kernel\w*?Li(\d+)ELb([01])ELb([01])E")  # tile, rows, and whether the last stage is half a one
+NVCC = shutil.which("nvcc", path=os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", *os.get_exec_path()]))
 pytestmark = pytest.mark.slow
 needs_cuda_code = pytest.mark.skipif(not CUDA, reason="this installation holds no CUDA code (no nvcc when it was built)")
 
@@ -40,9 +43,11 @@ def test_every_architecture_is_there():
     elf = cuobjdump("-lelf")
     sources = list((CHECKOUT / "csrc").glob("*.cu"))
     assert sources
-    for arch in architectures():
-        for source in sources:
-            assert f"{source.stem}.{arch}.cubin" in elf
+    for source in sources:
+        for arch in ["sm_90a"] if source.stem.endswith("_sm90a") else architectures():
+            assert f"{source.stem}.{arch.rstrip('af')}.cubin" in elf
+        if source.stem.endswith("_sm90a"):
+            assert elf.count(f"{source.stem}.") == 1
     if "compute_" in CUDA:
         assert "linf.sm_" in cuobjdump("-lptx")
 
@@ -51,10 +56,25 @@ def test_every_architecture_is_there():
 def test_no_kernel_spills_or_uses_local_memory():
     usage = re.findall(r"Function (\S+):\s+(REG:.*)", cuobjdump("-res-usage"))
     assert {k for name, _ in usage for k in KERNELS if k in name} == set(KERNELS)
+    assert {CONV.search(name)[1] for name, _ in usage if "conv_kernel" in name} == {"64", "128", "160"}
     for name, resources in usage:
+        two = "conv_kernel" in name or "scale_shift_relu_grad_kernelId" in name  # that in fp64 reads three images ahead
+        blocks, most = (2, 128) if two else (3, 80)
         assert "STACK:0 " in resources, (name, resources)
         assert "LOCAL:0 " in resources, (name, resources)
-        assert int(re.search(r"REG:(\d+)", resources)[1]) <= 80, (name, "three blocks of 256 threads must fit a multiprocessor")
+        registers = int(re.search(r"REG:(\d+)", resources)[1])
+        assert registers <= most, (name, f"{blocks} blocks of 256 threads must fit a multiprocessor")
+
+
+def instructions(arch: str, kinds: str) -> dict[str, list[str]]:
+    """Those that begin with one of `kinds`, by kernel."""
+    body = defaultdict(list)
+    for line in cuobjdump("-sass", "-arch", arch).splitlines():
+        if "Function :" in line:
+            name = line.split()[-1]
+        elif found := re.search(rf"\b({kinds})\S*", line):
+            body[name].append(found[0])
+    return body
 
 
 @needs_cuda_code
@@ -62,12 +82,7 @@ def test_no_kernel_spills_or_uses_local_memory():
 def test_packets_are_16_bytes(arch):
     """Every variant for aligned tensors loads and stores 16 bytes at once, none goes to local memory, and those whose results
     are bitwise those of the reference hold no fused multiply-add and no approximation."""
-    body = defaultdict(list)
-    for line in cuobjdump("-sass", "-arch", arch).splitlines():
-        if "Function :" in line:
-            name = line.split()[-1]
-        elif found := re.search(r"\b(LDG|STG|LDL|STL|FFMA|MUFU)\S*", line):
-            body[name].append(found[0])
+    body = instructions(arch, "LDG|STG|LDL|STL|FFMA|MUFU")
     # Their last argument is the elements of a packet, or whether there are packets; of a step also whether it hashes.
     wide = {name for name in body if re.search(r"(linf_step_kernel\S*Li[2-8]ELb0E|Li[2-8]E|(?<!Li1E)Lb1E)EEv", name)}
     assert {k for name in wide for k in KERNELS if k in name} == set(KERNELS)
@@ -80,6 +95,46 @@ def test_packets_are_16_bytes(arch):
         assert not any(op.startswith(("LDL", "STL")) for op in ops), name
         if any(exact in name for exact in ("linf", "keep_best", "scale_shift_relu", "split_image", "crop_flip")):
             assert not any(op.startswith(("FFMA", "MUFU")) for op in ops), name
+
+
+@needs_cuda_code
+def test_convolutions_use_what_hopper_has():
+    """In every variant TMA copies, the tensor cores multiply without a wait after each product, and packets have 16 bytes.
+    Nothing goes to local memory, and the arithmetic of the passes is exact."""
+    body = instructions("sm_90a", "LDG|STG|LDL|STL|FFMA|HGMMA|UTMALDG|WARPGROUP.DEPBAR")
+    convolutions = {name: ops for name, ops in body.items() if CONV.search(name)}
+    assert len(convolutions) == 2 * 3 * 2 * 2 * 2  # dtypes, tiles, rows, halves and passes
+    for name, ops in convolutions.items():
+        tile, rows, half = map(int, CONV.search(name).groups())
+        count = Counter(op.split(".")[0] for op in ops)
+        assert count["HGMMA"] == (6 if half else 4), name  # 64 channels, and the last 32
+        assert all(f".64x{tile}x16.F32" in op for op in ops if op.startswith("HGMMA")), name
+        assert count["WARPGROUP"] == (3 if half else 2), (name, "a wait after each product")
+        copies = {"UTMALDG.3D", "UTMALDG.4D" if rows else "UTMALDG.4D.IM2COL"}
+        assert {op for op in ops if op.startswith("UTMALDG")} == copies, name
+        assert {op.split(".")[2] for op in ops if op.startswith(("LDG", "STG"))} == {"128", "U8"}, name  # images, and masks
+        assert not {"LDL", "STL", "FFMA"} & {*count}, name
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_ptxas_has_nothing_to_say_of_convolutions(tmp_path):
+    """It warns (C7510 and the like) where it makes products wait for each other."""
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-fmad=false",
+        "--expt-relaxed-constexpr",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas=-v",
+    ]
+    command = [NVCC, *flags, "-c", CHECKOUT / "csrc" / "conv_sm90a.cu", "-o", tmp_path / "conv.o"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert said.count("Compiling entry function") == 48
+    assert "C75" not in said
+    assert "warning" not in said
+    assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == 48
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

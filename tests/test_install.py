@@ -87,6 +87,20 @@ def test_architectures(build, archs, built):
     assert "-L/opt/cuda/lib64" in extension.extra_link_args
 
 
+@pytest.mark.parametrize("archs", [None, "8.0"])
+def test_files_for_one_architecture(build, monkeypatch, tmp_path, archs):
+    """`*_sm90a.cu` is for sm_90a alone, whatever else is built for."""
+    command = build(**({"TORCH_CUDA_ARCH_LIST": archs} if archs else {}))["cmdclass"]["build_ext"](setuptools.Distribution())
+    command.build_temp, calls = str(tmp_path), []
+    monkeypatch.setattr(subprocess, "call", lambda words: calls.append(words) or 0)
+    for name in ("conv_sm90a.cu", "linf.cu"):
+        assert command.compile_cuda(Path("csrc", name)).endswith(f"{name}.o")
+    special, other = ([word for word in words if "gencode" in word] for words in calls)
+    assert special == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert other[0] == "-gencode=arch=compute_80,code=sm_80"
+    assert not any("90a" in word for word in other)
+
+
 def test_without_cuda(build):
     (extension,) = build(SPAT_CUDA="0", CUDA_HOME="/nowhere")["ext_modules"]
     assert not any("cudart" in word or "SPAT_CUDA" in word for word in extension.extra_link_args + extension.extra_compile_args)
@@ -119,7 +133,7 @@ def test_an_sdist_can_build_and_test_itself(tmp_path):
         str(p.relative_to(ROOT))
         for folder in folders
         for p in (ROOT / folder).rglob("*")
-        if p.suffix in (".py", ".cpp", ".cu", ".h", ".typed")
+        if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".typed")
     }
     assert wanted <= held
     assert {
