@@ -4,12 +4,14 @@
     gradient:  dx = dgrad(grad, weight), a convolution with the weights turned round
 
 Four outputs of a channel take 16 products instead of 36. Whether it is used depends on shapes, dtype and the machine alone, never
-on a measured time and never on the batch, so that results repeat to the last bit.
+on a measured time, so that results repeat to the last bit. It is settled once an attack, by the batch that it begins with.
 
 Its error is 0.3 to 0.6 times that of oneDNN in channels_last, and an output whose nine inputs are 0 is exactly 0. Weights are
 transformed once an attack. That takes as long as 0.04 (128 channels at 16x16) to 0.8 convolutions (512 at 4x4) of 8 images, so
-that an attack of a single step on a few small images can lose by it.
+that an attack of a single step would lose by it where there are few pixels: hence `TILES`.
 """
+
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,16 +19,22 @@ from torch import Tensor
 from .._library import compiled, library
 
 CHANNELS = 32  # come in multiples of this
+TILES = 64  # of 2x2 pixels in a batch, at least: else the weights' transform weighs more than one step saves
 
 library.define("winograd(Tensor x, Tensor weight, Tensor(a!) out) -> ()")
 library.define("winograd_weights(Tensor weight, bool turned, Tensor(a!) out) -> ()")
 
 
-def applies(weight: Tensor, conv: dict) -> bool:
-    """Whether it does the convolution of `weight` [K, C, 3, 3] with the settings `conv` of a plan's step."""
+def applies(weight: Tensor, conv: dict, batch: int, pixels: tuple[int, ...]) -> bool:
+    """Whether it does the convolution of `weight` [K, C, 3, 3] with the settings `conv` of a plan's step.
+
+    Args:
+        batch, pixels: samples, and height and width of each.
+    """
     out, channels, *kernel = weight.shape
     return (
         compiled is not None
+        and batch * prod(-(-size // 2) for size in pixels) >= TILES
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and torch.backends.cpu.get_cpu_capability() == "AVX512"

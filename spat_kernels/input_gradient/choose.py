@@ -72,7 +72,7 @@ def explain(
             plan, dtype = plan_and_dtype(model, x, precision)
         except CannotPlan as reason:
             return Explanation("autograd", str(reason), half_dtype(precision, x.device.type))
-        gradient = PlannedGradient(plan, unwrapped(model), x.dtype, dtype, precision, fuse=fuse)
+        gradient = PlannedGradient(plan, unwrapped(model), x.dtype, dtype, len(x), precision, fuse=fuse)
         fused = _explain_fused(gradient, x) if gradient.engines.active else ()
     return Explanation("plan", "", dtype, plan.summary(), fused)
 
@@ -115,7 +115,7 @@ def input_gradient(
     if path != "autograd":
         try:
             plan, dtype = plan_and_dtype(model, x, precision)
-            return PlannedGradient(plan, unwrapped(model), x.dtype, dtype, precision, highest_label, fuse)
+            return PlannedGradient(plan, unwrapped(model), x.dtype, dtype, len(x), precision, highest_label, fuse)
         except CannotPlan as reason:
             if path == "plan":
                 raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'") from reason

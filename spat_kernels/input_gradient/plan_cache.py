@@ -129,7 +129,7 @@ def _half_error(plan: Plan, model: nn.Module, x: Tensor, dtype: torch.dtype) -> 
     """Why `plan` does not run in half precision `dtype`: not every function does."""
     try:
         with arithmetic(None, x.device.type, autocast=False):
-            gradient = PlannedGradient(plan, model, x.dtype, dtype)
+            gradient = PlannedGradient(plan, model, x.dtype, dtype, len(x))
             gradient.prepare()
             gradient.backward(gradient.forward(_two(x)))
     except torch.OutOfMemoryError:
@@ -145,7 +145,7 @@ def _two(x: Tensor) -> Tensor:
 
 def _compare(plan: Plan, model: nn.Module, x: Tensor) -> None:
     """Compare the plan with autograd, since code may depend on what symbols do not show."""
-    ours, theirs = PlannedGradient(plan, model, x.dtype, x.dtype), InputGradient(model)
+    ours, theirs = PlannedGradient(plan, model, x.dtype, x.dtype, len(x)), InputGradient(model)
     ours.prepare()
     logits, expected = (v.forward(x).double().nan_to_num() for v in (ours, theirs))
     half = x.dtype in HALVES

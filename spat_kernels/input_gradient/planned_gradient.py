@@ -34,6 +34,7 @@ class PlannedGradient:
         model: where the weights are read, at every `prepare`.
         image_dtype: of the images.
         dtype: of the convolutions.
+        batch: samples that the attack begins with. Later ones may be fewer.
         precision: as the caller asked for it, for the TF32 switches.
         highest_label: the largest class that the labels name, to be checked against the number of classes.
         fuse: whether engines may do convolutions together with the passes next to them, as the caller asked.
@@ -57,6 +58,7 @@ class PlannedGradient:
         model: nn.Module,
         image_dtype: torch.dtype,
         dtype: torch.dtype,
+        batch: int,
         precision: str | None = None,
         highest_label: int = -1,
         fuse: Fuse = False,
@@ -64,7 +66,7 @@ class PlannedGradient:
         self.plan, self.image_dtype, self.dtype = plan, image_dtype, dtype
         self.precision, self.highest_label = precision, highest_label
         self.logits_dtype = acc_dtype(dtype)
-        self._weights = Weights(plan, model, image_dtype, dtype)
+        self._weights = Weights(plan, model, image_dtype, dtype, batch)
         self.device = self._weights.device
         self.engines = Engines(fuse, self.device)
         self._saved: list = [None] * len(plan.steps)

@@ -55,10 +55,11 @@ class Weights:
         model: where the weights are read, at every `bind`.
         image_dtype: of the images.
         dtype: of the convolutions.
+        batch: samples that an attack begins with, for the choice of `Winograd`.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, image_dtype: torch.dtype, dtype: torch.dtype):
-        self.plan, self.image_dtype, self.dtype, self.acc = plan, image_dtype, dtype, acc_dtype(dtype)
+    def __init__(self, plan: Plan, model: nn.Module, image_dtype: torch.dtype, dtype: torch.dtype, batch: int):
+        self.plan, self.image_dtype, self.dtype, self.acc, self.batch = plan, image_dtype, dtype, acc_dtype(dtype), batch
         self.device = next(model.parameters()).device
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._constants: dict = {}  # made at the first `bind`: a captured one cannot copy from the host
@@ -97,7 +98,7 @@ class Weights:
         if step.bias is not None:
             bias = self._of(step.bias).to(self.acc)
             shift = _sum(bias if scale is None else bias * scale, shift)
-        fast = self.dtype == torch.float32 and winograd.applies(weight, step.conv)
+        fast = self.dtype == torch.float32 and winograd.applies(weight, step.conv, self.batch, step.shape[1:])
         layout = CHANNELS_LAST if fast else self._layout(step)
         if scale is None:
             folded = weight.to(self.dtype, memory_format=layout)

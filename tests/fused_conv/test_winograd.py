@@ -76,10 +76,11 @@ def test_what_reads_zeros_is_zero():
     ],
 )  # fmt: skip
 def test_applies_to_nothing_else(shape, settings):
-    assert not winograd.applies(torch.empty(shape), SETTINGS | settings)
-    assert winograd.applies(torch.empty(64, 64, 3, 3), SETTINGS)
+    assert not winograd.applies(torch.empty(shape), SETTINGS | settings, 16, (4, 4))
+    assert winograd.applies(torch.empty(64, 64, 3, 3), SETTINGS, 16, (4, 4))
+    assert not winograd.applies(torch.empty(64, 64, 3, 3), SETTINGS, 15, (4, 4)), "one step would not pay for the weights"
     for dtype in (torch.bfloat16, torch.float64):
-        assert not winograd.applies(torch.empty(64, 64, 3, 3, dtype=dtype), SETTINGS)
+        assert not winograd.applies(torch.empty(64, 64, 3, 3, dtype=dtype), SETTINGS, 16, (4, 4))
 
 
 def test_refuses_what_does_not_fit():
