@@ -206,13 +206,12 @@ constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4;
 #ifdef SPAT_CUDA
 // On the current stream of the device of `t`.
 template <class Args>
-void run_on_gpu(const Args& args, const Tensor& t, int (*launch)(const Args&, void*)) {
+void run_on_gpu(const Args& args, const Tensor& t, int (*launch)(const Args&, void*), const char* remedy) {
   torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   const int error = launch(args, stream);
-  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error), " (built for CUDA " SPAT_CUDA
-                  "; for another GPU set TORCH_CUDA_ARCH_LIST and install again, or set SPAT_KERNELS_BACKEND=triton)");
+  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error), " (built for CUDA " SPAT_CUDA "; ", remedy, ")");
 }
 #endif
 
@@ -227,7 +226,7 @@ void run(const Args& args, const Tensor& t, int64_t count, int64_t item, void (*
     return;
   }
 #ifdef SPAT_CUDA
-  run_on_gpu(args, t, launch);
+  run_on_gpu(args, t, launch, "for another GPU set TORCH_CUDA_ARCH_LIST and install again, or set SPAT_KERNELS_BACKEND=triton");
 #endif
 }
 
@@ -245,7 +244,7 @@ template <class Args>
 void run_conv(const Args& args, const Tensor& out, int (*launch)(const Args&, void*)) {
   if (out.numel() == 0) return;
 #ifdef SPAT_CUDA
-  run_on_gpu(args, out, launch);
+  run_on_gpu(args, out, launch, "this kernel is for Hopper, by a driver for CUDA 12 or later: on other GPUs use fuse=False");
 #else
   const int error = launch(args, nullptr);
   STD_TORCH_CHECK(error == 0, cuda_error_name(error), " (", error, ")");

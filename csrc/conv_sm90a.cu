@@ -290,10 +290,12 @@ __global__ void __launch_bounds__(kBlock, 2)
 #endif
 }
 
+constexpr int kMost = 227 * 1024;  // bytes of shared memory a block; each launch allows them, since threads share that setting
+
 // As many buffers as fit, for two blocks on a multiprocessor, or for one where there is none for a second; returns their bytes.
 template <int N, bool ROWS>
 int fill_shared_memory(Conv& c, bool alone) {
-  constexpr int kMost = 227 * 1024, kHalf = 113 * 1024;
+  constexpr int kHalf = 113 * 1024;
   const int bytes = (alone ? kMost : kHalf) - int(sizeof(Shared)), pixels = c.tile_pixels * 2 * kDepth, weights = N * 2 * kDepth;
   c.pixel_stages = ROWS ? (alone ? 4 : 2) : std::min(bytes / (pixels + weights), kMaxStages);
   c.weight_stages = ROWS ? std::min((bytes - c.pixel_stages * pixels) / weights, kMaxStages) : c.pixel_stages;
@@ -316,7 +318,7 @@ int launch(Conv c, const Pass& args, void* stream) {
   if (const int error = map_weights<T>(weights, c.weight, weight_shape, N)) return error;
   const bool half = (c.channels - 1) % kDepth < kDepth / 2;
   const auto kernel = half ? conv_kernel<T, N, ROWS, true, Pass> : conv_kernel<T, N, ROWS, false, Pass>;
-  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost)) return error;
   const int count = std::min(blocks, 2 * multiprocessors());
   kernel<<<count, kBlock, bytes, cudaStream_t(stream)>>>(images, weights, c, args);
   return cudaGetLastError();

@@ -46,12 +46,17 @@ if BACKEND == "triton" and triton.knobs.runtime.interpret:
     _triton_keys.append("CPU")
 
 
+def register_fake(name: str) -> None:
+    """For an op that returns nothing: it also does nothing where tensors have no data."""
+    torch.library.register_fake(f"spat::{name}", lambda *args, **kwargs: None, lib=library)
+
+
 def define(schema: str, reference, triton_launcher):
     """Declare the op `schema` and return its overload. It writes into its arguments and returns nothing."""
     name = schema.split("(")[0]
     library.define(f"{schema} -> ()")
     library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"spat::{name}", lambda *args, **kwargs: None, lib=library)
+    register_fake(name)
     served[name] = {"CPU": "reference", "CUDA": "reference"}
     if compiled:
         served[name]["CPU"] = "C++"

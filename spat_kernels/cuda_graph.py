@@ -1,12 +1,31 @@
 """One CUDA graph: captured so that a failure leaves CUDA usable, and replayed with fresh random numbers."""
 
+import gc
 from contextlib import contextmanager, suppress
 
 import torch
 
+from . import rng
+
 # Graphs whose capture could not end. torch 2.11's allocator of pinned memory, which Python cannot tell of the end, goes on asking
 # them whether they capture: they hold nothing, but must stay.
 _undead: list = []
+
+
+@contextmanager
+def undisturbed():
+    """Within: no random numbers drawn by other attacks, no garbage collected (which may free graphs and memory, and is no part of
+    what is captured), no weights cast by autocast that outlive it."""
+    collecting, caching = gc.isenabled(), torch.is_autocast_cache_enabled()
+    with rng.rng_lock:
+        gc.disable()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(caching)
+            if collecting:
+                gc.enable()
 
 
 class CudaGraph:

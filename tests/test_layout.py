@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room is a folder, or a file beside the folders; rooms on one line import nothing from each other.
 FLOORS = {
     "spat_kernels": """
-        _library settings rng precision cuda_graph
-        ops
+        _library settings rng precision
+        ops cuda_graph
         fused_conv
         losses
         balls

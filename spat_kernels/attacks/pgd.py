@@ -54,8 +54,9 @@ class PGD(RestartedAttack):
             allows it. Code of the model does not run in a plan: changes of modules, attributes, modes and hooks are noticed; of
             globals, closures and the insides of other objects they are not.
         fuse: whether convolutions of a plan do the passes next to them in one launch, on GPUs that have kernels for that. "auto"
-            takes the fastest kernel that was found right and faster, at the first use of each shape. That takes seconds once, and
-            is kept in ~/.cache/spat_kernels (or SPAT_KERNELS_CACHE). True takes one even if it is slower; False never.
+            takes the fastest kernel that was found right and faster, at the first use of each shape. That takes seconds once (and
+            CUDA graphs, whatever `graph` is), and is kept in ~/.cache/spat_kernels (or SPAT_KERNELS_CACHE). Where PyTorch is to
+            be deterministic it takes none, since choices by time may differ. True takes one even if it is slower; False never.
         bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
             statistics never change.
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or

@@ -1,15 +1,12 @@
 """One kind of attack on one model: run as it is, captured on the way, and replayed for later batches."""
 
-import gc
 import threading
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import checks, rng
-from ..cuda_graph import CudaGraph
+from ..cuda_graph import CudaGraph, undisturbed
 from ..losses import OURS
 from ..model_state.borrow import borrowed
 from ..model_state.structure import Structure
@@ -144,7 +141,7 @@ def _capture(graph: CudaGraph, run: Run, model: nn.Module, bn_mode: str) -> str 
             run()
 
     failure = None
-    with _undisturbed():
+    with undisturbed():
         host_states = rng.states()
         try:
             graph.capture(borrow_and_run)
@@ -154,19 +151,3 @@ def _capture(graph: CudaGraph, run: Run, model: nn.Module, bn_mode: str) -> str 
         if rng.restore(host_states) and failure is None:
             failure = "random numbers were drawn on the host meanwhile, which a replay would not draw again"
     return failure
-
-
-@contextmanager
-def _undisturbed():
-    """Within: no random numbers drawn by other attacks, no garbage collected (which may free graphs and memory, and is no part of
-    the attack), no weights cast by autocast that outlive it."""
-    collecting, caching = gc.isenabled(), torch.is_autocast_cache_enabled()
-    with rng.rng_lock:
-        gc.disable()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(caching)
-            if collecting:
-                gc.enable()

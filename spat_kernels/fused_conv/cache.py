@@ -4,22 +4,25 @@
 is as good as empty. What cannot be written is not kept. `problem` says so. Processes that write at once keep each other's.
 """
 
-import importlib.metadata
+import hashlib
 import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._library import cuda_built
+from .._library import compiled
 
 VERSION = 1
 NAME = "choices.json"
+TRIES, PAUSE = 20, 0.05  # for a second in all, an attack waits for another process that writes
 
 
 class Cache:
@@ -40,7 +43,7 @@ class Cache:
     @property
     def path(self) -> Path:
         folder = self._folder or os.environ.get("SPAT_KERNELS_CACHE") or Path.home() / ".cache" / "spat_kernels"
-        return Path(folder) / NAME
+        return Path(folder).expanduser() / NAME
 
     def get(self, device: torch.device, recipe: str) -> dict[str, Any] | None:
         """What is known of `recipe` on a device like this one, or None."""
@@ -87,6 +90,9 @@ class Cache:
         try:
             with os.fdopen(handle, "w") as file:
                 json.dump({"version": VERSION, "choices": choices}, file, indent=1, sort_keys=True)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # others may share the folder
             os.replace(temporary, self.path)
         except BaseException:
             with suppress(OSError):
@@ -97,11 +103,16 @@ class Cache:
 def environment(device: torch.device) -> str:
     """What choices depend on beside the recipe: the card, and the versions of all that computes."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    try:
-        version = importlib.metadata.version("spat_kernels")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-    return f"{card}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, spat_kernels {version} ({cuda_built})"
+    benchmark = ", benchmark" * torch.backends.cudnn.benchmark
+    return f"{card}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}{benchmark}, {_build()}"
+
+
+@cache
+def _build() -> str:
+    """The kernels that were timed: a hash of the extension."""
+    if compiled is None:
+        return "no extension"
+    return f"extension {hashlib.sha256(Path(compiled.__file__).read_bytes()).hexdigest()[:16]}"
 
 
 def _fits(entry: Any) -> bool:
@@ -122,5 +133,12 @@ def _alone(path: Path) -> Iterator[None]:
         yield
         return
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        for last in (False,) * TRIES + (True,):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if last:
+                    raise
+                time.sleep(PAUSE)
         yield

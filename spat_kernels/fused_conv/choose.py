@@ -5,13 +5,14 @@ exact result (judge.py). `apart` and those that are right are timed, and the fas
 is kept on disk (cache.py), and checked, but not timed, in other processes.
 
 Nothing is chosen while a CUDA graph is captured or torch.compile traces: a recipe that was not met before runs `apart` there. An
-attack that is captured has run before as it is. What fails keeps `apart`, with the reason.
+attack that is captured has run before as it is. What fails keeps `apart`, with the reason,
+and with a warning where an engine raised.
 """
 
 import math
 import threading
 import time
-from collections import Counter
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..cuda_graph import CudaGraph
+from ..cuda_graph import CudaGraph, undisturbed
 from ..settings import Fuse
 from .cache import Cache
 from .hopper import Hopper
@@ -30,7 +30,6 @@ from .recipe import Recipe, apart
 
 BUDGET = 20.0  # seconds that choosing may take in a process
 GAIN = 0.98  # an engine is taken for at most this share of the time that `apart` takes
-TRIES = 3  # on values that show nothing: an attack may begin with a gradient of 0
 CALLS, REPLAYS = 10, 3  # in a timed graph, and of it
 APART = "apart"
 SLOWER = "no engine is faster than PyTorch and ops"
@@ -135,14 +134,10 @@ class Chooser:
         self.applies = applies or self._runs_on
         self.spent = 0.0
         self._decisions: dict[tuple, Decision] = {}
-        self._unfit: Counter[tuple] = Counter()
         self._lock = threading.RLock()
 
     def _runs_on(self, device: torch.device) -> bool:
-        try:
-            return device.type == "cuda" and any(engine.runs_on(device) for engine in self.engines)
-        except Exception:  # no reason for an attack to fail
-            return False
+        return device.type == "cuda" and any(engine.runs_on(device) for engine in self.engines)
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -159,13 +154,9 @@ class Chooser:
                 decision = self.decision(recipe, x.device, fuse)
                 if decision is None:
                     decision = self._decide(recipe, x, weight, tensors, fuse)
-                    self._keep(_key(recipe, x.device, fuse), decision)
+                    if decision.reason != UNFIT:  # an attack may begin with a gradient of 0
+                        self._decisions[_key(recipe, x.device, fuse)] = decision
         return decision.choice if decision else None
-
-    def _keep(self, key: tuple, decision: Decision) -> None:
-        self._unfit[key] += decision.reason == UNFIT
-        if decision.reason != UNFIT or self._unfit[key] == TRIES:
-            self._decisions[key] = decision
 
     def decision(self, recipe: Recipe, device: torch.device, fuse: Fuse = "auto") -> Decision | None:
         """What was found for `recipe` or one with a batch alike (`_key`), None before the first use."""
@@ -173,13 +164,13 @@ class Chooser:
 
     def give_up(self, recipe: Recipe, device: torch.device, fuse: Fuse, error: Exception) -> None:
         """Leave `recipe`, and those with batches alike, to `apart` from now on: the engine failed at it."""
+        _warn(f"{recipe} failed: {_said(error)}")
         self._decisions[_key(recipe, device, fuse)] = Decision(None, f"it failed: {_said(error)}")
 
     def forget(self) -> None:
         """What was found, in this process."""
         with self._lock:
             self._decisions.clear()
-            self._unfit.clear()
             self.spent = 0.0
 
     def _decide(self, recipe: Recipe, x: Tensor, weight: Tensor, tensors: dict[str, Tensor], fuse: Fuse) -> Decision:
@@ -189,22 +180,27 @@ class Chooser:
                 candidates, problems = self._candidates(recipe, x.device)
                 if not candidates:
                     return Decision(None, "no engine does it", problems=problems)
-                if self._is_spent(fuse):
-                    return Decision(None, SPENT)
-                trial = _Trial(recipe, x, weight, tensors, self.timer, problems)
                 cache = self.cache if fuse == "auto" else None
                 names = sorted(map(str, candidates))
                 entry = cache.get(x.device, str(_alike(recipe))) if cache else None
-                if entry is not None and entry["candidates"] == names:
-                    known = _recall(trial, candidates, entry)
-                    if known is not None:
-                        return known
+                if entry is not None and entry["candidates"] != names:
+                    entry = None
+                if entry is not None and entry["choice"] == APART:
+                    return Decision(None, SLOWER, entry["seconds"])
+                if entry is None and self._is_spent(fuse):
+                    return Decision(None, SPENT)
+                trial = _Trial(recipe, x, weight, tensors, self.timer, problems)
+                if entry is not None and (known := _recall(trial, candidates, entry)) is not None:
+                    return known
                 decision = self._tune(trial, candidates, fuse, began)
-                if cache and decision.measured:
-                    chosen = str(decision.choice) if decision.choice else APART
-                    cache.put(x.device, str(_alike(recipe)), {"choice": chosen, "candidates": names, "seconds": decision.seconds})
-                return decision
-        except Exception as error:  # out of memory too: the attack itself may have enough
+            if cache and decision.measured:
+                chosen = str(decision.choice) if decision.choice else APART
+                cache.put(x.device, str(_alike(recipe)), {"choice": chosen, "candidates": names, "seconds": decision.seconds})
+            return decision
+        except torch.OutOfMemoryError as error:  # the attack itself may have enough
+            return Decision(None, f"choosing failed: {_said(error)}")
+        except Exception as error:
+            _warn(f"choosing who does {recipe} failed: {_said(error)}")
             return Decision(None, f"choosing failed: {_said(error)}")
         finally:
             self.spent += time.perf_counter() - began
@@ -295,8 +291,6 @@ class _Trial:
 
 def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | None:
     """The choice that is on disk, once it is found to be right here; None: it is not."""
-    if entry["choice"] == APART:
-        return Decision(None, SLOWER, entry["seconds"])
     choice = next((c for c in candidates if str(c) == entry["choice"]), None)
     if choice is None or trial.judge.unfit or not trial.is_right(choice):
         return None
@@ -305,12 +299,17 @@ def _recall(trial: _Trial, candidates: list[Choice], entry: dict) -> Decision | 
 
 def _key(recipe: Recipe, device: torch.device, fuse: Fuse) -> tuple:
     """What a decision is for. Batches up to the next power of two share it: where batches shrink, none would be met twice."""
-    return _alike(recipe), device, fuse is True
+    return _alike(recipe), device, fuse is True, torch.backends.cudnn.benchmark
 
 
 def _alike(recipe: Recipe) -> Recipe:
     """`recipe` with its batch up to the next power of two. An empty one shares with no other, as it shows nothing."""
     return replace(recipe, batch=recipe.batch and 1 << (recipe.batch - 1).bit_length())
+
+
+def _warn(what: str) -> None:
+    text = f"spat_kernels: {what}: PyTorch's convolution and our pass take its place. fuse=False leaves kernels for both alone"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _may_not_wait(x: Tensor) -> bool:
@@ -330,7 +329,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     """Within: no autograd, no autocast, `device` the current one, and random numbers that nobody misses."""
     devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
-        stack.enter_context(rng.rng_lock)
+        stack.enter_context(undisturbed())
         for context in (torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)):
             stack.enter_context(context)
         if devices:
@@ -359,6 +358,8 @@ def graph_seconds(function: Callable[[], object]) -> float:
             end.record()
             events.append((begin, end))
         graph.stream.synchronize()
+    del graph
+    torch.cuda.empty_cache()  # memory of a capture is of no use to anybody else
     return min(begin.elapsed_time(end) for begin, end in events) / 1000 / CALLS
 
 

@@ -11,6 +11,7 @@ its n products in fp32, 4 sqrt(n) 2^-24 sum |x w| |s|. Rounding errors of sums a
 their deviations are hardly reached. The rest of the pass adds roundings in fp32.
 """
 
+import math
 from collections.abc import Callable
 from math import prod
 from typing import NamedTuple
@@ -50,6 +51,8 @@ class Judge:
             results = self.buffers()
             apart(recipe, x, weight, **results, **tensors)
             self.limits = {name: self._limit(name, results[name]) for name in self.expected}
+            if not all(math.isfinite(limit) for limits in self.limits.values() for limit in limits):
+                self.unfit = UNFIT
 
     def buffers(self) -> dict[str, Tensor]:
         """Memory for the results, filled with what none of them is: NaN, and in the mask the opposite bits."""

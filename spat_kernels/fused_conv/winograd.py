@@ -16,13 +16,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .._library import compiled, library
+from .._library import compiled, library, register_fake
 
 CHANNELS = 32  # come in multiples of this
 TILES = 64  # of 2x2 pixels in a batch, at least: else the weights' transform weighs more than one step saves
 
 library.define("winograd(Tensor x, Tensor weight, Tensor(a!) out) -> ()")
 library.define("winograd_weights(Tensor weight, bool turned, Tensor(a!) out) -> ()")
+register_fake("winograd")
+register_fake("winograd_weights")
 
 
 def applies(weight: Tensor, conv: dict, batch: int, pixels: tuple[int, ...]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..fused_conv import choose
-from ..fused_conv.choose import Engine
+from ..fused_conv.choose import Choice, Engine
 from ..fused_conv.recipe import Epilogue, Recipe, Way, empty_results
 from ..precision import backends
 from ..settings import Fuse
@@ -41,10 +41,13 @@ class Engines:
 
     def __init__(self, fuse: Fuse, device: torch.device):
         self.fuse, self.device, self.chooser = fuse, device, choose.chooser
-        self.active = fuse is not False and self.chooser.applies(device)
+        # Choices by time may differ from run to run.
+        deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+        self.active = fuse is not False and not (fuse == "auto" and deterministic) and self.chooser.applies(device)
         self.masks: dict[int, Tensor | None] = {}
         self.used: dict[tuple[int, Way], list[Recipe]] = {}
         self._recipes: dict[tuple, Recipe] = {}
+        self._choices: dict[tuple, Choice | None] = {}
         self._weights: dict[tuple, Tensor] = {}
 
     def begin(self) -> None:
@@ -54,6 +57,7 @@ class Engines:
     def prepare(self) -> None:
         """The model's weights may have changed."""
         self._weights.clear()
+        self._choices.clear()
 
     def run(
         self, step: Conv, way: Way, bound: ConvWeights, x: Tensor, sizes: tuple[Sizes, Sizes], tensors: dict[str, Tensor],
@@ -72,7 +76,9 @@ class Engines:
         if recipe is None:
             recipe = self._recipes[key] = _recipe(step, way, bound, x, sizes, "bias" in tensors, epilogue)
             self.used.setdefault((step.out, way), []).append(recipe)
-        choice = self.chooser.choose(recipe, x, bound.weight, tensors, self.fuse)
+        if key not in self._choices:  # looked up once an attack
+            self._choices[key] = self.chooser.choose(recipe, x, bound.weight, tensors, self.fuse)
+        choice = self._choices[key]
         if choice is None:
             return None
         results = empty_results(recipe, x.device)
@@ -83,6 +89,7 @@ class Engines:
             raise
         except Exception as error:
             self.chooser.give_up(recipe, x.device, self.fuse, error)
+            self._choices[key] = None
             return None
         return results
 

@@ -32,11 +32,11 @@ def group(steps: list[Step], exact: set[int]) -> None:
         if isinstance(step, Pointwise):
             carrier, step.alone = _forward_carrier(steps, p, step, readers, makers)
             if carrier is not None:
-                conv, step.in_conv = _fused(steps, carrier), True
+                conv = _fused(steps, carrier)
                 conv.behind, conv.shared = p, len(readers[conv.out]) > 1
             carrier, step.back_alone = _gradient_carrier(steps, p, step, readers, exact)
             if carrier is not None:
-                _fused(steps, carrier).in_front, step.back_in_conv = p, True
+                _fused(steps, carrier).in_front = p
 
 
 def made(step: Step) -> list[int]:

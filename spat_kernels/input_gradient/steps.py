@@ -52,8 +52,6 @@ class Pointwise(Step):
     shifts: tuple[int, ...] = ()  # steps whose bias moved here
     in_place: bool = False  # inputs[0] is a convolution's output that nobody else reads
     in_head: bool = False  # its way back is done by the PoolLinear behind it
-    in_conv: bool = False  # it may be done by the `FusedConv` in front, where an engine can
-    back_in_conv: bool = False  # its way back may be done in the gradient of the `FusedConv` behind it
     alone: str = ""  # why it is done by itself, if it is
     back_alone: str = ""
 

@@ -254,4 +254,4 @@ def _pad(step: Conv, bound: ConvWeights, inputs: list[Tensor], padding: tuple[in
     inputs[j] = inputs[j] if scale is None else inputs[j] * scale
     inputs[j] = inputs[j] if shift is None else inputs[j] + shift
     inputs[j] = F.pad(inputs[j], padding) if any(padding) else inputs[j]
-    return replace(step, conv={**step.conv, "padding": [0, 0]}), bound._replace(scale=None, shift=None)
+    return replace(step, conv={**step.conv, "padding": [0, 0]}), bound._replace(scale=None, shift=None, winograd=None)

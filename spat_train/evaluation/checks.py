@@ -145,7 +145,7 @@ def check_arithmetic(
         check_path(precision, input_gradient)
         check_precision(precision, x)
         check_auto_or_flag("graph", graph)
-        if input_gradient == "plan" and (reason := explain(model, x, precision=precision).reason):
+        if input_gradient == "plan" and (reason := explain(model, x, precision=precision, fuse=False).reason):
             raise ValueError(f"input_gradient='plan', but {reason}: use 'auto' or 'autograd'")
     except (TypeError, ValueError) as error:
         raise InputError(str(error).splitlines()[0]) from error

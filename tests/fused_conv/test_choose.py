@@ -137,13 +137,21 @@ def test_values_that_show_nothing_choose_nothing(spoil):
     x, weight, tensors = tensors_for(recipe)
     spoil(x)
     new = chooser(Twin())
-    for _ in range(choose.TRIES):
-        assert new.decision(recipe, CPU) is None
+    for _ in range(3):
         assert new.choose(recipe, x, weight, tensors) is None
-    assert new.decision(recipe, CPU).reason == UNFIT
-    new.forget()
-    assert new.choose(recipe, x, weight, tensors) is None
-    assert ask(new, recipe).choice is not None, "other values may show more"
+        assert new.decision(recipe, CPU) is None, "other values may show more"
+    assert ask(new, recipe).choice is not None
+
+
+def test_values_that_overflow_choose_nothing():
+    """fp16: what PyTorch makes of them is infinite, so anything would be as right."""
+    recipe = replace(RECIPE, dtype=torch.float16, epilogue=None)
+    x, weight, tensors = tensors_for(recipe)
+    x.fill_(100.0), weight.fill_(100.0)
+    judge = Judge(recipe, x, weight, tensors)
+    assert judge.expected["out"].isfinite().all()
+    assert judge.unfit == UNFIT
+    assert chooser(Twin()).choose(recipe, x, weight, tensors) is None
 
 
 def test_the_budget_bounds_the_choosing():
@@ -236,12 +244,11 @@ def test_small_batches_share_with_none():
     """1 and 2 are powers of two; an empty batch, which shows nothing, must not decide for another."""
     recipe = replace(RECIPE, batch=0)
     new = chooser(Twin())
-    for _ in range(choose.TRIES):
-        assert new.choose(recipe, *tensors_for(recipe)) is None
+    assert new.choose(recipe, *tensors_for(recipe)) is None
     for batch in (1, 2):
         assert new.decision(replace(recipe, batch=batch), CPU) is None
         assert ask(new, replace(recipe, batch=batch)).choice is not None
-    assert new.decision(recipe, CPU).choice is None
+    assert new.decision(recipe, CPU) is None
 
 
 def test_two_threads_choose_once():
@@ -271,7 +278,6 @@ def test_applies_to_gpus_where_an_engine_runs():
     assert not choose.chooser.applies(CPU)
     assert not choose.Chooser((Twin(),)).applies(CPU)
     assert not choose.Chooser(()).applies(first)
-    assert not choose.Chooser((Picky(),)).applies(first)
     assert choose.Chooser((Twin(),)).applies(first)
     assert [choose.Chooser((Elsewhere(),)).applies(device) for device in (first, second)] == [False, True]
 

@@ -11,7 +11,7 @@ from spat_train.models.registry import create
 from tests.input_gradient.models import MODELS, images, planned, randomized
 
 
-def check(model, x, sizes, seed=0):
+def check(model, x, sizes, seed=0, rtol=1e-10):
     """Squares of all `sizes` at random places and in all corners, of some of the images, adopted by some of those."""
     generator = torch.Generator().manual_seed(seed)
     gradient = planned(model, x)
@@ -31,7 +31,7 @@ def check(model, x, sizes, seed=0):
                 variants = base[which].clone()
                 variants[:, :, top : top + height, left : left + width] = pixels
                 ours, whole = windows.variants(which, top, left, pixels), gradient.logits(variants)
-                assert (ours - whole).abs().max() <= 1e-10 * whole.abs().max()
+                assert (ours - whole).abs().max() <= rtol * whole.abs().max()
                 better = torch.rand(len(which), generator=generator) < 0.5
                 windows.adopt(which, better)
                 base[which[better]] = variants[better]
@@ -64,6 +64,14 @@ def test_any_convolution_on_images_that_are_not_square(conv):
     x = torch.rand(3, 2, 14, 19, dtype=torch.float64)
     model.double().eval()(x)
     check(randomized(model), x, [(1, 1), (2, 4), (13, 19)])
+
+
+def test_in_fp32_with_channels_for_winograd():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(c, 32, 3, padding=1), nn.ReLU()) for c in (3, 32, 32)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(32 * 144, 10)).eval()
+    x = torch.rand(8, 3, 12, 12)
+    check(model, x, [(1, 1), (3, 3), (12, 12)], rtol=1e-5)
 
 
 def test_does_a_part_of_the_work():
