@@ -85,7 +85,8 @@ __device__ __forceinline__ void advance(Copies& now, const Conv& c, bool weights
   go_to<N>(now, c, now.tile + int(gridDim.x));
 }
 
-// Each starts the next copy, as soon as everybody has read what was there. One thread does pixels, another one weights.
+// Each starts the next copy, as soon as everybody has read what was there. One thread does all copies: two that wait in different
+// warpgroups wait for each other.
 template <int N, bool ROWS>
 __device__ __forceinline__ void copy_next_pixels(Shared& shared, const TensorMap& images, const Conv& c) {
   Copies now = shared.next_pixels;
@@ -157,7 +158,7 @@ struct Products {
   __device__ __forceinline__ void release_pixels() {
     const bool one = elected();
     if (one) arrive(shared.pixels_empty[pixels.before(c.pixel_stages)]);
-    if (warp == kWarpgroup / kWarp && one) copy_next_pixels<N, ROWS>(shared, images, c);
+    if (warp == 0 && one) copy_next_pixels<N, ROWS>(shared, images, c);
     __syncwarp();
   }
 
@@ -231,7 +232,7 @@ __device__ __forceinline__ void write_sums(const Sums<N>& sums, const Conv& c, c
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = row + 16 * warp + lane / 4 + 8 * h, first = column + 8 * (lane % 4);
-    const int64_t octets = int64_t(r) * (c.out_channels / kOctet) + first / kOctet;  // from the first to the group 0 of this row
+    const int64_t octets = int64_t(r) * (c.out_channels / kOctet) + first / kOctet;  // before group 0 of this row
     const auto octet = [&](int group) {
       return Octet{(octets + 4 * group) * kOctet, first + 32 * group, kOctet, octets + 4 * group};
     };
@@ -274,10 +275,10 @@ __global__ void __launch_bounds__(kBlock, 2)
     shared.next_pixels = shared.next_weights = first;
   }
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int i = 0; i < c.weight_stages; ++i) copy_next_weights<N, ROWS>(shared, weights, c);
-  if (threadIdx.x == kWarpgroup)
+  if (threadIdx.x == 0) {
     for (int i = 0; i < c.pixel_stages; ++i) copy_next_pixels<N, ROWS>(shared, images, c);
+    for (int i = 0; i < c.weight_stages; ++i) copy_next_weights<N, ROWS>(shared, weights, c);
+  }
   __syncwarp();
   Products<T, N, ROWS> products{shared, images, weights, c};
   const Tiles<N> tiles(c);
