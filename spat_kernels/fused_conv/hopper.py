@@ -97,7 +97,9 @@ class Hopper:
     name = "hopper"
 
     def runs_on(self, device: torch.device) -> bool:
-        return bool(cuda_built) and device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+        if not cuda_built or device.type != "cuda" or not torch.cuda.is_available():
+            return False
+        return torch.cuda.get_device_capability(device) == HOPPER
 
     def variants(self, recipe: Recipe, device: torch.device) -> list[str]:
         stride, channels = recipe.stride, (recipe.input[0], recipe.output[0])
