@@ -22,6 +22,7 @@ from tests.input_gradient.models import (
     moved,
     planned,
     randomized,
+    torchvision,
 )
 
 
@@ -50,7 +51,7 @@ HEAD, POOL = "the head does it", "the first to read it is no convolution"
 def test_all_passes_ride_in_convolutions(name, count, alone, back_alone):
     """Forward all of them, backward all but the last, which the pooling and the last layer do."""
     if name.startswith("resnet"):
-        pytest.importorskip("torchvision")
+        torchvision()
     gradient = planned(create(name).eval().requires_grad_(False), images(1, dtype=torch.float32))
     steps, found = gradient.plan.steps, passes(gradient)
     assert len(found) == count
