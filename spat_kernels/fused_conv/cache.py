@@ -62,12 +62,12 @@ class Cache:
                     choices.setdefault(environment(device), {})[recipe] = entry
                     self._write(choices)
             except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-                self.problem = f"choices are not kept in {self._told_path()}: {error}"
+                self.problem = f"choices are not kept in {self._shown_path()}: {error}"
                 choices = self._choices or {}
                 choices.setdefault(environment(device), {})[recipe] = entry
             self._choices = choices
 
-    def _told_path(self) -> str:
+    def _shown_path(self) -> str:
         try:
             return str(self.path)
         except RuntimeError:
@@ -82,7 +82,7 @@ class Cache:
         except FileNotFoundError:
             pass
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            self.problem = f"{self._told_path()} cannot be used: {error or type(error).__name__}"
+            self.problem = f"{self._shown_path()} cannot be used: {error or type(error).__name__}"
         return {}
 
     def _write(self, choices: dict[str, dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from ..ops._common import Maybe
 from .recipe import Recipe
 
 TILES = (160, 128, 64)
-PIXELS, MAX_PIXELS = 128, 192  # of a tile, and with the rows above and below
+PIXELS, MAX_PIXELS = 128, 192  # in a tile, and with the rows above and below it
 MAX_KERNEL = 64
 WASTE = 1.2  # a tile is tried if it does at most this many times the output channels of the tile that does the fewest
 HOPPER = (9, 0)

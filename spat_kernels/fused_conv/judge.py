@@ -79,7 +79,7 @@ class Judge:
         return self._mask_problem(results["mask"]) if "mask" in results else ""
 
     def errors(self, name: str, found: Tensor) -> Errors:
-        """Of "out" or "total"."""
+        """The errors of a result, "out" or "total", against the exact one."""
         error = found.to(self.expected[name].dtype) - self.expected[name]
         return Errors(float(error.norm()), float(error.abs().max()))
 

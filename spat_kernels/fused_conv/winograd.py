@@ -19,7 +19,7 @@ from torch import Tensor
 from .._library import compiled, library, register_fake
 
 CHANNELS = 32  # come in multiples of this
-TILES = 64  # of 2x2 pixels in a batch, at least: else the weights' transform weighs more than one step saves
+TILES = 64  # a batch needs at least this many of 2x2 pixels: else transforming the weights costs more than one step saves
 
 library.define("winograd(Tensor x, Tensor weight, Tensor(a!) out) -> ()")
 library.define("winograd_weights(Tensor weight, bool turned, Tensor(a!) out) -> ()")

@@ -83,7 +83,7 @@ def _explain_fused(gradient: PlannedGradient, x: Tensor) -> tuple[str, ...]:
         gradient.prepare()
         logits = gradient.forward(x)
         gradient.backward(torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=x.device).view_as(logits))
-    return gradient.engines.told(gradient.plan.steps)
+    return gradient.engines.describe(gradient.plan.steps)
 
 
 def check_path(precision: Precision | None, input_gradient: GradientPath) -> None:

@@ -93,13 +93,13 @@ class Engines:
             return None
         return results
 
-    def told(self, steps: list[Step]) -> tuple[str, ...]:
+    def describe(self, steps: list[Step]) -> tuple[str, ...]:
         """Who does the convolutions and passes of `steps`, as far as they have run, in sentences."""
-        said = [self._told(steps, way) for way in get_args(Way)]
+        sentences = [self._describe_way(steps, way) for way in get_args(Way)]
         problem = self.chooser.cache.problem if self.chooser.cache else ""
-        return (*filter(None, said), problem) if problem else tuple(filter(None, said))
+        return (*filter(None, sentences), problem) if problem else tuple(filter(None, sentences))
 
-    def _told(self, steps: list[Step], way: Way) -> str:
+    def _describe_way(self, steps: list[Step], way: Way) -> str:
         """ "forward 12 of 31 passes ride in convolutions (12 hopper 128x160), 19 do not (19 no engine is faster ...)"."""
         passes = [s for s in steps if isinstance(s, Pointwise)]
         alone = Counter(s.alone if way == "forward" else s.back_alone for s in passes)

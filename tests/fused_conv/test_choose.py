@@ -366,7 +366,7 @@ def test_entries_that_make_no_sense_are_ignored(tmp_path):
         assert entries(tmp_path)[str(RECIPE)]["choice"] == "twin plain"
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_of(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_explained(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     cache = Cache(blocked / "folder")
@@ -424,10 +424,10 @@ def test_attacks_ask_and_explain_tells(fuse, tmp_path):
         assert torch.equal(sk.pgd(model, x, y, EPS, fuse=fuse, **settings), expected)
         assert engine.calls
         assert torch.equal(sk.pgd_ls(model, x, y, EPS, 0.0, fuse=fuse, **settings), expected)
-        told = str(sk.explain(model, x, precision="bf16", fuse=fuse))
-        assert told.startswith(plain)
-        assert "forward 7 of 7 passes ride in convolutions (7 twin 128x160)" in told
-        assert "gradient 6 of 7 passes ride in convolutions (6 twin 128x160), 1 do not (1 the head does it)" in told
+        explained = str(sk.explain(model, x, precision="bf16", fuse=fuse))
+        assert explained.startswith(plain)
+        assert "forward 7 of 7 passes ride in convolutions (7 twin 128x160)" in explained
+        assert "gradient 6 of 7 passes ride in convolutions (6 twin 128x160), 1 do not (1 the head does it)" in explained
         assert str(sk.explain(model, x, precision="bf16", fuse=False)) == plain
     with installed(chooser(Twin(), cache=Cache(tmp_path / "file"))):
         (tmp_path / "file").write_text("")
@@ -442,11 +442,11 @@ def test_smaller_batches_ask_nothing_and_explain_tells_the_same():
     model, x, y, engine = randomized(create("wrn-10-1")), images(4), torch.arange(4), Twin()
     with installed(chooser(engine)) as new:
         sk.pgd(model, x, y, EPS, steps=1)
-        spent, told = new.spent, str(sk.explain(model, x))
+        spent, explained = new.spent, str(sk.explain(model, x))
         sk.pgd(model, x[:3], y[:3], EPS, steps=1)
         assert new.spent == spent, "nothing was chosen"
         engine.calls.clear()
-        assert str(sk.explain(model, x[:3])) == told
+        assert str(sk.explain(model, x[:3])) == explained
         assert {recipe.batch for _, recipe in engine.calls} <= {3}
         sk.pgd(model, x[:2], y[:2], EPS, steps=1)
         assert new.spent > spent

@@ -541,11 +541,11 @@ def test_attacks_take_it(device, precision="bf16"):
     expected = sk.pgd(model, x, y, EPS, fuse=False, **settings)
     with installed(chooser(Hopper(), timer=Counting())) as new:
         found = sk.pgd(model, x, y, EPS, fuse=True, **settings)
-        told = str(sk.explain(model, x, precision=precision, fuse=True))
+        explained = str(sk.explain(model, x, precision=precision, fuse=True))
         calls = new.timer.calls
         sk.pgd(model, x, y, EPS, fuse=True, **settings)
         assert new.timer.calls == calls, "chosen once"
-    assert "forward 7 of 7 passes ride in convolutions" in told
-    assert "hopper tile" in told
+    assert "forward 7 of 7 passes ride in convolutions" in explained
+    assert "hopper tile" in explained
     assert (found - x).abs().max() <= EPS + 2**-23
     assert (found == expected).float().mean() > 0.9  # signs of gradients that are as good as 0 may differ
