@@ -10,11 +10,13 @@ from .attacks.pgd import PGD
 from .attacks.square import Square
 from .cuda_graphs.cache import graphs
 from .input_gradient.choose import explain
+from .normalize import Normalize
 
 __all__ = [
     "APGD",
     "FAB",
     "AutoAttack",
+    "Normalize",
     "PGD",
     "Square",
     "config",

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room is a folder, or a file beside the folders; rooms on one line import nothing from each other.
 FLOORS = {
     "spat_kernels": """
-        _library settings rng precision
+        _library settings rng precision normalize
         ops cuda_graph
         fused_conv
         losses
@@ -20,6 +20,7 @@ FLOORS = {
         input_gradient
         cuda_graphs
         attacks
+        compat
         __init__
     """,
     "spat_train": """

@@ -10,8 +10,9 @@ from types import ModuleType
 
 from torch import nn
 
+from spat_kernels.normalize import Normalize
+
 from ..errors import did_you_mean, first_line
-from .wrapping import Normalize
 
 
 def timm_model(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

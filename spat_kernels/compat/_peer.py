@@ -1,0 +1,20 @@
+"""Optional packages."""
+
+import importlib
+from types import ModuleType
+
+
+def import_peer(module: str, package: str) -> ModuleType:
+    """The `module` of a library that an adapter builds on; `package` is its name for pip.
+
+    Raises:
+        ImportError: it is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if (error.name or "").split(".")[0] == module.split(".")[0]:
+            what = f"it adapts attacks to {package}, which is not installed: pip install {package}"
+        else:
+            what = f"{package} cannot be imported ({error}): mend its installation"
+        raise ImportError(f"spat_kernels.compat.{module.split('.')[0]}: {what}", name=error.name) from error
