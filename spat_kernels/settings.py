@@ -24,18 +24,31 @@ STOPS: tuple[Stop, ...] = get_args(Stop)
 TARGETINGS: tuple[Targeting, ...] = get_args(Targeting)
 
 
-class AttackSettings(TypedDict, total=False):
-    """Keyword arguments of all attacks. `PGD` says what they mean."""
+class ModelSettings(TypedDict, total=False):
+    """Keyword arguments of all attacks that say how the model is run. `PGD` says what they mean."""
 
-    norm: Norm
-    restarts: int
-    bounds: tuple[float, float]
     precision: Precision | None
     input_gradient: GradientPath
     fuse: Fuse
     bn_mode: BNMode
     budget: int | torch.Tensor | None
+
+
+class AttackSettings(ModelSettings, total=False):
+    """Keyword arguments of all attacks."""
+
+    norm: Norm
+    restarts: int
+    bounds: tuple[float, float]
     generator: torch.Generator | None
+
+
+class PGDExtras(ModelSettings, total=False):
+    """Keyword arguments of `PGD` that other libraries have not: what `compat` takes beside theirs."""
+
+    generator: torch.Generator | None
+    stop: Stop | None
+    graph: Graph
 
 
 class CommonSettings(AttackSettings, total=False):

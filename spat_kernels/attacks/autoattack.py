@@ -267,7 +267,7 @@ class AutoAttack(BallAttack):
             targets = TARGETS_FAST
         targets = targets and min(targets, classes - 1)
         if name == "square":
-            return Square(eps, queries=self.queries, **common)
+            return Square(eps, queries=self.queries, rescale=False, **common)  # as in the authors' code
         if name.startswith("fab"):
             return FAB(eps, steps=self.steps, targets=targets, **common)
         eot = 20 if self.version == "rand" else 1

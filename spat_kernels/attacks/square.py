@@ -25,7 +25,7 @@ from ..rng import draw
 from ..settings import Norm
 from ._common import RestartedAttack, Result, Tally, eps_per_sample
 
-# (from this query of 10,000 on, p_init / that): AutoAttack's schedule, rescaled to the number of queries.
+# (from this query of 10,000 on, p_init / that): the schedule of the authors' code.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
 # Number of queries after which samples drop out on devices that must be waited for, and whose random numbers bumps draw at once.
 BLOCK = 50
@@ -44,6 +44,7 @@ class Square(RestartedAttack):
         queries: proposals in each run, >= 0, after one query of where it starts.
         restarts: runs, each on the samples that the ones before have not broken.
         p_init: share of the image that the first squares cover, in (0, 1].
+        rescale: whether the schedule by which squares get smaller, which was made for 10,000 queries, is stretched to `queries`.
         eps, norm, bounds, precision, input_gradient, fuse, bn_mode, budget: as for `PGD`. No gradient is computed:
             input_gradient="plan" is the plan's forward, "autograd" calls the model itself. In mode "train" a sample's result
             depends on the others left.
@@ -55,9 +56,11 @@ class Square(RestartedAttack):
 
     queries: int = 5000
     p_init: float = 0.8
+    rescale: bool = True
 
     def __post_init__(self):
         super().__post_init__()
+        checks.check_flag("rescale", self.rescale)
         checks.check_count("queries", self.queries, 0)
         checks.check_number("p_init", self.p_init, lambda v: 0 < v <= 1, "in (0, 1], the share of the image that a square covers")
 
@@ -162,7 +165,7 @@ class _Run:
 
     def _side(self, i: int, least: int = 1) -> int:
         """The side of the square of query i, unless the image is smaller."""
-        rescaled = int(i / self.settings.queries * 10_000)
+        rescaled = int(i / self.settings.queries * 10_000) if self.settings.rescale else i
         divisor = [d for first, d in SCHEDULE if rescaled >= first][-1]
         return max(round(math.sqrt(self.settings.p_init / divisor * self.batch[2] * self.batch[3])), least)
 

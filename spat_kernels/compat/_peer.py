@@ -1,6 +1,7 @@
-"""Optional packages."""
+"""What the adapters share: optional packages, and settings that the other library does not have."""
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -18,3 +19,11 @@ def import_peer(module: str, package: str) -> ModuleType:
         else:
             what = f"{package} cannot be imported ({error}): mend its installation"
         raise ImportError(f"spat_kernels.compat.{module.split('.')[0]}: {what}", name=error.name) from error
+
+
+def check_extras(name: str, settings: Iterable[str], known: type) -> None:
+    """Raise TypeError unless the names in `settings` are among those of `known`, a TypedDict."""
+    ours = known.__annotations__
+    for setting in settings:
+        if setting not in ours:
+            raise TypeError(f"{name}() got an unexpected keyword argument {setting!r}: ours beside its own are {', '.join(ours)}")

@@ -1,0 +1,82 @@
+"""Attacks on whole data sets, saved to files and loaded from them."""
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from ...checks import check_choice
+from ...normalize import Normalize
+from ...predictions import model_logits, predictions
+from .pixels import to_type
+
+
+class Files:
+    """The part of `Attack` that saves and loads."""
+
+    model_of_pixels: Any
+
+    def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _as_pixels(self, inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def save(
+        self, data_loader, save_path: str | os.PathLike | None = None, verbose: bool = True, return_verbose: bool = False,
+        save_predictions: bool = False, save_clean_inputs: bool = False, save_type: str = "float",
+    ):  # fmt: skip
+        """Attack the batches (images, labels) of `data_loader`; save what comes out, in [0, 1] or as uint8 ("int").
+
+        Returns:
+            tuple | None: with `return_verbose`, the robust accuracy in percent, the mean L2 distance of the images that were
+            broken (NaN without any), and the seconds that the attacks took.
+        """
+        check_choice("save_type", save_type, ("float", "int"))
+        parts, seconds = [], 0.0
+        for inputs, labels in data_loader:
+            began = time.perf_counter()
+            adversarial = self(inputs, labels)
+            seconds += time.perf_counter() - began
+            clean = self._as_pixels(inputs.to(adversarial.device))
+            adversarial = self._as_pixels(adversarial)
+            found = predictions(model_logits(self.model_of_pixels, adversarial))
+            parts.append([t.detach().cpu() for t in (adversarial, labels, found, clean)])
+        adversarial, labels, found, clean = map(torch.cat, zip(*parts, strict=True))
+        accuracy = 100 * float((found == labels).float().mean())
+        distance = float((adversarial - clean).flatten(1).norm(dim=1)[found != labels].mean())
+        if verbose:
+            print(f"Robust accuracy: {accuracy:.2f} % / L2: {distance:.5f} ({seconds:.3f} s)")
+        if save_path is not None:
+            content: dict[str, Any] = {"adv_inputs": to_type(adversarial, save_type), "labels": labels}
+            if save_predictions:
+                content["preds"] = found
+            if save_clean_inputs:
+                content["clean_inputs"] = to_type(clean, save_type)
+            torch.save(content | {"save_type": save_type}, save_path)
+        return (accuracy, distance, seconds) if return_verbose else None
+
+    @staticmethod
+    def load(
+        load_path: str | os.PathLike, batch_size: int = 128, shuffle: bool = False, normalize=None,
+        load_predictions: bool = False, load_clean_inputs: bool = False,
+    ) -> DataLoader:  # fmt: skip
+        """A loader of what `save` wrote: adversarial images, labels, and what else is asked for, in this order.
+
+        Args:
+            normalize: {"mean": ..., "std": ...}, a number for each channel, to normalise the images by.
+        """
+        content = torch.load(load_path, weights_only=True)
+        names = ["adv_inputs", "labels"] + ["preds"] * load_predictions + ["clean_inputs"] * load_clean_inputs
+        if lacking := [name for name in names if name not in content]:
+            raise ValueError(
+                f"load_path={load_path}: it has no {', '.join(lacking)}: save with save_predictions or save_clean_inputs"
+            )
+        for name in {"adv_inputs", "clean_inputs"} & content.keys():
+            content[name] = to_type(content[name], "float")
+            if normalize is not None:
+                content[name] = Normalize(normalize["mean"], normalize["std"])(content[name])
+        return DataLoader(TensorDataset(*(content[name] for name in names)), batch_size=batch_size, shuffle=shuffle)
