@@ -90,7 +90,7 @@ def test_as_much_as_our_autoattack(batch):
 def test_states(batch, tmp_path, monkeypatch):
     """Stopped in its second attack, the same call goes on; another evaluation does not."""
     model, (x, y), path = robust("madry"), batch, tmp_path / "state.json"
-    whole = accuracy(model, small(model).run_standard_evaluation(x, y, bs=4), y)
+    whole = accuracy(model, small(model).run_standard_evaluation(x, y, bs=2), y)
     adversary = small(model)
     make, calls = adversary.attack, []
 
@@ -102,13 +102,13 @@ def test_states(batch, tmp_path, monkeypatch):
 
     monkeypatch.setattr(adversary, "attack", stops)
     with pytest.raises(KeyboardInterrupt):
-        adversary.run_standard_evaluation(x, y, bs=4, state_path=path)
+        adversary.run_standard_evaluation(x, y, bs=2, state_path=path)
     saved = json.loads(path.read_text())
     assert saved["run_attacks"] == ["apgd-ce"]
     assert saved["clean_accuracy"] == accuracy(model, x, y)
     calls.clear()
     monkeypatch.setattr(adversary, "attack", lambda name, *rest: (calls.append(name), make(name, *rest))[1])
-    adversary.run_standard_evaluation(x, y, bs=4, state_path=path)
+    adversary.run_standard_evaluation(x, y, bs=2, state_path=path)
     assert "apgd-ce" not in calls
     saved = json.loads(path.read_text())
     assert sum(saved["robust"]) / len(x) == whole
