@@ -1,0 +1,158 @@
+"""Attacks of foolbox 3 on PyTorch models: `from spat_kernels.compat.foolbox import LinfPGD` instead of `from foolbox.attacks`.
+
+Each class is a subclass of foolbox's own, with its arguments and defaults. Criteria, lists of epsilons, `repeat` and what a call
+returns are foolbox's; the gradient steps are those of `spat_kernels.PGD`. From one seed both give the same images, except that
+foolbox's gradient vanishes where a model is so certain that cross-entropy underflows. Ours does not.
+
+Further keyword arguments are those of `PGD`: precision, input_gradient, fuse, graph, stop, bn_mode ("keep" unless given, as
+foolbox attacks a model in the mode that it is in; statistics never change) and generator, with which random starts are ours.
+
+The L1 attacks are left out: foolbox steps along the whole gradient and shrinks the result onto the ball, ours along its largest
+elements. So are those with Adam or momentum.
+"""
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ..attacks import pgd
+from ..settings import AdapterSettings, Stop
+from ._peer import import_peer
+
+ep: Any = import_peer("eagerpy", "foolbox")
+foolbox: Any = import_peer("foolbox", "foolbox")
+base, descent = foolbox.attacks.base, foolbox.attacks.gradient_descent_base
+
+
+class Arguments(AdapterSettings, total=False):
+    """Arguments of the attacks. FGSM and FGM have `random_start` alone of foolbox's, which are the first four."""
+
+    rel_stepsize: float
+    abs_stepsize: float | None
+    steps: int
+    random_start: bool
+    stop: Stop | None
+
+
+OURS = AdapterSettings.__annotations__.keys() | {"stop"}
+LOOP = ("get_loss_fn", "get_optimizer", "value_and_grad", "normalize", "project")  # which foolbox's loop calls and ours does not
+
+
+class _Fused(descent.BaseGradientDescent):
+    """What is not foolbox's.
+
+    Raises:
+        TypeError, ValueError: as of `PGD`; the inputs are no torch tensors; or a subclass changes a part of foolbox's loop.
+    """
+
+    settings: dict[str, Any] = {}  # set on the object only where there are some: `repr` shows what is set
+
+    def __init__(self, **arguments: Unpack[Arguments]):
+        given: dict[str, Any] = dict(arguments)
+        settings = {name: given.pop(name) for name in OURS & given.keys()}
+        super().__init__(**given)
+        if settings:
+            self.settings = settings
+        self._attack(0.0, (0.0, 1.0), targeted=False)  # so that wrong settings are errors here
+
+    def run(self, model, inputs, criterion, *, epsilon: float, **kwargs):
+        """Perturbed inputs, like `inputs`."""
+        base.raise_if_kwargs(kwargs)
+        x, restore_type = ep.astensor_(inputs)
+        y, targeted = self._classes(base.get_criterion(criterion))
+        name = type(self).__name__
+        if not isinstance(x, ep.PyTorchTensor):
+            given = f"{type(model).__name__} with {type(x).__name__}"
+            raise TypeError(f"model={given}: this attack is for PyTorch: use foolbox.attacks.{name}")
+        kind = descent.L2BaseGradientDescent if self._is_l2 else descent.LinfBaseGradientDescent
+        if own := [part for part in LOOP if getattr(type(self), part) is not getattr(kind, part)]:
+            raise TypeError(f"{name} has its own {own[0]}, which would not be called: derive it from a class of foolbox.attacks")
+        base.verify_input_bounds(x, model)
+        attack, start = self._attack(epsilon, model.bounds, targeted), None
+        if self.random_start and "generator" not in self.settings:
+            start = self.get_random_start(x, epsilon).clip(*model.bounds).raw
+        return restore_type(ep.astensor(attack(as_module(model), x.raw, y.raw, start=start)))
+
+    def _attack(self, epsilon: float, bounds: tuple[float, float], targeted: bool) -> pgd.PGD:
+        """In L-infinity epsilon may be more than the box is wide, which limits the ball but not the steps."""
+        eps = epsilon if self._is_l2 else min(epsilon, bounds[1] - bounds[0])
+        step_size = self.rel_stepsize * epsilon if self.abs_stepsize is None else self.abs_stepsize
+        settings = {"bn_mode": "keep", "random_start": self.random_start, "steps": self.steps, **self.settings}
+        norm = "l2" if self._is_l2 else "linf"
+        return pgd.PGD(eps, norm=norm, step_size=step_size, bounds=bounds, targeted=targeted, **settings)
+
+    def _classes(self, criterion) -> tuple[Any, bool]:
+        """The classes to leave, or to go to; and whether it is the latter."""
+        if isinstance(criterion, foolbox.Misclassification):
+            return criterion.labels, False
+        if hasattr(criterion, "target_classes") and not isinstance(self, (FGSM, FGM)):
+            return criterion.target_classes, True
+        raise ValueError(f"unsupported criterion {criterion!r}: use Misclassification, or TargetedMisclassification with PGD")
+
+    @property
+    def _is_l2(self) -> bool:
+        return isinstance(self, descent.L2BaseGradientDescent)
+
+
+class LinfProjectedGradientDescentAttack(_Fused, foolbox.attacks.LinfProjectedGradientDescentAttack):
+    """PGD in the L-infinity ball, 40 steps of epsilon / 30 from a random start (Madry et al., arXiv 1706.06083)."""
+
+
+class LinfBasicIterativeAttack(_Fused, foolbox.attacks.LinfBasicIterativeAttack):
+    """The same, 10 steps of epsilon / 5 from the image (Kurakin et al., arXiv 1607.02533)."""
+
+
+class LinfFastGradientAttack(_Fused, foolbox.attacks.LinfFastGradientAttack):
+    """The same, one step of epsilon from the image (Goodfellow et al., arXiv 1412.6572). Without targets."""
+
+
+class L2ProjectedGradientDescentAttack(_Fused, foolbox.attacks.L2ProjectedGradientDescentAttack):
+    """PGD in the L2 ball, 50 steps of epsilon / 40 from a random start."""
+
+
+class L2BasicIterativeAttack(_Fused, foolbox.attacks.L2BasicIterativeAttack):
+    """The same, 10 steps of epsilon / 5 from the image."""
+
+
+class L2FastGradientAttack(_Fused, foolbox.attacks.L2FastGradientAttack):
+    """The same, one step of epsilon from the image. Without targets."""
+
+
+FGSM, FGM = LinfFastGradientAttack, L2FastGradientAttack
+LinfPGD = PGD = LinfProjectedGradientDescentAttack
+L2PGD = L2ProjectedGradientDescentAttack
+
+
+class _Preprocessed(nn.Module):
+    """A network behind foolbox's preprocessing: its mean, std and flip_axis, each of which may be None."""
+
+    def __init__(self, network: nn.Module, mean, std, flip_axis: int | None):
+        super().__init__()
+        self.network, self.flip_axis, self.training = network, flip_axis, network.training
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, None if value is None else value.raw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.flip_axis is None else torch.flip(x, (self.flip_axis,))
+        x = x if self.mean is None else x - self.mean
+        return self.network(x if self.std is None else x / self.std)
+
+
+# For each foolbox model. They are kept, since plans and CUDA graphs belong to a module.
+_modules: "weakref.WeakKeyDictionary[Any, tuple[tuple, nn.Module]]" = weakref.WeakKeyDictionary()
+
+
+def as_module(model):
+    """A `foolbox.PyTorchModel` as an nn.Module, the same at each call; other models of foolbox as they are: as callables."""
+    if type(model) is not foolbox.PyTorchModel:
+        return model
+    network, preprocessing = inspect.getclosurevars(model._model).nonlocals["model"], model._preprocess_args
+    if all(part is None for part in preprocessing):
+        return network
+    if model not in _modules or _modules[model][0] is not preprocessing:  # `transform_bounds` may replace it
+        _modules[model] = preprocessing, _Preprocessed(network, *preprocessing)
+    return _modules[model][1]
