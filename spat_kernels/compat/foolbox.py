@@ -7,8 +7,7 @@ foolbox's gradient vanishes where a model is so certain that cross-entropy under
 Further keyword arguments are those of `PGD`: precision, input_gradient, fuse, graph, stop, bn_mode ("keep" unless given, as
 foolbox attacks a model in the mode that it is in; statistics never change) and generator, with which random starts are ours.
 
-The L1 attacks are left out: foolbox steps along the whole gradient and shrinks the result onto the ball, ours along its largest
-elements. So are those with Adam or momentum.
+L1 is left out, where foolbox steps along the whole gradient and we along its largest elements. So are Adam and momentum.
 """
 
 import inspect
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..attacks import pgd
-from ..settings import AdapterSettings, Stop
+from ..settings import AdapterSettings, Norm, Stop
 from ._peer import import_peer
 
 ep: Any = import_peer("eagerpy", "foolbox")
 foolbox: Any = import_peer("foolbox", "foolbox")
-base, descent = foolbox.attacks.base, foolbox.attacks.gradient_descent_base
+descent: Any = foolbox.attacks.gradient_descent_base
 
 
 class Arguments(AdapterSettings, total=False):
-    """Arguments of the attacks. FGSM and FGM have `random_start` alone of foolbox's, which are the first four."""
+    """Those of the attacks. The first four are foolbox's, of which FGSM and FGM have `random_start` alone."""
 
     rel_stepsize: float
     abs_stepsize: float | None
@@ -43,13 +42,9 @@ LOOP = ("get_loss_fn", "get_optimizer", "value_and_grad", "normalize", "project"
 
 
 class _Fused(descent.BaseGradientDescent):
-    """What is not foolbox's.
+    """What is not foolbox's. Its errors are those of `PGD`, and TypeErrors for other tensors, and for another loop in a subclass."""
 
-    Raises:
-        TypeError, ValueError: as of `PGD`; the inputs are no torch tensors; or a subclass changes a part of foolbox's loop.
-    """
-
-    settings: dict[str, Any] = {}  # set on the object only where there are some: `repr` shows what is set
+    settings: dict[str, Any] = {}  # on the object only where there are some: `repr` shows what it holds
 
     def __init__(self, **arguments: Unpack[Arguments]):
         given: dict[str, Any] = dict(arguments)
@@ -61,17 +56,15 @@ class _Fused(descent.BaseGradientDescent):
 
     def run(self, model, inputs, criterion, *, epsilon: float, **kwargs):
         """Perturbed inputs, like `inputs`."""
-        base.raise_if_kwargs(kwargs)
+        descent.raise_if_kwargs(kwargs)
         x, restore_type = ep.astensor_(inputs)
-        y, targeted = self._classes(base.get_criterion(criterion))
+        y, targeted = self._classes(descent.get_criterion(criterion))
         name = type(self).__name__
         if not isinstance(x, ep.PyTorchTensor):
-            given = f"{type(model).__name__} with {type(x).__name__}"
-            raise TypeError(f"model={given}: this attack is for PyTorch: use foolbox.attacks.{name}")
-        kind = descent.L2BaseGradientDescent if self._is_l2 else descent.LinfBaseGradientDescent
-        if own := [part for part in LOOP if getattr(type(self), part) is not getattr(kind, part)]:
+            raise TypeError(f"model={type(model).__name__}: this attack is for PyTorch: use foolbox.attacks.{name}")
+        if own := [part for part in LOOP if getattr(type(self), part) is not getattr(super(_Fused, type(self)), part)]:
             raise TypeError(f"{name} has its own {own[0]}, which would not be called: derive it from a class of foolbox.attacks")
-        base.verify_input_bounds(x, model)
+        descent.verify_input_bounds(x, model)
         attack, start = self._attack(epsilon, model.bounds, targeted), None
         if self.random_start and "generator" not in self.settings:
             start = self.get_random_start(x, epsilon).clip(*model.bounds).raw
@@ -79,11 +72,11 @@ class _Fused(descent.BaseGradientDescent):
 
     def _attack(self, epsilon: float, bounds: tuple[float, float], targeted: bool) -> pgd.PGD:
         """In L-infinity epsilon may be more than the box is wide, which limits the ball but not the steps."""
-        eps = epsilon if self._is_l2 else min(epsilon, bounds[1] - bounds[0])
+        norm: Norm = "l2" if self.distance is foolbox.distances.l2 else "linf"
+        eps = epsilon if norm == "l2" else min(epsilon, bounds[1] - bounds[0])
         step_size = self.rel_stepsize * epsilon if self.abs_stepsize is None else self.abs_stepsize
-        settings = {"bn_mode": "keep", "random_start": self.random_start, "steps": self.steps, **self.settings}
-        norm = "l2" if self._is_l2 else "linf"
-        return pgd.PGD(eps, norm=norm, step_size=step_size, bounds=bounds, targeted=targeted, **settings)
+        loop = {"steps": self.steps, "step_size": step_size, "random_start": self.random_start}
+        return pgd.PGD(eps, norm=norm, bounds=bounds, targeted=targeted, **loop, **{"bn_mode": "keep", **self.settings})
 
     def _classes(self, criterion) -> tuple[Any, bool]:
         """The classes to leave, or to go to; and whether it is the latter."""
@@ -92,10 +85,6 @@ class _Fused(descent.BaseGradientDescent):
         if hasattr(criterion, "target_classes") and not isinstance(self, (FGSM, FGM)):
             return criterion.target_classes, True
         raise ValueError(f"unsupported criterion {criterion!r}: use Misclassification, or TargetedMisclassification with PGD")
-
-    @property
-    def _is_l2(self) -> bool:
-        return isinstance(self, descent.L2BaseGradientDescent)
 
 
 class LinfProjectedGradientDescentAttack(_Fused, foolbox.attacks.LinfProjectedGradientDescentAttack):
@@ -128,7 +117,10 @@ L2PGD = L2ProjectedGradientDescentAttack
 
 
 class _Preprocessed(nn.Module):
-    """A network behind foolbox's preprocessing: its mean, std and flip_axis, each of which may be None."""
+    """A network behind foolbox's preprocessing."""
+
+    mean: Tensor | None
+    std: Tensor | None
 
     def __init__(self, network: nn.Module, mean, std, flip_axis: int | None):
         super().__init__()
