@@ -6,19 +6,19 @@ foolbox's gradient vanishes where a model is so certain that cross-entropy under
 
 Further keyword arguments are those of `PGD`: precision, input_gradient, fuse, graph, stop, bn_mode ("keep" unless given, as
 foolbox attacks a model in the mode that it is in; statistics never change) and generator, with which random starts are ours.
-
 L1 is left out, where foolbox steps along the whole gradient and we along its largest elements. So are Adam and momentum.
 """
 
 import inspect
-import weakref
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..attacks import pgd
+from ..rng import default_generator, rewound_on_error
 from ..settings import AdapterSettings, Norm, Stop
 from ._peer import import_peer
 
@@ -42,7 +42,7 @@ LOOP = ("get_loss_fn", "get_optimizer", "value_and_grad", "normalize", "project"
 
 
 class _Fused(descent.BaseGradientDescent):
-    """What is not foolbox's. Its errors are those of `PGD`, and TypeErrors for other tensors, and for another loop in a subclass."""
+    """What is not foolbox's. Errors are those of `PGD`, and a TypeError for tensors that are not torch's or a changed loop."""
 
     settings: dict[str, Any] = {}  # on the object only where there are some: `repr` shows what it holds
 
@@ -59,16 +59,16 @@ class _Fused(descent.BaseGradientDescent):
         descent.raise_if_kwargs(kwargs)
         x, restore_type = ep.astensor_(inputs)
         y, targeted = self._classes(descent.get_criterion(criterion))
-        name = type(self).__name__
         if not isinstance(x, ep.PyTorchTensor):
-            raise TypeError(f"model={type(model).__name__}: this attack is for PyTorch: use foolbox.attacks.{name}")
+            raise TypeError(f"model={type(model).__name__}: this attack is for PyTorch: use the one in foolbox.attacks")
         if own := [part for part in LOOP if getattr(type(self), part) is not getattr(super(_Fused, type(self)), part)]:
-            raise TypeError(f"{name} has its own {own[0]}, which would not be called: derive it from a class of foolbox.attacks")
+            raise TypeError(f"{type(self).__name__} has a {own[0]}, which is never called: derive it from foolbox.attacks")
         descent.verify_input_bounds(x, model)
         attack, start = self._attack(epsilon, model.bounds, targeted), None
-        if self.random_start and "generator" not in self.settings:
-            start = self.get_random_start(x, epsilon).clip(*model.bounds).raw
-        return restore_type(ep.astensor(attack(as_module(model), x.raw, y.raw, start=start)))
+        with rewound_on_error(default_generator(x.raw.device)):
+            if self.random_start and "generator" not in self.settings:
+                start = self.get_random_start(x, epsilon).clip(*model.bounds).raw
+            return restore_type(ep.astensor(attack(as_module(model), x.raw, y.raw, start=start)))
 
     def _attack(self, epsilon: float, bounds: tuple[float, float], targeted: bool) -> pgd.PGD:
         """In L-infinity epsilon may be more than the box is wide, which limits the ball but not the steps."""
@@ -134,8 +134,7 @@ class _Preprocessed(nn.Module):
         return self.network(x if self.std is None else x / self.std)
 
 
-# For each foolbox model. They are kept, since plans and CUDA graphs belong to a module.
-_modules: "weakref.WeakKeyDictionary[Any, tuple[tuple, nn.Module]]" = weakref.WeakKeyDictionary()
+_modules: WeakKeyDictionary[Any, tuple[tuple, nn.Module]] = WeakKeyDictionary()  # kept, since plans belong to a module
 
 
 def as_module(model):
