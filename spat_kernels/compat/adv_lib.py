@@ -63,7 +63,8 @@ def pgd_linf(
     checks.check_images(inputs)
     checks.check_labels(labels, inputs)
     checks.check_per_sample("ε", ε, inputs)
-    kept: Any = KEEP | settings | {"targeted": targeted, "loss": losses[loss_function.lower()], "random_start": random_init}
+    kept: Any = KEEP | settings | {"targeted": targeted, "loss": losses[loss_function.lower()]}
+    kept["random_start"] = random_init and steps > 0  # without a look at the start there is none
     adv_inputs, found = inputs.detach().clone(), torch.zeros_like(labels, dtype=torch.bool)
     with rewound_on_error(settings.get("generator"), default_generator(inputs.device)):
         for restart in range(restarts):
