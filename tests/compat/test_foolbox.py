@@ -108,16 +108,16 @@ def test_repeat():
     found = []
     for module in (foolbox.attacks, ours):
         torch.manual_seed(0)
-        attack = module.LinfPGD(steps=1, rel_stepsize=0.3).repeat(5)
-        found.append(attack(wrapped(model), ep.astensor(x), ep.astensor(y), epsilons=[0.01])[2].raw)
+        attack = module.LinfPGD(steps=0).repeat(5)
+        found.append(attack(wrapped(model), ep.astensor(x), ep.astensor(y), epsilons=[0.05])[2].raw)
     torch.manual_seed(0)
-    once = ours.LinfPGD(steps=1, rel_stepsize=0.3)(wrapped(model), x, y, epsilons=[0.01])[2]
+    once = ours.LinfPGD(steps=0)(wrapped(model), x, y, epsilons=[0.05])[2]
     assert torch.equal(*found)
     assert found[1].sum() > once.sum() > 0
 
 
 def test_mode_is_the_models_own():
-    """Batch statistics in training mode, as in foolbox, but running ones do not change."""
+    """In training mode it is that of batch statistics, as in foolbox. The running ones do not change."""
     model = nn.Sequential(nn.BatchNorm2d(3), linear(192)).double().train()
     x, y = (t.double() if t.is_floating_point() else t for t in batch())
     fmodel = foolbox.PyTorchModel(model.eval(), (0, 1), device="cpu")
@@ -296,7 +296,8 @@ SCRIPT = """
 from foolbox import PyTorchModel, accuracy
 {line}
 
-fmodel = PyTorchModel(network, bounds=(0, 1), preprocessing=dict(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], axis=-3), device="cpu")
+half = [0.5, 0.5, 0.5]
+fmodel = PyTorchModel(network, bounds=(0, 1), preprocessing=dict(mean=half, std=half, axis=-3), device="cpu")
 clean = accuracy(fmodel, images, labels)
 raw, clipped, success = LinfPGD(rel_stepsize=0.25, steps=4)(fmodel, images, labels, epsilons=[EPS, 2 * EPS])
 left = 1 - success.float().mean(-1)
@@ -305,13 +306,13 @@ assert abs(accuracy(fmodel, clipped[0], labels) - left[0]) < 1e-6
 
 
 def test_script_with_one_line_changed():
-    """The accuracies that are left on photographs are equal, and so are nearly all pixels (fp32 rounds some gradients over 0)."""
+    """The accuracies that are left are equal, and nearly all pixels: in fp32 some gradients are rounded to the other sign."""
     images, labels = photographs()
     network = nn.Sequential(sk.Normalize([-1.0] * 3, [2.0] * 3), robust("madry"))  # undoes the preprocessing
     found = {}
     for line in ("from foolbox.attacks import LinfPGD", "from spat_kernels.compat.foolbox import LinfPGD"):
         torch.manual_seed(0)
-        names = {"network": network.eval(), "images": images[:40], "labels": labels[:40], "EPS": EPS}
+        names = {"network": network.eval(), "images": images[60:], "labels": labels[60:], "EPS": EPS}
         exec(SCRIPT.format(line=line), names)
         found[line] = names
     theirs, mine = found.values()
