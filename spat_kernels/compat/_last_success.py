@@ -7,6 +7,7 @@ from ..attacks.pgd import PGD
 from ..attacks.pgd_run import PGDRun
 from ..balls import as_values
 from ..losses import AutogradLoss
+from ..model_state.borrow import borrowed
 from ..ops._common import broadcast
 from ..predictions import predictions
 from ..rng import draw
@@ -39,6 +40,18 @@ class LastSuccess(PGD):
         """Random points of the ball, from the numbers that adv_lib draws."""
         noise = draw("uniform_", *x.shape, dtype=x.dtype, device=x.device, generator=self.generator) * 2 - 1
         return (x + noise * broadcast(as_values(self.eps, x), x)).clamp(0, 1).to(x.dtype)
+
+
+def model_logits(model, x: Tensor, bn_mode: str) -> Tensor:
+    """[B, K], on a copy of x, since the model may write on its input."""
+    with torch.no_grad(), borrowed(model, bn_mode):
+        return model(x.detach().clone())
+
+
+def wrong_or_clean(x_adv: Tensor, model, x: Tensor, y: Tensor, bn_mode: str, targeted: bool = False) -> tuple[Tensor, Tensor]:
+    """`x_adv` where the model classifies it as something else than y (as y, if `targeted`), else x; and where, bool [B]."""
+    success = (predictions(model_logits(model, x_adv, bn_mode)) == y) == targeted
+    return torch.where(broadcast(success, x), x_adv, x.detach()), success
 
 
 class TargetedDLR(AutogradLoss):

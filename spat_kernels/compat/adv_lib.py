@@ -21,14 +21,11 @@ from ..attacks._common import take_rows
 from ..attacks.apgd import APGD
 from ..attacks.pgd import PGD
 from ..losses import LossLike, Margin
-from ..model_state.borrow import borrowed
-from ..ops._common import broadcast
-from ..predictions import predictions
 from ..rng import default_generator, rewound_on_error
 from ..settings import AdapterSettings, Norm
-from ._last_success import LastSuccess, TargetedDLR
+from ._last_success import LastSuccess, TargetedDLR, model_logits, wrong_or_clean
 
-KEEP: Any = {"bn_mode": "keep"}
+OURS = AdapterSettings.__annotations__.keys()
 NORMS: dict[float, Norm] = {1: "l1", 2: "l2", math.inf: "linf"}
 
 
@@ -63,7 +60,7 @@ def pgd_linf(
     checks.check_images(inputs)
     checks.check_labels(labels, inputs)
     checks.check_per_sample("ε", ε, inputs)
-    kept: Any = KEEP | settings | {"targeted": targeted, "loss": losses[loss_function.lower()]}
+    kept = _checked(settings) | {"targeted": targeted, "loss": losses[loss_function.lower()]}
     kept["random_start"] = random_init and steps > 0  # without a look at the start there is none
     adv_inputs, found = inputs.detach().clone(), torch.zeros_like(labels, dtype=torch.bool)
     with rewound_on_error(settings.get("generator"), default_generator(inputs.device)):
@@ -77,7 +74,7 @@ def pgd_linf(
             else:
                 attack = LastSuccess(radius, steps=steps, **kept)
                 start = attack.draw_start(x) if random_init else None
-            adv_inputs[rows], found[rows] = _wrong_or_clean(
+            adv_inputs[rows], found[rows] = wrong_or_clean(
                 attack(model, x, y, start=start), model, x, y, kept["bn_mode"], targeted
             )
             if callback:
@@ -99,7 +96,7 @@ def apgd(
     """
     _refuse(targeted=targeted, best_loss=best_loss)
     loop = {"steps": n_iter, "restarts": n_restarts, "loss": loss_function, "eot": eot_iter, "rho": rho}
-    return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, KEEP | loop | settings)
+    return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, loop | _checked(settings))
 
 
 def apgd_targeted(
@@ -109,17 +106,24 @@ def apgd_targeted(
 ) -> Tensor:  # fmt: skip
     """`apgd` towards the `num_targets` likeliest wrong classes in turn, all by default. "dlr" compares them with the label."""
     _refuse(targeted=targeted)
-    bn_mode = settings.get("bn_mode", "keep")
-    targets = num_targets or _logits(model, inputs[:1], bn_mode).shape[1] - 1
+    kept = _checked(settings)
+    targets = model_logits(model, inputs[:1], kept["bn_mode"]).shape[1] - 1 if num_targets is None else num_targets
     loop = {"steps": n_iter, "restarts": n_restarts, "loss": loss_function, "eot": eot_iter, "rho": rho, "targets": targets}
-    return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, KEEP | loop | settings)
+    return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, loop | kept)
 
 
 def fgsm(
     model, inputs: Tensor, labels: Tensor, ε: float | Tensor, targeted: bool = False, **settings: Unpack[AdapterSettings]
 ) -> Tensor:
     """One step of length ε from the image (arXiv 1412.6572), wrong or not. Not in adv_lib: `spat_kernels.fgsm` in its style."""
-    return functional.fgsm(model, inputs, labels, ε, targeted=targeted, **KEEP | settings)
+    return functional.fgsm(model, inputs, labels, ε, targeted=targeted, **_checked(settings))
+
+
+def _checked(settings: Any) -> dict[str, Any]:
+    """`settings` and the default that is not that of `PGD`; those that mean nothing here are an error."""
+    if unknown := settings.keys() - OURS:
+        raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}: use one of adv_lib's, or {', '.join(OURS)}")
+    return {"bn_mode": "keep", **settings}
 
 
 def _refuse(**flags: bool) -> None:
@@ -133,15 +137,4 @@ def _apgd(model, inputs: Tensor, labels: Tensor, eps, norm: Any, use_large_reps:
         raise ValueError("use_rs=False with use_large_reps=True: APGD starts at random: leave out use_rs")
     settings["loss"] = settings["loss"].lower()
     attack = APGD(eps, norm=NORMS.get(norm, norm), multi_eps=use_large_reps, **settings)
-    return _wrong_or_clean(attack(model, inputs, labels), model, inputs, labels, attack.bn_mode)[0]
-
-
-def _logits(model, x: Tensor, bn_mode: str) -> Tensor:
-    with torch.no_grad(), borrowed(model, bn_mode):
-        return model(x.detach().clone())
-
-
-def _wrong_or_clean(x_adv: Tensor, model, x: Tensor, y: Tensor, bn_mode: str, targeted: bool = False) -> tuple[Tensor, Tensor]:
-    """`x_adv` where the attack has succeeded, else x; and where it has, bool [B]."""
-    success = (predictions(_logits(model, x_adv, bn_mode)) == y) == targeted
-    return torch.where(broadcast(success, x), x_adv, x.detach()), success
+    return wrong_or_clean(attack(model, inputs, labels), model, inputs, labels, attack.bn_mode)[0]

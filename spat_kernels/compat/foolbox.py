@@ -22,8 +22,8 @@ from ..rng import default_generator, rewound_on_error
 from ..settings import AdapterSettings, Norm, Stop
 from ._peer import import_peer
 
-ep: Any = import_peer("eagerpy", "foolbox")
 foolbox: Any = import_peer("foolbox", "foolbox")
+ep: Any = import_peer("eagerpy", "eagerpy")
 descent: Any = foolbox.attacks.gradient_descent_base
 
 

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import subprocess
 import sys
 from types import ModuleType
 
@@ -248,6 +247,8 @@ def test_apgd_refuses_what_it_cannot_do():
         ours.apgd(model, x, y, 0.1, 3)
     with pytest.raises(ValueError, match="multi_eps=True with norm='l2'"):
         ours.apgd(model, x, y, 0.1, 2, use_large_reps=True)
+    with pytest.raises(ValueError, match="targets=0 must be at least 1"):
+        ours.apgd_targeted(model, x, y, 0.1, 2, num_targets=0)
     with pytest.raises(ValueError, match="targets=10, but the model has 10 classes"):
         ours.apgd_targeted(model, x, y, 0.1, 2, num_targets=10)
 
@@ -287,19 +288,26 @@ def test_errors():
     with pytest.raises(ValueError, match=r"y must have shape \[6\]"):
         ours.pgd_linf(model, x, torch.cat((y, y)), 0.1)
     with pytest.raises(ValueError, match=r"ε has shape \[12\]"):
-        ours.pgd_linf(model, x, y, torch.rand(12))
+        ours.pgd_linf(model, x, y, torch.full((12,), 0.1))
     with pytest.raises(ValueError, match="eps=8 exceeds the width"):
         ours.pgd_linf(model, x, y, 8)
-    with pytest.raises(TypeError, match="budget"):
-        ours.pgd_linf(model, x, y, 0.1, budget=3)
+    calls = (ours.pgd_linf, ours.fgsm), (0.1,), (ours.apgd, ours.apgd_targeted), (0.1, 2)
+    for names, given in zip(calls[::2], calls[1::2], strict=True):
+        for call in names:
+            with pytest.raises(TypeError, match="unexpected keyword argument 'budget': use one of adv_lib's, or precision"):
+                call(model, x, y, *given, budget=3)
+            with pytest.raises(ValueError, match="precision='fp32' is for float32 images"):
+                call(model, x, y, *given, precision="fp32")
     with pytest.raises(ValueError, match="y holds class 10"):
         ours.pgd_linf(model, x, y * 0 + 10, 0.1)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_adv_lib_need_not_be_installed():
-    code = "import sys; sys.modules['adv_lib'] = None; import spat_kernels.compat.adv_lib"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_adv_lib_need_not_be_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "adv_lib", None)
+    monkeypatch.delitem(sys.modules, ours.__name__)
+    monkeypatch.setattr(sys.modules["spat_kernels.compat"], "adv_lib", ours)
+    assert importlib.import_module(ours.__name__) is not ours
 
 
 # ---- a script of adv_lib's users

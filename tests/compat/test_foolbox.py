@@ -3,6 +3,7 @@
 import gc
 import importlib
 import inspect
+import sys
 import weakref
 
 import numpy as np
@@ -288,6 +289,13 @@ def test_another_random_start_is_taken():
     model, x, y = attackable(4)
     own = type("Own", (ours.LinfPGD,), {"get_random_start": lambda self, x0, epsilon: x0 - epsilon})(steps=0)
     assert torch.equal(own.run(wrapped(model), x, y, epsilon=0.1), (x - 0.1).clamp(0, 1))
+
+
+def test_without_foolbox(monkeypatch):
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    monkeypatch.delitem(sys.modules, ours.__name__)
+    with pytest.raises(ImportError, match="spat_kernels.compat.foolbox: .* foolbox, which is not installed: pip install foolbox"):
+        importlib.import_module(ours.__name__)
 
 
 # ---- a script of foolbox's users
