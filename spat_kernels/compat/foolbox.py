@@ -124,7 +124,7 @@ class _Preprocessed(nn.Module):
 
     def __init__(self, network: nn.Module, mean, std, flip_axis: int | None):
         super().__init__()
-        self.network, self.flip_axis, self.training = network, flip_axis, network.training
+        self.network, self.flip_axis, self.training = network, flip_axis, False  # the network's mode is what counts
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, None if value is None else value.raw)
 
