@@ -66,3 +66,14 @@ class PGDSettings(CommonSettings, total=False):
     steps: int
     step_size: float | torch.Tensor | None
     random_start: bool
+
+
+class AdapterSettings(TypedDict, total=False):
+    """Keyword arguments of attacks for which other libraries have no name: `compat` adds them to theirs."""
+
+    precision: Precision | None
+    input_gradient: GradientPath
+    fuse: Fuse
+    bn_mode: BNMode
+    generator: torch.Generator | None
+    graph: Graph
