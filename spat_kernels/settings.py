@@ -31,7 +31,6 @@ class ModelSettings(TypedDict, total=False):
     input_gradient: GradientPath
     fuse: Fuse
     bn_mode: BNMode
-    budget: int | torch.Tensor | None
 
 
 class AttackSettings(ModelSettings, total=False):
@@ -40,15 +39,21 @@ class AttackSettings(ModelSettings, total=False):
     norm: Norm
     restarts: int
     bounds: tuple[float, float]
+    budget: int | torch.Tensor | None
     generator: torch.Generator | None
 
 
-class PGDExtras(ModelSettings, total=False):
-    """Keyword arguments of `PGD` that other libraries have not: what `compat` takes beside theirs."""
+class AdapterSettings(ModelSettings, total=False):
+    """Keyword arguments of `PGD` and `APGD` for which other libraries have no name: `compat` adds them to theirs."""
 
     generator: torch.Generator | None
-    stop: Stop | None
     graph: Graph
+
+
+class PGDExtras(AdapterSettings, total=False):
+    """The same, of `PGD` alone."""
+
+    stop: Stop | None
 
 
 class CommonSettings(AttackSettings, total=False):
@@ -66,14 +71,3 @@ class PGDSettings(CommonSettings, total=False):
     steps: int
     step_size: float | torch.Tensor | None
     random_start: bool
-
-
-class AdapterSettings(TypedDict, total=False):
-    """Keyword arguments of attacks for which other libraries have no name: `compat` adds them to theirs."""
-
-    precision: Precision | None
-    input_gradient: GradientPath
-    fuse: Fuse
-    bn_mode: BNMode
-    generator: torch.Generator | None
-    graph: Graph

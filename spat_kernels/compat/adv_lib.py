@@ -24,8 +24,8 @@ from ..losses import LossLike, Margin
 from ..rng import default_generator, rewound_on_error
 from ..settings import AdapterSettings, Norm
 from ._last_success import LastSuccess, TargetedDLR, model_logits, wrong_or_clean
+from ._peer import check_extras
 
-OURS = AdapterSettings.__annotations__.keys()
 NORMS: dict[float, Norm] = {1: "l1", 2: "l2", math.inf: "linf"}
 
 
@@ -60,7 +60,7 @@ def pgd_linf(
     checks.check_images(inputs)
     checks.check_labels(labels, inputs)
     checks.check_per_sample("ε", ε, inputs)
-    kept = _checked(settings) | {"targeted": targeted, "loss": losses[loss_function.lower()]}
+    kept = _checked("pgd_linf", settings) | {"targeted": targeted, "loss": losses[loss_function.lower()]}
     kept["random_start"] = random_init and steps > 0  # without a look at the start there is none
     adv_inputs, found = inputs.detach().clone(), torch.zeros_like(labels, dtype=torch.bool)
     with rewound_on_error(settings.get("generator"), default_generator(inputs.device)):
@@ -96,7 +96,7 @@ def apgd(
     """
     _refuse(targeted=targeted, best_loss=best_loss)
     loop = {"steps": n_iter, "restarts": n_restarts, "loss": loss_function, "eot": eot_iter, "rho": rho}
-    return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, loop | _checked(settings))
+    return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, loop | _checked("apgd", settings))
 
 
 def apgd_targeted(
@@ -106,7 +106,7 @@ def apgd_targeted(
 ) -> Tensor:  # fmt: skip
     """`apgd` towards the `num_targets` likeliest wrong classes in turn, all by default. "dlr" compares them with the label."""
     _refuse(targeted=targeted)
-    kept = _checked(settings)
+    kept = _checked("apgd_targeted", settings)
     targets = model_logits(model, inputs[:1], kept["bn_mode"]).shape[1] - 1 if num_targets is None else num_targets
     loop = {"steps": n_iter, "restarts": n_restarts, "loss": loss_function, "eot": eot_iter, "rho": rho, "targets": targets}
     return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, loop | kept)
@@ -116,13 +116,12 @@ def fgsm(
     model, inputs: Tensor, labels: Tensor, ε: float | Tensor, targeted: bool = False, **settings: Unpack[AdapterSettings]
 ) -> Tensor:
     """One step of length ε from the image (arXiv 1412.6572), wrong or not. Not in adv_lib: `spat_kernels.fgsm` in its style."""
-    return functional.fgsm(model, inputs, labels, ε, targeted=targeted, **_checked(settings))
+    return functional.fgsm(model, inputs, labels, ε, targeted=targeted, **_checked("fgsm", settings))
 
 
-def _checked(settings: Any) -> dict[str, Any]:
+def _checked(function: str, settings: Any) -> dict[str, Any]:
     """`settings` and the default that is not that of `PGD`; those that mean nothing here are an error."""
-    if unknown := settings.keys() - OURS:
-        raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}: use one of adv_lib's, or {', '.join(OURS)}")
+    check_extras(function, settings, AdapterSettings)
     return {"bn_mode": "keep", **settings}
 
 

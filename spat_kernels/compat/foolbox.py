@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from ..attacks import pgd
 from ..rng import default_generator, rewound_on_error
-from ..settings import AdapterSettings, Norm, Stop
+from ..settings import Norm, PGDExtras
 from ._peer import import_peer
 
 foolbox: Any = import_peer("foolbox", "foolbox")
@@ -27,17 +27,16 @@ ep: Any = import_peer("eagerpy", "eagerpy")
 descent: Any = foolbox.attacks.gradient_descent_base
 
 
-class Arguments(AdapterSettings, total=False):
+class Arguments(PGDExtras, total=False):
     """Those of the attacks. The first four are foolbox's, of which FGSM and FGM have `random_start` alone."""
 
     rel_stepsize: float
     abs_stepsize: float | None
     steps: int
     random_start: bool
-    stop: Stop | None
 
 
-OURS = AdapterSettings.__annotations__.keys() | {"stop"}
+OURS = PGDExtras.__annotations__.keys()
 LOOP = ("get_loss_fn", "get_optimizer", "value_and_grad", "normalize", "project")  # which foolbox's loop calls and ours does not
 
 

@@ -294,7 +294,7 @@ def test_errors():
     calls = (ours.pgd_linf, ours.fgsm), (0.1,), (ours.apgd, ours.apgd_targeted), (0.1, 2)
     for names, given in zip(calls[::2], calls[1::2], strict=True):
         for call in names:
-            with pytest.raises(TypeError, match="unexpected keyword argument 'budget': use one of adv_lib's, or precision"):
+            with pytest.raises(TypeError, match="unexpected keyword argument 'budget': ours beside its own are precision"):
                 call(model, x, y, *given, budget=3)
             with pytest.raises(ValueError, match="precision='fp32' is for float32 images"):
                 call(model, x, y, *given, precision="fp32")
