@@ -195,9 +195,7 @@ def _check_foreign(model: nn.Module, path: str | Path, match: Match) -> None:
             raise InputError(f"checkpoint {path}: its normalisation ({numbers_text(mean, std)}) is none: {remedy}")
     if match.numbers is None and not normalising(model) and any(isinstance(m, DMNetwork) for m in model.modules()):
         remedy = "give --mean and --std, or name the model robustbench:NAME"
-        warn(
-            f"checkpoint {path}: the public networks of this kind normalise images, by numbers that the files do not hold: {remedy}"
-        )
+        warn(f"checkpoint {path}: public networks of its kind normalise images, by numbers that no file holds: {remedy}")
     if any(isinstance(m, PreActResNet18) and m.block is None for m in model.modules()):
         # RobustBench's networks of this layout with a mean and std are all activated; fast_adversarial's files have none.
         where = f"checkpoint {path}: it does not say whether its 1x1 shortcuts read relu(bn1(x)) or x itself"
