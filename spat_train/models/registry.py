@@ -52,9 +52,9 @@ def create(
         raise ValueError(f"image_shape={image_shape}: give (channels, height, width)")
     if name.startswith(robustbench_names.PREFIX):
         entry = robustbench_names.resolve(name, num_classes)
-        if activation != "relu" or mean is not None or std is not None:
-            given = f"activation={activation!r}, mean={mean}, std={std}"
-            raise ValueError(f"{given}: {name} says its own: leave them out, or name the network ({entry.network})")
+        given = {"activation": None if activation == "relu" else activation, "mean": mean, "std": std}
+        if twice := ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None):
+            raise ValueError(f"{twice}: {name} says its own: leave it out, or name the network, {entry.network}")
         mean, std = entry.normalisation or (None, None)
         return create(entry.network, num_classes, image_shape, mean=mean, std=std)
     model = _create(name, num_classes, image_shape)

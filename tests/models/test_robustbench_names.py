@@ -16,7 +16,7 @@ from spat_train.models.networks.preact_resnet import PreActBlock, PreActResNet18
 from spat_train.models.robustbench_names import CLASSES, ENTRIES, NORMALISATIONS, OTHERS, Entry, resolve
 from spat_train.models.run_config import chosen_name
 from spat_train.models.wrapping import normalisation
-from tests.models.helpers import CIFAR, X, build, network, numbers, prefixed, saved
+from tests.models.helpers import CIFAR, X, build, network, numbers, own, prefixed, saved
 
 CIFAR100 = SimpleNamespace(**vars(CIFAR) | {"name": "cifar100", "num_classes": 100})
 PARAMETERS = {  # without layers that no forward uses
@@ -98,7 +98,7 @@ def test_names_that_are_none(name, message):
 @pytest.mark.parametrize("name", ["robustbench:Carmon2019Unlabeled", "robustbench:Rice2020Overfitting"])
 def test_nothing_is_given_twice(tmp_path, given, name):
     """Also where the entry has no normalisation: then it says so."""
-    with pytest.raises(ValueError, match="says its own: leave them out, or name the network .wrn-"):
+    with pytest.raises(ValueError, match="says its own: leave it out, or name the network, wrn-"):
         create(name, **given)
     path = saved(tmp_path, network().state_dict())
     with pytest.raises(InputError, match="mean=.*: robustbench.* says its own" if "mean" in given else "activation='gelu'"):
@@ -157,12 +157,27 @@ def test_files_with_numbers(tmp_path, monkeypatch, names):
     assert [type(m).__name__ for m in model.modules()].count("Normalize") == 1
 
 
-def test_another_entry_of_the_name(tmp_path):
+def test_runs(tmp_path, monkeypatch):
+    """The weights of a run that was trained under such a name."""
+    name = small(monkeypatch, "wrn-10-1")
+    theirs = create(name).eval()
+    path = own(tmp_path, theirs, model=name)
+    model, config = load_model(path, CIFAR)
+    assert config.model == name
+    assert torch.equal(model(X), theirs(X))
+    with pytest.raises(InputError, match="is a run, whose config says them"):
+        load_model(path, CIFAR, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def test_another_entry_of_the_name(tmp_path, monkeypatch):
+    """Linf is meant where none is said; the weights of another network do not fit."""
+    entries = Entry("cifar10", "Linf", "wrn-10-1", None), Entry("cifar10", "L2", "preactresnet-18/activated", None)
+    monkeypatch.setitem(ENTRIES, "Small", entries)
     path = saved(tmp_path, network("preactresnet-18/activated").state_dict())
-    with pytest.raises(InputError, match="looks like another architecture"):
-        load_model(path, CIFAR, "robustbench:Rice2020Overfitting")
-    model, _ = load_model(path, CIFAR, "robustbench:L2/Rice2020Overfitting")
-    assert isinstance(model.model, PreActResNet18)
+    with pytest.raises(InputError, match="as robustbench:Small for cifar10 .*looks like another architecture"):
+        load_model(path, CIFAR, "robustbench:Small")
+    model, _ = load_model(path, CIFAR, "robustbench:L2/Small")
+    assert isinstance(model, PreActResNet18)
 
 
 def test_classes_of_the_data(tmp_path):
