@@ -59,7 +59,7 @@ def wrap(
 
 def _floats(name: str, values: Sequence[float] | Tensor) -> list[float]:
     try:
-        numbers = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
+        numbers = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64, device="cpu")
         return numbers.double().flatten().tolist()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}={values!r:.80}: give one number a channel, such as [0.5, 0.5, 0.5]") from error

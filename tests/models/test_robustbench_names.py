@@ -28,11 +28,18 @@ PARAMETERS = {  # without layers that no forward uses
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+IMAGENETS = {  # as torchvision and timm document them
+    "resnet-18/imagenet": 11_689_512, "resnet-50/imagenet": 25_557_032, "torchvision:wide_resnet50_2": 68_883_240,
+    "timm:convnext_base": 88_591_464, "timm:convnext_large": 197_767_336, "timm:vit_base_patch16_224": 86_567_656,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*PARAMETERS, *IMAGENETS])
 def test_parameter_counts(name):
+    classes, side = (1000, 224) if name in IMAGENETS else (10, 32)
     with torch.device("meta"):
-        model = build(name)
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+        model = build(name, classes, (3, side, side))
+    assert sum(p.numel() for p in model.parameters()) == (PARAMETERS | IMAGENETS)[name]
 
 
 def test_every_entry_has_its_own_name():
@@ -44,7 +51,7 @@ def test_every_entry_has_its_own_name():
             assert resolve(f"robustbench:{entry.dataset}/{entry.threat}/{name}", CLASSES[entry.dataset]) == entry
             networks.add(entry.network)
     assert {entry.normalisation for entries in ENTRIES.values() for entry in entries} == set(NORMALISATIONS.values())
-    assert {network for network in networks if ":" not in network and "imagenet" not in network} == PARAMETERS.keys()
+    assert networks == PARAMETERS.keys() | IMAGENETS.keys()
 
 
 @pytest.mark.parametrize(
