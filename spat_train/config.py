@@ -76,12 +76,13 @@ class Config:
 
     # ---- model and data
     model: str = "wrn-34-10"
-    """A network such as wrn-34-10, preactresnet-18, resnet-18 or mnist-cnn (an unknown name lists all), timm:NAME, or
-    package.module:factory."""
+    """A network such as wrn-34-10, preactresnet-18, resnet-18 or mnist-cnn (an unknown name lists all), timm:NAME,
+    torchvision:NAME, robustbench:NAME (an entry's network and normalisation), or package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
     mean: tuple[float, ...] | None = None
-    """For (x - mean) / std in the model: a number for each channel, for images in [0, 1]. Default: none, or timm's."""
+    """For (x - mean) / std in the model: a number for each channel, for images in [0, 1]. Default: none, or that of timm,
+    torchvision or RobustBench."""
     std: tuple[float, ...] | None = None
     """See --mean."""
     init: Path | None = None

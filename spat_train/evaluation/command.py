@@ -21,6 +21,7 @@ from ..data.images import Dataset, Folder, Images
 from ..errors import InputError, as_input_error, check_count, check_eps, first_line
 from ..models.checkpoints import load_model, with_classes_of
 from ..models.external import import_own
+from ..models.robustbench_names import network_name
 from ..models.run_config import checkpoint_file, chosen_name, run_config
 from ..models.wrapping import normalisation
 from ..runtime.distributed import PATIENCE, PeerError, World, is_of_a_peer, world
@@ -253,7 +254,7 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
         if kind == "model":
             raise
         raise InputError(re.sub("--(activation|mean|std)", r"--source-\1", str(error))) from error
-    name = chosen_name(path, config, given, option)
+    name = network_name(chosen_name(path, config, given, option), dataset.num_classes)
     activation = f" with {changes['activation']}" if changes["activation"] else ""
     about = {kind: str(checkpoint_file(path)), f"{whose}network": name + activation}
     return network, about | {f"{whose}normalisation": normalisation(network) or "none"}

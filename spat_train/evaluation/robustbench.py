@@ -21,7 +21,7 @@ FIELDS: dict[str, type] = {  # in the order of its files
 }  # fmt: skip
 OPTIONAL: dict[str, type] = {"external": str, "footnote": str, "unreliable": bool}
 OF_CORRUPTIONS = {"corruptions_acc", "corruptions_acc_3d", "corruptions_mce", "corruptions_mce_3d"}  # null in files of its tool
-FAMILIES = {r"wrn-(\d+-\d+)": "WideResNet-", r"resnet-(\d+)": "ResNet-", r"preactresnet-(\d+)": "PreActResNet-"}
+FAMILIES = {r"(?:dm-)?wrn-(\d+-\d+)": "WideResNet-", r"resnet-(\d+)": "ResNet-", r"(?:dm-)?preactresnet-(\d+)": "PreActResNet-"}
 OURS = r" ?AutoAttack (on [\d,]+ of the [\d,]+ test images(, in \w+)?|in (tf32|bf16|fp16))\."  # in footnotes
 BY_HAND = "link", "authors", "venue", "reported"  # what no evaluation knows
 
@@ -164,6 +164,6 @@ def eps_text(eps: float, norm: str) -> str:
 def architecture_of(model_name: str) -> str:
     """What RobustBench calls an architecture of ours: wrn-34-10 is WideResNet-34-10. Others are as they are."""
     for pattern, family in FAMILIES.items():
-        if found := re.fullmatch(rf"{pattern}(/\w+)?", model_name):
+        if found := re.fullmatch(rf"{pattern}(/[\w-]+)?", model_name):
             return family + found[1]
-    return model_name.removeprefix("timm:")
+    return model_name.removeprefix("timm:").removeprefix("torchvision:")

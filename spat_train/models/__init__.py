@@ -3,3 +3,4 @@
 from spat_kernels.normalize import Normalize as Normalize
 
 from .registry import create as create
+from .wrapping import wrap as wrap

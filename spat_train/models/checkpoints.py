@@ -22,12 +22,13 @@ from ..data.images import Dataset
 from ..errors import InputError, first_line
 from .matching import NORMALIZE, Match, misfit
 from .networks import ImageShape
+from .networks.deepmind import DMNetwork
 from .networks.preact_resnet import PreActResNet18, RawPreActBlock
 from .registry import create, full_name
 from .run_config import checkpoint_file, chosen_name, config_beside, run_config
 from .try_on import try_on
 from .weight_files import read_file, select
-from .wrapping import normalized, normalizers, numbers_text
+from .wrapping import normalising, normalizers, numbers_text, wrap
 
 PREACT = "'preactresnet-18/activated' (as in robust_overfitting) or 'preactresnet-18/raw' (as in fast_adversarial)"
 
@@ -122,8 +123,8 @@ def _matched(
         model = make(classes, shape).eval()
         try_on(model, shape, classes)  # lazy layers have no weights before
     match = Match(state, model)
-    if (numbers := match.values()) and not normalizers(model):
-        model = normalized(model, *numbers, shape[0]).eval()
+    if (numbers := match.values()) and not normalising(model):
+        model = wrap(model, *numbers, channels=shape[0])
         match = Match(state, model)
     return model, match
 
@@ -176,7 +177,7 @@ def _other_functions(model: nn.Module, config: Config, match: Match) -> Iterator
                 yield f"a {ours} with {activation}"
             break  # what is inside is as its factory made it, activations too
         known = isinstance(m, PreActResNet18) and config.model.startswith("preactresnet-18")
-        if known and (m.block is RawPreActBlock) != config.model.endswith("/raw"):
+        if known and (m.block is RawPreActBlock) != ("/raw" in config.model):
             yield "has other 1x1 shortcuts"
     else:
         if config.activation != "relu" and any(isinstance(m, nn.ReLU) for m in model.modules()):
@@ -192,6 +193,9 @@ def _check_foreign(model: nn.Module, path: str | Path, match: Match) -> None:
         if not all(0 <= m <= 1 for m in mean) or not all(s > 0 for s in std):
             remedy = "save it with positive std, and both for images in [0, 1]"
             raise InputError(f"checkpoint {path}: its normalisation ({numbers_text(mean, std)}) is none: {remedy}")
+    if match.numbers is None and not normalising(model) and any(isinstance(m, DMNetwork) for m in model.modules()):
+        remedy = "give --mean and --std, or name the model robustbench:NAME"
+        warn(f"checkpoint {path}: public networks of its kind normalise images, by numbers that no file holds: {remedy}")
     if any(isinstance(m, PreActResNet18) and m.block is None for m in model.modules()):
         # RobustBench's networks of this layout with a mean and std are all activated; fast_adversarial's files have none.
         where = f"checkpoint {path}: it does not say whether its 1x1 shortcuts read relu(bn1(x)) or x itself"

@@ -1,18 +1,23 @@
-"""Networks from elsewhere: timm's, and what a factory in any importable module makes."""
+"""Networks from elsewhere: timm's, torchvision's, and what a factory in any importable module makes."""
 
 import contextlib
 import importlib
 import inspect
 import os
 import sys
-from collections import OrderedDict
 from types import ModuleType
 
 from torch import nn
 
-from spat_kernels.normalize import Normalize
-
 from ..errors import did_you_mean, first_line
+from .wrapping import wrap
+
+PREFIXES = ("timm:", "torchvision:", "robustbench:")  # of names with a colon that are no code of the user's
+
+
+def is_code(name: str) -> bool:
+    """Whether `name` is package.module:factory, which runs the user's code."""
+    return ":" in name and not name.startswith(PREFIXES)
 
 
 def timm_model(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
@@ -34,14 +39,41 @@ def timm_model(name: str, num_classes: int, image_shape: tuple[int, int, int]) -
     mean, std = (list(model.default_cfg[key]) for key in ("mean", "std"))
     if len(mean) != channels:  # grey images and the like: the average channel
         mean, std = ([sum(values) / len(values)] * channels for values in (mean, std))
-    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
+    return wrap(model, mean, std)
+
+
+def torchvision_model(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """torchvision's classifier `name`, not pretrained, after a `Normalize` with the numbers of its public weights."""
+    full = f"torchvision:{name}"
+    models = import_package("torchvision", full).models
+    if name not in (known := models.list_models(module=models)):
+        raise ValueError(f"name={full!r}: torchvision has no such model: {did_you_mean(name, known)}see torchvision.models")
+    channels, height, width = image_shape
+    if channels != 3:
+        raise ValueError(f"name={full!r}: it is for 3 channels, image_shape={image_shape}: give timm:NAME, which takes others")
+    if name in ("googlenet", "inception_v3"):
+        what = "it returns several logits in training, and its public weights read images that it normalises again"
+        raise ValueError(f"name={full!r}: {what}: give package.module:factory")
+    # Models with position embeddings need the size of the images.
+    image_size = {"image_size": height} if name.startswith("vit_") else {}
+    try:
+        if image_size and height != width:
+            raise ValueError("its images are square")
+        model = models.get_model(name, weights=None, num_classes=num_classes, **image_size)
+    except Exception as error:
+        raise ValueError(
+            f"name={full!r}: torchvision cannot make it for num_classes={num_classes}, image_shape={image_shape} "
+            f"({first_line(error)}): give another model"
+        ) from error
+    preset = next(iter(models.get_model_weights(name))).transforms()
+    return wrap(model, preset.mean, preset.std)
 
 
 def import_own(name: str) -> ModuleType | None:
     """The module of "package.module:factory", which may register losses; None for other names."""
-    module_name, colon, _ = name.partition(":")
-    if not colon or module_name == "timm":
+    if not is_code(name):
         return None
+    module_name = name.partition(":")[0]
     with _working_directory_importable():
         try:
             return importlib.import_module(module_name)

@@ -12,6 +12,7 @@ from .wrapping import normalizers
 
 UNUSED = re.compile(r"(^|\.)(n_averaged$|sub_block1\.)")  # AveragedModel's counter; layers of TRADES that no forward uses
 NUMBERS = re.compile(r"(?:^|\.)(?:new_)?(?:(mean|mu)|std|sigma)$")  # those of a normalisation; group 1: of the mean
+DEEPMINDS = {"init_conv.weight": "dm-wrn-DEPTH-WIDTH", "conv_2d.weight": "dm-preactresnet-18"}  # by its first weight
 TELLING = 8  # times that the end of a name may occur in a model: where thousands of names end alike, all pairs take minutes
 NORMALIZE = "put a spat_train.models.Normalize with the mean and std of its training before the model, or give --mean and --std"
 
@@ -150,11 +151,10 @@ def _hint(match: Match) -> str:
         if any(map(NUMBERS.search, match.file)):
             return "the file has a mean without its std, or the reverse: save both, or neither"
         return "the file has no normalisation: use a spat_train.models.Normalize, which keeps its numbers"
-    if {"init_conv.weight", "logits.weight"} <= unexpected:
-        return (
-            "the file looks like DeepMind's WRN, another function, which pads its convolutions of stride 2 on one side: give its "
-            "own code, as package.module:factory"
-        )
+    if "logits.weight" in unexpected:
+        for first, name in DEEPMINDS.items():
+            if first in unexpected:
+                return f"the file looks like DeepMind's network, another function: create {name}, with its mean and std"
     if missing or unexpected:
         fitting = {name.removeprefix(match.ours) for name in match.source}
         kinds, others = ({re.sub(r"\d+", "#", name) for name in names} for names in (fitting, missing | unexpected))

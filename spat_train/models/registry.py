@@ -1,4 +1,4 @@
-"""Models by name: the networks of this package, timm's, and anybody's own.
+"""Models by name: the networks of this package, timm's, torchvision's, and anybody's own.
 
 A model takes images [B, C, H, W] in [0, 1] to logits [B, K]. Where it needs them normalised it does so itself (`Normalize`), so
 that the eps of an attack is always in pixels.
@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import did_you_mean
-from .external import own_model, timm_model
+from . import robustbench_names
+from .external import own_model, timm_model, torchvision_model
 from .networks import FAMILIES, ImageShape
-from .wrapping import normalized, replace_relus
+from .wrapping import replace_relus, wrap
 
+EXTERNAL = "timm:NAME, torchvision:NAME, robustbench:NAME or package.module:factory"
 NAMES = tuple(name for family in FAMILIES for name in family.names)
 
 
@@ -32,11 +34,14 @@ def create(
             a name of this package (`NAMES` has the usual ones), such as "wrn-34-10" or "resnet-18"; what follows a "/" picks a
                 variant, such as "preactresnet-18/raw", "resnet-18/imagenet" or "mnist-cnn/4", as `networks` describes;
             "package.module:factory": factory(num_classes=K) of an importable module, one in the current directory included;
-            "timm:NAME": a model of timm, not pretrained, with the normalisation of its own configuration before it.
+            "timm:NAME" or "torchvision:NAME": a model of theirs, not pretrained, with the normalisation of its own configuration
+            (torchvision: of its public weights) before it;
+            "robustbench:NAME": the network and normalisation of that entry of RobustBench, not its weights
+            (`robustbench_names`).
         num_classes: K, at least 2.
         image_shape: (C, H, W) of one image.
         activation: what takes the place of every `nn.ReLU` module, a name in `wrapping.ACTIVATIONS`.
-        mean, std: those of a `Normalize` before the network, a number for each channel; in place of timm's own.
+        mean, std: those of a `Normalize` before the network, a number for each channel; in place of timm's and torchvision's own.
 
     Raises:
         ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -45,14 +50,23 @@ def create(
         raise ValueError(f"num_classes={num_classes}: give at least 2")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape={image_shape}: give (channels, height, width)")
+    if name.startswith(robustbench_names.PREFIX):
+        entry = robustbench_names.resolve(name, num_classes)
+        given = {"activation": None if activation == "relu" else activation, "mean": mean, "std": std}
+        if twice := ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None):
+            raise ValueError(f"{twice}: {name} says its own: leave it out, or name the network, {entry.network}")
+        mean, std = entry.normalisation or (None, None)
+        return create(entry.network, num_classes, image_shape, mean=mean, std=std)
     model = _create(name, num_classes, image_shape)
     if activation != "relu":
         replace_relus(model, name, activation)
-    network = model.get_submodule("model") if name.startswith("timm:") else model
+    network = model.get_submodule("model") if name.startswith(("timm:", "torchvision:")) else model
     network.made_as = (full_name(name, image_shape), activation, image_shape)  # type: ignore[assignment]  # what a run's config is compared with
-    if mean is not None or std is not None:
-        return normalized(network, mean, std, image_shape[0])
-    return model
+    if mean is None and std is None:
+        return model
+    if mean is None or std is None:
+        raise ValueError(f"mean={mean}, std={std}: give both one number a channel ({image_shape[0]}), for images in [0, 1]")
+    return wrap(network, mean, std, channels=image_shape[0])
 
 
 def full_name(name: str, image_shape: ImageShape) -> str:
@@ -66,6 +80,8 @@ def full_name(name: str, image_shape: ImageShape) -> str:
 def _create(name: str, num_classes: int, image_shape: ImageShape) -> nn.Module:
     if name.startswith("timm:"):
         return timm_model(name.removeprefix("timm:"), num_classes, image_shape)
+    if name.startswith("torchvision:"):
+        return torchvision_model(name.removeprefix("torchvision:"), num_classes, image_shape)
     if ":" in name:
         return own_model(name, num_classes)
     for family in FAMILIES:
@@ -74,4 +90,4 @@ def _create(name: str, num_classes: int, image_shape: ImageShape) -> nn.Module:
             return family.make(num_classes=num_classes, image_shape=image_shape, **settings)
     usages = ", ".join(family.usage for family in FAMILIES)
     hint = did_you_mean(name, NAMES)
-    raise ValueError(f"name={name!r}: there is no such model: {hint}give {usages}, timm:NAME or package.module:factory")
+    raise ValueError(f"name={name!r}: there is no such model: {hint}give {usages}, {EXTERNAL}")

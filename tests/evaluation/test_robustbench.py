@@ -106,7 +106,8 @@ def test_other_evaluations_are_refused(found, attack, message):
 def test_names_and_radii():
     names = {
         "wrn-34-10": "WideResNet-34-10", "resnet-18": "ResNet-18", "resnet-50/imagenet": "ResNet-50",
-        "preactresnet-18/raw": "PreActResNet-18", "timm:vit_tiny": "vit_tiny", "small-cnn": "small-cnn",
+        "preactresnet-18/raw-no-bn": "PreActResNet-18", "dm-wrn-70-16": "WideResNet-70-16", "timm:vit_tiny": "vit_tiny",
+        "torchvision:wide_resnet50_2": "wide_resnet50_2", "small-cnn": "small-cnn",
     }  # fmt: skip
     assert {name: architecture_of(name) for name in names} == names
     assert [eps_text(eps, "linf") for eps in (8 / 255, 4 / 255, 0.031, 0.3, 0.5 / 255)] == [

@@ -162,6 +162,7 @@ def small_vgg(name):
 MODELS = {
     "WRN (TRADES/MART)": (lambda: create("wrn-16-2"), 32),
     "PreActResNet-18": (lambda: create("preactresnet-18"), 32),
+    "DeepMind's WRN": (lambda: create("dm-wrn-10-1"), 32),
     "ResNet-18 (CIFAR)": (lambda: torchvision() and create("resnet-18"), 32),
     "ResNet-50 (CIFAR)": (lambda: torchvision() and create("resnet-50"), 32),
     "ResNet-18 (torchvision)": (lambda: torchvision().models.resnet18(), 64),

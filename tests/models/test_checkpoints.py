@@ -193,7 +193,7 @@ def test_another_network(tmp_path, theirs, ours, expected):
         (lambda s: s | {"module.fc.bias": torch.zeros(10)}, "unexpected: module.fc.bias: "),
         (NORMALISED["RobustBench, normalize"], "unexpected: normalize.mean, normalize.std: the file's network normalises"),
         (lambda s: {"num_classes": 10, "state_dict": s, "normalize_input": True}, "normalize_input"),  # as RST's say it
-        (lambda s: {"init_conv.weight": s["conv1.weight"], "logits.weight": s["fc.weight"]}, "DeepMind's WRN, another function"),
+        (lambda s: {"init_conv.weight": s["conv1.weight"], "logits.weight": s["fc.weight"]}, "create dm-wrn-DEPTH-WIDTH"),
         (lambda s: s | {"fc.weight": s["fc.weight"].to_sparse()}, "no such numbers: fc.weight (sparse_coo)"),
         (lambda s: s | {"fc.weight": s["fc.weight"].to("meta")}, "fc.weight (meta)"),
         (lambda s: s | {"fc.weight": s["fc.weight"].to(torch.complex64)}, "fc.weight (complex64, the model has float32)"),

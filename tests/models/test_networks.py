@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import spat_kernels
+from spat_train.models.checkpoints import load_model
 from spat_train.models.networks import FAMILIES
 from spat_train.models.networks.small import MnistCNN
 from spat_train.models.networks.wide_resnet import WideResNet
 from spat_train.models.registry import NAMES, create
 from spat_train.models.wrapping import ACTIVATIONS, normalisation
-from tests.models.helpers import build, logits_shape
+from tests.input_gradient.models import torchvision
+from tests.models.helpers import CIFAR, X, build, logits_shape, network, saved
 
 # without sub_block1, reference.md; the ResNets: public CIFAR code, PreActResNet with its last BatchNorm
 PARAMETERS = {"wrn-34-10": 46_160_474, "wrn-28-10": 36_479_194, "preactresnet-18": 11_172_170, "resnet-18": 11_173_962}
@@ -113,6 +115,7 @@ def test_stems(name, side, kernel, stride, pooled):
     [
         *((name, "relu") for name in ("wrn-10-1", "preactresnet-18/raw", "resnet-18", "resnet-18/stl10", "resnet-50/imagenet")),
         *((name, "relu") for name in ("mnist-cnn", "mnist-b", "mnist-trades", "small-cnn", "timm:resnet18")),
+        *((name, "relu") for name in ("dm-wrn-10-1", "dm-wrn-10-1/relu", "dm-preactresnet-18", "preactresnet-18/raw-no-bn")),
         *(("preactresnet-18", activation) for activation in ACTIVATIONS),
     ],
 )
@@ -143,7 +146,8 @@ def test_activations(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["wrn-34", "wrn-34-0", "resnet-19", "resnet-18/big", "preactresnet-18/cifar", ""])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match=f"name='{name}'.*give .*, timm:NAME or package.module:factory$") as caught:
+    others = "timm:NAME, torchvision:NAME, robustbench:NAME or package.module:factory"
+    with pytest.raises(ValueError, match=f"name='{name}'.*give .*, {others}$") as caught:
         create(name)
     assert all(family.usage in str(caught.value) for family in FAMILIES)
 
@@ -252,7 +256,77 @@ def test_timm(channels):
     assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
 
 
-@pytest.mark.parametrize(("name", "package"), [("timm:resnet18", "timm"), ("resnet-18", "torchvision")])
+def test_weights_of_timms_hub(tmp_path):
+    """model.safetensors there has the names of timm's state dict."""
+    torch_files, theirs = pytest.importorskip("safetensors.torch"), network("timm:resnet18")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "num_classes": 10}')
+    torch_files.save_file(theirs.model.state_dict(), tmp_path / "model.safetensors")
+    model, config = load_model(tmp_path / "model.safetensors", CIFAR, "timm:resnet18")
+    assert config is None
+    assert normalisation(model) == "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+    torch.testing.assert_close(model(X), theirs(X))
+
+
+# ---- torchvision's
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("resnet18", [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]),
+        ("efficientnet_v2_l", [[0.5] * 3, [0.5] * 3]),
+        ("vit_b_32", [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]),
+    ],
+)
+def test_torchvision(name, numbers):
+    models = torchvision().models
+    with torch.device("meta"):
+        theirs = models.get_model(name, num_classes=7, **({"image_size": 32} if name.startswith("vit") else {}))
+        model = create(f"torchvision:{name}", 7)
+        assert model.model.state_dict().keys() == theirs.state_dict().keys()
+        assert model.eval()(torch.empty(2, 3, 32, 32)).shape == (2, 7)
+    (preset,) = {(tuple(w.transforms().mean), tuple(w.transforms().std)) for w in models.get_model_weights(name)}
+    assert [list(values) for values in preset] == numbers
+    if name == "resnet18":
+        model = create("torchvision:resnet18", 7)
+        assert normalisation(model) == "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+        other = create("torchvision:resnet18", 7, mean=[0.25] * 3, std=[0.5] * 3, activation="silu")
+        assert normalisation(other) == "mean 0.25 0.25 0.25, std 0.5 0.5 0.5"
+        assert nn.ReLU not in {type(m) for m in other.modules()}
+
+
+def test_weights_of_torchvision(tmp_path):
+    theirs = network("torchvision:resnet18", num_classes=10)
+    path = saved(tmp_path, theirs.model.state_dict())
+    model, _ = load_model(path, CIFAR, "torchvision:resnet18")
+    torch.testing.assert_close(model(X), theirs(X))
+    other, _ = load_model(path, CIFAR, "resnet-18/imagenet", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    torch.testing.assert_close(other(X), theirs(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "message"),
+    [
+        ("resnet81", (3, 32, 32), "torchvision has no such model: did you mean resnet18"),
+        ("", (3, 32, 32), "torchvision has no such model: see torchvision.models"),
+        ("fasterrcnn_resnet50_fpn", (3, 32, 32), "no such model"),
+        ("resnet18", (1, 28, 28), r"it is for 3 channels, image_shape=.1, 28, 28.: give timm:NAME"),
+        ("googlenet", (3, 32, 32), "reads? images that it normalises again: give package.module:factory"),
+        ("inception_v3", (3, 32, 32), "returns several logits in training"),
+        ("vit_b_16", (3, 32, 64), "torchvision cannot make it .*its images are square.: give another"),
+        ("vit_b_16", (3, 40, 40), "torchvision cannot make it for num_classes=10, image_shape=.3, 40, 40."),
+    ],
+)
+def test_torchvision_models_that_do_not_fit(name, image_shape, message):
+    torchvision()
+    with pytest.raises(ValueError, match=message) as caught:
+        create(f"torchvision:{name}", 10, image_shape)
+    assert str(caught.value).startswith(f"name='torchvision:{name}'")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("timm:resnet18", "timm"), ("resnet-18", "torchvision"), ("torchvision:resnet18", "torchvision")]
+)
 def test_missing_package(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"name='{name}': it needs {package}.*pip install {package}"):

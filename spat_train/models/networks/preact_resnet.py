@@ -36,7 +36,7 @@ class RawPreActBlock(PreActBlock):
 
 
 class PreActResNet18(nn.Module):
-    """Pre-activation ResNet-18 (He et al., arXiv 1603.05027) for small images, with the BatchNorm that ends the last group.
+    """Pre-activation ResNet-18 (He et al., arXiv 1603.05027) for small images.
 
     block          | its 1x1 shortcuts read | as in the code of
     PreActBlock    | relu(bn1(x))           | "Overfitting in adversarially robust deep learning"
@@ -48,9 +48,11 @@ class PreActResNet18(nn.Module):
         num_classes: K.
         channels: C of the images.
         block: one of the two. None is a PreActBlock that takes no weights from files that leave open which they are for.
+        last_norm: whether BatchNorm and ReLU end the last group, as they do but in the first public networks of "Fast is better
+            than free".
     """
 
-    def __init__(self, num_classes: int = 10, channels: int = 3, block: type[PreActBlock] | None = None):
+    def __init__(self, num_classes: int = 10, channels: int = 3, block: type[PreActBlock] | None = None, last_norm: bool = True):
         super().__init__()
         self.block = block
 
@@ -61,8 +63,8 @@ class PreActResNet18(nn.Module):
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         self.layer1, self.layer2 = group(64, 64, 1), group(64, 128, 2)
         self.layer3, self.layer4 = group(128, 256, 2), group(256, 512, 2)
-        self.bn = nn.BatchNorm2d(512)
-        self.relu = nn.ReLU()
+        self.bn = nn.BatchNorm2d(512) if last_norm else nn.Identity()
+        self.relu = nn.ReLU() if last_norm else nn.Identity()
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,11 +74,11 @@ class PreActResNet18(nn.Module):
 
 
 @register(
-    "preactresnet-18 (also with /activated or /raw)",
-    "preactresnet-18(?:/(?P<shortcut>activated|raw))?",
-    names=("preactresnet-18", "preactresnet-18/activated", "preactresnet-18/raw"),
+    "preactresnet-18 (also with /activated, /raw or /raw-no-bn)",
+    "preactresnet-18(?:/(?P<shortcut>activated|raw|raw-no-bn))?",
+    names=("preactresnet-18", "preactresnet-18/activated", "preactresnet-18/raw", "preactresnet-18/raw-no-bn"),
     variant="activated",
 )
 def _preact_resnet(num_classes: int, image_shape: ImageShape, shortcut: str | None = None) -> nn.Module:
-    block = {None: None, "activated": PreActBlock, "raw": RawPreActBlock}[shortcut]
-    return PreActResNet18(num_classes, image_shape[0], block)
+    blocks = {None: None, "activated": PreActBlock, "raw": RawPreActBlock, "raw-no-bn": RawPreActBlock}
+    return PreActResNet18(num_classes, image_shape[0], blocks[shortcut], last_norm=shortcut != "raw-no-bn")
