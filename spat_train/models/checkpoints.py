@@ -60,7 +60,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "auto"
     state = select(content, weights, path)
     if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         raise InputError(f"checkpoint {path}: the model has lazy layers, without weights as yet: give it images first")
-    _fill(model, Match(state, model), content, path)
+    fill(model, Match(state, model), content, path)
 
 
 def load_model(
@@ -94,7 +94,7 @@ def load_model(
     name = chosen_name(path, config, name, option)
     if config is not None:
         if activation or mean or std:
-            raise InputError(f"--activation, --mean, --std: {path} is a run, whose config says them: leave them out")
+            raise InputError(f"--activation, --mean, --std: {path} has a config that says them: leave them out")
         activation, mean, std = config.activation, config.mean, config.std
     classes = dataset.num_classes
     try:
@@ -106,7 +106,7 @@ def load_model(
         if not dataset.all_classes and match.classes > classes:
             classes = match.classes
             model, match = _matched(make, classes, dataset.image_shape, state)
-        _fill(model, match, content, file)
+        fill(model, match, content, file)
     except ValueError as error:
         reason = _blame(error, config, name, dataset.image_shape, option)
         images = f"{classes} classes, images {list(dataset.image_shape)}"
@@ -148,7 +148,8 @@ def with_classes_of(model: nn.Module, dataset: Dataset) -> Dataset:
     return dataclasses.replace(dataset, classes=tuple(map(str, range(try_on(model, dataset.image_shape)[0]))))
 
 
-def _fill(model: nn.Module, match: Match, content: Any, path: str | Path) -> None:
+def fill(model: nn.Module, match: Match, content: Any, path: str | Path) -> None:
+    """Copy the weights of `match` into `model`, all or none. `content`: all that the file `path` holds."""
     if reason := misfit(match):
         sizes = bool(match.misshaped) and not match.missing and not match.unexpected
         raise Misfit(f"checkpoint {path}: it does not fit the model: {reason}", sizes)
