@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,17 +115,15 @@ def _yaml(value: Any, indent: str = "") -> list[str]:
     lines = []
     for key, each in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(value, list):
-            first, *rest = _yaml(each, indent + "  ") if isinstance(each, dict) else [indent + "  " + _scalar(each)]
+            first, *rest = (
+                _yaml(each, indent + "  ") if isinstance(each, dict) else [indent + "  " + json.dumps(each, ensure_ascii=False)]
+            )
             lines += [f"{indent}- {first.strip()}", *rest]
         elif isinstance(each, (dict, list)):
             lines += [f"{indent}{key}:", *_yaml(each, indent + "  ")]
         else:
-            lines.append(f"{indent}{key}: {_scalar(each)}")
+            lines.append(f"{indent}{key}: {json.dumps(each, ensure_ascii=False)}")
     return lines
-
-
-def _scalar(value: Any) -> str:
-    return value if isinstance(value, str) and re.fullmatch(r"[a-z][a-z_-]*", value) else json.dumps(value, ensure_ascii=False)
 
 
 # ---- sections
@@ -135,13 +132,14 @@ def _scalar(value: Any) -> str:
 def _about(subject: Subject) -> str:
     classes = f"{len(subject.classes)} classes"
     listed = f": {', '.join(subject.classes)}" if len(subject.classes) <= CLASSES else ", which config.json lists"
-    normalised = f"with {subject.normalisation}, as its first layer" if subject.normalisation else "by nothing"
-    lines = [
-        f"A classifier of images. It takes images [B, {', '.join(map(str, subject.image_shape))}] in [0, 1] to logits "
-        f"[B, {len(subject.classes)}], for {classes}{listed}.",
-        f"Images are normalised {normalised}: give it pixels in [0, 1], so that the eps of an attack is in pixels.",
-    ]
-    return "\n".join(lines)
+    normalised = (
+        f"The model normalises images itself ({subject.normalisation})" if subject.normalisation else "Images stay as they are"
+    )
+    shape, count = ", ".join(map(str, subject.image_shape)), len(subject.classes)
+    return (
+        f"A classifier of images. It takes images [B, {shape}] in [0, 1] to logits [B, {count}], for {classes}{listed}.\n"
+        f"{normalised}: give it pixels in [0, 1], so that the eps of an attack is in pixels."
+    )
 
 
 def _use(subject: Subject) -> str:

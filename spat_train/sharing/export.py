@@ -59,9 +59,7 @@ def export(
         SaveError: the disk is full.
     """
     run, out = Path(run), Path(out)
-    _check_out(out)
-    if run.is_dir() and exported_config(run):
-        raise InputError(f"{run}: it is an export already: copy it, or export its run again")
+    _check_places(run, out)
     config = run_config(run)
     name = chosen_name(run, config, model_name, "--model-name")
     dataset = dataset or open_dataset(run, config)
@@ -92,7 +90,7 @@ def export_command(
     mean: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
     std: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
     data: Annotated[str | None, DEFAULT_IN_HELP] = None,
-    root: Path = Path("data"),
+    root: Annotated[Path | None, DEFAULT_IN_HELP] = None,
     image_size: Annotated[int | None, DEFAULT_IN_HELP] = None,
 ) -> None:
     """Write a model with its card for the Hugging Face Hub, to be loaded by spat_train.from_folder.
@@ -111,10 +109,10 @@ def export_command(
         mean: of the normalisation that a checkpoint of others was trained with. Default: that in the file.
         std: its standard deviation. Default: as --mean.
         data: the data of the model, for the shape of its images and the names of its classes. Default: those of the run.
-        root: where torchvision's data sets are.
+        root: where torchvision's data sets are. Default: where the run had them, else data.
         image_size: side of the images of a folder. Default: that of the run.
     """
-    _check_out(out)
+    _check_places(model, out)
     dataset = open_dataset(model, run_config(model), data, root, image_size)
     export(
         model, out, evaluation=evaluation, dataset=dataset, model_name=model_name, activation=activation, mean=mean, std=std,
@@ -153,6 +151,13 @@ def _check_config(run: Path, config: Config | None) -> None:
     own = config_beside(read_file(file), file)
     if config and own and (changed := config.differences(own.to_dict())):
         raise InputError(f"{run / 'config.json'}: {file.name} was made with other options ({'; '.join(changed)}): restore it")
+
+
+def _check_places(run: Path, out: Path) -> None:
+    """Before anything is loaded."""
+    if run.is_dir() and exported_config(run):
+        raise InputError(f"{run}: it is an export already: copy it, or export its run again")
+    _check_out(out)
 
 
 def _check_out(out: Path, files: dict[str, bytes] | None = None) -> None:
