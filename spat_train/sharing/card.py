@@ -112,17 +112,16 @@ def _eps(radius: float) -> str:
 
 def _yaml(value: Any, indent: str = "") -> list[str]:
     """Lines of YAML for nested dicts and lists; strings are quoted as in JSON, which YAML reads."""
+    if not isinstance(value, (dict, list)):
+        return [indent + json.dumps(value, ensure_ascii=False)]
     lines = []
     for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        first, *rest = _yaml(each, indent + "  ")
         if isinstance(value, list):
-            first, *rest = (
-                _yaml(each, indent + "  ") if isinstance(each, dict) else [indent + "  " + json.dumps(each, ensure_ascii=False)]
-            )
             lines += [f"{indent}- {first.strip()}", *rest]
-        elif isinstance(each, (dict, list)):
-            lines += [f"{indent}{key}:", *_yaml(each, indent + "  ")]
         else:
-            lines.append(f"{indent}{key}: {json.dumps(each, ensure_ascii=False)}")
+            nested = isinstance(each, (dict, list))
+            lines += [f"{indent}{key}:", first, *rest] if nested else [f"{indent}{key}: {first.strip()}"]
     return lines
 
 
@@ -132,13 +131,11 @@ def _yaml(value: Any, indent: str = "") -> list[str]:
 def _about(subject: Subject) -> str:
     classes = f"{len(subject.classes)} classes"
     listed = f": {', '.join(subject.classes)}" if len(subject.classes) <= CLASSES else ", which config.json lists"
-    normalised = (
-        f"The model normalises images itself ({subject.normalisation})" if subject.normalisation else "Images stay as they are"
-    )
+    normalised = f"normalises images itself ({subject.normalisation})" if subject.normalisation else "does not normalise images"
     shape, count = ", ".join(map(str, subject.image_shape)), len(subject.classes)
     return (
         f"A classifier of images. It takes images [B, {shape}] in [0, 1] to logits [B, {count}], for {classes}{listed}.\n"
-        f"{normalised}: give it pixels in [0, 1], so that the eps of an attack is in pixels."
+        f"The model {normalised}: give it pixels in [0, 1], so that the eps of an attack is in pixels."
     )
 
 
