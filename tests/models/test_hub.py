@@ -134,9 +134,11 @@ def test_what_the_files_hold(tmp_path):
     text = (out / "config.json").read_text()
     assert "/home" not in text + str((out / "model.safetensors").read_bytes())
     content = json.loads(text)
-    expected = {"library_name": "spat_kernels", "spat_kernels": version("spat_kernels"), "num_classes": 10, "image_shape": [3, 32, 32],
-                "classes": [f"class {k}" for k in range(10)], "activation": "relu", "data": "pictures", "init": "best.pt",
-                "extra": "more.npz"}  # fmt: skip
+    expected = {
+        "library_name": "spat_kernels", "spat_kernels": version("spat_kernels"), "num_classes": 10, "image_shape": [3, 32, 32],
+        "classes": [f"class {k}" for k in range(10)], "activation": "relu", "data": "pictures", "init": "best.pt",
+        "extra": "more.npz",
+    }  # fmt: skip
     assert {key: content[key] for key in expected | options} == expected | options
     assert not {"out", "device", "root", "resume", "tensorboard"} & content.keys()
     assert run_config(out) == run_config(out / "model.safetensors")

@@ -30,7 +30,7 @@ from tests.training.helpers import settings
 
 ROOT = Path(__file__).parents[2]
 X, _ = floats(load("digits").test, torch.arange(40), "cpu", torch.contiguous_format)
-EVALUATE = ["--attacks", "fgsm,pgd-7", "--limit", "60", "--no-alarms", "--device", "cpu"]
+EVALUATE = ["--attacks", "fgsm,pgd-7", "--limit", "60", "--no-alarms", "--device", "cpu", "--model-name", "small-cnn"]
 CODE = "tests.training.helpers:network"
 
 
@@ -305,8 +305,8 @@ def test_a_checkpoint_of_others(runs, tmp_path, monkeypatch, capsys):
     """Of the card it is only said what is known."""
     model, _ = load_model(runs / "madry", load("digits"))
     torch.save(model.state_dict(), tmp_path / "theirs.pt")
-    command(monkeypatch, "export", tmp_path / "theirs.pt", "--out", tmp_path / "out", "--model-name", "small-cnn", "--data", "digits",
-            "--mean", "0.5", "--std", "0.5")  # fmt: skip
+    options = ["--model-name", "small-cnn", "--data", "digits", "--mean", "0.5", "--std", "0.5"]
+    command(monkeypatch, "export", tmp_path / "theirs.pt", "--out", tmp_path / "out", *options)
     loaded = spat_train.from_folder(tmp_path / "out")
     assert torch.equal(loaded(X), model((X - 0.5) / 0.5))
     text = card(tmp_path / "out")
