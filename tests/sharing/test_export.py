@@ -177,15 +177,15 @@ def test_the_code_of_the_card_runs(runs, tmp_path, monkeypatch):
 # ---- whose numbers they are
 
 
-def train_other(run: Path, folder: Path) -> Path:
-    """The same run from another seed."""
+def train_other(folder: Path) -> Path:
+    """The run madry from another seed."""
     train(settings(folder, model="small-cnn", epochs=2, test=True, seed=1))
     return folder
 
 
 def test_numbers_of_other_weights_are_left_out(evaluated, tmp_path, capsys):
     """best.pt was replaced by that of another run, with its config; last.pt, result.json and the evaluation were not."""
-    run, other = Path(shutil.copytree(evaluated, tmp_path / "run")), train_other(evaluated, tmp_path / "other")
+    run, other = Path(shutil.copytree(evaluated, tmp_path / "run")), train_other(tmp_path / "other")
     for name in ("best.pt", "config.json"):
         shutil.copy(other / name, run / name)
     capsys.readouterr()
@@ -203,24 +203,28 @@ def test_numbers_of_other_weights_are_left_out(evaluated, tmp_path, capsys):
 
 
 def test_a_config_of_another_run_is_refused(run, tmp_path):
-    other = train_other(run, tmp_path / "other")
+    other = train_other(tmp_path / "other")
     shutil.copy(other / "best.pt", run / "best.pt")
     with pytest.raises(InputError, match=r"config.json: best.pt was made with other options \(seed: 1 -> 0\): restore it"):
         spat_train.export(run, tmp_path / "out")
 
 
-def test_a_result_that_is_out_of_date(run, tmp_path, capsys):
-    """The run went on, without a test; its epochs are told, and the test of the earlier weights is not."""
-    train(replace(run_config(run), out=run, resume=True, schedule="cosine", test=False))
-    spat_train.export(run, tmp_path / "out")
-    assert "## Test" in card(tmp_path / "out")  # finished: nothing was done
-    result = json.loads((run / "result.json").read_text())
-    (run / "result.json").write_text(json.dumps(result | {"checkpoint": "another"}))
-    assert "## Test" not in card(spat_train.export(run, tmp_path / "two"))
-    (run / "last.pt").unlink()
-    (run / "previous.pt").unlink()
+def test_a_result_that_is_out_of_date(tmp_path, capsys):
+    """The run went on, and was not tested again."""
+    config = settings(tmp_path / "run", model="small-cnn", epochs=1, schedule="constant", test=True)
+    train(config)
+    assert "## Test" in card(spat_train.export(tmp_path / "run", tmp_path / "one"))
+    train(replace(config, epochs=2, resume=True, test=False))
     capsys.readouterr()
-    assert "## Test" not in card(spat_train.export(run, tmp_path / "three"))
+    assert "## Test" not in card(spat_train.export(tmp_path / "run", tmp_path / "two"))
+    assert "result.json is left out of the card: it is not about the weights in" in capsys.readouterr().err
+
+
+def test_without_last_pt_nothing_says_whose_result_it_is(run, tmp_path, capsys):
+    (run / "last.pt").unlink()
+    text = card(spat_train.export(run, tmp_path / "out"))
+    assert "## Test" not in text
+    assert "the best on held-out training images" in text  # which best.pt itself says
     assert "without last.pt it does not show which weights it is about" in capsys.readouterr().err
 
 
