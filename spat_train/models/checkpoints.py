@@ -100,12 +100,12 @@ def load_model(
     try:
         state = select(content, "auto", file)
         make = partial(create, name, activation=activation or "relu", mean=mean, std=std)
-        model, match = _matched(make, classes, dataset.image_shape, state)
+        model, match = matched(make, classes, dataset.image_shape, state)
         if mean and config is None and (numbers := match.values()):
             raise InputError(f"--mean, --std: {file} holds its own ({numbers_text(*numbers)}): leave them out")
         if not dataset.all_classes and match.classes > classes:
             classes = match.classes
-            model, match = _matched(make, classes, dataset.image_shape, state)
+            model, match = matched(make, classes, dataset.image_shape, state)
         fill(model, match, content, file)
     except ValueError as error:
         reason = _blame(error, config, name, dataset.image_shape, option)
@@ -114,9 +114,7 @@ def load_model(
     return model, config
 
 
-def _matched(
-    make: Callable[..., nn.Module], classes: int, shape: ImageShape, state: dict[str, Tensor]
-) -> tuple[nn.Module, Match]:
+def matched(make: Callable[..., nn.Module], classes: int, shape: ImageShape, state: dict[str, Tensor]) -> tuple[nn.Module, Match]:
     """A new model, normalised where `state` has the numbers for it, and where each weight of `state` goes in it."""
     with torch.random.fork_rng(devices=[]):  # initialising draws
         model = make(classes, shape).eval()

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,23 @@ from torch import Tensor, nn
 
 from ..config import FREE_ON_RESUME, Config
 from ..errors import InputError, as_input_error, first_line
-from .checkpoints import fill
-from .matching import Match
+from .checkpoints import fill, matched
 from .networks import ImageShape
 from .registry import create
 from .run_config import chosen_name, read_json, run_config
-from .try_on import try_on
 from .weight_files import METADATA, read_file, select
+from .wrapping import normalizers
 
 FORMAT = "spat_train model 1"
-CONFIG = ("format", "library_name", "spat_kernels", "num_classes", "classes", "image_shape")  # in config.json beside a run's
+CONFIG = (
+    "format",
+    "library_name",
+    "spat_kernels",
+    "num_classes",
+    "classes",
+    "image_shape",
+    "normalisation",
+)  # in config.json beside a run's
 NEEDED = ("config.json", "model.safetensors")
 ARCHITECTURE = ("model", "activation", "mean", "std", "data")  # all that is known of a checkpoint of others
 PATHS = ("data", "extra", "init")  # of the files, where they are absolute, only the names are published
@@ -61,11 +69,11 @@ def from_folder(path: str | Path, model: str | None = None) -> nn.Module:
     file = path / "model.safetensors"
     saved = read_file(file)
     state = select(saved, "model", file)
-    with as_input_error(f"{path} as {name} for {classes} classes, images {list(shape)}"), torch.random.fork_rng(devices=[]):
-        network = create(name, classes, shape, activation=config.activation, mean=config.mean, std=config.std).eval()
-        try_on(network, shape, classes)  # lazy layers have no weights before
+    make = partial(create, name, activation=config.activation, mean=config.mean, std=config.std)
+    with as_input_error(f"{path} as {name} for {classes} classes, images {list(shape)}"):
+        network, match = matched(make, classes, shape, state)
     try:
-        fill(network, Match(state, network), saved, file)
+        fill(network, match, saved, file)
     except InputError as error:
         raise InputError(
             f"{path}: model.safetensors and config.json do not belong together ({error}): export or download both again"
@@ -128,9 +136,17 @@ def packed(
         InputError: safetensors is not installed.
     """
     options = {key: v for key, v in config.to_dict().items() if key in ARCHITECTURE or (trained and key not in PRIVATE)}
-    if config.mean is None and not hasattr(network, "made_as"):  # a `Normalize` around the network: timm's, or of the file
-        options |= {key: getattr(network.normalize, key).flatten().tolist() for key in ("mean", "std")}
-    own = FORMAT, "spat_kernels", version("spat_kernels"), len(classes), list(classes), list(image_shape)
+    # Whoever set them: the run, timm or the file. `mean` and `std` are the run's options.
+    numbers = [{key: getattr(n, key).flatten().tolist() for key in ("mean", "std")} for n in normalizers(network).values()]
+    own = (
+        FORMAT,
+        "spat_kernels",
+        version("spat_kernels"),
+        len(classes),
+        list(classes),
+        list(image_shape),
+        next(iter(numbers), None),
+    )
     state = {key: _portable(t) for key, t in network.state_dict().items() if isinstance(t, Tensor)}
     plain = io.BytesIO()
     torch.save(state, plain)

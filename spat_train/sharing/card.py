@@ -10,6 +10,7 @@ from ..config import Config
 from ..data.datasets import DATASETS
 from ..evaluation.report import markdown_table
 from ..evaluation.result import WORST
+from ..models.external import is_code
 from ..papers.runs import data_name, format_eps, settings, title
 from .results import Results
 
@@ -44,7 +45,7 @@ class Subject:
     @property
     def code(self) -> bool:
         """Whether the architecture is code, which its reader has to allow."""
-        return ":" in self.name and not self.name.startswith("timm:")
+        return is_code(self.name)
 
 
 def card(subject: Subject, results: Results, license: str | None = None) -> str:
@@ -78,7 +79,9 @@ def _metadata(subject: Subject, results: Results, license: str | None) -> dict[s
     found |= {"datasets": [known]} if known in DATASETS else {}
     found |= {"metrics": ["accuracy"]}
     if measured:
-        dataset = {"type": _measured_on(subject, results), "name": _measured_on(subject, results), "split": "test"}
+        e, data = results.evaluation, _measured_on(subject, results)
+        images = str(e["about"].get("test images", e["settings"]["images"]) if e else results.test_images)
+        dataset = {"type": data, "name": data, "split": "test", "args": {"images": images}}
         task = {"type": "image-classification", "name": "Image classification"}
         found["model-index"] = [{"name": subject.title, "results": [{"task": task, "dataset": dataset, "metrics": measured}]}]
     return found
@@ -139,24 +142,28 @@ def _about(subject: Subject) -> str:
     )
 
 
+USE = """## Use
+
+{needs}`spat_kernels` and `safetensors` are needed. `model.pt` is the plain state dict, for `torch.load(weights_only=True)`.
+
+```python
+import torch
+from spat_train.models import from_folder, from_pretrained
+
+model = from_folder("."{given})  # the folder of this card; from_pretrained("USER/NAME"{given}) downloads it
+x = torch.rand(2, {shape})  # your images, in [0, 1]
+classes = model(x).argmax(1)
+```
+
+`spat-train evaluate . --data DATA{option}` attacks it. DATA is a data set, an .npz file or a folder."""
+
+
 def _use(subject: Subject) -> str:
-    allow = f', model="{subject.name}"' if subject.code else ""
-    code = "\n".join(
-        [
-            "import torch",
-            "from spat_train.models import from_folder, from_pretrained",
-            "",
-            f'model = from_folder("."{allow})  # the folder of this card; from_pretrained("USER/NAME"{allow}) downloads it',
-            f"x = torch.rand(2, {', '.join(map(str, subject.image_shape))})  # your images, in [0, 1]",
-            "classes = model(x).argmax(1)",
-        ]
-    )
-    needs = f"Its architecture is code, `{subject.name}`, which is not in this folder and has to be importable.\n" * subject.code
-    return (
-        f"## Use\n\n{needs}Needs `spat_kernels` and `safetensors`. `model.pt` is the plain state dict, "
-        f"for `torch.load(weights_only=True)`.\n\n```python\n{code}\n```\n\n"
-        "`spat-train evaluate . --data DATA --attacks autoattack` attacks it, with DATA a data set, an .npz file or a folder."
-    )
+    shape, name = ", ".join(map(str, subject.image_shape)), subject.name
+    if not subject.code:
+        return USE.format(needs="", given="", option="", shape=shape)
+    needs = f"Its architecture is code, `{name}`, which is not in this folder and has to be importable.\n"
+    return USE.format(needs=needs, given=f', model="{name}"', option=f" --model-name {name}", shape=shape)
 
 
 def _training(subject: Subject, results: Results) -> str:

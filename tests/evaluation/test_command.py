@@ -195,7 +195,7 @@ def test_checkpoints_and_data_of_somebody_else(evaluating, monkeypatch, capsys, 
         (["--source", "nowhere"], "nowhere: there is no such run or checkpoint"),
         (["--source", ".."], "no best.pt, last.pt or model.safetensors"),
         (["--source-mean", "0.5"], "--source-mean, --source-std: give the --source that they are of, or leave them out"),
-        (["--source", ".", "--source-name", FEATURES, "--source-mean", "0.5"], "--source-mean, --source-std: . is"),
+        (["--source", ".", "--source-name", FEATURES, "--source-mean", "0.5"], "--source-mean, --source-std: . has a config"),
         (["--source", "theirs.pth"], "theirs.pth: it does not say which architecture it is: give --source-name"),
     ],
 )

@@ -163,7 +163,8 @@ def test_a_checkpoint_of_others(tmp_path):
     loaded = from_folder(out)
     assert torch.equal(loaded(X), model(X))
     content = json.loads((out / "config.json").read_bytes())
-    torch.testing.assert_close(torch.tensor(content["mean"] + content["std"]), torch.tensor(MEAN + STD))
+    numbers_there = content["normalisation"]
+    torch.testing.assert_close(torch.tensor(numbers_there["mean"] + numbers_there["std"]), torch.tensor(MEAN + STD))
     assert not {"method", "eps", "epochs"} & content.keys()
 
 

@@ -132,6 +132,7 @@ def test_the_evaluation_is_in_the_card(evaluated, tmp_path, monkeypatch, capsys)
     for name, result in found["results"].items():
         assert f"| {name} | {result['accuracy']:.2f} | {result['interval'][0]:.2f} to {result['interval'][1]:.2f} |" in text
     assert "on 60 of 450 images of digits, with eps 25.5/255 " in text
+    assert header(tmp_path / "out")["model-index"][0]["results"][0]["dataset"]["args"] == {"images": "60 of 450"}
     assert "## Test" in text
     (results,) = header(tmp_path / "out")["model-index"][0]["results"]
     assert [m["value"] for m in results["metrics"]] == [round(r["accuracy"], 2) for r in found["results"].values()]
