@@ -168,7 +168,7 @@ def _check_out(out: Path, files: dict[str, bytes] | None = None) -> None:
     there = [name for name in there if name.removesuffix(".tmp") not in FILES or not name.endswith(".tmp")]
     if there and exported_config(out) is None:
         raise InputError(f"--out {out}: it holds {there[0]}, and no model that spat-train export wrote: choose another folder")
-    if "README.md" in there and edited((out / "README.md").read_text()):
+    if "README.md" in there and edited((out / "README.md").read_text("utf-8", "replace")):
         raise InputError(f"--out {out}: its README.md was changed by hand: move it away, or choose another folder")
     weights = out / "model.safetensors"
     if files and weights.name in there and weights.read_bytes() != files[weights.name]:
