@@ -14,13 +14,6 @@ from spat_kernels.normalize import Normalize
 
 from ..errors import did_you_mean, first_line
 
-PREFIXES = ("timm:",)  # of names with a colon that are no code of the user's
-
-
-def is_code(name: str) -> bool:
-    """Whether `name` is package.module:factory, which runs the user's code."""
-    return ":" in name and not name.startswith(PREFIXES)
-
 
 def timm_model(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     """timm's model `name`, not pretrained, after a `Normalize` with the numbers of its own configuration."""

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..config import Config
 from ..errors import InputError
-from .external import is_code
 from .weight_files import listed, read_file
 
 
@@ -17,7 +16,7 @@ def chosen_name(path: str | Path, config: Config | None, name: str | None, optio
         return name
     if config is None:
         raise InputError(f"{path}: it does not say which architecture it is: give {option}, such as wrn-34-10")
-    if is_code(config.model):
+    if ":" in config.model and not config.model.startswith("timm:"):
         raise InputError(f"{path}: it names code, {config.model}, which would run: if you trust it, give {option} {config.model}")
     return config.model
 

@@ -10,7 +10,6 @@ from ..config import Config
 from ..data.datasets import DATASETS
 from ..evaluation.report import markdown_table
 from ..evaluation.result import WORST
-from ..models.external import is_code
 from ..papers.runs import data_name, format_eps, settings, title
 from .results import Results
 
@@ -24,12 +23,14 @@ class Subject:
     """What a card is about.
 
     Attributes:
-        name: the architecture. config: that of its run; None for checkpoints of others.
+        name: the architecture. code: whether that is code, which a reader has to allow.
+        config: that of its run; None for checkpoints of others.
         data: what it was trained on. normalisation: its numbers as text, "" without.
         version: of this package.
     """
 
     name: str
+    code: bool
     config: Config | None
     data: str
     classes: Sequence[str]
@@ -41,11 +42,6 @@ class Subject:
     def title(self) -> str:
         how = f" trained by {title(self.config)}" if self.config else ""
         return f"{self.name}{how} on {data_name(self.data)}"
-
-    @property
-    def code(self) -> bool:
-        """Whether the architecture is code, which its reader has to allow."""
-        return is_code(self.name)
 
 
 def card(subject: Subject, results: Results, license: str | None = None) -> str:

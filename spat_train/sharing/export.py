@@ -12,6 +12,7 @@ from ..data.datasets import load
 from ..data.images import Dataset
 from ..errors import InputError
 from ..models.checkpoints import load_model, with_classes_of
+from ..models.external import import_own
 from ..models.hub import exported_config, packed, published
 from ..models.run_config import checkpoint_file, chosen_name, config_beside, run_config
 from ..models.weight_files import read_file
@@ -71,7 +72,7 @@ def export(
     shared = published(replace(made, model=name))
     files = packed(network, shared, dataset.classes, dataset.image_shape, trained=config is not None)
     subject = Subject(
-        name, shared if config else None, shared.data, dataset.classes, dataset.image_shape, normalisation(network),
+        name, import_own(name) is not None, shared if config else None, shared.data, dataset.classes, dataset.image_shape, normalisation(network),
         version("spat_kernels"),
     )  # fmt: skip
     text = card(subject, results_of(run, network, Path(evaluation) if evaluation else None), license)
