@@ -71,8 +71,9 @@ def export(
     made = config or Config(data=dataset.name, **known)
     shared = published(replace(made, model=name))
     files = packed(network, shared, dataset.classes, dataset.image_shape, trained=config is not None)
+    code, numbers = import_own(name) is not None, normalisation(network)
     subject = Subject(
-        name, import_own(name) is not None, shared if config else None, shared.data, dataset.classes, dataset.image_shape, normalisation(network),
+        name, code, shared if config else None, shared.data, dataset.classes, dataset.image_shape, numbers,
         version("spat_kernels"),
     )  # fmt: skip
     text = card(subject, results_of(run, network, Path(evaluation) if evaluation else None), license)
