@@ -8,6 +8,8 @@
     model = spat_train.create_model("wrn-28-10")
     spat_train.load_checkpoint(model, "weights.pt")  # ours, RobustBench's, those of TRADES, MART, RST, ...
     model, config = spat_train.load_model("runs/my-run", spat_train.load_data("cifar10"))
+    spat_train.export("runs/my-run", "exported")  # for the Hugging Face Hub, with a model card
+    model = spat_train.from_folder("exported")
 
 Names are imported when they are used: `import spat_train` is cheap, and needs none of the packages of the extra "train".
 """
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .evaluation.result import Evaluation
     from .models.checkpoints import load_checkpoint, load_model
+    from .models.hub import from_folder, from_pretrained
     from .models.registry import create as create_model
+    from .sharing.export import export
     from .training.trainer import Result, train
 
 __all__ = [
-    "Config", "Evaluation", "Result", "create_model", "evaluate", "load_checkpoint", "load_data", "load_model", "train",
+    "Config", "Evaluation", "Result", "create_model", "evaluate", "export", "from_folder", "from_pretrained", "load_checkpoint",
+    "load_data", "load_model", "train",
 ]  # fmt: skip
 
 _PLACES = {
@@ -33,6 +38,8 @@ _PLACES = {
     "evaluate": "evaluation.evaluate:evaluate", "Evaluation": "evaluation.result:Evaluation",
     "create_model": "models.registry:create", "load_model": "models.checkpoints:load_model",
     "load_checkpoint": "models.checkpoints:load_checkpoint", "load_data": "data.datasets:load",
+    "export": "sharing.export:export", "from_folder": "models.hub:from_folder",
+    "from_pretrained": "models.hub:from_pretrained",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from .presets import PRESETS
 from .runtime.atomic_write import SaveError
 from .runtime.distributed import PeerError, first_to_say, said_once
 from .runtime.signals import Stopped
+from .sharing.export import export_command
 from .training.curves import write_curves
 from .training.trainer import TrainingError
 from .training.trainer import train as run
@@ -117,6 +118,7 @@ COMMANDS: dict[str, dict[str, Callable]] = {  # by purpose, as --help lists them
     "training": {"train": train},
     "evaluation": {"evaluate": evaluate, "attacks": attacks_command},
     "the papers": {"figure": figure, "table": table, "plot": plot},
+    "to share": {"export": export_command},
     "to begin with": {"presets": presets, "demo": demo},
 }
 BY_NAME = {name: command for group in COMMANDS.values() for name, command in group.items()}

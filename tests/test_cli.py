@@ -221,6 +221,13 @@ def test_help_has_groups_and_says_each_default_once(monkeypatch, capsys, name, g
     assert not re.search(r"Default: [^-]*\(default: None\)", words)
 
 
+def test_help_of_export(monkeypatch, capsys):
+    words = " ".join(help_text(monkeypatch, capsys, "export").replace("│", "").split())
+    for part in ("--out PATH", "to be loaded by spat_train.from_folder", "Default: that of the run.", "such as mit or cc-by-4.0"):
+        assert part in words
+    assert "(default: None)" not in words
+
+
 def test_commands_are_listed_by_purpose(monkeypatch, capsys):
     text = help_text(monkeypatch, capsys)
     assert [name for name in re.findall(r"^  (\w+) +[A-Z].*\.$", text, re.MULTILINE)] == list(cli.BY_NAME)

@@ -31,7 +31,7 @@ FLOORS = {
         evaluation
         training
         papers
-        demo
+        demo sharing
         cli
         __main__
     """,

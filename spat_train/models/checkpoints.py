@@ -61,7 +61,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, weights: str = "auto"
     state = select(content, weights, path)
     if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         raise InputError(f"checkpoint {path}: the model has lazy layers, without weights as yet: give it images first")
-    _fill(model, Match(state, model), content, path)
+    fill(model, Match(state, model), content, path)
 
 
 def load_model(
@@ -95,19 +95,19 @@ def load_model(
     name = chosen_name(path, config, name, option)
     if config is not None:
         if activation or mean or std:
-            raise InputError(f"--activation, --mean, --std: {path} is a run, whose config says them: leave them out")
+            raise InputError(f"--activation, --mean, --std: {path} has a config that says them: leave them out")
         activation, mean, std = config.activation, config.mean, config.std
     classes = dataset.num_classes
     try:
         state = select(content, "auto", file)
         make = partial(create, name, activation=activation or "relu", mean=mean, std=std)
-        model, match = _matched(make, classes, dataset.image_shape, state)
+        model, match = matched(make, classes, dataset.image_shape, state)
         if mean and config is None and (numbers := match.values()):
             raise InputError(f"--mean, --std: {file} holds its own ({numbers_text(*numbers)}): leave them out")
         if not dataset.all_classes and match.classes > classes:
             classes = match.classes
-            model, match = _matched(make, classes, dataset.image_shape, state)
-        _fill(model, match, content, file)
+            model, match = matched(make, classes, dataset.image_shape, state)
+        fill(model, match, content, file)
     except ValueError as error:
         reason = _blame(error, config, name, dataset.image_shape, option)
         images = f"{classes} classes, images {list(dataset.image_shape)}"
@@ -115,9 +115,7 @@ def load_model(
     return model, config
 
 
-def _matched(
-    make: Callable[..., nn.Module], classes: int, shape: ImageShape, state: dict[str, Tensor]
-) -> tuple[nn.Module, Match]:
+def matched(make: Callable[..., nn.Module], classes: int, shape: ImageShape, state: dict[str, Tensor]) -> tuple[nn.Module, Match]:
     """A new model, normalised where `state` has the numbers for it, and where each weight of `state` goes in it."""
     with torch.random.fork_rng(devices=[]):  # initialising draws
         model = make(classes, shape).eval()
@@ -149,7 +147,8 @@ def with_classes_of(model: nn.Module, dataset: Dataset) -> Dataset:
     return dataclasses.replace(dataset, classes=tuple(map(str, range(try_on(model, dataset.image_shape)[0]))))
 
 
-def _fill(model: nn.Module, match: Match, content: Any, path: str | Path) -> None:
+def fill(model: nn.Module, match: Match, content: Any, path: str | Path) -> None:
+    """Copy the weights of `match` into `model`, all or none. `content`: all that the file `path` holds."""
     if reason := misfit(match):
         sizes = bool(match.misshaped) and not match.missing and not match.unexpected
         raise Misfit(f"checkpoint {path}: it does not fit the model: {reason}", sizes)

@@ -23,16 +23,16 @@ def chosen_name(path: str | Path, config: Config | None, name: str | None, optio
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """`path`, or in the folder of a run its best checkpoint."""
+    """`path`; or in the folder of a run its best checkpoint, and in one of `spat-train export` its weights."""
     path = Path(path)
     if not os.path.isdir(path):
         if not os.path.isfile(path):  # those of Path raise on names that are too long
             remedy = "give the folder of a run, or a file that torch.save wrote"
             raise InputError(f"{path}: there is no such run or checkpoint: {remedy}")
         return path
-    found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
+    found = [path / name for name in ("best.pt", "last.pt", "model.safetensors") if (path / name).is_file()]
     if not found:
-        raise InputError(f"{path}: no best.pt or last.pt there: give the folder of a run, or a checkpoint")
+        raise InputError(f"{path}: no best.pt, last.pt or model.safetensors there: give the folder of a run, or a checkpoint")
     return found[0]
 
 
@@ -45,11 +45,15 @@ def run_config(path: str | Path, content: Any = None) -> Config | None:
     file = Path(path) / "config.json"
     if not os.path.isfile(file):
         return config_beside(content if content is not None else read_file(checkpoint_file(path)), path)
+    return _config(read_json(file), file)
+
+
+def read_json(file: Path) -> Any:
+    """What is in `file`. Raises InputError where that cannot be read."""
     try:
-        content = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({type(error).__name__}): restore it") from error
-    return _config(content, file)
 
 
 def config_beside(content: Any, path: str | Path) -> Config | None:

@@ -1,5 +1,6 @@
 """Files that hold weights: read without running code from them, and searched for the entries that are the weights."""
 
+import json
 import os
 import re
 import zipfile
@@ -20,6 +21,7 @@ KEYS += ["module", "shadow", "last"]
 AVERAGED = re.compile(r"(^|[._])(ema|swa)([._]|$)")
 LEVELS = 3  # of dicts around a state dict
 LISTED = 8
+METADATA = "spat_train"  # in a .safetensors file: its format and config as JSON
 
 
 class _Ignored:
@@ -121,12 +123,19 @@ def _something_else(path: Path, head: bytes) -> str:
     return ""
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> dict[str, Any]:
+    """Its tensors; where `spat-train export` wrote it, as "model" beside what its metadata say, as in a checkpoint of a run."""
     try:
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise _refused(path, "reading it needs safetensors, which is not installed: pip install safetensors") from error
-    return load_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    except (SafetensorError, ValueError) as error:
+        raise _refused(path, f"it is cut short or damaged ({first_line(error)}): copy or download it again") from error
+    return {**about, "model": state} if isinstance(about, dict) and about else state
 
 
 def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def test_another_name_for_the_model_of_a_run(tmp_path):
     kinds = {type(m) for m in model.modules()}
     assert nn.SiLU in kinds
     assert nn.ReLU not in kinds
-    with pytest.raises(InputError, match="is a run, whose config says them: leave them out"):
+    with pytest.raises(InputError, match="has a config that says them: leave them out"):
         load_model(path, CIFAR, "timm:resnet18", mean=MEAN, std=STD)
 
 

@@ -1,0 +1,218 @@
+"""Models in the layout of the Hugging Face Hub: `spat-train export` writes it, `from_folder` and `from_pretrained` read it.
+
+    model.safetensors   the weights; its metadata has the config too, so that the file alone says what it holds
+    config.json         a run's config without what is about the machine, and CONFIG below
+    model.pt            the same weights as a plain state dict, for torch.load(weights_only=True)
+    README.md           the model card (spat_train/sharing/card.py)
+
+Nothing in such a folder runs: an architecture that is code, package.module:factory, has to be repeated by the caller.
+"""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import FREE_ON_RESUME, Config
+from ..errors import InputError, as_input_error, first_line
+from .checkpoints import fill, matched
+from .networks import ImageShape
+from .registry import create
+from .run_config import chosen_name, read_json, run_config
+from .weight_files import METADATA, read_file, select
+from .wrapping import normalizers
+
+FORMAT = "spat_train model 1"
+CONFIG = (
+    "format",
+    "library_name",
+    "spat_kernels",
+    "num_classes",
+    "classes",
+    "image_shape",
+    "normalisation",
+)  # in config.json beside a run's
+NEEDED = ("config.json", "model.safetensors")
+ARCHITECTURE = ("model", "activation", "mean", "std", "data")  # all that is known of a checkpoint of others
+PATHS = ("data", "extra", "init")  # of the files, where they are absolute, only the names are published
+PRIVATE = set(FREE_ON_RESUME) - set(PATHS)
+
+
+def from_folder(path: str | Path, model: str | None = None) -> nn.Module:
+    """The model in a folder that `spat-train export` wrote: in eval mode, on the CPU, equal to the exported one to the bit.
+
+    It takes images [B, C, H, W] in [0, 1], of the `image_shape` in config.json, to logits [B, num_classes]. Nothing is
+    downloaded, and no code in the folder runs.
+
+    Args:
+        path: a folder with config.json and model.safetensors.
+        model: the architecture, as `spat_train.models.create` takes it. Only where config.json names code, as
+            package.module:factory, has it to be given: by repeating that name you allow it to run.
+
+    Raises:
+        InputError: a file is missing, damaged or written by something else, they do not fit each other, or a package is missing.
+    """
+    path = Path(path)
+    content = _read_config(path)
+    config = run_config(path)
+    assert config is not None  # `_read_config` has checked that there is a model
+    name = chosen_name(path, config, model, "model")
+    classes, shape = content["num_classes"], tuple(content["image_shape"])
+    file = path / "model.safetensors"
+    saved = read_file(file)
+    state = select(saved, "model", file)
+    make = partial(create, name, activation=config.activation, mean=config.mean, std=config.std)
+    with as_input_error(f"{path} as {name} for {classes} classes, images {list(shape)}"):
+        network, match = matched(make, classes, shape, state)
+    try:
+        fill(network, match, saved, file)
+    except InputError as error:
+        raise InputError(
+            f"{path}: model.safetensors and config.json do not belong together ({error}): export or download both again"
+        ) from error
+    return network
+
+
+def from_pretrained(
+    repo: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """`from_folder` of a repository on the Hugging Face Hub, of which config.json and model.safetensors are downloaded.
+
+    Args:
+        repo: USER/NAME; or a folder, for which nothing is downloaded.
+        model: as in `from_folder`.
+        revision, cache_dir, local_files_only, token: as in `huggingface_hub.snapshot_download`: the branch, tag or commit; where
+            downloads are kept; whether only those are used; what opens private repositories.
+
+    Raises:
+        InputError: it cannot be downloaded, huggingface_hub is missing, or as in `from_folder`.
+    """
+    if os.path.isdir(repo):
+        for name, value in {"revision": revision, "cache_dir": cache_dir, "token": token}.items():
+            if value is not None:
+                raise InputError(f"{name}: {repo} is a folder, of which nothing is downloaded: leave {name} out")
+        return from_folder(repo, model)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        needs = "downloading it needs huggingface_hub, which is not installed"
+        raise InputError(f"{repo}: there is no such folder, and {needs}: pip install huggingface_hub") from error
+    try:
+        folder = snapshot_download(
+            str(repo), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+            allow_patterns=list(NEEDED),
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # all of huggingface_hub's are one of the two
+        remedy = "give an existing folder, or USER/NAME of a repository that you can reach"
+        raise InputError(f"{repo}: it cannot be downloaded ({type(error).__name__}: {first_line(error)}): {remedy}") from error
+    return from_folder(folder, model)
+
+
+def packed(
+    network: nn.Module, config: Config, classes: Sequence[str], image_shape: ImageShape, *, trained: bool
+) -> dict[str, bytes]:
+    """The content of config.json, model.safetensors and model.pt for `network`; a function of the arguments.
+
+    Args:
+        network: as `load_model` gives it.
+        config: that of its run, with the name of the architecture that `network` was created by; see `published`.
+        trained: whether a run made the weights; else only ARCHITECTURE is taken from `config`.
+
+    Raises:
+        InputError: safetensors is not installed.
+    """
+    options = {key: v for key, v in config.to_dict().items() if key in ARCHITECTURE or (trained and key not in PRIVATE)}
+    # Whoever set them: the run, timm or the file. `mean` and `std` are the run's options.
+    numbers = [{key: getattr(n, key).flatten().tolist() for key in ("mean", "std")} for n in normalizers(network).values()]
+    own = (
+        FORMAT,
+        "spat_kernels",
+        version("spat_kernels"),
+        len(classes),
+        list(classes),
+        list(image_shape),
+        next(iter(numbers), None),
+    )
+    state = {key: _portable(t) for key, t in network.state_dict().items() if isinstance(t, Tensor)}
+    plain = io.BytesIO()
+    torch.save(state, plain)
+    return {
+        "config.json": (json.dumps(dict(zip(CONFIG, own, strict=True)) | options, indent=1) + "\n").encode(),
+        "model.safetensors": _safetensors(state, {"format": FORMAT, "config": options}),
+        "model.pt": plain.getvalue(),
+    }
+
+
+def published(config: Config) -> Config:
+    """`config` without absolute paths, which are private: only the names of the files stay."""
+    given = {key: os.fspath(value) for key in PATHS if (value := getattr(config, key))}
+    return replace(config, **{key: os.path.basename(path.rstrip("/")) for key, path in given.items() if os.path.isabs(path)})
+
+
+def _portable(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, in memory of its own though another may be tied to it, and in fp32 where it has fewer bits."""
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.detach().to("cpu", torch.float32 if half else tensor.dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _safetensors(state: dict[str, Tensor], about: dict) -> bytes:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise InputError(
+            "model.safetensors: writing it needs safetensors, which is not installed: pip install safetensors"
+        ) from error
+    return save(state, {METADATA: json.dumps(about)})  # one entry: of several, the order differs from call to call
+
+
+def exported_config(path: Path) -> dict[str, Any] | None:
+    """The content of config.json in a folder that `spat-train export` wrote; None where there is no such file, or another's."""
+    if not os.path.isfile(path / "config.json"):
+        return None
+    content = read_json(path / "config.json")
+    ours = isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rstrip("0123456789"))
+    return content if ours else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The checked content of config.json. Raises InputError where a file is missing, or it is none of ours."""
+    file = path / "config.json"
+    for name in NEEDED:
+        if not os.path.isfile(path / name):  # that of Path raises on names that are too long
+            raise InputError(f"{path}: there is no {name}: give a folder that spat-train export wrote")
+    content = exported_config(path)
+    if content is None:
+        raise InputError(f"{file}: spat-train export did not write it: load the folder with the library that did")
+    if content["format"] != FORMAT:
+        raise InputError(f"{file}: it is of another version ({content['format']}): install a newer spat_kernels")
+    values: list[Any] = [content.get(key) for key in ("num_classes", "classes", "image_shape", "model")]
+    count, names, shape, model = values
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    right = {
+        "num_classes": _whole(count) and count >= 2,
+        "classes": named and len(names) == count,
+        "image_shape": isinstance(shape, list) and len(shape) == 3 and all(_whole(side) and side > 0 for side in shape),
+        "model": isinstance(model, str),
+    }
+    if wrong := [key for key, fine in right.items() if not fine]:
+        shown = f"{content.get(wrong[0])!r}"[:100]
+        raise InputError(f"{file}: no export writes {wrong[0]}={shown}: export or download the folder again")
+    return content
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,186 @@
+"""`spat-train export`: the model of a run, or a checkpoint, as a folder for the Hugging Face Hub."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ..command_line import DEFAULT_IN_HELP
+from ..config import Config
+from ..data.datasets import load
+from ..data.images import Dataset
+from ..errors import InputError
+from ..models.checkpoints import load_model, with_classes_of
+from ..models.external import import_own
+from ..models.hub import exported_config, packed, published
+from ..models.run_config import checkpoint_file, chosen_name, config_beside, run_config
+from ..models.weight_files import read_file
+from ..models.wrapping import normalisation
+from ..runtime import atomic_write
+from .card import Subject, card, edited
+from .results import results_of
+
+FILES = ("config.json", "model.safetensors", "model.pt", "README.md")
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    evaluation: str | Path | None = None,
+    dataset: Dataset | None = None,
+    model_name: str | None = None,
+    activation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write the model of a run for others, in the layout of the Hugging Face Hub; `spat_train.from_folder` loads it.
+
+    The folder gets model.safetensors, model.pt (a plain state dict), config.json and the model card README.md. The weights are
+    those that a run is judged by: of best.pt where there is one, the averaged ones where there are such. Numbers go into the card
+    only where their files show that they are about these very weights. The same arguments write the same bytes.
+
+    Args:
+        run: the folder of a run, or a checkpoint.
+        out: an empty or new folder, or that of an earlier export of the same weights, whose card nobody has changed.
+        evaluation: what `spat-train evaluate` wrote, an evaluation.json or its folder. None is that in its usual place, where
+            there is one.
+        dataset: with the images and classes of the model. None is that which the run was trained on.
+        model_name: the architecture, for checkpoints of others, and where the run names code, which would run.
+        activation, mean, std: as `spat_train.create_model` takes them, for checkpoints of others alone.
+        license: of the weights, as the Hub names it, such as "mit". None leaves it to you to add one.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: an argument does not fit, safetensors is missing, or `out` holds something else.
+        SaveError: the disk is full.
+    """
+    run, out = Path(run), Path(out)
+    _check_places(run, out)
+    config = run_config(run)
+    name = chosen_name(run, config, model_name, "--model-name")
+    dataset = dataset or open_dataset(run, config)
+    network, config = load_model(run, dataset, name, activation=activation, mean=mean, std=std)
+    _check_config(run, config)
+    dataset = with_classes_of(network, dataset)
+    known: dict[str, Any] = {"activation": activation or "relu", "mean": _tuple(mean), "std": _tuple(std)}
+    made = config or Config(data=dataset.name, **known)
+    shared = published(replace(made, model=name))
+    files = packed(network, shared, dataset.classes, dataset.image_shape, trained=config is not None)
+    code, numbers = import_own(name) is not None, normalisation(network)
+    subject = Subject(
+        name, code, shared if config else None, shared.data, dataset.classes, dataset.image_shape, numbers,
+        version("spat_kernels"),
+    )  # fmt: skip
+    text = card(subject, results_of(run, network, Path(evaluation) if evaluation else None), license)
+    _write(out, files | {"README.md": text.encode()})
+    return out
+
+
+def export_command(
+    model: Path,
+    /,
+    out: Path,
+    evaluation: Annotated[Path | None, DEFAULT_IN_HELP] = None,
+    license: Annotated[str | None, DEFAULT_IN_HELP] = None,
+    model_name: Annotated[str | None, DEFAULT_IN_HELP] = None,
+    activation: Annotated[Literal["relu", "silu", "gelu", "softplus"] | None, DEFAULT_IN_HELP] = None,
+    mean: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
+    std: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
+    data: Annotated[str | None, DEFAULT_IN_HELP] = None,
+    root: Annotated[Path | None, DEFAULT_IN_HELP] = None,
+    image_size: Annotated[int | None, DEFAULT_IN_HELP] = None,
+) -> None:
+    """Write a model with its card for the Hugging Face Hub, to be loaded by spat_train.from_folder.
+
+    The card says how it was trained and how robust it is, by the run's own test and by `spat-train evaluate`. Numbers of other
+    weights are left out. The folder can be given to `evaluate` and to `train --init`.
+
+    Args:
+        model: the folder of a run, or a checkpoint.
+        out: a new folder for model.safetensors, model.pt, config.json and README.md, or that of an earlier export of the same.
+        evaluation: what `spat-train evaluate` wrote: its folder, or the evaluation.json in it. Default: that of the run.
+        license: of the weights, as the Hub names it, such as mit or cc-by-4.0. Default: none is said.
+        model_name: the architecture, as --model in `spat-train train`. Default: that of the run. Where that is code, as
+            package.module:factory, it has to be given again: it would run.
+        activation: what replaces every ReLU of the model, where it is no run's. Default: they stay.
+        mean: of the normalisation that a checkpoint of others was trained with. Default: that in the file.
+        std: its standard deviation. Default: as --mean.
+        data: the data of the model, for the shape of its images and the names of its classes. Default: those of the run.
+        root: where torchvision's data sets are. Default: where the run had them, else data.
+        image_size: side of the images of a folder. Default: that of the run.
+    """
+    _check_places(model, out)
+    dataset = open_dataset(model, run_config(model), data, root, image_size)
+    export(
+        model, out, evaluation=evaluation, dataset=dataset, model_name=model_name, activation=activation, mean=mean, std=std,
+        license=license,
+    )  # fmt: skip
+    print(f"{out} written: {', '.join(FILES)}")
+
+
+def open_dataset(
+    run: Path, config: Config | None, data: str | None = None, root: Path | None = None, image_size: int | None = None
+) -> Dataset:
+    """The data of a model, test images alone; by default those of its run.
+
+    Raises:
+        InputError: they are not known, or not there any more.
+    """
+    name = data or (config.data if config else None)
+    if name is None:
+        raise InputError(f"--data: {run} does not tell which it was trained on: give cifar10, an .npz file, ...")
+    size = image_size or (config.image_size if config else None)
+    try:
+        return load(name, root=root or (config.root if config else Path("data")), image_size=size, test_only=True)
+    except InputError as error:
+        if data is not None:
+            raise
+        raise InputError(f"{run} was trained on --data {name}; give --data where that is now ({error})") from error
+
+
+def _tuple(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if numbers is None else tuple(numbers)
+
+
+def _check_config(run: Path, config: Config | None) -> None:
+    """Raise InputError where the config in the folder is not that of its weights, which the card would be about."""
+    file = checkpoint_file(run)
+    own = config_beside(read_file(file), file)
+    if config and own and (changed := config.differences(own.to_dict())):
+        raise InputError(f"{run / 'config.json'}: {file.name} was made with other options ({'; '.join(changed)}): restore it")
+
+
+def _check_places(run: Path, out: Path) -> None:
+    """Before anything is loaded."""
+    if run.is_dir() and exported_config(run):
+        raise InputError(f"{run}: it is an export already: copy it, or export its run again")
+    _check_out(out)
+
+
+def _check_out(out: Path, files: dict[str, bytes] | None = None) -> None:
+    """Raise InputError where `out` holds something that `files`, or any, must not replace."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: it is a file: choose another folder")
+    there = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
+    there = [name for name in there if name.removesuffix(".tmp") not in FILES or not name.endswith(".tmp")]
+    if there and exported_config(out) is None:
+        raise InputError(f"--out {out}: it holds {there[0]}, and no model that spat-train export wrote: choose another folder")
+    if "README.md" in there and edited((out / "README.md").read_text("utf-8", "replace")):
+        raise InputError(f"--out {out}: its README.md was changed by hand: move it away, or choose another folder")
+    weights = out / "model.safetensors"
+    if files and weights.name in there and weights.read_bytes() != files[weights.name]:
+        raise InputError(f"--out {out}: it holds another model: remove it, or choose another folder")
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    """Each file in one step, config.json first: where that is, a stopped export may be finished by the same command."""
+    _check_out(out, files)
+    atomic_write.make_folder(out)
+    for name in FILES:
+        if not (out / name).is_file() or (out / name).read_bytes() != files[name]:
+            atomic_write.write(out / name, files[name])

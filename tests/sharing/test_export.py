@@ -1,0 +1,348 @@
+"""Exports of trained runs: the model to the bit, a card whose numbers are about these weights alone, and whose code runs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+
+import spat_train
+from spat_train.data.datasets import load
+from spat_train.data.images import floats
+from spat_train.errors import InputError
+from spat_train.models.checkpoints import load_model
+from spat_train.models.run_config import run_config
+from spat_train.runtime.atomic_write import SaveError
+from spat_train.sharing.card import edited
+from spat_train.training.trainer import train
+from tests.evaluation.helpers import command, contents, error
+from tests.training.helpers import settings
+
+ROOT = Path(__file__).parents[2]
+X, _ = floats(load("digits").test, torch.arange(40), "cpu", torch.contiguous_format)
+EVALUATE = ["--attacks", "fgsm,pgd-7", "--limit", "60", "--no-alarms", "--device", "cpu", "--model-name", "small-cnn"]
+CODE = "tests.training.helpers:network"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By name: madry (small-cnn, with a test), ema (TRADES+SPAT, normalised, with SiLU), code."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = settings(folder / "madry", model="small-cnn", epochs=2, test=True)
+    train(base)
+    ema = {"method": "trades", "alpha": 0.3, "ema": 0.9, "activation": "silu", "mean": (0.3,), "std": (0.4,), "holdout": 0}
+    train(replace(base, out=folder / "ema", test=False, **ema))
+    train(replace(base, out=folder / "code", test=False, model=CODE))
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """A copy of the run madry, to change."""
+    return Path(shutil.copytree(runs / "madry", tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs, tmp_path_factory):
+    """The run madry with an evaluation in it, which takes seconds."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(runs / "madry", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        command(patch, "evaluate", folder, *EVALUATE)
+    return folder
+
+
+def card(folder) -> str:
+    return (folder / "README.md").read_text()
+
+
+def header(folder) -> dict:
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load(card(folder).split("---\n")[1])
+
+
+@pytest.mark.parametrize("name", ["madry", "ema", "code"])
+def test_the_model_of_a_run(runs, tmp_path, name):
+    code = CODE if name == "code" else None
+    spat_train.export(runs / name, tmp_path / "out", model_name=code)
+    model, config = load_model(runs / name, load("digits"), code)
+    loaded = spat_train.from_folder(tmp_path / "out", model=code)
+    assert torch.equal(loaded(X), model(X))
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")  # it needs nothing of the run
+    assert torch.equal(spat_train.from_pretrained(tmp_path / "elsewhere", model=code)(X), model(X))
+    found = run_config(tmp_path / "elsewhere")
+    assert found == replace(config, **{key: getattr(found, key) for key in spat_train.config.FREE_ON_RESUME if key != "data"})
+    if name == "ema":  # the averaged weights, which are not the others
+        last = torch.load(runs / "ema" / "last.pt", weights_only=True)
+        assert torch.equal(loaded.state_dict()["model.classifier.weight"], last["ema"]["model.classifier.weight"])
+        assert not torch.equal(last["ema"]["model.classifier.weight"], last["model"]["model.classifier.weight"])
+        assert "They are the averaged ones." in card(tmp_path / "elsewhere")
+        assert "mean 0.3, std 0.4" in card(tmp_path / "elsewhere")
+
+
+def test_the_card_of_a_run_with_a_test(runs, tmp_path):
+    spat_train.export(runs / "madry", tmp_path / "out", license="cc-by-4.0")
+    text, result = card(tmp_path / "out"), json.loads((runs / "madry" / "result.json").read_text())
+    assert "# small-cnn trained by Madry on digits\n" in text
+    for name, value in result["test"].items():
+        assert f"| {name} | {value:.2f} |" in text
+    assert f"on {result['test_images']} test images with eps 25.5/255." in text
+    best = result["best"]
+    assert (
+        f"epoch {best['epoch']}, the best on held-out training images: clean {best['clean']:.2f} %, pgd {best['pgd']:.2f} %"
+        in text
+    )
+    for row in ("| epochs | 2 |", "| batch size | 32 |", "| eps | 25.5/255 |", "| attack steps | 2 |", "| seed | 0 |"):
+        assert row in text
+    assert "## Evaluation" not in text
+    assert str(runs) not in text
+    found = header(tmp_path / "out")
+    assert (found["license"], found["library_name"], found["datasets"]) == ("cc-by-4.0", "spat_kernels", ["digits"])
+    assert {"adversarial-robustness", "adversarial-training", "image-classification"} <= set(found["tags"])
+    (results,) = found["model-index"][0]["results"]
+    assert [metric["value"] for metric in results["metrics"]] == [round(value, 2) for value in result["test"].values()]
+    assert results["metrics"][1]["args"] == {"eps": "25.5/255"}
+    hub = pytest.importorskip("huggingface_hub")
+    data = hub.ModelCard(text).data
+    assert [each.metric_value for each in data.eval_results] == [round(value, 2) for value in result["test"].values()]
+
+
+def test_a_run_without_any_test(runs, tmp_path):
+    spat_train.export(runs / "ema", tmp_path / "out")
+    assert "These weights were not evaluated" in card(tmp_path / "out")
+    assert "model-index" not in card(tmp_path / "out")
+    assert "# small-cnn trained by TRADES+SPAT(.3) on digits\n" in card(tmp_path / "out")
+
+
+def test_the_evaluation_is_in_the_card(evaluated, tmp_path, monkeypatch, capsys):
+    command(monkeypatch, "export", evaluated, "--out", tmp_path / "out")
+    assert capsys.readouterr().out == f"{tmp_path / 'out'} written: config.json, model.safetensors, model.pt, README.md\n"
+    found = json.loads((evaluated / "evaluation" / "evaluation.json").read_text())
+    text = card(tmp_path / "out")
+    for name, result in found["results"].items():
+        assert f"| {name} | {result['accuracy']:.2f} | {result['interval'][0]:.2f} to {result['interval'][1]:.2f} |" in text
+    assert "on 60 of 450 images of digits, with eps 25.5/255 " in text
+    assert header(tmp_path / "out")["model-index"][0]["results"][0]["dataset"]["args"] == {"images": "60 of 450"}
+    assert "## Test" in text
+    (results,) = header(tmp_path / "out")["model-index"][0]["results"]
+    assert [m["value"] for m in results["metrics"]] == [round(r["accuracy"], 2) for r in found["results"].values()]
+    command(monkeypatch, "export", evaluated, "--out", tmp_path / "same", "--evaluation", evaluated / "evaluation")
+    assert contents(tmp_path / "same") == contents(tmp_path / "out")
+
+    # The folder as a model: the same accuracies, and again an export, which finds its own files.
+    command(monkeypatch, "evaluate", tmp_path / "out", *EVALUATE, "--data", "digits")
+    again = json.loads((tmp_path / "out" / "evaluation" / "evaluation.json").read_text())
+    assert again["results"] == found["results"]
+    assert again["settings"] == found["settings"]  # the hash of the weights, and eps, which config.json says
+    command(monkeypatch, "export", evaluated, "--out", tmp_path / "out")
+
+
+def test_alarms_are_in_the_card(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "run")
+    path = tmp_path / "run" / "evaluation" / "evaluation.json"
+    content = json.loads(path.read_text())
+    raised = {"name": "more steps break more images", "numbers": {}, "raised": True, "meaning": "Gradients may be masked."}
+    path.write_text(json.dumps(content | {"alarms": [raised, raised | {"name": "no", "raised": False}]}))
+    text = card(spat_train.export(tmp_path / "run", tmp_path / "out"))
+    assert text.count("Alarm: ") == 1
+    assert "- Alarm: it was expected that more steps break more images. Gradients may be masked." in text
+
+
+def test_the_code_of_the_card_runs(runs, tmp_path, monkeypatch):
+    """In a new process, and where the architecture is code that can be imported."""
+    for name, code in (("madry", None), ("code", CODE)):
+        out = spat_train.export(runs / name, tmp_path / name, model_name=code)
+        (block,) = re.findall(r"```python\n(.*?)```", card(out), re.S)
+        if code:
+            monkeypatch.chdir(out)
+            names: dict = {}
+            exec(block, names)
+            assert torch.equal(names["model"](X), load_model(runs / name, load("digits"), code)[0](X))
+        else:
+            last = "print(tuple(classes.shape), model.training)"
+            words, env = [sys.executable, "-c", block + last], {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=out, env=env)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "(2,) False\n", "")
+
+
+# ---- whose numbers they are
+
+
+def train_other(folder: Path) -> Path:
+    """The run madry from another seed."""
+    train(settings(folder, model="small-cnn", epochs=2, test=True, seed=1))
+    return folder
+
+
+def test_numbers_of_other_weights_are_left_out(evaluated, tmp_path, capsys):
+    """best.pt was replaced by that of another run, with its config; last.pt, result.json and the evaluation were not."""
+    run, other = Path(shutil.copytree(evaluated, tmp_path / "run")), train_other(tmp_path / "other")
+    for name in ("best.pt", "config.json"):
+        shutil.copy(other / name, run / name)
+    capsys.readouterr()
+    text = card(spat_train.export(run, tmp_path / "out"))
+    err = capsys.readouterr().err
+    assert f"{run / 'result.json'} is left out of the card: it is not about the weights in {run / 'best.pt'}" in err
+    assert f"left out of the card: {run / 'evaluation' / 'evaluation.json'}: it is about another model" in err
+    assert "These weights were not evaluated" in text
+    with pytest.raises(InputError, match="--evaluation: .*it is about another model"):
+        spat_train.export(run, tmp_path / "out", evaluation=run / "evaluation")
+    with pytest.raises(InputError, match="--evaluation: .*it is no evaluation of this version"):
+        spat_train.export(run, tmp_path / "out", evaluation=run / "result.json")
+    with pytest.raises(InputError, match="--evaluation: .*nowhere cannot be read"):
+        spat_train.export(run, tmp_path / "out", evaluation=run / "nowhere")
+
+
+def test_a_config_of_another_run_is_refused(run, tmp_path):
+    other = train_other(tmp_path / "other")
+    shutil.copy(other / "best.pt", run / "best.pt")
+    with pytest.raises(InputError, match=r"config.json: best.pt was made with other options \(seed: 1 -> 0\): restore it"):
+        spat_train.export(run, tmp_path / "out")
+
+
+def test_a_result_that_is_out_of_date(tmp_path, capsys):
+    """The run went on, and was not tested again."""
+    config = settings(tmp_path / "run", model="small-cnn", epochs=1, schedule="constant", test=True)
+    train(config)
+    assert "## Test" in card(spat_train.export(tmp_path / "run", tmp_path / "one"))
+    train(replace(config, epochs=2, resume=True, test=False))
+    capsys.readouterr()
+    assert "## Test" not in card(spat_train.export(tmp_path / "run", tmp_path / "two"))
+    assert "result.json is left out of the card: it is not about the weights in" in capsys.readouterr().err
+
+
+def test_without_last_pt_nothing_says_whose_result_it_is(run, tmp_path, capsys):
+    (run / "last.pt").unlink()
+    text = card(spat_train.export(run, tmp_path / "out"))
+    assert "## Test" not in text
+    assert "the best on held-out training images" in text  # which best.pt itself says
+    assert "without last.pt it does not show which weights it is about" in capsys.readouterr().err
+
+
+def test_an_unfinished_run(tmp_path):
+    from spat_train.runtime.signals import Stopped
+    from tests.training.helpers import after, send
+
+    config = settings(tmp_path / "run", model="small-cnn", test=True)
+    with pytest.raises(Stopped):
+        train(config, on_step=after(7, send))
+    assert "The run has finished 1 of its 4 epochs." in card(spat_train.export(tmp_path / "run", tmp_path / "out"))
+
+
+# ---- where it goes
+
+
+def test_twice_gives_the_same_files(runs, tmp_path):
+    out = spat_train.export(runs / "madry", tmp_path / "out")
+    before, times = contents(out), {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    spat_train.export(runs / "madry", tmp_path / "out")
+    assert contents(out) == before
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    assert contents(spat_train.export(runs / "madry", tmp_path / "another")) == before
+    for name in ("model.safetensors", "README.md", "model.pt"):  # stopped between two files, and within one
+        (out / name).unlink()
+        (out / f"{name}.tmp").write_bytes(b"half")
+        spat_train.export(runs / "madry", out)
+        assert contents(out) == before
+
+
+def test_folders_that_hold_something_else(runs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".gitattributes").touch()  # of a new repository
+    spat_train.export(runs / "madry", out)
+    before = contents(out)
+
+    def refusal(run=runs / "madry", to=out) -> str:
+        files = contents(tmp_path)
+        with pytest.raises(InputError) as caught:
+            spat_train.export(run, to)
+        assert contents(tmp_path) == files
+        return str(caught.value)
+
+    assert refusal(runs / "ema") == f"--out {out}: it holds another model: remove it, or choose another folder"
+    assert re.search(r"it holds \S+, and no model that spat-train export wrote", refusal(to=runs / "madry"))
+    assert refusal(to=out / "README.md") == f"--out {out / 'README.md'}: it is a file: choose another folder"
+    assert "it is an export already" in refusal(out, tmp_path / "two")
+    (out / "README.md").write_text(card(out).replace("A classifier", "My classifier"))
+    assert refusal() == f"--out {out}: its README.md was changed by hand: move it away, or choose another folder"
+    (out / "README.md").unlink()
+    spat_train.export(runs / "madry", out)
+    assert contents(out) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert "it holds notes.txt, and no model" in refusal(to=tmp_path / "mine")
+
+
+def test_what_counts_as_edited(runs, tmp_path):
+    text = card(spat_train.export(runs / "madry", tmp_path / "out"))
+    assert not edited(text)
+    for other in ("", "# A card\n", text + "more\n", "a" + text, text.replace("digits", "mnist"), text[:-5]):
+        assert edited(other)
+
+
+def test_a_full_disk(runs, tmp_path, monkeypatch):
+    from spat_train.runtime import atomic_write
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_write.os, "fsync", full)
+    with pytest.raises(SaveError, match="No space left on device"):
+        spat_train.export(runs / "madry", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ---- by command
+
+
+def test_a_checkpoint_of_others(runs, tmp_path, monkeypatch, capsys):
+    """Of the card it is only said what is known."""
+    model, _ = load_model(runs / "madry", load("digits"))
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    options = ["--model-name", "small-cnn", "--data", "digits", "--mean", "0.5", "--std", "0.5"]
+    command(monkeypatch, "export", tmp_path / "theirs.pt", "--out", tmp_path / "out", *options)
+    loaded = spat_train.from_folder(tmp_path / "out")
+    assert torch.equal(loaded(X), model((X - 0.5) / 0.5))
+    text = card(tmp_path / "out")
+    assert "# small-cnn on digits\n" in text
+    assert "It was not trained by this package" in text
+    assert "adversarial-training" not in text
+    assert "eps: " not in text
+    capsys.readouterr()
+    err = error(monkeypatch, capsys, "export", tmp_path / "theirs.pt", "--out", tmp_path / "two", "--model-name", "small-cnn")
+    assert "--data: " in err
+    err = error(monkeypatch, capsys, "export", tmp_path / "theirs.pt", "--out", tmp_path / "two", "--data", "digits")
+    assert "it does not say which architecture it is: give --model-name" in err
+    err = error(monkeypatch, capsys, "export", runs / "code", "--out", tmp_path / "two")
+    assert f"if you trust it, give --model-name {CODE}" in err
+    assert not (tmp_path / "two").exists()
+
+
+def test_data_that_moved(run, tmp_path, monkeypatch, capsys):
+    config = json.loads((run / "config.json").read_text()) | {"data": "/nowhere/digits.npz"}
+    (run / "config.json").write_text(json.dumps(config))
+    err = error(monkeypatch, capsys, "export", run, "--out", tmp_path / "out")
+    assert "was trained on --data /nowhere/digits.npz; give --data where that is now" in err
+    command(monkeypatch, "export", run, "--out", tmp_path / "out", "--data", "digits")
+    assert run_config(tmp_path / "out").data == "digits.npz"
+    assert "/nowhere" not in card(tmp_path / "out")
+
+
+def test_fine_tuning_from_an_export(runs, tmp_path):
+    out = spat_train.export(runs / "ema", tmp_path / "out")
+    config = replace(run_config(runs / "ema"), init=out, out=tmp_path / "tuned", lr=1e-12, epochs=1, ema=0.0)
+    train(config)
+    tuned, _ = load_model(tmp_path / "tuned", load("digits"))
+    for name, value in spat_train.from_folder(out).named_parameters():
+        torch.testing.assert_close(tuned.get_parameter(name), value)
