@@ -52,6 +52,7 @@ class Log:
     """The log of the main process. `folder` None writes nothing. `trackers` get the numbers of each line but the first.
 
     A resumed run first drops the lines that were written after its checkpoint, so that the log reads like an uninterrupted run's.
+    The others go to the trackers again, which may have lost some when the run was killed, or be new to it.
     """
 
     def __init__(self, folder: Path | None, *, total: int, done: int, position: int, name: str, trackers: Trackers):
@@ -65,6 +66,8 @@ class Log:
             self.file = open(self.path, "ab")  # noqa: SIM115  (until close)
             if self.path.stat().st_size > position:
                 self.file.truncate(position)
+        for event in _events(folder):
+            self._track(**event)
 
     def advance(self, images: int) -> None:
         self.images += images
@@ -88,6 +91,9 @@ class Log:
             if self.file:
                 self.file.write((json.dumps({"kind": kind, **values}) + "\n").encode())
                 self.file.flush()
+        self._track(kind, **values)
+
+    def _track(self, kind: str, **values) -> None:
         if kind != "start":
             numbers = {name: v for name, v in values.items() if isinstance(v, (int, float)) and name not in ("epoch", "step")}
             self.trackers.scalars({f"{kind}/{name}": v for name, v in numbers.items()}, values["step"])
@@ -118,8 +124,12 @@ class Log:
 
 def read(folder: Path, kind: str) -> list[dict]:
     """The events of one kind in a run's log, in order; half a line at the end (a killed run's) is left out."""
+    return [event for event in _events(folder) if event["kind"] == kind]
+
+
+def _events(folder: Path) -> list[dict]:
     events = []
     for line in (folder / "log.jsonl").read_text().splitlines():
         with suppress(json.JSONDecodeError):
             events.append(json.loads(line))
-    return [event for event in events if event["kind"] == kind]
+    return events

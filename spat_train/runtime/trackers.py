@@ -2,7 +2,8 @@
 
 What was asked for must open before the first step, else the run ends there. A tracker that fails later is left out with a
 warning: the record of a run is its log.jsonl. A resumed run goes on in the same run of each tracker, whose id is in
-tracking.json. Of the steps that it repeats, TensorBoard shows the new values, and the others keep the first.
+tracking.json, and hands over log.jsonl from the start. TensorBoard shows these values alone. The others take what they lack, and
+keep the first values of steps that are done again.
 """
 
 import json
@@ -31,7 +32,6 @@ class Tracked(NamedTuple):
 
     folder: Path  # absolute; its name is the run's
     config: dict[str, Any]
-    step: int  # updates so far
     id: str  # the tracker's own, from before an interruption; "" for a new run
 
 
@@ -51,8 +51,7 @@ class TensorBoard:
     def __init__(self, run: Tracked):
         from torch.utils.tensorboard import SummaryWriter
 
-        # It hides what was written of that step and later ones, before the run was killed.
-        self.board = SummaryWriter(run.folder / "tensorboard", purge_step=run.step + 1)
+        self.board = SummaryWriter(run.folder / "tensorboard", purge_step=0)  # hides what is there
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -110,7 +109,8 @@ class MLflow:
         named = {re.sub(r"[^\w\-. /]", "", name): value for name, value in values.items()}  # it takes no C&W
         now = int(1000 * time.time())
         new = [self.entities.Metric(name, v, now, step) for name, v in named.items() if step > self.last.get(name, -1)]
-        self.client.log_batch(self.id, metrics=new, synchronous=True)
+        if new:
+            self.client.log_batch(self.id, metrics=new, synchronous=True)
 
     def close(self, complete: bool) -> None:
         self.client.set_terminated(self.id, "FINISHED" if complete else "FAILED")
@@ -162,7 +162,7 @@ class Trackers:
         for name in chosen(track):
             try:
                 with _apart():
-                    self.open[name] = TRACKERS[name](Tracked(folder.path.absolute(), config, step, saved.get(name, "")))
+                    self.open[name] = TRACKERS[name](Tracked(folder.path.absolute(), config, saved.get(name, "")))
             except Exception as error:  # such as TypeError of a tensorboard that does not fit protobuf
                 if track == "auto":
                     _warn(f"{name} {_failed(error)}: the run goes on without; --track none ends this message")
