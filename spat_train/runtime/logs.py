@@ -66,7 +66,7 @@ class Log:
             self.file = open(self.path, "ab")  # noqa: SIM115  (until close)
             if self.path.stat().st_size > position:
                 self.file.truncate(position)
-        for event in _events(folder):
+        for event in _events(folder) if position and trackers.open else []:
             self._track(**event)
 
     def advance(self, images: int) -> None:

@@ -120,7 +120,7 @@ TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {"tensorboard": TensorBoard,
 REMEDIES = {
     "tensorboard": "pip install -U tensorboard",
     "wandb": "pip install -U wandb, then wandb login, or set WANDB_MODE=offline",
-    "mlflow": "pip install -U mlflow, or mlflow-skinny for a server, which MLFLOW_TRACKING_URI names",
+    "mlflow": "pip install -U mlflow, or set MLFLOW_TRACKING_URI to a server that answers",
 }
 
 
