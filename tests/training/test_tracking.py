@@ -64,10 +64,11 @@ def tracked(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("tracked")
     folder, names = base / "run", [name for name in trackers.TRACKERS if trackers._installed(name)]
     variables = {"WANDB_MODE": "offline", "MLFLOW_EXPERIMENT_NAME": "ours", **store(base)}
-    for steps, code in ((14, 9), (10**6, 0)):
+    for steps, code in ((15, 9), (10**6, 0)):
         words = [sys.executable, "-c", RUN, str(folder), ",".join(names) or "none", str(steps)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=os.environ | variables)
         assert done.returncode == code, done.stderr
+        assert [step for step, _ in logged(folder)][:7] == [3, 5, 5, 8, 10, 10, 13]
         assert not done.stdout
         assert all(line.startswith("madry") for line in done.stderr.split("\n") if line.strip()), done.stderr  # its bar
     torch.set_num_threads(1)
