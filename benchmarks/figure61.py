@@ -56,14 +56,14 @@ class Arguments(study.Arguments):
     """Number of test images on which the alignment of gradients and the judge's accuracy are measured."""
 
 
-SET_HERE = "method", "alpha", "eps", "seed", "out", "resume", "test", "tensorboard"
+SET_HERE = "method", "alpha", "eps", "seed", "out", "resume", "test", "track"
 
 
 def settings(args: Arguments, base: Config, eps: float, alpha: float, seed: int) -> Config:
     preset = f"{base.preset.partition('/')[0]}/eps{eps:g}-alpha{alpha:g}"  # by which `spat-train figure 6.1` finds its runs
     config = replace(
         base, method="madry", eps=eps, alpha=alpha, seed=seed, preset=preset if preset in PRESETS else "", resume=True,
-        test=False, tensorboard=False,
+        test=False, track="none",
     )  # fmt: skip
     return replace(config, out=args.runs / folder_name(config))
 

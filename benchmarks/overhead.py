@@ -169,7 +169,7 @@ def main(options: Options) -> None:
     def run(cell: dict) -> dict:
         measure.free(options.device)
         with tempfile.TemporaryDirectory() as folder:
-            logs = {"tensorboard": True, "log_every": options.updates}
+            logs = {"track": "tensorboard", "log_every": options.updates}
             config = training.settings(options.model, options.batch, device=options.device, steps=options.steps, **cell, **logs)
             return run_for(config, images, Path(folder), options.warm_up, options.updates)
 

@@ -62,7 +62,7 @@ def settings(args: Arguments, row: str, seed: int) -> Config:
     preset = PRESETS["table6.1/" + row.removesuffix("-ce")]
     config = replace(
         preset, inner="ce" if row == CONTROL else None, model=args.model, epochs=args.epochs, schedule="one-cycle", lr=0.1,
-        seed=seed, precision=args.precision, data=str(args.data), limit=args.limit, resume=True, test=False, tensorboard=False,
+        seed=seed, precision=args.precision, data=str(args.data), limit=args.limit, resume=True, test=False, track="none",
     )  # fmt: skip
     return replace(config, out=args.runs / folder_name(config))
 

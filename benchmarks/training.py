@@ -118,7 +118,7 @@ class Authors:
 def settings(model: str, batch: int, method: str, precision: str, device: str, steps: int, **options) -> Config:
     """The trainer's options that do what `Authors` does."""
     start = "uniform" if method == "madry" else "normal"
-    chosen = {"holdout": 0, "test": False, "tensorboard": False, "start": start, "step_size": 255 * STEP, "eps": 255 * EPS}
+    chosen = {"holdout": 0, "test": False, "track": "none", "start": start, "step_size": 255 * STEP, "eps": 255 * EPS}
     return Config(
         model=model, batch_size=batch, method=method, precision=precision, device=device, steps=steps,
         data="images", **chosen | SGD | options,

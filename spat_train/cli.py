@@ -27,9 +27,14 @@ from .training.curves import write_curves
 from .training.trainer import TrainingError
 from .training.trainer import train as run
 
+OLD_NAMES = {"--tensorboard": "--track=auto", "--no-tensorboard": "--track=none"}
+
 
 def training_config(arguments: list[str]) -> Config:
     """The options of `spat-train train`."""
+    if (old := OLD_NAMES.keys() & {*arguments}) and any(word.split("=")[0] == "--track" for word in arguments):
+        raise InputError(f"{min(old)}: it is {OLD_NAMES[min(old)]} now: give --track alone")
+    arguments = [OLD_NAMES.get(word, word) for word in arguments]
     parser = argparse.ArgumentParser("spat-train train", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", const="", default="")  # without a value tyro says what is missing
     chosen = parser.parse_known_args(arguments)[0].preset

@@ -20,7 +20,7 @@ from .objectives import METHODS, Method, MethodName
 # changes the random starts of validation, since an out-of-memory error asks for a smaller one.
 FREE_ON_RESUME = (
     "out", "resume", "data", "extra", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
-    "checkpoint_minutes", "log_every", "tensorboard", "test",
+    "checkpoint_minutes", "log_every", "track", "tensorboard", "test",  # tensorboard: of older runs
 )  # fmt: skip
 
 
@@ -184,8 +184,9 @@ class Config:
     """Minutes between saves within an epoch. The end of every epoch is saved too."""
     log_every: int = 50
     """Steps between lines of the log."""
-    tensorboard: bool = True
-    """Write TensorBoard files too, where it is installed."""
+    track: str = "auto"
+    """What draws the run, names split at commas: tensorboard,wandb,mlflow. One that does not work is an error before the first
+    step, later a warning. auto: TensorBoard where it works; none: log.jsonl alone."""
 
     def __post_init__(self):
         for name in ("root", "extra", "out", "init"):

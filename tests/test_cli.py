@@ -27,7 +27,7 @@ from tests.evaluation.helpers import command, error
 
 SMALL = [
     "--data", "digits", "--model", "small-cnn", "--eps", "51", "--epochs", "2", "--limit", "120", "--batch-size", "32",
-    "--lr", "0.05", "--device", "cpu", "--no-tensorboard", "--val-steps", "2", "--preset", "table6.1/mart+spat",
+    "--lr", "0.05", "--device", "cpu", "--track=none", "--val-steps", "2", "--preset", "table6.1/mart+spat",
     "--milestones", "None",
 ]  # fmt: skip
 
@@ -152,16 +152,28 @@ def test_a_tensorboard_that_does_not_work_is_left_out(monkeypatch, capsys, tmp_p
         raise TypeError("Descriptors cannot be created directly.\nIf this call came from")
 
     monkeypatch.setattr(tensorboard, "SummaryWriter", broken)
-    command(monkeypatch, "train", *(a for a in SMALL if a != "--no-tensorboard"), "--no-test", "--out", tmp_path / "run")
-    line = "spat-train: TensorBoard does not work here (TypeError: Descriptors cannot be created directly.): the run goes on"
+    command(monkeypatch, "train", *(a for a in SMALL if a != "--track=none"), "--no-test", "--out", tmp_path / "run")
+    line = "spat-train: tensorboard does not work (TypeError: Descriptors cannot be created directly.): the run goes on without;"
     assert capsys.readouterr().err.count(line) == 1
 
 
 def test_tensorboard_where_it_is_installed(monkeypatch, tmp_path):
     pytest.importorskip("tensorboard")
-    arguments = [a for a in SMALL if a != "--no-tensorboard"]
+    arguments = [a for a in SMALL if a != "--track=none"]
     command(monkeypatch, "train", *arguments, "--no-test", "--out", tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "track"),
+    [
+        (["--track", "tensorboard,wandb,mlflow"], "tensorboard,wandb,mlflow"),
+        (["--tensorboard"], "auto"),
+        (["--no-tensorboard"], "none"),
+    ],
+)
+def test_track_and_its_names_before(words, track):
+    assert cli.training_config(["--data", "digits", *words]).track == track
 
 
 @pytest.mark.parametrize(
@@ -172,6 +184,8 @@ def test_tensorboard_where_it_is_installed(monkeypatch, tmp_path):
         (["train", "--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
         (["train", "--data", "digits", "--model", "wrn-33-10"], "--model wrn-33-10: .*6n"),
         (["train", "--eps", "0.031"], "--eps 0.031: it is in 1/255"),
+        (["train", "--track", "wand"], "--track wand: there is none: did you mean wandb. give auto, none, or some of"),
+        (["train", "--no-tensorboard", "--track=wandb"], "--no-tensorboard: it is --track=none now: give --track alone"),
         (["train", "--data", "cifar10", "--root", "empty"], "--download"),
         (["evalaute", "run"], "command evalaute: there is none: did you mean evaluate. there are train, evaluate, "),
         (["plot"], "name at least one folder"),

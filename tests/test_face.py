@@ -38,7 +38,7 @@ def test_train_save_load_and_evaluate(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
     config = spat_train.Config(
-        data="digits", model="small-cnn", eps=51, epochs=1, limit=120, device="cpu", test=False, tensorboard=False,
+        data="digits", model="small-cnn", eps=51, epochs=1, limit=120, device="cpu", test=False, track="none",
         out=tmp_path / "run",
     )  # fmt: skip
     result = spat_train.train(config)

@@ -274,7 +274,7 @@ def test_commands_import_the_module_of_the_model_which_may_register_losses(tmp_p
         words = [sys.executable, "-m", "spat_train", *words]
         return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
-    small = ("--epochs=1", "--limit=64", "--steps=1", "--val-steps=1", "--no-tensorboard", "--no-test", "--out=run")
+    small = ("--epochs=1", "--limit=64", "--steps=1", "--val-steps=1", "--track=none", "--no-test", "--out=run")
     trained = command("train", "--data", "digits", "--model", "mine:net", "--inner", "entropy", *small)
     assert trained.returncode == 0, trained.stderr
     attacks = "pgd:loss=entropy:steps=2"

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar, one JSON line for each event in log.jsonl, and TensorBoard where it is installed."""
+"""The progress of a run: a bar, one JSON line for each event in log.jsonl, and trackers."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import first_line
 from .atomic_write import SaveError
+from .trackers import Trackers
 
 MINUTE = 60.0
 
@@ -49,15 +49,16 @@ def bar(total: int, name: str | None, **options) -> tqdm:
 
 
 class Log:
-    """The log of the main process. `folder` None writes nothing.
+    """The log of the main process. `folder` None writes nothing. `trackers` get the numbers of each line but the first.
 
     A resumed run first drops the lines that were written after its checkpoint, so that the log reads like an uninterrupted run's.
+    The others go to the trackers again, which may have lost some when the run was killed, or be new to it.
     """
 
-    def __init__(self, folder: Path | None, *, total: int, done: int, position: int, step: int, tensorboard: bool, name: str):
+    def __init__(self, folder: Path | None, *, total: int, done: int, position: int, name: str, trackers: Trackers):
         self.bar, self.shown = bar(total, name, initial=done, unit_scale=True, smoothing=0.1), dict[str, object]()
         self.start, self.images, self.last_rate = time.perf_counter(), 0, 0.0
-        self.file = self.board = None
+        self.file, self.trackers = None, trackers
         if folder is None:
             return
         self.path = folder / "log.jsonl"
@@ -65,8 +66,8 @@ class Log:
             self.file = open(self.path, "ab")  # noqa: SIM115  (until close)
             if self.path.stat().st_size > position:
                 self.file.truncate(position)
-            if tensorboard:
-                self.board = _board(folder, step)
+        for event in _events(folder) if position and trackers.open else []:
+            self._track(**event)
 
     def advance(self, images: int) -> None:
         self.images += images
@@ -90,10 +91,12 @@ class Log:
             if self.file:
                 self.file.write((json.dumps({"kind": kind, **values}) + "\n").encode())
                 self.file.flush()
-            if self.board:
-                for name, value in values.items():
-                    if isinstance(value, (int, float)) and name not in ("epoch", "step"):
-                        self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+        self._track(kind, **values)
+
+    def _track(self, kind: str, **values) -> None:
+        if kind != "start":
+            numbers = {name: v for name, v in values.items() if isinstance(v, (int, float)) and name not in ("epoch", "step")}
+            self.trackers.scalars({f"{kind}/{name}": v for name, v in numbers.items()}, values["step"])
 
     def position(self) -> int:
         """The bytes of log.jsonl that are on the disk."""
@@ -103,12 +106,13 @@ class Log:
             os.fsync(self.file.fileno())
             return self.file.seek(0, os.SEEK_END)
 
-    def close(self) -> None:
+    def close(self, complete: bool) -> None:
+        """`complete`: the run did not stop early."""
         self.bar.close()
-        for sink in (self.file, self.board):
-            if sink:
-                with suppress(OSError):  # a full disk, which was reported when it was written to
-                    sink.close()
+        if self.file:
+            with suppress(OSError):  # a full disk, which was reported when it was written to
+                self.file.close()
+        self.trackers.close(complete)
 
     @contextmanager
     def saving(self):
@@ -118,27 +122,14 @@ class Log:
             raise SaveError(f"cannot write {self.path} ({error.strerror}): make room, or choose another --out") from error
 
 
-def _board(folder: Path, step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(folder / "tensorboard", purge_step=step)
-    except OSError:
-        raise
-    except Exception as error:  # a tensorboard that does not fit protobuf or NumPy raises TypeError and others
-        if getattr(error, "name", "") != "tensorboard":  # else it is not installed
-            print(
-                f"spat-train: TensorBoard does not work here ({type(error).__name__}: {first_line(error)}): the run goes on "
-                "without; --no-tensorboard, or another version, ends this message",
-                file=sys.stderr,
-            )
-        return None
-
-
 def read(folder: Path, kind: str) -> list[dict]:
     """The events of one kind in a run's log, in order; half a line at the end (a killed run's) is left out."""
+    return [event for event in _events(folder) if event["kind"] == kind]
+
+
+def _events(folder: Path) -> list[dict]:
     events = []
     for line in (folder / "log.jsonl").read_text().splitlines():
         with suppress(json.JSONDecodeError):
             events.append(json.loads(line))
-    return [event for event in events if event["kind"] == kind]
+    return events

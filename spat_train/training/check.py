@@ -11,6 +11,7 @@ from spat_kernels import losses
 from ..config import Config, check_device
 from ..errors import InputError, check_eps, check_seed
 from ..models.external import import_own
+from ..runtime import trackers
 
 # options, what holds for their values unless these are None, remedy
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
@@ -44,6 +45,7 @@ def check(c: Config) -> None:
     for option, value, least in (("--eps", c.eps, 0.5), ("--eval-eps", c.eval_eps, 0.5), ("--step-size", c.step_size, 0.05)):
         check_eps(option, value, least)
     check_device(c.device)
+    trackers.chosen(c.track)
     try:
         import_own(c.model)  # it may register the loss
     except ValueError as error:

@@ -26,6 +26,7 @@ from ..runtime.logs import Log
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import derived_seed, random_state, set_random_state
 from ..runtime.signals import GracefulStop, Stopped
+from ..runtime.trackers import Trackers
 from . import checkpoint, setup
 from .checkpoint import Progress, say
 from .step import Launched, Span, TrainStep, spanned
@@ -99,15 +100,16 @@ class Run:
         if self.finished and (result or not self.config.test):
             say(f"{self.folder.path} is finished: nothing is done again", self.world)
             return self.result(result and result["test"])
-        if self.world.main:
-            self.log = self.open_log()
+        self.world.on_main(self.open_log)
+        complete = False
         try:
             while not self.finished:
                 self.epoch()
             test = self.test() if self.config.test else None
+            complete = True
         finally:
             if self.log:
-                self.log.close()
+                self.log.close(complete)
         return self.result(test)
 
     def epoch(self) -> None:
@@ -168,19 +170,19 @@ class Run:
 
     # ---- losses and the log
 
-    def open_log(self) -> Log:
-        """The log of the main process from `progress` on. Writes config.json too."""
+    def open_log(self) -> None:
+        """Open the log of the main process, from `progress` on, and the trackers. Writes config.json too."""
         c, progress, images = self.config, self.progress, sum(self.sizes)
+        trackers = Trackers(c.track, self.folder, c.to_dict(), self.global_step)
         self.folder.write("config.json", c.to_json())
-        log = Log(
+        self.log = Log(
             self.folder.path, total=c.epochs * images, done=progress.epoch * images + sum(self.sizes[: progress.step]),
-            position=progress.log_bytes, step=self.global_step, tensorboard=c.tensorboard, name=c.preset or c.label,
+            position=progress.log_bytes, name=c.preset or c.label, trackers=trackers,
         )  # fmt: skip
         start = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(self.sizes)}
-        log.write("start", **start, **checkpoint.environment(self.world))
+        self.log.write("start", **start, **checkpoint.environment(self.world))
         if progress.best:
-            self.show_best(log)
-        return log
+            self.show_best(self.log)
 
     def settle(self) -> None:
         """Read the loss of the last step, and stop where it is not finite; warn of unusable gradients in its attack."""

@@ -39,6 +39,8 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True, 
         Stopped: by SIGTERM or Ctrl-C, after saving.
     """
     check(config)
+    if not save and config.track not in ("auto", "none"):
+        raise InputError(f"track={config.track!r}: what is not saved is not tracked: leave out save=False, or track")
     folder = RunFolder(config.folder if save else None)
     # First the processes: while they wait for each other, signals act as ever.
     with world(config.device) as processes, GracefulStop(heeded=False).heard() as wish, gpu_arithmetic(config.precision):

@@ -237,7 +237,7 @@ def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):
 def test_a_run_of_such_a_model(tmp_path, monkeypatch, capsys, channels_last):
     config = Config(
         data="digits", model="tests.evaluation.helpers:Maps", method="fgsm", limit=100, epochs=1, milestones=(1,), device="cpu",
-        test=False, tensorboard=False, channels_last=channels_last, out=tmp_path / "run",
+        test=False, track="none", channels_last=channels_last, out=tmp_path / "run",
     )  # fmt: skip
     train(config)
     assert ("fails on channels_last: it gets contiguous images" in capsys.readouterr().err) is channels_last

@@ -38,7 +38,7 @@ def write_runs(folder: Path) -> Path:
     base = Config(
         preset="madry-mnist/madry", data=str(write_mnist(folder)), model="mnist-cnn/1", eps=EPS, steps=2, epochs=2,
         batch_size=16, optimizer="adam", lr=0.01, schedule="constant", weight_decay=0.0, holdout=8, val_steps=1, test=False,
-        tensorboard=False, device="cpu",
+        track="none", device="cpu",
     )  # fmt: skip
     natural = replace(base, preset="madry-mnist/natural", method="standard")
     runs = {

@@ -77,7 +77,7 @@ def settings(folder=None, **options) -> Config:
     """4 epochs of 5 steps on 135 digits (the last batch has 7), in well under a second."""
     chosen = {
         "data": "digits", "model": "tests.training.helpers:network", "eps": 25.5, "steps": 2, "epochs": 4, "batch_size": 32,
-        "limit": 150, "holdout": 15, "lr": 0.05, "schedule": "cosine", "tensorboard": False, "test": False, "val_steps": 2,
+        "limit": 150, "holdout": 15, "lr": 0.05, "schedule": "cosine", "track": "none", "test": False, "val_steps": 2,
         "device": "cpu", "log_every": 3, "pad": 1, "flip": True, "out": folder,
     }  # fmt: skip
     return Config(**chosen | options)
@@ -108,7 +108,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     ours, theirs = weights(folder), weights(expected)
     for state in (ours, theirs):
         state.pop("id")
-        for option in ("out", "resume", "checkpoint_minutes", "test"):
+        for option in ("out", "resume", "checkpoint_minutes", "test", "track"):
             state["config"].pop(option)
         state["progress"].pop("log_bytes")
     assert_same(ours, theirs)

@@ -261,7 +261,7 @@ def test_one_process_dying_ends_the_job(tmp_path):
         "cli.main()\n"
     )
     options = (
-        "--data digits --model small-cnn --eps 51 --limit 150 --batch-size 32 --epochs 3 --device cpu --no-tensorboard --no-test"
+        "--data digits --model small-cnn --eps 51 --limit 150 --batch-size 32 --epochs 3 --device cpu --track none --no-test"
     )
     arguments = ["train", *options.split(), "--out", str(tmp_path / "run")]
     done = torchrun(script, *arguments)
