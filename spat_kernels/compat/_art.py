@@ -24,7 +24,8 @@ from ._peer import import_peer
 PACKAGE = "adversarial-robustness-toolbox"
 EVERYWHERE = (-float("inf"), float("inf"))
 PyTorchClassifier: Any = import_peer("art.estimators.classification", PACKAGE).PyTorchClassifier
-Standardisation: Any = import_peer("art.preprocessing.standardisation_mean_std.pytorch", PACKAGE).StandardisationMeanStdPyTorch
+PreprocessorPyTorch: Any = import_peer("art.defences.preprocessor.preprocessor", PACKAGE).PreprocessorPyTorch
+standardisation: Any = import_peer("art.preprocessing.standardisation_mean_std", PACKAGE)
 _models: WeakKeyDictionary = WeakKeyDictionary()  # by classifier: the parts that lead to its outputs, and the module made of them
 
 
@@ -40,34 +41,41 @@ def model_of(classifier) -> nn.Module:
         raise TypeError(f"estimator is a {kind.__name__}: give a PyTorchClassifier, or use the attack in art.attacks.evasion")
     if classifier.use_amp:
         raise ValueError("estimator has use_amp=True: leave it out, and give the attack precision='bf16' or 'fp16'")
-    if not classifier.all_framework_preprocessing:
-        raise ValueError(
-            f"estimator has preprocessing_defences={classifier.preprocessing_defences}, with NumPy code among them: use their "
-            "PyTorch forms, or the attack in art.attacks.evasion"
-        )
+    for operation in classifier.preprocessing_operations:
+        if not isinstance(operation, PreprocessorPyTorch) and not _is_standardisation(operation):
+            raise ValueError(
+                f"estimator has the preprocessing {type(operation).__name__}, which is NumPy code: use its PyTorch form, or the "
+                "attack in art.attacks.evasion"
+            )
     wrapped = kind._make_model_wrapper is not PyTorchClassifier._make_model_wrapper  # as models of Hugging Face are
     parts = [p for p in classifier.preprocessing_operations if p.apply_predict and not _is_identity(p)]
     parts.append(classifier._model if wrapped else classifier.model)
     known, module = _models.get(classifier, ((), None))
     if list(map(id, known)) != list(map(id, parts)):
-        modules = [_as_module(p, classifier.input_shape).to(classifier.device) for p in parts[:-1]]
+        modules = [_as_module(p, classifier).to(classifier.device) for p in parts[:-1]]
         modules.append(_Output(parts[-1], -1) if wrapped else parts[-1])
         module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
         _models[classifier] = parts, module
     return module
 
 
+def _is_standardisation(operation) -> bool:
+    return isinstance(operation, (standardisation.StandardisationMeanStd, standardisation.StandardisationMeanStdPyTorch))
+
+
 def _is_identity(operation) -> bool:
-    return isinstance(operation, Standardisation) and not operation.mean.any() and bool((operation.std == 1).all())
+    return _is_standardisation(operation) and not operation.mean.any() and bool((operation.std == 1).all())
 
 
-def _as_module(operation, input_shape: tuple[int, ...]) -> nn.Module:
-    if isinstance(operation, Standardisation) and len(input_shape) == 3:
-        channels, _, width = input_shape
-        shape = operation.mean.shape  # [C] numbers are for the columns in ART, where these are as many
-        if operation.mean.size == 1 or shape == (channels, 1, 1) or shape == (channels,) != (width,):
-            return Normalize(*(np.broadcast_to(v.ravel(), channels).tolist() for v in (operation.mean, operation.std)))
-    return _Output(operation, 0)
+def _as_module(operation, classifier) -> nn.Module:
+    if not _is_standardisation(operation):
+        return _Output(operation, 0)
+    mean, std = operation.mean, operation.std
+    if len(classifier.input_shape) == 3:
+        channels, _, width = classifier.input_shape  # ART takes [C] numbers for those of columns, where these are as many
+        if mean.size == 1 or mean.shape == (channels, 1, 1) or mean.shape == (channels,) != (width,):
+            return Normalize(*(np.broadcast_to(v.ravel(), channels).tolist() for v in (mean, std)))
+    return _Output(standardisation.StandardisationMeanStdPyTorch(mean, std, device_type=classifier.device_type), 0)
 
 
 class _Output(nn.Module):
@@ -129,6 +137,10 @@ class OnOurGradient:
     def __init__(self, classifier, settings: Mapping[str, Any]):
         self.classifier = classifier
         self.settings = {name: value for name, value in settings.items() if name not in ("graph", "stop")}
+
+    @property
+    def __class__(self):  # type: ignore[misc]  # ART looks whether it is a classifier
+        return type(self.classifier)
 
     def __getattr__(self, name):
         return getattr(self.classifier, name)

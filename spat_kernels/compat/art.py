@@ -9,13 +9,13 @@ ART's, and so are the images. The passes of the model are those of `spat_kernels
 PGD, BIM      by `spat_kernels.PGD` for norm inf and 2, in CUDA graphs too. With a mask, decay, another norm, and eps or
               clip_values that differ within an image, each step is ART's code on our gradient.
 FGM           ART's code on our gradient.
-AutoAttack    by `spat_kernels.AutoAttack`: APGD-CE, APGD-T, FAB-T, Square; with targeted=True its version="plus". ART's is another
-              selection: APGD-CE, APGD-DLR, DeepFool, Square. `attacks`, if given, run as in ART.
+AutoAttack    by `spat_kernels.AutoAttack`: APGD-CE, APGD-T, FAB-T, Square; with targeted=True its version="plus". ART's own
+              are APGD-CE, APGD-DLR, DeepFool, Square. If `attacks` are given, these run as in ART.
 
 Further keyword arguments are those in `Settings` and `PGDSettings`, explained at `spat_kernels.PGD`; for AutoAttack those of
-`spat_kernels.AutoAttack`. The loss of the classifier must be cross-entropy (smoothed or weighted, too), NLLLoss or MultiMarginLoss,
-its defences PyTorch code. The model stays in its mode, and its gradients as they were, other than in ART. Where cross-entropy
-underflows ART's gradient vanishes and ours does not.
+`spat_kernels.AutoAttack`. The loss of the classifier must be cross-entropy (smoothed or weighted, too), NLLLoss or
+MultiMarginLoss, and its defences PyTorch code. Unlike in ART, the model's mode and gradients stay as they were, and where
+cross-entropy underflows the gradient does not vanish.
 """
 
 from copy import copy
@@ -34,6 +34,7 @@ from ._peer import import_peer
 
 evasion: Any = import_peer("art.attacks.evasion", PACKAGE)
 utils: Any = import_peer("art.utils", PACKAGE)
+PGDOfART: Any = evasion.ProjectedGradientDescentPyTorch
 NORMS: dict[object, Norm] = {np.inf: "linf", "inf": "linf", 2: "l2", 1: "l1"}
 
 
@@ -63,7 +64,7 @@ class FastGradientMethod(evasion.FastGradientMethod):
         return super(FastGradientMethod, _on_our_gradient(self)).generate(x, y, **kwargs)
 
 
-class ProjectedGradientDescent(evasion.ProjectedGradientDescentPyTorch):
+class ProjectedGradientDescent(PGDOfART):
     """PGD, with ART's arguments and results: of `num_random_init` starts the last successful one counts, or else the first."""
 
     attack_params = evasion.ProjectedGradientDescent.attack_params
@@ -73,8 +74,8 @@ class ProjectedGradientDescent(evasion.ProjectedGradientDescentPyTorch):
         self, estimator, norm=np.inf, eps=0.3, eps_step=0.1, decay=None, max_iter=100, targeted=False, num_random_init=0,
         batch_size=32, random_eps=False, summary_writer=False, verbose=True, **settings: Unpack[PGDSettings],
     ):  # fmt: skip
-        # Not by the class above, which uses the estimator before it is checked.
-        super(evasion.ProjectedGradientDescentPyTorch, self).__init__(
+        # The class above it would use the estimator before it is checked.
+        super(PGDOfART, self).__init__(
             estimator, norm, eps, eps_step, decay, max_iter, targeted, num_random_init, batch_size, random_eps, verbose=verbose
         )
         self.settings = _checked(self, settings, PGDSettings.__optional_keys__, summary_writer)
@@ -130,7 +131,8 @@ class ProjectedGradientDescent(evasion.ProjectedGradientDescentPyTorch):
         for name, value in self.settings.items():
             if value and not fits.get(name, True):
                 raise ValueError(
-                    f"{name}={value!r} is not for a mask, decay, norm={self.norm}, or values that differ within an image: leave it out"
+                    f"{name}={value!r} is not for norm={self.norm}, a mask, decay, or values that differ within an image: leave it "
+                    "out"
                 )
         return {"norm": norm, **ball} if norm in ("linf", "l2") else None
 
@@ -199,7 +201,7 @@ class AutoAttack(evasion.AutoAttack):
         bounds = None if clip_values is None else bounds_of(self.estimator)
         if bounds is None or defences:
             raise ValueError(
-                f"estimator has {clip_values=} and postprocessing_{defences=}: give it clip_values=(lo, hi), two numbers, and no such"
+                f"estimator has {clip_values=} and postprocessing_{defences=}: give it clip_values=(lo, hi), and no such defences"
             )
         if self.eps_step != 0.1:
             raise ValueError(f"eps_step={self.eps_step}: APGD chooses its steps itself, from 2 eps on: leave it out")
