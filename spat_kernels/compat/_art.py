@@ -19,9 +19,11 @@ from ..cuda_graphs.run import Batch
 from ..losses import LabelSmoothedCE, LossLike
 from ..model_state.borrow import borrowed
 from ..normalize import Normalize
+from ..settings import Norm
 from ._peer import import_peer
 
 PACKAGE = "adversarial-robustness-toolbox"
+NORMS: dict[object, Norm] = {np.inf: "linf", "inf": "linf", 2: "l2", 1: "l1"}
 EVERYWHERE = (-float("inf"), float("inf"))
 PyTorchClassifier: Any = import_peer("art.estimators.classification", PACKAGE).PyTorchClassifier
 PreprocessorPyTorch: Any = import_peer("art.defences.preprocessor.preprocessor", PACKAGE).PreprocessorPyTorch
@@ -138,8 +140,8 @@ class OnOurGradient:
         self.classifier = classifier
         self.settings = {name: value for name, value in settings.items() if name not in ("graph", "stop")}
 
-    @property
-    def __class__(self):  # type: ignore[misc]  # ART looks whether it is a classifier
+    @property  # type: ignore[misc]
+    def __class__(self):  # ART looks whether it is a classifier
         return type(self.classifier)
 
     def __getattr__(self, name):

@@ -312,9 +312,11 @@ def test_autoattack_takes_other_attacks_and_another_judge(monkeypatch):
     np.testing.assert_array_equal(attack.best_attacks, theirs.best_attacks)
     with pytest.raises(ValueError, match="precision"):
         ours.AutoAttack(classifier, attacks=attacks, precision="bf16")
-    never = wrap(InDouble(linear(192).double()))
-    np.testing.assert_array_equal(never.predict(x).argmax(1) == y, False)
-    np.testing.assert_array_equal(ours.AutoAttack(classifier, estimator_orig=never).generate(x, y), x)
+    judge = wrap(InDouble(linear(192).double()))
+    wrong = judge.predict(x).argmax(1) != y
+    attack = ours.AutoAttack(classifier, estimator_orig=judge, version=("apgd-ce",), steps=2)
+    np.testing.assert_array_equal(attack.generate(x, y)[wrong], x[wrong])
+    np.testing.assert_array_equal(attack.best_attacks == -2, wrong)
 
 
 # ---- our settings
