@@ -3,8 +3,8 @@
     from spat_kernels.compat.art import ProjectedGradientDescent  # instead of: from art.attacks.evasion import ...
     x_adv = ProjectedGradientDescent(classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, precision="bf16").generate(x, y)
 
-Arguments, their checks, `set_params`, random numbers (of NumPy's global generator) and the float32 arrays that come back are
-ART's, and so are the images. The passes of the model are those of `spat_kernels`, and so are the steps where it has them:
+Arguments, their checks, `set_params`, random numbers (of NumPy's global generator) and the images, float32 arrays, are ART's. The
+passes of the model are those of `spat_kernels`, and so are the steps where it has them:
 
 PGD, BIM      by `spat_kernels.PGD` for norm inf and 2, in CUDA graphs too. With a mask, decay, another norm, and eps or
               clip_values that differ within an image, each step is ART's code on our gradient.
@@ -137,10 +137,7 @@ class ProjectedGradientDescent(PGDOfART):
         fits = {"graph": norm in ("linf", "l2") or self.settings.get("graph") is not True, "stop": norm == "linf"}
         for name, value in self.settings.items():
             if value and not fits.get(name, True):
-                raise ValueError(
-                    f"{name}={value!r} is not for norm={self.norm}, a mask, decay, or values that differ within an image: leave it "
-                    "out"
-                )
+                raise ValueError(f"{name}={value!r} is not for norm={self.norm}, a mask, decay or values by pixel: leave it out")
         return {"norm": norm, **ball} if norm in ("linf", "l2") else None
 
 
