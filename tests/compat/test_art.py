@@ -372,8 +372,8 @@ def test_nothing_is_left_changed(name):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"norm": 0}, {"eps": -1}, {"eps_step": -0.1}, {"eps": "1"}, {"eps": np.array([1.0])}, {"targeted": "no"},
-        {"batch_size": 0}, {"num_random_init": 1.0}, {"num_random_init": -1}, {"max_iter": -1}, {"decay": -1.0}, {"verbose": "no"},
+        {"norm": 0}, {"eps": -1}, {"eps_step": -0.1}, {"eps": "1"}, {"eps": np.array([1.0])}, {"targeted": "no"}, {"verbose": "no"},
+        {"batch_size": 0}, {"num_random_init": 1.0}, {"num_random_init": -1}, {"max_iter": -1}, {"decay": -1.0},
     ],
     ids=str,
 )  # fmt: skip
