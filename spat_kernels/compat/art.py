@@ -34,6 +34,7 @@ from ._peer import import_peer
 
 evasion: Any = import_peer("art.attacks.evasion", PACKAGE)
 utils: Any = import_peer("art.utils", PACKAGE)
+PGDOfART: Any = evasion.ProjectedGradientDescentPyTorch
 __all__ = [
     "AutoAttack",
     "BasicIterativeMethod",
@@ -41,8 +42,6 @@ __all__ = [
     "ProjectedGradientDescent",
     "ProjectedGradientDescentPyTorch",
 ]
-
-PGDOfART: Any = evasion.ProjectedGradientDescentPyTorch
 
 
 class Settings(TypedDict, total=False):
@@ -72,7 +71,11 @@ class FastGradientMethod(evasion.FastGradientMethod):
 
 
 class ProjectedGradientDescent(PGDOfART):
-    """PGD, with ART's arguments and results: of `num_random_init` starts the last successful one counts, or else the first."""
+    """PGD, with ART's arguments and results.
+
+    Of `num_random_init` starts the last successful one counts, or else the first. `mask` says by 0 which elements are kept; what
+    else it holds, scales random starts alone.
+    """
 
     attack_params = evasion.ProjectedGradientDescent.attack_params
     _estimator_requirements = evasion.ProjectedGradientDescent._estimator_requirements

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 import spat_kernels as sk
+from spat_kernels.attacks import pgd as attacks
+from spat_kernels.cuda_graphs.cache import Graphs
+from tests.cuda_graphs.fake_graph import FakeGraph
 from tests.helpers import assert_same, attackable, batch, cnn, linear, mixed_model, photographs, robust, snapshot
 
 art = pytest.importorskip("art")
@@ -336,6 +339,24 @@ def test_settings_reach_the_attack():
     assert 0.001 < (halves[0] != halves[1]).mean() < 0.2
 
 
+@pytest.mark.parametrize("settings", [LINF, L2, {**L2, "num_random_init": 1}])
+@pytest.mark.parametrize("loss", [None, nn.MultiMarginLoss()], ids=str)
+def test_one_graph_for_all_batches(settings, loss, monkeypatch):
+    """Also of several attacks, whose classifiers hold the same model."""
+    captures, capture = [], FakeGraph.capture
+    monkeypatch.setattr(attacks, "graphs", Graphs(graph=FakeGraph))
+    monkeypatch.setattr(FakeGraph, "capture", lambda self, function: (captures.append(self), capture(self, function)))
+    model, x, y = attackable(14)
+    classifier, found = wrap(model.float(), loss, preprocessing=NORMALISED), []
+    for graph in (True, True, False):
+        np.random.seed(1)  # noqa: NPY002
+        attack = ours.ProjectedGradientDescent(classifier, max_iter=3, batch_size=5, verbose=False, graph=graph, **settings)
+        found.append(attack.generate(x.float().numpy(), y.numpy()))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    assert len(captures) == 1
+
+
 def test_the_module_stays_the_same():
     model = cnn().eval()
     classifier = wrap(model)
@@ -372,8 +393,9 @@ def test_nothing_is_left_changed(name):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"norm": 0}, {"eps": -1}, {"eps_step": -0.1}, {"eps": "1"}, {"eps": np.array([1.0])}, {"targeted": "no"}, {"verbose": "no"},
+        {"norm": 0}, {"eps": -1}, {"eps_step": -0.1}, {"eps": "1"}, {"eps": np.array([1.0])},
         {"batch_size": 0}, {"num_random_init": 1.0}, {"num_random_init": -1}, {"max_iter": -1}, {"decay": -1.0},
+        {"targeted": "no"}, {"verbose": "no"},
     ],
     ids=str,
 )  # fmt: skip
