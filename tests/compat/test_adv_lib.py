@@ -14,7 +14,7 @@ import spat_kernels as sk
 from spat_kernels import losses
 from spat_kernels.attacks import pgd as attacks
 from spat_kernels.compat import adv_lib as ours
-from spat_kernels.compat._last_success import LastSuccess, TargetedDLR
+from spat_kernels.compat.adv_lib.last_success import LastSuccess, TargetedDLR
 from spat_kernels.cuda_graphs.cache import Graphs
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
 from tests.helpers import (

@@ -105,7 +105,7 @@ def test_same_arguments_and_defaults(name):
         ("APGDT", {"steps": 5}),
         ("FAB", {}),
         ("FAB", {"multi_targeted": True, "steps": 5}),
-        ("Square", {"n_queries": 300}),
+        ("Square", {"n_queries": 1000}),
         ("MultiAttack", {}),
         ("AutoAttack", {"version": "rand"}),
     ],

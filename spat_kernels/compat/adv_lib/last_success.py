@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..attacks.pgd import PGD
-from ..attacks.pgd_run import PGDRun
-from ..balls import as_values
-from ..losses import AutogradLoss
-from ..model_state.borrow import borrowed
-from ..ops._common import broadcast
-from ..predictions import predictions
-from ..rng import draw
+from ...attacks.pgd import PGD
+from ...attacks.pgd_run import PGDRun
+from ...balls import as_values
+from ...losses import AutogradLoss
+from ...model_state.borrow import borrowed
+from ...ops._common import broadcast
+from ...predictions import predictions
+from ...rng import draw
 
 
 class LastSuccessRun(PGDRun):

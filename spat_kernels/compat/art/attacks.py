@@ -1,57 +1,26 @@
-"""Attacks of the Adversarial Robustness Toolbox (package adversarial-robustness-toolbox) on a `PyTorchClassifier`.
-
-    from spat_kernels.compat.art import ProjectedGradientDescent  # instead of: from art.attacks.evasion import ...
-    x_adv = ProjectedGradientDescent(classifier, eps=8 / 255, eps_step=2 / 255, max_iter=10, precision="bf16").generate(x, y)
-
-Arguments, their checks, `set_params`, random numbers (of NumPy's global generator) and the images, float32 arrays, are ART's. The
-passes of the model are those of `spat_kernels`, and so are the steps where it has them:
-
-PGD, BIM      by `spat_kernels.PGD` for norm inf and 2, in CUDA graphs too. With a mask, decay, another norm, and eps or
-              clip_values that differ within an image, each step is ART's code on our gradient.
-FGM           ART's code on our gradient.
-AutoAttack    by `spat_kernels.AutoAttack`: APGD-CE, APGD-T, FAB-T, Square; with targeted=True its version="plus". ART's own
-              are APGD-CE, APGD-DLR, DeepFool, Square. If `attacks` are given, these run as in ART.
-
-Further keyword arguments are those in `Settings` and `PGDSettings`, explained at `spat_kernels.PGD`; for AutoAttack those of
-`spat_kernels.AutoAttack`. The loss of the classifier must be cross-entropy (smoothed or weighted, too), NLLLoss or
-MultiMarginLoss, and its defences PyTorch code. Unlike in ART, the model's mode and gradients stay as they were, and where
-cross-entropy underflows the gradient does not vanish.
-"""
+"""PGD, BIM and FGM. The docstring of the package says whose steps they take."""
 
 from copy import copy
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from ..attacks.pgd import PGD
-from ..settings import BNMode, Fuse, GradientPath, Graph, Precision, Stop
-from ._art import NORMS, PACKAGE, BoxBeforeBallPGD, OnOurGradient, bounds_of, labels_of, loss_of, model_of, per_sample
-from ._art_autoattack import AutoAttack
-from ._peer import import_peer
+from ...attacks.pgd import PGD
+from ...settings import Graph, ModelSettings, Stop
+from .._peer import check_extras, import_peer
+from .classifier import NORMS, PACKAGE, BoxBeforeBallPGD, OnOurGradient, bounds_of, labels_of, loss_of, model_of, per_sample
 
 evasion: Any = import_peer("art.attacks.evasion", PACKAGE)
 utils: Any = import_peer("art.utils", PACKAGE)
 PGDOfART: Any = evasion.ProjectedGradientDescentPyTorch
-__all__ = [
-    "AutoAttack",
-    "BasicIterativeMethod",
-    "FastGradientMethod",
-    "ProjectedGradientDescent",
-    "ProjectedGradientDescentPyTorch",
-]
 
 
-class Settings(TypedDict, total=False):
-    precision: Precision | None
-    input_gradient: GradientPath
-    fuse: Fuse
-    bn_mode: BNMode
+class PGDSettings(ModelSettings, total=False):
+    """Keyword arguments of PGD and BIM that are not ART's."""
 
-
-class PGDSettings(Settings, total=False):
     graph: Graph  # not True where the steps are ART's
     stop: Stop | None  # where the steps are ours, in norm inf
 
@@ -61,10 +30,10 @@ class FastGradientMethod(evasion.FastGradientMethod):
 
     def __init__(
         self, estimator, norm=np.inf, eps=0.3, eps_step=0.1, targeted=False, num_random_init=0, batch_size=32, minimal=False,
-        summary_writer=False, **settings: Unpack[Settings],
+        summary_writer=False, **settings: Unpack[ModelSettings],
     ):  # fmt: skip
         super().__init__(estimator, norm, eps, eps_step, targeted, num_random_init, batch_size, minimal)
-        self.settings = _checked(self, settings, Settings.__optional_keys__, summary_writer)
+        self.settings = _checked(self, settings, ModelSettings, summary_writer)
 
     def generate(self, x, y=None, **kwargs):
         return super(FastGradientMethod, _on_our_gradient(self)).generate(x, y, **kwargs)
@@ -88,7 +57,7 @@ class ProjectedGradientDescent(PGDOfART):
         super(PGDOfART, self).__init__(
             estimator, norm, eps, eps_step, decay, max_iter, targeted, num_random_init, batch_size, random_eps, verbose=verbose
         )
-        self.settings = _checked(self, settings, PGDSettings.__optional_keys__, summary_writer)
+        self.settings = _checked(self, settings, PGDSettings, summary_writer)
 
     def generate(self, x, y=None, **kwargs):
         mask = self._get_mask(x, **kwargs)
@@ -159,10 +128,9 @@ class BasicIterativeMethod(ProjectedGradientDescent):
         )  # fmt: skip
 
 
-def _checked(attack, settings, names, summary_writer):
+def _checked(attack, settings, known: type, summary_writer):
     """The `settings` of an attack, after what it cannot do has raised an error."""
-    for name in settings.keys() - names:
-        raise TypeError(f"{name} is no argument of {type(attack).__name__}: give ART's, and of ours {', '.join(sorted(names))}")
+    check_extras(type(attack).__name__, settings, known)
     if summary_writer:
         raise ValueError(f"summary_writer={summary_writer!r}: gradients are not recorded here: leave it out")
     model_of(attack.estimator), loss_of(attack.estimator)

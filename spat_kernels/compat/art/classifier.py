@@ -1,4 +1,4 @@
-"""What the attacks in art.py are made of: a module, a loss and labels from ART's `PyTorchClassifier`, and our gradient for ART's
+"""What the attacks are made of: a module, a loss and labels from ART's `PyTorchClassifier`, and our gradient for ART's
 code."""
 
 from collections.abc import Mapping
@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..attacks.early_stop import EarlyStop
-from ..attacks.pgd import PGD
-from ..attacks.pgd_run import PGDRun
-from ..balls import L2Ball
-from ..cuda_graphs.run import Batch
-from ..losses import LabelSmoothedCE, LossLike
-from ..model_state.borrow import borrowed
-from ..normalize import Normalize
-from ..settings import Norm
-from ._peer import import_peer
+from ... import ops
+from ...attacks.early_stop import EarlyStop
+from ...attacks.pgd import PGD
+from ...attacks.pgd_run import PGDRun
+from ...balls import L2Ball
+from ...cuda_graphs.run import Batch
+from ...losses import LabelSmoothedCE, LossLike
+from ...model_state.borrow import borrowed
+from ...normalize import Normalize
+from ...settings import Norm
+from .._peer import import_peer
 
 PACKAGE = "adversarial-robustness-toolbox"
 NORMS: dict[object, Norm] = {np.inf: "linf", "inf": "linf", 2: "l2", 1: "l1"}

@@ -1,12 +1,4 @@
-"""Attacks of adv_lib (Adversarial Library): `from spat_kernels.compat.adv_lib import pgd_linf` instead of `from adv_lib.attacks`.
-
-Images are in [0, 1]. Arguments, their order and their defaults are adv_lib's, which need not be installed. Further keyword
-arguments are those of `PGD`: precision, input_gradient, fuse, graph, generator and bn_mode ("keep" unless given, as adv_lib
-attacks a model in the mode that it is in; statistics never change). As there, an image that the model gets right under each
-iterate comes back as it was.
-
-`fab` is left out: adv_lib's looks for the nearest image that is wrong, ours inside a ball.
-"""
+"""PGD, APGD and the fast gradient sign method, with adv_lib's arguments."""
 
 import math
 from typing import Any, Literal
@@ -15,16 +7,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..attacks import functional
-from ..attacks._common import take_rows
-from ..attacks.apgd import APGD
-from ..attacks.pgd import PGD
-from ..losses import LossLike, Margin
-from ..rng import default_generator, rewound_on_error
-from ..settings import AdapterSettings, Norm
-from ._last_success import LastSuccess, TargetedDLR, model_logits, wrong_or_clean
-from ._peer import check_extras
+from ... import checks
+from ...attacks import functional
+from ...attacks._common import take_rows
+from ...attacks.apgd import APGD
+from ...attacks.pgd import PGD
+from ...losses import LossLike, Margin
+from ...rng import default_generator, rewound_on_error
+from ...settings import AdapterSettings, Norm
+from .._peer import check_extras
+from .last_success import LastSuccess, TargetedDLR, model_logits, wrong_or_clean
 
 NORMS: dict[float, Norm] = {1: "l1", 2: "l2", math.inf: "linf"}
 

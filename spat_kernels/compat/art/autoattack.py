@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..attacks.autoattack import AutoAttack as OurAutoAttack
-from ._art import NORMS, PACKAGE, OnOurGradient, bounds_of, model_of
-from ._peer import import_peer
+from ...attacks.autoattack import AutoAttack as OurAutoAttack
+from .._peer import import_peer
+from .classifier import NORMS, PACKAGE, OnOurGradient, bounds_of, model_of
 
 evasion: Any = import_peer("art.attacks.evasion", PACKAGE)
 utils: Any = import_peer("art.utils", PACKAGE)
