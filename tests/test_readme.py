@@ -96,8 +96,10 @@ def run(monkeypatch, program: str, *words: str) -> None:
 def test_python_blocks(here):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     names = {"spat_kernels": spat_kernels, "model": model, "x": torch.rand(4, 3, 32, 32), "y": torch.randint(10, (4,))}
-    assert [len(blocks) for blocks in (PYTHON, SHELL)] == [3, 4]
+    assert [len(blocks) for blocks in (PYTHON, SHELL)] == [4, 5]
     for block in PYTHON:
+        for library in re.findall(r"compat\.(foolbox|art) ", block):
+            pytest.importorskip(library)
         exec(compile(block, "README.md", "exec"), names)
 
 
@@ -106,7 +108,15 @@ def test_commands(here, monkeypatch):
         for words in block:
             run(monkeypatch, *words)
     reports = ["report/report.html", "my_model-evaluation/report.html"]
-    for written in (*reports, "mine.json", "figure.png", "curves.png", "tables/table-6.1.md", "figures/figure-budget.json"):
+    for written in (
+        *reports,
+        "mine.json",
+        "figure.png",
+        "curves.png",
+        "tables/table-6.1.md",
+        "figures/figure-budget.json",
+        "mine/README.md",
+    ):
         assert Path(written).is_file(), written
 
 
