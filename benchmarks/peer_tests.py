@@ -1,10 +1,10 @@
 """The tests of other libraries, on our attacks in the place of theirs: `python -m benchmarks.peer_tests --help`.
 
-    python -m benchmarks.peer_tests --foolbox ../foolbox --art ../adversarial-robustness-toolbox --out peer_tests.json
+    python -m benchmarks.peer_tests --foolbox ../foolbox --art ../adversarial-robustness-toolbox --out peers.json
 
-Each argument is a checkout, since packages leave their tests out. The tests that an attack of ours takes part in run twice, in the
-checkout: on the library's own attacks, and on ours. This module is the plugin of pytest that replaces them. What fails on both is
-not about ours: other frameworks, files that are fetched from a network, versions of NumPy.
+Each argument is a checkout, since packages leave their tests out. The tests in which an attack of ours takes part run twice: on
+the library's own attacks, and on ours. This module is also the plugin of pytest that replaces them. What fails on both is not
+about ours: other frameworks, files that are fetched from a network, versions of NumPy.
 """
 
 import importlib
@@ -82,8 +82,8 @@ PEERS = {
 # ---- the plugin
 
 
-def pytest_configure(config) -> None:
-    """Put our attacks in the place of the library's, before its tests are imported."""
+def _replace() -> None:
+    """Put our attacks in the place of the library's, before its tests, and what configures them, are imported."""
     peer = PEERS[os.environ[LIBRARY]]
     for name in peer.empty:
         if importlib.util.find_spec(name.split(".")[0]) is None or name.split(".")[0] in sys.modules:
@@ -117,14 +117,15 @@ def _stand_in_for_robustbench() -> None:
 
 def _concerned(item) -> bool:
     """Whether an attack that we have takes part in a test."""
-    names, parameters = PEERS[os.environ[LIBRARY]].names, getattr(getattr(item, "callspec", None), "params", {})
+    peer, parameters = PEERS[os.environ[LIBRARY]], getattr(getattr(item, "callspec", None), "params", {})
+    attacks = [getattr(importlib.import_module(peer.modules[0]), name) for name in peer.names]
     if os.environ[LIBRARY] == "foolbox":
-        attack = type(getattr(parameters.get("attack_test_target"), "attack", None)).__name__
-        on_pytorch = str(parameters.get("fmodel_and_data_ext_for_attacks", "")).startswith("pytorch")
-        return on_pytorch and (attack in names or item.originalname in ("test_fgsm_run_raises", "test_eot_wrapper"))
+        concerned = isinstance(getattr(parameters.get("attack_test_target"), "attack", None), tuple(attacks))
+        concerned |= item.originalname in ("test_fgsm_run_raises", "test_eot_wrapper")  # name them in their code
+        return concerned and str(parameters.get("fmodel_and_data_ext_for_attacks", "")).startswith("pytorch")
     if os.environ[LIBRARY] == "adv_lib":
-        return getattr(getattr(parameters.get("attack"), "func", None), "__name__", "") in names
-    return parameters.get("atk_class", names[0]) in names
+        return getattr(parameters.get("attack"), "func", None) in attacks
+    return parameters.get("atk_class", peer.names[0]) in peer.names  # of ART's files all tests concern us
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -146,6 +147,10 @@ def pytest_runtest_logreport(report) -> None:
 
 def pytest_sessionfinish() -> None:
     Path(os.environ[REPORT]).write_text(json.dumps(_outcomes))
+
+
+if LIBRARY in os.environ:
+    _replace()
 
 
 # ---- the command
@@ -174,7 +179,9 @@ def outcomes(library: str, checkout: Path, whose: str) -> dict[str, str]:
         paths = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {LIBRARY: library, WHOSE: whose, REPORT: str(report), "PYTHONPATH": paths}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", __spec__.name, "-W", "ignore"]
-        subprocess.run([*command, *PEERS[library].arguments], cwd=checkout, env=environment, check=False)
+        done = subprocess.run([*command, *PEERS[library].arguments], cwd=checkout, env=environment, check=False)
+        if done.returncode > 1:  # 1: tests have failed
+            raise SystemExit(f"{library}: pytest ends with {done.returncode} in {checkout}: see above")
         return json.loads(report.read_text())
 
 
@@ -182,7 +189,7 @@ def compare(theirs: dict[str, str], ours: dict[str, str]) -> dict[str, Any]:
     """How many tests passed with ours, what failed with ours alone, and what with theirs alone."""
     counts = Counter(ours.values())
     failed = {name for name, outcome in ours.items() if outcome == "failed"}
-    failed_theirs = {name for name, outcome in theirs.items() if outcome == "failed"}
+    failed_theirs = {name for name, outcome in theirs.items() if outcome == "failed" and name in ours}
     return {
         "passed": counts["passed"],
         "skipped": counts["skipped"],

@@ -23,10 +23,12 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        if len(mean) != len(std) or not all(s > 0 for s in std):
+        numbers = [torch.as_tensor(values, dtype=torch.float32).detach().clone().view(-1, 1, 1) for values in (mean, std)]
+        same = numbers[0].shape == numbers[1].shape and numbers[0].numel() > 0
+        if not same or not torch.stack(numbers).isfinite().all() or (numbers[1] <= 0).any():
             raise ValueError(f"mean={mean}, std={std}: give each channel one number in both, positive in std")
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("mean", numbers[0])
+        self.register_buffer("std", numbers[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> [B, C, H, W]."""

@@ -1,8 +1,17 @@
-"""What the adapters share: optional packages, and settings that the other library does not have."""
+"""What the adapters share: optional packages, settings that the other library does not have, and attacks in half precision."""
 
 import importlib
 from collections.abc import Iterable
+from copy import copy
 from types import ModuleType
+
+from torch import Tensor
+
+from ..attacks._common import take_rows
+from ..attacks.apgd import APGD
+from ..attacks.fab import FAB
+from ..attacks.square import Square
+from ..predictions import predictions
 
 
 def import_peer(module: str, package: str) -> ModuleType:
@@ -27,3 +36,19 @@ def check_extras(name: str, settings: Iterable[str], known: type) -> None:
     for setting in settings:
         if setting not in ours:
             raise TypeError(f"{name}() got an unexpected keyword argument {setting!r}: ours beside its own are {', '.join(ours)}")
+
+
+def attack_what_is_right(attack: APGD | FAB | Square, model, x: Tensor, y: Tensor) -> Tensor:
+    """The images of `attack`, which leaves alone what is misclassified as it is: what is so in the attack's `precision` alone, it
+    attacks without."""
+    found = attack(model, x, y)
+    rows = (found == x).flatten(1).all(1).nonzero()[:, 0]
+    if attack.precision is None or not len(rows):
+        return found
+    with attack._prepared_gradient(model, x[rows], y[rows], -1) as (gradient, images, labels):
+        rows = rows[predictions(gradient.logits(images)) != labels]
+    if len(rows):
+        whole = copy(attack)
+        whole.precision, whole.eps = None, take_rows(attack.eps, rows)
+        found[rows] = whole(model, x[rows], y[rows])
+    return found

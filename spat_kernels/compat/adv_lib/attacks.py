@@ -15,7 +15,7 @@ from ...attacks.pgd import PGD
 from ...losses import LossLike, Margin
 from ...rng import default_generator, rewound_on_error
 from ...settings import AdapterSettings, Norm
-from .._peer import check_extras
+from .._peer import attack_what_is_right, check_extras
 from .last_success import LastSuccess, TargetedDLR, model_logits, wrong_or_clean
 
 NORMS: dict[float, Norm] = {1: "l1", 2: "l2", math.inf: "linf"}
@@ -128,4 +128,4 @@ def _apgd(model, inputs: Tensor, labels: Tensor, eps, norm: Any, use_large_reps:
         raise ValueError("use_rs=False with use_large_reps=True: APGD starts at random: leave out use_rs")
     settings["loss"] = settings["loss"].lower()
     attack = APGD(eps, norm=NORMS.get(norm, norm), multi_eps=use_large_reps, **settings)
-    return wrong_or_clean(attack(model, inputs, labels), model, inputs, labels, attack.bn_mode)[0]
+    return wrong_or_clean(attack_what_is_right(attack, model, inputs, labels), model, inputs, labels, attack.bn_mode)[0]

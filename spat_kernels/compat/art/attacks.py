@@ -123,9 +123,7 @@ class BasicIterativeMethod(ProjectedGradientDescent):
         self, estimator, eps=0.3, eps_step=0.1, max_iter=100, targeted=False, batch_size=32, verbose=True,
         **settings: Unpack[PGDSettings],
     ):  # fmt: skip
-        super().__init__(
-            estimator, np.inf, eps, eps_step, None, max_iter, targeted, 0, batch_size, verbose=verbose, **settings
-        )  # fmt: skip
+        super().__init__(estimator, np.inf, eps, eps_step, None, max_iter, targeted, 0, batch_size, verbose=verbose, **settings)
 
 
 def _checked(attack, settings, known: type, summary_writer):

@@ -50,10 +50,10 @@ class AutoAttack(evasion.AutoAttack):
         batch = (torch.as_tensor(values[rows], device=classifier.device) for values in (images, labels))
         result = attack.run(model_of(self.estimator), *batch)
         images[rows], broken_by = result.x_adv.cpu().numpy(), result.broken_by.cpu().numpy()
+        self.attacks = list(attack.attacks)  # `targeted` may have been changed
         self.best_attacks = np.full(len(images), self.SAMPLE_MISCLASSIFIED)
-        self.best_attacks[rows] = np.choose(
-            np.sign(broken_by) + 1, (self.SAMPLE_DEFAULT, self.SAMPLE_MISCLASSIFIED, broken_by - 1)
-        )
+        by_result = np.array([self.SAMPLE_MISCLASSIFIED, *range(len(self.attacks)), self.SAMPLE_DEFAULT])  # -1 is the last
+        self.best_attacks[rows] = by_result[broken_by]
         return images
 
     def _ours(self) -> OurAutoAttack:

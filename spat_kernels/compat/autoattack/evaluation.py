@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ...attacks.autoattack import AutoAttack as OurAutoAttack
-from ...checks import check_choice
+from ...attacks.autoattack import fewest_classes
+from ...checks import Values, check_choice, check_count, check_images, check_labels
+from ...input_gradient.autograd import InputGradient
 from ...model_state.borrow import borrowed
 from ...predictions import predictions
 from ...settings import ModelSettings
-from .._peer import check_extras
+from .._peer import attack_what_is_right, check_extras
 from .parameters import NAMES, Parameters
-from .state import State
+from .state import State, digest
 
 
 class AutoAttack(Parameters):
@@ -29,7 +31,7 @@ class AutoAttack(Parameters):
         verbose: whether to print what is found.
         attacks_to_run: names of attacks, with version="custom".
         version: "standard", "plus", "rand" or "custom".
-        device: where batches are attacked. None is the device of the model.
+        device: where batches are attacked. None is the device of the model; of a function that is no module, that of the images.
         log_path: a file to which what is printed is appended.
         settings: those of `spat_kernels.AutoAttack` that say how the model is run, such as precision="bf16".
 
@@ -57,6 +59,8 @@ class AutoAttack(Parameters):
         if version != "custom":
             self.set_version(version)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run_standard_evaluation(self, x_orig: Tensor, y_orig: Tensor, bs=250, return_labels=False, state_path=None):
         """The attacks in turn, each on the images that those before have not broken.
 
@@ -76,40 +80,43 @@ class AutoAttack(Parameters):
         Warns:
             RuntimeWarning: a sign that gradients are masked, as for `spat_kernels.AutoAttack`.
         """
-        for name in self.attacks_to_run:
-            check_choice("attacks_to_run", name, NAMES)
+        self._check(x_orig, y_orig, bs)
         began, path = time.time(), None if state_path is None else Path(state_path)
         images, labels = x_orig.detach().clone(), y_orig.clone()
-        state = State(self.norm, self.epsilon, self.version, list(self.attacks_to_run), len(images))
-        if path is not None and path.exists():
-            state = state.restored(path)
-            self._log(f"going on from {path}: only images that are broken from now on come back changed")
+        if not len(images):
+            return (images, labels) if return_labels else images
+        state = self._state(path, x_orig, y_orig)
         classes = self._classify(images, labels, bs)
-        robust = state.flags if state.robust else (labels == y_orig).cpu()
+        for name in self.attacks_to_run:
+            if fewest_classes(name) > classes:
+                raise ValueError(
+                    f"attacks_to_run: {name} needs {fewest_classes(name)} classes, the model has {classes}: leave it out"
+                )
+        robust = torch.tensor(state.robust) if state.robust else (labels == y_orig.to(labels.device)).cpu()
         if not state.robust:
             state.clean_accuracy = _share(robust)
             state.save(path, robust)
         self._log(f"using {self.version} version including {', '.join(self.attacks_to_run)}")
         self._log(f"initial accuracy: {state.clean_accuracy:.2%}")
         signs = self._warn_of_signs(x_orig, y_orig, robust.nonzero()[:bs, 0])
-        for name in state.attacks_to_run:
-            if name in state.run_attacks:
+        for number, name in enumerate(self.attacks_to_run):
+            if number < len(state.run_attacks):
                 self._log(f"{name} has been run")
                 continue
             before = int(robust.sum())
             batches = robust.nonzero()[:, 0].split(bs) if before else ()
-            for number, rows in enumerate(batches, 1):
+            for batch, rows in enumerate(batches, 1):
                 x, y = self._batch(x_orig, y_orig, rows)
-                found = self.attack(name, classes, x.device)(self.model, x, y)
+                found = attack_what_is_right(self.attack(name, classes, x.device), self.model, x, y)
                 said = predictions(self.get_logits(found))
                 broken = said != y
                 for whole, new in ((images, found), (labels, said), (robust, ~broken)):
                     whole[rows[broken.cpu()].to(whole.device)] = new[broken].to(whole)
                 state.save(path, robust)
-                self._log(f"{name} - {number}/{len(batches)} - {int(broken.sum())} out of {len(rows)} successfully perturbed")
+                self._log(f"{name} - {batch}/{len(batches)} - {int(broken.sum())} out of {len(rows)} successfully perturbed")
             state.run_attacks.append(name)
             state.save(path, robust)
-            if name == "square" and len(self.attacks_to_run) > 1:
+            if signs and name == "square" and number:
                 signs._warn_of_square(before - int(robust.sum()), len(robust))
             self._log(f"robust accuracy after {name.upper()}: {_share(robust):.2%} (total time {time.time() - began:.1f} s)")
         self._log(f"robust accuracy: {_share(robust):.2%}")
@@ -122,8 +129,10 @@ class AutoAttack(Parameters):
             for name in names:
                 began, self.attacks_to_run, self.verbose = time.time(), [name], False
                 found[name] = images, _ = self.run_standard_evaluation(x_orig, y_orig, bs, return_labels=True)
-                accuracy, self.verbose = self._accuracy(images, y_orig, bs), verbose
-                self._log(f"robust accuracy by {name.upper()}: {accuracy:.2%} (time attack: {time.time() - began:.1f} s)")
+                self.verbose = verbose
+                if verbose:
+                    accuracy = self._accuracy(images, y_orig, bs)
+                    self._log(f"robust accuracy by {name.upper()}: {accuracy:.2%} (time attack: {time.time() - began:.1f} s)")
         finally:
             self.attacks_to_run, self.verbose = names, verbose
         return found if return_labels else {name: images for name, (images, _) in found.items()}
@@ -139,22 +148,45 @@ class AutoAttack(Parameters):
         with torch.no_grad(), borrowed(self.model, self.settings["bn_mode"]):
             return self.model(x.clone())
 
+    def _check(self, x: Tensor, y: Tensor, bs: int) -> None:
+        check_count("bs", bs, 1)
+        check_images(x)
+        y = y.to(x.device) if isinstance(y, Tensor) else y
+        check_labels(y, x)
+        if x.numel():
+            Values(x, y, None, (0.0, 1.0)).read()
+        for name in self.attacks_to_run:
+            check_choice("attacks_to_run", name, NAMES)
+
+    def _state(self, path: Path | None, x: Tensor, y: Tensor) -> State:
+        """The state to begin with: that in the file, where there is one."""
+        data = "" if path is None else digest(x, y)
+        state = State(self.norm, float(self.epsilon), self.version, list(self.attacks_to_run), data)
+        if path is not None and path.exists():
+            self._log(f"going on from {path}: only images that are broken from now on come back changed")
+            return state.restored(path)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"state_path={path}: there is no folder {path.parent}: make it first")
+        return state
+
     def _accuracy(self, x: Tensor, y: Tensor, bs: int) -> float:
-        labels = y.clone()
-        self._classify(x, labels, bs)
-        return _share(labels == y)
+        said = y.clone()
+        self._classify(x, said, bs)
+        return _share(said == y)
 
-    def _classify(self, x: Tensor, labels: Tensor, bs: int) -> int:
-        """Write what the model says of the images `x` into `labels`; return the number of classes, 0 without images."""
-        classes = 0
-        for images, said in zip(x.split(bs), labels.split(bs), strict=True):
-            logits = self.get_logits(images.to(self._device(x)))
-            said.copy_(predictions(logits))
-            classes = logits.shape[1] if len(images) else 0
-        return classes
+    def _classify(self, x: Tensor, said: Tensor, bs: int) -> int:
+        """Write what the model says of the images `x` into `said`, int64 [N]; return the number of classes."""
+        device, highest = self._device(x), int(said.max())
+        for images, classes in zip(x.split(bs), said.split(bs), strict=True):
+            with borrowed(self.model, self.settings["bn_mode"]):
+                logits = InputGradient(self.model, None, highest).logits(images.to(device))  # which checks them
+            classes.copy_(predictions(logits))
+        return logits.shape[1]
 
-    def _warn_of_signs(self, x: Tensor, y: Tensor, rows: Tensor) -> OurAutoAttack:
+    def _warn_of_signs(self, x: Tensor, y: Tensor, rows: Tensor) -> OurAutoAttack | None:
         """Warn of what is strange about the images `rows`; return what can warn of more later."""
+        if not self.attacks_to_run:
+            return None
         version: Any = self.version if self.version == "rand" else tuple(self.attacks_to_run)
         norm: Any = self.norm
         ours = OurAutoAttack(self.epsilon, norm=norm, version=version, **self.settings)

@@ -4,8 +4,8 @@ Constructors take the arguments of torchattacks, with its defaults, and those of
 precision="bf16". Attributes can be changed afterwards, as in `attack.eps = 4/255`. Where torchattacks is installed, these attacks
 are instances of its `Attack`, and `torchattacks.NAME` is its own for every other name that it has.
 
-Not as there: images must lie in [0, 1] (they are not clamped in silence), numbers drawn for a `seed` leave torch's generator
-alone, and APGD, FAB, Square and AutoAttack leave misclassified images as they are.
+Not as there: images must lie in [0, 1], but for rounding. They are not clamped in silence. Numbers drawn for a `seed` leave
+torch's generator alone, and APGD, FAB, Square and AutoAttack leave misclassified images as they are.
 """
 
 import importlib
@@ -29,6 +29,7 @@ from .seeded import Square as Square
 
 
 def __getattr__(name: str):
-    if Base is object or name.startswith("__"):
-        raise AttributeError(f"{__name__} has no {name}, and torchattacks, where it may be, is not installed")
+    if Base is object or (name.startswith("__") and name != "__version__"):
+        elsewhere = ", and torchattacks, which may have it, is not installed" if Base is object else ""
+        raise AttributeError(f"{__name__} has no {name}{elsewhere}")
     return getattr(importlib.import_module("torchattacks"), name)

@@ -1,6 +1,5 @@
 """The base class of the attacks here: the interface of `torchattacks.attack.Attack`, version 3.5.1."""
 
-import contextlib
 import importlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -10,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...model_state.borrow import borrowed
 from ...normalize import Normalize
+from ...rng import default_generator, rewound_on_error
 from ...settings import ModelSettings
 from .._peer import check_extras
 from .files import Files
 from .pixels import Pixels
 from .targets import Targets
 
-Base: Any = object
-with contextlib.suppress(ImportError):  # it need not be installed: all of its interface is here
-    Base = importlib.import_module("torchattacks.attack").Attack
+try:
+    Base: Any = importlib.import_module("torchattacks.attack").Attack
+except ModuleNotFoundError as error:  # it need not be installed: all of its interface is here
+    if error.name not in ("torchattacks", "torchattacks.attack"):
+        raise
+    Base = object
 
 
 class Attack(Targets, Pixels, Files, Base):
@@ -49,6 +53,9 @@ class Attack(Targets, Pixels, Files, Base):
         self.supported_mode = ["default"]
         self._training_modes: tuple[bool, bool] | None = None
         self.__dict__.update(attributes)
+        mean, std = getattr(model, "mean", None), getattr(model, "std", None)
+        if self.model_name == "RobModel" and mean is not None and std is not None:  # MAIR's, whose images are normalised
+            self.set_normalization_used(mean, std)
 
     def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """Adversarial images of `images`, in [0, 1] and like them on the device of the model."""
@@ -67,36 +74,42 @@ class Attack(Targets, Pixels, Files, Base):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.
         """
-        inputs = inputs.to(self.device or inputs.device)
         normalized = self._normalization_applied and inputs.is_floating_point()
-        with self._modes():
-            adversarial = self.forward(self._as_pixels(inputs), None if labels is None else labels.to(inputs.device))
+        _, adversarial = self.attack_pixels(inputs, labels)
         if self.return_type == "int":
             return self.to_type(adversarial, "int")
         return self.normalize(adversarial) if normalized else adversarial
+
+    def attack_pixels(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A call that returns the images and the adversarial images in [0, 1]."""
+        inputs = inputs.to(self.device or inputs.device)
+        images = self._as_pixels(inputs)
+        drawn_from = self.settings.get("generator"), torch.default_generator, default_generator(images.device)
+        with self._modes(), rewound_on_error(*drawn_from):
+            return images, self.forward(images, None if labels is None else labels.to(images.device))
 
     # ---- the model
 
     def set_model(self, model) -> None:
         self.model, self.model_name = model, type(model).__name__
-        self._on_pixels = None
 
     def set_device(self, device) -> None:
         self.device = torch.device(device)
 
     @property
     def model_of_pixels(self):
-        """The model as a function of images in [0, 1]: the same object every time, since plans and graphs are kept by it."""
+        """The model as a function of images in [0, 1]: the same object as long as nothing changes, since plans and graphs are
+        kept by it."""
         if self.normalization_used is None:
             return self.model
-        if self._on_pixels is None:
-            mean, std = (self.normalization_used[name].flatten().tolist() for name in ("mean", "std"))
-            first = Normalize(mean, std).to(self.device or "cpu")
-            if isinstance(self.model, nn.Module):
-                self._on_pixels = nn.Sequential(OrderedDict(normalize=first, model=self.model))
-            else:
-                self._on_pixels = lambda images, model=self.model: model(first(images))
-        return self._on_pixels
+        made_of = self.model, self.normalization_used, self.device
+        if any(a is not b for a, b in zip(made_of, self._on_pixels[0], strict=True)):
+            with torch.inference_mode(False):
+                mean, std = (self.normalization_used[name].flatten().tolist() for name in ("mean", "std"))
+                first = Normalize(mean, std).to(self.device or "cpu")
+                network = self.model if isinstance(self.model, nn.Module) else _Callable(self.model)
+                self._on_pixels = made_of, nn.Sequential(OrderedDict(normalize=first, model=network))
+        return self._on_pixels[1]
 
     def get_logits(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """What the model says of `inputs`, which are normalised if those of a call are."""
@@ -114,17 +127,15 @@ class Attack(Targets, Pixels, Files, Base):
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
-        """The model in the mode to be attacked in, then every module as before. For eval mode the attacks see to that."""
-        modules = list(self.model.modules()) if self._training_modes and isinstance(self.model, nn.Module) else []
-        before = [(m, m.training) for m in modules]
-        try:
-            for m in modules:
-                choices = zip(("BatchNorm", "Dropout"), self._training_modes or (), strict=False)
-                m.training = all(trains for kind, trains in choices if kind in type(m).__name__)
+        """The model in training mode, where it is to be attacked in that, and then as before. The attacks see to eval mode."""
+        if self._training_modes is None or not isinstance(self.model, nn.Module):
             yield
-        finally:
-            for m, mode in before:
-                m.training = mode
+            return
+        choices = dict(zip(("BatchNorm", "Dropout"), self._training_modes, strict=True))
+        with borrowed(self.model, "keep"):
+            for m in self.model.modules():
+                m.training = all(trains for kind, trains in choices.items() if kind in type(m).__name__)
+            yield
 
     def _change_model_mode(self, given_training: bool) -> None:
         """torchattacks' MultiAttack calls this of attacks in it, and `_recover_model_mode`. `_modes` does what is needed."""
@@ -136,3 +147,14 @@ class Attack(Targets, Pixels, Files, Base):
         shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in hidden}
         shown |= self.settings | {"attack_mode": self.attack_mode, "normalization_used": self.normalization_used is not None}
         return f"{self.attack}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+class _Callable(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

@@ -19,10 +19,7 @@ class Files:
 
     model_of_pixels: Any
 
-    def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
-
-    def _as_pixels(self, inputs: Tensor) -> Tensor:
+    def attack_pixels(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def save(
@@ -36,26 +33,28 @@ class Files:
             broken (NaN without any), and the seconds that the attacks took.
         """
         check_choice("save_type", save_type, ("float", "int"))
-        parts, seconds = [], 0.0
-        for inputs, labels in data_loader:
+        right, lengths, kept, seconds = [], [], [], 0.0
+        for number, (inputs, labels) in enumerate(data_loader, 1):
             began = time.perf_counter()
-            adversarial = self(inputs, labels)
+            clean, adversarial = self.attack_pixels(inputs, labels)
             seconds += time.perf_counter() - began
-            clean = self._as_pixels(inputs.to(adversarial.device))
-            adversarial = self._as_pixels(adversarial)
             found = predictions(model_logits(self.model_of_pixels, adversarial))
-            parts.append([t.detach().cpu() for t in (adversarial, labels, found, clean)])
-        adversarial, labels, found, clean = map(torch.cat, zip(*parts, strict=True))
-        accuracy = 100 * float((found == labels).float().mean())
-        distance = float((adversarial - clean).flatten(1).norm(dim=1)[found != labels].mean())
-        if verbose:
-            print(f"Robust accuracy: {accuracy:.2f} % / L2: {distance:.5f} ({seconds:.3f} s)")
+            right.append(found == labels.to(found.device))
+            lengths.append((adversarial - clean).flatten(1).norm(dim=1)[~right[-1]])
+            accuracy = 100 * float(torch.cat(right).float().mean())
+            distance = float(torch.cat(lengths).mean())
+            if verbose:
+                share = f"{100 * number / len(data_loader):.2f} % / " if hasattr(data_loader, "__len__") else ""
+                print(f"- Save progress: {share}Robust accuracy: {accuracy:.2f} % / L2: {distance:.5f} ({seconds:.3f} s)")
+            if save_path is not None:
+                batch = {"adv_inputs": to_type(adversarial, save_type), "labels": labels}
+                batch |= {"preds": found} if save_predictions else {}
+                batch |= {"clean_inputs": to_type(clean, save_type)} if save_clean_inputs else {}
+                kept.append({name: t.detach().cpu() for name, t in batch.items()})
+        if not right:
+            raise ValueError("data_loader is empty: give batches (images, labels)")
         if save_path is not None:
-            content: dict[str, Any] = {"adv_inputs": to_type(adversarial, save_type), "labels": labels}
-            if save_predictions:
-                content["preds"] = found
-            if save_clean_inputs:
-                content["clean_inputs"] = to_type(clean, save_type)
+            content: dict[str, Any] = {name: torch.cat([batch[name] for batch in kept]) for name in kept[0]}
             torch.save(content | {"save_type": save_type}, save_path)
         return (accuracy, distance, seconds) if return_verbose else None
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from ...checks import check_choice
@@ -32,48 +33,67 @@ class MultiAttack(Attack):
         if len(attacks) < 2 or any(attack.model is not attacks[0].model for attack in attacks):
             raise ValueError(f"attacks: {len(attacks)} given: give at least two, on the same model")
         self.attacks, self.verbose = attacks, verbose
-        self._counts: list[int] = []
+        self._counts: list[list[int]] | None = None  # in a `save`: how many images each call had, and had left after each attack
         super().__init__(attacks[0].model, {})
 
     set_model, set_device, set_model_training_mode = map(_on_all, ("set_model", "set_device", "set_model_training_mode"))
     set_normalization_used, _set_normalization_applied = map(_on_all, ("set_normalization_used", "_set_normalization_applied"))
 
     def forward(self, images, labels):
+        if labels is None:
+            raise ValueError("labels=None: several attacks need labels, to go on with what is still right")
+        model, counts = self.model_of_pixels, [len(images)]
         found, left = images.clone(), torch.arange(len(images), device=images.device)
-        counts, applied = [len(images)], self._normalization_applied
-        try:
-            if self.normalization_used is not None:
-                self._set_normalization_applied(False)  # images are in [0, 1] from here on, for the attacks too
-            for attack in self.attacks:
-                if len(left):
-                    adversarial = self.to_type(attack(images[left], labels[left]), "float")
-                    broken = predictions(model_logits(self.model_of_pixels, adversarial)) != labels[left]
-                    found[left[broken]] = adversarial[broken]
-                    left = left[~broken]
-                counts.append(len(left))
-        finally:
-            if self.normalization_used is not None:
-                self._set_normalization_applied(applied)
-        self._counts = [a + b for a, b in zip(self._counts or [0] * len(counts), counts, strict=True)]
+        for attack in self.attacks:
+            if len(left):
+                adversarial = self._attacked(attack, images[left], labels[left])
+                broken = predictions(model_logits(model, adversarial)) != labels[left]
+                found[left[broken]] = adversarial[broken]
+                left = left[~broken]
+            counts.append(len(left))
+        if self._counts is not None:
+            self._counts.append(counts)
         if self.verbose:
-            print("Attack success rate: " + " | ".join(f"{rate:.2f} %" for rate in _success_rates(counts)))
+            print("Attack success rate: " + " | ".join(f"{rate:.2f} %" for rate in _success_rates([counts])))
         return found
 
-    def save(self, data_loader, save_path=None, verbose=True, return_verbose=False, *args, **options):
+    def _attacked(self, attack, images: Tensor, labels: Tensor) -> Tensor:
+        """What an attack makes of `images`, both as `forward` has them."""
+        if self.normalization_used is None:
+            return self.to_type(attack(images, labels), "float")
+        if isinstance(attack, Attack):  # all on one module
+            attack.normalization_used, attack._on_pixels = self.normalization_used, self._on_pixels
+            with attack._modes():
+                return attack.forward(images, labels)
+        attack._set_normalization_applied(False)
+        try:
+            return attack(images, labels)
+        finally:
+            attack._set_normalization_applied(self._normalization_applied)
+
+    def save(
+        self, data_loader, save_path=None, verbose=True, return_verbose=False, save_predictions=False, save_clean_inputs=False,
+        save_type="float", *, save_clean_images=False,
+    ):  # fmt: skip
         """As that of other attacks; with `return_verbose` the second value is the success rates in percent after each attack."""
         self._counts = []
-        accuracy, distance, seconds = super().save(data_loader, save_path, verbose, True, *args, **options)
-        return (accuracy, _success_rates(self._counts), distance, seconds) if return_verbose else None
+        try:
+            accuracy, distance, seconds = super().save(
+                data_loader, save_path, verbose, True, save_predictions, save_clean_images or save_clean_inputs, save_type
+            )
+            return (accuracy, _success_rates(self._counts), distance, seconds) if return_verbose else None
+        finally:
+            self._counts = None
 
 
-def _success_rates(counts: Sequence[int]) -> list[float]:
-    images, *left = counts
+def _success_rates(counts: Sequence[Sequence[int]]) -> list[float]:
+    images, *left = map(sum, zip(*counts, strict=True))
     return [100 - 100 * count / max(images, 1) for count in left]
 
 
 class AutoAttack(MultiAttack):
     """With 10 steps, as in torchattacks: `steps=100` is AutoAttack as published, as are `spat_kernels.AutoAttack` and
-    `compat.autoattack`. seed=None takes one from the clock."""
+    `compat.autoattack`. seed=None takes one from the clock. norm, eps, seed and n_classes can be changed, the version cannot."""
 
     def __init__(
         self, model, norm="Linf", eps=8 / 255, version="standard", n_classes=10, seed=None, verbose=False, *, steps=10,
@@ -94,3 +114,9 @@ class AutoAttack(MultiAttack):
         }
         check_choice("version", version, attacks)
         super().__init__([attack() for attack in attacks[version]], verbose)
+
+    def forward(self, images, labels):
+        for attack in self.attacks:
+            attack.norm, attack.eps, attack.seed = self.norm, self.eps, self.seed
+            attack.n_target_classes = self.n_classes - 1
+        return super().forward(images, labels)

@@ -8,22 +8,23 @@ from typing_extensions import Unpack
 from ... import losses
 from ...attacks.pgd import PGD as OurPGD
 from ...rng import draw
-from ...settings import PGDExtras
+from ...settings import AdapterSettings, PGDExtras
 from .attack import Attack
-
-
-def _normal(images: Tensor) -> Tensor:
-    return draw("normal_", *images.shape, dtype=images.dtype, device=images.device)
 
 
 class _PGD(Attack):
     """Attacks that are a `spat_kernels.PGD`."""
 
-    extras = PGDExtras
+    extras: type = PGDExtras
 
-    def __init__(self, model, eps: float, settings: PGDExtras, **attributes: Any):
+    def __init__(self, model, eps: float, settings: AdapterSettings, **attributes: Any):
         super().__init__(model, settings, eps=eps, **attributes)
         self.supported_mode = ["default", "targeted"]
+
+    def normal(self, images: Tensor) -> Tensor:
+        """Standard normal numbers, like `images`."""
+        generator = self.settings.get("generator")
+        return draw("normal_", *images.shape, dtype=images.dtype, device=images.device, generator=generator)
 
     def pgd(self, images: Tensor, labels: Tensor | None, *, start: Tensor | None = None, **arguments: Any) -> Tensor:
         attack = OurPGD(self.eps, targeted=self.targeted, **{"bn_mode": self.bn_mode} | arguments | self.settings)
@@ -64,23 +65,28 @@ class BIM(_PGD):
         return self.pgd(images, labels, steps=self.steps, step_size=self.alpha, random_start=False)
 
 
-class RFGSM(BIM):
+class RFGSM(_PGD):
     """BIM from x + alpha * sign(randn)."""
 
+    def __init__(self, model, eps=8 / 255, alpha=2 / 255, steps=10, **settings: Unpack[PGDExtras]):
+        super().__init__(model, eps, settings, alpha=alpha, steps=steps)
+
     def forward(self, images, labels):
-        start = (images + self.alpha * _normal(images).sign()).clamp(0, 1)
+        start = (images + self.alpha * self.normal(images).sign()).clamp(0, 1)
         return self.pgd(images, labels, steps=self.steps, step_size=self.alpha, start=start)
 
 
 class TPGD(_PGD):
     """The inner attack of TRADES, on KL(p(x) || p(x_adv)) from x + 0.001 * randn. It takes no labels."""
 
-    def __init__(self, model, eps=8 / 255, alpha=2 / 255, steps=10, **settings: Unpack[PGDExtras]):
+    extras = AdapterSettings
+
+    def __init__(self, model, eps=8 / 255, alpha=2 / 255, steps=10, **settings: Unpack[AdapterSettings]):
         super().__init__(model, eps, settings, alpha=alpha, steps=steps)
         self.supported_mode = ["default"]
 
     def forward(self, images, labels=None):
-        start = (images + 0.001 * _normal(images)).clamp(0, 1)
+        start = (images + 0.001 * self.normal(images)).clamp(0, 1)
         return self.pgd(images, None, loss="kl", steps=self.steps, step_size=self.alpha, start=start)
 
 

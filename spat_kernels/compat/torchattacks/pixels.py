@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...checks import check_choice
 
-ROUNDING = 1e-4  # by which images that were normalised may leave [0, 1]
+ROUNDING = 1e-4  # by which images that were normalised may leave [0, 1] in fp32
 
 
 def to_type(inputs: Tensor, type: str) -> Tensor:
@@ -25,12 +25,12 @@ class Pixels:
     normalization_used: dict[str, Tensor] | None = None
     return_type: str = "float"
     _normalization_applied: bool | None = None
-    _on_pixels: Any = None
+    _on_pixels: tuple[tuple, Any] = (None, None, None), None  # what the model of pixels is made of, and it
 
     def set_normalization_used(self, mean, std) -> None:
         """Say that images are normalised, and by what: a number for each channel. They are attacked in [0, 1]."""
-        self.normalization_used = {n: torch.as_tensor(v).view(1, -1, 1, 1) for n, v in (("mean", mean), ("std", std))}
-        self._on_pixels = None
+        numbers = (("mean", mean), ("std", std))
+        self.normalization_used = {n: torch.as_tensor(v).detach().clone().view(1, -1, 1, 1) for n, v in numbers}
         self._set_normalization_applied(True)
 
     def _set_normalization_applied(self, flag: bool) -> None:
@@ -60,4 +60,4 @@ class Pixels:
             return self.to_type(inputs, "float")
         images = self.inverse_normalize(inputs) if self._normalization_applied else inputs
         inside = images.clamp(0, 1)
-        return torch.where((images - inside).abs() < ROUNDING, inside, images)
+        return torch.where((images - inside).abs() < max(ROUNDING, torch.finfo(images.dtype).eps), inside, images)

@@ -9,8 +9,10 @@ from typing_extensions import Unpack
 from ...attacks.apgd import APGD as OurAPGD
 from ...attacks.fab import FAB as OurFAB
 from ...attacks.square import Square as OurSquare
+from ...checks import as_norm
 from ...predictions import model_logits, predictions
 from ...settings import ModelSettings
+from .._peer import attack_what_is_right
 from .attack import Attack
 
 
@@ -24,7 +26,8 @@ class _Seeded(Attack):
     def attack_by(self, kind: Any, images: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
         generator = None if self.seed is None else torch.Generator(images.device).manual_seed(int(self.seed))
         common = {"norm": self.norm, "restarts": self.n_restarts, "generator": generator, "bn_mode": self.bn_mode}
-        adversarial = kind(self.eps, **common | arguments | self.settings)(self.model_of_pixels, images, labels)
+        attack = kind(self.eps, **common | arguments | self.settings)
+        adversarial = attack_what_is_right(attack, self.model_of_pixels, images, labels)
         if self.verbose:
             right = predictions(model_logits(self.model_of_pixels, adversarial)).eq(labels)
             print(f"{self.attack}: {int(right.sum())} of {len(right)} images are still classified as labelled")
@@ -65,7 +68,7 @@ class FAB(_Seeded):
     ):  # fmt: skip
         own = {"alpha_max": alpha_max, "eta": eta, "beta": beta, "multi_targeted": multi_targeted}
         own |= {"steps": steps, "n_target_classes": n_classes - 1}
-        eps = {"Linf": 0.3, "L2": 1.0, "L1": 5.0}[norm] if eps is None else eps
+        eps = {"linf": 0.3, "l2": 1.0, "l1": 5.0}[as_norm(norm)] if eps is None else eps
         super().__init__(model, settings, norm, eps, n_restarts, seed, verbose, **own)
 
     def forward(self, images, labels):
@@ -80,7 +83,7 @@ class Square(_Seeded):
     ):  # fmt: skip
         if loss != "margin":
             raise ValueError(f"loss={loss!r}: Square is on the margin here: leave it out, or take torchattacks.Square itself")
-        own = {"n_queries": n_queries, "p_init": p_init, "loss": loss, "rescale_schedule": resc_schedule}
+        own = {"n_queries": n_queries, "p_init": p_init, "rescale_schedule": resc_schedule}
         super().__init__(model, settings, norm, eps, n_restarts, seed, verbose, **own)
 
     def forward(self, images, labels):

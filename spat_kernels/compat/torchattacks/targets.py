@@ -11,6 +11,10 @@ from ...predictions import model_logits, predictions
 TargetFunction = Callable[[Tensor, Tensor | None], Tensor | None]  # (images in [0, 1], labels) -> classes int64 [B]
 
 
+def _as_labelled(images: Tensor, labels: Tensor | None) -> Tensor | None:
+    return labels
+
+
 class Targets:
     """The part of `Attack` that chooses targets."""
 
@@ -30,11 +34,11 @@ class Targets:
 
     def set_mode_targeted_by_function(self, target_map_function=None, quiet: bool = False) -> None:
         """Go to the classes target_map_function(images, labels), int64 [B]; without a function to `labels`."""
-        self._set_targeted("custom", target_map_function or (lambda images, labels: labels), quiet)
+        self._set_targeted("custom", target_map_function or _as_labelled, quiet)
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
         """Go to the classes that calls are given as labels."""
-        self._set_targeted("label", lambda images, labels: labels, quiet)
+        self._set_targeted("label", _as_labelled, quiet)
 
     def set_mode_targeted_random(self, quiet: bool = False) -> None:
         """Go to classes drawn at random (by torch's generator) from all but the labels, or without labels the predictions."""
@@ -68,4 +72,6 @@ class Targets:
     def get_least_likely_label(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         logits = model_logits(self.model_of_pixels, inputs)
         labels = predictions(logits) if labels is None else labels
+        if self._kth_min >= logits.shape[1]:
+            raise ValueError(f"kth_min={self._kth_min}: the model has {logits.shape[1]} classes: give at most one less")
         return logits.scatter(1, labels[:, None], torch.inf).argsort(1)[:, self._kth_min - 1]
