@@ -1,6 +1,7 @@
 """The reference package's AutoAttack on our kernels: parameters, results, logs and states."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ def test_parameters_of_the_versions():
     rand = AutoAttack(nn.Flatten(), version="rand", verbose=False)
     assert (rand.attacks_to_run, rand.apgd.eot_iter, rand.apgd.n_restarts) == (["apgd-ce", "apgd-dlr"], 20, 1)
     assert AutoAttack(nn.Flatten(), version="custom", verbose=False).attacks_to_run == []
+    standard.set_version("plus")
+    assert (standard.apgd, standard.fab) == (plus.apgd, plus.fab), "nothing of the version before"
+    with pytest.raises(AttributeError):
+        standard.apgd.n_restart = 3
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,8 @@ def test_states(batch, tmp_path, monkeypatch):
     assert saved["run_attacks"] == adversary.attacks_to_run
     with pytest.raises(ValueError, match="another evaluation .*eps="):
         AutoAttack(model, eps=4 / 255, verbose=False).run_standard_evaluation(x, y, state_path=path)
+    with pytest.raises(ValueError, match="another evaluation .*data="):
+        adversary.run_standard_evaluation(x, (y + 1) % 10, state_path=path)
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"state\.json: no evaluation here wrote it"):
         adversary.run_standard_evaluation(x, y, state_path=path)
@@ -160,6 +167,25 @@ def test_warns_of_masked_gradients(batch):
         small(Noisy(), version="custom", attacks_to_run=["apgd-ce"]).run_standard_evaluation(x[:4], y[:4])
 
 
+def test_in_inference_mode_and_without_images(batch):
+    model, (x, y) = robust("madry"), (batch[0][:6], batch[1][:6])
+    expected = small(model).run_standard_evaluation(x, y)
+    with torch.inference_mode():
+        assert torch.equal(small(model).run_standard_evaluation(x.clone(), y), expected)
+    assert small(model).run_standard_evaluation(x[:0], y[:0]).shape == x[:0].shape
+    nothing = AutoAttack(model, version="custom", verbose=False)
+    assert torch.equal(nothing.run_standard_evaluation(x, y), x)
+
+
+def test_square_alone_is_no_sign(batch):
+    """It is one where attacks by gradients came before, and found less."""
+    model, (x, y) = robust("madry"), batch
+    adversary = small(model, version="custom", attacks_to_run=["square", "apgd-ce"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adversary.run_standard_evaluation(x, y)
+
+
 def test_what_does_not_fit():
     model = nn.Flatten()
     for options, message in (
@@ -176,3 +202,18 @@ def test_what_does_not_fit():
     adversary.attacks_to_run = ["apgd"]
     with pytest.raises(ValueError, match="attacks_to_run='apgd'"):
         adversary.run_standard_evaluation(torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64))
+    x, y = torch.rand(2, 3, 2, 2), torch.zeros(2, dtype=torch.int64)
+    three = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    for call, message in (
+        (lambda a: a.run_standard_evaluation(x, y), "apgd-t needs 4 classes, the model has 3"),
+        (lambda a: a.run_standard_evaluation(x, y + 3), "y holds class 3"),
+        (lambda a: a.run_standard_evaluation(x * 3, y), "inside bounds"),
+        (lambda a: a.run_standard_evaluation(x, y, bs=0), "bs=0"),
+        (lambda a: a.run_standard_evaluation(x, y, state_path="no/folder/state.json"), "there is no folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(AutoAttack(three, verbose=False))
+    in_linf = small(three, version="custom", attacks_to_run=["apgd-ce"])
+    in_linf.apgd.use_largereps = True
+    with pytest.raises(ValueError, match="use_largereps=True with norm='Linf'"):
+        in_linf.run_standard_evaluation(x, three(x).argmax(1))

@@ -1,6 +1,8 @@
 """torchattacks' attacks on our kernels: the same images, names, defaults, modes and files."""
 
+import copy
 import inspect
+import pickle
 import subprocess
 import sys
 import warnings
@@ -270,13 +272,133 @@ def test_what_does_not_fit(model, batch):
         ours.PGD(model).set_mode_targeted_least_likely(0)
     with pytest.raises(ValueError, match="version"):
         ours.AutoAttack(model, version="best")
+    attack = ours.PGD(model)
+    attack.set_mode_targeted_least_likely(10, quiet=True)
+    with pytest.raises(ValueError, match="kth_min=10: the model has 10 classes"):
+        attack(x, y)
+    with pytest.raises(ValueError, match="labels=None"):
+        ours.AutoAttack(model)(x)
 
 
 def test_the_rest_is_theirs():
     assert ours.DeepFool is theirs.DeepFool
+    assert ours.__version__ == theirs.__version__
     assert isinstance(ours.PGD(nn.Flatten()), theirs.attack.Attack)
     with pytest.raises(AttributeError):
         ours.NoSuchAttack  # noqa: B018
+
+
+def test_what_is_wrong_in_half_precision_alone_is_attacked_too(batch):
+    """Else it would be called robust: attacks leave alone what is misclassified as it is."""
+    model, (x, y) = rounded_in_half(), (batch[0].float(), torch.zeros_like(batch[1]))
+    assert accuracy(model, x, y) == 100
+    for name, options in (("APGD", {}), ("Square", {"n_queries": 500}), ("FAB", {})):
+        attack = getattr(ours, name)(model, eps=0.5, precision="bf16", **options)
+        assert accuracy(model, attack(x, y), y) < 100, name
+
+
+def rounded_in_half() -> nn.Module:
+    """Right about every image in fp32. In bf16 the logits are equal, and NaN counts as wrong."""
+
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3 * 32 * 32, 4)
+            nn.init.normal_(self.fc.weight, std=1e-3)
+            nn.init.zeros_(self.fc.bias)
+
+        def forward(self, x):
+            logits = self.fc(x.flatten(1)) + torch.tensor([0.15, 0.0, 0.0, 0.0], device=x.device)
+            return logits if logits.dtype == torch.float32 else logits * torch.nan
+
+    return Rounded().eval()
+
+
+def test_files_of_normalised_8_bit_images(tmp_path):
+    model, (x, y) = robust("madry"), photographs()
+    images = (x[:8] * 255).round().byte()
+    attack, path = ours.FGSM(model), tmp_path / "found.pt"
+    attack.set_normalization_used(MEAN, STD)
+    attack.save([(images, y[:8])], path, verbose=False, save_clean_inputs=True)
+    found, _, clean = next(iter(attack.load(path, load_clean_inputs=True)))
+    torch.testing.assert_close(clean, images.float() / 255)
+    assert (found - clean).abs().max() <= EPS + 1e-6
+    with pytest.raises(ValueError, match="data_loader is empty"):
+        attack.save([])
+
+
+def test_the_model_of_normalised_images_follows(batch):
+    """Another model, other numbers, inference mode: what was wrapped before is not used again."""
+    first, second, (x, y) = robust("madry").double(), robust("trades+spat").double(), batch
+    attack = ours.FGSM(first)
+    attack.set_normalization_used([0.5] * 3, [0.5] * 3)
+    normalised = (x - 0.5) / 0.5
+    with torch.inference_mode():
+        attack(normalised, y)
+    once = attack(normalised, y)
+    attack.model = second
+    other = ours.FGSM(second)
+    other.set_normalization_used([0.5] * 3, [0.5] * 3)
+    assert torch.equal(attack(normalised, y), other(normalised, y))
+    assert not torch.equal(attack(normalised, y), once)
+
+
+def test_generators_and_errors(model, batch):
+    x, y = batch
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(ours.TPGD(model, steps=1, generator=torch.Generator().manual_seed(0))(x))
+    assert torch.equal(*found)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="inside bounds"):
+        ours.RFGSM(model)(x * 2, y)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parts_of_autoattack_follow_it(batch):
+    model, (x, y) = robust("madry"), (batch[0][:4].float(), batch[1][:4])
+    attack = ours.AutoAttack(model, steps=1, seed=0)
+    attack.attacks[-1].n_queries = 2
+    attack.eps = 1 / 255
+    assert (attack(x, y) - x).abs().max() <= 1.01 / 255
+    attack.attacks.append(ours.FGSM(model))
+    attack(x, y)
+
+
+def test_an_attack_of_ones_own(model, batch):
+    """As torchattacks' users write them: with its constructor, and logits of images in [0, 1]."""
+    x, y = batch
+
+    def own(library):
+        class Own(library.Attack):
+            def __init__(self, model, eps):
+                super().__init__("Own", model)
+                self.eps, self.supported_mode = eps, ["default", "targeted"]
+
+            def forward(self, images, labels):
+                images = images.clone().detach().requires_grad_()
+                loss = nn.functional.cross_entropy(self.get_logits(images), labels)
+                return (images + self.eps * torch.autograd.grad(loss, images)[0].sign()).clamp(0, 1).detach()
+
+        return Own
+
+    found = []
+    for library in (theirs.attack, ours):
+        attack = own(library)(model, 8 / 255)
+        attack.set_normalization_used(MEAN, STD)
+        found.append(attack((x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), y))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert "Own(" in repr(attack)
+
+
+def test_copies_and_pickles(model, batch):
+    x, y = batch
+    attack = ours.PGD(model, random_start=False, steps=1)
+    attack.set_normalization_used([0.0] * 3, [1.0] * 3)
+    attack.set_mode_targeted_by_label(quiet=True)
+    for other in (copy.deepcopy(attack), pickle.loads(pickle.dumps(attack))):
+        assert torch.equal(other(x, y), attack(x, y))
 
 
 ALONE = """
@@ -300,7 +422,7 @@ except AttributeError as error:
 def test_without_torchattacks():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "has no DeepFool" in done.stdout
+    assert "has no DeepFool: it may be in torchattacks, which is not installed: pip install torchattacks" in done.stdout
 
 
 def script(torchattacks, model, images, labels) -> float:

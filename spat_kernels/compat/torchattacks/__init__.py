@@ -1,5 +1,8 @@
 """torchattacks (3.5.1) on fused kernels: `from spat_kernels.compat import torchattacks`, and the script stays as it is.
 
+Here are FGSM, FFGSM, BIM, RFGSM, PGD, PGDL2, TPGD, APGD, APGDT, FAB, Square, MultiAttack, AutoAttack, Attack to derive your own
+from, and CWLinf, which torchattacks does not have.
+
 Constructors take the arguments of torchattacks, with its defaults, and those of `spat_kernels` by keyword, such as
 precision="bf16". Attributes can be changed afterwards, as in `attack.eps = 4/255`. Where torchattacks is installed, these attacks
 are instances of its `Attack`, and `torchattacks.NAME` is its own for every other name that it has.
@@ -30,6 +33,6 @@ from .seeded import Square as Square
 
 def __getattr__(name: str):
     if Base is object or (name.startswith("__") and name != "__version__"):
-        elsewhere = ", and torchattacks, which may have it, is not installed" if Base is object else ""
+        elsewhere = ": it may be in torchattacks, which is not installed: pip install torchattacks" if Base is object else ""
         raise AttributeError(f"{__name__} has no {name}{elsewhere}")
     return getattr(importlib.import_module("torchattacks"), name)

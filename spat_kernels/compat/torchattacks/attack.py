@@ -4,6 +4,8 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ except ModuleNotFoundError as error:  # it need not be installed: all of its int
         raise
     Base = object
 
+_running: ContextVar[Any] = ContextVar("attack whose `forward` runs in this thread", default=None)
+
 
 class Attack(Targets, Pixels, Files, Base):
     """A model with an attack on it: `attack(images, labels)` gives adversarial images on the model's device.
@@ -33,6 +37,7 @@ class Attack(Targets, Pixels, Files, Base):
     one mode.
 
     Args:
+        name: in `repr`, and the attribute `attack`.
         model: module or callable, images -> logits [B, K].
         settings: what `spat_kernels` takes beside the arguments of torchattacks, such as precision="bf16".
         attributes: the arguments of torchattacks, which may be changed later.
@@ -42,9 +47,9 @@ class Attack(Targets, Pixels, Files, Base):
 
     extras: type = ModelSettings  # what `settings` may hold
 
-    def __init__(self, model, settings: Mapping[str, Any], **attributes: Any):
-        check_extras(type(self).__name__, settings, self.extras)
-        self.attack = type(self).__name__
+    def __init__(self, name: str, model, settings: Mapping[str, Any] = MappingProxyType({}), **attributes: Any):
+        check_extras(name, settings, self.extras)
+        self.attack = name
         self.settings = dict(settings)
         self._attacks: dict = {}  # torchattacks' MultiAttack reads it
         self.set_model(model)
@@ -85,8 +90,21 @@ class Attack(Targets, Pixels, Files, Base):
         inputs = inputs.to(self.device or inputs.device)
         images = self._as_pixels(inputs)
         drawn_from = self.settings.get("generator"), torch.default_generator, default_generator(images.device)
-        with self._modes(), rewound_on_error(*drawn_from):
-            return images, self.forward(images, None if labels is None else labels.to(images.device))
+        with rewound_on_error(*drawn_from):
+            return images, self.run(images, None if labels is None else labels.to(images.device))
+
+    def run(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """`forward`, with the model in the mode to be attacked in."""
+        outer = _running.set(self)
+        try:
+            with self._modes():
+                return self.forward(images, labels)
+        except ValueError as error:
+            if "inside bounds" in str(error):
+                raise ValueError(f"{error} Say that images are normalised by set_normalization_used(mean, std).") from error
+            raise
+        finally:
+            _running.reset(outer)
 
     # ---- the model
 
@@ -112,8 +130,9 @@ class Attack(Targets, Pixels, Files, Base):
         return self._on_pixels[1]
 
     def get_logits(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        """What the model says of `inputs`, which are normalised if those of a call are."""
-        return self.model(inputs) if self._normalization_applied else self.model_of_pixels(inputs)
+        """What the model says of `inputs`: in `forward` of images in [0, 1], elsewhere of images as a call takes them."""
+        as_they_are = self._normalization_applied and _running.get() is not self
+        return self.model(inputs) if as_they_are else self.model_of_pixels(inputs)
 
     def set_model_training_mode(
         self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
@@ -143,9 +162,19 @@ class Attack(Targets, Pixels, Files, Base):
     _recover_model_mode = _change_model_mode
 
     def __repr__(self) -> str:
-        hidden = ("model", "attack", "attack_mode", "supported_mode", "settings", "normalization_used", "target_map_function")
+        hidden = (
+            "model",
+            "attack",
+            "attack_mode",
+            "targeted",
+            "supported_mode",
+            "settings",
+            "normalization_used",
+            "target_map_function",
+        )
         shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in hidden}
-        shown |= self.settings | {"attack_mode": self.attack_mode, "normalization_used": self.normalization_used is not None}
+        shown |= self.settings | {"attack_mode": self.attack_mode, "targeted": self.targeted}
+        shown |= {"normalization_used": self.normalization_used is not None}
         return f"{self.attack}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 

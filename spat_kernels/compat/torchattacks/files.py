@@ -29,8 +29,8 @@ class Files:
         """Attack the batches (images, labels) of `data_loader`; save what comes out, in [0, 1] or as uint8 ("int").
 
         Returns:
-            tuple | None: with `return_verbose`, the robust accuracy in percent, the mean L2 distance of the images that were
-            broken (NaN without any), and the seconds that the attacks took.
+            tuple | None: with `return_verbose`, the robust accuracy in percent, the mean L2 distance, in pixels, of the images
+            that were broken (NaN without any), and the seconds that the attacks took.
         """
         check_choice("save_type", save_type, ("float", "int"))
         right, lengths, kept, seconds = [], [], [], 0.0
@@ -41,7 +41,7 @@ class Files:
             found = predictions(model_logits(self.model_of_pixels, adversarial))
             right.append(found == labels.to(found.device))
             lengths.append((adversarial - clean).flatten(1).norm(dim=1)[~right[-1]])
-            accuracy = 100 * float(torch.cat(right).float().mean())
+            accuracy = 100 * int(torch.cat(right).sum()) / sum(map(len, right))
             distance = float(torch.cat(lengths).mean())
             if verbose:
                 share = f"{100 * number / len(data_loader):.2f} % / " if hasattr(data_loader, "__len__") else ""

@@ -34,7 +34,7 @@ class MultiAttack(Attack):
             raise ValueError(f"attacks: {len(attacks)} given: give at least two, on the same model")
         self.attacks, self.verbose = attacks, verbose
         self._counts: list[list[int]] | None = None  # in a `save`: how many images each call had, and had left after each attack
-        super().__init__(attacks[0].model, {})
+        super().__init__(type(self).__name__, attacks[0].model)
 
     set_model, set_device, set_model_training_mode = map(_on_all, ("set_model", "set_device", "set_model_training_mode"))
     set_normalization_used, _set_normalization_applied = map(_on_all, ("set_normalization_used", "_set_normalization_applied"))
@@ -63,8 +63,7 @@ class MultiAttack(Attack):
             return self.to_type(attack(images, labels), "float")
         if isinstance(attack, Attack):  # all on one module
             attack.normalization_used, attack._on_pixels = self.normalization_used, self._on_pixels
-            with attack._modes():
-                return attack.forward(images, labels)
+            return attack.run(images, labels)
         attack._set_normalization_applied(False)
         try:
             return attack(images, labels)

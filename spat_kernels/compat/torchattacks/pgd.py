@@ -18,7 +18,7 @@ class _PGD(Attack):
     extras: type = PGDExtras
 
     def __init__(self, model, eps: float, settings: AdapterSettings, **attributes: Any):
-        super().__init__(model, settings, eps=eps, **attributes)
+        super().__init__(type(self).__name__, model, settings, eps=eps, **attributes)
         self.supported_mode = ["default", "targeted"]
 
     def normal(self, images: Tensor) -> Tensor:

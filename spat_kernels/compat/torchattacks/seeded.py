@@ -21,7 +21,7 @@ class _Seeded(Attack):
 
     def __init__(self, model, settings: ModelSettings, norm, eps, n_restarts, seed, verbose, **attributes):
         own = {"norm": norm, "eps": eps, "n_restarts": n_restarts, "seed": seed, "verbose": verbose}
-        super().__init__(model, settings, **own, **attributes)
+        super().__init__(type(self).__name__, model, settings, **own, **attributes)
 
     def attack_by(self, kind: Any, images: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
         generator = None if self.seed is None else torch.Generator(images.device).manual_seed(int(self.seed))
