@@ -122,13 +122,16 @@ def check_range(low: float, high: float, bounds: tuple[float, float], dtype: tor
     over = max(lo - low, high - hi)
     if over <= 1e-3 * (hi - lo) < math.inf:
         raise ValueError(f"x exceeds bounds={bounds} by {over:.2g}, as de-normalising does: use x.clamp{bounds}")
-    found, remedy = f"values from {low:g} to {high:g}", "normalise inside the model, nn.Sequential(normalize, net)"
+    found, remedy = (
+        f"values from {low:g} to {high:g}",
+        "normalise inside the model, nn.Sequential(spat_kernels.Normalize(mean, std), net)",
+    )
     if low != low:
         found, remedy = "NaN", "repair or leave out those samples"
     elif low >= 0 and high > 2 >= hi:
         remedy = "divide 8-bit images by 255"
     elif not fixed:
-        remedy += ", or give the bounds"
+        remedy += ", or, if they are no normalised images, give the bounds"
     raise ValueError(f"x must lie inside bounds={bounds}, found {found}: {remedy}")
 
 
@@ -158,7 +161,7 @@ def _as_indices(y) -> str:
     if y.ndim == 0:
         return "use y[None].long(), and x[None] if x is one image"
     if y.ndim == 1:
-        return "use y.long(), one label for each sample (and x[None] if x is one image)"
+        return "use y.long()" if y.dtype != torch.int64 else "give one label for each sample (and x[None] if x is one image)"
     if y.shape[1] == 1:
         return "use y[:, 0].long()"
     own = "loss=lambda z, _: F.cross_entropy(z, y, reduction='none')"

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import models
     from .config import Config
     from .data.datasets import load as load_data
     from .evaluation.evaluate import evaluate
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config", "Evaluation", "Result", "create_model", "evaluate", "export", "from_folder", "from_pretrained", "load_checkpoint",
-    "load_data", "load_model", "train",
+    "load_data", "load_model", "models", "train",
 ]  # fmt: skip
 
 _PLACES = {
@@ -44,6 +45,8 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "models":
+        return import_module(".models", __name__)
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _PLACES[name].partition(":")

@@ -12,7 +12,7 @@ from spat_kernels import PGD, checks, losses
 from tests.helpers import EPS, assert_inside, assert_same, batch, cnn, snapshot
 
 X, Y = batch()
-NORMALISE = r": normalise inside the model, nn.Sequential\(normalize, net\), or give the bounds$"
+NORMALISE = r": normalise inside the model, nn.Sequential\(spat_kernels.Normalize\(mean, std\), net\), or, .*give the bounds$"
 
 
 class Untouched(nn.Module):
@@ -26,7 +26,7 @@ class Untouched(nn.Module):
         (X * 255, Y, ValueError, r"x must lie inside bounds=\(0.0, 1.0\).*divide 8-bit images by 255"),
         (X * 2 - 1, Y, ValueError, f"found values from -.*{NORMALISE}"),
         (X * 5 - 2.1, Y, ValueError, f"found values from -.*{NORMALISE}"),
-        (X * 1.9, Y, ValueError, r"found values from .*: normalise inside the model.*, or give the bounds$"),
+        (X * 1.9, Y, ValueError, r"found values from .*: normalise inside the model.*, or, .*give the bounds$"),
         (X.where(X > 0.1, torch.nan), Y, ValueError, "x must lie inside.*found NaN"),
         (X.where(X > 0.1, torch.inf), Y, ValueError, "x must lie inside"),
         ((X * 255).byte(), Y, TypeError, r"x must be a floating-point tensor, got torch.uint8.*/ 255"),

@@ -104,7 +104,9 @@ class PGD(RestartedAttack):
         checks.check_count("steps", self.steps, 0)
         self._check_stop()
         if self.step_size is not None:
-            checks.check_length("step_size", self.step_size)
+            longest, width = checks.check_length("step_size", self.step_size), self.bounds[1] - self.bounds[0]
+            if self.norm == "linf" and longest > width:
+                checks.warn(f"step_size={longest:g} exceeds the width of bounds={self.bounds}: it is in the units of x (2/255)")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} with random_start=False repeats one run: set random_start=True")
 

@@ -179,6 +179,8 @@ def _evaluate(options: EvaluateOptions, config: Config | None, eps: float, proce
     print(summary(evaluation, found))
     if normalisation(network):
         print(f"the model normalises images: {normalisation(network)}")
+    elif config is None:
+        print("the model gets images in [0, 1] as they are: if it was trained on normalised ones, give --mean and --std")
     print(f"{options.folder / 'report.html'} written")
     if options.robustbench:
         print(write_entry(options.robustbench, entry))

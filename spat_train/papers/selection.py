@@ -14,6 +14,9 @@ from ..presets import PRESETS
 from .options import Options
 from .runs import Run, data_name, differences, find_runs, read_run
 
+# Minutes on a CPU. The rate of the presets, for SGD on larger networks, would train nothing here.
+SMALLER = "--limit 2000 --epochs 6 --milestones None --model small-cnn --optimizer adam --lr 0.002 --weight-decay 0 --no-test"
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -51,7 +54,7 @@ class RunSpec:
 
 def training_hint(spec: RunSpec, folder: Path | None, data: str | None) -> str:
     """How to train `spec` into `folder` on `data`, for an error message."""
-    return f"train it: {spec.command(folder, data)} (smaller: --limit 2000 --epochs 6 --milestones None --model small-cnn)"
+    return f"train it: {spec.command(folder, data)} (smaller: {SMALLER})"
 
 
 def _search(specs: Collection[RunSpec], known: Sequence[Run], folder: Path | None, data: str | None) -> list[list[Run]]:
@@ -144,7 +147,8 @@ class RunSelector:
         any_would_do = self._one_for_each_place(known)
         command = shlex.join(["spat-train", "figure", figure, *(str(run.folder) for run in any_would_do)])
         how = f"name them, such as {command}" if self.fits(any_would_do) else "name their folders"
-        lacking = f"--runs {options.runs} has no run with --preset {first.preset}" + (f" on {data_name(data)}" if data else "")
+        kind = f"--preset {first.preset}" + (f" --method {first.method}" if first.method else "")
+        lacking = f"--runs {options.runs} has no run with {kind}" + (f" on {data_name(data)}" if data else "")
         return f"{lacking}: {how}, or {training_hint(first, options.runs, data)}"
 
 
@@ -155,5 +159,8 @@ STANDARD_AND_ROBUST = RunSelector(
     "one standard and one robust run", lambda runs: sorted(run.standard for run in runs) == [False, True], _ANY
 )
 ONE_ROBUST = RunSelector("one robust run", lambda runs: [run.standard for run in runs] == [False], _ROBUST)
-ROBUST_RUNS = RunSelector("robust runs, one or more", lambda runs: {run.standard for run in runs} == {False}, _ROBUST)
+ROBUST_RUNS = RunSelector(
+    "robust runs, one or more", lambda runs: {run.standard for run in runs} == {False}, _ROBUST,
+    lambda run: None if run.standard else run.folder,
+)  # fmt: skip
 ANY_RUNS = RunSelector("one run or more", bool, _ANY)

@@ -227,3 +227,20 @@ def test_a_launched_attack_tells_of_unusable_gradients_and_does_not_warn():
     x_adv, nan_seen = sk.PGD(EPS).launch(model, x[:0], y[:0])
     assert x_adv.shape == x[:0].shape
     assert nan_seen.shape == (0,)
+
+
+def test_names_of_other_libraries():
+    """An argument that is not known is an error of the function that was called, with the name that it has here."""
+    model, x, y = nn.Flatten(), torch.rand(2, 3, 2, 2), torch.tensor([0, 1])
+    for call, message in (
+        (lambda: sk.pgd(model, x, y, EPS, alpha=2 / 255), r"pgd\(\) got an unexpected keyword argument 'alpha': use step_size"),
+        (lambda: sk.pgd_kl(model, x, None, EPS, x_init=x), r"pgd_kl\(\) .*'x_init': use start"),
+        (lambda: sk.fgsm(model, x, y, EPS, precison="bf16"), r"fgsm\(\) .*'precison': use precision"),
+        (lambda: sk.cw_linf(model, x, y, EPS, zzz=1), r"cw_linf\(\) .*'zzz': see help\(spat_kernels.cw_linf\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.warns(RuntimeWarning, match="alpha=0.00784314 is a label smoothing.*step_size"):
+        sk.pgd_ls(model, x, y, EPS, alpha=2 / 255)
+    with pytest.warns(RuntimeWarning, match="step_size=2 exceeds the width"):
+        sk.pgd(model, x, y, EPS, step_size=2)

@@ -163,7 +163,7 @@ class AutoAttack(Parameters):
         data = "" if path is None else digest(x, y)
         state = State(self.norm, float(self.epsilon), self.version, list(self.attacks_to_run), data)
         if path is not None and path.exists():
-            self._log(f"going on from {path}: only images that are broken from now on come back changed")
+            self._log(f"going on from {path}: what was broken before comes back as it was, so count by this log")
             return state.restored(path)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"state_path={path}: there is no folder {path.parent}: make it first")
