@@ -1,6 +1,7 @@
 """What the adapters share: optional packages, settings that the other library does not have, and attacks in half precision."""
 
 import importlib
+import math
 from collections.abc import Iterable
 from copy import copy
 from types import ModuleType
@@ -12,6 +13,7 @@ from ..attacks.apgd import APGD
 from ..attacks.fab import FAB
 from ..attacks.square import Square
 from ..predictions import predictions
+from ..settings import Norm
 
 
 def import_peer(module: str, package: str) -> ModuleType:
@@ -36,6 +38,13 @@ def check_extras(name: str, settings: Iterable[str], known: type) -> None:
     for setting in settings:
         if setting not in ours:
             raise TypeError(f"{name}() got an unexpected keyword argument {setting!r}: ours beside its own are {', '.join(ours)}")
+
+
+def within_reach(eps: float | Tensor, norm: Norm, bounds: tuple[float, float], x: Tensor) -> float | Tensor:
+    """`eps`, which the other library does not limit, or the radius of the ball that holds the whole box, if that is less."""
+    width = bounds[1] - bounds[0]
+    reach = {"linf": width, "l2": width * math.sqrt(x[0].numel()), "l1": width * x[0].numel()}[norm]
+    return eps.clamp(max=reach) if isinstance(eps, Tensor) else min(eps, reach)
 
 
 def attack_what_is_right(attack: APGD | FAB | Square, model, x: Tensor, y: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from ..attacks import pgd
 from ..rng import default_generator, rewound_on_error
 from ..settings import Norm, PGDExtras
-from ._peer import import_peer
+from ._peer import import_peer, within_reach
 
 foolbox: Any = import_peer("foolbox", "foolbox")
 ep: Any = import_peer("eagerpy", "eagerpy")
@@ -51,7 +51,7 @@ class _Fused(descent.BaseGradientDescent):
         super().__init__(**given)
         if settings:
             self.settings = settings
-        self._attack(0.0, (0.0, 1.0), targeted=False)  # so that wrong settings are errors here
+        self._attack(0.0, 0.0, (0.0, 1.0), targeted=False)  # so that wrong settings are errors here
 
     def run(self, model, inputs, criterion, *, epsilon: float, **kwargs):
         """Perturbed inputs, like `inputs`."""
@@ -63,19 +63,21 @@ class _Fused(descent.BaseGradientDescent):
         if own := [part for part in LOOP if getattr(type(self), part) is not getattr(super(_Fused, type(self)), part)]:
             raise TypeError(f"{type(self).__name__} has a {own[0]}, which is never called: derive it from foolbox.attacks")
         descent.verify_input_bounds(x, model)
-        attack, start = self._attack(epsilon, model.bounds, targeted), None
+        eps = within_reach(epsilon, self._norm, model.bounds, x.raw)  # the steps are as long as foolbox's
+        attack, start = self._attack(eps, epsilon, model.bounds, targeted), None
         with rewound_on_error(default_generator(x.raw.device)):
             if self.random_start and "generator" not in self.settings:
                 start = self.get_random_start(x, epsilon).clip(*model.bounds).raw
             return restore_type(ep.astensor(attack(as_module(model), x.raw, y.raw, start=start)))
 
-    def _attack(self, epsilon: float, bounds: tuple[float, float], targeted: bool) -> pgd.PGD:
-        """In L-infinity epsilon may be more than the box is wide, which limits the ball but not the steps."""
-        norm: Norm = "l2" if self.distance is foolbox.distances.l2 else "linf"
-        eps = epsilon if norm == "l2" else min(epsilon, bounds[1] - bounds[0])
+    @property
+    def _norm(self) -> Norm:
+        return "l2" if self.distance is foolbox.distances.l2 else "linf"
+
+    def _attack(self, eps: float | Tensor, epsilon: float, bounds: tuple[float, float], targeted: bool) -> pgd.PGD:
         step_size = self.rel_stepsize * epsilon if self.abs_stepsize is None else self.abs_stepsize
         loop = {"steps": self.steps, "step_size": step_size, "random_start": self.random_start}
-        return pgd.PGD(eps, norm=norm, bounds=bounds, targeted=targeted, **loop, **{"bn_mode": "keep", **self.settings})
+        return pgd.PGD(eps, norm=self._norm, bounds=bounds, targeted=targeted, **loop, **{"bn_mode": "keep", **self.settings})
 
     def _classes(self, criterion) -> tuple[Any, bool]:
         """The classes to leave, or to go to; and whether it is the latter."""

@@ -96,6 +96,8 @@ SETTINGS = {
     "l2": L2,
     "l2 from a random start": {**L2, "num_random_init": 1},
     "l2 at the sides of the box": {"norm": 2, "eps": 3.0, "eps_step": 1.5},
+    "linf beyond the box": {"eps": 2.0, "eps_step": 0.1},
+    "l2 beyond the box": {"norm": 2, "eps": 50.0, "eps_step": 0.5},
     "l1": {"norm": 1, "eps": 2.0, "eps_step": 0.7},
     "l3": {"norm": 3, "eps": 0.1, "eps_step": 0.03},
 }

@@ -14,8 +14,9 @@ AutoAttack    by `spat_kernels.AutoAttack`: APGD-CE, APGD-T, FAB-T, Square; with
 
 Further keyword arguments are those of `spat_kernels.PGD` that say how the model is run, for PGD and BIM also graph and stop; for
 AutoAttack those of `spat_kernels.AutoAttack`. The loss of the classifier must be cross-entropy (smoothed or weighted, too),
-NLLLoss or MultiMarginLoss, and its defences PyTorch code. Unlike in ART, the model's mode and gradients stay as they were, and
-where cross-entropy underflows the gradient does not vanish.
+NLLLoss or MultiMarginLoss, and its defences PyTorch code. Unlike in ART, images must lie in the
+classifier's clip_values, the model's mode and gradients stay as they were, and where cross-entropy underflows the gradient does
+not vanish.
 """
 
 from .attacks import BasicIterativeMethod as BasicIterativeMethod

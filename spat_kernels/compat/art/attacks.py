@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ...attacks.pgd import PGD
 from ...settings import Graph, ModelSettings, Stop
-from .._peer import check_extras, import_peer
+from .._peer import check_extras, import_peer, within_reach
 from .classifier import NORMS, PACKAGE, BoxBeforeBallPGD, OnOurGradient, bounds_of, labels_of, loss_of, model_of, per_sample
 
 evasion: Any = import_peer("art.attacks.evasion", PACKAGE)
@@ -103,14 +103,20 @@ class ProjectedGradientDescent(PGDOfART):
 
     def _ball(self, x, mask, eps, eps_step) -> dict[str, Any] | None:
         """Arguments of `PGD`; None where the steps must be ART's."""
-        ball = {"eps": per_sample(eps, x), "step_size": per_sample(eps_step, x), "bounds": bounds_of(self.estimator)}
+        ball: dict[str, Any] = {
+            "eps": per_sample(eps, x),
+            "step_size": per_sample(eps_step, x),
+            "bounds": bounds_of(self.estimator),
+        }
         ours = all(value is not None for value in ball.values()) and mask is None and self.decay is None
         norm = NORMS.get(self.norm) if ours else None
         fits = {"graph": norm in ("linf", "l2") or self.settings.get("graph") is not True, "stop": norm == "linf"}
         for name, value in self.settings.items():
             if value and not fits.get(name, True):
                 raise ValueError(f"{name}={value!r} is not for norm={self.norm}, a mask, decay or values by pixel: leave it out")
-        return {"norm": norm, **ball} if norm in ("linf", "l2") else None
+        if norm not in ("linf", "l2"):
+            return None
+        return {**ball, "norm": norm, "eps": within_reach(ball["eps"], norm, ball["bounds"], x)}
 
 
 ProjectedGradientDescentPyTorch = ProjectedGradientDescent
