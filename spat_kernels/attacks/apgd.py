@@ -45,6 +45,7 @@ class APGD(RestartedAttack):
         rho: the share of steps that must raise the loss, in [0, 1]: see above. Not in L1.
         eot: number of passes over which gradients and losses are averaged, for models that draw random numbers (expectation over
             transformations); the class is that of the mean logits. Models that take the plan draw none: there it is one pass.
+        targeted: move towards the classes y instead of away from them. Then images are broken where they are classified as y.
         targets: None moves away from y. n >= 1 goes in turn towards each of the n first wrong classes for x, where "dlr" is the
             targeted form, Eq. 7, between y and the target.
         targeting: which wrong classes are first: "confidence", the likeliest; or "malt", those whose boundaries are nearest, for
@@ -63,6 +64,7 @@ class APGD(RestartedAttack):
     steps: int = 100
     rho: float = 0.75
     eot: int = 1
+    targeted: bool = False
     targets: int | None = None
     targeting: Targeting = "confidence"
     multi_eps: bool | None = None
@@ -72,14 +74,17 @@ class APGD(RestartedAttack):
     last: ClassVar[int | None] = None  # the step after which a run ends that the budget does not suffice for
 
     def __post_init__(self):
+        checks.check_flag("targeted", self.targeted)
         self.loss = loss = as_loss(self.loss)
-        loss.check_targeted(self.targets is not None)
+        loss.check_targeted(self.targeted or self.targets is not None)
         super().__post_init__()
         checks.check_auto_or_flag("graph", self.graph)
         for name in ("steps", "eot"):
             checks.check_count(name, getattr(self, name), 1)
         if self.targets is not None:
             checks.check_count("targets", self.targets, 1)
+            if self.targeted:
+                raise ValueError(f"targets={self.targets} with targeted=True: both say where to go: leave one out")
         checks.check_choice("targeting", self.targeting, TARGETINGS)
         if self.targeting == "malt" and self.targets is None:
             raise ValueError("targeting='malt' is an order of targets: give targets=9, or leave it out")
@@ -105,7 +110,7 @@ class APGD(RestartedAttack):
         Args:
             model: module or callable, x -> logits [B, K].
             x: images [B, ...] inside `bounds` in fp32, fp16, bf16 or fp64.
-            y: int64 [B], the true labels.
+            y: int64 [B], the true labels, or the targets.
 
         Returns:
             Result: adversarial images with x's shape, dtype, device and memory format, without a graph: inside the ball (to one
@@ -125,13 +130,15 @@ class APGD(RestartedAttack):
             logits, runs = self._runs(gradient, x, y, tally)
             eot = 1 if gradient.deterministic else self.eot
             tally.add(slice(None), 1, gradient.backwards if self.budget is None else 0)
-        robust, x_adv = predictions(logits) == y, x.clone()
+        robust, x_adv = (predictions(logits) == y) != self.targeted, x.clone()
+        clean_logits = logits if self.targeted and as_loss(self.loss).needs_clean_logits else None
         value = torch.full_like(y, -torch.inf, dtype=acc_dtype(x.dtype))
         nan_seen = torch.zeros_like(y, dtype=torch.uint8)
         for targets, possible in runs:
             for _ in range(self.restarts):
                 for rows, left in tally.affordable((robust & possible).nonzero()[:, 0], eot, eot * self._evaluations):
-                    outcome = graphs.attack(self._within(left, eot), model, self._batch(x, y, targets, rows), highest_label)
+                    batch = self._batch(x, y, targets, clean_logits, rows)
+                    outcome = graphs.attack(self._within(left, eot), model, batch, highest_label)
                     found, nans, values, broken = outcome.tensors
                     better = broken | (values > value[rows])
                     taken = rows[better]
@@ -161,7 +168,7 @@ class APGD(RestartedAttack):
 
     def kind(self) -> tuple:
         """What tells captures of this class apart, beside what all attacks have."""
-        return self.steps, self.rho, self.eot, self.last, self.in_larger_balls
+        return self.steps, self.rho, self.eot, self.targeted, self.last, self.in_larger_balls
 
     @property
     def passes(self) -> int:
@@ -179,7 +186,7 @@ class APGD(RestartedAttack):
         keeps = self.targeting == "malt" and self.budget is None
         logits = gradient.forward(x) if keeps else gradient.logits(x)
         classes = logits.shape[1]
-        as_loss(self.loss).check_classes(classes, self.targets is not None)
+        as_loss(self.loss).check_classes(classes, self.targeted or self.targets is not None)
         if self.targets is None:
             return logits, [(None, torch.ones_like(y, dtype=torch.bool))]
         if self.targets >= classes:
@@ -204,8 +211,9 @@ class APGD(RestartedAttack):
             tally.add(rows, 1, gradient.backwards)
         return wrong, able
 
-    def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, rows: Tensor) -> Batch:
+    def _batch(self, x: Tensor, y: Tensor, targets: Tensor | None, clean_logits: Tensor | None, rows: Tensor) -> Batch:
         eps = self.eps
         if len(rows) < len(x):
-            x, y, targets, eps = x[rows], y[rows], targets if targets is None else targets[rows], take_rows(eps, rows)
-        return Batch(x, y, eps, 2 * eps, targets=targets)
+            x, y, eps = x[rows], y[rows], take_rows(eps, rows)
+            targets, clean_logits = (None if t is None else t[rows] for t in (targets, clean_logits))
+        return Batch(x, y, eps, 2 * eps, targets=targets, clean_logits=clean_logits)

@@ -36,7 +36,8 @@ def checkpoints(steps: int) -> dict[int, int]:
 class APGDRun(Run):
     """One run of APGD from a random start.
 
-    Its outcome: images, by the rule of `APGD`; nan_seen, uint8 [B]; their losses [B]; whether they were misclassified, bool [B].
+    Its outcome: images, by the rule of `APGD`; nan_seen, uint8 [B]; their losses [B]; whether they were misclassified (or where
+    they were to go), bool [B].
     """
 
     y: Tensor  # never None
@@ -46,7 +47,8 @@ class APGDRun(Run):
         self.rho, self.eot, self.multi_eps, self.last = settings.rho, settings.eot, settings.in_larger_balls, settings.last
         self.searches = larger_first(settings.steps) if self.multi_eps else [(1, settings.steps)]
         self.counts = torch.zeros(2, len(batch.x), dtype=torch.int64)
-        self.targeted = batch.targets is not None
+        self.towards_y = settings.targeted
+        self.targeted = self.towards_y or batch.targets is not None
         if self.eot > 1:
             self.loss = self.loss.unnormalized()
         self.best, _, self.value, self.broken = self.empty_outcome(batch.x)
@@ -62,7 +64,7 @@ class APGDRun(Run):
         return self.best, self.ball.nan_seen, self.value, self.broken
 
     def _reference(self):
-        if isinstance(self.loss, DLR):
+        if isinstance(self.loss, DLR) and not self.towards_y:
             return self.y, self.targets  # the class to leave is y, not what the clean logits say
         return super()._reference()
 
@@ -132,7 +134,8 @@ class APGDRun(Run):
             more_logits, more_value, more_grad = self._pass(search, differentiate)
             logits, value = logits + more_logits, value + more_value
             grad = None if grad is None or more_grad is None else grad + more_grad
-        search.keep(value / passes if passes > 1 else value, predictions(logits) != search.y, grad)
+        broken = (predictions(logits) == search.y) == self.towards_y
+        search.keep(value / passes if passes > 1 else value, broken, grad)
 
     def _pass(self, search: "_Search", differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         logits = self.model.forward(search.x_adv) if differentiate else self.model.logits(search.x_adv)

@@ -55,7 +55,8 @@ def attack_what_is_right(attack: APGD | FAB | Square, model, x: Tensor, y: Tenso
     if attack.precision is None or not len(rows):
         return found
     with attack._prepared_gradient(model, x[rows], y[rows], -1) as (gradient, images, labels):
-        rows = rows[predictions(gradient.logits(images)) != labels]
+        towards_y = isinstance(attack, APGD) and attack.targeted
+        rows = rows[(predictions(gradient.logits(images)) == labels) == towards_y]
     if len(rows):
         whole = copy(attack)
         whole.precision, whole.eps = None, take_rows(attack.eps, rows)

@@ -5,13 +5,28 @@ import torch
 from torch import nn
 
 import spat_kernels as sk
-from spat_kernels import APGD, balls
+from spat_kernels import APGD, PGD, balls
 from spat_kernels.attacks import apgd, apgd_run
 from spat_kernels.attacks.apgd_run import checkpoints
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient.planned_gradient import PlannedGradient
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
-from tests.helpers import EPS, NORMS, Recorder, attackable, batch, cnn, correct, margin, moved, probability_margin, sharp
+from tests.helpers import (
+    EPS,
+    NORMS,
+    Recorder,
+    assert_inside,
+    attackable,
+    batch,
+    cnn,
+    correct,
+    margin,
+    moved,
+    photographs,
+    probability_margin,
+    robust,
+    sharp,
+)
 
 # --- against the judge ---
 
@@ -307,3 +322,21 @@ def test_long_runs_are_captured_only_with_graph_true(graphs):
     assert len(graphs) == 0
     APGD(0.0, graph=True, steps=9, eot=30)(model, x, y)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "margin"])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 48 / 255), ("l2", 4.0)])
+def test_towards_classes(loss, norm, eps):
+    """It brings more images to their targets than PGD does in as many steps, leaves those that are there, and budgets hold."""
+    model, (x, y) = robust("madry"), photographs()
+    x, targets = x[:40], (y[:40] + 1) % 10
+    there = lambda images: model(images).argmax(1) == targets  # noqa: E731
+    result = APGD(eps, loss=loss, norm=norm, targeted=True, steps=10).run(model, x, targets)
+    assert_inside(result.x_adv, x, eps, norm)
+    by_pgd = PGD(eps, loss=loss, norm=norm, targeted=True, steps=10)(model, x, targets)
+    with torch.no_grad():
+        assert there(by_pgd).sum() - 1 <= there(result.x_adv).sum()
+        assert there(result.x_adv).sum() > there(x).sum() + 8
+        assert torch.equal(result.x_adv[there(x)], x[there(x)])
+    short = APGD(eps, loss=loss, norm=norm, targeted=True, steps=10, budget=8).run(model, x, targets)
+    assert (short.forwards + short.backwards).max() <= 8

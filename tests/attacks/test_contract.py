@@ -444,6 +444,8 @@ def test_bad_batches_of_every_attack(kind):
     (APGD, {"loss": "dlr", "targets": 10}, "targets=10, but the model has 10 classes: at most 9"),
     (APGD, {"graph": True}, "graph=True, but x is on cpu"),
     (APGD, {"loss": "kl", "targets": 1}, "loss 'kl' has no targeted form"),
+    (APGD, {"loss": "kl", "targeted": True}, "loss 'kl' has no targeted form"),
+    (APGD, {"targets": 2, "targeted": True}, "targets=2 with targeted=True: both say where to go"),
     (AutoAttack, {"eps": 14.0, "norm": "l2"}, "eps=14 exceeds the diagonal, 13.8564, of bounds"),
     (AutoAttack, {"eps": 193.0, "norm": "l1"}, "eps=193 exceeds the diagonal, 192, of bounds"),
 ], ids=str)  # fmt: skip

@@ -219,6 +219,19 @@ def test_apgd_breaks_as_many(theirs, name, norm):
     assert_inside(x_adv, x, eps, ball, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_apgd_reaches_as_many_targets(theirs, norm, loss):
+    model, x, y = attackable(40)
+    model, x, targets = model.float(), x.float(), (y + 1) % 10
+    settings = {"targeted": True, "n_iter": 20, "loss_function": loss}
+    x_adv, expected = (library.apgd(model, x, targets, 3 * NORMS[norm][1], norm, **settings) for library in (ours, theirs))
+    there, there_too = (~wrong(model, images, targets) for images in (x_adv, expected))
+    assert 0 < there_too.sum() < 40
+    assert abs(int(there.sum()) - int(there_too.sum())) <= 2
+    assert torch.equal(x_adv[~there], x[~there])
+
+
 def test_apgd_is_ours():
     model, x, y = attackable(20)
     eps = torch.linspace(0, 4 * RADIUS, 20).double()
@@ -238,7 +251,7 @@ def test_apgd_is_ours():
 
 def test_apgd_refuses_what_it_cannot_do():
     model, x, y = attackable(4)
-    for name, settings in (("apgd", {"targeted": True}), ("apgd", {"best_loss": True}), ("apgd_targeted", {"targeted": True})):
+    for name, settings in (("apgd", {"best_loss": True}), ("apgd_targeted", {"targeted": True})):
         with pytest.raises(ValueError, match=f"{[*settings][0]}=True.*use adv_lib.attacks"):
             getattr(ours, name)(model, x, y, 0.1, 2, **settings)
     with pytest.raises(ValueError, match="use_rs=False"):

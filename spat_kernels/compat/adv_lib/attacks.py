@@ -81,13 +81,14 @@ def apgd(
     n_restarts: int = 1, loss_function: str = "dlr", eot_iter: int = 1, rho: float = 0.75, use_large_reps: bool = False,
     use_rs: bool = True, best_loss: bool = False, **settings: Unpack[AdapterSettings],
 ) -> Tensor:  # fmt: skip
-    """Auto-PGD by `APGD`. norm: 1, 2 or inf. Of the iterates that are wrong one of high loss comes back, not the last.
+    """Auto-PGD by `APGD`. norm: 1, 2 or inf. Of the iterates that are wrong one of high loss comes back, not the last. With
+    `targeted`, labels are the classes to go to, and "dlr" compares them with the likeliest other class of the clean image.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or asks for what `APGD` does not do.
     """
-    _refuse(targeted=targeted, best_loss=best_loss)
-    loop = {"steps": n_iter, "restarts": n_restarts, "loss": loss_function, "eot": eot_iter, "rho": rho}
+    _refuse(best_loss=best_loss)
+    loop = {"targeted": targeted, "steps": n_iter, "restarts": n_restarts, "loss": loss_function, "eot": eot_iter, "rho": rho}
     return _apgd(model, inputs, labels, eps, norm, use_large_reps, use_rs, loop | _checked("apgd", settings))
 
 
@@ -120,7 +121,7 @@ def _checked(function: str, settings: Any) -> dict[str, Any]:
 def _refuse(**flags: bool) -> None:
     for name, flag in flags.items():
         if flag:
-            raise ValueError(f"{name}=True: APGD here moves away from labels until images are wrong: use adv_lib.attacks for it")
+            raise ValueError(f"{name}=True: APGD here has no such form: use adv_lib.attacks for it")
 
 
 def _apgd(model, inputs: Tensor, labels: Tensor, eps, norm: Any, use_large_reps: bool, use_rs: bool, settings: Any) -> Tensor:
@@ -128,4 +129,5 @@ def _apgd(model, inputs: Tensor, labels: Tensor, eps, norm: Any, use_large_reps:
         raise ValueError("use_rs=False with use_large_reps=True: APGD starts at random: leave out use_rs")
     settings["loss"] = settings["loss"].lower()
     attack = APGD(eps, norm=NORMS.get(norm, norm), multi_eps=use_large_reps, **settings)
-    return wrong_or_clean(attack_what_is_right(attack, model, inputs, labels), model, inputs, labels, attack.bn_mode)[0]
+    x_adv = attack_what_is_right(attack, model, inputs, labels)
+    return wrong_or_clean(x_adv, model, inputs, labels, attack.bn_mode, attack.targeted)[0]
