@@ -172,7 +172,7 @@ def test_runs(tmp_path, monkeypatch):
     model, config = load_model(path, CIFAR)
     assert config.model == name
     assert torch.equal(model(X), theirs(X))
-    with pytest.raises(InputError, match="is a run, whose config says them"):
+    with pytest.raises(InputError, match="has a config that says them"):
         load_model(path, CIFAR, mean=[0.5] * 3, std=[0.5] * 3)
 
 
