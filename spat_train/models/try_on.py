@@ -44,7 +44,7 @@ def try_on(
 def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate: bool) -> int:
     """One attempt of `try_on`."""
     lazy = any(map(is_lazy, [*model.parameters(), *model.buffers()]))  # then this makes its weights
-    activation = next((m.made_as[1] for m in model.modules() if hasattr(m, "made_as")), "relu")
+    activation = next((made[1] for m in model.modules() if (made := m.__dict__.get("made_as"))), "relu")
     try:
         with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"), _ReLUs() as relus:
             logits = model(x)
