@@ -91,6 +91,8 @@ def test_names(name, num_classes, where, network, numbers):
         ("Debenedetti2022Light_XCiT-S12", "its XCiT is none of ours: give its own code as package.module:factory"),
         ("L2/Ding2020MMA", "normalises each image by its own mean is none of ours"),
         ("imagenet/Carmon2019Unlabeled", "has it in cifar10/Linf only: give robustbench:cifar10/Carmon2019Unlabeled"),
+        ("cifar10/cifar10/Carmon2019Unlabeled", "has it in cifar10/Linf only"),
+        ("Linf/cifar10/Carmon2019Unlabeled", "has it in cifar10/Linf only"),
         ("Linf/Kireev2021Effectiveness_RLAT", "has it in cifar10/corruptions only"),
         ("Gowal2020Uncovering", "num_classes=7 leaves open which .*robustbench:cifar10/Gowal.* or robustbench:cifar100/Gowal"),
     ],
