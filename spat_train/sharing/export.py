@@ -62,15 +62,20 @@ def export(
         SaveError: the disk is full.
     """
     run, out = Path(run), Path(out)
-    _check_places(run, out)
-    config = run_config(run)
+    content = read_file(file := checkpoint_file(run))
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        raise InputError(f"{run}: it is an export already: copy it, or export its run again")
+    _check_out(out)
+    config = run_config(run, content)
     name = chosen_name(run, config, model_name, "--model-name")
-    own = _own_dataset(run, config)
+    own = _own_dataset(content, config)
     if own and dataset:
         raise InputError(f"--data {dataset.name}: {run} says its classes and the shape of its images: leave it out")
     dataset = own or dataset or load_data(EvaluateOptions(run), config)
     network, config = load_model(run, dataset, name, activation=activation, mean=mean, std=std)
-    _check_config(run, config)
+    if config and (of_weights := config_beside(content, file)) and (changed := config.differences(of_weights.to_dict())):
+        options = "; ".join(changed)
+        raise InputError(f"{run / 'config.json'}: {file.name} was made with other options ({options}): restore it")
     dataset = with_classes_of(network, dataset)
     known: dict[str, Any] = {"activation": activation or "relu", "mean": mean and tuple(mean), "std": std and tuple(std)}
     made = config or Config(data=dataset.name, **known)
@@ -123,7 +128,8 @@ def export_command(
         root: where torchvision's data sets are.
         image_size: side of the images of a folder. Default: that of the run.
     """
-    _check_places(model, out)
+    if image_size and not data:
+        raise InputError(f"--image-size {image_size}: it is of the pictures in --data: give both, or neither")
     options = EvaluateOptions(model, data=data, root=root, image_size=image_size)
     dataset = load_data(options, run_config(model)) if data else None
     export(
@@ -133,30 +139,13 @@ def export_command(
     print(f"{out} written: {', '.join(FILES)}")
 
 
-def _own_dataset(run: Path, config: Config | None) -> Dataset | None:
+def _own_dataset(content: Any, config: Config | None) -> Dataset | None:
     """The classes and the image shape that a run's checkpoint has, without images; None for those of others, and older ones."""
-    content = read_file(checkpoint_file(run))
     if config is None or "classes" not in content:
         return None
     channels, height, width = content["image_shape"]
     none = Images(torch.empty(0, height, width, channels, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
     return Dataset(config.data, none, none, tuple(content["classes"]))
-
-
-def _check_config(run: Path, config: Config | None) -> None:
-    """Raise InputError where the config in the folder is not that of its weights, which the card would be about."""
-    file = checkpoint_file(run)
-    own = config_beside(read_file(file), file)
-    if config and own and (changed := config.differences(own.to_dict())):
-        raise InputError(f"{run / 'config.json'}: {file.name} was made with other options ({'; '.join(changed)}): restore it")
-
-
-def _check_places(run: Path, out: Path) -> None:
-    """Before any network is made."""
-    content = read_file(checkpoint_file(run))
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        raise InputError(f"{run}: it is an export already: copy it, or export its run again")
-    _check_out(out)
 
 
 def _check_out(out: Path, files: dict[str, bytes] | None = None) -> None:

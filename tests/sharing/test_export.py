@@ -434,6 +434,8 @@ def test_a_checkpoint_of_others(runs, tmp_path, monkeypatch, capsys):
     assert "--data: " in err
     err = error(monkeypatch, capsys, "export", tmp_path / "theirs.pt", "--out", tmp_path / "two", "--data", "digits")
     assert "it does not say which architecture it is: give --model-name" in err
+    err = error(monkeypatch, capsys, "export", runs / "code", "--out", tmp_path / "two", "--image-size", "8")
+    assert "--image-size 8: it is of the pictures in --data: give both, or neither" in err
     err = error(monkeypatch, capsys, "export", runs / "code", "--out", tmp_path / "two")
     assert f"if you trust it, give --model-name {CODE}" in err
     assert not (tmp_path / "two").exists()
