@@ -154,7 +154,7 @@ def _evaluate(options: EvaluateOptions, config: Config | None, eps: float, proce
     device = processes.device
     if device.type != "cuda" and options.precision == "tf32":
         raise InputError("--precision tf32: TF32 is for GPUs: use fp32 or bf16")
-    dataset = processes.in_turn(lambda: _load_data(options, config))
+    dataset = processes.in_turn(lambda: load_data(options, config))
     network, about = _open(options, "model", dataset)
     dataset = with_classes_of(network, dataset)
     source, source_about = _open(options, "source", dataset) if options.source else (None, {})
@@ -228,7 +228,12 @@ def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
         )
 
 
-def _load_data(options: EvaluateOptions, config: Config | None) -> Dataset:
+def load_data(options: EvaluateOptions, config: Config | None) -> Dataset:
+    """The test images of `options.data`; by default, of the data of the run with `config`.
+
+    Raises:
+        InputError: they are not known, or not there any more.
+    """
     data = options.data or (config.data if config else None)
     if data is None:
         raise InputError(f"--data: {options.model} does not tell which it was trained on: give cifar10, an .npz file, ...")

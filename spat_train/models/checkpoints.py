@@ -20,11 +20,13 @@ from spat_kernels.checks import warn
 from ..config import Config
 from ..data.images import Dataset
 from ..errors import InputError, first_line
+from .external import is_code
 from .matching import NORMALIZE, Match, misfit
 from .networks import ImageShape
 from .networks.deepmind import DMNetwork
 from .networks.preact_resnet import PreActResNet18, RawPreActBlock
 from .registry import create, full_name
+from .robustbench_names import network_name
 from .run_config import checkpoint_file, chosen_name, config_beside, run_config
 from .try_on import try_on
 from .weight_files import read_file, select
@@ -169,9 +171,9 @@ def _other_functions(model: nn.Module, config: Config, match: Match) -> Iterator
     """How the model, whose weights fit, differs from the function of the run, as far as both are known."""
     for m in model.modules():
         if made := getattr(m, "made_as", None):
-            ours, activation, shape = made
-            theirs = full_name(config.model, shape)
-            alike = ours == theirs or ":" in ours + theirs  # code moves, and timm's models have several names
+            ours, activation, shape, classes = made
+            theirs = full_name(network_name(config.model, classes), shape)
+            alike = ours == theirs or is_code(ours) or is_code(theirs)  # code moves
             if not alike or activation != config.activation:
                 yield f"a {ours} with {activation}"
             break  # what is inside is as its factory made it, activations too

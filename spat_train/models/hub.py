@@ -1,7 +1,7 @@
 """Models in the layout of the Hugging Face Hub: `spat-train export` writes it, `from_folder` and `from_pretrained` read it.
 
-    model.safetensors   the weights; its metadata has the config too, so that the file alone says what it holds
-    config.json         a run's config without what is about the machine, and CONFIG below
+    model.safetensors   the weights; its metadata repeat config.json, so that the file alone says what it holds
+    config.json         a run's config without what is about the machine, the classes, and what `packed` adds
     model.pt            the same weights as a plain state dict, for torch.load(weights_only=True)
     README.md           the model card (spat_train/sharing/card.py)
 
@@ -11,7 +11,7 @@ Nothing in such a folder runs: an architecture that is code, package.module:fact
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -22,27 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FREE_ON_RESUME, Config
-from ..errors import InputError, as_input_error, first_line
+from ..errors import InputError, first_line
 from .checkpoints import fill, matched
 from .networks import ImageShape
 from .registry import create
-from .run_config import chosen_name, read_json, run_config
-from .weight_files import METADATA, read_file, select
+from .run_config import chosen_name, config_beside, read_json, run_config
+from .weight_files import METADATA, listed, read_file, select
 from .wrapping import normalizers
 
 FORMAT = "spat_train model 1"
-CONFIG = (
-    "format",
-    "library_name",
-    "spat_kernels",
-    "num_classes",
-    "classes",
-    "image_shape",
-    "normalisation",
-)  # in config.json beside a run's
+VERSION = "spat_kernels"  # that of the package, in config.json alone: equal weights are equal files in every version
 NEEDED = ("config.json", "model.safetensors")
 ARCHITECTURE = ("model", "activation", "mean", "std", "data")  # all that is known of a checkpoint of others
-PATHS = ("data", "extra", "init")  # of the files, where they are absolute, only the names are published
+PATHS = ("data", "extra", "init")  # of which only the names of the files are published
+MOST = 4096  # pixels: of larger images the first two would take gigabytes
 PRIVATE = set(FREE_ON_RESUME) - set(PATHS)
 
 
@@ -68,16 +61,20 @@ def from_folder(path: str | Path, model: str | None = None) -> nn.Module:
     classes, shape = content["num_classes"], tuple(content["image_shape"])
     file = path / "model.safetensors"
     saved = read_file(file)
+    about = saved["config"] if config_beside(saved, file) else {}
+    if differ := [key for key in about or content if content.get(key) != about.get(key)]:
+        remedy = "export or download both again"
+        raise InputError(f"{path}: model.safetensors and config.json do not belong together ({listed(differ)} differ): {remedy}")
     state = select(saved, "model", file)
-    make = partial(create, name, activation=config.activation, mean=config.mean, std=config.std)
-    with as_input_error(f"{path} as {name} for {classes} classes, images {list(shape)}"):
-        network, match = matched(make, classes, shape, state)
+    _check_finite(state, str(file))
+    make = partial(create, name, activation=config.activation)
     try:
-        fill(network, match, saved, file)
-    except InputError as error:
-        raise InputError(
-            f"{path}: model.safetensors and config.json do not belong together ({error}): export or download both again"
-        ) from error
+        if ":" not in name:  # those of others have a size each
+            _check_size(make, classes, shape, state)
+        network, match = matched(partial(make, mean=config.mean, std=config.std), classes, shape, state)
+    except (ValueError, RuntimeError) as error:  # of memory too
+        raise InputError(f"{path} as {name} for {classes} classes, images {list(shape)}: {first_line(error)}") from error
+    fill(network, match, saved, file)
     return network
 
 
@@ -116,7 +113,7 @@ def from_pretrained(
             str(repo), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
             allow_patterns=list(NEEDED),
         )  # fmt: skip
-    except (OSError, ValueError) as error:  # all of huggingface_hub's are one of the two
+    except Exception as error:  # those of the HTTP library too, which differs from version to version
         remedy = "give an existing folder, or USER/NAME of a repository that you can reach"
         raise InputError(f"{repo}: it cannot be downloaded ({type(error).__name__}: {first_line(error)}): {remedy}") from error
     return from_folder(folder, model)
@@ -133,34 +130,43 @@ def packed(
         trained: whether a run made the weights; else only ARCHITECTURE is taken from `config`.
 
     Raises:
-        InputError: safetensors is not installed.
+        InputError: a weight is NaN, or safetensors is not installed.
     """
     options = {key: v for key, v in config.to_dict().items() if key in ARCHITECTURE or (trained and key not in PRIVATE)}
     # Whoever set them: the run, timm or the file. `mean` and `std` are the run's options.
     numbers = [{key: getattr(n, key).flatten().tolist() for key in ("mean", "std")} for n in normalizers(network).values()]
-    own = (
-        FORMAT,
-        "spat_kernels",
-        version("spat_kernels"),
-        len(classes),
-        list(classes),
-        list(image_shape),
-        next(iter(numbers), None),
-    )
+    content = {
+        "format": FORMAT, "library_name": "spat_kernels", "num_classes": len(classes), "classes": list(classes),
+        "image_shape": list(image_shape), "normalisation": next(iter(numbers), None),
+    } | options  # fmt: skip
     state = {key: _portable(t) for key, t in network.state_dict().items() if isinstance(t, Tensor)}
+    _check_finite(state, config.model)
     plain = io.BytesIO()
     torch.save(state, plain)
     return {
-        "config.json": (json.dumps(dict(zip(CONFIG, own, strict=True)) | options, indent=1) + "\n").encode(),
-        "model.safetensors": _safetensors(state, {"format": FORMAT, "config": options}),
+        "config.json": (json.dumps(content | {VERSION: version(VERSION)}, indent=1) + "\n").encode(),
+        "model.safetensors": _safetensors(state, {"format": FORMAT, "config": content}),
         "model.pt": plain.getvalue(),
     }
 
 
 def published(config: Config) -> Config:
-    """`config` without absolute paths, which are private: only the names of the files stay."""
+    """`config` without paths, which are private: only the names of the files stay."""
     given = {key: os.fspath(value) for key in PATHS if (value := getattr(config, key))}
-    return replace(config, **{key: os.path.basename(path.rstrip("/")) for key, path in given.items() if os.path.isabs(path)})
+    return replace(config, **{key: os.path.basename(path.rstrip("/")) for key, path in given.items()})
+
+
+def _check_finite(state: dict[str, Tensor], where: str) -> None:
+    if bad := [name for name, t in state.items() if t.is_floating_point() and t.isnan().any()]:
+        raise InputError(f"{where}: it has weights that are NaN ({listed(bad)}): take those of an earlier checkpoint")
+
+
+def _check_size(make: Callable[..., nn.Module], classes: int, shape: ImageShape, state: dict[str, Tensor]) -> None:
+    """Raise InputError where the network has more weights than the file, before it takes memory for them."""
+    with torch.device("meta"):
+        needed = sum(t.numel() for t in make(classes, shape).state_dict().values())
+    if needed > (held := sum(t.numel() for t in state.values())):
+        raise InputError(f"it has {needed:,} weights, model.safetensors {held:,}: export or download the folder again")
 
 
 def _portable(tensor: Tensor) -> Tensor:
@@ -205,7 +211,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     right = {
         "num_classes": _whole(count) and count >= 2,
         "classes": named and len(names) == count,
-        "image_shape": isinstance(shape, list) and len(shape) == 3 and all(_whole(side) and side > 0 for side in shape),
+        "image_shape": isinstance(shape, list) and len(shape) == 3 and all(_whole(side) and 0 < side <= MOST for side in shape),
         "model": isinstance(model, str),
     }
     if wrong := [key for key, fine in right.items() if not fine]:

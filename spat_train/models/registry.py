@@ -61,7 +61,8 @@ def create(
     if activation != "relu":
         replace_relus(model, name, activation)
     network = model.get_submodule("model") if name.startswith(("timm:", "torchvision:")) else model
-    network.made_as = (full_name(name, image_shape), activation, image_shape)  # type: ignore[assignment]  # what a run's config is compared with
+    made = (full_name(name, image_shape), activation, image_shape, num_classes)  # what a run's config is compared with
+    network.made_as = made  # type: ignore[assignment]
     if mean is None and std is None:
         return model
     if mean is None or std is None:
@@ -70,7 +71,12 @@ def create(
 
 
 def full_name(name: str, image_shape: ImageShape) -> str:
-    """`name` with the variant that it leaves open, which may depend on the images: "resnet-18" -> "resnet-18/cifar"."""
+    """`name` with the variant that it leaves open, which may depend on the images: "resnet-18" -> "resnet-18/cifar".
+
+    timm's are without the tag of pretrained weights, which leaves the network as it is.
+    """
+    if name.startswith("timm:"):
+        return name.partition(".")[0]
     for family in FAMILIES:
         if family.variant and "/" not in name and family.pattern.fullmatch(name):
             return f"{name}/{family.variant if isinstance(family.variant, str) else family.variant(image_shape)}"

@@ -175,7 +175,7 @@ def resolve(name: str, num_classes: int) -> Entry:
         known = f"{len(ENTRIES)} are known, of {', '.join(networks)} (robustbench_names.py lists them)"
         raise ValueError(f"name={name!r}: RobustBench has no such model: {did_you_mean(short, [*ENTRIES, *kinds])}{known}")
     every = ENTRIES[short]
-    found = [entry for entry in every if all(folder in (entry.dataset, entry.threat) for folder in folders)]
+    found = [e for e in every if folders in ([], [e.dataset], [e.threat], [e.dataset, e.threat])]
     if not found:
         places = ", ".join(f"{entry.dataset}/{entry.threat}" for entry in every)
         raise ValueError(f"name={name!r}: RobustBench has it in {places} only: give {PREFIX}{every[0].dataset}/{short}")

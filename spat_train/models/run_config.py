@@ -52,7 +52,7 @@ def read_json(file: Path) -> Any:
     """What is in `file`. Raises InputError where that cannot be read."""
     try:
         return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({type(error).__name__}): restore it") from error
 
 
@@ -63,8 +63,10 @@ def config_beside(content: Any, path: str | Path) -> Config | None:
 
 
 def _config(content: Any, path: str | Path) -> Config | None:
-    """`content`, read from JSON, as a config; None where it is not one of ours. Checked, as files may be edited or foreign."""
+    """`content`, read from JSON, as a config; None where no run and no export wrote it. Checked, as files may be edited."""
     if not isinstance(content, dict) or not isinstance(content.get("model"), str):
+        return None
+    if not (content.keys() >= {"method", "epochs"} or str(content.get("format")).startswith("spat_train ")):
         return None
     kinds = get_type_hints(Config)
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in kinds}

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.model_state.borrow import borrowed
@@ -43,13 +44,16 @@ def try_on(
 def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate: bool) -> int:
     """One attempt of `try_on`."""
     lazy = any(map(is_lazy, [*model.parameters(), *model.buffers()]))  # then this makes its weights
+    activation = next((made[1] for m in model.modules() if (made := m.__dict__.get("made_as"))), "relu")
     try:
-        with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"):
+        with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"), _ReLUs() as relus:
             logits = model(x)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise ValueError(f"it does not take images {list(x.shape[1:])}: {first_line(error)}") from error
+    if activation != "relu" and relus.calls:
+        raise ValueError(f"activation={activation!r}: {relus.calls} of its ReLUs are functions, which stay: give 'relu'")
     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if isinstance(found, str) or len(found) != 2 or found[0] != 2 or found[1] < 2 or found[1] != (num_classes or found[1]):
         raise ValueError(f"two images give {found}: it must return logits [2, {num_classes or 'K'}]")
@@ -63,6 +67,16 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
                 raise
             raise ValueError(f"autograd fails on it: {first_line(error)}") from error
     return found[1]
+
+
+class _ReLUs(TorchFunctionMode):
+    """Counts the calls of ReLU, as a module or a function."""
+
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += getattr(func, "__name__", "") in ("relu", "relu_")
+        return func(*args, **kwargs or {})
 
 
 def device_of(model: nn.Module) -> torch.device:

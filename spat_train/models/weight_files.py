@@ -133,7 +133,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise _refused(path, f"it is cut short or damaged ({first_line(error)}): copy or download it again") from error
     return {**about, "model": state} if isinstance(about, dict) and about else state
 

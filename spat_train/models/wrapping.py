@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "softplus": partial(nn.Softplus, beta=10),
 }
-NAMES_OF_NUMBERS = (("mean", "std"), ("mu", "sigma"), ("mu", "std"), ("new_mean", "new_std"))
+NAMES_OF_NUMBERS = (("mean", "std"), ("mu", "sigma"), ("mu", "std"), ("new_mean", "new_std"), ("pixel_mean", "pixel_std"))
 
 
 def wrap(
@@ -77,10 +77,11 @@ def normalising(model: nn.Module) -> str:
 
 
 def _are_numbers(value: object) -> bool:
-    """Whether it may be one number for each of a few channels."""
+    """Whether it may be one number for each of a few channels, or for all."""
     if isinstance(value, Tensor):
         return value.is_floating_point() and 1 <= value.numel() <= 16
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, (int, float)) for v in value)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(values) and all(isinstance(v, (int, float)) for v in values)
 
 
 def normalizers(model: nn.Module) -> dict[str, Normalize]:

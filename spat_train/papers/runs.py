@@ -77,7 +77,7 @@ def find_runs(folder: Path | None) -> list[Run]:
 
 def data_name(data: str) -> str:
     """cifar10 for cifar10 and for /somewhere/cifar10.npz."""
-    return Path(data).stem
+    return Path(data).name.removesuffix(".npz")
 
 
 def format_eps(eps: float) -> str:

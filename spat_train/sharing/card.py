@@ -1,13 +1,17 @@
 """The model card: README.md with metadata as the Hugging Face Hub reads them (huggingface.co/docs/hub/model-cards)."""
 
 import hashlib
-import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config
 from ..data.datasets import DATASETS
+from ..errors import as_input_error
+from ..evaluation.alarms import NOT_ZERO
+from ..evaluation.attack_specs import parse
+from ..evaluation.attack_specs.attack import NORM_NAMES
 from ..evaluation.report import markdown_table
 from ..evaluation.result import WORST
 from ..papers.runs import data_name, format_eps, settings, title
@@ -46,9 +50,18 @@ class Subject:
 
 def card(subject: Subject, results: Results, license: str | None = None) -> str:
     """The text of README.md, a function of the arguments. It ends with a hash of itself, which `edited` reads."""
-    header = "\n".join(["---", *_yaml(_metadata(subject, results, license)), "---"])
-    sections = [f"# {subject.title}", _about(subject), _use(subject), _training(subject, results), *_results(subject, results)]
+    import yaml
+
+    header = f"---\n{yaml.safe_dump(_metadata(subject, results, license), sort_keys=False, allow_unicode=True)}---"
+    sections = [
+        f"# {_md(subject.title)}",
+        _about(subject),
+        _use(subject),
+        _training(subject, results),
+        *_results(subject, results),
+    ]
     text = "\n\n".join([header, *sections]) + "\n"
+    text = text.encode(errors="backslashreplace").decode()  # names of folders need not be UTF-8
     return text + MARK.format(_hash(text))
 
 
@@ -56,6 +69,11 @@ def edited(text: str) -> bool:
     """Whether `text` is no card, or one that was changed since `card` returned it."""
     body, _, end = text.rpartition(MARK.split("{}")[0])
     return not body or end != MARK.format(_hash(body)).removeprefix(MARK.split("{}")[0])
+
+
+def _md(text: str) -> str:
+    """Any text in a line of Markdown, or in a cell of a table, as it is."""
+    return re.sub(r"([\\`*_~\[\]<>#&])", r"\\\1", " ".join(text.split())).replace("|", "&#124;")
 
 
 def _hash(text: str) -> str:
@@ -68,11 +86,10 @@ def _hash(text: str) -> str:
 def _metadata(subject: Subject, results: Results, license: str | None) -> dict[str, Any]:
     robust = subject.config is not None and subject.config.objective.attacks
     tags = ["image-classification", "adversarial-robustness", *["adversarial-training"] * robust, "pytorch"]
-    known = data_name(subject.data)
     measured = list(_metrics(subject, results))
     found: dict[str, Any] = {"license": license} if license else {}
     found |= {"library_name": "spat_kernels", "pipeline_tag": "image-classification", "tags": tags}
-    found |= {"datasets": [known]} if known in DATASETS else {}
+    found |= {"datasets": [subject.data]} if subject.config and subject.data in DATASETS else {}
     found |= {"metrics": ["accuracy"]}
     if measured:
         e, data = results.evaluation, _measured_on(subject, results)
@@ -89,19 +106,21 @@ def _measured_on(subject: Subject, results: Results) -> str:
 
 def _metrics(subject: Subject, results: Results) -> Iterator[dict[str, Any]]:
     """Accuracies in percent: of the evaluation, else of the test at the end of the training."""
+    about: dict[str, dict] = {}
     if e := results.evaluation:
         found = {name: result["accuracy"] for name, result in e["results"].items()}
-        described = {name: attack["settings"] for name, attack in e["attacks"].items()}
-        radii = {"eps": _eps(e["settings"]["eps"]), "eps_l2": e["settings"]["eps_l2"], "eps_l1": e["settings"]["eps_l1"]}
-    elif results.test:
+        for name, attack in e["attacks"].items():
+            with as_input_error(f"evaluation.json: attack {name}"):
+                parsed = parse(attack["spec"])
+            radius = parsed.radius(*(e["settings"][key] for key in ("eps", "eps_l2", "eps_l1")))
+            eps = _eps(radius) if parsed.norm == "linf" else radius
+            about[name] = {"norm": NORM_NAMES[parsed.norm], "eps": eps, "attack": attack["settings"]}
+    elif found := results.test or {}:
         assert subject.config  # only a run has such a test
-        found, described, radii = results.test, {}, {"eps": _eps(subject.config.evaluation_eps_in_x)}
-    else:
-        return
+        about = {name: {"norm": NORM_NAMES["linf"], "eps": _eps(subject.config.evaluation_eps_in_x)} for name in found}
     for name, accuracy in found.items():
-        plain = name in ("clean", WORST)
-        metric = {"type": "accuracy", "name": f"accuracy, {name}, %", "value": round(accuracy, 2)}
-        yield metric if plain else metric | {"args": radii | ({"attack": described[name]} if name in described else {})}
+        args = {} if name in ("clean", WORST) else {"args": about[name]}
+        yield {"type": "accuracy", "name": f"accuracy, {name}, %", "value": round(accuracy, 2)} | args
 
 
 def _eps(radius: float) -> str:
@@ -109,27 +128,12 @@ def _eps(radius: float) -> str:
     return format_eps(round(255 * radius, 4))
 
 
-def _yaml(value: Any, indent: str = "") -> list[str]:
-    """Lines of YAML for nested dicts and lists; strings are quoted as in JSON, which YAML reads."""
-    if not isinstance(value, (dict, list)):
-        return [indent + json.dumps(value, ensure_ascii=False)]
-    lines = []
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-        first, *rest = _yaml(each, indent + "  ")
-        if isinstance(value, list):
-            lines += [f"{indent}- {first.strip()}", *rest]
-        else:
-            nested = isinstance(each, (dict, list))
-            lines += [f"{indent}{key}:", first, *rest] if nested else [f"{indent}{key}: {first.strip()}"]
-    return lines
-
-
 # ---- sections
 
 
 def _about(subject: Subject) -> str:
     classes = f"{len(subject.classes)} classes"
-    listed = f": {', '.join(subject.classes)}" if len(subject.classes) <= CLASSES else ", which config.json lists"
+    listed = f": {', '.join(map(_md, subject.classes))}" if len(subject.classes) <= CLASSES else ", which config.json lists"
     normalised = f"normalises images itself ({subject.normalisation})" if subject.normalisation else "does not normalise images"
     shape, count = ", ".join(map(str, subject.image_shape)), len(subject.classes)
     return (
@@ -151,28 +155,36 @@ x = torch.rand(2, {shape})  # your images, in [0, 1]
 classes = model(x).argmax(1)
 ```
 
-`spat-train evaluate . --data DATA{option}` attacks it. DATA is a data set, an .npz file or a folder."""
+{pictures}`spat-train evaluate . --data DATA{option}` attacks it. DATA is a data set, an .npz file or a folder."""
+PICTURES = """Pictures were resized until the short side had {} pixels, and cropped to the square in the middle. Do the same, as
+`torchvision.transforms.Resize({})` and `CenterCrop({})` do to RGB images of PIL.
+
+"""
 
 
 def _use(subject: Subject) -> str:
     shape, name = ", ".join(map(str, subject.image_shape)), subject.name
+    size = subject.config.image_size if subject.config else None
+    pictures = PICTURES.format(size, size, size) if size else ""
     if not subject.code:
-        return USE.format(needs="", given="", option="", shape=shape)
+        return USE.format(needs="", given="", option="", shape=shape, pictures=pictures)
     needs = f"Its architecture is code, `{name}`, which is not in this folder and has to be importable.\n"
-    return USE.format(needs=needs, given=f', model="{name}"', option=f" --model-name {name}", shape=shape)
+    return USE.format(needs=needs, given=f', model="{name}"', option=f" --model-name {name}", shape=shape, pictures=pictures)
 
 
 def _training(subject: Subject, results: Results) -> str:
     c = subject.config
     if c is None:
-        return "## Training\n\nIt was not trained by this package, and the file of its weights does not say how."
+        return "## Training\n\nThe file of its weights does not say how it was trained."
     known = {name: text for name, text in settings(c).items() if text not in ("default", "none")}
+    if c.activation == "relu":
+        del known["activation"]  # it replaces ReLUs: the network's own may be others
+    if "lr drops" in known:
+        known["lr drops"] = f"from epoch {' and '.join(map(str, c.lr_drops))} on"
     known |= {"seed": f"{c.seed}"} | ({"preset": c.preset} if c.preset else {})
     if results.trained_with:
         by = results.trained_with
-        known["trained with"] = (
-            f"spat_kernels {by['spat_kernels']}, torch {by['torch']}, {by['device']}, processes: {by['processes']}"
-        )
+        known["last trained with"] = f"spat_kernels {by['spat_kernels']}, torch {by['torch']}, {by['device']}"
     lines = [f"By `spat-train train` of spat_kernels. Exported with version {subject.version}."]
     if results.epochs is not None and results.epochs < c.epochs:
         lines.append(f"The run has finished {results.epochs} of its {c.epochs} epochs.")
@@ -180,7 +192,8 @@ def _training(subject: Subject, results: Results) -> str:
         percent = ", ".join(f"{name} {value:.2f} %" for name, value in chosen.items() if name != "epoch")
         lines.append(f"These are the weights of epoch {chosen['epoch']}, the best on held-out training images: {percent}.")
     averaged = " They are the averaged ones." if c.ema else ""
-    return f"## Training\n\n{' '.join(lines)}{averaged}\n\n{markdown_table(('setting', ''), list(known.items()))}"
+    table = markdown_table(("setting", ""), [(name, _md(value)) for name, value in known.items()])
+    return f"## Training\n\n{' '.join(lines)}{averaged}\n\n{table}"
 
 
 def _results(subject: Subject, results: Results) -> list[str]:
@@ -192,19 +205,27 @@ def _results(subject: Subject, results: Results) -> list[str]:
 def _evaluation(subject: Subject, results: Results) -> str:
     assert results.evaluation
     e, how, about = results.evaluation, results.evaluation["settings"], results.evaluation["about"]
+    limit = f", {how['budget']} at most" if how["budget"] else ""
+    data = _md(_measured_on(subject, results))
     text = (
-        f"By `spat-train evaluate`, on {about.get('test images', how['images'])} images of {_measured_on(subject, results)}, "
+        f"By `spat-train evaluate`, on {about.get('test images', how['images'])} images of {data}, "
         f"with eps {_eps(how['eps'])} (L2: {how['eps_l2']:g}, L1: {how['eps_l1']:g}) where an attack has none of its own, "
         f"seed {how['seed']}, attacks in {how['precision']}. Images that the model gets wrong are "
-        f"{'attacked too' if how['attack_wrong'] else 'counted as broken'}. {BOUND}"
+        f"{'attacked too' if how['attack_wrong'] else 'counted as broken'}. {BOUND} "
+        f"Passes are the forwards and backwards that an attack took for an image, the mean of those that it attacked{limit}."
     )
     described = {name: attack["settings"] for name, attack in e["attacks"].items()} | {WORST: "broken by any of the above"}
     rows = [
-        (name, f"{found['accuracy']:.2f}", f"{found['interval'][0]:.2f} to {found['interval'][1]:.2f}", described[name])
+        (
+            _md(name), f"{found['accuracy']:.2f}", f"{found['interval'][0]:.2f} to {found['interval'][1]:.2f}",
+            f"{found['forwards']:.0f} + {found['backwards']:.0f}" if "forwards" in found else "", _md(described[name]),
+        )
         for name, found in e["results"].items()
-    ]
+    ]  # fmt: skip
+    if all(alarm["name"] != NOT_ZERO for alarm in e["alarms"]):
+        text += " It was not checked for signs of masked gradients (`--no-alarms`)."
     alarms = [f"- Alarm: it was expected that {a['name']}. {a['meaning']}" for a in e["alarms"] if a["raised"]]
-    table = markdown_table(("attack", "accuracy, %", "95 % interval", "settings"), rows)
+    table = markdown_table(("attack", "accuracy, %", "95 % interval", "passes", "settings"), rows)
     return "\n\n".join(["## Evaluation", text, table, *(["\n".join(alarms)] if alarms else [])])
 
 

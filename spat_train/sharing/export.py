@@ -6,20 +6,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 from ..command_line import DEFAULT_IN_HELP
 from ..config import Config
-from ..data.datasets import load
-from ..data.images import Dataset
-from ..errors import InputError
+from ..data.images import Dataset, Images
+from ..errors import InputError, first_line
+from ..evaluation.command import EvaluateOptions, load_data
 from ..models.checkpoints import load_model, with_classes_of
-from ..models.external import import_own
-from ..models.hub import exported_config, packed, published
+from ..models.external import is_code
+from ..models.hub import FORMAT, exported_config, packed, published
 from ..models.run_config import checkpoint_file, chosen_name, config_beside, run_config
-from ..models.weight_files import read_file
+from ..models.weight_files import read_file, select
 from ..models.wrapping import normalisation
 from ..runtime import atomic_write
 from .card import Subject, card, edited
-from .results import results_of
+from .results import results_of, same_state
 
 FILES = ("config.json", "model.safetensors", "model.pt", "README.md")
 
@@ -47,7 +49,7 @@ def export(
         out: an empty or new folder, or that of an earlier export of the same weights, whose card nobody has changed.
         evaluation: what `spat-train evaluate` wrote, an evaluation.json or its folder. None is that in its usual place, where
             there is one.
-        dataset: with the images and classes of the model. None is that which the run was trained on.
+        dataset: with the classes and the image shape of the model, where its file does not say them, as those of runs do.
         model_name: the architecture, for checkpoints of others, and where the run names code, which would run.
         activation, mean, std: as `spat_train.create_model` takes them, for checkpoints of others alone.
         license: of the weights, as the Hub names it, such as "mit". None leaves it to you to add one.
@@ -60,23 +62,34 @@ def export(
         SaveError: the disk is full.
     """
     run, out = Path(run), Path(out)
-    _check_places(run, out)
-    config = run_config(run)
+    content = read_file(file := checkpoint_file(run))
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        raise InputError(f"{run}: it is an export already: copy it, or export its run again")
+    _check_out(out)
+    config = run_config(run, content)
     name = chosen_name(run, config, model_name, "--model-name")
-    dataset = dataset or open_dataset(run, config)
+    own = _own_dataset(content, config)
+    if own and dataset:
+        raise InputError(f"--data {dataset.name}: {run} says its classes and the shape of its images: leave it out")
+    dataset = own or dataset or load_data(EvaluateOptions(run), config)
     network, config = load_model(run, dataset, name, activation=activation, mean=mean, std=std)
-    _check_config(run, config)
+    if config and (of_weights := config_beside(content, file)) and (changed := config.differences(of_weights.to_dict())):
+        options = "; ".join(changed)
+        raise InputError(f"{run / 'config.json'}: {file.name} was made with other options ({options}): restore it")
     dataset = with_classes_of(network, dataset)
-    known: dict[str, Any] = {"activation": activation or "relu", "mean": _tuple(mean), "std": _tuple(std)}
+    known: dict[str, Any] = {"activation": activation or "relu", "mean": mean and tuple(mean), "std": std and tuple(std)}
     made = config or Config(data=dataset.name, **known)
     shared = published(replace(made, model=name))
     files = packed(network, shared, dataset.classes, dataset.image_shape, trained=config is not None)
-    code, numbers = import_own(name) is not None, normalisation(network)
     subject = Subject(
-        name, code, shared if config else None, shared.data, dataset.classes, dataset.image_shape, numbers,
-        version("spat_kernels"),
+        name, is_code(name), shared if config else None, made.data, dataset.classes, dataset.image_shape,
+        normalisation(network), version("spat_kernels"),
     )  # fmt: skip
-    text = card(subject, results_of(run, network, Path(evaluation) if evaluation else None), license)
+    try:
+        text = card(subject, results_of(run, network, Path(evaluation) if evaluation else None), license)
+    except (KeyError, TypeError, AttributeError) as error:  # files that were edited
+        what = f"last.pt, result.json or the evaluation is not as it was written ({type(error).__name__}: {first_line(error)})"
+        raise InputError(f"{run}: {what}: restore or remove it") from error
     _write(out, files | {"README.md": text.encode()})
     return out
 
@@ -92,7 +105,7 @@ def export_command(
     mean: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
     std: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
     data: Annotated[str | None, DEFAULT_IN_HELP] = None,
-    root: Annotated[Path | None, DEFAULT_IN_HELP] = None,
+    root: Path = Path("data"),
     image_size: Annotated[int | None, DEFAULT_IN_HELP] = None,
 ) -> None:
     """Write a model with its card for the Hugging Face Hub, to be loaded by spat_train.from_folder.
@@ -110,12 +123,15 @@ def export_command(
         activation: what replaces every ReLU of the model, where it is no run's. Default: they stay.
         mean: of the normalisation that a checkpoint of others was trained with. Default: that in the file.
         std: its standard deviation. Default: as --mean.
-        data: the data of the model, for the shape of its images and the names of its classes. Default: those of the run.
-        root: where torchvision's data sets are. Default: where the run had them, else data.
+        data: data of the model, for the shape of its images and the names of its classes, where its file does not say them, as
+            those of runs do.
+        root: where torchvision's data sets are.
         image_size: side of the images of a folder. Default: that of the run.
     """
-    _check_places(model, out)
-    dataset = open_dataset(model, run_config(model), data, root, image_size)
+    if image_size and not data:
+        raise InputError(f"--image-size {image_size}: it is of the pictures in --data: give both, or neither")
+    options = EvaluateOptions(model, data=data, root=root, image_size=image_size)
+    dataset = load_data(options, run_config(model)) if data else None
     export(
         model, out, evaluation=evaluation, dataset=dataset, model_name=model_name, activation=activation, mean=mean, std=std,
         license=license,
@@ -123,58 +139,35 @@ def export_command(
     print(f"{out} written: {', '.join(FILES)}")
 
 
-def open_dataset(
-    run: Path, config: Config | None, data: str | None = None, root: Path | None = None, image_size: int | None = None
-) -> Dataset:
-    """The data of a model, test images alone; by default those of its run.
-
-    Raises:
-        InputError: they are not known, or not there any more.
-    """
-    name = data or (config.data if config else None)
-    if name is None:
-        raise InputError(f"--data: {run} does not tell which it was trained on: give cifar10, an .npz file, ...")
-    size = image_size or (config.image_size if config else None)
-    try:
-        return load(name, root=root or (config.root if config else Path("data")), image_size=size, test_only=True)
-    except InputError as error:
-        if data is not None:
-            raise
-        raise InputError(f"{run} was trained on --data {name}; give --data where that is now ({error})") from error
-
-
-def _tuple(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if numbers is None else tuple(numbers)
-
-
-def _check_config(run: Path, config: Config | None) -> None:
-    """Raise InputError where the config in the folder is not that of its weights, which the card would be about."""
-    file = checkpoint_file(run)
-    own = config_beside(read_file(file), file)
-    if config and own and (changed := config.differences(own.to_dict())):
-        raise InputError(f"{run / 'config.json'}: {file.name} was made with other options ({'; '.join(changed)}): restore it")
-
-
-def _check_places(run: Path, out: Path) -> None:
-    """Before anything is loaded."""
-    if run.is_dir() and exported_config(run):
-        raise InputError(f"{run}: it is an export already: copy it, or export its run again")
-    _check_out(out)
+def _own_dataset(content: Any, config: Config | None) -> Dataset | None:
+    """The classes and the image shape that a run's checkpoint has, without images; None for those of others, and older ones."""
+    if config is None or "classes" not in content:
+        return None
+    channels, height, width = content["image_shape"]
+    none = Images(torch.empty(0, height, width, channels, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    return Dataset(config.data, none, none, tuple(content["classes"]))
 
 
 def _check_out(out: Path, files: dict[str, bytes] | None = None) -> None:
     """Raise InputError where `out` holds something that `files`, or any, must not replace."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: it is a file: choose another folder")
-    there = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
-    there = [name for name in there if name.removesuffix(".tmp") not in FILES or not name.endswith(".tmp")]
-    if there and exported_config(out) is None:
-        raise InputError(f"--out {out}: it holds {there[0]}, and no model that spat-train export wrote: choose another folder")
+    there = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
+    there -= {f"{name}.tmp" for name in FILES}  # of an export that was stopped
+    others = [name for name in FILES if (out / name).is_dir()] or sorted(there if exported_config(out) is None else [])
+    if others:
+        raise InputError(f"--out {out}: it holds {others[0]}, and no model that spat-train export wrote: choose another folder")
     if "README.md" in there and edited((out / "README.md").read_text("utf-8", "replace")):
         raise InputError(f"--out {out}: its README.md was changed by hand: move it away, or choose another folder")
     weights = out / "model.safetensors"
-    if files and weights.name in there and weights.read_bytes() != files[weights.name]:
+    if files and weights.name in there and not _same_weights(weights, files[weights.name]):
         raise InputError(f"--out {out}: it holds another model: remove it, or choose another folder")
+
+
+def _same_weights(file: Path, content: bytes) -> bool:
+    from safetensors.torch import load
+
+    return same_state(select(read_file(file), "model", file), load(content))
 
 
 def _write(out: Path, files: dict[str, bytes]) -> None:

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..evaluation.command import default_folder
 from ..evaluation.record_log import weights_hash
 from ..evaluation.report import FORMAT
+from ..models.matching import same_tensor
 from ..models.run_config import checkpoint_file, read_json
-from ..models.weight_files import read_file
+from ..models.weight_files import read_file, select
 from ..training.checkpoint import say
 
 
@@ -55,10 +55,12 @@ def results_of(path: Path, network: nn.Module, evaluation: Path | None) -> Resul
         found["validation"] = content["validation"]
     if file != path and (path / "last.pt").is_file():
         last = content if file.name == "last.pt" else read_file(path / "last.pt")
-        if file.name == "last.pt" or _same_state(content["model"], last["best"]):
+        tested = last["best"] if last["best"] is not None else select(last, "auto", path / "last.pt")
+        same = same_state(select(content, "auto", file), tested)
+        if same or file.name == "last.pt":
             found |= {"trained_with": last["arithmetic"], "epochs": last["progress"]["epoch"]}
         result = read_json(path / "result.json") if (path / "result.json").is_file() else None
-        if result and "trained_with" in found and result.get("checkpoint") == last["id"]:
+        if result and same and result["checkpoint"] == last["id"]:
             found |= {"test": result["test"], "test_images": result["test_images"]}
         elif result:
             say(f"{path / 'result.json'} is left out of the card: it is not about the weights in {file}")
@@ -75,10 +77,8 @@ def results_of(path: Path, network: nn.Module, evaluation: Path | None) -> Resul
     return Results(**found)
 
 
-def _same_state(a: Any, b: Any) -> bool:
-    if not isinstance(a, dict) or not isinstance(b, dict) or a.keys() != b.keys():
-        return False
-    return all(torch.equal(value, b[name]) for name, value in a.items())
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(same_tensor(value, b[name]) for name, value in a.items())
 
 
 def _read_evaluation(path: Path, network: nn.Module) -> dict[str, Any]:

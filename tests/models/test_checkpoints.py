@@ -285,6 +285,7 @@ def test_shortcuts_of_preact_resnets(tmp_path):
         (("resnet-18", "relu"), ("resnet-18/cifar", "relu"), True),
         (("timm:resnet18", "silu"), ("timm:resnet18", "relu"), False),
         (("timm:resnet18", "silu"), ("timm:resnet18.a1_in1k", "silu"), True),
+        (("robustbench:L2/Rice2020Overfitting", "relu"), ("robustbench:cifar10/L2/Rice2020Overfitting", "relu"), True),
         (("torchvision.models:resnet18", "silu"), ("torchvision.models.resnet:resnet18", "relu"), False),
         (("torchvision.models:resnet18", "silu"), ("torchvision.models.resnet:resnet18", "silu"), True),
         (("preactresnet-18/raw", "relu"), PreActResNet18, "has other 1x1 shortcuts"),

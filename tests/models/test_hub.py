@@ -1,7 +1,9 @@
 """Folders for the Hugging Face Hub: what is written loads to the same bits, nothing in it runs, and other folders are refused."""
 
 import json
+import math
 import os
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +14,16 @@ from torch import nn
 
 pytest.importorskip("safetensors")
 
+from safetensors.torch import load_file, save_file
+
 from spat_train.config import Config
 from spat_train.data.images import Dataset, Images
 from spat_train.errors import InputError
-from spat_train.models import from_folder, from_pretrained
+from spat_train.models import from_folder, from_pretrained, hub
 from spat_train.models.checkpoints import load_checkpoint, load_model
-from spat_train.models.hub import packed, published
+from spat_train.models.hub import FORMAT, packed, published
 from spat_train.models.run_config import checkpoint_file, run_config
+from spat_train.models.weight_files import METADATA
 from spat_train.models.wrapping import normalisation
 from tests.models.helpers import MEAN, STD, X, network, numbers, own, saved
 
@@ -129,10 +134,10 @@ def test_what_the_files_hold(tmp_path):
     from safetensors import safe_open
 
     options = {"model": "wrn-10-1", "method": "trades", "eps": 4.0, "seed": 3}
-    paths = {"data": "/home/me/pictures/", "init": "/home/me/other/best.pt", "extra": "/data/more.npz"}
+    paths = {"data": "/home/me/pictures/", "init": "../home/me/other/best.pt", "extra": "home/more.npz"}
     out = exported(tmp_path, network(), **options, **paths, out="/home/me/run", device="cuda", root="/home/me/data")
     text = (out / "config.json").read_text()
-    assert "/home" not in text + str((out / "model.safetensors").read_bytes())
+    assert "home" not in text + str((out / "model.safetensors").read_bytes())
     content = json.loads(text)
     expected = {
         "library_name": "spat_kernels", "spat_kernels": version("spat_kernels"), "num_classes": 10, "image_shape": [3, 32, 32],
@@ -175,10 +180,10 @@ def test_code_runs_only_where_the_caller_repeats_its_name(tmp_path, monkeypatch)
     )
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    model.made_as = ("code_of_a_stranger:make", "relu", (3, 32, 32))
+    model.made_as = ("code_of_a_stranger:make", "relu", (3, 32, 32), 10)
     out = write(tmp_path / "out", model, Config(model="code_of_a_stranger:make"))
     assert "it names code, code_of_a_stranger:make, which would run: if you trust it, give model" in refused(out)
-    assert "model.safetensors and config.json do not belong together" in refused(out, model="wrn-10-1")
+    assert "weights, model.safetensors 30,730: export or download the folder again" in refused(out, model="wrn-10-1")
     assert not Path("ran").exists()
     assert torch.equal(from_folder(out, model="code_of_a_stranger:make")(X), model(X))
     assert Path("ran").exists()
@@ -206,17 +211,18 @@ def copy(small, tmp_path):
         ({"classes": list(range(10))}, r"no export writes classes=\[0, 1"),
         ({"image_shape": [3, 32]}, r"no export writes image_shape=\[3, 32\]"),
         ({"image_shape": [3, 32, -1]}, r"no export writes image_shape=\[3, 32, -1\]"),
+        ({"image_shape": [3, 10**5, 10**5]}, r"no export writes image_shape=\[3, 100000, 100000\]"),
         ({"image_shape": ...}, "no export writes image_shape=None"),
         ({"model": 3}, "no export writes model=3"),
         ({"mean": "a"}, "no run writes such a config .mean='a'"),
         ({"activation": "tanh"}, "no run writes such a config .activation='tanh'"),
-        ({"mean": [0.5], "std": [0.5]}, r"copy as wrn-10-1 for 10 classes, images \[3, 32, 32\]: mean=.*one number a channel"),
-        ({"model": "wrn-11-1"}, "copy as wrn-11-1 for 10 classes, .*6n"),
-        ({"model": "timm:no-such"}, "copy as timm:no-such .*"),
-        ({"model": "wrn-16-1"}, "do not belong together .*another depth"),
-        ({"activation": "silu"}, "do not belong together .*it is a wrn-10-1 with relu, the model a wrn-10-1 with silu"),
-        ({"mean": [0.5] * 3, "std": [0.5] * 3}, "do not belong together .*normalises images"),
-        ({"num_classes": 3, "classes": ["a", "b", "c"]}, "do not belong together .*looks like 10 classes"),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3}, "do not belong together .mean, std differ."),
+        ({"model": "timm:no-such"}, "do not belong together .model differ"),
+        ({"model": "wrn-16-1"}, "do not belong together .model differ"),
+        ({"activation": "silu"}, "do not belong together .activation differ"),
+        ({"classes": [f"class {k}" for k in reversed(range(10))]}, "do not belong together .classes differ"),
+        ({"image_shape": [3, 48, 48]}, "do not belong together .image_shape differ"),
+        ({"num_classes": 3, "classes": ["a", "b", "c"]}, "do not belong together .num_classes, classes differ"),
         ({"format": "spat_train model 2"}, "of another version .spat_train model 2.: install a newer spat_kernels"),
         ({"format": ..., "model_type": "vit"}, "config.json: spat-train export did not write it: load the folder with"),
     ],
@@ -254,8 +260,62 @@ def test_weights_of_another_export(small, copy, tmp_path):
     """They fit, and are of another function."""
     other = write(tmp_path / "other", network(activation="gelu"), Config(model="wrn-10-1", activation="gelu"))
     (copy / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    assert "do not belong together" in refused(copy)
-    assert "it is a wrn-10-1 with gelu, the model a wrn-10-1 with relu" in refused(copy)
+    assert "do not belong together (activation differ)" in refused(copy)
+    foreign = network().state_dict()
+    save_file(foreign, copy / "model.safetensors")
+    assert "do not belong together (format, " in refused(copy)
+
+
+def rewrite(folder: Path, state: dict | None = None, **changes) -> None:
+    """Both files, so that they agree."""
+    edit(folder, **changes)
+    about = {"format": FORMAT, "config": json.loads((folder / "config.json").read_bytes())}
+    state = load_file(folder / "model.safetensors") if state is None else state
+    save_file(state, folder / "model.safetensors", {METADATA: json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": [0.5], "std": [0.5]}, "mean=.*one number a channel"),
+        ({"model": "wrn-11-1"}, "6n"),
+        ({"model": "timm:no-such"}, "no such model"),
+        ({"model": "wrn-16-1"}, "it has [0-9,]+ weights, model.safetensors [0-9,]+: export or download"),
+        ({"model": "dm-wrn-10-999"}, r"it has [0-9,]+ weights, model.safetensors [0-9,]+: export or download"),
+        ({"model": "dm-wrn-10-1000000"}, "there is no such model"),
+        ({"model": "dm-wrn-10-" + 30 * "9"}, "there is no such model"),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3}, "normalises images, with numbers that the file does not have"),
+    ],
+)
+def test_hostile_folders(copy, changes, message):
+    """Both files say it; nothing is allocated for what the file does not hold."""
+    if "timm" in str(changes):
+        pytest.importorskip("timm")
+    rewrite(copy, **changes)
+    assert re.search(message, refused(copy))
+
+
+def test_memory_that_is_not_there(copy, monkeypatch):
+    def full(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory\nmore")
+
+    monkeypatch.setattr(hub, "matched", full)
+    assert "can't allocate memory" in refused(copy)
+
+
+def test_weights_that_are_nan(copy):
+    model = network()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[3] = math.nan
+    rewrite(copy, model.state_dict())
+    assert "it has weights that are NaN (" in refused(copy)
+    with pytest.raises(InputError, match="wrn-10-1: it has weights that are NaN .*: take those of an earlier checkpoint"):
+        packed(model, Config(model="wrn-10-1"), "ab", (3, 32, 32), trained=True)
+
+
+def test_deep_json(copy):
+    (copy / "config.json").write_text("[" * 100_000)
+    assert "config.json cannot be read (RecursionError): restore it" in refused(copy)
 
 
 def test_without_safetensors(small, monkeypatch):
@@ -312,6 +372,21 @@ def test_what_is_downloaded(small, monkeypatch):
             from_pretrained(small, **given)
 
 
+def test_a_download_that_breaks_off(monkeypatch):
+    """Whatever the HTTP library raises."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    class ReadError(Exception):
+        pass
+
+    def broken(*args, **how):
+        raise ReadError("peer closed connection")
+
+    monkeypatch.setattr(hub, "snapshot_download", broken)
+    with pytest.raises(InputError, match="cannot be downloaded .ReadError: peer closed connection.: give an existing folder"):
+        from_pretrained("user/name")
+
+
 def test_without_huggingface_hub(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match="user/name: there is no such folder, .*: pip install huggingface_hub"):
@@ -319,12 +394,13 @@ def test_without_huggingface_hub(small, monkeypatch):
     assert torch.equal(from_pretrained(os.fspath(small))(X), network()(X))
 
 
-def test_the_folder_of_another_library(tmp_path):
-    """As a checkpoint it needs the name of its architecture, like any file of others."""
-    from safetensors.torch import save_file
-
+@pytest.mark.parametrize(
+    "theirs", [{"architectures": ["ViTForImageClassification"]}, {"model": "wrn-10-1", "activation": "silu"}]
+)
+def test_the_folder_of_another_library(tmp_path, theirs):
+    """As a checkpoint it needs the name of its architecture, like any file of others, and it is no run."""
     save_file(network().state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"architectures": ["ViTForImageClassification"], "model_type": "vit"}')
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
     assert "spat-train export did not write it" in refused(tmp_path)
     with pytest.raises(InputError, match="it does not say which architecture it is: give --model-name"):
         load_model(tmp_path, dataset())

@@ -34,6 +34,46 @@ def test_another_name_for_the_model_of_a_run(tmp_path):
         load_model(path, CIFAR, "timm:resnet18", mean=MEAN, std=STD)
 
 
+def test_the_network_of_a_run_of_robustbench(tmp_path):
+    """Its name says a function, which others with the same weights are not."""
+    name = "robustbench:cifar10/L2/Rice2020Overfitting"
+    path = own(tmp_path, network(name), model=name)
+    for same in (None, "preactresnet-18/activated", "robustbench:L2/Rice2020Overfitting"):
+        assert torch.equal(load_model(path, CIFAR, same)[0](X), network(name)(X))
+    with pytest.raises(InputError, match=f"the run is a {name}: give that as --model-name .*the model a preactresnet-18/raw"):
+        load_model(path, CIFAR, "preactresnet-18/raw")
+    path = own(tmp_path, network("timm:resnet18"), model="timm:resnet18")
+    with pytest.raises(InputError, match="the run is a timm:resnet18: give that"):
+        load_model(path, CIFAR, "torchvision:resnet18")
+
+
+class Partly(nn.Module):
+    """A ReLU that `activation` replaces, and functions, which it cannot."""
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.head, self.relu = nn.Linear(3072, num_classes), nn.ReLU()
+
+    def forward(self, x):
+        return nn.functional.relu(self.head(self.relu(x.flatten(1)))) + torch.relu(x.sum()) + x.sum().relu_()
+
+
+def test_an_activation_that_replaces_some_relus_alone(tmp_path):
+    name = "tests.models.test_load_model:Partly"
+    path = saved(tmp_path, Partly().state_dict())
+    with pytest.raises(InputError, match="activation='silu': 3 of its ReLUs are functions, which stay: give 'relu'"):
+        load_model(path, CIFAR, name, activation="silu")
+    load_model(path, CIFAR, name)
+    with pytest.raises(InputError, match="activation='silu': .* of its ReLUs are functions"):
+        train(settings(model="tests.models.test_load_model:partly_on_digits", activation="silu"), save=False)
+
+
+def partly_on_digits(num_classes: int) -> nn.Module:
+    model = Partly(num_classes)
+    model.head = nn.Linear(64, num_classes)
+    return model
+
+
 @pytest.mark.parametrize("odd", [{"eps": "8"}, {"mean": 0.5}, {"mean": ["0.5"]}, {"activation": "tanh"}, {"epochs": True}])
 def test_odd_configs(tmp_path, odd):
     (name, value), *_ = odd.items()

@@ -91,6 +91,8 @@ def test_names(name, num_classes, where, network, numbers):
         ("Debenedetti2022Light_XCiT-S12", "its XCiT is none of ours: give its own code as package.module:factory"),
         ("L2/Ding2020MMA", "normalises each image by its own mean is none of ours"),
         ("imagenet/Carmon2019Unlabeled", "has it in cifar10/Linf only: give robustbench:cifar10/Carmon2019Unlabeled"),
+        ("cifar10/cifar10/Carmon2019Unlabeled", "has it in cifar10/Linf only"),
+        ("Linf/cifar10/Carmon2019Unlabeled", "has it in cifar10/Linf only"),
         ("Linf/Kireev2021Effectiveness_RLAT", "has it in cifar10/corruptions only"),
         ("Gowal2020Uncovering", "num_classes=7 leaves open which .*robustbench:cifar10/Gowal.* or robustbench:cifar100/Gowal"),
     ],
@@ -172,7 +174,7 @@ def test_runs(tmp_path, monkeypatch):
     model, config = load_model(path, CIFAR)
     assert config.model == name
     assert torch.equal(model(X), theirs(X))
-    with pytest.raises(InputError, match="is a run, whose config says them"):
+    with pytest.raises(InputError, match="has a config that says them"):
         load_model(path, CIFAR, mean=[0.5] * 3, std=[0.5] * 3)
 
 

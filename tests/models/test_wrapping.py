@@ -95,6 +95,15 @@ class Theirs(nn.Module):
         self.register_buffer(std, STDS[None], persistent=False)
 
 
+class OneNumber(nn.Module):
+    """The same for every channel."""
+
+    mean, std = 0.5, 0.25
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
 NORMALISED = {
     "ours": lambda: nn.Sequential(OrderedDict(normalize=Normalize(MEAN, STD), model=network())),
     "wrapped": lambda: wrap(network(), MEAN, STD),
@@ -102,6 +111,8 @@ NORMALISED = {
     "mu, sigma": lambda: nn.Sequential(Theirs("mu", "sigma"), network()),
     "mean, std": lambda: Theirs("mean", "std"),
     "new_mean, new_std": lambda: Theirs("new_mean", "new_std"),
+    "pixel_mean, pixel_std": lambda: Theirs("pixel_mean", "pixel_std"),
+    "one number": lambda: nn.Sequential(OneNumber(), network()),
     "torchvision": lambda: nn.Sequential(torchvision().transforms.Normalize(MEAN, STD), network()),
 }
 

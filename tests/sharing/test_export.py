@@ -17,13 +17,17 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
 import spat_train
+from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.data.images import floats
 from spat_train.errors import InputError
+from spat_train.evaluation.report import FORMAT
 from spat_train.models.checkpoints import load_model
 from spat_train.models.run_config import run_config
 from spat_train.runtime.atomic_write import SaveError
-from spat_train.sharing.card import edited
+from spat_train.sharing.card import Subject, edited
+from spat_train.sharing.card import card as markdown
+from spat_train.sharing.results import Results
 from spat_train.training.trainer import train
 from tests.evaluation.helpers import command, contents, error
 from tests.training.helpers import settings
@@ -81,7 +85,8 @@ def test_the_model_of_a_run(runs, tmp_path, name):
     shutil.move(tmp_path / "out", tmp_path / "elsewhere")  # it needs nothing of the run
     assert torch.equal(spat_train.from_pretrained(tmp_path / "elsewhere", model=code)(X), model(X))
     found = run_config(tmp_path / "elsewhere")
-    assert found == replace(config, **{key: getattr(found, key) for key in spat_train.config.FREE_ON_RESUME if key != "data"})
+    private = (set(spat_train.config.FREE_ON_RESUME) - {"data"}) & vars(found).keys()
+    assert found == replace(config, **{key: getattr(found, key) for key in private})
     if name == "ema":  # the averaged weights, which are not the others
         last = torch.load(runs / "ema" / "last.pt", weights_only=True)
         assert torch.equal(loaded.state_dict()["model.classifier.weight"], last["ema"]["model.classifier.weight"])
@@ -111,7 +116,7 @@ def test_the_card_of_a_run_with_a_test(runs, tmp_path):
     assert {"adversarial-robustness", "adversarial-training", "image-classification"} <= set(found["tags"])
     (results,) = found["model-index"][0]["results"]
     assert [metric["value"] for metric in results["metrics"]] == [round(value, 2) for value in result["test"].values()]
-    assert results["metrics"][1]["args"] == {"eps": "25.5/255"}
+    assert results["metrics"][1]["args"] == {"norm": "L-infinity", "eps": "25.5/255"}
     hub = pytest.importorskip("huggingface_hub")
     data = hub.ModelCard(text).data
     assert [each.metric_value for each in data.eval_results] == [round(value, 2) for value in result["test"].values()]
@@ -221,6 +226,106 @@ def test_a_result_that_is_out_of_date(tmp_path, capsys):
     assert "result.json is left out of the card: it is not about the weights in" in capsys.readouterr().err
 
 
+def test_the_test_is_of_the_best_weights(run, tmp_path, capsys):
+    """best.pt was removed: last.pt has other weights than those that were tested."""
+    last = torch.load(run / "last.pt", weights_only=True)
+    last["best"] = {name: value + value.is_floating_point() for name, value in last["best"].items()}
+    torch.save(last, run / "last.pt")
+    (run / "best.pt").unlink()
+    text = card(spat_train.export(run, tmp_path / "out"))
+    assert "## Test" not in text
+    assert "| last trained with | spat\\_kernels " in text
+    assert f"it is not about the weights in {run / 'last.pt'}" in capsys.readouterr().err
+    torch.save(last | {"best": None}, run / "last.pt")  # without validation they are the tested ones
+    assert "## Test" in card(spat_train.export(run, tmp_path / "two"))
+
+
+def test_radii_budget_and_passes(run, tmp_path, monkeypatch):
+    attacks = ["--attacks", "pgd-20:eps=1/255,pgd:steps=2:norm=l2", "--budget", "50", "--limit", "40", "--device", "cpu"]
+    command(monkeypatch, "evaluate", run, *attacks, "--no-alarms", "--model-name", "small-cnn")
+    out = spat_train.export(run, tmp_path / "out")
+    (results,) = header(out)["model-index"][0]["results"]
+    args = [{key: value for key, value in m.get("args", {}).items() if key != "attack"} for m in results["metrics"]]
+    assert args == [{}, {"norm": "L-infinity", "eps": "1/255"}, {"norm": "L2", "eps": 0.5}, {}]
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())["results"]["pgd-20:eps=1/255"]
+    assert f"| {found['forwards']:.0f} + {found['backwards']:.0f} |" in card(out)
+    assert "the mean of those that it attacked, 50 at most. It was not checked for signs of masked gradients" in card(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", [1]),
+        ("result.json", {"checkpoint": ...}),
+        ("last.pt", "arithmetic"),
+        ("evaluation/evaluation.json", {"format": FORMAT}),
+        ("evaluation/evaluation.json", {"format": FORMAT, "settings": {"weights": ..., "source_weights": None}}),
+    ],
+)
+def test_files_that_were_edited(evaluated, tmp_path, name, content):
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    last = torch.load(run / "last.pt", weights_only=True)
+    if name == "last.pt":
+        torch.save({key: value for key, value in last.items() if key != content}, run / name)
+    else:
+        hashed = json.loads((run / "evaluation" / "evaluation.json").read_text())["settings"]["weights"]
+        known = json.dumps(content, default=lambda _: last["id"] if name == "result.json" else hashed)
+        (run / name).write_text(known)
+    with pytest.raises(InputError, match="is not as it was written .*: restore or remove it") as caught:
+        spat_train.export(run, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+# ---- what is in the card
+
+
+def described(**changes) -> str:
+    values: dict = {"code": False, "config": Config(), "data": "cifar10", "normalisation": "", "version": "1"}
+    values |= {"name": "wrn-10-1", "classes": ("cat", "dog"), "image_shape": (3, 32, 32)}
+    return markdown(Subject(**values | changes), Results())
+
+
+def test_names_are_no_markdown():
+    odd = "cat\n\n## Evaluation\n\n| AutoAttack | 99.00 | <script> [x](javascript:y) `a` *b* _c_ &lt;"
+    text = described(classes=(odd, "dog"), config=Config(preset=odd, init=odd))
+    assert text.count("## Evaluation") == 1
+    assert "| AutoAttack |" not in text
+    for part in ("<script>", "[x]", " `a`", " *b*", " _c_", " &lt;"):
+        assert part not in text
+    escaped = "cat \\#\\# Evaluation &#124; AutoAttack &#124; 99.00 &#124; "
+    escaped += "\\<script\\> \\[x\\](javascript:y) \\`a\\` \\*b\\* \\_c\\_ \\&lt;"
+    assert f"for 2 classes: {escaped}, dog." in text
+    assert f"| preset | {escaped} |" in text
+
+
+def test_names_that_are_not_utf8():
+    assert "for 2 classes: \\udcff, dog." in described(classes=("\udcff", "dog")).encode().decode()
+
+
+def test_settings_of_the_card():
+    assert "| activation |" not in described()  # DeepMind's networks and others have no ReLU
+    assert "| activation | silu |" in described(config=Config(activation="silu"))
+    assert "| lr drops | from epoch 5 and 6 on |" in described(config=Config(epochs=6))
+    assert "lr drops" not in described(config=Config(schedule="cosine"))
+    assert "CenterCrop" not in described()
+    assert "`torchvision.transforms.Resize(64)` and `CenterCrop(64)`" in described(config=Config(image_size=64))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("cifar10", "cifar10"), ("/a/cifar10.npz", "cifar10"), ("/a/fold.v2", "fold.v2"), ("v1.5 x.npz", "v1.5 x")],
+)
+def test_names_of_data(data, name):
+    assert f"# wrn-10-1 trained by Madry on {name}\n" in described(data=data)
+    assert ("datasets:" in described(data=data)) is (data == "cifar10")
+
+
+def test_classes_are_in_checkpoints(runs):
+    for name in ("best.pt", "last.pt"):
+        content = torch.load(runs / "madry" / name, weights_only=True)
+        assert (content["classes"], content["image_shape"]) == ([str(digit) for digit in range(10)], [1, 8, 8])
+
+
 def test_without_last_pt_nothing_says_whose_result_it_is(run, tmp_path, capsys):
     (run / "last.pt").unlink()
     text = card(spat_train.export(run, tmp_path / "out"))
@@ -274,6 +379,7 @@ def test_folders_that_hold_something_else(runs, tmp_path):
     assert re.search(r"it holds \S+, and no model that spat-train export wrote", refusal(to=runs / "madry"))
     assert refusal(to=out / "README.md") == f"--out {out / 'README.md'}: it is a file: choose another folder"
     assert "it is an export already" in refusal(out, tmp_path / "two")
+    assert "it is an export already" in refusal(out / "model.safetensors", tmp_path / "two")
     (out / "README.md").write_text(card(out).replace("A classifier", "My classifier"))
     assert refusal() == f"--out {out}: its README.md was changed by hand: move it away, or choose another folder"
     (out / "README.md").unlink()
@@ -282,6 +388,9 @@ def test_folders_that_hold_something_else(runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     assert "it holds notes.txt, and no model" in refusal(to=tmp_path / "mine")
+    (out / "README.md").unlink()
+    (out / "README.md").mkdir()
+    assert "it holds README.md, and no model" in refusal()
 
 
 def test_what_counts_as_edited(runs, tmp_path):
@@ -316,14 +425,17 @@ def test_a_checkpoint_of_others(runs, tmp_path, monkeypatch, capsys):
     assert torch.equal(loaded(X), model((X - 0.5) / 0.5))
     text = card(tmp_path / "out")
     assert "# small-cnn on digits\n" in text
-    assert "It was not trained by this package" in text
+    assert "The file of its weights does not say how it was trained." in text
     assert "adversarial-training" not in text
+    assert "datasets" not in header(tmp_path / "out")  # it does not say that either
     assert "eps: " not in text
     capsys.readouterr()
     err = error(monkeypatch, capsys, "export", tmp_path / "theirs.pt", "--out", tmp_path / "two", "--model-name", "small-cnn")
     assert "--data: " in err
     err = error(monkeypatch, capsys, "export", tmp_path / "theirs.pt", "--out", tmp_path / "two", "--data", "digits")
     assert "it does not say which architecture it is: give --model-name" in err
+    err = error(monkeypatch, capsys, "export", runs / "code", "--out", tmp_path / "two", "--image-size", "8")
+    assert "--image-size 8: it is of the pictures in --data: give both, or neither" in err
     err = error(monkeypatch, capsys, "export", runs / "code", "--out", tmp_path / "two")
     assert f"if you trust it, give --model-name {CODE}" in err
     assert not (tmp_path / "two").exists()
@@ -332,11 +444,24 @@ def test_a_checkpoint_of_others(runs, tmp_path, monkeypatch, capsys):
 def test_data_that_moved(run, tmp_path, monkeypatch, capsys):
     config = json.loads((run / "config.json").read_text()) | {"data": "/nowhere/digits.npz"}
     (run / "config.json").write_text(json.dumps(config))
-    err = error(monkeypatch, capsys, "export", run, "--out", tmp_path / "out")
-    assert "was trained on --data /nowhere/digits.npz; give --data where that is now" in err
-    command(monkeypatch, "export", run, "--out", tmp_path / "out", "--data", "digits")
+    command(monkeypatch, "export", run, "--out", tmp_path / "out")
     assert run_config(tmp_path / "out").data == "digits.npz"
     assert "/nowhere" not in card(tmp_path / "out")
+    assert "datasets" not in header(tmp_path / "out")  # whatever the file is called
+    capsys.readouterr()
+    err = error(monkeypatch, capsys, "export", run, "--out", tmp_path / "two", "--data", "digits")
+    assert f"--data digits: {run} says its classes and the shape of its images: leave it out" in err
+
+    for name in ("best.pt", "last.pt"):  # as older versions wrote them
+        content = torch.load(run / name, weights_only=True)
+        torch.save({key: value for key, value in content.items() if key not in ("classes", "image_shape")}, run / name)
+    err = error(monkeypatch, capsys, "export", run, "--out", tmp_path / "two")
+    assert "was trained on --data /nowhere/digits.npz; give --data where that is now" in err
+    command(monkeypatch, "export", run, "--out", tmp_path / "two", "--data", "digits")
+    assert contents(tmp_path / "two") == contents(tmp_path / "out")
+    (run / "config.json").write_text(json.dumps(config | {"data": "elsewhere.npz"}))
+    command(monkeypatch, "export", run, "--out", tmp_path / "two", "--data", "digits")  # of the same weights
+    assert run_config(tmp_path / "two").data == "elsewhere.npz"
 
 
 def test_fine_tuning_from_an_export(runs, tmp_path):

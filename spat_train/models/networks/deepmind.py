@@ -135,7 +135,7 @@ class DMPreActResNet18(DMNetwork):
 
 @register(
     "dm-wrn-DEPTH-WIDTH (such as dm-wrn-28-10, also with /silu or /relu)",
-    r"dm-wrn-(?P<depth>\d+)-(?P<width>[1-9]\d*)(?:/(?P<activation>silu|relu))?",
+    r"dm-wrn-(?P<depth>\d{1,3})-(?P<width>[1-9]\d{0,2})(?:/(?P<activation>silu|relu))?",
     names=("dm-wrn-28-10", "dm-wrn-70-16"),
     variant="silu",
 )

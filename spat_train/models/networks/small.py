@@ -34,7 +34,7 @@ class SmallCNN(nn.Module):
         return self.classifier(self.features(2 * x - 1).flatten(1))
 
 
-@register("mnist-cnn (also with /WIDTH)", r"mnist-cnn(?:/(?P<scale>[1-9]\d*))?", names=("mnist-cnn",), variant="16")
+@register("mnist-cnn (also with /WIDTH)", r"mnist-cnn(?:/(?P<scale>[1-9]\d{0,2}))?", names=("mnist-cnn",), variant="16")
 class MnistCNN(nn.Module):
     """Madry et al.'s network for MNIST (arXiv 1706.06083): two 5x5 convolutions, each max-pooled, and two dense layers.
 

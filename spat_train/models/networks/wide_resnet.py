@@ -76,6 +76,8 @@ class WideResNet(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
-@register("wrn-DEPTH-WIDTH (such as wrn-34-10)", r"wrn-(?P<depth>\d+)-(?P<width>[1-9]\d*)", names=("wrn-34-10", "wrn-28-10"))
+@register(
+    "wrn-DEPTH-WIDTH (such as wrn-34-10)", r"wrn-(?P<depth>\d{1,3})-(?P<width>[1-9]\d{0,2})", names=("wrn-34-10", "wrn-28-10")
+)
 def _wide_resnet(num_classes: int, image_shape: ImageShape, depth: int, width: int) -> nn.Module:
     return WideResNet(depth, width, num_classes, channels=image_shape[0])
