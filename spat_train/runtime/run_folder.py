@@ -123,6 +123,7 @@ class RunFolder:
     def write_best(self, state: dict) -> None:
         if self.path is not None and state["best"] is not None and self.best != state["progress"]["best"]:
             best = {"format": FORMAT, "config": state["config"], "model": state["best"], "ema": None}
+            best |= {name: state[name] for name in ("classes", "image_shape") if name in state}  # older runs have none
             atomic_write.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
             self.best = state["progress"]["best"]
 
