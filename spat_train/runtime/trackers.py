@@ -74,7 +74,7 @@ class Wandb:
             dir=given("WANDB_DIR") or run.folder, config=run.config, allow_val_change=True, reinit="create_new",
             settings=wandb.Settings(
                 silent=True, console="off", finish_timeout=5 * MINUTE, finish_timeout_raises=True,
-                x_disable_meta=True, x_disable_machine_info=True, disable_git=True,  # they hold paths, names and arguments
+                x_disable_meta=True, x_disable_machine_info=True, disable_git=True, host="",  # paths, names and arguments
             ),
         )  # fmt: skip
         if not self.run.offline and self.run.url:
