@@ -122,8 +122,8 @@ class RunFolder:
 
     def write_best(self, state: dict) -> None:
         if self.path is not None and state["best"] is not None and self.best != state["progress"]["best"]:
-            best = {"format": FORMAT, "config": state["config"], "model": state["best"], "ema": None}
-            best |= {name: state[name] for name in ("classes", "image_shape") if name in state}  # older runs have none
+            best = {key: state[key] for key in ("format", "config", "classes", "image_shape") if key in state}  # older: two
+            best |= {"model": state["best"], "ema": None}
             atomic_write.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
             self.best = state["progress"]["best"]
 

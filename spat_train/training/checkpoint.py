@@ -47,16 +47,13 @@ def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
 
 
 def image_record(dataset: Dataset, extra: Images | None, world: World) -> dict:
-    """What a checkpoint has of the images.
+    """What a checkpoint has of the images, by which --resume sees whether they are the same, by "train", "test" and "extra".
 
-    `classes`: their names; `image_shape`: [C, H, W]. And by "train", "test" and "extra", for --resume to see whether they are the
-    same, `data`: fingerprints; `file_sizes`: bytes of each picture in a folder, int64 [N], of the main process alone.
+    `data`: their fingerprints; `file_sizes`: bytes of each picture in a folder, int64 [N], of the main process alone.
     """
     images = {"train": dataset.train, "test": dataset.test} | ({"extra": extra} if extra else {})
     folders = {name: part for name, part in images.items() if isinstance(part, Folder) and world.main}
     return {
-        "classes": list(dataset.classes),
-        "image_shape": list(dataset.image_shape),
         "data": {name: fingerprint(part) for name, part in images.items()},
         "file_sizes": {name: folder.bytes() for name, folder in folders.items()},
     }

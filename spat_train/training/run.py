@@ -314,6 +314,7 @@ class Run:
             self.progress.log_bytes = self.log.position()
         state = {"config": self.config.to_dict(), "progress": asdict(self.progress), "best": self.best_weights, "processes": own}
         state |= {"arithmetic": checkpoint.arithmetic(self.world), **self.images, **self.step.state_dict()}
+        state |= {"classes": list(self.dataset.classes), "image_shape": list(self.dataset.image_shape)}
         with self.span("save"):
             self.folder.save(state)
 

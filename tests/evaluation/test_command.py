@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -215,10 +216,48 @@ def test_test_images_alone_leave_the_number_of_classes_to_the_model(evaluating, 
     assert saved["results"]["clean"]["accuracy"] > 80
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ant", "bee", "cat"], None),
+        ([], None),  # numbers
+        (["ant", "bee", "dog"], "lacks cat, has dog, which it was not trained on"),
+        (["ant", "bee"], "lacks cat"),
+        (["bee", "ant", "cat"], "has another order"),
+    ],
+)
+def test_classes_of_other_names_are_refused(evaluating, monkeypatch, capsys, tmp_path, names, message):
+    data = load("digits")
+    arrays = {}
+    for split in ("train", "test"):
+        images = getattr(data, split)
+        some = images.labels < (len(names) or 3)
+        arrays |= {f"x_{split}": images.pixels[some], f"y_{split}": images.labels[some]}
+    np.savez(tmp_path / "other.npz", **arrays, **({"classes": np.array(names)} if names else {}))
+    some = data.train.labels < 3
+    here = replace(data, train=data.train.subset(some.nonzero()[:, 0]), test=data.test.subset(data.test.labels < 3))
+    config = Config(
+        data="digits", model="tests.evaluation.helpers:Maps", method="fgsm", limit=100, epochs=1, milestones=(1,), device="cpu",
+        test=False, track="none", out=tmp_path / "run", eps=8,
+    )  # fmt: skip
+    train(config, replace(here, classes=("ant", "bee", "cat")))
+    arguments = ("--attacks", "fgsm", "--limit", 20, "--no-alarms", "--model-name", config.model)
+    other = tmp_path / "other.npz"
+    for source in ((), ("--source", config.out, "--source-name", config.model)):
+        if message is None:
+            evaluating("--data", other, *arguments, *source, path=config.out, out=tmp_path / f"found{len(source)}")
+        else:
+            capsys.readouterr()
+            expected = f"--data {other}: its classes are not those of {config.out} (it {message}): give both the same names, and"
+            assert expected in error(monkeypatch, capsys, "evaluate", config.out, "--data", other, *arguments, *source)
+
+
 def test_the_list_of_attacks(monkeypatch, capsys):
     command(monkeypatch, "attacks")
-    listed = re.findall(r"^([\w+-]+) +[\w:]", capsys.readouterr().out, re.MULTILINE)
+    text = capsys.readouterr().out
+    listed = re.findall(r"^([\w+-]+) +[\w:]", text, re.MULTILINE)
     assert set(NAMED) <= set(listed)
+    assert "\nls, lsce           alpha  " in text
 
 
 def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):
