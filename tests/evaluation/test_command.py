@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 
 from spat_train.config import Config
 from spat_train.data.datasets import load
+from spat_train.data.images import Dataset
 from spat_train.evaluation import evaluate as module
 from spat_train.evaluation.attack_specs import NAMED
 from spat_train.evaluation.command import default_folder
@@ -228,19 +228,15 @@ def test_test_images_alone_leave_the_number_of_classes_to_the_model(evaluating, 
 )
 def test_classes_of_other_names_are_refused(evaluating, monkeypatch, capsys, tmp_path, names, message):
     data = load("digits")
-    arrays = {}
-    for split in ("train", "test"):
-        images = getattr(data, split)
-        some = images.labels < (len(names) or 3)
-        arrays |= {f"x_{split}": images.pixels[some], f"y_{split}": images.labels[some]}
-    np.savez(tmp_path / "other.npz", **arrays, **({"classes": np.array(names)} if names else {}))
-    some = data.train.labels < 3
-    here = replace(data, train=data.train.subset(some.nonzero()[:, 0]), test=data.test.subset(data.test.labels < 3))
+    of_three = [images.subset((images.labels < 3).nonzero()[:, 0]) for images in (data.train, data.test)]
+    test = of_three[1].subset((of_three[1].labels < (len(names) or 3)).nonzero()[:, 0])
+    named = {"classes": np.array(names)} if names else {}
+    np.savez(tmp_path / "other.npz", x_test=test.pixels, y_test=test.labels, **named)
     config = Config(
         data="digits", model="tests.evaluation.helpers:Maps", method="fgsm", limit=100, epochs=1, milestones=(1,), device="cpu",
-        test=False, track="none", out=tmp_path / "run", eps=8,
+        test=False, track="none", out=tmp_path / "trained", eps=8,
     )  # fmt: skip
-    train(config, replace(here, classes=("ant", "bee", "cat")))
+    train(config, Dataset("three", *of_three, ("ant", "bee", "cat")))
     arguments = ("--attacks", "fgsm", "--limit", 20, "--no-alarms", "--model-name", config.model)
     other = tmp_path / "other.npz"
     for source in ((), ("--source", config.out, "--source-name", config.model)):
@@ -257,7 +253,7 @@ def test_the_list_of_attacks(monkeypatch, capsys):
     text = capsys.readouterr().out
     listed = re.findall(r"^([\w+-]+) +[\w:]", text, re.MULTILINE)
     assert set(NAMED) <= set(listed)
-    assert "\nls, lsce           alpha  " in text
+    assert "\nls, lsce          alpha  " in text
 
 
 def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):
