@@ -18,6 +18,9 @@ def main() -> None:
         if error.name not in EXTRA:
             raise
         sys.exit(f"spat-train: error: {error.name} is not installed: pip install 'spat_kernels[train]'")
+    except KeyboardInterrupt:  # before `command` is there to hear it
+        print("spat-train: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # whatever reads the output, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from .command_line import parse
+from .command_line import DEFAULT_IN_HELP, parse
 from .config import Config
 from .demo import demo
 from .errors import InputError, lookup
@@ -65,7 +65,7 @@ def presets() -> None:
         print(f"{name:26} {config.method}{spat}, {config.model} on {config.data}, eps {config.eps:g}/255, {config.epochs} epochs")
 
 
-def plot(runs: tuple[Path, ...], /, out: Path = Path("curves.png")) -> None:
+def plot(runs: Annotated[tuple[Path, ...], DEFAULT_IN_HELP], /, out: Path = Path("curves.png")) -> None:
     """Draw the loss, the learning rate and the held-out accuracies of runs against epochs.
 
     Args:

@@ -89,7 +89,7 @@ class Config:
     """Start from the weights of this run or checkpoint, for fine-tuning. Default: at random."""
     data: str = "cifar10"
     """A data set such as cifar10, mnist or digits (an unknown name lists all), an .npz of x_train, y_train, x_test, y_test, or a
-    folder with train/ and test/."""
+    folder with train/ and test/ or, without that, val/."""
     root: Path = Path("data")
     """Where torchvision's data sets are, or go."""
     download: bool = False

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +148,21 @@ def test_ctrl_c_while_a_command_reads_its_files_is_one_line(monkeypatch, capsys)
     assert capsys.readouterr().err == "spat-train: interrupted\n"
 
 
+def test_ctrl_c_while_the_packages_are_imported_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tyro':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
+    command = [sys.executable, "-m", "spat_train", "train"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (130, "spat-train: interrupted\n")
+
+
 def test_a_tensorboard_that_does_not_work_is_left_out(monkeypatch, capsys, tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
 
@@ -240,6 +258,10 @@ def test_help_of_export(monkeypatch, capsys):
     for part in ("--out PATH", "to be loaded by spat_train.from_folder", "Default: that of the run.", "such as mit or cc-by-4.0"):
         assert part in words
     assert "(default: None)" not in words
+
+
+def test_help_of_plot(monkeypatch, capsys):
+    assert "(default: )" not in help_text(monkeypatch, capsys, "plot")
 
 
 def test_commands_are_listed_by_purpose(monkeypatch, capsys):

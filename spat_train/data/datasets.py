@@ -48,7 +48,9 @@ def load(
     elif path.suffix == ".npz" or os.path.isfile(path):
         dataset = load_npz(path, splits)
     else:
-        names = f"{did_you_mean(data, DATASETS)}give {', '.join(DATASETS)}"
+        beside = os.scandir(path.parent) if os.path.isdir(path.parent) else ()
+        found = [str(path.parent / entry.name) for entry in beside if entry.is_dir() or entry.name.endswith(".npz")]
+        names = f"{did_you_mean(data, [*DATASETS, *found])}give {', '.join(DATASETS)}"
         raise InputError(f"--data {data}: there is none: {names}, an .npz file or a folder with train/ and test/")
     _, height, width = dataset.image_shape
     if image_size not in (None, height) or (image_size and height != width):

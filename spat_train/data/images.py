@@ -22,11 +22,19 @@ SAMPLED = 4096  # images that it reads of more
 class _Labelled:
     labels: Tensor
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        raise NotImplementedError
+
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} x {list(self.image_shape)})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Images(_Labelled):
     """Images in memory, mapped from a file, or on a device.
 
@@ -57,7 +65,7 @@ class Images(_Labelled):
         return Images(self.pixels.index_select(0, rows.to(self.pixels.device)), self.labels[rows])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Floats(_Labelled):
     """Images in memory that need not be on the 8-bit grid.
 
@@ -75,7 +83,7 @@ class Floats(_Labelled):
         return channels, height, width
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Folder(_Labelled):
     """Pictures in files, decoded when asked for by `read_picture`.
 

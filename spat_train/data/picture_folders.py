@@ -20,13 +20,17 @@ def load_folders(path: Path, image_size: int | None, splits: tuple[str, ...], sk
     """The pictures in `path`, of `splits` ("train" and "test", or "test" alone), brought to `image_size`."""
     where = f"--data {path}"
     if image_size is None or image_size < MIN_SIZE:
-        remedy = f"give the size, {MIN_SIZE} or more, that the pictures in {path} are brought to"
-        raise InputError(f"--image-size {image_size}: {remedy}")
-    test = next((name for name in ("test", "val") if os.path.isdir(path / name)), "")
+        given = " is missing" if image_size is None else f" {image_size}"
+        raise InputError(f"--image-size{given}: give the size, {MIN_SIZE} or more, that the pictures in {path} are brought to")
+    tests = [name for name in ("test", "val") if os.path.isdir(path / name)]
+    test = tests[0] if tests else "test"
+    if len(tests) == 2:
+        _say(f"{where} has test/ and val/: val/ is ignored")
     folders = [path / (test if split == "test" else split) for split in splits]
-    if not test or not os.path.isdir(folders[0]):
-        needed = " and ".join("test/ (or val/)" if split == "test" else f"{split}/" for split in splits)
-        raise InputError(f"{where}: the folder has no {needed}: give one that has, with a folder per class in each")
+    if missing := [folder.name for folder in folders if not os.path.isdir(folder)]:
+        names = " and ".join("test/ (or val/)" if name == "test" else f"{name}/" for name in missing)
+        also = ", for --no-test too" if missing == ["test"] and len(splits) == 2 else ""
+        raise InputError(f"{where}: the folder has no {names}: give one that has{also}, with a folder per class in each")
     try:
         classes = _classes(path, folders, test)
         found = [_by_class(folder, classes, image_size, skip_broken) for folder in folders]
@@ -82,8 +86,9 @@ def _pictures(root: Path, at: str, around: set[str], skip_broken: bool) -> Itera
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in `folder`, by name, but for hidden files and folders, such as .ipynb_checkpoints."""
     with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_symlink() and not _is_picture(entry) and not os.path.exists(entry.path):
             raise InputError(f"--data: {entry.path} is a link to nothing: repair or remove it")  # it may have been a class
@@ -94,21 +99,37 @@ def _is_picture(entry: os.DirEntry) -> bool:
     return entry.name.lower().endswith(PICTURES)
 
 
-def _readable(images: Folder) -> Folder:
-    """Without those that cannot be decoded, which are named."""
+def check_readable(images: Folder) -> None:
+    """Decode every picture. Raises the InputError of the first that cannot be."""
+    for error in _decoded(images):
+        if error:
+            raise error
 
-    def decodes(row: int) -> bool:
+
+def _decoded(images: Folder) -> Iterator[InputError | None]:
+    """Decode every picture, in order, and say what is wrong with it."""
+
+    def wrong(row: int) -> InputError | None:
         try:
             images.batch(torch.tensor([row]))
-        except InputError:
-            return False
-        return True
+        except InputError as error:
+            return error
+        return None
 
     with ThreadPool() as pool:
-        done = pool.imap(decodes, range(len(images)), chunksize=16)
-        good = torch.tensor(list(logs.bar(len(images), f"decoding {images.root}", iterable=done, leave=False)), dtype=torch.bool)
-    broken = [images.files[row] for row in (~good).nonzero()[:, 0]]
-    if broken and os.environ.get("RANK", "0") == "0":
+        done = pool.imap(wrong, range(len(images)), chunksize=16)
+        yield from logs.bar(len(images), f"decoding {images.root}", iterable=done, leave=False)
+
+
+def _readable(images: Folder) -> Folder:
+    """Without those that cannot be decoded, which are named."""
+    good = torch.tensor([error is None for error in _decoded(images)], dtype=torch.bool)
+    if broken := [images.files[row] for row in (~good).nonzero()[:, 0]]:
         names = ", ".join(broken[:LISTED]) + ", ..." * (len(broken) > LISTED)
-        print(f"spat-train: {len(broken)} of {len(images)} pictures in {images.root} are left out: {names}", file=sys.stderr)
+        _say(f"{len(broken)} of {len(images)} pictures in {images.root} are left out: {names}")
     return images.subset(good.nonzero()[:, 0])
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"spat-train: {text}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Checks of an evaluation's arguments, before any work: errors name argument, value and remedy."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,10 @@ from spat_kernels.checks import check_auto_or_flag, check_range, check_reach
 from spat_kernels.input_gradient.choose import check_path, check_precision, explain
 from spat_kernels.settings import GradientPath, Graph, Precision
 
-from ..data.images import Floats, Folder, Images
+from ..data.images import Dataset, Floats, Folder, Images
 from ..errors import InputError, as_input_error
 from ..models.try_on import device_of, try_on
+from ..models.weight_files import listed
 from ..runtime.seeding import model_draws
 from .attack_specs import Attack
 
@@ -26,6 +29,22 @@ def check_numbers(eps: float, eps_l2: float, eps_l1: float, seed: int, batch_siz
     for name, value, least in (("seed", seed, 0), ("batch_size", batch_size, 1), *given):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise InputError(f"{name}={value!r}: give an integer from {least} to 2**31 - 1")
+
+
+def check_class_names(trained: Sequence[str], dataset: Dataset, data: str, path: Path) -> None:
+    """Refuse images whose classes have other names, or another order, than those that the model in `path` was trained on.
+
+    Labels are indices. Where either names its classes by numbers, only their count says whether they fit.
+    """
+    here = dataset.classes
+    if tuple(trained) == here or any(all(name.isdecimal() for name in names) for names in (trained, here)):
+        return
+    lacks = [f"lacks {name}" for name in trained if name not in here]
+    adds = [f"has {name}, which it was not trained on" for name in here if name not in trained]
+    raise InputError(
+        f"--data {data}: its classes are not those of {path} (it {listed([*lacks, *adds] or ['has another order'])}): give both "
+        "the same names, and a class without pictures an empty folder"
+    )
 
 
 def check_images(images: object) -> Images | Folder | Floats:

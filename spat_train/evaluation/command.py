@@ -21,14 +21,16 @@ from ..data.images import Dataset, Folder, Images
 from ..errors import InputError, as_input_error, check_count, check_eps, first_line
 from ..models.checkpoints import load_model, with_classes_of
 from ..models.external import import_own
+from ..models.hub import exported_config
 from ..models.robustbench_names import network_name
 from ..models.run_config import checkpoint_file, chosen_name, run_config
+from ..models.weight_files import read_file
 from ..models.wrapping import normalisation
 from ..runtime.distributed import PATIENCE, PeerError, World, is_of_a_peer, world
 from ..runtime.signals import interruptible
 from . import attack_specs
 from .alarms import Alarm, alarms, beyond_chance, rechecked
-from .checks import check_numbers
+from .checks import check_class_names, check_numbers
 from .evaluate import evaluate
 from .record_log import has_records
 from .report import hardware, summary, write_report
@@ -64,7 +66,7 @@ class EvaluateOptions:
 
     # ---- data
     data: str | None = None
-    """As in `spat-train train`, but test images alone will do (x_test, y_test; test/). Default: that of the run."""
+    """As in `spat-train train`, but test images alone will do (x_test, y_test; test/ or val/). Default: that of the run."""
     limit: int | None = None
     """Maximum number of test images, drawn at random by --seed. Default: all."""
     root: Path = Path("data")
@@ -254,6 +256,7 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
     """The model or the source, and what a report says of it."""
     prefix, whose = ("source_", "source's ") if kind == "source" else ("", "")
     path, given, option = getattr(options, kind), getattr(options, f"{kind}_name"), f"--{kind}-name"
+    check_class_names(_trained_classes(path), dataset, options.data or dataset.name, path)
     changes = {name: getattr(options, prefix + name) for name in ("activation", "mean", "std")}
     try:
         network, config = load_model(path, dataset, given, option=option, **changes)
@@ -265,6 +268,13 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
     activation = f" with {changes['activation']}" if changes["activation"] else ""
     about = {kind: str(checkpoint_file(path)), f"{whose}network": name + activation}
     return network, about | {f"{whose}normalisation": normalisation(network) or "none"}
+
+
+def _trained_classes(path: Path) -> list[str]:
+    """The names of the classes that the model in `path` was trained on, as its run or export wrote them; [] where none did."""
+    content = (exported_config(path) if path.is_dir() else None) or read_file(checkpoint_file(path))
+    ours = isinstance(content, dict) and str(content.get("format")).startswith("spat_train ")
+    return content.get("classes", []) if ours else []
 
 
 def _attack(
@@ -314,5 +324,6 @@ def attacks_command() -> None:
     print("\nlosses, and their settings:")
     for name, kind in losses.LOSSES.items():
         print(f"{name:18}{', '.join(losses.settings_of(kind)):44}{kind.title or name}")
-    for name, other in losses.ALIASES.items():
-        print(f"{name:18}{', '.join(losses.settings_of(losses.LOSSES[other])):44}{other}, with every setting given")
+    for other in dict.fromkeys(losses.ALIASES.values()):
+        names = ", ".join(name for name, its in losses.ALIASES.items() if its == other)
+        print(f"{names:18}{', '.join(losses.settings_of(losses.LOSSES[other])):44}{other}, whose settings must all be given")

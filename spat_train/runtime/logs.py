@@ -36,10 +36,13 @@ class _Lines(_Bar):
 
     def display(self, msg=None, pos=None) -> None:
         if time.monotonic() - self.shown >= MINUTE:
-            self.shown = time.monotonic()
-            with suppress(BrokenPipeError):
-                self.fp.write(f"{self}\n")
-                self.fp.flush()
+            self.line()
+
+    def line(self, text: str = "") -> None:
+        self.shown = time.monotonic()
+        with suppress(BrokenPipeError):
+            self.fp.write(f"{text or self}\n")
+            self.fp.flush()
 
 
 def bar(total: int, name: str | None, **options) -> tqdm:
@@ -86,6 +89,11 @@ class Log:
         self.start, self.images = now, 0
         return self.last_rate
 
+    def line(self, text: str = "") -> None:
+        """Where stderr is no terminal: a line of `text`, or of what the bar shows."""
+        if isinstance(self.bar, _Lines):
+            self.bar.line(text)
+
     def write(self, kind: str, **values) -> None:
         with self.saving():
             if self.file:
@@ -123,7 +131,7 @@ class Log:
 
 
 def read(folder: Path, kind: str) -> list[dict]:
-    """The events of one kind in a run's log, in order; half a line at the end (a killed run's) is left out."""
+    """The events of one kind in a run's log, in order. What is no event is left out, such as half a line of a killed run."""
     return [event for event in _events(folder) if event["kind"] == kind]
 
 
@@ -132,4 +140,4 @@ def _events(folder: Path) -> list[dict]:
     for line in (folder / "log.jsonl").read_text().splitlines():
         with suppress(json.JSONDecodeError):
             events.append(json.loads(line))
-    return events
+    return [event for event in events if isinstance(event, dict) and {"kind", "step"} <= event.keys()]

@@ -2,13 +2,13 @@
 
 What was asked for must open before the first step, else the run ends there. A tracker that fails later is left out with a
 warning: the record of a run is its log.jsonl. A resumed run goes on in the same run of each tracker, whose id is in
-tracking.json, and hands over log.jsonl from the start. TensorBoard shows these values alone. The others take what they lack, and
-keep the first values of steps that are done again.
+tracking.json, and hands over log.jsonl from the start; in a folder that was copied or moved it begins new ones. TensorBoard shows
+these values alone. The others take what they lack, and keep the first values of steps that are done again.
 """
 
+import hashlib
 import json
 import os
-import random
 import re
 import sys
 import time
@@ -21,10 +21,12 @@ from typing import Any, NamedTuple, Protocol
 
 from ..errors import InputError, first_line, lookup
 from .run_folder import RunFolder
+from .seeding import random_state, set_random_state
 
 IDS = "tracking.json"
 PROJECT = "spat_train"  # of wandb, and the experiment of mlflow, unless their environment variables name another
 MINUTE = 60.0
+FAILURES = (Exception, SystemExit)  # of a tracker
 
 
 class Tracked(NamedTuple):
@@ -70,7 +72,10 @@ class Wandb:
         self.run = wandb.init(
             project=given("WANDB_PROJECT") or PROJECT, name=given("WANDB_NAME") or run.folder.name, id=self.id, resume="allow",
             dir=given("WANDB_DIR") or run.folder, config=run.config, allow_val_change=True, reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", finish_timeout=5 * MINUTE, finish_timeout_raises=True),
+            settings=wandb.Settings(
+                silent=True, console="off", finish_timeout=5 * MINUTE, finish_timeout_raises=True,
+                x_disable_meta=True, x_disable_machine_info=True, disable_git=True, host="",  # paths, names and arguments
+            ),
         )  # fmt: skip
         if not self.run.offline and self.run.url:
             print(f"spat-train: {self.run.url}")
@@ -87,6 +92,9 @@ class Wandb:
 class MLflow:
     def __init__(self, run: Tracked):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # whose thread draws from Python's generator
+        # Other processes wait meanwhile: without these, some minutes for a server that is down, and 20 for one that hangs.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
         from mlflow import MlflowClient, entities
 
         self.entities, self.client = entities, MlflowClient()  # mlflow's functions would act on a run of the caller's
@@ -158,12 +166,15 @@ class Trackers:
         if folder.path is None:
             return
         path = folder.path / IDS
+        here = hashlib.sha256(os.fsencode(folder.path.resolve())).hexdigest()[:16]
         saved = _read(path) if step else {}
+        if saved.get("folder", here) != here:  # it was copied: the runs are the original's
+            saved = {}
         for name in chosen(track):
             try:
                 with _apart():
                     self.open[name] = TRACKERS[name](Tracked(folder.path.absolute(), config, saved.get(name, "")))
-            except Exception as error:  # such as TypeError of a tensorboard that does not fit protobuf
+            except FAILURES as error:  # such as TypeError of a tensorboard that does not fit protobuf
                 if track == "auto":
                     _warn(f"{name} {_failed(error)}: the run goes on without; --track none ends this message")
                     continue
@@ -171,8 +182,8 @@ class Trackers:
                 remedy = f"{REMEDIES[name]}, or leave it out"
                 remedy += f", or remove {path} for a new run there" if name in saved else ""
                 raise InputError(f"--track {name}: it {_failed(error)}: {remedy}") from error
-        ids = saved | {name: tracker.id for name, tracker in self.open.items() if tracker.id}
-        if ids != saved:
+        ids = {name: tracker.id for name, tracker in self.open.items() if tracker.id}
+        if ids and saved != (ids := saved | ids | {"folder": here}):
             folder.write(IDS, json.dumps(ids))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -188,20 +199,20 @@ class Trackers:
             try:
                 with _apart():
                     act(tracker)
-            except Exception as error:
+            except FAILURES as error:
                 del self.open[name]
                 _warn(f"{name} {_failed(error)}: the run goes on without it, and log.jsonl has what it lacks")
 
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Within, prints go to stderr. Python's generator and hooks are restored: mlflow draws names, wandb watches for exits."""
-    generator, hooks = random.getstate(), (sys.exit, sys.excepthook)
+    """Within, prints go to stderr. Generators and hooks are restored: mlflow draws names, wandb watches for exits."""
+    generators, hooks = random_state(), (sys.exit, sys.excepthook)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        random.setstate(generator)
+        set_random_state(generators)
         sys.exit, sys.excepthook = hooks
 
 
@@ -209,12 +220,12 @@ def _warn(text: str) -> None:
     print(f"spat-train: {text}", file=sys.stderr)
 
 
-def _failed(error: Exception) -> str:
+def _failed(error: BaseException) -> str:
     return f"does not work ({type(error).__name__}: {first_line(error)[:500]})"
 
 
 def _read(path: Path) -> dict[str, str]:
-    """The ids of the trackers' runs by name, from tracking.json."""
+    """The ids of the trackers' runs by name, and "folder", a hash of where that was, from tracking.json."""
     try:
         return dict(json.loads(path.read_bytes())) if path.exists() else {}
     except (OSError, TypeError, ValueError) as error:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data.images import Dataset, Folder, Images
+from ..data.picture_folders import check_readable
 from ..errors import InputError
 from ..evaluation.attack_specs import Attack
 from ..evaluation.evaluate import TEST, accuracies, validation
+from ..models.hub import PRIVATE, published
 from ..runtime.atomic_write import write_torch
 from ..runtime.distributed import World
 from ..runtime.logs import Log
@@ -91,6 +93,8 @@ class Run:
         self.best_weights: dict[str, Tensor] | None = None
         if saved is not None:
             self.restore(saved)
+        elif config.test and not config.skip_broken and isinstance(test := self.dataset.test, Folder):
+            processes.on_main(lambda: check_readable(test))  # else a broken one would be found after all epochs
         self.saved_at = time.monotonic()
 
     # ---- the loop
@@ -115,6 +119,8 @@ class Run:
     def epoch(self) -> None:
         config, progress = self.config, self.progress
         self.model.train()
+        if self.log:
+            self.log.show(epoch=f"{progress.epoch + 1}/{config.epochs}")
         for x, y in spanned(self.span, "loader", self.loader.epoch(progress.epoch, progress.step)):
             size = self.sizes[progress.step]
             if size >= setup.smallest_batch(config, self.world):
@@ -131,6 +137,8 @@ class Run:
         self.write_losses()
         if len(self.held_out) and ((progress.epoch + 1) % config.val_every == 0 or progress.epoch + 1 == config.epochs):
             self.validate()
+        if self.log:
+            self.log.line()
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.save()
 
@@ -173,14 +181,21 @@ class Run:
     def open_log(self) -> None:
         """Open the log of the main process, from `progress` on, and the trackers. Writes config.json too."""
         c, progress, images = self.config, self.progress, sum(self.sizes)
-        trackers = Trackers(c.track, self.folder, c.to_dict(), self.global_step)
-        self.folder.write("config.json", c.to_json())
-        self.log = Log(
-            self.folder.path, total=c.epochs * images, done=progress.epoch * images + sum(self.sizes[: progress.step]),
-            position=progress.log_bytes, name=c.preset or c.label, trackers=trackers,
-        )  # fmt: skip
-        start = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(self.sizes)}
-        self.log.write("start", **start, **checkpoint.environment(self.world))
+        public = {name: value for name, value in published(c).to_dict().items() if name not in PRIVATE}
+        trackers = Trackers(c.track, self.folder, public, self.global_step)
+        try:
+            self.folder.write("config.json", c.to_json())
+            self.log = Log(
+                self.folder.path, total=c.epochs * images, done=progress.epoch * images + sum(self.sizes[: progress.step]),
+                position=progress.log_bytes, name=c.preset or c.label, trackers=trackers,
+            )  # fmt: skip
+            start = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(self.sizes)}
+            self.log.write("start", **start, **checkpoint.environment(self.world))
+        except BaseException:
+            trackers.close(complete=False)
+            raise
+        device, tail = checkpoint.arithmetic(self.world)["device"], f"; tail -f {self.log.path}" if self.folder.path else ""
+        self.log.line(f"spat-train: on {self.world.size} x {device}, {c.epochs} epochs of {images} images{tail}")
         if progress.best:
             self.show_best(self.log)
 
@@ -215,6 +230,7 @@ class Run:
             means = {name: t / progress.count / self.world.size for name, t in zip(progress.sums, totals, strict=True)}
             lr = self.step.optimizer.param_groups[0]["lr"]
             step = self.global_step - (self.pending is not None)  # whose loss is not read yet
+            self.log.show(**means)
             self.log.write("train", epoch=progress.epoch + 1, step=step, lr=lr, **means, images_per_second=self.log.rate())
         progress.sums, progress.count = {}, 0
 
@@ -230,6 +246,7 @@ class Run:
         else:
             progress.stale += 1
         if self.log:
+            self.log.show(**{f"val_{name}": v for name, v in percent.items()})
             self.show_best(self.log)
             self.log.write("validation", step=self.global_step, **record)
             self.log.rate()  # the validation's time is not the training's

@@ -58,6 +58,16 @@ def test_bad_arguments(tmp_path, monkeypatch, arguments, message):
         load(**arguments)
 
 
+def test_a_misspelled_path(tmp_path, monkeypatch):
+    """Folders and .npz files are suggested, and other files are not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pics" / "birds").mkdir(parents=True)
+    (tmp_path / "pcis.txt").touch()
+    for data, name in (("pcis", "pics"), ("pics/brids", "pics/birds")):
+        with pytest.raises(InputError, match=f"^--data {data}: there is none: did you mean {name}[ ?]"):
+            load(data)
+
+
 def test_cifar(tmp_path, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets", exc_type=Exception)
     (tmp_path / "cifar-10-batches-py").mkdir()

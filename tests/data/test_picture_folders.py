@@ -34,7 +34,7 @@ def test_folder(pictures):
 
 def test_folder_of_test_images_alone(pictures):
     (pictures / "train").rename(pictures / "other")
-    with pytest.raises(InputError, match=r"the folder has no train/ and test/ \(or val/\)"):
+    with pytest.raises(InputError, match="the folder has no train/: give one that has, with"):
         opened(pictures)
     data = opened(pictures, test_only=True)
     assert (len(data.train), len(data.test), data.classes, data.image_shape) == (0, 4, ("cat", "dog"), (3, 16, 16))
@@ -54,7 +54,7 @@ def test_folder_of_test_images_alone(pictures):
 
 
 def test_folder_errors(pictures):
-    with pytest.raises(InputError, match="--image-size None: give the size"):
+    with pytest.raises(InputError, match="--image-size is missing: give the size, 8 or more"):
         load(str(pictures))
     (pictures / "val" / "emu").mkdir()
     with pytest.raises(InputError, match="train/ and val/ differ in class emu"):
@@ -67,6 +67,36 @@ def test_folder_errors(pictures):
     (pictures / "train" / "fox").symlink_to("nowhere")
     with pytest.raises(InputError, match="train/fox is a link to nothing"):
         opened(pictures)
+
+
+def test_what_is_hidden_is_left_out(pictures):
+    for name in (".ipynb_checkpoints", "cat/.thumbnails"):
+        shutil.copytree(pictures / "train" / "dog", pictures / "train" / name)
+    (pictures / "train" / "cat" / "._0.png").write_bytes(b"no picture")
+    data = opened(pictures)
+    assert (data.classes, len(data.train)) == (("cat", "dog"), 6)
+
+
+def test_of_two_sets_of_test_images_one_is_taken_and_said(pictures, capsys):
+    opened(pictures)
+    assert not capsys.readouterr().err
+    shutil.copytree(pictures / "train", pictures / "test")
+    assert len(opened(pictures).test) == 6
+    assert capsys.readouterr().err == f"spat-train: --data {pictures} has test/ and val/: val/ is ignored\n"
+
+
+def test_without_test_images(pictures):
+    shutil.rmtree(pictures / "val")
+    with pytest.raises(InputError, match=r"the folder has no test/ \(or val/\): give one that has, for --no-test too, with"):
+        opened(pictures)
+    (pictures / "train").rename(pictures / "other")
+    with pytest.raises(InputError, match=r"the folder has no train/ and test/ \(or val/\): give one that has, with"):
+        opened(pictures)
+
+
+def test_data_sets_are_short_in_print(pictures):
+    shown = "train=Folder(6 x [3, 16, 16]), test=Folder(4 x [3, 16, 16]), classes=('cat', 'dog')"
+    assert shown in repr(opened(pictures))
 
 
 @pytest.mark.parametrize("target", ["..", "../..", "../dog"])

@@ -17,6 +17,7 @@ import torch
 
 from spat_train.config import Config
 from spat_train.data.datasets import load
+from spat_train.data.images import Dataset
 from spat_train.evaluation import evaluate as module
 from spat_train.evaluation.attack_specs import NAMED
 from spat_train.evaluation.command import default_folder
@@ -215,10 +216,44 @@ def test_test_images_alone_leave_the_number_of_classes_to_the_model(evaluating, 
     assert saved["results"]["clean"]["accuracy"] > 80
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ant", "bee", "cat"], None),
+        ([], None),  # numbers
+        (["ant", "bee", "dog"], "lacks cat, has dog, which it was not trained on"),
+        (["ant", "bee"], "lacks cat"),
+        (["bee", "ant", "cat"], "has another order"),
+    ],
+)
+def test_classes_of_other_names_are_refused(evaluating, monkeypatch, capsys, tmp_path, names, message):
+    data = load("digits")
+    of_three = [images.subset((images.labels < 3).nonzero()[:, 0]) for images in (data.train, data.test)]
+    test = of_three[1].subset((of_three[1].labels < (len(names) or 3)).nonzero()[:, 0])
+    named = {"classes": np.array(names)} if names else {}
+    np.savez(tmp_path / "other.npz", x_test=test.pixels, y_test=test.labels, **named)
+    config = Config(
+        data="digits", model="tests.evaluation.helpers:Maps", method="fgsm", limit=100, epochs=1, milestones=(1,), device="cpu",
+        test=False, track="none", out=tmp_path / "trained", eps=8,
+    )  # fmt: skip
+    train(config, Dataset("three", *of_three, ("ant", "bee", "cat")))
+    arguments = ("--attacks", "fgsm", "--limit", 20, "--no-alarms", "--model-name", config.model)
+    other = tmp_path / "other.npz"
+    for source in ((), ("--source", config.out, "--source-name", config.model)):
+        if message is None:
+            evaluating("--data", other, *arguments, *source, path=config.out, out=tmp_path / f"found{len(source)}")
+        else:
+            capsys.readouterr()
+            expected = f"--data {other}: its classes are not those of {config.out} (it {message}): give both the same names, and"
+            assert expected in error(monkeypatch, capsys, "evaluate", config.out, "--data", other, *arguments, *source)
+
+
 def test_the_list_of_attacks(monkeypatch, capsys):
     command(monkeypatch, "attacks")
-    listed = re.findall(r"^([\w+-]+) +[\w:]", capsys.readouterr().out, re.MULTILINE)
+    text = capsys.readouterr().out
+    listed = re.findall(r"^([\w+-]+) +[\w:]", text, re.MULTILINE)
     assert set(NAMED) <= set(listed)
+    assert "\nls, lsce          alpha  " in text
 
 
 def test_out_of_memory_says_what_to_change(monkeypatch, capsys, a_run):

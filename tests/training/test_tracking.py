@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,12 +18,25 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
+from spat_train.data.datasets import load
 from spat_train.errors import InputError
 from spat_train.models.run_config import run_config
 from spat_train.runtime import trackers
-from spat_train.runtime.atomic_write import write_torch
+from spat_train.runtime.atomic_write import SaveError, write_torch
+from spat_train.runtime.run_folder import RunFolder
+from spat_train.runtime.seeding import random_state
 from spat_train.training.trainer import train
-from tests.training.helpers import assert_ends_alike, assert_same_run, events, expected_and_other, in_two, settings, weights
+from tests.training.helpers import (
+    assert_ends_alike,
+    assert_same,
+    assert_same_run,
+    events,
+    expected_and_other,
+    free_port,
+    in_two,
+    settings,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +86,8 @@ def tracked(tmp_path_factory) -> Path:
         assert done.returncode == code, done.stderr
         assert [step for step, _ in logged(folder)][:7] == [3, 5, 5, 8, 10, 10, 13]
         assert not done.stdout
-        assert all(line.startswith("madry") for line in done.stderr.split("\n") if line.strip()), done.stderr  # its bar
+        lines = [line for line in done.stderr.split("\n") if line.strip()]
+        assert all(line.startswith(("madry", "spat-train: on 1 x ")) for line in lines), done.stderr  # its bar
     torch.set_num_threads(1)
     train(settings(base / "expected", test=True))
     assert_same_run(folder, base / "expected")
@@ -101,7 +118,7 @@ def test_mlflow_goes_on_in_the_same_run(tracked, monkeypatch):
     (run,) = client.search_runs([client.get_experiment_by_name("ours").experiment_id])
     assert json.loads((tracked / "tracking.json").read_bytes())["mlflow"] == run.info.run_id
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
-    assert run.data.params.items() >= {"method": "madry", "eps": "25.5", "resume": "True", "epochs": "4"}.items()
+    assert run.data.params.items() >= {"method": "madry", "eps": "25.5", "epochs": "4"}.items()
     expected = {name.replace("&", ""): values for name, values in points(tracked).items()}
     assert run.data.metrics.keys() == expected.keys() | {"train/images_per_second"}
     for name, values in expected.items():
@@ -124,6 +141,18 @@ def wandb_records(path: Path) -> list:
             found.append(Record.FromString(parts))
             parts = b""
     return found
+
+
+def test_nothing_about_the_machine_leaves_it(tracked):
+    """That of wandb is in its file and in files/, that of mlflow in params and tags."""
+    sent = [*tracked.glob("wandb/offline-run-*/*.wandb"), *tracked.glob("wandb/offline-run-*/files/*")]
+    sent += [path for kind in ("params", "tags") for path in tracked.parent.glob(f"store/*/*/{kind}/*")]
+    assert len(sent) > 4
+    for path in sent:
+        for private in (str(tracked.parent), sys.executable):
+            assert private.encode() not in path.read_bytes(), path
+    for path in tracked.glob("wandb/offline-run-*/*.wandb"):
+        assert not any(record.run.host for record in wandb_records(path))
 
 
 def test_wandb_goes_on_in_the_same_run(tracked):
@@ -173,6 +202,8 @@ class Fake:
 
     def disturb(self):
         random.seed(7)
+        np.random.seed(7)  # noqa: NPY002
+        torch.manual_seed(7)
         sys.excepthook = print
         print("noise")
 
@@ -216,6 +247,71 @@ def test_one_that_fails_is_left_out_and_changes_nothing(tmp_path, capsys):
     assert fake.rows == logged(other.out)
     assert (fake.closed, failing.closed) == (True, None)
     assert (fake.run.folder, fake.run.id, fake.run.config["eps"]) == (other.out, "", 25.5)
+
+
+def test_one_that_exits_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Failing, "scalars", lambda self, values, step: sys.exit(3))
+    before = random_state()
+    opened = trackers.Trackers("mlflow", RunFolder(tmp_path), {}, 0)
+    opened.scalars({"loss": 1.0}, 1)
+    assert "mlflow does not work (SystemExit: 3): the run goes on without it" in capsys.readouterr().err
+    assert not opened.open
+    assert_same(random_state(), before)
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", lambda run: sys.exit(3))
+    with pytest.raises(InputError, match="--track mlflow: it does not work .SystemExit: 3.: pip install -U mlflow"):
+        trackers.Trackers("mlflow", RunFolder(tmp_path), {}, 0)
+
+
+def test_paths_are_not_handed_over(tmp_path):
+    data = load("digits", limit=60)
+    arrays = {f"{xy}_{s}": t for s in ("train", "test") for xy, t in zip("xy", vars(getattr(data, s)).values(), strict=True)}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    train(settings(tmp_path / "run", track="wandb", data=str(tmp_path / "mine.npz"), limit=None, holdout=5, epochs=1))
+    config = made[0].run.config
+    assert config["data"] == "mine.npz"
+    assert str(tmp_path) not in json.dumps(config)
+
+
+def test_a_server_that_is_down_does_not_hold_up_the_run(monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    for name in ("MAX_RETRIES", "TIMEOUT"):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "")  # to be restored
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}")
+    start = time.monotonic()
+    with pytest.raises(Exception, match="Max retries exceeded"):
+        trackers.MLflow(trackers.Tracked(Path("run"), {}, ""))
+    assert time.monotonic() - start < 60
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+
+
+def test_they_are_closed_where_the_log_does_not_open(tmp_path):
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(SaveError, match="log.jsonl .Is a directory."):
+        train(settings(tmp_path / "run", track="wandb"))
+    assert made[0].closed is False
+
+
+def test_a_copy_of_a_run_has_runs_of_its_own(tmp_path):
+    train(settings(tmp_path / "run", track="wandb", epochs=1, schedule="constant"))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for name, epochs in (("copy", 2), ("copy", 3), ("run", 2)):
+        train(settings(tmp_path / name, track="wandb", epochs=epochs, schedule="constant", resume=True))
+    assert [fake.run.id for fake in made] == ["", "", "its id", "its id"]
+
+
+@pytest.mark.parametrize("line", ['{"kind": "note", "text": "mine"}', "[]", "null", '{"step": 3}'])
+def test_lines_of_others_in_the_log(tmp_path, line):
+    config = settings(tmp_path / "run", epochs=1, schedule="constant")
+    train(config)
+    text = (config.out / "log.jsonl").read_text()
+    (config.out / "log.jsonl").write_text(f"{line}\n" + text)
+    saved = weights(config.out)
+    saved["progress"]["log_bytes"] += len(line) + 1
+    write_torch(config.out / "last.pt", saved)
+    train(settings(config.out, epochs=2, schedule="constant", resume=True, track="wandb"))
+    assert len(events(config.out, "validation")) == 2
+    assert len(made[0].rows) == 6
 
 
 def test_the_run_is_told_when_it_ends_early(tmp_path):

@@ -1,6 +1,8 @@
 """The training: that it does what is written, selects on held-out images alone, and refuses options that do not fit."""
 
 import copy
+import re
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -330,6 +332,40 @@ def test_bars_in_a_file_are_a_line_a_minute(monkeypatch, capsys):
     assert "training: 50%" in err.replace("  ", " ")
     assert "FGSM" in err
     assert logs.bar(100, None).disable
+
+
+def test_without_a_terminal_there_is_a_line_at_the_start_and_one_an_epoch(tmp_path, monkeypatch, capsys):
+    train(settings(tmp_path / "run", epochs=2))
+    start, *epochs = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(f"spat-train: on 1 x .* CPU, 2 epochs of 135 images; tail -f {tmp_path}/run/log.jsonl", start)
+    assert len(epochs) == 2
+    for line, found, losses in zip(epochs, events(tmp_path / "run", "validation"), (5, 10), strict=True):
+        (loss,) = (e["loss"] for e in events(tmp_path / "run", "train") if e["step"] == losses)
+        for part in (
+            f"epoch={found['epoch']}/2",
+            f"loss={loss:.4g}",
+            f"val_clean={found['clean']:.4g}",
+            f"val_pgd={found['pgd']:.4g}",
+        ):
+            assert part in line
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(settings(epochs=1), save=False)
+    assert "spat-train" not in capsys.readouterr().err
+
+
+def test_a_broken_test_picture_is_found_before_the_first_step(tmp_path, pictures):
+    path = pictures / "val" / "dog" / "1.png"
+    path.write_bytes(b"broken")
+    config = settings(
+        tmp_path / "run", data=str(pictures), image_size=8, model="tests.training.helpers:for_8x8_colour", batch_size=2,
+        holdout=0, epochs=1, limit=None, workers=0,
+    )  # fmt: skip
+    train(config, save=False)  # which does not test
+    for options in ({"test": True}, {"test": True, "resume": True}):
+        with pytest.raises(InputError, match="dog/1.png cannot be decoded .*: repair or remove it, or start with --skip-broken"):
+            train(replace(config, **options))
+    assert not config.out.exists()
+    train(replace(config, test=True, skip_broken=True))
 
 
 @pytest.mark.parametrize("every", [1, 2])
