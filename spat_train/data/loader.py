@@ -9,7 +9,6 @@ import math
 import re
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing.context import ForkContext, ForkProcess
@@ -135,6 +134,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_signals if self.workers else None,
             generator=torch.Generator(),  # workers get seeds that they do not use: the global generator stays as it is
             multiprocessing_context=_Workers() if self.workers else None,
         )
@@ -142,8 +142,7 @@ class Loader:
             yield from self._batches(parts, first, loader)
             return
         try:
-            with _signals_held():
-                arrivals: Any = iter(loader)
+            arrivals: Any = iter(loader)
         except OSError as error:
             raise InputError(f"--workers {self.workers}: they cannot start ({error.strerror}): {REMEDY}") from error
         try:
@@ -198,17 +197,10 @@ def death(error: BaseException) -> str:
     return ""
 
 
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Worker processes that start within ignore SIGTERM and SIGINT, from their first moment on.
-
-    Signals to a whole process group are for the trainer to handle: it ends its workers when it has saved.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _ignore_signals(worker: int) -> None:
+    """Signals to a whole process group are for the trainer to handle: it ends its workers when it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Worker(ForkProcess):

@@ -2,8 +2,6 @@
 
 import errno
 import multiprocessing
-import os
-import signal
 
 import pytest
 import torch
@@ -181,17 +179,6 @@ def test_errors_in_workers(monkeypatch, place, error, message):
     with pytest.raises(kind, match=expected):
         list(loader.epoch(0))
     assert multiprocessing.active_children() == []
-
-
-def test_a_signal_to_the_group_does_not_end_workers_that_start(monkeypatch):
-    def started():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr("torch.utils.data._utils.signal_handling._set_worker_signal_handlers", started)
-    loader = Loader(random_images(), Order(ROWS, 8, seed=0), resident=False, workers=2)
-    assert sum(len(x) for x, _ in loader.epoch(0)) == len(ROWS)
-    assert not {signal.SIGTERM, signal.SIGINT} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_abandoned_epochs_leave_no_workers():
