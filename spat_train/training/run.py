@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..config import Config
@@ -21,6 +22,7 @@ from ..data.picture_folders import check_readable
 from ..errors import InputError
 from ..evaluation.attack_specs import Attack
 from ..evaluation.evaluate import TEST, accuracies, validation
+from ..evaluation.result import interval
 from ..models.hub import PRIVATE, published
 from ..runtime.atomic_write import write_torch
 from ..runtime.distributed import World
@@ -296,6 +298,9 @@ class Run:
             kind, count = ("test", len(self.dataset.test)) if test else ("held-out", len(self.held_out))
             found = ", ".join(f"{k} {v:.2f} %" for k, v in percent.items() if k != "epoch")
             summary += f": {found} on {count} {kind} images"
+            right = torch.arange(count) < percent["clean"] / 100 * count
+            if interval(right)[0] <= 100 / self.dataset.num_classes:
+                summary += ". Clean accuracy is not beyond chance: train longer, or with another --lr"
         return Result(self.step.evaluated.eval(), best, test, folder, summary if folder and self.world.main else "")
 
     # ---- checkpoints

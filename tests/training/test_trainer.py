@@ -313,6 +313,13 @@ def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch):
     assert shown[-1] == 50  # when it was made, not with the next step
 
 
+def test_a_network_that_guesses_is_called_so(tmp_path, monkeypatch):
+    for clean, guesses in ((12.0, True), (80.0, False)):
+        monkeypatch.setattr(run_module, "accuracies", lambda *args, clean=clean, **options: {"clean": clean, "pgd": 1.0})
+        result = train(settings(tmp_path / str(clean)))
+        assert ("Clean accuracy is not beyond chance" in result.summary) is guesses
+
+
 def test_without_an_attack_clean_accuracy_chooses(tmp_path, monkeypatch):
     """A model trained on clean images loses what it had under PGD: its first epoch is not its best."""
     scores = iter([(26.0, 4.8), (60.0, 0.0), (70.0, 0.0), (70.0, 0.1), (69.0, 9.0)])

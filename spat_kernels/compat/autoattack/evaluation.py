@@ -1,6 +1,7 @@
 """The class `AutoAttack`, and how it evaluates a model."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,7 @@ class AutoAttack(Parameters):
             return (images, labels) if return_labels else images
         state = self._state(path, x_orig, y_orig)
         classes = self._classify(images, labels, bs)
-        for name in self.attacks_to_run:
-            if fewest_classes(name) > classes:
-                raise ValueError(
-                    f"attacks_to_run: {name} needs {fewest_classes(name)} classes, the model has {classes}: leave it out"
-                )
+        self._check_classes(classes)
         robust = torch.tensor(state.robust) if state.robust else (labels == y_orig.to(labels.device)).cpu()
         if not state.robust:
             state.clean_accuracy = _share(robust)
@@ -104,16 +101,9 @@ class AutoAttack(Parameters):
                 self._log(f"{name} has been run")
                 continue
             before = int(robust.sum())
-            batches = robust.nonzero()[:, 0].split(bs) if before else ()
-            for batch, rows in enumerate(batches, 1):
-                x, y = self._batch(x_orig, y_orig, rows)
-                found = attack_what_is_right(self.attack(name, classes, x.device), self.model, x, y)
-                said = predictions(self.get_logits(found))
-                broken = said != y
-                for whole, new in ((images, found), (labels, said), (robust, ~broken)):
-                    whole[rows[broken.cpu()].to(whole.device)] = new[broken].to(whole)
+            for line in self._attacked(name, classes, x_orig, y_orig, bs, images, labels, robust):
                 state.save(path, robust)
-                self._log(f"{name} - {batch}/{len(batches)} - {int(broken.sum())} out of {len(rows)} successfully perturbed")
+                self._log(line)
             state.run_attacks.append(name)
             state.save(path, robust)
             if signs and name == "square" and number:
@@ -121,6 +111,20 @@ class AutoAttack(Parameters):
             self._log(f"robust accuracy after {name.upper()}: {_share(robust):.2%} (total time {time.time() - began:.1f} s)")
         self._log(f"robust accuracy: {_share(robust):.2%}")
         return (images, labels) if return_labels else images
+
+    def _attacked(
+        self, name: str, classes: int, x_orig: Tensor, y_orig: Tensor, bs: int, images: Tensor, labels: Tensor, robust: Tensor
+    ) -> Iterator[str]:
+        """Run an attack on what is `robust`. What a batch broke goes into `images`, `labels`, `robust`; yields a line on it."""
+        batches = robust.nonzero()[:, 0].split(bs) if robust.any() else ()
+        for number, rows in enumerate(batches, 1):
+            x, y = self._batch(x_orig, y_orig, rows)
+            found = attack_what_is_right(self.attack(name, classes, x.device), self.model, x, y)
+            said = predictions(self.get_logits(found))
+            broken = said != y
+            for whole, new in ((images, found), (labels, said), (robust, ~broken)):
+                whole[rows[broken.cpu()].to(whole.device)] = new[broken].to(whole)
+            yield f"{name} - {number}/{len(batches)} - {int(broken.sum())} out of {len(rows)} successfully perturbed"
 
     def run_standard_evaluation_individual(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False):
         """Each attack on all images: what `run_standard_evaluation` returns, by the names of the attacks."""
@@ -157,6 +161,11 @@ class AutoAttack(Parameters):
             Values(x, y, None, (0.0, 1.0)).read()
         for name in self.attacks_to_run:
             check_choice("attacks_to_run", name, NAMES)
+
+    def _check_classes(self, classes: int) -> None:
+        for name in self.attacks_to_run:
+            if (least := fewest_classes(name)) > classes:
+                raise ValueError(f"attacks_to_run: {name} needs {least} classes, the model has {classes}: leave it out")
 
     def _state(self, path: Path | None, x: Tensor, y: Tensor) -> State:
         """The state to begin with: that in the file, where there is one."""
