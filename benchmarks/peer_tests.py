@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-LIBRARY, WHOSE, REPORT = "PEER_TESTS_LIBRARY", "PEER_TESTS_WHOSE", "PEER_TESTS_REPORT"  # of the plugin
+LIBRARY, WHOSE, REPORT = "PEER_TESTS_LIBRARY", "PEER_TESTS_WHOSE", "PEER_TESTS_REPORT"  # variables that the plugin reads
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _concerned(item) -> bool:
         return concerned and str(parameters.get("fmodel_and_data_ext_for_attacks", "")).startswith("pytorch")
     if os.environ[LIBRARY] == "adv_lib":
         return getattr(parameters.get("attack"), "func", None) in attacks
-    return parameters.get("atk_class", peer.names[0]) in peer.names  # of ART's files all tests concern us
+    return parameters.get("atk_class", peer.names[0]) in peer.names  # all tests in these files of ART use its attacks
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -173,7 +173,7 @@ class Arguments:
 
 
 def outcomes(library: str, checkout: Path, whose: str) -> dict[str, str]:
-    """What became of each test: "passed", "failed" or "skipped"."""
+    """The outcome of each test: "passed", "failed" or "skipped"."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         paths = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import did_you_mean, first_line
 from .wrapping import wrap
 
-PREFIXES = ("timm:", "torchvision:", "robustbench:")  # of names with a colon that are no code of the user's
+PREFIXES = ("timm:", "torchvision:", "robustbench:")  # names with a colon that do not name the user's code
 
 
 def is_code(name: str) -> bool:

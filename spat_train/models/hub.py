@@ -34,7 +34,7 @@ FORMAT = "spat_train model 1"
 VERSION = "spat_kernels"  # that of the package, in config.json alone: equal weights are equal files in every version
 NEEDED = ("config.json", "model.safetensors")
 ARCHITECTURE = ("model", "activation", "mean", "std", "data")  # all that is known of a checkpoint of others
-PATHS = ("data", "extra", "init")  # of which only the names of the files are published
+PATHS = ("data", "extra", "init")  # only the names of these files are published
 MOST = 4096  # pixels: of larger images the first two would take gigabytes
 PRIVATE = set(FREE_ON_RESUME) - set(PATHS)
 
@@ -72,7 +72,7 @@ def from_folder(path: str | Path, model: str | None = None) -> nn.Module:
         if ":" not in name:  # those of others have a size each
             _check_size(make, classes, shape, state)
         network, match = matched(partial(make, mean=config.mean, std=config.std), classes, shape, state)
-    except (ValueError, RuntimeError) as error:  # of memory too
+    except (ValueError, RuntimeError) as error:  # torch raises the latter when memory runs out
         raise InputError(f"{path} as {name} for {classes} classes, images {list(shape)}: {first_line(error)}") from error
     fill(network, match, saved, file)
     return network

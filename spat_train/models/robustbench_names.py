@@ -114,7 +114,7 @@ imagenet/corruptions resnet-50/imagenet imagenet Geirhos2018_SIN_IN Geirhos2018_
 imagenet/corruptions resnet-50/imagenet imagenet Standard_R50
 imagenet/corruptions torchvision:wide_resnet50_2 imagenet Salman2020Do_50_2_Linf
 """
-OTHERS = {  # of another architecture
+OTHERS = {  # entries whose architecture we do not have
     "XCiT": "Debenedetti2022Light_XCiT-S12 Debenedetti2022Light_XCiT-M12 Debenedetti2022Light_XCiT-L12",
     "Swin": "Liu2023Comprehensive_Swin-B Liu2023Comprehensive_Swin-L Mo2022When_Swin-B RodriguezMunoz2024Characterizing_Swin-B "
     "RodriguezMunoz2024Characterizing_Swin-L Xu2024MIMIR_Swin-B Xu2024MIMIR_Swin-L",

@@ -24,7 +24,7 @@ from .run_folder import RunFolder
 from .seeding import random_state, set_random_state
 
 IDS = "tracking.json"
-PROJECT = "spat_train"  # of wandb, and the experiment of mlflow, unless their environment variables name another
+PROJECT = "spat_train"  # wandb's project and mlflow's experiment, unless their environment variables name another
 MINUTE = 60.0
 FAILURES = (Exception, SystemExit)  # of a tracker
 
