@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -293,22 +294,25 @@ def test_errors_are_said_once(a_run, tmp_path, wrong):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_ends_one_in_a_long_attack(a_run, tmp_path, killed):
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import os, signal, sys, time\n"
-        "from spat_train import cli\n"
-        "from spat_train.evaluation import evaluate as module\n"
-        "def attack(*arguments, **options):\n"
-        f"    if os.environ['RANK'] == '{killed}': time.sleep(1), os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    for _ in range(6000): time.sleep(0.02)\n"
-        "module.broken_by = attack\n"
-        "cli.main()\n"
-    )
-    begun = time.monotonic()
-    done = torchrun(script, *arguments(a_run, tmp_path / "out"))
-    assert time.monotonic() - begun < 75  # torchrun waits for 30 s; the rest is the start
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr
-    assert done.stderr.count(f"the same command continues {tmp_path / 'out'}") == 1
+def test_a_process_that_is_killed_ends_one_in_a_long_attack(a_run, tmp_path):
+    def check(killed: int):
+        script, out = tmp_path / f"killed{killed}.py", tmp_path / f"out{killed}"
+        script.write_text(
+            "import os, signal, sys, time\n"
+            "from spat_train import cli\n"
+            "from spat_train.evaluation import evaluate as module\n"
+            "def attack(*arguments, **options):\n"
+            f"    if os.environ['RANK'] == '{killed}': time.sleep(1), os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    for _ in range(6000): time.sleep(0.02)\n"
+            "module.broken_by = attack\n"
+            "cli.main()\n"
+        )
+        begun = time.monotonic()
+        done = torchrun(script, *arguments(a_run, out))
+        assert time.monotonic() - begun < 75  # torchrun waits for 30 s; the rest is the start
+        assert done.returncode != 0
+        assert "SIGKILL" in done.stderr
+        assert done.stderr.count(f"the same command continues {out}") == 1
+
+    with ThreadPoolExecutor() as together:  # they wait more than they work
+        list(together.map(check, (0, 1)))
