@@ -135,8 +135,8 @@ class Config:
     decay_norm: bool = True
     """Decay biases and batch norm too; --no-decay-norm: convolutions and linear weights alone."""
     schedule: Literal["constant", "piecewise", "cosine", "one-cycle", "cyclic"] = "piecewise"
-    """cosine changes lr from epoch to epoch, as the code of RST; one-cycle and cyclic (from 0 straight up to lr in the middle, and
-    straight down to 0) from update to update."""
+    """cosine changes lr from epoch to epoch, as the code of RST; one-cycle and cyclic (from 0 straight up to lr in the middle,
+    then down to 0) from update to update."""
     milestones: tuple[int, ...] | None = None
     """Epochs, counted from 1, from which on piecewise multiplies lr by gamma. Default: at 75 % and 90 % of the epochs."""
     gamma: float = 0.1

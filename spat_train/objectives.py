@@ -74,7 +74,7 @@ class Method:
     step_in_eps: float = 0.25  # length of a step, as a fraction of eps
     start: str = "uniform"  # of the attack: "uniform", "normal", "clean" or "wide"
     needs_extra: bool = False  # whether it trains on pseudo-labelled images too
-    replays: int | None = None  # updates with each batch, whose own gradients make the examples (training/free.py); None: an attack
+    replays: int | None = None  # updates with a batch, where their gradients make the examples (training/free.py), no attack
 
     @property
     def attacks(self) -> bool:
@@ -90,7 +90,9 @@ METHODS: dict[MethodName, Method] = {
         "RST", "TRADES on labelled and pseudo-labelled images (--extra)", trades, beta=6.0, inner="kl", needs_extra=True
     ),
     "fgsm": Method("FGSM", "the mean of CE(x) and CE(x'), x' by one step of eps", fgsm, steps=1, step_in_eps=1.0, start="clean"),
-    "fast": Method("Fast AT", "CE(x'), x' by one step of 1.25 eps from a uniform start", madry, ("adv",), steps=1, step_in_eps=1.25),
+    "fast": Method(
+        "Fast AT", "CE(x'), x' by one step of 1.25 eps from a uniform start", madry, ("adv",), steps=1, step_in_eps=1.25,
+    ),
     "n-fgsm": Method(
         "N-FGSM", "CE(x'), x' by one step of eps from noise of 2 eps, bounded by the pixel range alone", madry, ("adv",),
         steps=1, step_in_eps=1.0, start="wide",

@@ -69,7 +69,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     drops, last_drop = list(c.lr_drops), max(c.lr_drops, default=0)
     rising = drops == sorted(set(drops)) and min(drops, default=1) >= 1
     late = f"not all come by epoch {c.epochs}: give others, or --milestones None for 75 % and 90 % of them"
-    watch = c.catastrophic_overfitting
+    unwatched = c.catastrophic_overfitting in (None, "off")
     gpu = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
     try:
         vanishes = (smoothed or c.alpha == 0) and c.maximised.needs_random_start and c.attack_settings.start == "clean"
@@ -79,14 +79,14 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         # the method, its attack, and the images that it needs
         (smoothed or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha"),
         (method.attacks or c.alpha == 0, "alpha", f"{c.method} training attacks nothing: choose another --method"),
-        (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform or normal"),
+        *_free_relations(c),
+        (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform, normal or wide"),
         (c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz"),
         (c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5"),
         (c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none"),
         (c.beta is None or method.beta is not None, "beta", f"{c.method} has no KL term: leave it out"),
         (len(method.reads) > 1 or c.forwards == "clean-adv", "forwards", f"{c.method} has one forward: give clean-adv"),
         (c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp"),
-        *_free_relations(c),
         # the optimiser and the schedule
         (not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0"),
         (c.schedule not in ("one-cycle", "cyclic") or c.warmup == 0, "warmup", f"{c.schedule} warms up by itself: leave it out"),
@@ -94,8 +94,8 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (rising, "milestones", "give rising epochs, counted from 1, such as 75 90"),
         (c.schedule != "piecewise" or last_drop <= c.epochs, "milestones", late),
         (c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout"),
-        (watch in (None, "off") or c.holdout != 0, "catastrophic_overfitting", "it needs held-out images: give --holdout"),
-        (watch in (None, "off") or method.attacks, "catastrophic_overfitting", f"{c.method} training has no attack to fit to: off"),
+        (unwatched or c.holdout != 0, "catastrophic_overfitting", "it needs held-out images: give --holdout"),
+        (unwatched or method.attacks, "catastrophic_overfitting", f"{c.method} training attacks nothing: leave it out"),
         # the hardware
         (gpu or c.precision != "tf32", "precision", "TF32 is for GPUs: use fp32 or bf16"),
         (gpu or c.attack_precision != "tf32", "attack_precision", "TF32 is for GPUs: use fp32 or bf16"),
@@ -107,10 +107,14 @@ def _free_relations(c: Config) -> list[tuple[bool, str, str]]:
     """What Free AT and the other methods leave no use for."""
     if c.objective.replays is None:
         return [(c.replays is None, "replays", f"{c.method} has one update a batch: leave it out, or choose --method free")]
-    own = "its examples come from the gradient of the update itself"
+    own = "free's examples come from the gradient of the update itself"
     return [
-        (c.alpha == 0, "alpha", f"{c.method} has no attack to smooth, {own}: use --label-smoothing, or --method fast or n-fgsm"),
-        *((getattr(c, name) is None, name, f"{c.method} has no attack, {own}: leave it out") for name in ("inner", "steps", "start")),
-        (c.bn_mode == "eval", "bn_mode", f"{c.method} has no attack, {own}, in training mode: leave it out"),
-        (c.awp == 0, "awp", f"{c.method} updates with the gradient at the weights as they are: choose another --method"),
+        (
+            c.alpha == 0,
+            "alpha",
+            f"{own}, so there is no attack to smooth: use --label-smoothing, or --method fast or n-fgsm",
+        ),
+        *((getattr(c, name) is None, name, f"{own}, not from an attack: leave it out") for name in ("inner", "steps", "start")),
+        (c.bn_mode == "eval", "bn_mode", f"{own}, in training mode: leave it out"),
+        (c.awp == 0, "awp", f"{own}, at the weights as they are: choose another --method"),
     ]

@@ -8,6 +8,7 @@ A batch of n images uses the first n rows of delta, also one that is smaller tha
 inside the pixel range, x' - x, as in the code of Wong et al. (arXiv 2001.03994).
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -19,7 +20,7 @@ from spat_kernels.ops._common import acc_dtype
 from ..config import Config
 from ..runtime.distributed import World
 from .graphed import graphed
-from .step import Launched, Objective, Span, TrainStep
+from .step import Launched, Losses, Objective, Span, TrainStep
 
 
 class FreeStep(TrainStep):
@@ -53,6 +54,7 @@ class FreeStep(TrainStep):
             with self.span("update"):
                 loss, terms = self.update(x, images, y, weight)
             sums.append(torch.stack([loss.detach(), *terms.values()]))
+            assert images.grad is not None
             # Where fp16 overflows, which GradScaler deals with, the gradient is NaN too.
             ops.linf_step_(x_adv, x, images.grad, radius, step, nan_seen=None if self.scaler.is_enabled() else nan_seen)
         torch.sub(x_adv, x, out=delta)
@@ -68,7 +70,7 @@ class FreeStep(TrainStep):
         assert self.delta is not None
         return self.delta[: len(x)]
 
-    def for_batch(self, x: Tensor, y: Tensor) -> nn.Module:
+    def for_batch(self, x: Tensor, y: Tensor) -> Callable[..., Losses]:
         """What differentiates this batch. The first full one is captured."""
         if len(x) != self.config.batch_size:
             return self.eager

@@ -27,7 +27,8 @@ def graphed(objective: nn.Module, x: Tensor, y: Tensor, half: torch.dtype | None
     devices = [x.device] if x.device.type == "cuda" else []
     try:
         with restored(list(objective.buffers())), torch.random.fork_rng(devices), precision:
-            return torch.cuda.make_graphed_callables(objective, (x.clone(), images, y.clone()), allow_unused_input=True)
+            torch.cuda.make_graphed_callables(objective, (x.clone(), images, y.clone()), allow_unused_input=True)
+        return objective
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

@@ -270,10 +270,7 @@ class Run:
         if p is None:
             return
         if action != "warn" or not collapses:  # warn once
-            fell, rose = (f"{name} from {best[key]:.1f} % to {now[key]:.1f} %" for name, key in (("PGD", "pgd"), ("FGSM", "fgsm")))
-            then = {"warn": "--catastrophic-overfitting stop or rollback would act", "stop": "training ends"}
-            then["rollback"] = f"back to the weights of epoch {best['epoch']}"
-            say(f"catastrophic overfitting in epoch {now['epoch']}: accuracy under {fell}, under {rose}: {then[action]}", self.world)
+            say(overfitting.line(now, best, action), self.world)
         collapses.append(now["epoch"])
         if self.log:
             then_and_now = {f"best_{name}": best[name] for name in ("epoch", "pgd", "fgsm")} | now
