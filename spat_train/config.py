@@ -50,7 +50,7 @@ class Config:
     beta: float | None = None
     """Weight of the KL term. Default: that of the method's paper."""
     label_smoothing: float = 0.0
-    """Label smoothing of the loss itself, over all classes as in PyTorch. Not the alpha of SPAT."""
+    """Label smoothing of the loss itself (and of free's examples), over all classes as in PyTorch. Not the alpha of SPAT."""
     forwards: Literal["clean-adv", "adv-clean", "clean-adv-clean"] = "clean-adv"
     """Order of an update's forwards, by which the statistics of batch norm differ. MART's code: clean-adv; RST's: adv-clean;
     TRADES's: clean-adv-clean, whose third changes these statistics alone."""
@@ -153,7 +153,7 @@ class Config:
     input_gradient: Literal["auto", "plan", "autograd"] = "auto"
     """How the attack differentiates the model (`spat_kernels.explain`)."""
     graph: Literal["auto", "never"] = "auto"
-    """Whether CUDA graphs replay the attack."""
+    """Whether CUDA graphs replay the attack, and of --method free the update."""
     channels_last: bool = True
     """Images and weights in that format; a model that fails on it gets contiguous ones."""
     compile: bool = False

@@ -104,16 +104,12 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
 
 
 def _free_relations(c: Config) -> list[tuple[bool, str, str]]:
-    """What Free AT and the other methods leave no use for."""
+    """What must hold of the options that Free AT alone has, or cannot have."""
     if c.objective.replays is None:
         return [(c.replays is None, "replays", f"{c.method} has one update a batch: leave it out, or choose --method free")]
     own = "free's examples come from the gradient of the update itself"
     return [
-        (
-            c.alpha == 0,
-            "alpha",
-            f"{own}, so there is no attack to smooth: use --label-smoothing, or --method fast or n-fgsm",
-        ),
+        (c.alpha == 0, "alpha", f"{own}, no attack is there to smooth: use --label-smoothing, or --method fast or n-fgsm"),
         *((getattr(c, name) is None, name, f"{own}, not from an attack: leave it out") for name in ("inner", "steps", "start")),
         (c.bn_mode == "eval", "bn_mode", f"{own}, in training mode: leave it out"),
         (c.awp == 0, "awp", f"{own}, at the weights as they are: choose another --method"),

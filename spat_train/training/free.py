@@ -39,7 +39,10 @@ class FreeStep(TrainStep):
     def __call__(
         self, x: Tensor, y: Tensor, *, epoch: int, part: float, seed: int, weight: float = 1.0, length: float = 0.0
     ) -> Launched:
-        """As `TrainStep`; `seed` is not used, since nothing here is random. The losses are their means over the replays."""
+        """As `TrainStep`; `seed` is not used, since nothing here is random.
+
+        The losses that it gives are means over the replays, and its x_adv are the images of the last one, moved by its gradient.
+        """
         eps, step_size, *_ = self.config.attack_settings
         radius, step = (torch.full((1,), v, dtype=acc_dtype(x.dtype), device=x.device) for v in (eps, step_size))
         self.objective = self.for_batch(x, y)
@@ -53,7 +56,7 @@ class FreeStep(TrainStep):
             images = x_adv.detach().requires_grad_()  # the same memory
             with self.span("update"):
                 loss, terms = self.update(x, images, y, weight)
-            sums.append(torch.stack([loss.detach(), *terms.values()]))
+            sums.append(torch.stack([loss, *terms.values()]).detach())  # of a graph, memory that the next replay overwrites
             assert images.grad is not None
             # Where fp16 overflows, which GradScaler deals with, the gradient is NaN too.
             ops.linf_step_(x_adv, x, images.grad, radius, step, nan_seen=None if self.scaler.is_enabled() else nan_seen)

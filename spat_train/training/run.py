@@ -275,7 +275,7 @@ class Run:
         if self.log:
             then_and_now = {f"best_{name}": best[name] for name in ("epoch", "pgd", "fgsm")} | now
             self.log.write("overfitting", step=self.global_step, action=action, p=p, count=len(collapses), **then_and_now)
-        if action == "rollback" and self.snapshot is not None:
+        if action == "rollback" and self.snapshot is not None:  # but for own states: perturbations go on
             self.step.load_state_dict(overfitting.on_host(self.snapshot))
 
     def quality(self, validation: dict) -> list[float]:

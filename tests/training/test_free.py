@@ -75,36 +75,39 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path, steps):
     helpers.assert_ends_alike(config)
 
 
+def stopped(config) -> None:
+    with pytest.raises(Stopped):
+        train(config, on_step=helpers.after(2, helpers.send))
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_gradients_of_one(tmp_path):
+def test_two_processes_give_the_gradients_of_one_and_resume_to_the_same_bits(tmp_path):
     """Without momentum, and with full batches: of a smaller one, each process uses the first rows of its own."""
     options = {**FREE, "replays": 2, "momentum": 0.0, "epochs": 1, "limit": 143, "holdout": 15}
     config = settings(tmp_path / "one", model="tests.training.helpers:frozen", **options)
     train(config)
-    assert in_two(train, replace(config, out=tmp_path / "two")) == [0, 0]
-    one, two = (weights(tmp_path / name)["model"] for name in ("one", "two"))
+    expected, other = replace(config, out=tmp_path / "expected"), replace(config, out=tmp_path / "other", resume=True)
+    assert in_two(train, expected) == [0, 0]
+    one, two = (weights(tmp_path / name)["model"] for name in ("one", "expected"))
     start = new_run(config).model.state_dict()
     for name in one:
         moved = (one[name] - start[name]).float().norm()
         assert (one[name] - two[name]).float().norm() <= 1e-4 * moved, name
-    deltas = [own["step"]["delta"] for own in weights(tmp_path / "two")["processes"]]
+    deltas = [own["step"]["delta"] for own in weights(tmp_path / "expected")["processes"]]
     assert [len(delta) for delta in deltas] == [16, 16]
     assert not torch.equal(*deltas)
-
-
-def stopped(config) -> None:
-    with pytest.raises(Stopped):
-        train(config, on_step=helpers.after(3, helpers.send))
-
-
-@pytest.mark.slow
-def test_two_processes_resume_to_the_same_bits(tmp_path):
-    config = settings(tmp_path / "expected", **FREE, epochs=2)
-    assert in_two(train, config) == [0, 0]
-    other = replace(config, out=tmp_path / "other", resume=True)
     assert in_two(stopped, other) == [0, 0]
     assert in_two(train, other) == [0, 0]
-    assert_same_run(tmp_path / "other", tmp_path / "expected")
+    assert_same_run(other.out, expected.out)
+
+
+def test_rows_that_no_batch_had_begin_at_zero():
+    step, x = new_run(settings(**FREE)).step, torch.rand(5, 1, 8, 8)
+    step.warm_rows(x[:2]).fill_(0.1)
+    rows = step.warm_rows(x)
+    assert (rows[:2] == 0.1).all()
+    assert (rows[2:] == 0).all()
+    assert step.warm_rows(x[:3]).data_ptr() == rows.data_ptr()
 
 
 def test_half_precision(tmp_path):

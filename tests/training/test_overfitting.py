@@ -39,7 +39,7 @@ def test_the_alarm_is_for_a_fall_beyond_chance_under_pgd_alone(pgd, fgsm, images
 
 
 def test_its_probability_is_that_of_drawing_as_few():
-    """3 of 4 robust images become 0: of the 3 among 8, all in one half."""
+    """3 robust images of 4, then 0 of 4: that 3 drawn from 8 are all of the same 4 has the probability C(4, 3) / C(8, 3)."""
     p = collapse({"epoch": 2, "pgd": 0.0, "fgsm": 60.0}, BEST | {"pgd": 75.0}, 4, validations=0.01)
     assert p == pytest.approx(4 / 56)
     assert validations(Config(epochs=10, val_every=3)) == 4
@@ -137,8 +137,9 @@ def test_a_run_that_rolled_back_resumes_to_the_same_bits(tmp_path, collapsing, s
 def test_a_real_fall_is_noticed(tmp_path):
     """FGSM training on real MNIST images at eps 0.15: within an epoch it withstands FGSM alone."""
     options = {
-        "method": "fgsm", "data": "tests/assets/mnist-1500.npz", "model": "small-cnn", "eps": 38.25, "epochs": 7, "batch_size": 50,
-        "optimizer": "adam", "lr": 2e-3, "schedule": "constant", "weight_decay": 0.0, "holdout": 200, "test": False,
+        "method": "fgsm", "data": "tests/assets/mnist-1500.npz", "model": "small-cnn", "eps": 38.25, "epochs": 7,
+        "batch_size": 50, "optimizer": "adam", "lr": 2e-3, "schedule": "constant", "weight_decay": 0.0, "holdout": 200,
+        "test": False,
     }  # fmt: skip
     result = train(Config(**options, out=tmp_path / "run", catastrophic_overfitting="stop", track="none"))
     *before, last = events(tmp_path / "run", "validation")
