@@ -59,7 +59,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def presets() -> None:
-    """List the presets: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, and Madry's networks."""
+    """List the presets: the thesis's tables and figures, Madry's networks, single-step methods, and the FastAT benchmark."""
     for name, config in PRESETS.items():
         spat = f" alpha {config.alpha:g}" if config.alpha else ""
         print(f"{name:26} {config.method}{spat}, {config.model} on {config.data}, eps {config.eps:g}/255, {config.epochs} epochs")

@@ -50,7 +50,7 @@ class Config:
     beta: float | None = None
     """Weight of the KL term. Default: that of the method's paper."""
     label_smoothing: float = 0.0
-    """Label smoothing of the loss itself, over all classes as in PyTorch. Not the alpha of SPAT."""
+    """Label smoothing of the loss itself (and of free's examples), over all classes as in PyTorch. Not the alpha of SPAT."""
     forwards: Literal["clean-adv", "adv-clean", "clean-adv-clean"] = "clean-adv"
     """Order of an update's forwards, by which the statistics of batch norm differ. MART's code: clean-adv; RST's: adv-clean;
     TRADES's: clean-adv-clean, whose third changes these statistics alone."""
@@ -58,6 +58,8 @@ class Config:
     """Adversarial weight perturbation (Wu et al., 2020): its relative size, such as 0.005; 0 is off."""
     awp_warmup: int = 0
     """Epochs before --awp begins."""
+    replays: int | None = None
+    """Updates of --method free with each batch; an epoch is still one pass over the data. Default: 8."""
 
     # ---- training attack
     inner: str | None = None
@@ -66,11 +68,12 @@ class Config:
     eps: float = 8.0
     """Radius of the L-infinity ball, in 1/255."""
     step_size: float | None = None
-    """Length of a step, in 1/255. Default: that of the method: eps / 4, or eps for one step."""
+    """Length of a step, in 1/255. Default: that of the method: eps / 4, or eps for one step (fast: 1.25 eps)."""
     steps: int | None = None
-    """Gradient steps. Default: that of the method: 10, or 1 for fgsm."""
-    start: Literal["uniform", "normal", "clean"] | None = None
-    """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x. Default: uniform, fgsm: clean."""
+    """Gradient steps. Default: that of the method: 10, or 1 for fgsm, fast and n-fgsm."""
+    start: Literal["uniform", "normal", "clean", "wide"] | None = None
+    """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x; wide: uniform in the ball of 2 eps,
+    from where no step is projected onto a ball, as N-FGSM. Default: uniform; fgsm: clean; n-fgsm: wide."""
     bn_mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack."""
 
@@ -131,13 +134,14 @@ class Config:
     """As an L2 term, in Adam too."""
     decay_norm: bool = True
     """Decay biases and batch norm too; --no-decay-norm: convolutions and linear weights alone."""
-    schedule: Literal["constant", "piecewise", "cosine", "one-cycle"] = "piecewise"
-    """cosine changes lr from epoch to epoch, as the code of RST; one-cycle from update to update."""
+    schedule: Literal["constant", "piecewise", "cosine", "one-cycle", "cyclic"] = "piecewise"
+    """cosine changes lr from epoch to epoch, as the code of RST; one-cycle and cyclic (from 0 straight up to lr in the middle,
+    then down to 0) from update to update."""
     milestones: tuple[int, ...] | None = None
     """Epochs, counted from 1, from which on piecewise multiplies lr by gamma. Default: at 75 % and 90 % of the epochs."""
     gamma: float = 0.1
     warmup: float = 0.0
-    """Epochs of linear warm-up; one-cycle has its own."""
+    """Epochs of linear warm-up; one-cycle and cyclic have their own."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.9995, which is then what is validated; 0 is off."""
 
@@ -149,7 +153,7 @@ class Config:
     input_gradient: Literal["auto", "plan", "autograd"] = "auto"
     """How the attack differentiates the model (`spat_kernels.explain`)."""
     graph: Literal["auto", "never"] = "auto"
-    """Whether CUDA graphs replay the attack."""
+    """Whether CUDA graphs replay the attack, and of --method free the update."""
     channels_last: bool = True
     """Images and weights in that format; a model that fails on it gets contiguous ones."""
     compile: bool = False
@@ -172,6 +176,10 @@ class Config:
     """Images attacked at once in validation and test. Default: 4 batches, at most 256."""
     patience: int | None = None
     """Stop after this many validations without improvement in PGD accuracy (of --method standard, in clean accuracy)."""
+    catastrophic_overfitting: Literal["warn", "stop", "rollback", "off"] | None = None
+    """What to do where PGD accuracy has collapsed since the best validation, beyond chance, and FGSM accuracy is above the one it
+    had then (spat_train/training/overfitting.py). stop: end the training. rollback: go back to the best weights, and on with the
+    next epoch. Default: warn where the training attack has one step, else off."""
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None
@@ -215,6 +223,16 @@ class Config:
         step_size = self.eps * method.step_in_eps if self.step_size is None else self.step_size
         steps = method.steps if self.steps is None else self.steps
         return LInfAttack(self.eps / 255, step_size / 255, steps, self.start or method.start)
+
+    @property
+    def updates_per_batch(self) -> int:
+        return self.replays or self.objective.replays or 1
+
+    @property
+    def overfitting_alarm(self) -> str:
+        """What --catastrophic-overfitting stands for: warn, stop, rollback or off."""
+        single_step = self.objective.attacks and self.attack_settings.steps == 1 and self.holdout != 0
+        return self.catastrophic_overfitting or ("warn" if single_step else "off")
 
     @property
     def precision_of_attacks(self) -> Precision:

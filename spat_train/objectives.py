@@ -9,6 +9,9 @@ To add one: its loss, its row in METHODS and its name in MethodName, all in this
                BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
     rst        the TRADES loss on labelled and pseudo-labelled images                Carmon et al., arXiv 1905.13736
     fgsm       c CE(z(x), y) + (1 - c) CE(z(x'), y), c = 0.5                         Goodfellow et al., arXiv 1412.6572
+    fast       CE(z(x'), y), x' one step of 1.25 eps from a uniform start            Wong et al., arXiv 2001.03994
+    n-fgsm     CE(z(x'), y), x' one step of eps from noise of 2 eps, in the box      de Jorge et al., arXiv 2202.01181
+    free       CE(z(x'), y), x' from the gradient of the update before               Shafahi et al., arXiv 1904.12843
 
 z are logits and p probabilities. x' is PGD on cross-entropy (TRADES, RST: on the KL term), or with SPAT on label-smoothed
 cross-entropy. Gradients flow through both arguments of KL and through MART's weight, as in the public code, whose constants
@@ -23,7 +26,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]  # those of METHODS
+MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm", "fast", "n-fgsm", "free"]  # those of METHODS
 # (clean logits [B, K], adversarial logits [B, K], y int64 [B]; beta, label_smoothing) -> the terms of the loss by name, each a
 # mean over the batch. Logits that the method does not read are None.
 Head = Callable[..., dict[str, Tensor]]
@@ -69,8 +72,9 @@ class Method:
     inner: str = "ce"  # the loss that the attack maximises
     steps: int = 10  # of the attack
     step_in_eps: float = 0.25  # length of a step, as a fraction of eps
-    start: str = "uniform"  # of the attack: "uniform", "normal" or "clean"
+    start: str = "uniform"  # of the attack: "uniform", "normal", "clean" or "wide"
     needs_extra: bool = False  # whether it trains on pseudo-labelled images too
+    replays: int | None = None  # updates with a batch, where their gradients make the examples (training/free.py), no attack
 
     @property
     def attacks(self) -> bool:
@@ -86,4 +90,15 @@ METHODS: dict[MethodName, Method] = {
         "RST", "TRADES on labelled and pseudo-labelled images (--extra)", trades, beta=6.0, inner="kl", needs_extra=True
     ),
     "fgsm": Method("FGSM", "the mean of CE(x) and CE(x'), x' by one step of eps", fgsm, steps=1, step_in_eps=1.0, start="clean"),
-}
+    "fast": Method(
+        "Fast AT", "CE(x'), x' by one step of 1.25 eps from a uniform start", madry, ("adv",), steps=1, step_in_eps=1.25,
+    ),
+    "n-fgsm": Method(
+        "N-FGSM", "CE(x'), x' by one step of eps from noise of 2 eps, bounded by the pixel range alone", madry, ("adv",),
+        steps=1, step_in_eps=1.0, start="wide",
+    ),
+    "free": Method(
+        "Free AT", "CE(x'), with --replays updates on each batch, whose gradients move x' too", madry, ("adv",),
+        steps=1, step_in_eps=1.0, start="clean", replays=8,
+    ),
+}  # fmt: skip

@@ -1,4 +1,5 @@
-"""Named settings: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, and Madry's networks (arXiv 1706.06083).
+"""Named settings: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, Madry's networks (arXiv 1706.06083), the
+papers of the single-step methods, and rows of the FastAT benchmark (arXiv 2604.22853).
 
 The thesis attacks with PGD-10, eps 8/255, steps of eps/4 and a uniform start. Where it is silent, the public code decides.
 """
@@ -36,6 +37,23 @@ _MADRY_CIFAR = Config(
     data="cifar10", model="wrn-34-10", steps=7, step_size=2.0, weight_decay=2e-4, decay_norm=False, epochs=209,
     milestones=(105, 158), pad=2, bn_mode="train",
 )  # fmt: skip
+# Fast AT and N-FGSM: cyclic rates, and images normalised by the statistics of CIFAR-10. In their code the attack's forward is in
+# training mode, so that it moves the statistics of batch norm too. Here it has batch statistics (bn_mode), and moves none. They
+# train on all 50,000 images. Here some are held out, to choose the best epoch and for the alarm.
+_SINGLE_STEP = Config(
+    data="cifar10", model="preactresnet-18", epochs=30, schedule="cyclic", lr=0.2, weight_decay=5e-4, bn_mode="train",
+    mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
+)  # fmt: skip
+# Free AT: Madry's network and settings. 80,000 updates, 8 with each batch, are 26 passes; lr is divided after 40,000 and 60,000.
+_FREE = replace(_MADRY_CIFAR, method="free", steps=None, step_size=None, bn_mode="eval", epochs=26, milestones=(14, 21))
+# FastAT: lr changes from epoch to epoch there. With averaged weights, the better of the average and the model is kept there,
+# here the average. The loss is smoothed by 0.4. 1,000 images are held out, as by default.
+_FASTAT = Config(
+    data="cifar10", model="resnet-18", epochs=100, schedule="one-cycle", weight_decay=5e-4, label_smoothing=0.4, ema=0.9995,
+)  # fmt: skip
+# Its single-step methods take their examples from the smoothed loss, which is SPAT with alpha = 0.4 (K - 1) / K, in training mode
+# as above. Its PGD attacks in eval mode, on cross-entropy.
+_FASTAT_STEP = replace(_FASTAT, bn_mode="train", alpha=0.36)
 
 
 # As in the authors' code. MART's order is the default.
@@ -63,6 +81,21 @@ _ROWS = {f"{table}/{key}": _row(table, key, alpha) for table, (_, alphas) in _TA
     for figure, data in (("figure6.1", "cifar10"), ("figure6.2", "cifar100"))
     for eps in (4, 8, 16)
     for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+}
+
+_ROWS |= {
+    "single-step/fast": replace(_SINGLE_STEP, method="fast"),
+    "single-step/n-fgsm": replace(_SINGLE_STEP, method="n-fgsm"),
+    "single-step/free": _FREE,
+    "fastat/fgsm-rs": replace(_FASTAT_STEP, method="fast"),
+    "fastat/n-fgsm": replace(_FASTAT_STEP, method="n-fgsm"),
+    # 200 epochs' worth of updates in 50 passes. There, a batch starts from clean images, and the rate still rises when training
+    # ends (one cycle of 200 steps, of which 50 are taken). Here delta stays from batch to batch, and the cycle is a whole one.
+    "fastat/free": replace(_FASTAT, method="free", replays=4, epochs=50),
+    # The last weights are evaluated there: here the one validation is at the end.
+    "fastat/pgd-at": replace(_FASTAT, ema=0.0, val_every=100),
+    "fastat/pgd-at-wa": _FASTAT,
+    "fastat/pgd-at-wa+spat": replace(_FASTAT, alpha=0.2),  # ours: it is no row of the benchmark
 }
 
 PRESETS = {name: replace(row, preset=name) for name, row in _ROWS.items()}

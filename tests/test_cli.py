@@ -62,11 +62,18 @@ def test_presets_are_the_settings_of_the_sources():
         "madry-mnist": {"model": "mnist-cnn", "optimizer": "adam", "lr": 1e-4, "batch_size": 50, "weight_decay": 0},
         "madry-cifar10": {"model": "wrn-34-10", "data": "cifar10", "weight_decay": 2e-4, "lr": 0.1, "batch_size": 128,
                           "bn_mode": "train", "decay_norm": False, "pad": 2},  # 32 of 36 pixels
+        "single-step/free": sgd | {"model": "wrn-34-10", "weight_decay": 2e-4, "updates_per_batch": 8, "decay_norm": False},
+        "single-step": {"model": "preactresnet-18", "lr": 0.2, "schedule": "cyclic", "epochs": 30, "weight_decay": 5e-4,
+                        "bn_mode": "train", "overfitting_alarm": "warn"},
+        "fastat": sgd | {"model": "resnet-18", "data": "cifar10", "schedule": "one-cycle", "weight_decay": 5e-4, "holdout": None,
+                         "label_smoothing": 0.4, "batch_size": 128},
     }  # fmt: skip
     attacks = {  # eps, step size, steps, start
-        "table6.3": (0.031, 0.007, 10, "normal"), "madry-mnist": (0.3, 0.01, 40, "uniform"),
+        "table6.3": (0.031, 0.007, 10, "normal"),
+        "madry-mnist": (0.3, 0.01, 40, "uniform"),
         "madry-cifar10": (8 / 255, 2 / 255, 7, "uniform"),
-    }  # fmt: skip
+    }
+    single_steps = {"fast": (8 / 255, 10 / 255, 1, "uniform"), "n-fgsm": (8 / 255, 8 / 255, 1, "wide")}  # fmt: skip
     for name, c in PRESETS.items():
         check(replace(c, extra=Path("500k.pickle")) if name.startswith("table6.3") else c)
         assert c.preset == name
@@ -74,7 +81,9 @@ def test_presets_are_the_settings_of_the_sources():
         kind = next(kind for kind in settings if name.startswith(kind))
         assert {option: getattr(c, option) for option in settings[kind]} == settings[kind], name
         eps, step_size, *rest = c.attack_settings
-        expected = attacks.get(kind, (c.eps / 255, c.eps / 255 / 4, 10, "uniform"))
+        expected = attacks.get(kind) or single_steps.get(c.method, (c.eps / 255, c.eps / 255 / 4, 10, "uniform"))
+        if c.method == "free":
+            expected = 8 / 255, 8 / 255, 1, "clean"
         assert (eps, step_size) == pytest.approx(expected[:2]), name
         assert rest == list(expected[2:]), name
         if kind in ("table6.1", "table6.2", "table6.4", "figure"):
@@ -90,6 +99,15 @@ def test_presets_are_the_settings_of_the_sources():
         if kind == "madry-cifar10":
             ends = (c.milestones[0] - 1, c.milestones[1] - 1, c.epochs)
             assert [round(epochs * math.ceil(49_000 / 128), -3) for epochs in ends] == [40_000, 60_000, 80_000]
+        if name == "single-step/free":
+            ends = (c.milestones[0] - 1, c.milestones[1] - 1, c.epochs)
+            assert [round(8 * epochs * math.ceil(49_000 / 128), -4) for epochs in ends] == [40_000, 60_000, 80_000]
+        if kind == "fastat":
+            assert (c.ema, c.val_every, c.epochs * c.updates_per_batch) == {
+                "fastat/pgd-at": (0, 100, 100), "fastat/free": (0.9995, 1, 200)
+            }.get(name, (0.9995, 1, 100))  # fmt: skip
+            smoothing = c.alpha * 10 / 9  # of the examples, over all classes as PyTorch counts it
+            assert smoothing == pytest.approx({"fast": 0.4, "n-fgsm": 0.4}.get(c.method, 0.2 * 10 / 9 if "spat" in name else 0))
     figures = {name: c for name, c in PRESETS.items() if name.startswith("figure")}
     grid = {(c.data, c.eps, c.alpha) for c in figures.values() if c.model == "resnet-50" and c.method == "madry"}
     assert len(figures) == 36

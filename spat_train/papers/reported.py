@@ -1,5 +1,5 @@
 """What the sources report: the thesis's Tables 5.1, 5.2 and 6.1-6.4 and what its text says of Figure 6.1; Madry et al.'s Tables 1
-and 2 (arXiv 1706.06083).
+and 2 (arXiv 1706.06083); rows of the FastAT benchmark (arXiv 2604.22853).
 
 Accuracies in percent, on whole test sets. A table names the runs behind its numbers by a key, and the attacks as
 `spat_train.evaluation.attack_specs` does.
@@ -75,6 +75,19 @@ def _attacks(number: int, data: str, eps: float, runs: dict[str, RunSpec], rows:
     return Table(about, "attack, made on", eps, runs, tuple(cells))
 
 
+# ---- the FastAT benchmark: one training in each row
+
+
+def _benchmark(about: str, presets: str, columns: dict[str, str], rows: dict[str, tuple[str, tuple[float, ...]]]) -> Table:
+    """`rows`: by the rest of the preset's name, the title and the accuracies."""
+    cells = [
+        Cell(row, column, accuracy, attack, key)
+        for key, (row, accuracies) in rows.items()
+        for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True)
+    ]
+    return Table(about, "method", 8.0, {key: RunSpec(presets + key) for key in rows}, tuple(cells))
+
+
 TABLES = {
     # The thesis does not say which network it is in chapter 5: it is taken to be that of Table 6.1.
     "5.1": _smoothed("5.1", "standard", RunSpec("table6.1/madry", method="standard"), 47.51, {
@@ -141,5 +154,17 @@ TABLES = {
             ("FGSM", "fgsm", "A'", 67.0), ("PGD-7", "pgd-7", "A'", 64.2), ("CW-30", "cw-30", "A'", 78.7),
             ("FGSM", "fgsm", "A_nat", 85.6), ("PGD-7", "pgd-7", "A_nat", 86.0),
         ],
+    ),
+    # Means of three seeds. Seconds of training there, in this order: 1902, 1941, 1979, 6954, 7027.
+    "fastat": _benchmark(
+        "FastAT benchmark (arXiv 2604.22853): ResNet-18 on CIFAR-10", "fastat/",
+        {"clean": "clean", "PGD-50": "pgd-50", "AutoAttack": "autoattack"},
+        {
+            "fgsm-rs": ("FGSM-RS", (77.66, 48.27, 43.09)),
+            "n-fgsm": ("N-FGSM", (78.59, 53.07, 47.77)),
+            "free": ("Free-AT", (75.20, 48.83, 44.34)),
+            "pgd-at": ("PGD-AT", (85.35, 46.31, 44.33)),
+            "pgd-at-wa": ("PGD-AT-WA", (82.36, 54.17, 50.49)),
+        },
     ),
 }  # fmt: skip

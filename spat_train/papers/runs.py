@@ -101,7 +101,7 @@ def settings(c: Config) -> dict[str, str]:
     drops = ", ".join(f"{100 * epoch / c.epochs:.0f} %" for epoch in c.lr_drops if c.schedule == "piecewise") or "none"
     attack = {
         "eps": format_eps(c.eps), "attack steps": f"{steps}", "step size": format_eps(255 * step_size), "start": start,
-        "inner loss": c.inner_loss, "mode in attacks": c.bn_mode,
+        "inner loss": c.inner_loss, "mode in attacks": c.bn_mode, "updates with a batch": f"{c.updates_per_batch}",
     }  # fmt: skip
     return {
         "method": METHODS[c.method].title,
@@ -115,6 +115,7 @@ def settings(c: Config) -> dict[str, str]:
         "beta": "none" if c.kl_weight is None else f"{c.kl_weight:g}",
         "lr": f"{c.peak_lr:g}",
         "lr drops": drops,
+        "on overfitting": c.overfitting_alarm if c.overfitting_alarm in ("stop", "rollback") else "go on",
         **{name: _text(getattr(c, option)) for name, option in PLAIN.items()},
     }
 

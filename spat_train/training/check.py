@@ -16,7 +16,7 @@ from ..runtime import trackers
 # options, what holds for their values unless these are None, remedy
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("epochs batch_size val_every val_steps log_every", lambda v: v >= 1, "give at least 1"),
-    ("steps limit patience image_size eval_batch_size", lambda v: v >= 1, "give at least 1, or leave it out"),
+    ("steps limit patience image_size eval_batch_size replays", lambda v: v >= 1, "give at least 1, or leave it out"),
     ("holdout pad", lambda v: v >= 0, "give at least 0, or leave it out"),
     ("workers awp_warmup", lambda v: v >= 0, "give at least 0"),
     ("alpha extra_fraction label_smoothing momentum ema", lambda v: 0 <= v <= 1, "give a number in [0, 1]"),
@@ -69,6 +69,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     drops, last_drop = list(c.lr_drops), max(c.lr_drops, default=0)
     rising = drops == sorted(set(drops)) and min(drops, default=1) >= 1
     late = f"not all come by epoch {c.epochs}: give others, or --milestones None for 75 % and 90 % of them"
+    unwatched = c.catastrophic_overfitting in (None, "off")
     gpu = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
     try:
         vanishes = (smoothed or c.alpha == 0) and c.maximised.needs_random_start and c.attack_settings.start == "clean"
@@ -78,7 +79,8 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         # the method, its attack, and the images that it needs
         (smoothed or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha"),
         (method.attacks or c.alpha == 0, "alpha", f"{c.method} training attacks nothing: choose another --method"),
-        (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform or normal"),
+        *_free_relations(c),
+        (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform, normal or wide"),
         (c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz"),
         (c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5"),
         (c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none"),
@@ -87,13 +89,28 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp"),
         # the optimiser and the schedule
         (not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0"),
-        (c.schedule != "one-cycle" or c.warmup == 0, "warmup", "one-cycle warms up by itself: leave it out"),
+        (c.schedule not in ("one-cycle", "cyclic") or c.warmup == 0, "warmup", f"{c.schedule} warms up by itself: leave it out"),
         (c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs"),
         (rising, "milestones", "give rising epochs, counted from 1, such as 75 90"),
         (c.schedule != "piecewise" or last_drop <= c.epochs, "milestones", late),
         (c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout"),
+        (unwatched or c.holdout != 0, "catastrophic_overfitting", "it needs held-out images: give --holdout"),
+        (unwatched or method.attacks, "catastrophic_overfitting", f"{c.method} training attacks nothing: leave it out"),
         # the hardware
         (gpu or c.precision != "tf32", "precision", "TF32 is for GPUs: use fp32 or bf16"),
         (gpu or c.attack_precision != "tf32", "attack_precision", "TF32 is for GPUs: use fp32 or bf16"),
         (gpu or not c.sync_bn, "sync_bn", "PyTorch has it for GPUs alone: leave it out"),
+    ]
+
+
+def _free_relations(c: Config) -> list[tuple[bool, str, str]]:
+    """What must hold of the options that Free AT alone has, or cannot have."""
+    if c.objective.replays is None:
+        return [(c.replays is None, "replays", f"{c.method} has one update a batch: leave it out, or choose --method free")]
+    own = "free's examples come from the gradient of the update itself"
+    return [
+        (c.alpha == 0, "alpha", f"{own}, no attack is there to smooth: use --label-smoothing, or --method fast or n-fgsm"),
+        *((getattr(c, name) is None, name, f"{own}, not from an attack: leave it out") for name in ("inner", "steps", "start")),
+        (c.bn_mode == "eval", "bn_mode", f"{own}, in training mode: leave it out"),
+        (c.awp == 0, "awp", f"{own}, at the weights as they are: choose another --method"),
     ]

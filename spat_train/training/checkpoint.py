@@ -23,6 +23,7 @@ class Progress:
     step: int = 0  # updates done in the current one
     best: dict | None = None  # a validation's record
     stale: int = 0  # validations since the best
+    collapses: list[int] = field(default_factory=list)  # epochs, counted from 1, in which PGD accuracy collapsed (overfitting.py)
     sums: dict[str, float] = field(default_factory=dict)  # of the loss and its terms, since the last line of the log
     count: int = 0  # steps in these sums
     log_bytes: int = 0

@@ -39,6 +39,8 @@ def learning_rate(config: Config, epoch: int, part: float) -> float:
     elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
         peak = 0.3 * config.epochs
         factor = _cosine(1 / 25, 1, t / peak) if t < peak else _cosine(1, 1 / 25e4, (t - peak) / (config.epochs - peak))
+    elif config.schedule == "cyclic":  # Wong et al., arXiv 2001.03994
+        factor = 1 - abs(2 * t / config.epochs - 1)
     else:
         factor = 1.0
     return config.peak_lr * factor * (min(1.0, t / config.warmup) if config.warmup else 1.0)

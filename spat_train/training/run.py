@@ -31,8 +31,9 @@ from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import derived_seed, random_state, set_random_state
 from ..runtime.signals import GracefulStop, Stopped
 from ..runtime.trackers import Trackers
-from . import checkpoint, setup
+from . import checkpoint, overfitting, setup
 from .checkpoint import Progress, say
+from .free import FreeStep
 from .step import Launched, Span, TrainStep, spanned
 
 OnStep = Callable[["Run"], object]
@@ -83,7 +84,8 @@ class Run:
         if saved is not None:
             checkpoint.compare_images(self.dataset, self.images, saved, folder)
         self.model, self.memory_format = setup.make_model(config, self.dataset, processes, init=saved is None)
-        self.step = TrainStep(config, self.model, processes, span)
+        step = TrainStep if config.objective.replays is None else FreeStep
+        self.step = step(config, self.model, processes, span)
         if processes.rank:
             setup.seed_generators(config.seed + processes.rank)  # from here on for dropout and its like
         self.loader, self.held_out = setup.make_loader(config, self.dataset, extra, processes, self.memory_format)
@@ -93,6 +95,7 @@ class Run:
         self.log: Log | None = None
         self.pending: tuple[Launched, int, int] | None = None  # the last step, its epoch and number: `settle` reads its loss
         self.best_weights: dict[str, Tensor] | None = None
+        self.snapshot: dict | None = None  # of all that updates change, at the best validation: what a rollback goes back to
         if saved is not None:
             self.restore(saved)
         elif config.test and not config.skip_broken and isinstance(test := self.dataset.test, Folder):
@@ -151,6 +154,7 @@ class Run:
             x, y, epoch=epoch, part=(step + 1) / self.loader.order.steps,
             seed=derived_seed(self.config.seed, self.global_step, self.world.rank),
             weight=len(x) * self.world.size / size,  # gradients are averaged over processes, whose parts may differ in size
+            length=1 / self.loader.order.steps,
         )  # fmt: skip
         self.settle()  # the loss of the step before: the device is busy with this one meanwhile
         self.pending = launched, epoch, step
@@ -159,7 +163,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.progress.epoch >= self.config.epochs or self.progress.stale >= (self.config.patience or math.inf)
+        stopped = self.config.overfitting_alarm == "stop" and bool(self.progress.collapses)
+        return stopped or self.progress.epoch >= self.config.epochs or self.progress.stale >= (self.config.patience or math.inf)
 
     @property
     def global_step(self) -> int:
@@ -239,12 +244,14 @@ class Run:
     # ---- validation and test
 
     def validate(self) -> None:
-        progress = self.progress
-        percent = self.accuracies("validation", self.dataset.train, validation(self.config.val_steps), self.held_out)
+        progress, action = self.progress, self.config.overfitting_alarm
+        attacks = validation(self.config.val_steps) | ({} if action == "off" else {"fgsm": TEST["FGSM"]})
+        percent = self.accuracies("validation", self.dataset.train, attacks, self.held_out)
         record = {"epoch": progress.epoch + 1, **percent}
         if progress.best is None or self.quality(record) > self.quality(progress.best):
             progress.best, progress.stale = record, 0
             self.best_weights = {name: t.detach().cpu().clone() for name, t in self.step.evaluated.state_dict().items()}
+            self.snapshot = overfitting.on_host(self.step.state_dict()) if action == "rollback" else None
         else:
             progress.stale += 1
         if self.log:
@@ -252,6 +259,24 @@ class Run:
             self.show_best(self.log)
             self.log.write("validation", step=self.global_step, **record)
             self.log.rate()  # the validation's time is not the training's
+        if action != "off":
+            self.answer_collapse(record, action)
+
+    def answer_collapse(self, now: dict, action: str) -> None:
+        """Where `now` is one beside the best validation: say so, and roll back if that is the `action`."""
+        best, collapses = self.progress.best, self.progress.collapses
+        assert best
+        p = overfitting.collapse(now, best, len(self.held_out), overfitting.validations(self.config))
+        if p is None:
+            return
+        if action != "warn" or not collapses:  # warn once
+            say(overfitting.line(now, best, action), self.world)
+        collapses.append(now["epoch"])
+        if self.log:
+            then_and_now = {f"best_{name}": best[name] for name in ("epoch", "pgd", "fgsm")} | now
+            self.log.write("overfitting", step=self.global_step, action=action, p=p, count=len(collapses), **then_and_now)
+        if action == "rollback" and self.snapshot is not None:  # but for own states: perturbations go on
+            self.step.load_state_dict(overfitting.on_host(self.snapshot))
 
     def quality(self, validation: dict) -> list[float]:
         return [validation[name] for name in self.chosen_by]
@@ -301,6 +326,7 @@ class Run:
             right = torch.arange(count) < percent["clean"] / 100 * count
             if interval(right)[0] <= 100 / self.dataset.num_classes:
                 summary += ". Clean accuracy is not beyond chance: train longer, or with another --lr"
+        summary += overfitting.in_words(self.config.overfitting_alarm, self.progress.collapses)
         return Result(self.step.evaluated.eval(), best, test, folder, summary if folder and self.world.main else "")
 
     # ---- checkpoints
@@ -310,7 +336,7 @@ class Run:
         if not self.folder.path:
             return
         self.settle()
-        own = self.world.gather({"random": random_state(), "sums": self.progress.sums})
+        own = self.world.gather({"random": random_state(), "sums": self.progress.sums, "step": self.step.own_state()})
         if not self.world.main:
             return
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
@@ -318,6 +344,7 @@ class Run:
         if self.log:
             self.progress.log_bytes = self.log.position()
         state = {"config": self.config.to_dict(), "progress": asdict(self.progress), "best": self.best_weights, "processes": own}
+        state |= {"snapshot": self.snapshot} if self.config.overfitting_alarm == "rollback" else {}
         state |= {"arithmetic": checkpoint.arithmetic(self.world), **self.images, **self.step.state_dict()}
         state |= {"classes": list(self.dataset.classes), "image_shape": list(self.dataset.image_shape)}
         with self.span("save"):
@@ -330,6 +357,7 @@ class Run:
             where = f"its weights differ from those in {self.folder.path}: restore its code, or choose another --out"
             raise InputError(f"--model {self.config.model}: {where}") from error
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
+        self.snapshot = saved.get("snapshot")
         if self.world.main:
             self.folder.write_best(saved)
         if not self.finished:
@@ -337,3 +365,4 @@ class Run:
         own = saved["processes"][self.world.rank % len(saved["processes"])]
         set_random_state(own["random"])
         self.progress.sums = own["sums"]
+        self.step.load_own_state(own.get("step", {}))  # older checkpoints have none

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spat_kernels import PGD
+from spat_kernels import PGD, ops
 from spat_kernels.attacks._common import warn_of_nan
+from spat_kernels.ops._common import acc_dtype
 
 from ..config import Config
 from ..runtime.distributed import World
@@ -78,16 +79,26 @@ def training_attack(config: Config) -> TrainingAttack:
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
     engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
-    attack = PGD(eps, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
+    radius = 1.0 if start == "wide" else eps  # that ball holds every image: projecting onto it does nothing
+    attack = PGD(radius, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
 
     def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         attack.generator = generator
         noise = None
         if start == "normal":
             noise = x + 0.001 * torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
+        elif start == "wide":
+            noise = wide_start(x, eps, generator)
         return attack.launch(model, x, y, start=noise)
 
     return perturb
+
+
+def wide_start(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """A uniform random point of the ball of 2 eps around x, inside [0, 1]: where N-FGSM starts (arXiv 2202.01181, k = 2)."""
+    seed = torch.randint(2**62, (2,), generator=generator, device=generator.device).to(x.device)
+    radius = torch.full((1,), 2 * eps, dtype=acc_dtype(x.dtype), device=x.device)
+    return ops.linf_random_start_(torch.empty_like(x), x, radius, seed)
 
 
 @dataclass
@@ -130,10 +141,13 @@ class TrainStep:
         self.objective: Callable[..., Any] = self.world.wrap(Objective(model, config))
         if config.compile:
             self.objective = torch.compile(self.objective)
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         self.attack = training_attack(config)
         self.generator = torch.Generator(device)
 
-    def __call__(self, x: Tensor, y: Tensor, *, epoch: int, part: float, seed: int, weight: float = 1.0) -> Launched:
+    def __call__(
+        self, x: Tensor, y: Tensor, *, epoch: int, part: float, seed: int, weight: float = 1.0, length: float = 0.0
+    ) -> Launched:
         """Attack and update. Nothing here waits for the device: the hundreds of launches of an update take longer than its
         kernels, and are made while the attack runs.
 
@@ -142,18 +156,25 @@ class TrainStep:
             epoch: counted from 0. part: in (0, 1], how much of the epoch is done after this step.
             seed: of the attack's random numbers.
             weight: of this process's mean loss, where processes have parts of different sizes.
+            length: of this step, as a share of the epoch: several updates in it share it out (`FreeStep`).
         """
         self.generator.manual_seed(seed)
         with self.span("attack"):
             x_adv, nan_seen = self.attack(self.model, x, y, self.generator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch, part)
+        self.set_learning_rate(epoch, part)
         with self.span("update"):
             loss, terms = self.update(x, x_adv, y, weight, perturb=self.config.awp > 0 and epoch >= self.config.awp_warmup)
-        values = torch.stack([loss.detach(), *terms.values()]).to("cpu", non_blocking=True)
-        nan_seen = nan_seen.to("cpu", non_blocking=True)
+        return self.launched(x, x_adv, y, ["loss", *terms], torch.stack([loss.detach(), *terms.values()]), nan_seen)
+
+    def set_learning_rate(self, epoch: int, part: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, epoch, part)
+
+    def launched(self, x: Tensor, x_adv: Tensor, y: Tensor, names: list[str], values: Tensor, nan_seen: Tensor) -> Launched:
+        """A step whose losses, `values`, are on their way to the host from here on."""
+        values, nan_seen = (t.to("cpu", non_blocking=True) for t in (values, nan_seen))
         arrived = torch.cuda.current_stream().record_event() if self.world.device.type == "cuda" else None
-        return Launched(x, x_adv, y, ["loss", *terms], values, nan_seen, arrived)
+        return Launched(x, x_adv, y, names, values, nan_seen, arrived)
 
     def update(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float = 1.0, perturb: bool = False) -> Losses:
         """Forward, backward and the optimiser. `perturb`: with the gradient at adversarially perturbed weights (AWP)."""
@@ -173,11 +194,17 @@ class TrainStep:
         return loss, terms
 
     def differentiate(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> Losses:
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision)
-        with torch.autocast(self.world.device.type, half, enabled=half is not None):
+        with torch.autocast(self.world.device.type, self.half, enabled=self.half is not None):
             loss, terms = self.objective(x, x_adv, y)
         self.scaler.scale(loss * weight).backward()
         return loss, terms
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a checkpoint has of every process by itself, on the CPU."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """What `own_state` gave."""
 
     @property
     def evaluated(self) -> nn.Module:

@@ -40,6 +40,8 @@ PRINTED = {
         / CW+-40, B 95.7""",
     "madry-cifar10": """natural 87.3 / FGSM, A 56.1 / PGD-7, A 50.0 / PGD-20, A 45.8 / CW-30, A 46.8 / FGSM, A' 67.0
         / PGD-7, A' 64.2 / CW-30, A' 78.7 / FGSM, A_nat 85.6 / PGD-7, A_nat 86.0""",
+    "fastat": """FGSM-RS 77.66 48.27 43.09 / N-FGSM 78.59 53.07 47.77 / Free-AT 75.20 48.83 44.34 / PGD-AT 85.35 46.31 44.33
+        / PGD-AT-WA 82.36 54.17 50.49""",
 }
 
 
@@ -75,6 +77,7 @@ def test_the_sources_numbers_and_attacks(monkeypatch):
     assert attacks["6.1"] == attacks["6.2"] == ["clean", "fgsm", "pgd-20", "cw-30"]
     assert attacks["6.4"] == attacks["figure-6.1"] == ["clean", "pgd-20"]
     assert attacks["6.3"] == ["clean", "pgd-20-rst"]
+    assert attacks["fastat"] == ["clean", "pgd-50", "autoattack"]
     assert attacks["5.2"] == ["pgd-kl-20", *(f"pgd-ls-20:alpha=0.{a}" for a in range(1, 6))]
 
 

@@ -17,6 +17,9 @@ SETTINGS = {  # beside COMMON, by method
     "madry": {"steps": 5},
     "trades": {"steps": 5},
     "mart": {"steps": 5},
+    "fast": {"epochs": 2},
+    "n-fgsm": {"epochs": 2},
+    "free": {"epochs": 1},
 }
 
 

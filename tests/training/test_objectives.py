@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("tyro")
@@ -11,7 +12,7 @@ pytest.importorskip("tyro")
 from spat_kernels import PGD, losses
 from spat_train.config import Config
 from spat_train.objectives import METHODS, MethodName
-from spat_train.training.step import Objective, training_attack
+from spat_train.training.step import Objective, training_attack, wide_start
 
 CLASSES, BETA = 5, 3.0
 
@@ -52,6 +53,9 @@ FORMULAS = {
     "trades": trades_sample,
     "rst": trades_sample,
     "mart": mart_sample,
+    "fast": lambda z, a, y, s: ce(a, y, s),
+    "n-fgsm": lambda z, a, y, s: ce(a, y, s),
+    "free": lambda z, a, y, s: ce(a, y, s),
 }
 
 
@@ -111,6 +115,9 @@ def test_defaults_of_the_methods():
     assert Config(method="trades", alpha=0.1).inner_loss == "lsce"
     assert Config().attack_settings == (8 / 255, 2 / 255, 10, "uniform")
     assert Config(method="fgsm").attack_settings == (8 / 255, 8 / 255, 1, "clean")
+    assert Config(method="fast").attack_settings == (8 / 255, 10 / 255, 1, "uniform")
+    assert Config(method="n-fgsm").attack_settings == (8 / 255, 8 / 255, 1, "wide")
+    assert [Config(method=m).updates_per_batch for m in ("madry", "free")] == [1, 8]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,7 @@ def test_defaults_of_the_methods():
         ({"method": "trades", "inner": "ce", "steps": 3, "step_size": 4.0}, {"loss": "ce", "steps": 3, "step_size": 4 / 255}),
         ({"method": "mart", "bn_mode": "train"}, {"loss": "ce", "bn_mode": "train"}),
         ({"method": "fgsm"}, {"loss": "ce", "steps": 1, "step_size": 8 / 255, "random_start": False}),
+        ({"method": "fast"}, {"loss": "ce", "steps": 1, "step_size": 10 / 255}),
     ],
 )
 def test_examples_are_those_of_the_attack(options, settings):
@@ -144,3 +152,38 @@ def test_other_starts():
     images, nan_seen = training_attack(Config(method="standard"))(model, x, y, torch.Generator())
     assert images is x
     assert (nan_seen.shape, nan_seen.any()) == (y.shape, False)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("bn_mode", ["eval", "train"])
+@pytest.mark.parametrize("method", ["fast", "n-fgsm"])
+def test_single_steps_are_those_of_the_papers(method, bn_mode, alpha, monkeypatch):
+    """One step along the sign of the gradient in fp64, from the same noise; N-FGSM's leaves the ball of eps."""
+    model, (x, _, y), eps = network(), batch(), 8 / 255
+    monkeypatch.setattr(Config, "precision_of_attacks", None)  # that of the model
+    ours, _ = training_attack(Config(method=method, alpha=alpha, bn_mode=bn_mode))(model, x, y, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    uniform = PGD(eps, steps=0, generator=generator)
+    start = uniform(model, x, y) if method == "fast" else wide_start(x, eps, generator)
+    other = network().train(bn_mode == "train")
+    images = start.clone().requires_grad_()
+    smoothing = alpha * CLASSES / (CLASSES - 1)
+    (grad,) = torch.autograd.grad(F.cross_entropy(other(images), y, label_smoothing=smoothing), images)
+    if method == "fast":
+        expected = torch.min(torch.max(start + 1.25 * eps * grad.sign(), x - eps), x + eps).clamp(0, 1)
+    else:
+        expected = (start + eps * grad.sign()).clamp(0, 1)
+    clear = grad.abs() > 1e-12 * grad.abs().max()  # else roundings decide on the sign
+    assert (~clear).sum() <= 2
+    torch.testing.assert_close(ours[clear], expected[clear], rtol=0, atol=1e-15)
+    assert ((ours - x).abs().max() > 2.5 * eps) == (method == "n-fgsm")
+
+
+def test_the_wide_start_is_uniform_in_the_ball_of_two_eps():
+    x, eps = torch.full((4, 3, 32, 32), 0.5), 8 / 255
+    noise = (wide_start(x, eps, torch.Generator().manual_seed(1)) - x) / (2 * eps)
+    assert 0.999 < noise.abs().max() <= 1 + 1e-6
+    spread = noise.flatten().sort().values - torch.linspace(-1, 1, noise.numel())
+    assert spread.abs().max() < 2 * 1.95 / noise.numel() ** 0.5  # Kolmogorov and Smirnov, at 0.1 %
+    black = wide_start(torch.zeros(2, 3, 8, 8), eps, torch.Generator())
+    assert (black.min(), black.max() > 1.9 * eps) == (0, True)

@@ -241,6 +241,9 @@ def test_schedules():
     cycle = rates(schedule="one-cycle")
     assert (cycle[29], cycle[99]) == pytest.approx((1, 1 / 25e4))
     assert 0.04 < cycle[0] < 0.06
+    cyclic = rates(schedule="cyclic", epochs=30)
+    assert cyclic == pytest.approx([t / 15 for t in range(1, 16)] + [2 - t / 15 for t in range(16, 31)])
+    assert learning_rate(Config(lr=1.0, epochs=30, schedule="cyclic"), 14, 0.5) == pytest.approx(14.5 / 15)
     assert rates(schedule="constant", warmup=10.0) == pytest.approx([0.1 * t for t in range(1, 11)] + [1.0] * 90)
     assert Config(lr=0.1, batch_size=512, scale_lr=True).peak_lr == pytest.approx(0.4)
 
@@ -457,6 +460,17 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, owner, name, k
         ({"method": "madry", "forwards": "adv-clean"}, "--forwards adv-clean: madry has one forward: give clean-adv"),
         ({"patience": 3, "holdout": 0}, "--patience 3: it needs held-out images"),
         ({"epochs": 0}, "--epochs 0: give at least 1"),
+        ({"schedule": "cyclic", "warmup": 1.0}, "--warmup 1.0: cyclic warms up by itself"),
+        ({"replays": 4}, "--replays 4: madry has one update a batch: leave it out, or choose --method free"),
+        ({"method": "free", "steps": None, "replays": 0}, "--replays 0: give at least 1"),
+        ({"method": "free", "steps": None, "alpha": 0.2}, "--alpha 0.2: free's examples come from .*: use --label-smoothing"),
+        ({"method": "free", "steps": None, "inner": "kl"}, "--inner kl: free's examples come from"),
+        ({"method": "free", "steps": 1}, "--steps 1: free's examples come from"),
+        ({"method": "free", "steps": None, "start": "clean"}, "--start clean: free's examples come from"),
+        ({"method": "free", "steps": None, "bn_mode": "train"}, "--bn-mode train: free's examples come from .* in training mode"),
+        ({"method": "free", "steps": None, "awp": 0.01}, "--awp 0.01: free's examples come from"),
+        ({"catastrophic_overfitting": "stop", "holdout": 0}, "--catastrophic-overfitting stop: it needs held-out images"),
+        ({"catastrophic_overfitting": "warn", "method": "standard"}, "--catastrophic-overfitting warn: standard training"),
         ({"alpha": float("nan")}, "--alpha nan: give a number in"),
         ({"lr": 0.0}, "--lr 0.0: give a number above 0"),
         ({"limit": 5, "holdout": 4}, "--data digits: no batch would have 2 images.*5 training images 4 are held out"),

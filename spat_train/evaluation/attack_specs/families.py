@@ -107,6 +107,7 @@ class PGD(_Ascent):
             "Carmon et al., 2019 (RST): steps of 0.007 at eps 0.031, right only if right at every iterate; thesis, Table 6.3",
         ),
         "pgd-40": ("pgd:steps=40:step=1/30", "Madry et al., 2018, MNIST: steps of 0.01 at eps 0.3"),
+        "pgd-50": ("pgd:steps=50:step=1/4", "the FastAT benchmark; Wong et al., 2020 (with 10 restarts: pgd-50x10)"),
         "pgd-100": ("pgd:steps=100:step=1/30", "Madry et al., 2018, MNIST"),
         "pgd-1000": ("pgd:steps=1000:step=1/4:stop=cycle", "Doldo et al., 2025: ends at the cycle that an iterate is in"),
         "pgd-kl-20": ("pgd:loss=kl:steps=20:step=1/10", "thesis, Tables 5.1 and 5.2; the inner attack of TRADES"),

@@ -1,0 +1,150 @@
+"""The alarm for catastrophic overfitting: when it is raised, and that stop and rollback do what they say, also after a resume."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+
+from spat_train.config import Config
+from spat_train.training.overfitting import collapse, on_host, validations
+from spat_train.training.run import Run
+from spat_train.training.trainer import train
+from tests.training import helpers
+from tests.training.helpers import assert_same, events, settings, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BEST = {"epoch": 3, "clean": 80.0, "pgd": 50.0, "fgsm": 55.0}
+
+
+@pytest.mark.parametrize(
+    ("pgd", "fgsm", "images", "raised"),
+    [
+        (0.0, 80.0, 1000, True),
+        (38.0, 56.0, 1000, True),
+        (0.0, 55.0, 1000, False),  # FGSM accuracy has not risen: the model is worse, or this is noise
+        (27.0, 34.0, 1000, False),
+        (45.0, 60.0, 1000, False),  # within chance, as when a robust model slowly overfits
+        (38.0, 56.0, 100, False),  # the same fall on fewer images
+        (0.0, 80.0, 10, False),
+    ],
+)
+def test_the_alarm_is_for_a_fall_beyond_chance_under_pgd_alone(pgd, fgsm, images, raised):
+    p = collapse({"epoch": 9, "pgd": pgd, "fgsm": fgsm}, BEST, images, validations=100)
+    assert (p is not None) == raised
+    assert p is None or p < 1e-4
+
+
+def test_its_probability_is_that_of_drawing_as_few():
+    """3 robust images of 4, then 0 of 4: that 3 drawn from 8 are all of the same 4 has the probability C(4, 3) / C(8, 3)."""
+    p = collapse({"epoch": 2, "pgd": 0.0, "fgsm": 60.0}, BEST | {"pgd": 75.0}, 4, validations=0.01)
+    assert p == pytest.approx(4 / 56)
+    assert validations(Config(epochs=10, val_every=3)) == 4
+
+
+def test_where_it_is_on():
+    found = {m: Config(method=m).overfitting_alarm for m in ("fast", "n-fgsm", "free", "fgsm", "madry", "standard", "trades")}
+    assert [name for name, action in found.items() if action == "warn"] == ["fast", "n-fgsm", "free", "fgsm"]
+    assert set(found.values()) == {"warn", "off"}
+    assert Config(method="fgsm", steps=7).overfitting_alarm == Config(method="fast", holdout=0).overfitting_alarm == "off"
+    assert Config(method="madry", catastrophic_overfitting="stop").overfitting_alarm == "stop"
+
+
+SCORES = {1: (60, 70), 2: (80, 75), 3: (0, 95), 4: (7, 99), 5: (75, 74)}  # by epoch, under PGD and FGSM
+
+
+@pytest.fixture
+def collapsing(monkeypatch):
+    """Validations as in SCORES, and what an epoch begins with, by epoch: weights, average and optimiser."""
+    begun, epoch = {}, Run.epoch
+
+    def scores(run, name, images, attacks, rows=None):
+        found = dict(zip(("clean", "pgd", "fgsm"), (80.0, *map(float, SCORES[run.progress.epoch + 1])), strict=True))
+        return {name: found[name] for name in attacks}
+
+    def begin(run):
+        begun[run.progress.epoch + 1] = on_host(run.step.state_dict())
+        epoch(run)
+
+    monkeypatch.setattr(Run, "accuracies", scores)
+    monkeypatch.setattr(Run, "epoch", begin)
+    return begun
+
+
+def config(folder, action: str, **options) -> Config:
+    chosen = {"method": "fast", "steps": None, "epochs": 5, "ema": 0.9, "catastrophic_overfitting": action}
+    return settings(folder, **chosen | options)
+
+
+def test_warn_says_so_once(tmp_path, collapsing, capsys):
+    result = train(config(tmp_path / "run", "warn"))
+    err = capsys.readouterr().err
+    line = "catastrophic overfitting in epoch 3: accuracy under PGD from 80.0 % to 0.0 %, under FGSM from 75.0 % to 95.0 %: "
+    assert err.count("catastrophic overfitting in") == err.count(line) == 1
+    found = events(tmp_path / "run", "overfitting")
+    assert [(e["epoch"], e["pgd"], e["best_epoch"], e["best_pgd"], e["action"]) for e in found] == [
+        (3, 0, 2, 80, "warn"), (4, 7, 2, 80, "warn")
+    ]  # fmt: skip
+    assert [e["fgsm"] for e in events(tmp_path / "run", "validation")] == [70, 75, 95, 99, 74]
+    assert result.best["epoch"] == 2
+    assert result.summary.endswith(". Catastrophic overfitting from epoch 3 on: see --catastrophic-overfitting")
+
+
+def test_stop_ends_the_training_for_good(tmp_path, collapsing, capsys):
+    options = config(tmp_path / "run", "stop")
+    result = train(options)
+    assert list(collapsing) == [1, 2, 3]
+    assert "FGSM from 75.0 % to 95.0 %: training ends here" in capsys.readouterr().err
+    assert result.best["epoch"] == 2
+    assert "best.pt, of epoch 2 of 3" in result.summary
+    assert "Catastrophic overfitting in epoch 3 ended the training" in result.summary
+    assert_same(dict(result.model.state_dict()), weights(options.out, "best.pt")["model"])
+    again = train(replace(options, resume=True))
+    assert "is finished: nothing is done again" in capsys.readouterr().err
+    assert (again.summary, list(collapsing)) == (result.summary, [1, 2, 3])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_rollback_goes_back_each_time(tmp_path, collapsing, optimizer):
+    """Epoch 3 began with the best weights. So do epochs 4 and 5, whose batches differ."""
+    result = train(config(tmp_path / "run", "rollback", optimizer=optimizer, lr=0.01))
+    assert list(collapsing) == [1, 2, 3, 4, 5]
+    assert_same(collapsing[4], collapsing[3])
+    assert_same(collapsing[5], collapsing[3])
+    saved = weights(tmp_path / "run")
+    assert_same(saved["snapshot"], collapsing[3])
+    assert saved["progress"]["collapses"] == [3, 4]
+    assert [e["count"] for e in events(tmp_path / "run", "overfitting")] == [1, 2]
+    assert result.summary.endswith(". Catastrophic overfitting was undone after epochs 3, 4")
+
+
+@pytest.mark.parametrize("steps", [12, 17])
+@pytest.mark.parametrize("method", ["fast", "free"])
+def test_a_run_that_rolled_back_resumes_to_the_same_bits(tmp_path, collapsing, steps, method):
+    """Stopped between the best validation and the collapse, and after the first rollback."""
+    expected = config(tmp_path / "expected", "rollback", method=method)
+    train(expected)
+    other = replace(expected, out=tmp_path / "other", resume=True)
+    helpers.train_until_stopped(other, helpers.after(steps, helpers.send))
+    helpers.assert_ends_alike(other)
+    assert events(other.out, "overfitting") == events(expected.out, "overfitting")
+
+
+@pytest.mark.slow
+def test_a_real_fall_is_noticed(tmp_path):
+    """FGSM training on real MNIST images at eps 0.15: within an epoch it withstands FGSM alone."""
+    options = {
+        "method": "fgsm", "data": "tests/assets/mnist-1500.npz", "model": "small-cnn", "eps": 38.25, "epochs": 7,
+        "batch_size": 50, "optimizer": "adam", "lr": 2e-3, "schedule": "constant", "weight_decay": 0.0, "holdout": 200,
+        "test": False,
+    }  # fmt: skip
+    result = train(Config(**options, out=tmp_path / "run", catastrophic_overfitting="stop", track="none"))
+    *before, last = events(tmp_path / "run", "validation")
+    (event,) = events(tmp_path / "run", "overfitting")
+    assert len(before) < 6
+    assert event["epoch"] == last["epoch"] == result.best["epoch"] + 1
+    assert last["pgd"] < result.best["pgd"] - 15
+    assert last["fgsm"] > result.best["fgsm"]
