@@ -9,11 +9,17 @@ To add one: its loss, its row in METHODS and its name in MethodName, all in this
                BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
     rst        the TRADES loss on labelled and pseudo-labelled images                Carmon et al., arXiv 1905.13736
     fgsm       c CE(z(x), y) + (1 - c) CE(z(x'), y), c = 0.5                         Goodfellow et al., arXiv 1412.6572
+    mmc        ||f(x') - mu_y||^2 / 2 = -z_y(x') / 2                                 Pang et al., arXiv 1905.10626
+    mmc-clean  the same at x
+    g-sce      CE(z(x'), y), z_k = -||f - mu_k||^2 (MMLDA; at x: standard)           the same
 
 z are logits and p probabilities. x' is PGD on cross-entropy (TRADES, RST: on the KL term), or with SPAT on label-smoothed
 cross-entropy. Gradients flow through both arguments of KL and through MART's weight, as in the public code, whose constants
 (1.0001, 1e-12) are kept. They vanish in half precision, so the losses take logits in fp32. Plain PyTorch, since all of it is less
 than a percent of a step (benchmarks/NOTES.md).
+
+MMC and g-SCE are for networks whose last layer has fixed centres mu_k in R^d (--classifier centres), where f is in R^d. MMC trains
+on untargeted PGD on its own loss. With label smoothing it is the mean of the distances to all centres by the smoothed label.
 """
 
 from collections.abc import Callable
@@ -23,7 +29,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]  # those of METHODS
+MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm", "mmc", "mmc-clean", "g-sce"]  # those of METHODS
+ClassifierName = Literal["linear", "centres"]
 # (clean logits [B, K], adversarial logits [B, K], y int64 [B]; beta, label_smoothing) -> the terms of the loss by name, each a
 # mean over the batch. Logits that the method does not read are None.
 Head = Callable[..., dict[str, Tensor]]
@@ -57,6 +64,12 @@ def mart(clean, adv, y, *, beta, label_smoothing=0.0) -> dict[str, Tensor]:
     return {"bce": bce, "kl": beta * (kl * weight).mean()}
 
 
+def mmc(clean, adv, y, *, beta=None, label_smoothing=0.0) -> dict[str, Tensor]:
+    name, z = ("mmc", clean) if adv is None else ("adv_mmc", adv)
+    own, every = z.gather(1, y[:, None])[:, 0], z.mean(1)
+    return {name: -((1 - label_smoothing) * own + label_smoothing * every).mean() / 2}
+
+
 @dataclass(frozen=True)
 class Method:
     """An objective and the defaults of its training attack."""
@@ -71,6 +84,7 @@ class Method:
     step_in_eps: float = 0.25  # length of a step, as a fraction of eps
     start: str = "uniform"  # of the attack: "uniform", "normal" or "clean"
     needs_extra: bool = False  # whether it trains on pseudo-labelled images too
+    classifier: ClassifierName = "linear"  # the last layer of the model; a method with "centres" is for those alone
 
     @property
     def attacks(self) -> bool:
@@ -86,4 +100,7 @@ METHODS: dict[MethodName, Method] = {
         "RST", "TRADES on labelled and pseudo-labelled images (--extra)", trades, beta=6.0, inner="kl", needs_extra=True
     ),
     "fgsm": Method("FGSM", "the mean of CE(x) and CE(x'), x' by one step of eps", fgsm, steps=1, step_in_eps=1.0, start="clean"),
+    "mmc": Method("MMC", "the distance of f(x') to its centre", mmc, reads=("adv",), inner="mmc", classifier="centres"),
+    "mmc-clean": Method("MMC, clean", "the distance of f(x) to its centre", mmc, reads=("clean",), classifier="centres"),
+    "g-sce": Method("g-SCE", "CE(x') on distances to centres", madry, reads=("adv",), classifier="centres"),
 }

@@ -1,4 +1,5 @@
-"""Named settings: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, and Madry's networks (arXiv 1706.06083).
+"""Named settings: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, Madry's networks (arXiv 1706.06083), and AWP
+(arXiv 2004.05884).
 
 The thesis attacks with PGD-10, eps 8/255, steps of eps/4 and a uniform start. Where it is silent, the public code decides.
 """
@@ -36,6 +37,19 @@ _MADRY_CIFAR = Config(
     data="cifar10", model="wrn-34-10", steps=7, step_size=2.0, weight_decay=2e-4, decay_norm=False, epochs=209,
     milestones=(105, 158), pad=2, bn_mode="train",
 )  # fmt: skip
+# AWP's code (csdongxian/AWP) for its WRN-34-10. AT, in train mode, normalises images, and counts epochs from 0, of which it divides
+# lr at 100 and 150. TRADES counts from 1, and perturbs weights from epoch 10 on. MART's code is not there: it is taken to be
+# TRADES's with MART's loss and order, from the first epoch on. The code picks a checkpoint by test images, we by held-out ones.
+_AWP = Config(data="cifar10", model="wrn-34-10", weight_decay=5e-4, epochs=200, milestones=(100, 150), awp=0.005, start="normal")
+_AWP_ROWS = {
+    "madry": replace(
+        _AWP, milestones=(101, 151), awp=0.01, start="uniform", bn_mode="train",
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
+    ),
+    "trades": replace(_AWP, method="trades", awp_warmup=9, forwards="adv-clean-clean"),
+    "mart": replace(_AWP, method="mart"),
+}  # fmt: skip
+_AWP_ALPHAS = {"madry": 0.2, "trades": 0.1, "mart": 0.3}  # of the rows with SPAT: as for MNIST and in Table 6.1
 
 
 # As in the authors' code. MART's order is the default.
@@ -64,5 +78,7 @@ _ROWS = {f"{table}/{key}": _row(table, key, alpha) for table, (_, alphas) in _TA
     for eps in (4, 8, 16)
     for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 }
+_ROWS |= {f"awp/{method}": row for method, row in _AWP_ROWS.items()}
+_ROWS |= {f"awp/{method}+spat": replace(row, alpha=_AWP_ALPHAS[method]) for method, row in _AWP_ROWS.items()}
 
 PRESETS = {name: replace(row, preset=name) for name, row in _ROWS.items()}

@@ -1,5 +1,5 @@
 """What the sources report: the thesis's Tables 5.1, 5.2 and 6.1-6.4 and what its text says of Figure 6.1; Madry et al.'s Tables 1
-and 2 (arXiv 1706.06083).
+and 2 (arXiv 1706.06083); Wu et al.'s table of WRN-34-10 with AWP (arXiv 2004.05884).
 
 Accuracies in percent, on whole test sets. A table names the runs behind its numbers by a key, and the attacks as
 `spat_train.evaluation.attack_specs` does.
@@ -47,11 +47,19 @@ def _smoothed(number: str, key: str, spec: RunSpec, kl: float, accuracies: dict[
 
 _FOUR = {"natural": "clean", "FGSM": "fgsm", "PGD-20": "pgd-20", "C&W-inf": "cw-30"}
 _TWO = {"natural": "clean", "PGD-20": "pgd-20"}
+_AUTO = {"natural": "clean", "AutoAttack": "autoattack"}
 _RST = {"natural": "clean", "PGD-20": "pgd-20-rst"}  # "settings in [39]": as RST's code validates
 FIGURE_61 = {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}  # what the text says, trained with 8/255
 
 
-def _trainings(about: str, presets: str, columns: dict[str, str], rows: dict[str, tuple[float, ...]], eps: float = 8.0) -> Table:
+def _trainings(
+    about: str,
+    presets: str,
+    columns: dict[str, str],
+    rows: dict[str, tuple[float, ...]],
+    eps: float = 8.0,
+    source: str = "Thesis",
+) -> Table:
     """`presets`: what the names of the rows' presets begin with. `columns`: by title, the attack."""
     runs = {key: RunSpec(presets + key) for key in rows}
     cells = [
@@ -59,7 +67,7 @@ def _trainings(about: str, presets: str, columns: dict[str, str], rows: dict[str
         for key, accuracies in rows.items()
         for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True)
     ]
-    return Table(f"Thesis, {about}", "defence", eps, runs, tuple(cells))
+    return Table(f"{source}, {about}", "defence", eps, runs, tuple(cells))
 
 
 # ---- Madry et al.: an attack in each row, on one robust model
@@ -112,6 +120,11 @@ TABLES = {
     "figure-6.1": _trainings("section 6.2: ResNet-50 on CIFAR-10, trained at α = 1", "figure6.1/eps8-", _TWO, {
         "alpha1": (FIGURE_61["clean"][0], FIGURE_61["robust"][0]),
     }),
+    "awp": _trainings("WRN-34-10 on CIFAR-10, all with AWP", "awp/", _AUTO, {
+        "madry": (85.57, 54.04),
+        "trades": (85.36, 56.17),
+        "mart": (84.43, 54.23),
+    }, source="Wu et al."),
     "madry-mnist": _attacks(
         1, "MNIST", 76.5,
         {
