@@ -18,8 +18,9 @@ cross-entropy. Gradients flow through both arguments of KL and through MART's we
 (1.0001, 1e-12) are kept. They vanish in half precision, so the losses take logits in fp32. Plain PyTorch, since all of it is less
 than a percent of a step (benchmarks/NOTES.md).
 
-MMC and g-SCE are for networks whose last layer has fixed centres mu_k in R^d (--classifier centres), where f is in R^d. MMC trains
-on untargeted PGD on its own loss. With label smoothing it is the mean of the distances to all centres by the smoothed label.
+MMC and g-SCE are for networks whose last layer has features f and fixed centres mu_k in R^d (--classifier centres). MMC trains on
+untargeted PGD on its own loss. With label smoothing it is the mean of the distances to all centres by the smoothed label. SPAT is
+weak there: these logits differ by up to 222, and where p_y > 1 - alpha, PGD-LS makes the model surer of the label.
 """
 
 from collections.abc import Callable
@@ -65,9 +66,15 @@ def mart(clean, adv, y, *, beta, label_smoothing=0.0) -> dict[str, Tensor]:
 
 
 def mmc(clean, adv, y, *, beta=None, label_smoothing=0.0) -> dict[str, Tensor]:
-    name, z = ("mmc", clean) if adv is None else ("adv_mmc", adv)
-    own, every = z.gather(1, y[:, None])[:, 0], z.mean(1)
-    return {name: -((1 - label_smoothing) * own + label_smoothing * every).mean() / 2}
+    return {"adv_mmc": _distance(adv, y, label_smoothing)}
+
+
+def mmc_clean(clean, adv, y, *, beta=None, label_smoothing=0.0) -> dict[str, Tensor]:
+    return {"mmc": _distance(clean, y, label_smoothing)}
+
+
+def _distance(z: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    return -((1 - label_smoothing) * z.gather(1, y[:, None])[:, 0] + label_smoothing * z.mean(1)).mean() / 2
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,6 @@ METHODS: dict[MethodName, Method] = {
     ),
     "fgsm": Method("FGSM", "the mean of CE(x) and CE(x'), x' by one step of eps", fgsm, steps=1, step_in_eps=1.0, start="clean"),
     "mmc": Method("MMC", "the distance of f(x') to its centre", mmc, reads=("adv",), inner="mmc", classifier="centres"),
-    "mmc-clean": Method("MMC, clean", "the distance of f(x) to its centre", mmc, reads=("clean",), classifier="centres"),
+    "mmc-clean": Method("MMC, clean", "the distance of f(x) to its centre", mmc_clean, reads=("clean",), classifier="centres"),
     "g-sce": Method("g-SCE", "CE(x') on distances to centres", madry, reads=("adv",), classifier="centres"),
 }

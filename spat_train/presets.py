@@ -37,9 +37,9 @@ _MADRY_CIFAR = Config(
     data="cifar10", model="wrn-34-10", steps=7, step_size=2.0, weight_decay=2e-4, decay_norm=False, epochs=209,
     milestones=(105, 158), pad=2, bn_mode="train",
 )  # fmt: skip
-# AWP's code (csdongxian/AWP) for its WRN-34-10. AT, in train mode, normalises images, and counts epochs from 0, of which it divides
-# lr at 100 and 150. TRADES counts from 1, and perturbs weights from epoch 10 on. MART's code is not there: it is taken to be
-# TRADES's with MART's loss and order, from the first epoch on. The code picks a checkpoint by test images, we by held-out ones.
+# AWP's code (csdongxian/AWP) for its WRN-34-10. AT attacks in train mode, normalises images, and divides lr at epochs 100 and 150
+# counted from 0. TRADES counts from 1, and perturbs weights from epoch 10 on. MART's code is not there: it is taken to be that of
+# TRADES with MART's loss and order, from the first epoch on. The code picks checkpoints by test images, we by held-out ones.
 _AWP = Config(data="cifar10", model="wrn-34-10", weight_decay=5e-4, epochs=200, milestones=(100, 150), awp=0.005, start="normal")
 _AWP_ROWS = {
     "madry": replace(

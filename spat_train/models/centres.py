@@ -35,6 +35,7 @@ class CentreClassifier(nn.Module):
         classes: K, from 2 to d + 1.
         dimensions: d.
         radius: C_MM, the norm of every centre.
+        device, dtype: of the weights and the centres, as in `nn.Linear`.
 
     Raises:
         ValueError: there are too many classes.
@@ -42,13 +43,13 @@ class CentreClassifier(nn.Module):
 
     centres: Tensor
 
-    def __init__(self, inputs: int, classes: int, dimensions: int = DIMENSIONS, radius: float = RADIUS):
+    def __init__(self, inputs: int, classes: int, dimensions: int = DIMENSIONS, radius: float = RADIUS, device=None, dtype=None):
         super().__init__()
         self.radius = radius
-        self.linear = nn.Linear(inputs, dimensions)
+        self.linear = nn.Linear(inputs, dimensions, device=device, dtype=dtype)
         nn.init.kaiming_normal_(self.linear.weight)  # as in the paper's code
         nn.init.zeros_(self.linear.bias)
-        self.register_buffer("centres", max_mahalanobis(classes, dimensions, radius).to(self.linear.weight.dtype))
+        self.register_buffer("centres", max_mahalanobis(classes, dimensions, radius).to(self.linear.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs] -> logits [B, K]."""
@@ -76,6 +77,7 @@ def put_centres(model: nn.Module, name: str, num_classes: int) -> None:
             "give 'linear', or a model with one"
         )
     (layer,) = layers
-    head = CentreClassifier(layer.in_features, num_classes, max(DIMENSIONS, num_classes - 1)).to(layer.weight)
+    dimensions, weight = max(DIMENSIONS, num_classes - 1), layer.weight
+    head = CentreClassifier(layer.in_features, num_classes, dimensions, device=weight.device, dtype=weight.dtype)
     for m, at, _ in places:
         setattr(m, at, head)

@@ -17,6 +17,8 @@ SETTINGS = {  # beside COMMON, by method
     "madry": {"steps": 5},
     "trades": {"steps": 5},
     "mart": {"steps": 5},
+    "mmc": {"steps": 3},
+    "g-sce": {"steps": 3, "schedule": "one-cycle", "lr": 5e-3},
 }
 
 
