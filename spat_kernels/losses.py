@@ -1,8 +1,8 @@
 """What an attack maximises: the value of a loss per sample, and its gradient at the logits.
 
-Each loss here is one fused kernel. To bring your own, pass `pgd` a callable `loss(logits, y) -> [B]`; its gradient then comes
-from autograd. To give it a name, subclass `AutogradLoss` and `register` it: attacks, `spat-train evaluate` and
-`spat-train train --inner` know it from then on. To bring a kernel, subclass `Loss`.
+Each loss here is one fused kernel, but for MMC, whose gradient is a mask. To bring your own, pass `pgd` a callable
+`loss(logits, y) -> [B]`; its gradient then comes from autograd. To give it a name, subclass `AutogradLoss` and `register` it:
+attacks, `spat-train evaluate` and `spat-train train --inner` know it from then on. To bring a kernel, subclass `Loss`.
 """
 
 from collections.abc import Callable
@@ -217,6 +217,24 @@ class PMA(Loss):
         return replace(self, normalize=False)
 
 
+@register
+@dataclass(frozen=True)
+class MMC(Loss):
+    """-z_y; targeted: z_t. On models with Max-Mahalanobis centres this is their own loss (arXiv 1905.10626), at which an attack
+    has to be aimed: z_k = -||f - mu_k||^2 there, so -z_y is the squared distance of the features from the label's centre.
+    """
+
+    name, title = "mmc", "the label's logit"
+
+    def gradient(self, logits, reference, dlogits, value, *, targeted, scale):
+        sign = 1.0 if targeted else -1.0
+        label = torch.arange(logits.shape[1], device=logits.device) == reference[:, None]
+        wrong = ~label.any(1)  # labels that are no classes: NaN, as of the kernels
+        dlogits.zero_().masked_fill_(label, sign * scale).masked_fill_(wrong[:, None], torch.nan)
+        if value is not None:
+            value.copy_(logits.where(label, 0).sum(1) * sign).masked_fill_(wrong, torch.nan)
+
+
 class AutogradLoss(Loss):
     """A loss without a kernel: a subclass writes `value`, which autograd differentiates. A targeted attack minimises it."""
 
@@ -253,7 +271,7 @@ class Custom(AutogradLoss):
         return self.function(logits, reference)
 
 
-OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR, PMA)  # frozen, and of each sample by itself
+OURS = (LabelSmoothedCE, KLDivergence, Margin, DLR, PMA, MMC)  # frozen, and of each sample by itself
 
 
 def names() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from spat_kernels import losses
 from spat_kernels.settings import Precision
 
 from .errors import InputError
-from .objectives import METHODS, Method, MethodName
+from .objectives import METHODS, ClassifierName, Method, MethodName
 
 # What may differ when a run is resumed: where things are (the images themselves are compared) and how they are shown, but nothing
 # that changes the weights. Two exceptions: reading a batch or replaying a graph may change their rounding, and --eval-batch-size
@@ -51,9 +51,9 @@ class Config:
     """Weight of the KL term. Default: that of the method's paper."""
     label_smoothing: float = 0.0
     """Label smoothing of the loss itself (and of free's examples), over all classes as in PyTorch. Not the alpha of SPAT."""
-    forwards: Literal["clean-adv", "adv-clean", "clean-adv-clean"] = "clean-adv"
+    forwards: Literal["clean-adv", "adv-clean", "clean-adv-clean", "adv-clean-clean"] = "clean-adv"
     """Order of an update's forwards, by which the statistics of batch norm differ. MART's code: clean-adv; RST's: adv-clean;
-    TRADES's: clean-adv-clean, whose third changes these statistics alone."""
+    TRADES's: clean-adv-clean, whose third changes these statistics alone; TRADES-AWP's: adv-clean-clean."""
     awp: float = 0.0
     """Adversarial weight perturbation (Wu et al., 2020): its relative size, such as 0.005; 0 is off."""
     awp_warmup: int = 0
@@ -83,6 +83,9 @@ class Config:
     torchvision:NAME, robustbench:NAME (an entry's network and normalisation), or package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
+    classifier: ClassifierName | None = None
+    """centres: the last layer of the model becomes one to 256 features, whose squared distances to fixed Max-Mahalanobis centres
+    are the negative logits (Pang et al., 2020). linear: it stays. Default: that of the method."""
     mean: tuple[float, ...] | None = None
     """For (x - mean) / std in the model: a number for each channel, for images in [0, 1]. Default: none, or that of timm,
     torchvision or RobustBench."""
@@ -206,6 +209,10 @@ class Config:
     @property
     def objective(self) -> Method:
         return METHODS[self.method]
+
+    @property
+    def last_layer(self) -> ClassifierName:
+        return self.classifier or self.objective.classifier
 
     @property
     def inner_loss(self) -> str:

@@ -12,11 +12,18 @@ To add one: its loss, its row in METHODS and its name in MethodName, all in this
     fast       CE(z(x'), y), x' one step of 1.25 eps from a uniform start            Wong et al., arXiv 2001.03994
     n-fgsm     CE(z(x'), y), x' one step of eps from noise of 2 eps, in the box      de Jorge et al., arXiv 2202.01181
     free       CE(z(x'), y), x' from the gradient of the update before               Shafahi et al., arXiv 1904.12843
+    mmc        ||f(x') - mu_y||^2 / 2 = -z_y(x') / 2                                 Pang et al., arXiv 1905.10626
+    mmc-clean  the same at x
+    g-sce      CE(z(x'), y), z_k = -||f - mu_k||^2 (MMLDA; at x: standard)           the same
 
 z are logits and p probabilities. x' is PGD on cross-entropy (TRADES, RST: on the KL term), or with SPAT on label-smoothed
 cross-entropy. Gradients flow through both arguments of KL and through MART's weight, as in the public code, whose constants
 (1.0001, 1e-12) are kept. They vanish in half precision, so the losses take logits in fp32. Plain PyTorch, since all of it is less
 than a percent of a step (benchmarks/NOTES.md).
+
+MMC and g-SCE are for networks whose last layer has features f and fixed centres mu_k in R^d (--classifier centres). MMC trains on
+untargeted PGD on its own loss. With label smoothing it is the mean of the distances to all centres by the smoothed label. SPAT is
+weak there: these logits differ by up to 222, and where p_y > 1 - alpha, PGD-LS makes the model surer of the label.
 """
 
 from collections.abc import Callable
@@ -26,7 +33,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm", "fast", "n-fgsm", "free"]  # those of METHODS
+MethodName = Literal[  # those of METHODS
+    "standard", "madry", "trades", "mart", "rst", "fgsm", "fast", "n-fgsm", "free", "mmc", "mmc-clean", "g-sce",
+]  # fmt: skip
+ClassifierName = Literal["linear", "centres"]
 # (clean logits [B, K], adversarial logits [B, K], y int64 [B]; beta, label_smoothing) -> the terms of the loss by name, each a
 # mean over the batch. Logits that the method does not read are None.
 Head = Callable[..., dict[str, Tensor]]
@@ -60,6 +70,18 @@ def mart(clean, adv, y, *, beta, label_smoothing=0.0) -> dict[str, Tensor]:
     return {"bce": bce, "kl": beta * (kl * weight).mean()}
 
 
+def mmc(clean, adv, y, *, beta=None, label_smoothing=0.0) -> dict[str, Tensor]:
+    return {"adv_mmc": _distance(adv, y, label_smoothing)}
+
+
+def mmc_clean(clean, adv, y, *, beta=None, label_smoothing=0.0) -> dict[str, Tensor]:
+    return {"mmc": _distance(clean, y, label_smoothing)}
+
+
+def _distance(z: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    return -((1 - label_smoothing) * z.gather(1, y[:, None])[:, 0] + label_smoothing * z.mean(1)).mean() / 2
+
+
 @dataclass(frozen=True)
 class Method:
     """An objective and the defaults of its training attack."""
@@ -75,6 +97,7 @@ class Method:
     start: str = "uniform"  # of the attack: "uniform", "normal", "clean" or "wide"
     needs_extra: bool = False  # whether it trains on pseudo-labelled images too
     replays: int | None = None  # updates with a batch, where their gradients make the examples (training/free.py), no attack
+    classifier: ClassifierName = "linear"  # the last layer of the model; a method with "centres" is for those alone
 
     @property
     def attacks(self) -> bool:
@@ -101,4 +124,7 @@ METHODS: dict[MethodName, Method] = {
         "Free AT", "CE(x'), with --replays updates on each batch, whose gradients move x' too", madry, ("adv",),
         steps=1, step_in_eps=1.0, start="clean", replays=8,
     ),
+    "mmc": Method("MMC", "the distance of f(x') to its centre", mmc, reads=("adv",), inner="mmc", classifier="centres"),
+    "mmc-clean": Method("MMC, clean", "the distance of f(x) to its centre", mmc_clean, reads=("clean",), classifier="centres"),
+    "g-sce": Method("g-SCE", "CE(x') on distances to centres", madry, reads=("adv",), classifier="centres"),
 }  # fmt: skip

@@ -1,5 +1,5 @@
 """Named settings: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, Madry's networks (arXiv 1706.06083), the
-papers of the single-step methods, and rows of the FastAT benchmark (arXiv 2604.22853).
+papers of the single-step methods, AWP (arXiv 2004.05884), and rows of the FastAT benchmark (arXiv 2604.22853).
 
 The thesis attacks with PGD-10, eps 8/255, steps of eps/4 and a uniform start. Where it is silent, the public code decides.
 """
@@ -54,6 +54,19 @@ _FASTAT = Config(
 # Its single-step methods take their examples from the smoothed loss, which is SPAT with alpha = 0.4 (K - 1) / K, in training mode
 # as above. Its PGD attacks in eval mode, on cross-entropy.
 _FASTAT_STEP = replace(_FASTAT, bn_mode="train", alpha=0.36)
+# AWP's code (csdongxian/AWP) for its WRN-34-10. AT attacks in train mode, normalises images, and divides lr at epochs 100 and 150
+# counted from 0. TRADES counts from 1, and perturbs weights from epoch 10 on. MART's code is not there: it is taken to be that of
+# TRADES with MART's loss and order, from the first epoch on. The code picks checkpoints by test images, we by held-out ones.
+_AWP = Config(data="cifar10", model="wrn-34-10", weight_decay=5e-4, epochs=200, milestones=(100, 150), awp=0.005, start="normal")
+_AWP_ROWS = {
+    "madry": replace(
+        _AWP, milestones=(101, 151), awp=0.01, start="uniform", bn_mode="train",
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616),
+    ),
+    "trades": replace(_AWP, method="trades", awp_warmup=9, forwards="adv-clean-clean"),
+    "mart": replace(_AWP, method="mart"),
+}  # fmt: skip
+_AWP_ALPHAS = {"madry": 0.2, "trades": 0.1, "mart": 0.3}  # of the rows with SPAT: as for MNIST and in Table 6.1
 
 
 # As in the authors' code. MART's order is the default.
@@ -82,6 +95,8 @@ _ROWS = {f"{table}/{key}": _row(table, key, alpha) for table, (_, alphas) in _TA
     for eps in (4, 8, 16)
     for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 }
+_ROWS |= {f"awp/{method}": row for method, row in _AWP_ROWS.items()}
+_ROWS |= {f"awp/{method}+spat": replace(row, alpha=_AWP_ALPHAS[method]) for method, row in _AWP_ROWS.items()}
 
 _ROWS |= {
     "single-step/fast": replace(_SINGLE_STEP, method="fast"),

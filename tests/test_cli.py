@@ -75,6 +75,8 @@ def test_presets_are_the_settings_of_the_sources():
     }
     single_steps = {"fast": (8 / 255, 10 / 255, 1, "uniform"), "n-fgsm": (8 / 255, 8 / 255, 1, "wide")}  # fmt: skip
     for name, c in PRESETS.items():
+        if name.startswith("awp/"):
+            continue
         check(replace(c, extra=Path("500k.pickle")) if name.startswith("table6.3") else c)
         assert c.preset == name
         assert c.forwards == forwards.get(c.method, "clean-adv")
@@ -112,6 +114,24 @@ def test_presets_are_the_settings_of_the_sources():
     grid = {(c.data, c.eps, c.alpha) for c in figures.values() if c.model == "resnet-50" and c.method == "madry"}
     assert len(figures) == 36
     assert grid == {(d, e, a) for d in ("cifar10", "cifar100") for e in (4, 8, 16) for a in (0, 0.2, 0.4, 0.6, 0.8, 1)}
+
+
+@pytest.mark.parametrize("method", ["madry", "trades", "mart"])
+def test_presets_of_awp_are_the_settings_of_its_code(method):
+    c = PRESETS[f"awp/{method}"]
+    check(c)
+    assert (c.method, c.model, c.data, c.epochs, c.weight_decay) == (method, "wrn-34-10", "cifar10", 200, 5e-4)
+    at, trades = method == "madry", method == "trades"
+    # AT's code counts epochs from 0, that of TRADES from 1: it divides lr in epoch 100, and perturbs weights in epoch 10.
+    drops = [epoch for epoch in range(1, 200) if learning_rate(c, epoch, 1.0) < learning_rate(c, epoch - 1, 1.0)]
+    assert drops == ([100, 150] if at else [99, 149])
+    assert (c.awp, c.awp_warmup) == (0.01 if at else 0.005, 9 if trades else 0)
+    assert c.attack_settings == (8 / 255, 2 / 255, 10, "uniform" if at else "normal")
+    assert (c.bn_mode, c.forwards) == ("train" if at else "eval", "adv-clean-clean" if trades else "clean-adv")
+    assert (c.mean is None) is not at
+    assert PRESETS[f"awp/{method}+spat"] == replace(
+        c, alpha={"madry": 0.2, "trades": 0.1, "mart": 0.3}[method], preset=f"awp/{method}+spat"
+    )
 
 
 def test_a_preset_is_the_default_of_every_option(monkeypatch):

@@ -129,6 +129,35 @@ def test_gradient_of_the_probability_margin(targeted):
     torch.testing.assert_close(dlogits, 2 * exact, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_mmc_is_the_logit_of_the_label(targeted):
+    z, y, sign = 3 * torch.randn(8, 7).double(), torch.arange(8) % 7, 1 if targeted else -1
+    z[3, 0] = torch.inf  # another class's
+    y[1], y[2] = 7, -1  # no classes: NaN, as of the kernels
+    loss, dlogits, value = losses.as_loss("mmc"), torch.full_like(z, torch.nan), torch.full((8,), torch.nan).double()
+    loss.gradient(z, loss.reference(y, None, targeted), dlogits, value, targeted=targeted, scale=0.3)
+    right = [0, 3, 4, 5, 6, 7]
+    assert torch.equal(value[right], sign * z[right, y[right]])
+    assert torch.equal(dlogits[right], sign * 0.3 * F.one_hot(y[right], 7).double())
+    assert value[[1, 2]].isnan().all()
+    assert dlogits[[1, 2]].isnan().all()
+    with pytest.raises(ValueError, match="labels"):
+        pgd(cnn().eval(), *batch(4)[:1], torch.tensor([0, 1, 2, 10]), EPS, loss="mmc")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_on_mmc_are_those_on_its_formula(norm):
+    model, (x, y) = cnn().eval(), batch()
+    eps = EPS if norm == "linf" else 0.5
+    for make in (PGD, APGD):
+        attacks = [make(eps, loss=loss, norm=norm, steps=5, generator=seeded()) for loss in ("mmc", reference)]
+        assert torch.equal(*(attack(model, x, y) for attack in attacks))
+    targets = (y + 1) % 10
+    towards = PGD(eps, loss="mmc", targeted=True, norm=norm, steps=5, generator=seeded())(model, x, targets)
+    assert (model(towards).gather(1, targets[:, None]) > model(x).gather(1, targets[:, None])).all()
+    assert parse("pgd-20:loss=mmc").maximised == parse("apgd:loss=mmc").maximised == losses.MMC()
+
+
 def test_unnormalized_losses():
     for loss in (losses.CrossEntropy(), losses.LabelSmoothedCE(0.2), losses.PMA()):
         assert loss.unnormalized() == replace(loss, normalize=False) != loss

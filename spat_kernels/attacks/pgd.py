@@ -35,7 +35,7 @@ class PGD(RestartedAttack):
 
     Args:
         eps: radius of the ball in the units of x, a number or one per sample as a tensor [B]. 0 is valid.
-        loss: what is maximised: "ce", "kl", "margin", "dlr", "pma", or another name in `losses.LOSSES`; an object of
+        loss: what is maximised: "ce", "kl", "margin", "dlr", "pma", "mmc", or another name in `losses.LOSSES`; an object of
             `spat_kernels.losses`; or a callable `(logits [B, K], y [B]) -> [B]`, differentiated by autograd.
         steps: gradient steps, >= 0.
         step_size: length of a step in the units of x, a number or [B]. None is eps / 4 for L-infinity (thesis, chapter 6) and

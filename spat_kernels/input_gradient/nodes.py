@@ -1,6 +1,7 @@
 """The words that a traced model is written in: nodes, the parameters that they name, and the network that they form.
 
     input · conv · linear · affine (BatchNorm, normalisation) · relu · add · mean (global average pooling) · reshape
+    cast (to the dtype of the weights: nothing, but in half precision, where fp32 is asked for)
     local (any other function of a sample's values without parameters of its own: differentiated by autograd, alone)
 
 Nodes name parameters and never hold them, so that a list of nodes keeps no model alive, and stays right when the weights change.

@@ -72,7 +72,7 @@ class Plan:
                 if parts == {"front"} and node.conv["groups"] > 1:
                     reason = f"{node.name} is grouped and reads the image, which would be rounded"
                 continue
-            pools = (node.kind == "mean" and i not in before_conv) or (node.kind == "linear" and i == self.last)
+            pools = (node.kind in ("mean", "cast") and i not in before_conv) or (node.kind == "linear" and i == self.last)
             if len(parts) > 1:
                 reason = f"{node.name} joins values from before, inside and behind the half-precision part"
             elif parts == {"front"}:
@@ -98,7 +98,7 @@ class Plan:
         elif node.function is not None:
             self.steps.append(Local(*what, function=node.function))
         else:
-            self.steps.append({"mean": Mean, "reshape": Reshape}[node.kind](*what))
+            self.steps.append({"mean": Mean, "reshape": Reshape, "cast": Reshape}[node.kind](*what))
         return {i}
 
     def _add_conv(self, i: int, conv: dict) -> set[int]:

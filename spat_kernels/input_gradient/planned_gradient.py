@@ -205,12 +205,13 @@ def _mean_backward(run: PlannedGradient, step: Mean, bound, shape, grads):
 
 def _reshape_forward(run: PlannedGradient, step: Reshape, bound, values, keep):
     x = values[step.inputs[0]]
-    return x.reshape(len(x), *step.shape), x.shape
+    dtype = acc_dtype(x.dtype) if step.out in run.plan.exact else x.dtype
+    return x.reshape(len(x), *step.shape).to(dtype), x.shape
 
 
 def _reshape_backward(run: PlannedGradient, step: Reshape, bound, shape, grads):
-    grad, _ = take(grads, step.out)
-    grads[step.inputs[0]].append((grad.reshape(shape), False))
+    grad = take(grads, step.out)[0].reshape(shape)
+    grads[step.inputs[0]].append((run.into_network(grad) if run.enters(step) else grad, False))
 
 
 def _local_forward(run: PlannedGradient, step: Local, bound, values, keep):

@@ -155,14 +155,23 @@ def _average_by(module: type, *names: str):
     return rule
 
 
+def _check_samples_apart(net: Network, n, shape, dims) -> None:
+    if dims is None or 0 in [d % (len(shape) + 1) for d in ([dims] if isinstance(dims, int) else dims)]:
+        raise CannotPlan(f"{n.name} reduces the batch")
+
+
 def _mean(net: Network, n, x, dim=None, keepdim=False, **kwargs):
     shape, dims = net.shape_of(x), net.plain(dim)
-    if dims is None or 0 in [d % (len(shape) + 1) for d in ([dims] if isinstance(dims, int) else dims)]:
-        raise CannotPlan(f"{n.name} averages over the batch")
+    _check_samples_apart(net, n, shape, dims)
     spatial = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
     if len(shape) == 3 and spatial and not kwargs:
         return net.add(n, "mean", x)
     return _local(torch.mean)(net, n, x, dim, keepdim, **kwargs)
+
+
+def _sum(net: Network, n, x, dim=None, keepdim=False, **kwargs):
+    _check_samples_apart(net, n, net.shape_of(x), net.plain(dim))
+    return _local(torch.sum)(net, n, x, dim, keepdim, **kwargs)
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------------------
@@ -275,9 +284,11 @@ FUNCTIONS: dict[Any, Callable] = {  # functions, and the names of methods
     F.batch_norm: _batch_norm,
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _kind("relu")),
     **dict.fromkeys(("contiguous", "clone", torch.clone), _identity),
+    **dict.fromkeys(("to", "float"), _kind("cast")),  # others than to the dtype that it has have been refused
     **dict.fromkeys((F.dropout, F.dropout2d, torch.dropout), _dropout),
     **dict.fromkeys(RESHAPES, _kind("reshape")),
     **dict.fromkeys((torch.mean, "mean"), _mean),
+    **dict.fromkeys((torch.sum, "sum"), _sum),
     F.avg_pool2d: _average_by(
         nn.AvgPool2d, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
     ),

@@ -19,7 +19,20 @@ from .nodes import CannotPlan, Network, Node
 from .rules import FUNCTIONS, MODULES, find_rule, is_normalize
 
 PROBES = 5  # samples that a model is traced with; an unusual size, so that a batch differs from other dimensions
-ALIASING = {"flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose"}
+ALIASING = {
+    "flatten",
+    "view",
+    "reshape",
+    "contiguous",
+    "dropout",
+    "dropout2d",
+    "squeeze",
+    "unsqueeze",
+    "permute",
+    "transpose",
+    "to",
+    "float",
+}
 ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 

@@ -26,6 +26,7 @@ from ..models.robustbench_names import network_name
 from ..models.run_config import checkpoint_file, chosen_name, run_config
 from ..models.weight_files import read_file
 from ..models.wrapping import normalisation
+from ..objectives import ClassifierName
 from ..runtime.distributed import PATIENCE, PeerError, World, is_of_a_peer, world
 from ..runtime.signals import interruptible
 from . import attack_specs
@@ -84,6 +85,9 @@ class EvaluateOptions:
     package.module:factory, it has to be given again: it would run."""
     activation: Activation | None = None
     """What replaces every ReLU of the model, where it is no run's. The weights do not tell. Default: they stay."""
+    classifier: ClassifierName | None = None
+    """centres: the model ends in Max-Mahalanobis centres, as with --classifier in `spat-train train`, where it is no run's.
+    Default: linear."""
     mean: tuple[float, ...] | None = None
     """Mean of the normalisation that the model was trained with, a number for each channel, for images in [0, 1]. Default: that
     of the run, or that in the file."""
@@ -97,6 +101,8 @@ class EvaluateOptions:
     """Its architecture. Default: that of its run."""
     source_activation: Activation | None = None
     """As --activation. Default: they stay."""
+    source_classifier: ClassifierName | None = None
+    """As --classifier. Default: linear."""
     source_mean: tuple[float, ...] | None = None
     """As --mean. Default: that of its run, or that in the file."""
     source_std: tuple[float, ...] | None = None
@@ -224,9 +230,11 @@ def _check(options: EvaluateOptions, config: Config | None, eps: float) -> None:
     check_count("--limit", options.limit)
     check_eps("--eps", eps)
     check_numbers(eps / 255, options.eps_l2, options.eps_l1, options.seed, options.batch_size, options.budget)
-    if options.source is None and (options.source_activation or options.source_mean or options.source_std):
+    of_source = options.source_activation or options.source_classifier or options.source_mean or options.source_std
+    if options.source is None and of_source:
         raise InputError(
-            "--source-activation, --source-mean, --source-std: give the --source that they are of, or leave them out"
+            "--source-activation, --source-classifier, --source-mean, --source-std: give the --source that they are of, or leave "
+            "them out"
         )
 
 
@@ -257,16 +265,16 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
     prefix, whose = ("source_", "source's ") if kind == "source" else ("", "")
     path, given, option = getattr(options, kind), getattr(options, f"{kind}_name"), f"--{kind}-name"
     check_class_names(_trained_classes(path), dataset, options.data or dataset.name, path)
-    changes = {name: getattr(options, prefix + name) for name in ("activation", "mean", "std")}
+    changes = {name: getattr(options, prefix + name) for name in ("activation", "classifier", "mean", "std")}
     try:
         network, config = load_model(path, dataset, given, option=option, **changes)
     except InputError as error:
         if kind == "model":
             raise
-        raise InputError(re.sub("--(activation|mean|std)", r"--source-\1", str(error))) from error
+        raise InputError(re.sub("--(activation|classifier|mean|std)", r"--source-\1", str(error))) from error
     name = network_name(chosen_name(path, config, given, option), dataset.num_classes)
-    activation = f" with {changes['activation']}" if changes["activation"] else ""
-    about = {kind: str(checkpoint_file(path)), f"{whose}network": name + activation}
+    changed = [changes[what] for what in ("activation", "classifier") if changes[what]]
+    about = {kind: str(checkpoint_file(path)), f"{whose}network": f"{name} with {' and '.join(changed)}" if changed else name}
     return network, about | {f"{whose}normalisation": normalisation(network) or "none"}
 
 

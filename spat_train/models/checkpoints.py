@@ -74,6 +74,7 @@ def load_model(
     activation: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classifier: str | None = None,
     option: str = "--model-name",
 ) -> tuple[nn.Module, Config | None]:
     """The model in `path`, for the images and classes of `dataset`, in eval mode on the CPU; and the config of its run.
@@ -84,7 +85,7 @@ def load_model(
     Args:
         path: the folder of a run, of which best.pt is taken, else last.pt; or a file of `read_weights`.
         name: the architecture, as `spat_train.models.create` takes it. None is that of the run.
-        activation, mean, std: as `create` takes them, where neither a run nor the file says.
+        activation, mean, std, classifier: as `create` takes them, where neither a run nor the file says.
         option: what gives `name` on the command line, for messages.
 
     Raises:
@@ -96,13 +97,13 @@ def load_model(
     config = run_config(path, content)
     name = chosen_name(path, config, name, option)
     if config is not None:
-        if activation or mean or std:
-            raise InputError(f"--activation, --mean, --std: {path} has a config that says them: leave them out")
-        activation, mean, std = config.activation, config.mean, config.std
+        if activation or mean or std or classifier:
+            raise InputError(f"--activation, --classifier, --mean, --std: {path} has a config that says them: leave them out")
+        activation, mean, std, classifier = config.activation, config.mean, config.std, config.last_layer
     classes = dataset.num_classes
     try:
         state = select(content, "auto", file)
-        make = partial(create, name, activation=activation or "relu", mean=mean, std=std)
+        make = partial(create, name, activation=activation or "relu", mean=mean, std=std, classifier=classifier or "linear")
         model, match = matched(make, classes, dataset.image_shape, state)
         if mean and config is None and (numbers := match.values()):
             raise InputError(f"--mean, --std: {file} holds its own ({numbers_text(*numbers)}): leave them out")

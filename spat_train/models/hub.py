@@ -33,7 +33,7 @@ from .wrapping import normalizers
 FORMAT = "spat_train model 1"
 VERSION = "spat_kernels"  # that of the package, in config.json alone: equal weights are equal files in every version
 NEEDED = ("config.json", "model.safetensors")
-ARCHITECTURE = ("model", "activation", "mean", "std", "data")  # all that is known of a checkpoint of others
+ARCHITECTURE = ("model", "activation", "classifier", "mean", "std", "data")  # all that is known of a checkpoint of others
 PATHS = ("data", "extra", "init")  # only the names of these files are published
 MOST = 4096  # pixels: of larger images the first two would take gigabytes
 PRIVATE = set(FREE_ON_RESUME) - set(PATHS)
@@ -67,7 +67,7 @@ def from_folder(path: str | Path, model: str | None = None) -> nn.Module:
         raise InputError(f"{path}: model.safetensors and config.json do not belong together ({listed(differ)} differ): {remedy}")
     state = select(saved, "model", file)
     _check_finite(state, str(file))
-    make = partial(create, name, activation=config.activation)
+    make = partial(create, name, activation=config.activation, classifier=config.last_layer)
     try:
         if ":" not in name:  # those of others have a size each
             _check_size(make, classes, shape, state)

@@ -151,6 +151,8 @@ def _hint(match: Match) -> str:
         if any(map(NUMBERS.search, match.file)):
             return "the file has a mean without its std, or the reverse: save both, or neither"
         return "the file has no normalisation: use a spat_train.models.Normalize, which keeps its numbers"
+    if any(name.endswith("centres") for name in missing | unexpected):
+        return "either the file or the model ends in Max-Mahalanobis centres: create it with classifier='centres', or not"
     if "logits.weight" in unexpected:
         for first, name in DEEPMINDS.items():
             if first in unexpected:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..errors import did_you_mean
+from ..errors import did_you_mean, lookup
 from . import robustbench_names
+from .centres import put_centres
 from .external import own_model, timm_model, torchvision_model
 from .networks import FAMILIES, ImageShape
 from .wrapping import replace_relus, wrap
@@ -26,6 +27,7 @@ def create(
     activation: str = "relu",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classifier: str = "linear",
 ) -> nn.Module:
     """The network called `name`, newly initialised: images [B, *image_shape] in [0, 1] -> logits [B, num_classes].
 
@@ -42,6 +44,7 @@ def create(
         image_shape: (C, H, W) of one image.
         activation: what takes the place of every `nn.ReLU` module, a name in `wrapping.ACTIVATIONS`.
         mean, std: those of a `Normalize` before the network, a number for each channel; in place of timm's and torchvision's own.
+        classifier: "linear" is that of the network. "centres" puts a `centres.CentreClassifier` in its place.
 
     Raises:
         ValueError: an argument does not fit; the message names it, its value and the remedy.
@@ -56,10 +59,12 @@ def create(
         if twice := ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None):
             raise ValueError(f"{twice}: {name} says its own: leave it out, or name the network, {entry.network}")
         mean, std = entry.normalisation or (None, None)
-        return create(entry.network, num_classes, image_shape, mean=mean, std=std)
+        return create(entry.network, num_classes, image_shape, mean=mean, std=std, classifier=classifier)
     model = _create(name, num_classes, image_shape)
     if activation != "relu":
         replace_relus(model, name, activation)
+    if lookup("classifier", classifier, {"linear": False, "centres": True}):
+        put_centres(model, name, num_classes)
     network = model.get_submodule("model") if name.startswith(("timm:", "torchvision:")) else model
     made = (full_name(name, image_shape), activation, image_shape, num_classes)  # what a run's config is compared with
     network.made_as = made  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """What the sources report: the thesis's Tables 5.1, 5.2 and 6.1-6.4 and what its text says of Figure 6.1; Madry et al.'s Tables 1
-and 2 (arXiv 1706.06083); rows of the FastAT benchmark (arXiv 2604.22853).
+and 2 (arXiv 1706.06083); Wu et al.'s table of WRN-34-10 with AWP (arXiv 2004.05884); rows of the FastAT benchmark (arXiv
+2604.22853).
 
 Accuracies in percent, on whole test sets. A table names the runs behind its numbers by a key, and the attacks as
 `spat_train.evaluation.attack_specs` does.
@@ -47,19 +48,24 @@ def _smoothed(number: str, key: str, spec: RunSpec, kl: float, accuracies: dict[
 
 _FOUR = {"natural": "clean", "FGSM": "fgsm", "PGD-20": "pgd-20", "C&W-inf": "cw-30"}
 _TWO = {"natural": "clean", "PGD-20": "pgd-20"}
+_AUTO = {"natural": "clean", "AutoAttack": "autoattack"}
+_FASTAT = {"natural": "clean", "PGD-50": "pgd-50", "AutoAttack": "autoattack"}
 _RST = {"natural": "clean", "PGD-20": "pgd-20-rst"}  # "settings in [39]": as RST's code validates
 FIGURE_61 = {"alphas": [1.0], "clean": [32.44], "robust": [0.0]}  # what the text says, trained with 8/255
 
 
-def _trainings(about: str, presets: str, columns: dict[str, str], rows: dict[str, tuple[float, ...]], eps: float = 8.0) -> Table:
+def _trainings(
+    about: str, presets: str, columns: dict[str, str], rows: dict[str, tuple[float, ...]],
+    *, eps: float = 8.0, source: str = "Thesis, ", titles: dict[str, str] | None = None,
+) -> Table:  # fmt: skip
     """`presets`: what the names of the rows' presets begin with. `columns`: by title, the attack."""
     runs = {key: RunSpec(presets + key) for key in rows}
     cells = [
-        Cell(title(runs[key].config), column, accuracy, attack, key)
+        Cell((titles or {}).get(key) or title(runs[key].config), column, accuracy, attack, key)
         for key, accuracies in rows.items()
         for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True)
     ]
-    return Table(f"Thesis, {about}", "defence", eps, runs, tuple(cells))
+    return Table(source + about, "defence", eps, runs, tuple(cells))
 
 
 # ---- Madry et al.: an attack in each row, on one robust model
@@ -73,19 +79,6 @@ def _attacks(number: int, data: str, eps: float, runs: dict[str, RunSpec], rows:
         cells.append(Cell(name, "accuracy", accuracy, attack, "A", "" if source == "A" else source))
     about = f"Madry et al., Table {number}: a robust model on {data}, attacked on itself (A) and on other networks"
     return Table(about, "attack, made on", eps, runs, tuple(cells))
-
-
-# ---- the FastAT benchmark: one training in each row
-
-
-def _benchmark(about: str, presets: str, columns: dict[str, str], rows: dict[str, tuple[str, tuple[float, ...]]]) -> Table:
-    """`rows`: by the rest of the preset's name, the title and the accuracies."""
-    cells = [
-        Cell(row, column, accuracy, attack, key)
-        for key, (row, accuracies) in rows.items()
-        for (column, attack), accuracy in zip(columns.items(), accuracies, strict=True)
-    ]
-    return Table(about, "method", 8.0, {key: RunSpec(presets + key) for key in rows}, tuple(cells))
 
 
 TABLES = {
@@ -125,6 +118,11 @@ TABLES = {
     "figure-6.1": _trainings("section 6.2: ResNet-50 on CIFAR-10, trained at α = 1", "figure6.1/eps8-", _TWO, {
         "alpha1": (FIGURE_61["clean"][0], FIGURE_61["robust"][0]),
     }),
+    "awp": _trainings("WRN-34-10 on CIFAR-10, all with AWP", "awp/", _AUTO, {
+        "madry": (85.57, 54.04),
+        "trades": (85.36, 56.17),
+        "mart": (84.43, 54.23),
+    }, source="Wu et al., "),
     "madry-mnist": _attacks(
         1, "MNIST", 76.5,
         {
@@ -156,15 +154,15 @@ TABLES = {
         ],
     ),
     # Means of three seeds. Seconds of training there, in this order: 1902, 1941, 1979, 6954, 7027.
-    "fastat": _benchmark(
-        "FastAT benchmark (arXiv 2604.22853): ResNet-18 on CIFAR-10", "fastat/",
-        {"clean": "clean", "PGD-50": "pgd-50", "AutoAttack": "autoattack"},
-        {
-            "fgsm-rs": ("FGSM-RS", (77.66, 48.27, 43.09)),
-            "n-fgsm": ("N-FGSM", (78.59, 53.07, 47.77)),
-            "free": ("Free-AT", (75.20, 48.83, 44.34)),
-            "pgd-at": ("PGD-AT", (85.35, 46.31, 44.33)),
-            "pgd-at-wa": ("PGD-AT-WA", (82.36, 54.17, 50.49)),
+    "fastat": _trainings(
+        "FastAT benchmark (arXiv 2604.22853): ResNet-18 on CIFAR-10", "fastat/", _FASTAT, {
+            "fgsm-rs": (77.66, 48.27, 43.09),
+            "n-fgsm": (78.59, 53.07, 47.77),
+            "free": (75.20, 48.83, 44.34),
+            "pgd-at": (85.35, 46.31, 44.33),
+            "pgd-at-wa": (82.36, 54.17, 50.49),
         },
+        source="",
+        titles={"fgsm-rs": "FGSM-RS", "free": "Free-AT", "pgd-at": "PGD-AT", "pgd-at-wa": "PGD-AT-WA", "n-fgsm": "N-FGSM"},
     ),
 }  # fmt: skip

@@ -16,8 +16,8 @@ PLAIN = {  # by name, the options whose value is shown as it is
     "held-out images": "holdout", "padding before crops": "pad", "flips": "flip", "forwards": "forwards",
     "optimiser": "optimizer", "schedule": "schedule", "momentum": "momentum", "Nesterov": "nesterov", "batch size": "batch_size",
     "weight decay": "weight_decay", "decay of biases and norms": "decay_norm", "weight averaging": "ema", "AWP": "awp",
-    "label smoothing": "label_smoothing", "activation": "activation", "mean": "mean", "std": "std", "first weights": "init",
-    "precision": "precision",
+    "label smoothing": "label_smoothing", "activation": "activation", "classifier": "last_layer", "mean": "mean", "std": "std",
+    "first weights": "init", "precision": "precision",
 }  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class Run:
 
     @property
     def standard(self) -> bool:
-        return self.config.method == "standard"
+        return not self.config.objective.attacks
 
     @cached_property
     def epochs(self) -> float:
@@ -111,7 +111,7 @@ def settings(c: Config) -> dict[str, str]:
         "pseudo-labelled images": "some" if c.extra or c.preset.startswith("table6.3/") else "none",
         "epochs": f"{c.epochs}",
         "alpha": f"{c.alpha:g}",
-        **(dict.fromkeys(attack, "none") if c.method == "standard" else attack),
+        **(dict.fromkeys(attack, "none") if not c.objective.attacks else attack),
         "beta": "none" if c.kl_weight is None else f"{c.kl_weight:g}",
         "lr": f"{c.peak_lr:g}",
         "lr drops": drops,

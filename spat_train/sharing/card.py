@@ -179,6 +179,8 @@ def _training(subject: Subject, results: Results) -> str:
     known = {name: text for name, text in settings(c).items() if text not in ("default", "none")}
     if c.activation == "relu":
         del known["activation"]  # it replaces ReLUs: the network's own may be others
+    if c.last_layer == "linear":
+        del known["classifier"]
     if "lr drops" in known:
         known["lr drops"] = f"from epoch {' and '.join(map(str, c.lr_drops))} on"
     known |= {"seed": f"{c.seed}"} | ({"preset": c.preset} if c.preset else {})

@@ -19,6 +19,7 @@ from ..models.hub import FORMAT, exported_config, packed, published
 from ..models.run_config import checkpoint_file, chosen_name, config_beside, run_config
 from ..models.weight_files import read_file, select
 from ..models.wrapping import normalisation
+from ..objectives import ClassifierName
 from ..runtime import atomic_write
 from .card import Subject, card, edited
 from .results import results_of, same_state
@@ -36,6 +37,7 @@ def export(
     activation: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classifier: str | None = None,
     license: str | None = None,
 ) -> Path:
     """Write the model of a run for others, in the layout of the Hugging Face Hub; `spat_train.from_folder` loads it.
@@ -51,7 +53,7 @@ def export(
             there is one.
         dataset: with the classes and the image shape of the model, where its file does not say them, as those of runs do.
         model_name: the architecture, for checkpoints of others, and where the run names code, which would run.
-        activation, mean, std: as `spat_train.create_model` takes them, for checkpoints of others alone.
+        activation, mean, std, classifier: as `spat_train.create_model` takes them, for checkpoints of others alone.
         license: of the weights, as the Hub names it, such as "mit". None leaves it to you to add one.
 
     Returns:
@@ -72,12 +74,13 @@ def export(
     if own and dataset:
         raise InputError(f"--data {dataset.name}: {run} says its classes and the shape of its images: leave it out")
     dataset = own or dataset or load_data(EvaluateOptions(run), config)
-    network, config = load_model(run, dataset, name, activation=activation, mean=mean, std=std)
+    network, config = load_model(run, dataset, name, activation=activation, mean=mean, std=std, classifier=classifier)
     if config and (of_weights := config_beside(content, file)) and (changed := config.differences(of_weights.to_dict())):
         options = "; ".join(changed)
         raise InputError(f"{run / 'config.json'}: {file.name} was made with other options ({options}): restore it")
     dataset = with_classes_of(network, dataset)
     known: dict[str, Any] = {"activation": activation or "relu", "mean": mean and tuple(mean), "std": std and tuple(std)}
+    known["classifier"] = classifier
     made = config or Config(data=dataset.name, **known)
     shared = published(replace(made, model=name))
     files = packed(network, shared, dataset.classes, dataset.image_shape, trained=config is not None)
@@ -104,6 +107,7 @@ def export_command(
     activation: Annotated[Literal["relu", "silu", "gelu", "softplus"] | None, DEFAULT_IN_HELP] = None,
     mean: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
     std: Annotated[tuple[float, ...] | None, DEFAULT_IN_HELP] = None,
+    classifier: Annotated[ClassifierName | None, DEFAULT_IN_HELP] = None,
     data: Annotated[str | None, DEFAULT_IN_HELP] = None,
     root: Path = Path("data"),
     image_size: Annotated[int | None, DEFAULT_IN_HELP] = None,
@@ -123,6 +127,7 @@ def export_command(
         activation: what replaces every ReLU of the model, where it is no run's. Default: they stay.
         mean: of the normalisation that a checkpoint of others was trained with. Default: that in the file.
         std: its standard deviation. Default: as --mean.
+        classifier: centres for Max-Mahalanobis centres, where the model is no run's. Default: linear.
         data: data of the model, for the shape of its images and the names of its classes, where its file does not say them, as
             those of runs do.
         root: where torchvision's data sets are.
@@ -134,7 +139,7 @@ def export_command(
     dataset = load_data(options, run_config(model)) if data else None
     export(
         model, out, evaluation=evaluation, dataset=dataset, model_name=model_name, activation=activation, mean=mean, std=std,
-        license=license,
+        classifier=classifier, license=license,
     )  # fmt: skip
     print(f"{out} written: {', '.join(FILES)}")
 

@@ -86,6 +86,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none"),
         (c.beta is None or method.beta is not None, "beta", f"{c.method} has no KL term: leave it out"),
         (len(method.reads) > 1 or c.forwards == "clean-adv", "forwards", f"{c.method} has one forward: give clean-adv"),
+        (method.classifier in ("linear", c.last_layer), "classifier", f"{c.method} needs distances to centres: leave it out"),
         (c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp"),
         # the optimiser and the schedule
         (not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0"),

@@ -76,15 +76,23 @@ def _tensors(model: nn.Module, floating: bool) -> list[Tensor]:
 def perturbed_weights(model: nn.Module, size: float):
     """Within: every weight of more than one dimension moved up its gradient (AWP, Wu et al., arXiv 2004.05884).
 
-    w + size ||w|| g / ||g||, with g read from `.grad`. Afterwards the weights are as before, bit for bit.
+    By v = size ||w|| g / ||g||, with g read from `.grad`. Afterwards v is taken away again: what the optimiser did within stays,
+    and without a step the weights are as before, bit for bit. The authors take g from a step of plain SGD on a copy of the model,
+    which is the same but for the rounding of that step. As there, "weight" is in the name of what moves.
     """
-    weights = [(p, p.grad) for p in model.parameters() if p.ndim > 1 and p.grad is not None]
-    with restored([p for p, _ in weights]):
-        with torch.no_grad():
-            for p, grad in weights:
-                grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
-                p.add_(grad * (size * p.norm() / (grad.norm() + 1e-12)))
+    weights = [(p, p.grad) for name, p in model.named_parameters() if "weight" in name and p.ndim > 1 and p.grad is not None]
+    before = [p.detach().clone() for p, _ in weights]
+    with torch.no_grad():
+        for p, grad in weights:
+            grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
+            p.add_(grad * (size * p.norm() / (grad.norm() + 1e-20)))
+    moved = [p.detach().clone() for p, _ in weights]
+    try:
         yield
+    finally:
+        with torch.no_grad():
+            for (p, _), w, w_moved in zip(weights, before, moved, strict=True):
+                p.copy_(w + (p - w_moved))
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tupl
     seed_generators(c.seed)
     shape, classes = dataset.image_shape, dataset.num_classes
     try:
-        model = create(c.model, classes, shape, activation=c.activation, mean=c.mean, std=c.std)
+        model = create(c.model, classes, shape, activation=c.activation, mean=c.mean, std=c.std, classifier=c.last_layer)
     except ValueError as error:
         raise InputError(f"--model {c.model}: {error}") from error
     if not any(p.requires_grad for p in model.parameters()):

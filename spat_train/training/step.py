@@ -177,17 +177,21 @@ class TrainStep:
         return Launched(x, x_adv, y, names, values, nan_seen, arrived)
 
     def update(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float = 1.0, perturb: bool = False) -> Losses:
-        """Forward, backward and the optimiser. `perturb`: with the gradient at adversarially perturbed weights (AWP)."""
+        """Forward, backward and the optimiser. `perturb`: at adversarially perturbed weights (AWP).
+
+        As in its authors' code, these maximise the loss of the method, all its terms, in train mode; and the optimiser's step is
+        made at them too, so that weight decay reads the perturbed weights.
+        """
         if perturb:
             with restored(list(self.model.buffers())):  # the statistics of batch norm move once
                 self.differentiate(x, x_adv, y, weight)
         with perturbed_weights(self.model, self.config.awp) if perturb else nullcontext():
             self.optimizer.zero_grad()
             loss, terms = self.differentiate(x, x_adv, y, weight)
-        with self.span("optimizer"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
+            with self.span("optimizer"):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        self.optimizer.zero_grad()
         self.world.average_buffers(self.statistics)
         if self.ema:
             self.ema.update(self.model)

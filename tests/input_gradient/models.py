@@ -172,6 +172,7 @@ MODELS = {
     "DenseNet": (lambda: torchvision().models.DenseNet(8, (2, 3), 16), 32),
     "MobileNetV3": (lambda: torchvision().models.mobilenet_v3_small(), 64),
     "SmallCNN": (lambda: SmallCNN((3, 32, 32), 10), 32),
+    "distances": (lambda: create("small-cnn", classifier="centres"), 32),
     "normalised": (lambda: Normalized(create("wrn-10-1")), 32),
     "normalised by torchvision": (
         lambda: nn.Sequential(torchvision().transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.25]), create("wrn-10-1")),

@@ -103,7 +103,9 @@ def test_the_image_is_not_rounded(precision):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["WRN (TRADES/MART)", "normalised", "functional", "sums", "defaults", "front", "SiLU", "GELU"])
+@pytest.mark.parametrize(
+    "name", ["WRN (TRADES/MART)", "normalised", "functional", "sums", "defaults", "front", "distances", "SiLU", "GELU"]
+)
 def test_half_precision_points_where_fp32_does(name, precision):
     make, size = MODELS[name]
     torch.manual_seed(0)

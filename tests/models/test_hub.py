@@ -94,6 +94,7 @@ def refused(folder, **how) -> str:
     [
         {"model": "wrn-10-1"},
         {"model": "wrn-10-1", "activation": "silu", "mean": tuple(MEAN), "std": tuple(STD)},
+        {"model": "wrn-10-1", "classifier": "centres"},
         {"model": "preactresnet-18"},  # its weights alone do not say which
         {"model": "preactresnet-18/raw"},
         {"model": "timm:resnet10t"},

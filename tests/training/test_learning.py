@@ -20,6 +20,8 @@ SETTINGS = {  # beside COMMON, by method
     "fast": {"epochs": 2},
     "n-fgsm": {"epochs": 2},
     "free": {"epochs": 1},
+    "mmc": {"steps": 3},
+    "g-sce": {"steps": 3, "schedule": "one-cycle", "lr": 5e-3},
 }
 
 

@@ -1,5 +1,6 @@
 """The objectives against their formulas, written out sample by sample in fp64; the examples that they are trained on."""
 
+import copy
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("tyro")
 
 from spat_kernels import PGD, losses
 from spat_train.config import Config
+from spat_train.models.centres import put_centres
 from spat_train.objectives import METHODS, MethodName
 from spat_train.training.step import Objective, training_attack, wide_start
 
@@ -46,6 +48,11 @@ def mart_sample(z, a, y, smoothing):
     return bce + BETA * (p * (p.log() - (q + 1e-12).log())).sum() * (1.0000001 - p[y])
 
 
+def mmc_sample(squared_distances, y, smoothing):
+    label = [smoothing / CLASSES + (1 - smoothing if k == y else 0) for k in range(CLASSES)]
+    return sum(p * d / 2 for p, d in zip(label, squared_distances, strict=True))
+
+
 FORMULAS = {
     "standard": lambda z, a, y, s: ce(z, y, s),
     "madry": lambda z, a, y, s: ce(a, y, s),
@@ -56,10 +63,13 @@ FORMULAS = {
     "fast": lambda z, a, y, s: ce(a, y, s),
     "n-fgsm": lambda z, a, y, s: ce(a, y, s),
     "free": lambda z, a, y, s: ce(a, y, s),
+    "mmc": lambda z, a, y, s: mmc_sample(-a, y, s),
+    "mmc-clean": lambda z, a, y, s: mmc_sample(-z, y, s),
+    "g-sce": lambda z, a, y, s: ce(a, y, s),
 }
 
 
-@pytest.mark.parametrize("forwards", ["clean-adv", "adv-clean", "clean-adv-clean"])
+@pytest.mark.parametrize("forwards", ["clean-adv", "adv-clean", "clean-adv-clean", "adv-clean-clean"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_gradients_and_statistics_are_those_of_the_formula(method, smoothing, forwards):
@@ -82,6 +92,29 @@ def test_loss_gradients_and_statistics_are_those_of_the_formula(method, smoothin
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
     for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
         assert torch.equal(b, c), name
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize(("method", "read"), [("mmc", "adv"), ("mmc-clean", "clean"), ("g-sce", "adv"), ("standard", "clean")])
+def test_losses_on_distances_to_centres_are_those_of_the_formula(method, read, smoothing):
+    """From the features on: distances are written out, sample by sample and centre by centre."""
+    ours = network()
+    put_centres(ours, "it", CLASSES)
+    theirs = copy.deepcopy(ours)
+    features, centres = nn.Sequential(*theirs[:-1], theirs[-1].linear), theirs[-1].centres
+    x, x_adv, y = batch()
+    config = Config(method=method, classifier="centres", label_smoothing=smoothing)
+    loss, _ = Objective(ours, config)(x, x_adv, y)
+    loss.backward()
+    expected = 0
+    for f, label in zip(features(x if read == "clean" else x_adv), y.tolist(), strict=True):
+        distances = torch.stack([(f - centre).square().sum() for centre in centres])
+        term = mmc_sample(distances, label, smoothing) if "mmc" in method else ce(-distances, label, smoothing)
+        expected = expected + term / len(y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,6 +151,10 @@ def test_defaults_of_the_methods():
     assert Config(method="fast").attack_settings == (8 / 255, 10 / 255, 1, "uniform")
     assert Config(method="n-fgsm").attack_settings == (8 / 255, 8 / 255, 1, "wide")
     assert [Config(method=m).updates_per_batch for m in ("madry", "free")] == [1, 8]
+    assert [Config(method=m).inner_loss for m in ("mmc", "g-sce")] == ["mmc", "ce"]
+    assert Config(method="mmc", alpha=0.1).maximised == losses.LabelSmoothedCE(0.1)
+    assert [Config(method=m).last_layer for m in ("madry", "mmc", "mmc-clean", "g-sce")] == ["linear", *["centres"] * 3]
+    assert Config(classifier="centres").last_layer == "centres"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +165,7 @@ def test_defaults_of_the_methods():
         ({"method": "trades"}, {"loss": "kl"}),
         ({"method": "trades", "inner": "ce", "steps": 3, "step_size": 4.0}, {"loss": "ce", "steps": 3, "step_size": 4 / 255}),
         ({"method": "mart", "bn_mode": "train"}, {"loss": "ce", "bn_mode": "train"}),
+        ({"method": "mmc"}, {"loss": "mmc"}),
         ({"method": "fgsm"}, {"loss": "ce", "steps": 1, "step_size": 8 / 255, "random_start": False}),
         ({"method": "fast"}, {"loss": "ce", "steps": 1, "step_size": 10 / 255}),
     ],

@@ -7,7 +7,7 @@ from ..figure import Drawing, FigureContext, paper_figure
 from ..runs import Run
 from ..selection import ROBUST_RUNS
 
-ADVERSARIAL = ("adv_ce", "bce")  # terms of the loss on adversarial images, as the log calls them
+ADVERSARIAL = ("adv_ce", "bce", "adv_mmc")  # terms of the loss on adversarial images, as the log calls them
 
 
 def training_loss(run: Run) -> dict:
