@@ -118,7 +118,8 @@ def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Data
 
     own = attacked(config.alpha)
     found = {
-        "alignment": alignment(model, x, y), "own": percent(right(model, own)), "plain": percent(right(model, attacked(0.0))),
+        "alignment": float(alignment(model, x, y).mean()), "own": percent(right(model, own)),
+        "plain": percent(right(model, attacked(0.0))),
     }  # fmt: skip
     if judge and len(seen := right(judge, own)[right(judge, x)]):
         found["kept"] = percent(seen)
