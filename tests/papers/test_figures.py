@@ -35,6 +35,7 @@ FEW = Extent(examples=2, restarts=3, ascent_steps=4)
 def _cheap(one_thread, monkeypatch):
     monkeypatch.setattr(plotting, "DPI", 40)
     monkeypatch.setitem(plotting.STYLE, "pdf.fonttype", 3)  # subsets of TrueType fonts take a second each
+    monkeypatch.setattr(semantics, "ALPHAS", (0.0, 0.2))
 
 
 def draw(name, folder, out, given=(), **options) -> list[Path]:
@@ -149,7 +150,6 @@ def test_accuracy_against_width(finished_runs):
 
 
 def test_semantics_is_what_the_judge_sees_of_the_attacked_model_s_examples(finished_runs, monkeypatch, capsys):
-    monkeypatch.setattr(semantics, "ALPHAS", (0.0, 0.2))
     monkeypatch.setattr(semantics, "SHARES", (0.5, 1.0))
     context = context_of(finished_runs, "wide", "madry")
     drawn, numbers = FIGURES["semantics"].make(context)
