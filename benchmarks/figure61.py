@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import study
-from benchmarks.study import Attacks, Study, changed, compare, device, folder_name, grouped, mean, run_and_print
+from benchmarks.study import Attacks, Study, changed, compare, device, folder_name, grouped, mean, over_seeds, run_and_print
 from benchmarks.tables import environment, markdown
 from spat_train import plotting
 from spat_train.cli import training_config
@@ -118,7 +118,8 @@ def traits(model: nn.Module, config: Config, judge: nn.Module | None, data: Data
 
     own = attacked(config.alpha)
     found = {
-        "alignment": alignment(model, x, y), "own": percent(right(model, own)), "plain": percent(right(model, attacked(0.0))),
+        "alignment": float(alignment(model, x, y).mean()), "own": percent(right(model, own)),
+        "plain": percent(right(model, attacked(0.0))),
     }  # fmt: skip
     if judge and len(seen := right(judge, own)[right(judge, x)]):
         found["kept"] = percent(seen)
@@ -213,10 +214,7 @@ def draw(path: Path) -> None:
         line = lines.setdefault(f"trained with ε = {eps:g}/255", {"alphas": [], "clean": [], "robust": []})
         line["alphas"].append(alpha)
         for name, column in (("clean", "natural"), ("robust", "PGD-20")):
-            tests = [row["evaluation"][column] for row in found]
-            values = [test["accuracy"] for test in tests]
-            over_seeds = {"accuracy": statistics.mean(values), "low": min(values), "high": max(values)}
-            line[name].append(over_seeds if len(tests) > 1 else tests[0])
+            line[name].append(over_seeds([row["evaluation"][column] for row in found]))
     config = rows[0]["config"]
     with plotting.style():
         figure = figure_6_1.draw(lines)

@@ -92,6 +92,8 @@ class Study:
         data: its test images are attacked.
         traits: what else is found out about a model: numbers by name. traits_of: what these depend on, besides the model.
         about: what the results say besides the rows.
+        ready: called before each training, which may need something that it makes.
+        finish: called with the results when nothing is left to do, and adds to them.
     """
 
     benchmark: str
@@ -102,6 +104,8 @@ class Study:
     traits: Callable[[nn.Module, Config], dict] | None = None
     traits_of: dict = field(default_factory=dict)
     about: dict = field(default_factory=dict)
+    ready: Callable[[Config], object] = lambda config: None
+    finish: Callable[[dict], object] = lambda results: None
 
     def run(self, results: dict) -> list[str]:
         """Train and test what is not done yet, and save after each; the folders of what failed.
@@ -117,6 +121,8 @@ class Study:
         while self.go_through(results, failed, elsewhere):
             time.sleep(WAIT)
             self.save(results)
+        self.finish(results)
+        self.save(results)
         return sorted(failed)
 
     def go_through(self, results: dict, failed: set[str], elsewhere: set[str]) -> bool:
@@ -133,6 +139,7 @@ class Study:
             if folder not in elsewhere:
                 print(f"{number} of {len(self.trainings)}: {folder}", flush=True)
             try:
+                self.ready(config)
                 train(config)
                 self.test(config, results["machine"].get("commit"))
             except InUseError:
@@ -317,6 +324,12 @@ def mean(values: Sequence[float]) -> str:
 
 def signed(text: str) -> str:
     return text.replace("-", "−")
+
+
+def over_seeds(tests: Sequence[dict]) -> dict:
+    """Accuracies of several seeds as a point of a curve: the mean, and as low and high the range; of one its own interval."""
+    values = [test["accuracy"] for test in tests]
+    return tests[0] if len(tests) == 1 else {"accuracy": statistics.mean(values), "low": min(values), "high": max(values)}
 
 
 def right_images(row: dict, column: str) -> np.ndarray:

@@ -95,7 +95,7 @@ def trade_off(models: dict[str, nn.Module], rows: dict[str, dict[str, float]], d
     """What the SPAT examples change: accuracies, and how much the gradients look like the images."""
     some = torch.arange(min(CANDIDATES, len(dataset.test)))
     x, y = floats(dataset.test, some, device_of(models["Madry"]), torch.contiguous_format)
-    plain, spat = (alignment(models[name], x, y) for name in ("Madry", "Madry+SPAT"))
+    plain, spat = (float(alignment(models[name], x, y).mean()) for name in ("Madry", "Madry+SPAT"))
     clean, robust = (rows["Madry+SPAT"][name] - rows["Madry"][name] for name in ("clean", "PGD-20"))
     return (
         f"Madry+SPAT against Madry: clean {clean:+.1f} points, PGD-20 {robust:+.1f}; "

@@ -116,10 +116,17 @@ def image_grid(columns: dict[str, Tensor], rows: Sequence[str], captions: dict[s
 # ---- curves
 
 
-def accuracy_curve(ax: Axes, x: Sequence[float], points: Sequence[dict], **style) -> None:
-    """Accuracies in percent, with a band of their 95 % intervals: `points` have accuracy, low and high."""
-    ax.plot(x, [p["accuracy"] for p in points], **style)
+def accuracy_curve(ax: Axes, x: Sequence[float], points: Sequence[dict], of: str = "accuracy", **style) -> None:
+    """Accuracies (or `of`) in percent, with a band of their 95 % intervals: `points` have accuracy, low and high."""
+    ax.plot(x, [p[of] for p in points], **style)
     ax.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=style["color"], alpha=0.15, linewidth=0)
+
+
+def interval_marks(ax: Axes, x: Sequence[float], points: Sequence[dict], of: str, **style) -> None:
+    """Values with bars for their intervals: `points` have `of`, low and high."""
+    values = [p[of] for p in points]
+    below, above = ([abs(value - p[end]) for value, p in zip(values, points, strict=True)] for end in ("low", "high"))
+    ax.errorbar(x, values, [below, above], capsize=2, elinewidth=0.8, **style)
 
 
 def accuracy_curves(ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[dict]], title: str, xlabel: str) -> None:

@@ -19,6 +19,7 @@ from ..data.images import Dataset, fingerprint, floats
 from ..errors import InputError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.record_log import tensor_hash, weights_hash
+from ..evaluation.result import Evaluation, interval, percent
 from ..models.checkpoints import load_model
 from ..models.try_on import device_of
 from ..runtime.signals import interruptible
@@ -75,7 +76,12 @@ class LoadedRun:
     model: nn.Module
     name: str
 
-    def measure(
+    def measure(self, images: TestImages, attacks: Sequence[str], options: Options, **settings) -> dict[str, dict[str, float]]:
+        """By attack, the accuracy of `evaluate` as a `point`. `settings`: as there."""
+        found = self.evaluate(images, attacks, options, **settings)
+        return {name: point(found.correct(name)) for name in attacks}
+
+    def evaluate(
         self,
         images: TestImages,
         attacks: Sequence[str],
@@ -84,8 +90,8 @@ class LoadedRun:
         eps: float,
         source: nn.Module | None = None,
         attack_wrong: bool = False,
-    ) -> dict[str, dict[str, float]]:
-        """By attack, in percent: accuracy, and low and high of its 95 % interval (Wilson).
+    ) -> Evaluation:
+        """`spat_train.evaluate`, kept in the run's folder.
 
         Args:
             attacks: names in `spat_train.evaluation.attack_specs`.
@@ -104,14 +110,16 @@ class LoadedRun:
             "the same command continues it",
             lambda: f"--eval-batch-size {size}: out of memory on {device}: lower it",
         ) as on_progress:
-            found = evaluate(
+            return evaluate(
                 self.model, images.dataset.test, attacks, **settings, source=source, rows=images.rows, folder=folder,
                 bar=self.name, on_progress=on_progress, memory_format=self.run.config.memory_format,
             )  # fmt: skip
-        return {
-            name: {"accuracy": found.accuracy(name)} | dict(zip(("low", "high"), found.interval(name), strict=True))
-            for name in attacks
-        }
+
+
+def point(found: Tensor, name: str = "accuracy") -> dict[str, float]:
+    """The share of True in bool [N], in percent, by this `name`, and low and high of its 95 % interval (Wilson)."""
+    low, high = interval(found)
+    return {name: percent(found), "low": low, "high": high}
 
 
 def open_models(runs: Sequence[Run], images: TestImages, options: Options) -> list[LoadedRun]:
@@ -143,7 +151,7 @@ def _summed_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="sum")
 
 
-def _summed_margin(logits: Tensor, y: Tensor) -> Tensor:
+def summed_margin(logits: Tensor, y: Tensor) -> Tensor:
     """The label's logit minus the largest other one, summed. Where the model is sure, a loss has no gradient left; this has."""
     label = F.one_hot(y, logits.shape[1]).bool()
     return (logits[label] - logits.masked_fill(label, -torch.inf).amax(1)).sum()
@@ -165,10 +173,10 @@ def input_gradients(
     return torch.cat(found)
 
 
-def alignment(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """How much gradients look like images: the mean cosine, without its sign, between x [B, C, H, W] and the margin's gradient.
+def alignment(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """How much gradients look like images, [B]: the cosine, without its sign, between x [B, C, H, W] and the margin's gradient.
 
     Etmann et al. (2019, arXiv 1905.04172) multiply it by the length of the image, and take the gradient of the logit alone.
     """
-    gradients = input_gradients(model, x, y, of=_summed_margin)
-    return float(F.cosine_similarity(gradients.flatten(1), x.flatten(1)).abs().mean())
+    gradients = input_gradients(model, x, y, of=summed_margin)
+    return F.cosine_similarity(gradients.flatten(1), x.flatten(1)).abs()

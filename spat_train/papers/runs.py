@@ -44,6 +44,13 @@ class Run:
     def finished(self) -> bool:
         return self.epochs >= self.config.epochs
 
+    @cached_property
+    def held_out(self) -> float | None:
+        """The best PGD accuracy on held-out images, in percent; None where the log has none."""
+        if not (self.folder / "log.jsonl").is_file():
+            return None
+        return max((event["pgd"] for event in logs.read(self.folder, "validation")), default=None)
+
     def __str__(self) -> str:
         return f"{self.folder} ({title(self.config)}, {self.config.model})"
 

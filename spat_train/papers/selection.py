@@ -98,12 +98,14 @@ class RunSelector:
         specs: what is looked for in --runs, in order of preference.
         place: from --runs, one run is taken for each value of this. None: such a run is never taken. By default, one standard
             and one robust run.
+        choose: which of these, and in what order. Runs that the user names stay as they are.
     """
 
     words: str
     fits: Callable[[Sequence[Run]], bool]
     specs: tuple[RunSpec, ...]
     place: Callable[[Run], object] = attrgetter("standard")
+    choose: Callable[[list[Run]], list[Run]] = list
 
     def take(self, figure: str, given: Sequence[Path], options: Options) -> list[Run]:
         """The runs for `figure`: those in the folders `given`, else those found in --runs.
@@ -136,7 +138,7 @@ class RunSelector:
         taken: dict[object, Run] = {}
         for run in runs:
             taken.setdefault(self.place(run), run)
-        return list(taken.values())
+        return self.choose(list(taken.values()))
 
     def _remedy(self, figure: str, known: list[Run], taken: list[Run], options: Options) -> str:
         """Runs to name, where any would do, and the command that trains what is missing."""
@@ -164,3 +166,4 @@ ROBUST_RUNS = RunSelector(
     lambda run: None if run.standard else run.folder,
 )  # fmt: skip
 ANY_RUNS = RunSelector("one run or more", bool, _ANY)
+ALL_RUNS = replace(ANY_RUNS, specs=tuple(dict.fromkeys([*_ANY, *map(RunSpec, PRESETS)])), place=attrgetter("folder"))

@@ -21,8 +21,8 @@ from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
 from spat_train.papers import figures, pictures
 from spat_train.papers.figure import FigureContext
-from spat_train.papers.figures import FIGURES, budget, figure_4_1, training_loss
-from spat_train.papers.loaded_run import open_images
+from spat_train.papers.figures import FIGURES, budget, figure_4_1, gradients, semantics, training_loss
+from spat_train.papers.loaded_run import LoadedRun, open_images
 from spat_train.papers.options import Extent, Options
 from spat_train.papers.runs import Run, read_run
 from tests.papers.finished_runs import EPS, copy_run
@@ -35,6 +35,7 @@ FEW = Extent(examples=2, restarts=3, ascent_steps=4)
 def _cheap(one_thread, monkeypatch):
     monkeypatch.setattr(plotting, "DPI", 40)
     monkeypatch.setitem(plotting.STYLE, "pdf.fonttype", 3)  # subsets of TrueType fonts take a second each
+    monkeypatch.setattr(semantics, "ALPHAS", (0.0, 0.2))
 
 
 def draw(name, folder, out, given=(), **options) -> list[Path]:
@@ -54,8 +55,8 @@ def test_gradients_as_pictures_and_their_smoothness():
     # Smoothness tells shapes from noise.
     noise = torch.randn(20, 3, 32, 32)
     shapes = F.avg_pool2d(torch.randn(20, 3, 40, 40), 9, stride=1)
-    assert abs(figure_4_1.smoothness(noise)) < 0.05
-    assert figure_4_1.smoothness(shapes) > 0.8
+    assert abs(figure_4_1.smoothness(noise).mean()) < 0.05
+    assert figure_4_1.smoothness(shapes).mean() > 0.8
 
 
 class Says(nn.Module):
@@ -146,6 +147,93 @@ def test_accuracy_against_width(finished_runs):
     attacks = panels["adversarial training"]["attacks"]
     check_points([attacks["FGSM"][1], attacks["PGD-20"][1]], context, finished_runs / "wide", ["fgsm", "pgd-20"])
     assert panels["adversarial training"]["loss"][1] == training_loss.training_loss(context.runs[0])["losses"][-1]
+
+
+def test_semantics_is_what_the_judge_sees_of_the_attacked_model_s_examples(finished_runs, monkeypatch, capsys):
+    monkeypatch.setattr(semantics, "SHARES", (0.5, 1.0))
+    context = context_of(finished_runs, "wide", "madry")
+    drawn, numbers = FIGURES["semantics"].make(context)
+    assert drawn[""].get_suptitle() == "examples made on wide, judge: madry"
+    assert [line["eps"] for line in numbers["lines"].values()] == [0.15, 0.3]
+    dataset, rows = context.images.dataset, context.images.rows
+    attacked, judge = (load_model(finished_runs / name, dataset)[0] for name in ("wide", "madry"))
+    specs = {"pgd-ls-20:alpha=0.2:eps=0.3": ("pgd-ls", 1), "pgd-kl-20:eps=0.3": ("KL", None), "noise:eps=0.3": ("noise", None)}
+    common = {"eps": 0.3, "rows": rows, "seed": 1, "bar": None, "attack_wrong": True}
+    seen = evaluate(judge, dataset.test, [*specs], source=attacked, **common)
+    own = evaluate(attacked, dataset.test, [*specs], **common)
+    known = seen.predicted["clean"] == seen.labels
+    assert numbers["judged images"] == int(known.sum()) > 0
+    for spec, (name, place) in specs.items():
+        kinds = {"changed": seen.predicted[spec] != seen.labels, "right": own.predicted[spec] == own.labels}
+        for kind, flags in kinds.items():
+            found = numbers["lines"]["ε = 0.3"][name][kind]
+            found = found if place is None else found[place]
+            assert found[kind] == pytest.approx(100 * float(flags[known].double().mean()))
+            assert found["low"] <= found[kind] <= found["high"]
+    for role, name in (("attacked", "wide"), ("judge", "madry")):
+        assert numbers[role]["name"] == name
+        check_points([numbers[role]["clean"], numbers[role]["pgd-20"]], context, finished_runs / name, ["clean", "pgd-20"])
+    assert (numbers["note"] or "") in capsys.readouterr().err
+
+
+def test_radii_go_up_to_what_images_bear():
+    assert semantics.radii_of(0.3, 1) == [0.15, 0.3, 0.45]
+    assert [round(255 * eps) for eps in semantics.radii_of(8 / 255, 3)] == [4, 8, 16, 32]
+
+
+def test_a_judge_should_be_stronger():
+    strength = [{"clean": {"accuracy": c}, "pgd-20": {"accuracy": p}} for c, p in ((90.0, 50.0), (90.0, 51.0), (91.0, 40.0))]
+    assert semantics.weakness(strength[0], strength[1]) is None
+    assert semantics.weakness(strength[0], strength[2]) is None
+    assert "no stronger than the attacked model (clean 90.0 %, the attacked one 90.0 %; " in semantics.weakness(*strength[1::-1])
+
+
+def test_scores_of_gradients_are_those_of_figure_4_1(finished_runs):
+    context = context_of(finished_runs, "madry", "standard")
+    expected = FIGURES["4.1"].make(context)[1]["gradients"]
+    found = FIGURES["gradients"].make(context)[1]["models"]
+    for name, scores in found.items():
+        assert scores["alignment"]["mean"] == pytest.approx(expected[name]["alignment"])
+        assert scores["neighbours"]["mean"] == pytest.approx(expected[name]["neighbours' correlation"])
+        assert -1 <= scores["towards"]["low"] <= scores["towards"]["mean"] <= scores["towards"]["high"] <= 1
+
+
+def test_gradients_towards_the_nearest_image_of_the_next_class():
+    """In a linear model the margin falls along a difference of weights; the ways are along the axes here."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[0.0, 0, 0, 0], [3, 4, 0, 0], [-1, -1, 0, 7]]))
+    x = torch.full((3, 1, 2, 2), 0.5).double()
+    x[2, 0, 1, 1] = 1.0  # its next class is 2
+    pool = x[:1].repeat(4, 1, 1, 1)
+    for i, (pixel, change) in enumerate((((0, 0), 0.4), ((0, 1), 0.1), ((0, 0), 0.01), ((1, 1), 0.02))):
+        pool[i, 0][pixel] += change
+    labels = torch.tensor([1, 1, 0, 0])  # none of class 2
+    y = torch.tensor([0, 0, 1])
+    found = gradients.towards_next_class(model, x, y, pool, labels)
+    # The nearest of class 1 is the second, along the second pixel, on which the logit grows by 4 of 5.
+    assert found.tolist() == pytest.approx([0.8, 0.8])
+
+
+def test_means_have_normal_intervals():
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    half = 1.96 * (5 / 3) ** 0.5 / 2
+    assert gradients.mean_interval(scores) == pytest.approx({"mean": 2.5, "low": 2.5 - half, "high": 2.5 + half})
+    assert gradients.mean_interval(scores[:1]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_runs_that_differ_in_alpha_are_a_line():
+    def lines(*configs) -> dict:
+        runs = [LoadedRun(Run(Path(f"r{i}"), config), nn.Identity(), f"r{i}") for i, config in enumerate(configs)]
+        return {label: [run.name for run in line] for label, line in gradients.lines_of(runs).items()}
+
+    standard, plain, spat, mart = (
+        Config(method=m, alpha=a) for m, a in (("standard", 0), ("madry", 0), ("madry", 0.4), ("mart", 0))
+    )
+    assert lines(standard, plain, mart) == {"r0": ["r0"], "r1": ["r1"], "r2": ["r2"]}
+    assert lines(spat, plain, mart, standard) == {"standard": ["r3"], "Madry": ["r1", "r0"], "MART": ["r2"]}
+    smaller = replace(spat, eps=4.0, model="resnet-18")
+    assert list(lines(plain, smaller)) == ["Madry, wrn-34-10, ε = 8/255", "Madry, resnet-18, ε = 4/255"]
 
 
 def test_losses_are_means_of_epochs(tmp_path):

@@ -1,5 +1,6 @@
 """Which finished runs are taken: by preset, in what order, from which data; what is said where there are none."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from spat_train.config import Config
 from spat_train.errors import InputError
 from spat_train.papers.figures import FIGURES, radius
 from spat_train.papers.figures.capacity import family_and_width
+from spat_train.papers.figures.semantics import attacked_and_judge
 from spat_train.papers.options import Options
 from spat_train.papers.reported import TABLES
 from spat_train.papers.runs import Run, differences, find_runs, format_eps, read_run, title
@@ -141,11 +143,41 @@ def test_the_runs_of_a_figure(finished_runs, tmp_path, capsys):
     capsys.readouterr()
     assert taken("5.2", "standard", "madry") == ["madry"]
     assert capsys.readouterr().out == "figure 5.2: standard runs are left out, it needs one robust run\n"
+    assert sorted(taken("gradients")) == ["b", "madry", "madry-seed1", "standard", "wide", "wide-standard"]
+    assert taken("semantics", "wide", "madry") == ["wide", "madry"]
+    assert taken("semantics", "madry", "wide") == ["madry", "wide"]
+    assert taken("semantics", "standard", "wide") == ["standard", "wide"]
+    attacked, judge = taken("semantics")
+    known = {name: read_run(finished_runs / name).held_out for name in ("madry", "madry-seed1", "wide")}
+    assert attacked != judge
+    assert known[judge] == max(known.values())
+    for wrong in (["madry"], ["madry", "madry"], ["madry", "wide", "madry-seed1"]):
+        with pytest.raises(InputError, match="figure semantics: it needs two runs, the attacked one and then the judge"):
+            taken("semantics", *wrong)
     for alpha in (0, 0.4):
         copy_run(finished_runs / "madry", tmp_path / f"a{alpha}", preset=f"figure6.1/eps8-alpha{alpha:g}", alpha=alpha)
     assert taken("6.1", runs=tmp_path) == ["a0", "a0.4"]
     with pytest.raises(InputError, match=r"has no run with --preset figure6.2/eps4-alpha0: .*train --preset figure6.2/eps4"):
         taken("6.2", runs=tmp_path)
+
+
+def test_the_best_on_held_out_images_judges(tmp_path):
+    """Of runs at one radius; a SPAT run of another architecture or seed is attacked rather than others."""
+
+    def made(name: str, *pgd: float, **settings) -> Run:
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"kind": "validation", "step": i, "pgd": value}) for i, value in enumerate(pgd)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
+        return Run(tmp_path / name, Config(**settings))
+
+    best, twin, other = made("best", 30.0, 60.0, 50.0), made("twin", 59.0, alpha=0.2), made("other", 40.0, seed=1)
+    spat, easy = made("spat", 20.0, seed=1, alpha=0.2), made("easy", 90.0, eps=4.0)
+    unknown = Run(tmp_path / "unknown", Config(seed=2))
+    assert [run.held_out for run in (best, unknown)] == [60.0, None]
+    assert attacked_and_judge([twin, unknown, best]) == [twin, best]
+    assert attacked_and_judge([best, twin, easy, other]) == [other, best]
+    assert attacked_and_judge([best, twin, other, spat]) == [spat, best]
+    assert attacked_and_judge([best, unknown]) == [best]  # too few
 
 
 def test_runs_without_a_preset_are_to_be_named(finished_runs, tmp_path):

@@ -10,11 +10,11 @@ from ..pictures import CANDIDATES
 from ..selection import STANDARD_AND_ROBUST
 
 
-def smoothness(gradients: Tensor) -> float:
-    """Mean correlation of neighbouring pixels in gradients [B, C, H, W]: 0 for noise, towards 1 where they form shapes."""
+def smoothness(gradients: Tensor) -> Tensor:
+    """Correlation of neighbouring pixels in gradients [B, C, H, W], [B]: 0 for noise, towards 1 where they form shapes."""
     g = gradients - gradients.mean((2, 3), keepdim=True)
     along = (g[..., 1:] * g[..., :-1]).mean((1, 2, 3)), (g[..., 1:, :] * g[..., :-1, :]).mean((1, 2, 3))
-    return float((sum(along) / 2 / g.square().mean((1, 2, 3)).clamp(min=1e-30)).mean())
+    return sum(along) / 2 / g.square().mean((1, 2, 3)).clamp(min=1e-30)
 
 
 def gradient_picture(gradient: Tensor) -> Tensor:
@@ -30,9 +30,9 @@ def make(context: FigureContext) -> Drawing:
     for each in sorted(context.loaded, key=lambda each: not each.run.standard):
         gradients = input_gradients(each.model, many, labels)
         numbers[each.name] = {
-            "neighbours' correlation": smoothness(gradients),
+            "neighbours' correlation": float(smoothness(gradients).mean()),
             "L1 norm": float(gradients.abs().sum((1, 2, 3)).mean()),
-            "alignment": alignment(each.model, many, labels),
+            "alignment": float(alignment(each.model, many, labels).mean()),
         }
         title = "standard" if each.run.standard else "robust"
         columns[title] = torch.stack([gradient_picture(g) for g in input_gradients(each.model, x, y)])
