@@ -15,9 +15,9 @@ from .spec import Sweep, command, plan, read
 ABOUT = """Train over a grid of options, with any number of workers, and report what each option changes.
 
 SPEC is one of those that `spat-train sweep` lists, or a YAML file (spat_train/sweeps/spec.py has its keys). Every option of
-`spat-train train` may follow, and overrides the spec's base; --out is the folder of the sweep, by default runs/SPEC. Each run is an
-ordinary one, in a folder there. The same command goes on after any interruption. Started several times at once, with
-CUDA_VISIBLE_DEVICES or on other machines that share --out, it is that many workers. Machines that share the storage alone share the
+`spat-train train` may follow, and overrides the spec's base; --out is the folder of the sweep, by default runs/SPEC. Each run
+is an ordinary one, in a folder there. The same command goes on after any interruption. Started several times at once, with
+CUDA_VISIBLE_DEVICES or on machines that share --out, it is that many workers. Machines that share the storage alone share the
 runs too, but begin those of a killed one again."""
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
+from ..evaluation.report import markdown_table
 from ..evaluation.result import interval
 from ..plotting import accuracy_curve, legend_below, line_styles, panel_row, save, style, x_ticks
 from ..runtime import atomic_write
 from .spec import Spec, Sweep, command
 
 KINDS = {"clean": "clean", "pgd": "PGD"}  # held-out accuracies, and their names in the report
-STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 Row = dict[str, Any]
 
 
@@ -44,12 +44,13 @@ def write(sweep: Sweep, trials: Mapping[str, FrozenTrial]) -> list[Path]:
 def row(name: str, params: Mapping[str, Any], trial: FrozenTrial | None) -> Row:
     """What is known of a run. Accuracies, in percent, are those of its best checkpoint, with their 95 % intervals."""
     known = trial.user_attrs if trial else {}
-    best, count = known.get("best"), known.get("held_out", 0)
-    found = {
-        "run": name, "params": dict(params), "state": STATES.get(trial.state, trial.state.name.lower()) if trial else "waiting",
-        "error": known.get("error"), "epoch": best and best["epoch"], "held_out": count, "test": known.get("test"),
-    }  # fmt: skip
-    return found | {kind: best and _accuracy([best[kind]], count) for kind in KINDS}
+    best = known.get("best")
+    state = trial.state.name.lower() if trial else "waiting"
+    if state == "fail":
+        state = "failed" if "error" in known else "stopped"
+    found = {"run": name, "params": dict(params), "state": state, "error": known.get("error"), "test": known.get("test")}
+    found |= {key: best and best[key] for key in ("epoch", "images")}
+    return found | {kind: best and _accuracy([best[kind]], best["images"]) for kind in KINDS}
 
 
 def numbers(sweep: Sweep, rows: list[Row]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> d
 def judged(spec: Spec, rows: Sequence[Row], kind: str, hypothesis: Mapping[str, Any]) -> dict[str, Any]:
     """A hypothesis with its measured effects and a verdict: supported where the interval is on the side that it expects.
 
-    "differs" is supported where one of several levels differs, each at 95 % divided by their number (Bonferroni), and never refuted.
+    Where it names none of several levels, one of them suffices. Their intervals are Bonferroni's: 95 % for all together.
     """
     levels = list(spec.factors.get(hypothesis["factor"], []))
     if not levels:
@@ -157,56 +158,40 @@ def _accuracy(percents: Sequence[float], count: int) -> dict[str, float]:
 # ---- as text
 
 
+NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. The best epoch and the best run were chosen
+by them, which flatters both; test accuracies do not."""
+
+
 def markdown(spec: Spec, found: Mapping[str, Any]) -> str:
     kind, best = KINDS[found["maximise"]], found["best"]
     states = [r["state"] for r in found["runs"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    lines = [f"# {found['sweep']}", "", f"{found['about']}. " * bool(found["about"]) + f"Runs: {counts}, in {found['folder']}."]
+    parts = [f"# {found['sweep']}", found["about"] or "A sweep", f"Runs: {counts}, in {found['folder']}."]
     if best:
-        lines += [
-            "",
+        parts += [
             f"Best: {best['run']}, {_percent(best[found['maximise']])} {kind} on held-out images, by",
-            "",
             f"    {best['command']}",
         ]
-    lines += [
-        "",
-        *_runs_table(spec, found["runs"]),
-        "",
-        "Accuracies in percent, of the best epoch, on held-out images, with 95 % intervals. The best",
-    ]
-    lines[-1] += " epoch and the best run were chosen by them, which flatters: test accuracies do not."
+    parts += [_runs_table(spec, found["runs"]), NOTE]
     if found["for_each"]:
-        lines += ["", f"## Best for each {', '.join(spec.for_each)}", ""]
-        lines += [_suiting_line(each) for each in found["for_each"]]
+        parts += [f"## Best for each {', '.join(spec.for_each)}", "\n".join(map(_suiting_line, found["for_each"]))]
     if found["hypotheses"]:
-        lines += ["", "## Hypotheses", "", *(_hypothesis_line(each) for each in found["hypotheses"])]
-    lines += [
-        "",
-        "## Effects",
-        "",
-        f"Mean difference of held-out {kind} accuracy, over pairs of complete runs that are else alike, with",
-    ]
-    lines[-1] += " Student's 95 % interval."
-    return "\n".join([*lines, "", *_table(["factor", "value", "against", "points"], [
-        [e["factor"], e["level"], e["than"], _points(e)] for e in found["effects"]
-    ])]) + "\n"  # fmt: skip
+        parts += ["## Hypotheses", "\n".join(map(_hypothesis_line, found["hypotheses"]))]
+    effects = [[e["factor"], str(e["level"]), str(e["than"]), _points(e)] for e in found["effects"]]
+    about = "over pairs of complete runs that are else alike, with Student's 95 % interval."
+    parts += ["## Effects", f"Mean differences of held-out {kind} accuracy, {about}"]
+    return "\n\n".join([*parts, markdown_table(["factor", "value", "against", "points"], effects)]) + "\n"
 
 
-def _runs_table(spec: Spec, rows: Sequence[Row]) -> list[str]:
+def _runs_table(spec: Spec, rows: Sequence[Row]) -> str:
     tests = list(dict.fromkeys(name for r in rows for name in r["test"] or {}))
     factors = [*spec.factors, "seed"]
     head = ["run", *factors, "state", "epoch", *KINDS.values(), *(f"test {name}" for name in tests)]
-    return _table(head, [
-        [r["run"], *(r["params"][f] for f in factors), " ".join(filter(None, [r["state"], r["error"]])), r["epoch"] or "",
+    return markdown_table(head, [
+        [r["run"], *(str(r["params"][f]) for f in factors), " ".join(filter(None, [r["state"], r["error"]])), str(r["epoch"] or ""),
          *(_percent(r[kind]) for kind in KINDS), *(f"{r['test'][name]:.2f}" if r["test"] else "" for name in tests)]
         for r in rows
     ])  # fmt: skip
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in ([*head], ["---"] * len(head), *cells)]
 
 
 def _percent(accuracy: Mapping[str, float] | None) -> str:
@@ -222,13 +207,10 @@ def _points(e: Mapping[str, Any]) -> str:
 
 
 def _suiting_line(each: Mapping[str, Any]) -> str:
-    for_, best, than = (_words(each[key]) for key in ("for", "best", "than"))
-    gain = f"its gain over {than} is {_points(each['gain'])}" if each["gain"] else f"{than} has no complete run"
-    gain = "which is the first value" if each["best"] == each["than"] else gain
-    alike = "; ".join(map(_words, each["alike"]))
-    return f"- {for_}: {best}, {each['accuracy']:.2f} %; {gain}. " + (
-        f"Not told apart from it: {alike}." if alike else "All others are worse."
-    )
+    group, best, than = (_words(each[key]) for key in ("for", "best", "than"))
+    gain = f"{_points(each['gain'])} over {than}" if each["gain"] else f"{than} has no complete run"
+    alike = f"not told apart from it: {'; '.join(map(_words, each['alike']))}" if each["alike"] else "all others are worse"
+    return f"- {group}: {best}, {each['accuracy']:.2f} %" + ("" if best == than else f", {gain}") + f"; {alike}"
 
 
 def _words(params: Mapping[str, Any]) -> str:
@@ -248,8 +230,7 @@ def _hypothesis_line(each: Mapping[str, Any]) -> str:
 def draw(spec: Spec, rows: Sequence[Row]) -> Figure:
     """Held-out accuracies of complete runs.
 
-    One or two factors: against the first, a line for each value of the second, clean and PGD apart. More: for each factor, the mean
-    over all other settings.
+    One or two factors: against the first, a line for each value of the second. More: against each, the mean over the others.
     """
     first, *more = spec.factors
     panels: dict[str, tuple[str, dict[str, tuple[str, list[Row]]]]] = {}  # by title, what x is, and the lines: accuracy and runs
@@ -280,7 +261,7 @@ def _panel(ax: Axes, levels: Sequence[Any], factor: str, lines: Mapping[str, tup
         points: dict[float, dict] = {}
         for level in sorted(levels, key=lambda level: at[level]):
             if here := [r for r in rows if r["params"][factor] == level]:
-                points[at[level]] = _accuracy([r[kind]["accuracy"] for r in here], here[0]["held_out"])
+                points[at[level]] = _accuracy([r[kind]["accuracy"] for r in here], here[0]["images"])
         accuracy_curve(ax, list(points), list(points.values()), label=label, **kind_of_line)
     names = [f"{level:g}" if plain else str(level) for level in levels]
     x_ticks(ax, list(at.values()), names)

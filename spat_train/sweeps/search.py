@@ -32,7 +32,7 @@ from ..training.trainer import train
 from .spec import Sweep
 
 POLL = 2.0  # seconds between two looks at what other workers do
-DRIVERS = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # packages, where they are not called as the module is
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # package by module
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def alone(sweep: Sweep) -> Iterator[None]:
-    """Within, no other worker on this file system is: two may not make the tables of a storage, or take the last trial, at once."""
+    """Within, no other worker on this file system is: two may not make the tables of a storage, or take a trial, at once."""
     lock = RunFolder(sweep.out)
     while True:
         try:
@@ -247,8 +247,7 @@ class Worker:
         trial.suggest_categorical("seed", sorted({cell.params["seed"] for cell in self.sweep.cells.values()}))
 
         def on_validation(run: Run, record: dict) -> None:
-            trial.set_user_attr("best", run.progress.best)
-            trial.set_user_attr("held_out", len(run.held_out))
+            trial.set_user_attr("best", {**run.progress.best, "images": len(run.held_out)})
             if record["epoch"] not in own.intermediate_values:  # of an earlier trial of this run
                 trial.report(record[self.sweep.maximise], record["epoch"])
             if not run.finished and trial.should_prune():
@@ -263,8 +262,8 @@ class Worker:
             raise
         if result.best is None:
             raise InputError(f"run {name}: no image is held out, by which runs are compared: give --holdout, or more images")
-        for key, value in {"best": result.best, "held_out": result.held_out, "test": result.test}.items():
-            trial.set_user_attr(key, value)
+        trial.set_user_attr("best", {**result.best, "images": result.held_out})
+        trial.set_user_attr("test", result.test)
         print(result.summary, file=sys.stderr)
         return result.best[self.sweep.maximise]
 
