@@ -158,8 +158,8 @@ def _accuracy(percents: Sequence[float], count: int) -> dict[str, float]:
 # ---- as text
 
 
-NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. The best epoch and the best run were chosen
-by them, which flatters both; test accuracies do not."""
+NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. They chose that epoch and the best
+run, which flatters both. Test accuracies chose nothing."""
 
 
 def markdown(spec: Spec, found: Mapping[str, Any]) -> str:
@@ -187,11 +187,13 @@ def _runs_table(spec: Spec, rows: Sequence[Row]) -> str:
     tests = list(dict.fromkeys(name for r in rows for name in r["test"] or {}))
     factors = [*spec.factors, "seed"]
     head = ["run", *factors, "state", "epoch", *KINDS.values(), *(f"test {name}" for name in tests)]
-    return markdown_table(head, [
-        [r["run"], *(str(r["params"][f]) for f in factors), " ".join(filter(None, [r["state"], r["error"]])), str(r["epoch"] or ""),
-         *(_percent(r[kind]) for kind in KINDS), *(f"{r['test'][name]:.2f}" if r["test"] else "" for name in tests)]
+    lines = [
+        [r["run"], *(str(r["params"][factor]) for factor in factors), r["state"] + (f": {r['error']}" if r["error"] else "")]
+        + [str(r["epoch"] or ""), *(_percent(r[kind]) for kind in KINDS)]
+        + [f"{r['test'][name]:.2f}" if r["test"] else "" for name in tests]
         for r in rows
-    ])  # fmt: skip
+    ]
+    return markdown_table(head, lines)
 
 
 def _percent(accuracy: Mapping[str, float] | None) -> str:

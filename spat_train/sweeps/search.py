@@ -227,7 +227,7 @@ class Worker:
                 raise
 
         try:
-            self.study.optimize(objective, n_trials=1, catch=(TrainingError,))
+            self.study.optimize(objective, n_trials=1, catch=(TrainingError,), gc_after_trial=True)
         except BaseException as error:
             if self.number is not None:
                 self.study.tell(self.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -247,7 +247,8 @@ class Worker:
         trial.suggest_categorical("seed", sorted({cell.params["seed"] for cell in self.sweep.cells.values()}))
 
         def on_validation(run: Run, record: dict) -> None:
-            trial.set_user_attr("best", {**run.progress.best, "images": len(run.held_out)})
+            assert run.progress.best
+            trial.set_user_attr("best", run.progress.best | {"images": len(run.held_out)})
             if record["epoch"] not in own.intermediate_values:  # of an earlier trial of this run
                 trial.report(record[self.sweep.maximise], record["epoch"])
             if not run.finished and trial.should_prune():
@@ -262,7 +263,7 @@ class Worker:
             raise
         if result.best is None:
             raise InputError(f"run {name}: no image is held out, by which runs are compared: give --holdout, or more images")
-        trial.set_user_attr("best", {**result.best, "images": result.held_out})
+        trial.set_user_attr("best", result.best | {"images": result.held_out})
         trial.set_user_attr("test", result.test)
         print(result.summary, file=sys.stderr)
         return result.best[self.sweep.maximise]

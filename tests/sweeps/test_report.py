@@ -73,8 +73,11 @@ def test_the_best_alpha_for_each_eps(tmp_path):
     ("expects", "shift", "noise", "verdict"),
     [
         ("higher", 3, 1, "supported"),
-        ("higher", -3, 1, "against"), ("higher", 3, 30, "undecided"),
-        ("lower", -3, 1, "supported"), ("lower", 3, 1, "against"), ("differs", -3, 1, "supported"), ("differs", 3, 30, "undecided"),
+        ("higher", -3, 1, "against"),
+        ("higher", 3, 30, "undecided"),
+        ("lower", -3, 1, "supported"),
+        ("lower", 3, 1, "against"),
+        ("differs", -3, 1, "supported"), ("differs", 3, 30, "undecided"),
     ],
 )  # fmt: skip
 def test_verdicts(tmp_path, expects, shift, noise, verdict):

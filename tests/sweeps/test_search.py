@@ -1,5 +1,6 @@
 """Trials of a sweep: each run once, pruned, failed, stopped and killed ones, and several workers."""
 
+import importlib
 import re
 import signal
 import sys
@@ -130,7 +131,7 @@ def test_a_failed_run_does_not_end_the_sweep(tmp_path, monkeypatch):
     assert states(work(sweep)) == {"alpha0-seed0": "FAIL", "alpha0.2-seed0": "COMPLETE"}
     command.run(sweep)
     assert calls == ["alpha0-seed0", "alpha0.2-seed0"]
-    assert "failed the loss of epoch 2 is not finite" in (sweep.out / "sweep.md").read_text()
+    assert "failed: the loss of epoch 2 is not finite" in (sweep.out / "sweep.md").read_text()
 
 
 def test_an_error_of_an_option_ends_it_and_nothing_is_lost(tmp_path, monkeypatch):
@@ -246,6 +247,7 @@ def test_without_optuna_the_command_says_what_to_install(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "spat_train.sweeps.search")
     monkeypatch.delattr("spat_train.sweeps.search")
+    importlib.reload(command)  # works, as that of the command line has to
     with pytest.raises(InputError, match=r"sweep: optuna.*: pip install '.\[sweep\]'"):
         command.run(planned(tmp_path, ALPHAS))
 

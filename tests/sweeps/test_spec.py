@@ -18,6 +18,7 @@ from spat_train.presets import PRESETS
 from spat_train.sweeps.command import given_options, sweep
 from spat_train.sweeps.ready import READY
 from spat_train.sweeps.spec import command, plan, read
+from tests.evaluation import helpers
 
 GRID = {"alpha": [0, 0.2]}
 
@@ -128,6 +129,15 @@ def test_other_errors(tmp_path):
         sweep(["--out", "x", "alpha-search"])
     with pytest.raises(InputError, match="--milestones .75, 90.: not all come by epoch 10"):
         plan(read("figure6.1"), {"epochs": 10})
+
+
+def test_errors_of_the_command(tmp_path, monkeypatch, capsys):
+    file = write(tmp_path, base={"lr": "high"})
+    said = helpers.error(monkeypatch, capsys, "sweep", file, "--data", "digits")
+    assert said == f"spat-train: error: {file}: base.lr 'high': give float\n"
+    with pytest.raises(SystemExit, match="2"):
+        helpers.command(monkeypatch, "sweep", "alpha-search", "--epochs", "many")
+    assert "--epochs" in capsys.readouterr().err
 
 
 def test_listing_and_dry_run(tmp_path, capsys):
