@@ -23,6 +23,7 @@ from .runtime.atomic_write import SaveError
 from .runtime.distributed import PeerError, first_to_say, said_once
 from .runtime.signals import Stopped
 from .sharing.export import export_command
+from .sweeps.command import sweep
 from .training.curves import write_curves
 from .training.trainer import TrainingError
 from .training.trainer import train as run
@@ -120,7 +121,7 @@ def table(
 
 
 COMMANDS: dict[str, dict[str, Callable]] = {  # by purpose, as --help lists them
-    "training": {"train": train},
+    "training": {"train": train, "sweep": sweep},
     "evaluation": {"evaluate": evaluate, "attacks": attacks_command},
     "the papers": {"figure": figure, "table": table, "plot": plot},
     "to share": {"export": export_command},
@@ -146,7 +147,7 @@ def main() -> None:
             print(f"spat_kernels {version('spat_kernels')}, torch {torch.__version__}")
         else:
             command = lookup("command", name, BY_NAME)
-            if command in (train, evaluate):
+            if command in (train, evaluate, sweep):
                 command(arguments)
             else:
                 tyro.cli(command, prog=f"spat-train {name}", args=arguments)

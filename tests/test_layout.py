@@ -31,7 +31,7 @@ FLOORS = {
         evaluation
         training
         papers
-        demo sharing
+        demo sharing sweeps
         cli
         __main__
     """,

@@ -71,20 +71,20 @@ def _config(content: Any, path: str | Path) -> Config | None:
     kinds = get_type_hints(Config)
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items() if name in kinds}
     config = Config(**values)
-    if odd := [f"{name}={values[name]!r}" for name in values if not _is_a(getattr(config, name), kinds[name])]:
+    if odd := [f"{name}={values[name]!r}" for name in values if not is_a(getattr(config, name), kinds[name])]:
         raise InputError(f"{path}: no run writes such a config ({listed(odd)}): restore it")
     return config
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def is_a(value: Any, kind: Any) -> bool:
     """Whether `value` is of the type `kind` of an option."""
     kinds = get_args(kind)
     if get_origin(kind) is Literal:
         return value in kinds
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_a(v, kinds[0]) for v in value)
+        return isinstance(value, tuple) and all(is_a(v, kinds[0]) for v in value)
     if kinds:
-        return any(_is_a(value, one) for one in kinds)
+        return any(is_a(value, one) for one in kinds)
     if kind is bool:
         return value in (0, 1)
     whole = kind is int and isinstance(value, float) and value.is_integer()

@@ -37,6 +37,7 @@ from .free import FreeStep
 from .step import Launched, Span, TrainStep, spanned
 
 OnStep = Callable[["Run"], object]
+OnValidation = Callable[["Run", dict], object]
 FINER = "with a lower --lr, or --precision bf16 or fp32"
 
 
@@ -54,6 +55,7 @@ class Result:
         test: accuracies in percent by attack. None without `config.test`.
         folder: of the run; None where nothing was saved.
         summary: a line on all that; "" where nothing was saved, and in all processes but the main one.
+        held_out: number of images of a validation.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class Result:
     test: dict[str, float] | None
     folder: Path | None
     summary: str = ""
+    held_out: int = 0
 
 
 class Run:
@@ -69,15 +72,16 @@ class Run:
     Args:
         wish: asks the run to stop, between two steps or during an evaluation.
         on_step: called with this run after every step.
+        on_validation: called with this run and the validation's record, after every validation and its save.
         span: surrounds the parts of the loop, for timers: "loader", those of `TrainStep`, "settle", "between" and "save".
     """
 
     def __init__(
         self, config: Config, dataset: Dataset | None, processes: World, wish: GracefulStop, folder: RunFolder,
-        *, on_step: OnStep | None = None, span: Span = nullcontext,
+        *, on_step: OnStep | None = None, on_validation: OnValidation | None = None, span: Span = nullcontext,
     ):  # fmt: skip
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
-        self.on_step, self.span = on_step, span
+        self.on_step, self.on_validation, self.span = on_step, on_validation, span
         saved = checkpoint.find_saved(config, processes, folder)
         self.dataset, extra = processes.in_turn(lambda: setup.load_images(config, dataset))
         self.images = checkpoint.image_record(self.dataset, extra, processes)
@@ -140,12 +144,15 @@ class Run:
                 self.save_or_stop(due=late and self.world.main)
         self.settle()
         self.write_losses()
+        validated = None
         if len(self.held_out) and ((progress.epoch + 1) % config.val_every == 0 or progress.epoch + 1 == config.epochs):
-            self.validate()
+            validated = self.validate()
         if self.log:
             self.log.line()
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.save()
+        if validated and self.on_validation:
+            self.on_validation(self, validated)
 
     def train_on(self, x: Tensor, y: Tensor, size: int) -> None:
         """A step on this process's part of a batch of `size` images."""
@@ -243,7 +250,7 @@ class Run:
 
     # ---- validation and test
 
-    def validate(self) -> None:
+    def validate(self) -> dict:
         progress, action = self.progress, self.config.overfitting_alarm
         attacks = validation(self.config.val_steps) | ({} if action == "off" else {"fgsm": TEST["FGSM"]})
         percent = self.accuracies("validation", self.dataset.train, attacks, self.held_out)
@@ -261,6 +268,7 @@ class Run:
             self.log.rate()  # the validation's time is not the training's
         if action != "off":
             self.answer_collapse(record, action)
+        return record
 
     def answer_collapse(self, now: dict, action: str) -> None:
         """Where `now` is one beside the best validation: say so, and roll back if that is the `action`."""
@@ -327,7 +335,8 @@ class Run:
             if interval(right)[0] <= 100 / self.dataset.num_classes:
                 summary += ". Clean accuracy is not beyond chance: train longer, or with another --lr"
         summary += overfitting.in_words(self.config.overfitting_alarm, self.progress.collapses)
-        return Result(self.step.evaluated.eval(), best, test, folder, summary if folder and self.world.main else "")
+        summary = summary if folder and self.world.main else ""
+        return Result(self.step.evaluated.eval(), best, test, folder, summary, len(self.held_out))
 
     # ---- checkpoints
 

@@ -15,10 +15,17 @@ from ..runtime.distributed import World, is_of_a_peer, world
 from ..runtime.run_folder import RunFolder
 from ..runtime.signals import GracefulStop
 from .check import check
-from .run import OnStep, Result, Run, TrainingError
+from .run import OnStep, OnValidation, Result, Run, TrainingError
 
 
-def train(config: Config, dataset: Dataset | None = None, *, save: bool = True, on_step: OnStep | None = None) -> Result:
+def train(
+    config: Config,
+    dataset: Dataset | None = None,
+    *,
+    save: bool = True,
+    on_step: OnStep | None = None,
+    on_validation: OnValidation | None = None,
+) -> Result:
     """Train a robust model as `config` says, or go on with a run that was interrupted (`config.resume`).
 
     Started by torchrun, all processes share each batch. Seeds torch's, NumPy's and Python's generators.
@@ -31,6 +38,8 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True, 
         dataset: instead of loading `config.data`.
         save: write the run's folder, `config.folder`. If not, everything stays in memory.
         on_step: called after every step with the `Run`, whose `progress`, `step` and `pending` say where it is.
+        on_validation: called with the `Run` and a validation's epoch, clean and pgd accuracy in percent, after every validation.
+            The run is saved then: an exception from here ends it, and --resume goes on.
 
     Raises:
         InputError: an option, the data or a checkpoint does not fit, or memory does not suffice.
@@ -46,7 +55,7 @@ def train(config: Config, dataset: Dataset | None = None, *, save: bool = True, 
     with world(config.device) as processes, GracefulStop(heeded=False).heard() as wish, gpu_arithmetic(config.precision):
         try:
             with explained(config, processes, folder):
-                run = Run(config, dataset, processes, wish, folder, on_step=on_step)
+                run = Run(config, dataset, processes, wish, folder, on_step=on_step, on_validation=on_validation)
                 wish.heeded = True
                 return run.all()
         finally:

@@ -1,0 +1,1 @@
+"""Hyper-parameter sweeps (`spat-train sweep`): trainings over a grid of options, on Optuna."""

@@ -1,0 +1,92 @@
+"""`spat-train sweep`."""
+
+import argparse
+import os
+import re
+from dataclasses import fields
+from typing import Any
+
+from ..command_line import parse
+from ..config import Config
+from ..errors import InputError, check_count
+from .ready import READY
+from .spec import Sweep, command, plan, read
+
+ABOUT = """Train over a grid of options, with any number of workers, and report what each option changes.
+
+SPEC is one of those that `spat-train sweep` lists, or a YAML file (spat_train/sweeps/spec.py has its keys). Every option of
+`spat-train train` may follow, and overrides the spec's base; --out is the folder of the sweep, by default runs/SPEC. Each run
+is an ordinary one, in a folder there. The same command goes on after any interruption. Started several times at once, with
+CUDA_VISIBLE_DEVICES or on machines that share --out, it is that many workers. Machines that share the storage alone share the
+runs too, but begin those of a killed one again."""
+
+
+def sweep(arguments: list[str]) -> None:
+    """Train over a grid of options on Optuna, with any number of workers; without a name, list the sweeps that are ready."""
+    if not arguments:
+        print("\n".join(f"{name:14} {spec.runs:3} runs: {spec.about}" for name, spec in ((name, read(name)) for name in READY)))
+        return
+    parser, (source, *rest) = _own_options(), arguments
+    if source in ("-h", "--help"):
+        parser.print_help()
+        return
+    if source.startswith("-"):
+        raise InputError(f"sweep {source}: its spec comes first: give one of {', '.join(READY)}, or a YAML file")
+    own, rest = parser.parse_known_args(rest)
+    check_count("--heartbeat", own.heartbeat)
+    planned = plan(read(source), given_options(rest))
+    if own.dry_run:
+        print("\n".join(command(cell.config) for cell in planned.cells.values()))
+    else:
+        run(planned, own.storage, heartbeat=own.heartbeat, report_only=own.report)
+
+
+def run(planned: Sweep, storage: str | None = None, *, heartbeat: int = 30, report_only: bool = False) -> None:
+    """Work on the sweep until all its runs are finished, and write its report.
+
+    Args:
+        storage: URL of a database. None: SQLite in the folder of the sweep.
+        heartbeat: seconds between signs of life, as `search.open_study` has them.
+        report_only: write the report alone, of the runs so far.
+
+    Raises:
+        InputError: Optuna is not installed, or the storage, an option or the data do not fit.
+        Stopped: by SIGTERM or Ctrl-C, after saving.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("sweep: torchrun makes one run of several processes: start a worker for each GPU instead")
+    try:
+        from . import search  # imports Optuna
+    except ImportError as error:
+        if not re.match(r"optuna|sqlalchemy|alembic", error.name or ""):
+            raise
+        raise InputError(f"sweep: {error.name}, 4.9 or later of Optuna, is not there: pip install '.[sweep]'") from error
+    from . import report
+
+    with search.quiet():
+        study = search.open_study(planned, storage, heartbeat, create=not report_only)
+        if not report_only:
+            search.Worker(planned, study).work()
+        for path in report.write(planned, search.latest(study)):
+            print(f"{path} written")
+
+
+def given_options(arguments: list[str]) -> dict[str, Any]:
+    """The options of `spat-train train` among `arguments`, with their values. Exits where one does not parse, as that does."""
+    config = parse(Config, arguments, prog="spat-train sweep SPEC", description=ABOUT)
+    words = {word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    named = {f.name: "-" + f.name.replace("_", "-") for f in fields(Config)}
+    return {name: getattr(config, name) for name, option in named.items() if {f"-{option}", f"--no{option}"} & words}
+
+
+def _own_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "spat-train sweep", usage="%(prog)s SPEC [OPTIONS]", description=ABOUT, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--storage", metavar="URL", help="sqlite:///FILE, postgresql://... or mysql://...; default: OUT/sweep.db")
+    parser.add_argument("--report", action="store_true", help="write the report of the runs so far, and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs, and run nothing")
+    parser.add_argument("--heartbeat", type=int, default=30, metavar="SECONDS", help="between signs of life of a worker, which "
+                        "counts as killed after three times as long without one (default: 30)")  # fmt: skip
+    return parser

@@ -1,0 +1,281 @@
+"""The runs of a sweep as trials of an Optuna study, which any number of workers share through its storage.
+
+Every run is queued once, and Optuna gives a queued trial to one worker. (Its GridSampler gives a cell to two where workers start
+or end together, as its documentation says.) A trial whose worker was stopped, or killed (its heartbeat ends), becomes FAIL and is
+queued again by Optuna's RetryHeartbeatStaleTrialCallback, under a new number with its reports. The run itself goes on from its
+checkpoint.
+"""
+
+import copy
+import random
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..errors import InputError, InUseError, first_line
+from ..runtime.run_folder import RunFolder
+from ..training.checkpoint import say
+from ..training.run import Result, Run, TrainingError
+from ..training.trainer import train
+from .spec import Sweep
+
+POLL = 2.0  # seconds between two looks at what other workers do
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # package by module
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, Optuna says nothing that `say` says too."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+@contextmanager
+def alone(sweep: Sweep) -> Iterator[None]:
+    """Within, no other worker on this file system is: two may not make the tables of a storage, or take a trial, at once."""
+    lock = RunFolder(sweep.out)
+    while True:
+        try:
+            lock.claim()
+            break
+        except InUseError:
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ---- the study
+
+
+def open_study(sweep: Sweep, url: str | None, heartbeat: int, create: bool = True) -> Study:
+    """The study of the sweep, with all its runs in the queue.
+
+    Args:
+        url: of the storage. None: SQLite, in the folder of the sweep.
+        heartbeat: seconds between signs of life of a worker. One that gives none for three times as long counts as killed.
+        create: make it where there is none.
+
+    Raises:
+        InputError: the storage cannot be opened, there is no study, or it was begun with another spec or other options.
+    """
+    if not create and not (sweep.out.is_dir() and (url or (sweep.out / "sweep.db").is_file())):
+        raise InputError(f"--report: --out {sweep.out} holds no sweep: give its folder, or run it first")
+    with alone(sweep):
+        storage = _open_storage(url or f"sqlite:///{sweep.out / 'sweep.db'}", heartbeat)
+        pruner: BasePruner = NopPruner()
+        if sweep.spec.search == "halving":
+            pruner = Halving(sweep.spec.for_each, sweep.spec.min_epochs or 1, sweep.spec.reduction or 3)
+        names = {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+        if not create and str(sweep.out) not in names:
+            raise InputError(f"--report: the storage holds no sweep {sweep.out}: give its --out, or run it first")
+        study = optuna.create_study(
+            storage=storage, pruner=pruner, study_name=str(sweep.out), direction="maximize", load_if_exists=True
+        )
+        _compare(sweep, study)
+        _queue(sweep, study)
+    return study
+
+
+def _open_storage(url: str, heartbeat: int) -> RDBStorage:
+    shown = re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", url)  # without its password
+    patience: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    try:
+        return RDBStorage(url, patience, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
+    except ImportError as error:
+        module = getattr(error.__cause__, "name", None) or "its driver"
+        package = DRIVERS.get(module, module)
+        raise InputError(f"--storage {shown}: {module} is not installed: pip install {package}") from error
+    except (SQLAlchemyError, RuntimeError, ValueError) as error:
+        remedy = "give sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/NAME of a database that is there"
+        raise InputError(f"--storage {shown}: it cannot be opened ({first_line(error)}): {remedy}") from error
+
+
+def _compare(sweep: Sweep, study: Study) -> None:
+    now, before = sweep.record(), study.user_attrs.get("sweep")
+    if before is None:
+        study.set_user_attr("sweep", now)
+    elif changed := [name for name in now | before if now.get(name) != before.get(name)]:
+        listed = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)
+        raise InputError(f"--out {sweep.out}: its sweep was begun otherwise ({listed}): give the same, or choose another --out")
+
+
+def _queue(sweep: Sweep, study: Study) -> None:
+    """Queue the runs that are not there yet: for halving in random order, since it takes the first ones for the field."""
+    names = list(sweep.cells)
+    if sweep.spec.search == "halving":
+        random.Random(0).shuffle(names)
+    there = {trial.user_attrs.get("run") for trial in study.get_trials(deepcopy=False)}
+    for name in names:
+        if name not in there:
+            study.enqueue_trial(sweep.cells[name].params, user_attrs={"run": name})
+
+
+# ---- what the trials are
+
+
+def _before(trial: FrozenTrial) -> list[int]:
+    """The numbers under which the same run was begun before."""
+    return RetryHeartbeatStaleTrialCallback.retry_history(trial)
+
+
+def is_double(trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
+    """Whether another trial is of the same run: workers without a file system in common may queue one, or take none, at once."""
+    own = {trial.number, *_before(trial)}
+    run = trial.user_attrs.get("run")
+    return run is None or any(t.user_attrs.get("run") == run and t.number not in own for t in trials[: trial.number])
+
+
+def latest(study: Study) -> dict[str, FrozenTrial]:
+    """By run, its trial, the last one where it was taken up again."""
+    trials = study.get_trials(deepcopy=False)
+    return {trial.user_attrs["run"]: trial for trial in trials if not is_double(trial, trials)}
+
+
+class Halving(SuccessiveHalvingPruner):
+    """Asynchronous successive halving (Li et al., 2020) among the trials that have the same `for_each`; each run counts once."""
+
+    def __init__(self, for_each: tuple[str, ...], min_epochs: int, reduction: int):
+        super().__init__(min_resource=min_epochs, reduction_factor=reduction)
+        self.for_each = for_each
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        def field(**options: Any) -> list[FrozenTrial]:
+            trials = study.get_trials(**options)
+            again = {number for each in trials for number in _before(each)}
+            return [t for t in trials if t.number not in again and self._among(t) == self._among(trial)]
+
+        view = copy.copy(study)
+        view.get_trials = field  # type: ignore[method-assign,assignment]
+        return super().prune(view, trial)
+
+    def _among(self, trial: FrozenTrial) -> list[Any]:
+        return [trial.params.get(factor) for factor in self.for_each]
+
+
+# ---- a worker
+
+
+class Worker:
+    """Runs trials until all of the sweep are finished, also those of workers that are killed meanwhile."""
+
+    def __init__(self, sweep: Sweep, study: Study):
+        self.sweep, self.study = sweep, study
+        self.number: int | None = None  # of the trial at work
+        self.replaced = False  # it counted as killed, and another worker goes on with it
+
+    def work(self) -> None:
+        """Run what is queued, and wait for what others run.
+
+        Raises:
+            InputError, SaveError, Stopped: as `train` does. The trial is queued again when a worker looks next.
+        """
+        waited = False
+        while True:
+            with ExitStack() as turn:
+                turn.enter_context(alone(self.sweep))
+                states = self.queue_again()
+                if TrialState.WAITING in states:
+                    self.take(turn.close)
+                    continue
+            running = states.count(TrialState.RUNNING)
+            if not running:
+                return
+            if not waited:
+                say(f"waiting for {running} runs of other workers, to go on with those that are killed; Ctrl-C loses nothing")
+            waited = True
+            time.sleep(POLL)
+
+    def queue_again(self) -> list[TrialState]:
+        """Queue the runs whose worker was stopped or killed. Returns the states of all."""
+        fail_stale_trials(self.study)
+        for trial in latest(self.study).values():
+            if trial.state == TrialState.FAIL and "error" not in trial.user_attrs:
+                RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(self.study, trial)
+        return [trial.state for trial in latest(self.study).values()]
+
+    def take(self, begun: Callable[[], None]) -> None:
+        """Run one trial. `begun` is called when it is taken."""
+        self.number, self.replaced = None, False
+
+        def objective(trial: Trial) -> float:
+            self.number = trial.number
+            begun()
+            try:
+                return self.run(trial)
+            except UpdateFinishedTrialError:
+                self.replaced = True
+                raise
+
+        try:
+            self.study.optimize(objective, n_trials=1, catch=(TrainingError,), gc_after_trial=True)
+        except BaseException as error:
+            if self.number is not None:
+                self.study.tell(self.number, state=TrialState.FAIL, skip_if_finished=True)
+            if not (self.replaced and isinstance(error, Exception)):
+                raise
+            say(f"trial {self.number} gave no sign of life for long, and another worker goes on with it")
+
+    def run(self, trial: Trial) -> float:
+        """The best held-out accuracy of the trial's run, in percent."""
+        trials = self.study.get_trials(deepcopy=False)
+        own = trials[trial.number]
+        if is_double(own, trials):
+            raise optuna.TrialPruned("a double")
+        name = own.user_attrs["run"]
+        for factor, levels in self.sweep.spec.factors.items():
+            trial.suggest_categorical(factor, list(levels))
+        trial.suggest_categorical("seed", sorted({cell.params["seed"] for cell in self.sweep.cells.values()}))
+
+        def on_validation(run: Run, record: dict) -> None:
+            assert run.progress.best
+            trial.set_user_attr("best", run.progress.best | {"images": len(run.held_out)})
+            if record["epoch"] not in own.intermediate_values:  # of an earlier trial of this run
+                trial.report(record[self.sweep.maximise], record["epoch"])
+            if not run.finished and trial.should_prune():
+                raise optuna.TrialPruned
+
+        say(f"{name}: trial {trial.number} of {self.sweep.out}")
+        try:
+            result = self.train(name, on_validation)
+        except TrainingError as error:
+            trial.set_user_attr("error", str(error))
+            say(f"{name} failed, and the sweep goes on: {error}")
+            raise
+        if result.best is None:
+            raise InputError(f"run {name}: no image is held out, by which runs are compared: give --holdout, or more images")
+        trial.set_user_attr("best", result.best | {"images": result.held_out})
+        trial.set_user_attr("test", result.test)
+        print(result.summary, file=sys.stderr)
+        return result.best[self.sweep.maximise]
+
+    def train(self, name: str, on_validation: Callable[[Run, dict], None]) -> Result:
+        """Train, or go on, when no other process is at work in the run's folder."""
+        waited = False
+        while True:
+            try:
+                return train(self.sweep.cells[name].config, on_validation=on_validation)
+            except InUseError as error:
+                if not waited:
+                    say(f"{error}; this worker waits")
+                waited = True
+                time.sleep(POLL)

@@ -1,0 +1,125 @@
+"""The numbers of a sweep's report, against formulas and computations by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+from scipy import stats
+
+from spat_train.sweeps import report, search
+from tests.sweeps.helpers import formula, planned, study_of, work
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+T3 = 3.182446  # Student's t for 95 % and 3 degrees of freedom, from tables
+
+
+def rows(values: dict) -> list[dict]:
+    """Complete runs by (alpha, eps, seed)."""
+    names = "alpha", "eps", "seed"
+    return [{"params": dict(zip(names, key, strict=True)), "pgd": {"accuracy": value}} for key, value in values.items()]
+
+
+def test_an_effect_is_the_mean_of_paired_differences():
+    values = {
+        (0, 4, 0): 50,
+        (0, 4, 1): 52,
+        (0, 8, 0): 40,
+        (0, 8, 1): 41,
+        (1, 4, 0): 51,
+        (1, 4, 1): 55,
+        (1, 8, 0): 42,
+        (1, 8, 1): 43,
+    }
+    found = report.effect(rows(values), "pgd", "alpha", 1, 0)
+    half = T3 * math.sqrt(((1 - 2) ** 2 + (3 - 2) ** 2) / 3) / 2  # of the differences 1, 3, 2 and 2
+    assert found == {"pairs": 4, "mean": 2, "low": pytest.approx(2 - half, abs=1e-5), "high": pytest.approx(2 + half, abs=1e-5)}
+    a, b = ([value for key, value in values.items() if key[0] == alpha] for alpha in (0, 1))
+    theirs = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high))
+    eps = report.effect(rows(values), "pgd", "eps", 8, 4)
+    assert (eps["mean"], eps["pairs"]) == (pytest.approx((-10 - 11 - 9 - 12) / 4), 4)
+
+
+def test_runs_without_a_partner_are_left_out():
+    values = {(0, 4, 0): 50, (1, 4, 0): 53, (1, 8, 0): 20, (2, 4, 0): 1}
+    assert report.effect(rows(values), "pgd", "alpha", 1, 0) == {"pairs": 1, "mean": 3, "low": None, "high": None}
+    assert report.effect(rows(values), "pgd", "alpha", 3, 0) == {"pairs": 0, "mean": None, "low": None, "high": None}
+
+
+def test_the_best_alpha_for_each_eps(tmp_path):
+    sweep = planned(tmp_path, {"alpha": [0, 0.1, 0.2], "eps": [4, 8]}, seeds=4, for_each=["eps"])
+    noise = {0: (0, 0, 0, 0), 0.1: (5, 6, 5, 6), 0.2: (5, 5, 6, 5)}
+    values = {
+        (alpha, eps, s): 50 - eps + noise[alpha][s] * (1 if eps == 4 else -1)
+        for alpha in noise
+        for eps in (4, 8)
+        for s in range(4)
+    }
+    first, second = report.suiting(sweep.spec, rows(values), "pgd")
+    half = T3 * math.sqrt(1 / 3) / 2
+    gain = {"pairs": 4, "mean": 5.5, "low": pytest.approx(5.5 - half, abs=1e-5), "high": pytest.approx(5.5 + half, abs=1e-5)}
+    assert first == {
+        "for": {"eps": 4}, "best": {"alpha": 0.1}, "accuracy": 51.5, "than": {"alpha": 0}, "gain": gain, "alike": [{"alpha": 0.2}]
+    }  # fmt: skip
+    assert (second["best"], second["gain"]["mean"], second["alike"]) == ({"alpha": 0}, 0, [])
+
+
+@pytest.mark.parametrize(
+    ("expects", "shift", "noise", "verdict"),
+    [
+        ("higher", 3, 1, "supported"),
+        ("higher", -3, 1, "against"),
+        ("higher", 3, 30, "undecided"),
+        ("lower", -3, 1, "supported"),
+        ("lower", 3, 1, "against"),
+        ("differs", -3, 1, "supported"), ("differs", 3, 30, "undecided"),
+    ],
+)  # fmt: skip
+def test_verdicts(tmp_path, expects, shift, noise, verdict):
+    hypothesis = {"says": "x", "factor": "alpha", "level": 0.1, "expects": expects}
+    sweep = planned(tmp_path, {"alpha": [0, 0.1]}, seeds=4, hypotheses=[hypothesis])
+    found = rows({(a, 8, s): 50 + (a > 0) * (shift + noise * (-1) ** s) for a in (0, 0.1) for s in range(4)})
+    judged = report.judged(sweep.spec, found, "pgd", hypothesis)
+    assert judged["verdict"] == verdict
+    assert judged["effects"][0]["mean"] == shift
+    assert report.judged(sweep.spec, found, "pgd", hypothesis | {"factor": "steps"})["verdict"] == "not swept"
+
+
+def test_several_levels_are_judged_with_bonferroni(tmp_path):
+    sweep = planned(tmp_path, {"alpha": [0, 0.1, 0.2]}, seeds=4)
+    hypothesis = {"says": "x", "factor": "alpha", "expects": "differs"}
+    for mean, verdict in ((4.2, "undecided"), (5, "supported")):  # 95 % intervals of half lengths 3.7, and 97.5 % ones of 4.8
+        found = rows({(a, 8, s): 50 + (a == 0.1) * (mean + 2 * (-1) ** s) for a in (0, 0.1, 0.2) for s in range(4)})
+        assert report.effect(found, "pgd", "alpha", 0.1, 0)["low"] > 0
+        judged = report.judged(sweep.spec, found, "pgd", hypothesis)
+        low = mean - float(stats.t.ppf(1 - 0.025 / 2, 3)) * math.sqrt(16 / 3) / 2
+        assert (judged["verdict"], judged["effects"][0]["low"]) == (verdict, pytest.approx(low))
+
+
+@pytest.mark.parametrize("factors", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
+def test_the_files(tmp_path, monkeypatch, factors):
+    grid = dict(
+        [("alpha", [0, 0.1]), ("bn_mode", ["eval", "train"]), ("batch", [{"lr": 0.1, "epochs": 2}, {"lr": 0.2, "epochs": 3}])][
+            :factors
+        ]
+    )
+    sweep = planned(tmp_path, grid)
+    monkeypatch.setattr(search, "train", formula(lambda c, epoch: 40 + 100 * c.alpha - epoch))
+    before = report.write(sweep, search.latest(study_of(sweep)))
+    assert [path.name for path in before] == ["sweep.md", "sweep.json"]
+    assert f"Runs: {2**factors} waiting" in before[0].read_text()
+    paths = report.write(sweep, search.latest(work(sweep)))
+    assert [path.name for path in paths] == ["sweep.md", "sweep.json", "sweep.png", "sweep.pdf"]
+    assert all(path.stat().st_size for path in paths)
+    text = Path(paths[0]).read_text()
+    low, high = stats.binomtest(98, 200).proportion_ci(0.95, method="wilson")  # 49 % after the first epoch
+    best = next(name for name, cell in sweep.cells.items() if cell.config.alpha == 0.1)
+    assert f"Best: {best}, 49.00 ({100 * low:.2f} to {100 * high:.2f}) PGD" in text
+    assert f"--out {tmp_path / 'out' / best} --resume" in text
+    assert "| alpha | 0.1 | 0.0 | +10.00 (" in text
+    assert f"59.00 ({100 * stats.binomtest(118, 200).proportion_ci(0.95, method='wilson').low:.2f} to" in text
