@@ -68,11 +68,17 @@ class Config:
     step_size: float | None = None
     """Length of a step, in 1/255. Default: that of the method: eps / 4, or eps for one step."""
     steps: int | None = None
-    """Gradient steps. Default: that of the method: 10, or 1 for fgsm."""
+    """Gradient steps. Default: that of the method: 10, 7 for adt, or 1 for fgsm."""
     start: Literal["uniform", "normal", "clean"] | None = None
     """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x. Default: uniform, fgsm: clean."""
     bn_mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack."""
+    inner_lr: float | None = None
+    """Of adt: the longest step of its parameters. Default: 0.3."""
+    entropy: float | None = None
+    """Of adt: the weight of the entropy. Default: 0.01."""
+    inner_samples: int | None = None
+    """Of adt: gradients that a step averages, each of a forward and a backward. Default: 1."""
 
     # ---- model and data
     model: str = "wrn-34-10"
@@ -215,6 +221,12 @@ class Config:
         step_size = self.eps * method.step_in_eps if self.step_size is None else self.step_size
         steps = method.steps if self.steps is None else self.steps
         return LInfAttack(self.eps / 255, step_size / 255, steps, self.start or method.start)
+
+    @property
+    def adt_settings(self) -> dict[str, float]:
+        """Those of `ADT` that are given."""
+        given = {"lr": self.inner_lr, "entropy": self.entropy, "samples": self.inner_samples}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def precision_of_attacks(self) -> Precision:

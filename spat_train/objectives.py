@@ -9,6 +9,7 @@ To add one: its loss, its row in METHODS and its name in MethodName, all in this
                BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
     rst        the TRADES loss on labelled and pseudo-labelled images                Carmon et al., arXiv 1905.13736
     fgsm       c CE(z(x), y) + (1 - c) CE(z(x'), y), c = 0.5                         Goodfellow et al., arXiv 1412.6572
+    adt        CE(z(x'), y), x' from an adversarial distribution (spat_kernels.ADT)  Dong et al., arXiv 2002.05999
 
 z are logits and p probabilities. x' is PGD on cross-entropy (TRADES, RST: on the KL term), or with SPAT on label-smoothed
 cross-entropy. Gradients flow through both arguments of KL and through MART's weight, as in the public code, whose constants
@@ -23,7 +24,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm"]  # those of METHODS
+MethodName = Literal["standard", "madry", "trades", "mart", "rst", "fgsm", "adt"]  # those of METHODS
 # (clean logits [B, K], adversarial logits [B, K], y int64 [B]; beta, label_smoothing) -> the terms of the loss by name, each a
 # mean over the batch. Logits that the method does not read are None.
 Head = Callable[..., dict[str, Tensor]]
@@ -71,6 +72,7 @@ class Method:
     step_in_eps: float = 0.25  # length of a step, as a fraction of eps
     start: str = "uniform"  # of the attack: "uniform", "normal" or "clean"
     needs_extra: bool = False  # whether it trains on pseudo-labelled images too
+    attack: Literal["pgd", "adt"] = "pgd"  # the latter has no step_in_eps and no start
 
     @property
     def attacks(self) -> bool:
@@ -86,4 +88,5 @@ METHODS: dict[MethodName, Method] = {
         "RST", "TRADES on labelled and pseudo-labelled images (--extra)", trades, beta=6.0, inner="kl", needs_extra=True
     ),
     "fgsm": Method("FGSM", "the mean of CE(x) and CE(x'), x' by one step of eps", fgsm, steps=1, step_in_eps=1.0, start="clean"),
+    "adt": Method("ADT", "CE(x'), x' from an adversarial distribution", madry, reads=("adv",), steps=7, attack="adt"),
 }

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spat_kernels import PGD
+from spat_kernels import ADT, PGD
 from spat_kernels.attacks._common import warn_of_nan
 
 from ..config import Config
@@ -78,7 +78,10 @@ def training_attack(config: Config) -> TrainingAttack:
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
     engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
-    attack = PGD(eps, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
+    if config.objective.attack == "adt":
+        attack: PGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
+    else:
+        attack = PGD(eps, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
 
     def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         attack.generator = generator
