@@ -41,20 +41,27 @@ __device__ __forceinline__ void write(T* p, int64_t i, int64_t numel, const Pack
   }
 }
 
+template <bool WHOLE, class T, class A>
+__device__ __forceinline__ void write_sample(const AdtSample& a, int64_t draw, int64_t i, int64_t numel, const Packet<T, kNoise>& x,
+                                             const Packet<A, kNoise>& mu, const Packet<A, kNoise>& rho) {
+  const A lo = A(a.images.lo), hi = A(a.images.hi);
+  const Noise noise(a.seed, draw, i);
+  Packet<T, kNoise> x_adv;
+#pragma unroll
+  for (int j = 0; j < kNoise; ++j) {
+    const bool inside = WHOLE || i + j < numel;
+    const A eps = at<A>(a.eps, a.eps.varies && inside ? sample_of(a.images, i + j) : 0);
+    x_adv.v[j] = from_acc<T>(adt_sample(Perturbation<A>(mu.v[j], rho.v[j], A(noise.r[j])), to_acc(x.v[j]), eps, lo, hi));
+  }
+  write<WHOLE>(static_cast<T*>(a.images.x_adv), i, numel, x_adv);
+}
+
 template <class T, bool WHOLE>
 __device__ __forceinline__ void sample_at(const AdtSample& a, int64_t i, int64_t numel) {
   using A = acc_t<T>;
   const auto x = read<WHOLE>(static_cast<const T*>(a.images.x), i, numel);
   const auto mu = read<WHOLE>(static_cast<const A*>(a.mu), i, numel), rho = read<WHOLE>(static_cast<const A*>(a.rho), i, numel);
-  const A lo = A(a.images.lo), hi = A(a.images.hi);
-  const Noise noise(a.seed, a.draw, i);
-  Packet<T, kNoise> x_adv;
-#pragma unroll
-  for (int j = 0; j < kNoise; ++j) {
-    const A eps = at<A>(a.eps, a.eps.varies && i + j < numel ? sample_of(a.images, i + j) : 0);
-    x_adv.v[j] = from_acc<T>(adt_sample(Perturbation<A>(mu.v[j], rho.v[j], A(noise.r[j])), to_acc(x.v[j]), eps, lo, hi));
-  }
-  write<WHOLE>(static_cast<T*>(a.images.x_adv), i, numel, x_adv);
+  write_sample<WHOLE>(a, a.draw, i, numel, x, mu, rho);
 }
 
 template <class T, bool PACKETS>
@@ -78,8 +85,7 @@ __device__ __forceinline__ void step_at(const AdtStep& a, int64_t i, int64_t num
   auto mu = read<WHOLE>(mu_at, i, numel), rho = read<WHOLE>(rho_at, i, numel);
   Packet<A, kNoise> sum_mu = {}, sum_rho = {};
   if (sum_mu_at) sum_mu = read<WHOLE>(sum_mu_at, i, numel), sum_rho = read<WHOLE>(sum_rho_at, i, numel);
-  const Noise noise(s.seed, s.draw, i), next(s.seed, s.draw + 1, i);
-  Packet<T, kNoise> x_adv;
+  const Noise noise(s.seed, s.draw, i);
 #pragma unroll
   for (int j = 0; j < kNoise; ++j) {
     const bool inside = WHOLE || i + j < numel;
@@ -91,15 +97,14 @@ __device__ __forceinline__ void step_at(const AdtStep& a, int64_t i, int64_t num
     const A along_mu = sum_mu.v[j] + g.mu, along_rho = sum_rho.v[j] + g.rho;
     if (steps) mu.v[j] = adt_step(mu.v[j], along_mu, lr), rho.v[j] = adt_step(rho.v[j], along_rho, lr);
     sum_mu.v[j] = steps ? A(0) : along_mu, sum_rho.v[j] = steps ? A(0) : along_rho;
-    x_adv.v[j] = from_acc<T>(adt_sample(Perturbation<A>(mu.v[j], rho.v[j], A(next.r[j])), clean, eps, lo, hi));
   }
   if (steps) write<WHOLE>(mu_at, i, numel, mu), write<WHOLE>(rho_at, i, numel, rho);
   if (sum_mu_at) write<WHOLE>(sum_mu_at, i, numel, sum_mu), write<WHOLE>(sum_rho_at, i, numel, sum_rho);
-  write<WHOLE>(static_cast<T*>(s.images.x_adv), i, numel, x_adv);
+  write_sample<WHOLE>(s, s.draw + 1, i, numel, x, mu, rho);
 }
 
 template <class T, class G, bool PACKETS>
-__global__ void __launch_bounds__(kThreads) adt_step_kernel(const AdtStep a) {
+__global__ void __launch_bounds__(kThreads, sizeof(acc_t<T>) == 8 ? 2 : 3) adt_step_kernel(const AdtStep a) {
   const Images& im = a.sample.images;
   const int64_t numel = im.samples * im.sample_numel, i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kNoise;
   if (PACKETS && i + kNoise <= numel) step_at<T, G, PACKETS>(a, i, numel);

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from typing_extensions import Doc
@@ -223,7 +223,7 @@ class Config:
         return LInfAttack(self.eps / 255, step_size / 255, steps, self.start or method.start)
 
     @property
-    def adt_settings(self) -> dict[str, float]:
+    def adt_settings(self) -> dict[str, Any]:
         """Those of `ADT` that are given."""
         given = {"lr": self.inner_lr, "entropy": self.entropy, "samples": self.inner_samples}
         return {name: value for name, value in given.items() if value is not None}

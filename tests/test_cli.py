@@ -62,10 +62,12 @@ def test_presets_are_the_settings_of_the_sources():
         "madry-mnist": {"model": "mnist-cnn", "optimizer": "adam", "lr": 1e-4, "batch_size": 50, "weight_decay": 0},
         "madry-cifar10": {"model": "wrn-34-10", "data": "cifar10", "weight_decay": 2e-4, "lr": 0.1, "batch_size": 128,
                           "bn_mode": "train", "decay_norm": False, "pad": 2},  # 32 of 36 pixels
+        "adt": sgd | {"model": "wrn-28-10", "data": "cifar10", "weight_decay": 2e-4, "batch_size": 64, "epochs": 76,
+                      "lr_drops": (75,), "holdout": 0, "inner_lr": 0.3, "entropy": 0.01, "inner_samples": 5},
     }  # fmt: skip
     attacks = {  # eps, step size, steps, start
         "table6.3": (0.031, 0.007, 10, "normal"), "madry-mnist": (0.3, 0.01, 40, "uniform"),
-        "madry-cifar10": (8 / 255, 2 / 255, 7, "uniform"),
+        "madry-cifar10": (8 / 255, 2 / 255, 7, "uniform"), "adt": (8 / 255, 2 / 255, 7, "uniform"),
     }  # fmt: skip
     for name, c in PRESETS.items():
         check(replace(c, extra=Path("500k.pickle")) if name.startswith("table6.3") else c)

@@ -10,6 +10,7 @@ Lengths of gradients count here, since those of the loss and of the entropy are 
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,15 +41,17 @@ class ADTRun(PGDRun):
     def _climb(self, iterate: Tensor) -> None:
         ball, (seed,) = self.inner, self.draws
         dtype = acc_dtype(iterate.dtype)
-        mu, rho, *sums = (torch.zeros_like(iterate, dtype=dtype) for _ in range(2 if self.samples == 1 else 4))
+        mu, rho = (torch.zeros_like(iterate, dtype=dtype) for _ in range(2))
+        sum_mu, sum_rho = (torch.zeros_like(mu) if self.samples > 1 else None for _ in range(2))
         entropy = self.entropy / (iterate[0].numel() * self.samples)
         ops.adt_sample_(iterate, mu, rho, ball.x, ball.eps, seed, 0, *ball.bounds)
         for i in range(self.steps * self.samples):
             logits = self.model.forward(iterate)
             grad = ball.laid_out(self.model.backward(self._logit_gradient(logits, self.reference)))
-            where = iterate, mu, rho, ball.x, grad, ball.eps, self._factor(logits, dtype), seed, i
-            last = (i + 1) % self.samples == 0
-            ops.adt_step_(*where, self.lr, entropy, *ball.bounds, ball.nan_seen, *sums, last=last)
+            ops.adt_step_(
+                iterate, mu, rho, ball.x, grad, ball.eps, self._factor(logits, dtype), seed, i, self.lr, entropy, *ball.bounds,
+                ball.nan_seen, sum_mu, sum_rho, last=(i + 1) % self.samples == 0,
+            )  # fmt: skip
 
     def _factor(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """What the last gradient is to be multiplied by, [1] or [B], for the mean over the samples of a step."""
@@ -61,8 +64,8 @@ class ADTRun(PGDRun):
 class ADT(PGD):
     """Samples of adversarial distributions as a reusable object: `attack = ADT(8/255)`, then `attack(model, x, y)`.
 
-    A call, `run` and `launch` are those of `PGD`, except that there is no `start`, and what comes out is one sample of the distribution that
-    was learned for each image. So are the arguments that are not listed here.
+    A call, `run` and `launch` are those of `PGD`, except that there is no `start`, and what comes out is one sample of the
+    distribution that was learned for each image. Arguments that are not listed here are those of `PGD`, too.
 
     Args:
         eps: radius of the L-infinity ball in the units of x, a number or one per sample as a tensor [B].
@@ -70,8 +73,8 @@ class ADT(PGD):
         steps: of mu and rho, >= 0.
         lr: longest step of each, >= 0.
         entropy: weight of the entropy, >= 0.
-        samples: gradients that each step averages, >= 1, each of a forward and a backward. The authors' code has 5, and adds up those of
-            all steps so far.
+        samples: gradients that each step averages, >= 1, each of a forward and a backward. The authors' code has 5, and adds up
+            those of all steps so far.
         generator: source of the noise. Equal seeds give equal noise in equal memory formats of what the model reads.
 
     Raises:
@@ -91,7 +94,7 @@ class ADT(PGD):
     stop: None = field(default=None, init=False)
     budget: None = field(default=None, init=False)
 
-    run_class = ADTRun
+    run_class: ClassVar[type[PGDRun]] = ADTRun
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,25 +1,27 @@
 """Adversarial distributions of perturbations: a sample of each image, and the step of their parameters, in place.
 
     sample:  x_adv <- clamp(x + eps * tanh(a), lo, hi),  a = mu + sigma * r,  sigma = softplus(rho),  r ~ N(0, 1)
-    step:    mu <- mu + lr * g_mu / (|g_mu| + 1e-8), and so rho; then the sample of the next draw     (Dong et al., arXiv 2002.05999)
+    step:    mu <- mu + lr * g_mu / (|g_mu| + 1e-8), and so rho; then the next draw's sample     (Dong et al., arXiv 2002.05999)
 
-The gradients are those of L + entropy * (log sigma + log(1 - tanh(a)^2)), where `grad` * factor is dL/dx_adv at the sample of `draw`:
+The gradients are those of L + entropy * (log sigma + log(1 - tanh(a)^2)); grad * factor is dL/dx_adv at the sample of `draw`:
 
-    g_mu  = eps * factor * grad * t - entropy * 2 tanh(a) t / (t + 1e-8),  t = 1 - tanh(a)^2; the first term is 0 where the box clips
+    g_mu  = eps * factor * grad * t - entropy * 2 tanh(a) t / (t + 1e-8),  t = 1 - tanh(a)^2
     g_rho = (g_mu * r + entropy / (sigma + 1e-8)) * sigmoid(rho)
+
+The first term of g_mu is 0 where the box clips.
 
 The step is that of Adam without averages, betas = (0, 0). With sum_mu and sum_rho the gradients are added to them first. `last`
 says whether that was the last one: then the sums step and become 0, else mu and rho stay. All noise is drawn again from the seed,
 so none of it is stored. r of element i is the normal quantile of one word of Philox4x32-10 with key seed[0] and counter
 (i // 4, seed[1] + draw), i in the order of the memory.
 
-x_adv, x, grad: [B, ...], dense, equal strides, dtypes as in linf.py. x_adv is only written. mu, rho, sum_mu, sum_rho: like them in fp32
-(fp64 for fp64 images); eps, factor: [1] or [B] in that dtype; seed: int64 [2]. nan_seen, uint8 [B], is set to 1 for samples with a
-gradient that is NaN, infinite or above 2^120 / eps, which counts as 0. A step moves 28 bytes an element in fp32, 44 with sums; a
-sample 16.
+x_adv, x, grad: [B, ...], dense, equal strides, dtypes as in linf.py. x_adv is only written. mu, rho, sum_mu, sum_rho: like them
+in fp32 (fp64 for fp64 images); eps, factor: [1] or [B] in that dtype; seed: int64 [2]. nan_seen, uint8 [B], is set to 1 for
+samples with a gradient that is NaN, infinite or above 2^120 / (eps factor), which counts as 0. A step moves 28 bytes an element
+in fp32, 44 with sums; a sample 16.
 
-All arithmetic, exp, log and normal quantiles too, is additions, products and quotients, so fp32 is equal to the bit everywhere. In fp64
-exp and log1p are the library's, which differ by an ulp or two.
+All arithmetic, exp, log and normal quantiles too, is additions, products and quotients, so fp32 is equal to the bit everywhere.
+In fp64 exp and log1p are the library's, which differ by an ulp or two.
 """
 
 import torch
@@ -372,7 +374,7 @@ def adt_step_(
     sum_rho: Maybe = None,
     last: bool = True,
 ) -> Tensor:
-    """Step `mu` and `rho` along the gradients at the sample of `draw`, and write that of the next draw into `x_adv`; returns `x_adv`.
+    """Step `mu` and `rho` along the gradients at the sample of `draw`, and write the next one into `x_adv`; returns `x_adv`.
 
     Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
     """

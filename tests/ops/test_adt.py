@@ -1,4 +1,4 @@
-"""Adversarial distributions: fp32 is bitwise the reference, whose functions are those of fp64, and whose gradients are autograd's."""
+"""Adversarial distributions: bitwise the reference in fp32. Its functions are those of fp64, its gradients autograd's."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from spat_kernels.ops import adt
 from tests.ops.helpers import acc, layouts, reference, sentinels
 
-SHAPES = [(0, 3, 4, 4), (1, 1), (1, 127), (3, 1001), (5, 3, 7, 7), (4, 3, 32, 32)]
+SHAPES = [((0, 3, 4, 4), False), ((1, 1), False), ((3, 1001), True), ((5, 3, 7, 7), False), ((5, 3, 7, 7), True)]
 SEED, LR, ENTROPY = (0x0123456789ABCDEF, -5), 0.3, 1e-4
 
 
@@ -41,11 +41,12 @@ def arguments(shape, dtype, grad_dtype, device, per_sample, **layout):
     return [t for t, _ in written], x, grad, 0.1 * eps, factor, [intact for _, intact in written]
 
 
-@pytest.mark.parametrize("per_sample", [False, True], ids=["one_eps", "eps_per_sample"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "per_sample"), SHAPES, ids=str)
 def test_ops_are_the_reference(impl, shape, per_sample):
     seed = torch.tensor(SEED, device=impl.device)
     for dtype, grad_dtype, layout in layouts(impl, shape):
+        if impl.interpreted and "offset" in layout:  # which it does not know
+            continue
         found, x, grad, eps, factor, intact = arguments(shape, dtype, grad_dtype, impl.device, per_sample, **layout)
         expected, box = [t.clone() for t in found], (0.0, 1.0)
 
@@ -56,7 +57,7 @@ def test_ops_are_the_reference(impl, shape, per_sample):
         for op, (x_adv, mu, rho, *_) in ((impl, found), (reference, expected)):
             op("adt_sample_")(x_adv, mu, rho, x, eps, seed, 7, *box)
         compare()
-        for last, with_sums in ((True, False), (False, True), (True, True)):
+        for last, with_sums in ((True, False), (False, True), (True, True)):  # the last one sees what the others have left
             for op, (x_adv, mu, rho, *sums) in ((impl, found), (reference, expected)):
                 rest = (*sums, last) if with_sums else ()
                 op("adt_step_")(x_adv.fill_(torch.nan), mu, rho, x, grad, eps, factor, seed, 7, LR, ENTROPY, *box, None, *rest)
@@ -107,7 +108,7 @@ def test_functions_of_the_reference_are_those_of_fp64():
 
 
 def test_noise_is_normal_and_of_the_draw(impl):
-    x, eps = torch.full((8, 4096), 0.5, device=impl.device), torch.tensor([0.5], device=impl.device)
+    x, eps = torch.full((2, 8192), 0.5, device=impl.device), torch.tensor([0.5], device=impl.device)
     mu, rho = torch.zeros_like(x), torch.full_like(x, -0.5)  # sigma is 0.47, so few tanh are 1
     found = []
     for key, counter, draw in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]:
