@@ -177,22 +177,26 @@ def adt_step_ref(
 @triton.jit
 def exp_of_nonpositive(v):
     if v.dtype == tl.float64:
-        return tl.exp(v)
-    shifted = v * 1.44269504 + 12582912.0
-    n = shifted - 12582912.0
-    r = (v - n * 0.693359375) + n * 2.12194440e-4
-    q = 0.5 + r * (0.166665763 + r * (0.0416664667 + r * (0.00836317986 + r * 0.00139334088)))
-    scale = ((shifted.to(tl.uint32, bitcast=True) << 23) + 1602224128).to(tl.float32, bitcast=True)
-    return tl.where(v < -104.0, 0.0, (1.0 + (r + r * r * q)) * scale * 5.421010862427522e-20)
+        e = tl.exp(v)
+    else:
+        shifted = v * 1.44269504 + 12582912.0
+        n = shifted - 12582912.0
+        r = (v - n * 0.693359375) + n * 2.12194440e-4
+        q = 0.5 + r * (0.166665763 + r * (0.0416664667 + r * (0.00836317986 + r * 0.00139334088)))
+        scale = ((shifted.to(tl.uint32, bitcast=True) << 23) + 1602224128).to(tl.float32, bitcast=True)
+        e = tl.where(v < -104.0, 0.0, (1.0 + (r + r * r * q)) * scale * 5.421010862427522e-20)
+    return e
 
 
 @triton.jit
 def log1p_of_unit(v):
     if v.dtype == tl.float64:
         w = 1.0 + v  # log(w) / (w - 1) bears the rounding of w
-        return tl.where(w == 1.0, v, tl.log(w) * (v / tl.where(w == 1.0, 1.0, w - 1.0)))
-    high = -0.136747703 + v * (0.0783616677 + v * (-0.0295885075 + v * 0.00525345793))
-    return v * (1.0 + v * (-0.499995023 + v * (0.333192706 + v * (-0.248443693 + v * (0.191114306 + v * high)))))
+        log = tl.where(w == 1.0, v, tl.log(w) * (v / tl.where(w == 1.0, 1.0, w - 1.0)))
+    else:
+        high = -0.136747703 + v * (0.0783616677 + v * (-0.0295885075 + v * 0.00525345793))
+        log = v * (1.0 + v * (-0.499995023 + v * (0.333192706 + v * (-0.248443693 + v * (0.191114306 + v * high)))))
+    return log
 
 
 @triton.jit
