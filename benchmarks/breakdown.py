@@ -30,7 +30,7 @@ from spat_train.models.registry import create
 KINDS = {
     "convolution and pass": r"spat::.*conv_kernel",
     "spat": r"\bspat::|(linf|l2)_step_k|linf_random|(lsce|kl|margin|pma|dlr)_grad_k|scale_shift_relu|pool_linear|split_image"
-    "|crop_flip|keep_best",
+    "|crop_flip|keep_best|adt_(sample|step)_k",
     "batch norm": r"batch_norm|bn_fw|bn_bw|batchnorm",
     "layout": r"nchwToNhwc|nhwcToNchw|transpose|Transform|contiguous",
     "convolution": r"conv|cudnn|implicit|winograd|fprop|dgrad|wgrad",

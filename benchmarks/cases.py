@@ -169,6 +169,39 @@ def l2_step(shape) -> Work:
     return Work(lambda: ops.l2_step_(x_adv, x, grad, eps, step), {"torchattacks": torchattacks})
 
 
+def adt_step(shape) -> Work:
+    """The rivals take their noise from `randn`, so all go on from parameters at which it does not count: sigma is 1e-9."""
+    x, x_adv, grad = images(shape)
+    eps, one, seed = torch.tensor([EPS]), torch.ones(1), torch.tensor([1, 2])
+    mu, rho = torch.zeros_like(x), torch.full_like(x, -20.0)
+
+    def ours():
+        return ops.adt_step_(x_adv, mu, rho, x, grad, eps, one, seed, 0, lr=0.3, entropy=1e-9)
+
+    def eager():  # the gradients written out, Adam without averages
+        r, sigma = torch.randn_like(x), F.softplus(rho)
+        tanh = (mu + sigma * r).tanh()
+        slope = 1 - tanh * tanh
+        moved = x + EPS * tanh
+        g_mu = torch.where((moved >= 0) & (moved <= 1), grad * EPS * slope, 0) - 2e-9 * tanh * slope / (slope + 1e-8)
+        g_rho = (g_mu * r + 1e-9 / (sigma + 1e-8)) * rho.sigmoid()
+        mu.add_(g_mu / (g_mu.abs() + 1e-8), alpha=0.3)
+        rho.add_(g_rho / (g_rho.abs() + 1e-8), alpha=0.3)
+        return (x + EPS * (mu + F.softplus(rho) * torch.randn_like(x)).tanh()).clamp_(0, 1)
+
+    def autograd():
+        m, p = mu.detach().requires_grad_(), rho.detach().requires_grad_()
+        r, sigma = torch.randn_like(x), F.softplus(p)
+        tanh = (m + sigma * r).tanh()
+        h = (sigma + 1e-8).log() + (1 - tanh * tanh + 1e-8).log()
+        g_mu, g_rho = torch.autograd.grad(((x + EPS * tanh).clamp(0, 1) * grad + 1e-9 * h).sum(), (m, p))
+        mu.add_(g_mu / (g_mu.abs() + 1e-8), alpha=0.3)
+        rho.add_(g_rho / (g_rho.abs() + 1e-8), alpha=0.3)
+        return (x + EPS * (mu + F.softplus(rho) * torch.randn_like(x)).tanh()).clamp_(0, 1)
+
+    return Work(ours, {"eager": eager, "autograd": autograd}, reset=lambda: (mu.zero_(), rho.fill_(-20.0)))
+
+
 def keep_best(shape) -> Work:
     """Every other sample is better. Goes by loss alone, the form with the fewest eager operations."""
     best, x_adv, _ = images(shape)
@@ -410,6 +443,7 @@ def _cases():
     yield Case("linf_random_start_", IMAGES, "fp32", linf_random_start, (32, 3, 32, 32), moved=8, held=8)
     yield Case("l2_step_", IMAGES, "fp32", l2_step, SMALL_IMAGES, moved=16, held=12)
     # half of the samples change: 8 bytes an element of those
+    yield Case("adt_step_", IMAGES, "fp32", adt_step, SMALL_IMAGES, moved=28, held=20)
     yield Case("keep_best_", IMAGES, "fp32", keep_best, SMALL_IMAGES, moved=4, held=4)
     # and 1/8 byte of bits
     fp32, bf16 = {"moved": 8 + 1 / 8, "held": 8 + 1 / 8}, {"moved": 4 + 1 / 8, "held": 4 + 1 / 8}

@@ -112,21 +112,41 @@ const int64_t* int64_vector(const Tensor& t, int64_t numel, const Tensor& like, 
   return t.const_data_ptr<int64_t>();
 }
 
+DType grad_dtype_of(const Tensor& grad, const Images& images, const Tensor& x_adv) {
+  const DType dtype = dtype_of(grad, "grad");
+  STD_TORCH_CHECK((images.dtype == DType::f64) == (dtype == DType::f64), "grad must be float64 exactly when x_adv is");
+  STD_TORCH_CHECK(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv");
+  check_device(grad, x_adv, "grad");
+  return dtype;
+}
+
+uint8_t* nan_seen_of(const std::optional<Tensor>& t, const Images& images, const Tensor& x_adv) {
+  if (!t) return nullptr;
+  check_dtype(*t, ScalarType::Byte, "nan_seen");
+  check_vector(*t, images.samples, x_adv, "nan_seen");
+  return t->mutable_data_ptr<uint8_t>();
+}
+
 Step step_of(const Tensor& x_adv, const Tensor& x, const Tensor& grad, const Tensor& eps, const Tensor& step_size, double lo,
              double hi, const std::optional<Tensor>& nan_seen) {
   const Images images = images_of(x_adv, x, lo, hi);
-  const DType grad_dtype = dtype_of(grad, "grad");
-  STD_TORCH_CHECK((images.dtype == DType::f64) == (grad_dtype == DType::f64), "grad must be float64 exactly when x_adv is");
-  STD_TORCH_CHECK(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv");
-  check_device(grad, x_adv, "grad");
-  uint8_t* seen = nullptr;
-  if (nan_seen) {
-    check_dtype(*nan_seen, ScalarType::Byte, "nan_seen");
-    check_vector(*nan_seen, images.samples, x_adv, "nan_seen");
-    seen = nan_seen->mutable_data_ptr<uint8_t>();
-  }
+  const DType grad_dtype = grad_dtype_of(grad, images, x_adv);
+  uint8_t* seen = nan_seen_of(nan_seen, images, x_adv);
   return {images, grad.const_data_ptr(), grad_dtype, per_sample(eps, images, x_adv, "eps"),
           per_sample(step_size, images, x_adv, "step_size"), seen, nullptr};
+}
+
+// A tensor like the images in the dtype that arithmetic on them is done in.
+void* acc_like_images(const Tensor& t, const Images& images, const Tensor& x_adv, const char* name) {
+  check_tensor(same_layout(x_adv, t), t, acc_type(images.dtype), x_adv, name, "have the shape and the strides of x_adv");
+  return t.mutable_data_ptr();
+}
+
+AdtSample adt_sample_of(const Tensor& x_adv, const Tensor& mu, const Tensor& rho, const Tensor& x, const Tensor& eps,
+                        const Tensor& seed, int64_t draw, double lo, double hi) {
+  const Images images = images_of(x_adv, x, lo, hi);
+  return {images, acc_like_images(mu, images, x_adv, "mu"), acc_like_images(rho, images, x_adv, "rho"),
+          per_sample(eps, images, x_adv, "eps"), int64_vector(seed, 2, x_adv, "seed"), draw};
 }
 
 void check_like_logits(const Tensor& t, ScalarType dtype, const Tensor& logits, const char* name) {
@@ -200,8 +220,8 @@ void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, con
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
 
 // Does `count` items, each worth about `item` elements of an L-infinity step. Less than kGrain (about 4 us) is not worth a second
-// thread; exponentials, ranks and crops weigh more than a step.
-constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4;
+// thread; exponentials, ranks, crops and normal numbers weigh more than a step.
+constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4, kNormal = 8;
 
 #ifdef SPAT_CUDA
 // On the current stream of the device of `t`.
@@ -275,6 +295,25 @@ void l2_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_size,
               std::optional<Tensor> nan_seen) {
   const Step args = step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen);
   SPAT_RUN(l2_step, args, x_adv, args.images.samples, args.images.sample_numel);
+}
+
+void adt_sample_(Tensor x_adv, Tensor mu, Tensor rho, Tensor x, Tensor eps, Tensor seed, int64_t draw, double lo, double hi) {
+  const AdtSample args = adt_sample_of(x_adv, mu, rho, x, eps, seed, draw, lo, hi);
+  SPAT_RUN(adt_sample, args, x_adv, args.images.samples * args.images.sample_numel, kNormal);
+}
+
+void adt_step_(Tensor x_adv, Tensor mu, Tensor rho, Tensor x, Tensor grad, Tensor eps, Tensor factor, Tensor seed, int64_t draw,
+               double lr, double entropy, double lo, double hi, std::optional<Tensor> nan_seen, std::optional<Tensor> sum_mu,
+               std::optional<Tensor> sum_rho, bool last) {
+  const AdtSample sample = adt_sample_of(x_adv, mu, rho, x, eps, seed, draw, lo, hi);
+  const Images& images = sample.images;
+  STD_TORCH_CHECK(sum_mu.has_value() == sum_rho.has_value(), "sum_mu and sum_rho go together");
+  STD_TORCH_CHECK(sum_mu || last, "last=False needs sum_mu and sum_rho");
+  const AdtStep args{sample, grad.const_data_ptr(), grad_dtype_of(grad, images, x_adv), per_sample(factor, images, x_adv, "factor"),
+                     lr, entropy, sum_mu ? acc_like_images(*sum_mu, images, x_adv, "sum_mu") : nullptr,
+                     sum_rho ? acc_like_images(*sum_rho, images, x_adv, "sum_rho") : nullptr, last,
+                     nan_seen_of(nan_seen, images, x_adv)};
+  SPAT_RUN(adt_step, args, x_adv, images.samples * images.sample_numel, 2 * kNormal);
 }
 
 void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double alpha, bool targeted,
@@ -543,6 +582,8 @@ void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t
   m.impl("linf_random_start_", TORCH_BOX(&linf_random_start_)); \
   m.impl("linf_step_", TORCH_BOX(&linf_step_));                 \
   m.impl("l2_step_", TORCH_BOX(&l2_step_));                     \
+  m.impl("adt_sample_", TORCH_BOX(&adt_sample_));               \
+  m.impl("adt_step_", TORCH_BOX(&adt_step_));                   \
   m.impl("lsce_grad", TORCH_BOX(&lsce_grad));                   \
   m.impl("kl_grad", TORCH_BOX(&kl_grad));                       \
   m.impl("margin_grad", TORCH_BOX(&margin_grad));               \

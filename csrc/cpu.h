@@ -3,6 +3,7 @@
 // threads come from the caller, as [begin, end).
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "math.h"
@@ -90,6 +91,16 @@ SPAT_HD void unpack_bits(uint8_t (&on)[kBlock], const uint8_t* mask, int n) {
   for (int j = 0; j < n; j += kOctet) {
     const uint64_t octet = mask[j / kOctet] * kOnes & kDiagonal;
     memcpy(on + j, &octet, sizeof(octet));
+  }
+}
+
+// f(sample, first, last) for the stretch of elements that each sample has in [begin, end)
+template <class F>
+SPAT_HD void for_each_sample(const Images& images, int64_t begin, int64_t end, F&& f) {
+  while (begin < end) {
+    const int64_t sample = sample_of(images, begin), last = std::min(end, (sample + 1) * images.sample_numel);
+    f(sample, begin, last);
+    begin = last;
   }
 }
 

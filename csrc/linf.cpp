@@ -6,16 +6,6 @@
 namespace spat {
 namespace {
 
-// f(sample, first, last) for the stretch of elements that each sample has in [begin, end)
-template <class F>
-SPAT_HD void for_each_sample(const Images& images, int64_t begin, int64_t end, F&& f) {
-  while (begin < end) {
-    const int64_t sample = sample_of(images, begin), last = std::min(end, (sample + 1) * images.sample_numel);
-    f(sample, begin, last);
-    begin = last;
-  }
-}
-
 template <class T, class G>
 SPAT_HD void linf_step(const Step& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;

@@ -3,8 +3,8 @@
 // No torch and no CUDA header here, so nvcc alone compiles every kernel and bindings.cpp also builds where there is no CUDA.
 // Images are dense with the batch outermost (contiguous or channels_last): sample b owns [b * sample_numel, (b + 1) * sample_numel).
 // Logits, probabilities and logit gradients are contiguous [rows, classes]. Arithmetic is fp32, and fp64 for fp64 tensors.
-// `foo_cpu(args, begin, end)` does a range of elements (linf_*), samples (l2_*, keep_best, pool_linear*, crop_flip) or rows (the
-// others), so that the caller splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
+// `foo_cpu(args, begin, end)` does a range of elements (linf_*, adt_*), samples (l2_*, keep_best, pool_linear*, crop_flip) or rows
+// (the others), so that the caller splits the threads. `launch_foo(args, stream)` returns a cudaError_t.
 #pragma once
 #include <cstdint>
 
@@ -40,6 +40,26 @@ struct Step {
   PerSample eps, step_size;
   uint8_t* nan_seen;  // [samples] or null: set to 1 where the gradient is not usable, never cleared
   uint64_t* hash;     // [samples] or null: the hashes of the new x_adv are added (math.h); linf_step only
+};
+
+// mu and rho are like the images, in fp32 (fp64 for fp64 images). Draws are numbered within a seed.
+struct AdtSample {
+  Images images;  // x_adv is written, never read
+  void *mu, *rho;
+  PerSample eps;
+  const int64_t* seed;  // [2]: key and counter of the Philox stream
+  int64_t draw;
+};
+
+struct AdtStep {
+  AdtSample sample;  // its draw is that at which the gradient was taken; the next one is written
+  const void* grad;
+  DType grad_dtype;
+  PerSample factor;  // what gradients are to be multiplied by
+  double lr, entropy;
+  void *sum_mu, *sum_rho;  // like mu, or both null
+  bool last;               // steps; else gradients are only added to the sums
+  uint8_t* nan_seen;       // as in Step
 };
 
 struct Rows {
@@ -216,6 +236,8 @@ void winograd_weights_cpu(const WinogradWeights& args, int64_t begin, int64_t en
 SPAT_DECLARE(LinfRandomStart, linf_random_start)
 SPAT_DECLARE(Step, linf_step)
 SPAT_DECLARE(Step, l2_step)
+SPAT_DECLARE(AdtSample, adt_sample)
+SPAT_DECLARE(AdtStep, adt_step)
 SPAT_DECLARE(LsceGrad, lsce_grad)
 SPAT_DECLARE(KlGrad, kl_grad)
 SPAT_DECLARE(MarginGrad, margin_grad)

@@ -2,6 +2,7 @@
 
 from . import losses
 from ._library import config
+from .attacks.adt import ADT
 from .attacks.apgd import APGD
 from .attacks.autoattack import AutoAttack
 from .attacks.fab import FAB
@@ -13,6 +14,7 @@ from .input_gradient.choose import explain
 from .normalize import Normalize
 
 __all__ = [
+    "ADT",
     "APGD",
     "FAB",
     "AutoAttack",

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from typing_extensions import Doc
@@ -70,12 +70,18 @@ class Config:
     step_size: float | None = None
     """Length of a step, in 1/255. Default: that of the method: eps / 4, or eps for one step (fast: 1.25 eps)."""
     steps: int | None = None
-    """Gradient steps. Default: that of the method: 10, or 1 for fgsm, fast and n-fgsm."""
+    """Gradient steps. Default: that of the method: 10, 7 for adt, or 1 for fgsm, fast and n-fgsm."""
     start: Literal["uniform", "normal", "clean", "wide"] | None = None
     """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x; wide: uniform in the ball of 2 eps,
     from where no step is projected onto a ball, as N-FGSM. Default: uniform; fgsm: clean; n-fgsm: wide."""
     bn_mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack."""
+    inner_lr: float | None = None
+    """Of adt: the longest step of its parameters. Default: 0.3."""
+    entropy: float | None = None
+    """Of adt: the weight of the entropy. Default: 0.01."""
+    inner_samples: int | None = None
+    """Of adt: gradients that a step averages, each of a forward and a backward. Default: 1."""
 
     # ---- model and data
     model: str = "wrn-34-10"
@@ -240,6 +246,12 @@ class Config:
         """What --catastrophic-overfitting stands for: warn, stop, rollback or off."""
         single_step = self.objective.attacks and self.attack_settings.steps == 1 and self.holdout != 0
         return self.catastrophic_overfitting or ("warn" if single_step else "off")
+
+    @property
+    def adt_settings(self) -> dict[str, Any]:
+        """Those of `ADT` that are given."""
+        given = {"lr": self.inner_lr, "entropy": self.entropy, "samples": self.inner_samples}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def precision_of_attacks(self) -> Precision:

@@ -15,6 +15,7 @@ To add one: its loss, its row in METHODS and its name in MethodName, all in this
     mmc        ||f(x') - mu_y||^2 / 2 = -z_y(x') / 2                                 Pang et al., arXiv 1905.10626
     mmc-clean  the same at x
     g-sce      CE(z(x'), y), z_k = -||f - mu_k||^2 (MMLDA; at x: standard)           the same
+    adt        CE(z(x'), y), x' from an adversarial distribution (spat_kernels.ADT)  Dong et al., arXiv 2002.05999
 
 z are logits and p probabilities. x' is PGD on cross-entropy (TRADES, RST: on the KL term), or with SPAT on label-smoothed
 cross-entropy. Gradients flow through both arguments of KL and through MART's weight, as in the public code, whose constants
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MethodName = Literal[  # those of METHODS
-    "standard", "madry", "trades", "mart", "rst", "fgsm", "fast", "n-fgsm", "free", "mmc", "mmc-clean", "g-sce",
+    "standard", "madry", "trades", "mart", "rst", "fgsm", "fast", "n-fgsm", "free", "mmc", "mmc-clean", "g-sce", "adt",
 ]  # fmt: skip
 ClassifierName = Literal["linear", "centres"]
 # (clean logits [B, K], adversarial logits [B, K], y int64 [B]; beta, label_smoothing) -> the terms of the loss by name, each a
@@ -98,6 +99,7 @@ class Method:
     needs_extra: bool = False  # whether it trains on pseudo-labelled images too
     replays: int | None = None  # updates with a batch, where their gradients make the examples (training/free.py), no attack
     classifier: ClassifierName = "linear"  # the last layer of the model; a method with "centres" is for those alone
+    attack: Literal["pgd", "adt"] = "pgd"  # the latter has no step_in_eps and no start
 
     @property
     def attacks(self) -> bool:
@@ -127,4 +129,5 @@ METHODS: dict[MethodName, Method] = {
     "mmc": Method("MMC", "the distance of f(x') to its centre", mmc, reads=("adv",), inner="mmc", classifier="centres"),
     "mmc-clean": Method("MMC, clean", "the distance of f(x) to its centre", mmc_clean, reads=("clean",), classifier="centres"),
     "g-sce": Method("g-SCE", "CE(x') on distances to centres", madry, reads=("adv",), classifier="centres"),
+    "adt": Method("ADT", "CE(x'), x' from an adversarial distribution", madry, reads=("adv",), steps=7, attack="adt"),
 }  # fmt: skip

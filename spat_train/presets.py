@@ -1,5 +1,5 @@
 """Named settings: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, Madry's networks (arXiv 1706.06083), the
-papers of the single-step methods, AWP (arXiv 2004.05884), and rows of the FastAT benchmark (arXiv 2604.22853).
+papers of the single-step methods, AWP (arXiv 2004.05884), ADT, and rows of the FastAT benchmark (arXiv 2604.22853).
 
 The thesis attacks with PGD-10, eps 8/255, steps of eps/4 and a uniform start. Where it is silent, the public code decides.
 """
@@ -67,7 +67,12 @@ _AWP_ROWS = {
     "mart": replace(_AWP, method="mart"),
 }  # fmt: skip
 _AWP_ALPHAS = {"madry": 0.2, "trades": 0.1, "mart": 0.3}  # of the rows with SPAT: as for MNIST and in Table 6.1
-
+# ADT-EXP as in the authors' code (arXiv 2002.05999): lr is divided at epoch 75 of 76. Their code never zeroes the gradients of mu
+# and rho, so its steps go along the sum of all so far; here along the mean over the five samples of the step. SPAT is ours.
+_ADT = Config(
+    data="cifar10", model="wrn-28-10", method="adt", batch_size=64, epochs=76, milestones=(75,), weight_decay=2e-4, holdout=0,
+    inner_lr=0.3, entropy=0.01, inner_samples=5,
+)  # fmt: skip
 
 # As in the authors' code. MART's order is the default.
 _FORWARDS: dict[str, Literal["clean-adv-clean", "adv-clean"]] = {"trades": "clean-adv-clean", "rst": "adv-clean"}
@@ -112,5 +117,6 @@ _ROWS |= {
     "fastat/pgd-at-wa": _FASTAT,
     "fastat/pgd-at-wa+spat": replace(_FASTAT, alpha=0.2),  # ours: it is no row of the benchmark
 }
+_ROWS |= {"adt/exp": _ADT, "adt/exp+spat": replace(_ADT, alpha=0.1)}
 
 PRESETS = {name: replace(row, preset=name) for name, row in _ROWS.items()}

@@ -67,13 +67,14 @@ def test_presets_are_the_settings_of_the_sources():
                         "bn_mode": "train", "overfitting_alarm": "warn"},
         "fastat": sgd | {"model": "resnet-18", "data": "cifar10", "schedule": "one-cycle", "weight_decay": 5e-4, "holdout": None,
                          "label_smoothing": 0.4, "batch_size": 128},
+        "adt": sgd | {"model": "wrn-28-10", "data": "cifar10", "weight_decay": 2e-4, "batch_size": 64, "epochs": 76,
+                      "lr_drops": (75,), "holdout": 0, "inner_lr": 0.3, "entropy": 0.01, "inner_samples": 5},
     }  # fmt: skip
     attacks = {  # eps, step size, steps, start
-        "table6.3": (0.031, 0.007, 10, "normal"),
-        "madry-mnist": (0.3, 0.01, 40, "uniform"),
-        "madry-cifar10": (8 / 255, 2 / 255, 7, "uniform"),
-    }
-    single_steps = {"fast": (8 / 255, 10 / 255, 1, "uniform"), "n-fgsm": (8 / 255, 8 / 255, 1, "wide")}  # fmt: skip
+        "table6.3": (0.031, 0.007, 10, "normal"), "madry-mnist": (0.3, 0.01, 40, "uniform"),
+        "madry-cifar10": (8 / 255, 2 / 255, 7, "uniform"), "adt": (8 / 255, 2 / 255, 7, "uniform"),
+    }  # fmt: skip
+    single_steps = {"fast": (8 / 255, 10 / 255, 1, "uniform"), "n-fgsm": (8 / 255, 8 / 255, 1, "wide")}
     for name, c in PRESETS.items():
         if name.startswith("awp/"):
             continue

@@ -90,7 +90,7 @@ class PGD(RestartedAttack):
     stop: Stop | None = None
     graph: Graph = "auto"
 
-    run_class = PGDRun  # what `graphs` runs and captures
+    run_class: ClassVar[type[PGDRun]] = PGDRun  # what `graphs` runs and captures
     looks_first: ClassVar[bool] = True  # whether `SegmentRun` tests the iterate it starts from for success
 
     def __post_init__(self):

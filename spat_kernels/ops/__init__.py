@@ -1,5 +1,6 @@
 """The `spat` ops: one file a family, each with its formula, reference, Triton kernel and function; C++ and CUDA are in csrc/."""
 
+from .adt import adt_sample_, adt_step_
 from .crop_flip import crop_flip
 from .dlr import dlr_grad
 from .keep_best import keep_best_
@@ -14,6 +15,7 @@ from .scale_shift_relu import scale_shift_relu, scale_shift_relu_grad
 from .split_image import split_image
 
 __all__ = [
-    "crop_flip", "dlr_grad", "keep_best_", "kl_grad", "l2_step_", "linf_random_start_", "linf_step_", "lsce_grad", "margin_grad",
-    "pma_grad", "pool_linear", "pool_linear_grad", "scale_shift_relu", "scale_shift_relu_grad", "split_image",
+    "adt_sample_", "adt_step_", "crop_flip", "dlr_grad", "keep_best_", "kl_grad", "l2_step_", "linf_random_start_",
+    "linf_step_", "lsce_grad", "margin_grad", "pma_grad", "pool_linear", "pool_linear_grad", "scale_shift_relu",
+    "scale_shift_relu_grad", "split_image",
 ]  # fmt: skip

@@ -53,11 +53,15 @@ def check_images(x_adv: Tensor, x: Tensor, **per_sample: Tensor) -> None:
 
 def check_step(x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, nan_seen: Maybe) -> None:
     check_images(x_adv, x, eps=eps, step_size=step_size)
+    check_grad(x_adv, grad, nan_seen)
+
+
+def check_grad(x_adv: Tensor, grad: Tensor, nan_seen: Maybe) -> None:
     check(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv")
     check(grad.dtype in FLOATS, f"grad must be float32, float16, bfloat16 or float64, got {grad.dtype}")
-    check((grad.dtype == torch.float64) == (x.dtype == torch.float64), "grad must be float64 exactly when x_adv is")
+    check((grad.dtype == torch.float64) == (x_adv.dtype == torch.float64), "grad must be float64 exactly when x_adv is")
     if nan_seen is not None:
-        fits = nan_seen.dtype == torch.uint8 and nan_seen.shape == x.shape[:1] and nan_seen.is_contiguous()
+        fits = nan_seen.dtype == torch.uint8 and nan_seen.shape == x_adv.shape[:1] and nan_seen.is_contiguous()
         check(fits, "nan_seen must be contiguous uint8 [B]")
 
 

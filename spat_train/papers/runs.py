@@ -17,7 +17,8 @@ PLAIN = {  # by name, the options whose value is shown as it is
     "optimiser": "optimizer", "schedule": "schedule", "momentum": "momentum", "Nesterov": "nesterov", "batch size": "batch_size",
     "weight decay": "weight_decay", "decay of biases and norms": "decay_norm", "weight averaging": "ema", "AWP": "awp",
     "label smoothing": "label_smoothing", "activation": "activation", "classifier": "last_layer", "mean": "mean", "std": "std",
-    "first weights": "init", "precision": "precision",
+    "first weights": "init", "precision": "precision", "inner lr": "inner_lr", "entropy": "entropy",
+    "inner samples": "inner_samples",
 }  # fmt: skip
 
 

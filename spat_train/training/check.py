@@ -16,15 +16,20 @@ from ..runtime import trackers
 # options, what holds for their values unless these are None, remedy
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("epochs batch_size val_every val_steps log_every", lambda v: v >= 1, "give at least 1"),
-    ("steps limit patience image_size eval_batch_size replays", lambda v: v >= 1, "give at least 1, or leave it out"),
+    (
+        "steps limit patience image_size eval_batch_size replays inner_samples",
+        lambda v: v >= 1,
+        "give at least 1, or leave it out",
+    ),
     ("holdout pad", lambda v: v >= 0, "give at least 0, or leave it out"),
     ("workers awp_warmup", lambda v: v >= 0, "give at least 0"),
     ("alpha extra_fraction label_smoothing momentum ema", lambda v: 0 <= v <= 1, "give a number in [0, 1]"),
-    ("lr gamma checkpoint_minutes", lambda v: 0 < v < math.inf, "give a number above 0"),
-    ("weight_decay warmup awp beta", lambda v: 0 <= v < math.inf, "give a number of at least 0"),
+    ("lr gamma checkpoint_minutes inner_lr", lambda v: 0 < v < math.inf, "give a number above 0"),
+    ("weight_decay warmup awp beta entropy", lambda v: 0 <= v < math.inf, "give a number of at least 0"),
     ("momentum", lambda v: v < 1, "give a number below 1"),
     ("ema", lambda v: v < 1, "give a decay below 1, such as 0.9995"),
 ]
+OF_ADT, OF_PGD = ("inner_lr", "entropy", "inner_samples"), ("step_size", "start")  # options of one kind of training attack
 
 
 def check(c: Config) -> None:
@@ -81,6 +86,8 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (method.attacks or c.alpha == 0, "alpha", f"{c.method} training attacks nothing: choose another --method"),
         *_free_relations(c),
         (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform, normal or wide"),
+        *((getattr(c, name) is None or method.attack == "adt", name, f"{c.method} has none: leave it out") for name in OF_ADT),
+        *((getattr(c, name) is None or method.attack == "pgd", name, f"{c.method} has none: leave it out") for name in OF_PGD),
         (c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz"),
         (c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5"),
         (c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none"),

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spat_kernels import PGD, ops
+from spat_kernels import ADT, PGD, ops
 from spat_kernels.attacks._common import warn_of_nan
 from spat_kernels.ops._common import acc_dtype
 
@@ -79,8 +79,11 @@ def training_attack(config: Config) -> TrainingAttack:
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
     engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
-    radius = 1.0 if start == "wide" else eps  # that ball holds every image: projecting onto it does nothing
-    attack = PGD(radius, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
+    if config.objective.attack == "adt":
+        attack: PGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
+    else:
+        radius = 1.0 if start == "wide" else eps  # that ball holds every image: projecting onto it does nothing
+        attack = PGD(radius, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
 
     def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         attack.generator = generator

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spat_kernels import APGD, FAB, PGD, AutoAttack, Square, losses
+from spat_kernels import ADT, APGD, FAB, PGD, AutoAttack, Square, losses
 from tests.helpers import (
     accuracy,
     assert_inside,
@@ -30,6 +30,7 @@ ATTACKS = {
     "pgd": partial(PGD, steps=4),
     "pgd-l2": partial(PGD, steps=3, norm="l2", restarts=2, loss="dlr"),
     "pgd-l1": partial(PGD, steps=3, norm="l1", restarts=2),
+    "adt": partial(ADT, steps=4, samples=2),
     "apgd": partial(APGD, steps=4, restarts=2),
     "apgd-t-l2": partial(APGD, steps=3, norm="l2", loss="dlr", targets=2),
     "apgd-malt": partial(APGD, steps=3, loss="dlr", targets=2, targeting="malt"),
@@ -86,6 +87,7 @@ def test_any_layout_and_grad_mode_gives_the_same_images(name):
     model, x, y = attackable(6)
     settings = {"random_start": False} if name == "pgd" else {}
     starts_by_memory = name in (
+        "adt",
         "apgd",
         "apgd-malt",
         "apgd-eot",
@@ -367,9 +369,9 @@ def test_replays_on_a_gpu(monkeypatch, name, norm, eps):
     ({"graph": 1}, ValueError, "graph=1: choose one of"),
     ({"fuse": "maybe"}, ValueError, "fuse='maybe': choose one of"),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, ADT])
 def test_bad_settings_of_every_attack(kind, settings, error, message):
-    if {f.name for f in fields(kind)} >= settings.keys():
+    if {f.name for f in fields(kind) if f.init} >= settings.keys():
         with pytest.raises(error, match=message):
             kind(**{"eps": 0.1} | settings)
 

@@ -25,6 +25,7 @@ KINDS = {
     "void at::native::batch_norm_backward_elemt_channels_last_kernel<4, c10::BFloat16>": "batch norm",
     "void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true, 1, true>": "batch norm",
     "scale_shift_relu_grad_kernel": "spat",
+    "adt_step_kernel": "spat",
     "pool_linear_grad_kernel": "spat",
     "void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>": "layout",
     "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64": "convolution",

@@ -57,6 +57,9 @@ TWO = torch.rand(16, 2)
 REFUSED = [  # op, wrong arguments, the message
     ("linf_step_", {"eps": torch.ones(1, dtype=torch.float16)}, "eps"),
     ("linf_step_", {"eps": torch.ones(3)}, "eps"),
+    ("adt_step_", {"factor": torch.ones(3)}, "factor"),
+    ("adt_step_", {"sum_rho": None}, "go together"),
+    ("adt_step_", {"sum_mu": None, "sum_rho": None}, "needs sum_mu and sum_rho"),
     ("keep_best_", {"success": None}, "go together"),
     ("lsce_grad", {"logits": TWO[:, :1].contiguous(), "dlogits": TWO[:, :1].contiguous()}, "at least 2 classes, got 1"),
     ("lsce_grad", {"alpha": 0.1, "normalize": True}, "normalize goes with alpha = 0"),

@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("tyro")
 
-from spat_kernels import PGD, losses
+from spat_kernels import ADT, PGD, losses
 from spat_train.config import Config
 from spat_train.models.centres import put_centres
 from spat_train.objectives import METHODS, MethodName
@@ -57,6 +57,7 @@ FORMULAS = {
     "standard": lambda z, a, y, s: ce(z, y, s),
     "madry": lambda z, a, y, s: ce(a, y, s),
     "fgsm": lambda z, a, y, s: (ce(z, y, s) + ce(a, y, s)) / 2,
+    "adt": lambda z, a, y, s: ce(a, y, s),
     "trades": trades_sample,
     "rst": trades_sample,
     "mart": mart_sample,
@@ -179,6 +180,25 @@ def test_examples_are_those_of_the_attack(options, settings):
     assert model.training
     assert (examples - x).abs().max() <= 8 / 255 + 1e-6
     assert not torch.equal(examples, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({}, {"steps": 7, "lr": 0.3, "entropy": 0.01, "samples": 1}),
+        ({"alpha": 0.4, "steps": 2}, {"steps": 2, "loss": losses.LabelSmoothedCE(0.4)}),
+        ({"inner_lr": 0.1, "entropy": 0.5, "inner_samples": 2}, {"lr": 0.1, "entropy": 0.5, "samples": 2}),
+    ],
+)
+def test_examples_of_adt_are_samples_of_the_distribution(options, settings):
+    model, (x, _, y) = network(torch.float32), batch(torch.float32)
+    attack = training_attack(Config(method="adt", **options))
+    for n in (7, 3):  # the last batch of an epoch is shorter
+        examples, nan_seen = attack(model, x[:n], y[:n], torch.Generator().manual_seed(1))
+        expected = ADT(8 / 255, **settings, generator=torch.Generator().manual_seed(1))(model, x[:n], y[:n])
+        assert torch.equal(examples, expected)
+        assert (nan_seen.shape, nan_seen.any()) == ((n,), False)
+    assert model.training
 
 
 def test_other_starts():
