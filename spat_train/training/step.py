@@ -79,8 +79,10 @@ def training_attack(config: Config) -> TrainingAttack:
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
     engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
+    # Batch statistics mix the gradients of a batch: each must have its true length, as in the gradient of the mean loss.
+    loss = config.maximised.unnormalized() if config.bn_mode == "train" else config.maximised
     radius = 1.0 if start == "wide" else eps  # that ball holds every image: projecting onto it does nothing
-    attack = PGD(radius, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
+    attack = PGD(radius, loss=loss, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
 
     def perturb(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         attack.generator = generator

@@ -127,7 +127,7 @@ def test_defaults_of_the_methods():
         ({"method": "madry", "alpha": 0.4}, {"loss": losses.LabelSmoothedCE(0.4)}),
         ({"method": "trades"}, {"loss": "kl"}),
         ({"method": "trades", "inner": "ce", "steps": 3, "step_size": 4.0}, {"loss": "ce", "steps": 3, "step_size": 4 / 255}),
-        ({"method": "mart", "bn_mode": "train"}, {"loss": "ce", "bn_mode": "train"}),
+        ({"method": "mart", "bn_mode": "train"}, {"loss": losses.CrossEntropy().unnormalized(), "bn_mode": "train"}),
         ({"method": "fgsm"}, {"loss": "ce", "steps": 1, "step_size": 8 / 255, "random_start": False}),
         ({"method": "fast"}, {"loss": "ce", "steps": 1, "step_size": 10 / 255}),
     ],
