@@ -52,8 +52,8 @@ class Loss:
         raise NotImplementedError
 
     def unnormalized(self) -> "Loss":
-        """The same loss with gradients of their true length, which counts where they are averaged. One that leaves out factors
-        of a sample's own says here how it does not."""
+        """The same loss with gradients of their true length, which counts where they are averaged, or mixed by batch statistics.
+        One that leaves out factors of a sample's own says here how it does not."""
         return self
 
     def check_targeted(self, targeted: bool) -> None:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..balls import BALLS, Ball, box, fill_
 from ..input_gradient.autograd import InputGradient
@@ -107,6 +107,8 @@ class Run:
     def attack(self, model, generator: torch.Generator | None, runs: int, highest_label: int) -> None:
         """Attack `model`, borrowed, from `runs` starts."""
         self.model = input_gradient(model, self.ball.x, self.path, self.precision, highest_label, self.fuse)
+        if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+            self.loss = self.loss.unnormalized()  # batch statistics mix samples: then the lengths of their gradients count
         for i in range(runs):
             self.draw(generator)
             if i == 0:

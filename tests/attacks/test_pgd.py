@@ -244,3 +244,23 @@ def test_names_of_other_libraries():
         sk.pgd_ls(model, x, y, EPS, alpha=2 / 255)
     with pytest.warns(RuntimeWarning, match="step_size=2 exceeds the width"):
         sk.pgd(model, x, y, EPS, step_size=2)
+
+
+@pytest.mark.parametrize("bn_mode", ["train", "keep"])
+@pytest.mark.parametrize("loss", ["ce", "pma"])
+def test_batch_statistics_mix_gradients_of_their_true_lengths(loss, bn_mode):
+    """Samples that the model is sure of, and others: a factor of a sample's own would change the signs of all."""
+    torch.manual_seed(3)
+    model = (
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Softplus(), nn.Flatten(), nn.Linear(6 * 36, 10)).double().train()
+    )
+    model[-1].weight.data *= 20
+    x, y = torch.rand(12, 3, 8, 8).double(), torch.randint(10, (12,))
+
+    def value(z):
+        p = z.softmax(1)
+        return F.cross_entropy(z, y) if loss == "ce" else margin(p, y).sum()
+
+    ours = sk.pgd(model, x, y, EPS, loss=loss, steps=1, start=x, bn_mode=bn_mode)
+    expected = eager_pgd(copy.deepcopy(model), x, x, value, EPS, EPS / 4, 1)
+    assert (ours != expected).double().mean() < 0.002  # gradients that all but cancel
