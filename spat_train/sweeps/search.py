@@ -85,8 +85,7 @@ def open_study(sweep: Sweep, url: str | None, heartbeat: int, create: bool = Tru
         pruner: BasePruner = NopPruner()
         if sweep.spec.search == "halving":
             pruner = Halving(sweep.spec.for_each, sweep.spec.min_epochs or 1, sweep.spec.reduction or 3)
-        names = {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}
-        if not create and str(sweep.out) not in names:
+        if not create and str(sweep.out) not in optuna.get_all_study_names(storage):
             raise InputError(f"--report: the storage holds no sweep {sweep.out}: give its --out, or run it first")
         study = optuna.create_study(
             storage=storage, pruner=pruner, study_name=str(sweep.out), direction="maximize", load_if_exists=True
@@ -120,7 +119,7 @@ def _compare(sweep: Sweep, study: Study) -> None:
 
 
 def _queue(sweep: Sweep, study: Study) -> None:
-    """Queue the runs that are not there yet: for halving in random order, since it takes the first ones for the field."""
+    """Queue the runs that are not there yet, for halving in random order: it compares a run with those before it alone."""
     names = list(sweep.cells)
     if sweep.spec.search == "halving":
         random.Random(0).shuffle(names)

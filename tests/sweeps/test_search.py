@@ -19,7 +19,7 @@ from optuna.trial import TrialState, create_trial
 from spat_train.errors import InputError
 from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import Stopped
-from spat_train.sweeps import command, search
+from spat_train.sweeps import command, report, search
 from spat_train.training.run import TrainingError
 from spat_train.training.trainer import train
 from tests.sweeps.helpers import formula, planned, study_of, work
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 
 
 @pytest.fixture(autouse=True)
-def _patient(monkeypatch, one_thread):
+def _impatient(monkeypatch):
     monkeypatch.setattr(search, "POLL", 0.05)
 
 
@@ -128,10 +128,13 @@ def test_a_failed_run_does_not_end_the_sweep(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(search, "train", formula(accuracy, calls))
     sweep = planned(tmp_path, ALPHAS)
-    assert states(work(sweep)) == {"alpha0-seed0": "FAIL", "alpha0.2-seed0": "COMPLETE"}
-    command.run(sweep)
+    for _ in range(2):
+        assert states(work(sweep)) == {"alpha0-seed0": "FAIL", "alpha0.2-seed0": "COMPLETE"}
     assert calls == ["alpha0-seed0", "alpha0.2-seed0"]
-    assert "failed: the loss of epoch 2 is not finite" in (sweep.out / "sweep.md").read_text()
+    rows = [report.row(name, {"alpha": 0.0, "seed": 0}, trial) for name, trial in search.latest(study_of(sweep)).items()]
+    text = report.markdown(sweep.spec, report.numbers(sweep, rows))
+    assert "| failed: the loss of epoch 2 is not finite | 1 | 60.00 (" in text
+    assert "Runs: 1 failed, 1 complete" in text
 
 
 def test_an_error_of_an_option_ends_it_and_nothing_is_lost(tmp_path, monkeypatch):
@@ -146,7 +149,7 @@ def test_an_error_of_an_option_ends_it_and_nothing_is_lost(tmp_path, monkeypatch
     assert set(states(work(sweep)).values()) == {"COMPLETE"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stop_and_go_on(tmp_path, monkeypatch, number):
     """In epoch 3 of 4. No step is reported twice, which would be a warning, and the run is that of an uninterrupted training."""
     sweep = planned(tmp_path, {"alpha": [0.2]})
