@@ -19,6 +19,7 @@ from spat_train.models.centres import DIMENSIONS, RADIUS, CentreClassifier, max_
 from spat_train.models.checkpoints import load_model
 from spat_train.papers.runs import settings as described
 from spat_train.training.check import check
+from spat_train.training.step import TrainStep
 from spat_train.training.trainer import train
 from tests.evaluation.helpers import command
 from tests.models.helpers import build
@@ -141,6 +142,14 @@ def test_where_the_last_layer_is_not_clear():
         create("small-cnn", classifier="nearest")
     with pytest.raises(InputError, match="--classifier linear: mmc needs distances to centres: leave it out"):
         check(Config(method="mmc", classifier="linear", device="cpu"))
+
+
+def test_processes_average_statistics_and_not_what_is_fixed():
+    model = create("wrn-10-1", classifier="centres", mean=[0.5] * 3, std=[0.25] * 3)
+    names = {id(b): name for name, b in model.named_buffers()}
+    averaged = [names[id(b)] for b in TrainStep(Config(method="mmc", device="cpu"), model).statistics]
+    assert averaged == [name for name in names.values() if "running" in name]
+    assert len(averaged) == len(names) - len(averaged) // 2 - 3  # counters, mean, std and the centres
 
 
 @pytest.fixture(scope="module")
