@@ -264,7 +264,7 @@ def test_values_are_checked_first_where_a_wrong_one_could_do_harm(monkeypatch):
     on_gpu, model = SimpleNamespace(is_cuda=True, shape=X.shape, dtype=X.dtype), cnn()
     assert not PGD(EPS)._may_check_late(model, on_gpu)
     PGD(EPS)(model, X, Y)
-    for loss, late in (("ce", True), ("kl", True), ("margin", True), ("dlr", True), (lambda z, y: z[:, 0], False)):
+    for loss, late in (("ce", True), ("kl", True), ("margin", True), ("dlr", True), ("mmc", True), (lambda z, y: z[:, 0], False)):
         assert PGD(EPS, loss=loss)._may_check_late(model, on_gpu) is late
     assert PGD(EPS)._may_check_late(nn.DataParallel(model), on_gpu)
     assert not PGD(EPS, loss="dlr", targeted=True)._may_check_late(model, on_gpu)

@@ -20,19 +20,9 @@ from .rules import FUNCTIONS, MODULES, find_rule, is_normalize
 
 PROBES = 5  # samples that a model is traced with; an unusual size, so that a batch differs from other dimensions
 ALIASING = {
-    "flatten",
-    "view",
-    "reshape",
-    "contiguous",
-    "dropout",
-    "dropout2d",
-    "squeeze",
-    "unsqueeze",
-    "permute",
-    "transpose",
-    "to",
+    "flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose", "to",
     "float",
-}
+}  # fmt: skip
 ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from spat_kernels import ADT, PGD, ops
 from spat_kernels.attacks._common import warn_of_nan
 from spat_kernels.ops._common import acc_dtype
+from spat_kernels.normalize import Normalize
 
 from ..config import Config
+from ..models.centres import CentreClassifier
 from ..runtime.distributed import World
 from .optim import Average, learning_rate, make_optimizer, perturbed_weights, restored
 
@@ -137,7 +139,9 @@ class TrainStep:
         self.config, self.model, self.span = config, model, span
         self.world = world or World(0, 1, next(model.parameters()).device)
         device = self.world.device
-        self.statistics = [b for b in model.buffers() if b.is_floating_point()]
+        kinds = (Normalize, CentreClassifier)  # their buffers stay; a mean of equal numbers over 7 processes may round to another
+        fixed = {b for m in model.modules() if isinstance(m, kinds) for b in m.buffers(recurse=False)}
+        self.statistics = [b for b in model.buffers() if b.is_floating_point() and b not in fixed]
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.ema = Average(model, config.ema) if config.ema else None

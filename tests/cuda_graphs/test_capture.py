@@ -42,6 +42,7 @@ SETTINGS = {
     "pma": {"loss": "pma"},
     "pma_targeted": {"loss": "pma", "targeted": True},
     "dlr_targeted": {"loss": "dlr", "targeted": True},
+    "mmc": {"loss": "mmc"},
     "custom": {"loss": square},
     "targeted": {"targeted": True},
     "restarts": {"restarts": 3, "steps": 2},

@@ -115,6 +115,26 @@ def test_half_precision_points_where_fp32_does(name, precision):
     assert F.cosine_similarity(exact, half, eps=0).min() > (0.9 if precision == "bf16" else 0.98)
 
 
+@pytest.mark.parametrize("cast", ["to", "float"])
+def test_what_the_model_casts_to_fp32_is_fp32_from_there_on(cast):
+    """256 + 1 is 256 in bf16. The way back is through the cast, too."""
+
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            f = self.conv(x).flatten(1)
+            return (f.to(torch.float32) if cast == "to" else f.float()) + 256
+
+    model, x = Casts().eval(), images(2, 1, torch.float32)
+    plain = logits_and_gradient(InputGradient(model), x)
+    logits, gradient = logits_and_gradient(planned(model, x, "bf16"), x)
+    torch.testing.assert_close(logits - 256, plain[0] - 256, rtol=0.02, atol=0.01)
+    assert F.cosine_similarity(gradient.float().flatten(1), plain[1].flatten(1)).min() > 0.999
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1.0, 1e6])
 def test_gradients_of_any_size_survive_half_precision(factor):
     torch.manual_seed(0)
