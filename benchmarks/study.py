@@ -1,4 +1,4 @@
-"""What studies of many trainings share (`table61`, `figure61`): each is trained, attacked at test images, and kept as a row.
+"""What studies of many trainings share (`table61`, `figure61`, `methods`): each is trained, attacked at test images, and a row.
 
 A study may be stopped at any time, and the same command of the same commit continues it. It may also be started several times at
 once, say one process for each core under OMP_NUM_THREADS=1: each takes what no other is at work on, and ends when all is done.

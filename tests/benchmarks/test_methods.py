@@ -67,7 +67,7 @@ def row(correct: int, *, seed: int = 0, **options) -> dict:
     config = Config(
         **{"model": "small-cnn", "data": "there/mnist.npz", "limit": 2000, "eps": 51.0, "epochs": 15, "seed": seed} | options
     )
-    test = {"accuracy": float(correct), "low": correct - 2.5, "high": correct + 1.5, "images": 100}
+    test = {"accuracy": float(correct), "low": correct - 2.5, "high": correct + 1.5, "images": 100, "attack": "autoattack-fast"}
     evaluation = dict.fromkeys((*methods.COLUMNS, "AutoAttack"), test)
     return {"name": "", "config": config.to_dict() | {"batch_size": 50}, "evaluation": evaluation}
 
@@ -88,7 +88,7 @@ def test_table():
     assert lines[0] == "| Madry | 1 " + "| 80.0 (77.5 to 81.5) " * 5 + "| 7.20 | 1.00 |"  # 36 steps
     assert lines[1] == "| TRADES | 2 " + "| 77.00 ± 2.83 " * 5 + "|  |  |"
     assert lines[2].endswith("| 1.80 | 0.25 |")
-    assert "small-cnn on 2,000 images of mnist, 15 epochs, ε = 0.2. Test images: 100, AutoAttack 100." in text
+    assert "small-cnn on 2,000 images of mnist, 15 epochs, ε = 0.2. Test images: 100, of autoattack-fast 100." in text
     assert "FGSM alone: steps 2." in text
     assert text.count("alone") == 1
 

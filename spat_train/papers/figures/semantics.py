@@ -26,7 +26,7 @@ from ..selection import ROBUST_RUNS
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # at 0 it is PGD-CE
 SHARES = (0.5, 1.0, 2.0, 4.0)  # of the radius, up to `large_eps`
 CONTROLS = {"KL": "pgd-kl-20", "noise": "noise"}
-BESIDE = (1.12, 1.28)  # where they are drawn
+BESIDE = (1.15, 1.32)  # where they are drawn
 STRENGTH = ("clean", "pgd-20")  # a judge should be better in one of them
 PANELS = {"changed": "the judge sees another class", "right": "the attacked model is still right"}
 
@@ -122,7 +122,7 @@ def draw(lines: dict[str, dict]) -> Figure:
     for ax, (kind, title) in zip(axes, PANELS.items(), strict=True):
         for number, (style, (radius, line)) in enumerate(zip(line_styles(), lines.items(), strict=False)):
             accuracy_curve(ax, ALPHAS, line["pgd-ls"][kind], kind, label=radius, **style)
-            beside = [place + 0.03 * number for place in BESIDE]  # their bars would hide each other
+            beside = [place + 0.03 * (number - (len(lines) - 1) / 2) for place in BESIDE]  # their bars would hide each other
             interval_marks(ax, beside, [line[name][kind] for name in CONTROLS], kind, **style | {"linestyle": "none"})
         ax.set(title=title, xlabel="label smoothing α of PGD-LS; PGD-KL; noise", ylim=(-3, 103))
         x_ticks(ax, [*ALPHAS, *BESIDE], [*(f"{alpha:g}" for alpha in ALPHAS), *CONTROLS])
