@@ -41,7 +41,8 @@ SPAT_HD void adt_sample(const AdtSample& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class G, bool SUMS>
+// In passes over a block, each of which the compiler vectorises.
+template <class T, class G>
 SPAT_HD void adt_step(const AdtStep& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const AdtSample& s = a.sample;
@@ -51,7 +52,7 @@ SPAT_HD void adt_step(const AdtStep& a, int64_t begin, int64_t end) {
   A *__restrict__ mu = static_cast<A*>(s.mu), *__restrict__ rho = static_cast<A*>(s.rho);
   A *__restrict__ sum_mu = static_cast<A*>(a.sum_mu), *__restrict__ sum_rho = static_cast<A*>(a.sum_rho);
   const A lo = A(s.images.lo), hi = A(s.images.hi), lr = A(a.lr), entropy = A(a.entropy);
-  const bool steps = !SUMS || a.last;
+  const bool steps = a.last;
   for (int64_t block = begin / kNoise * kNoise; block < end; block += kNoise) {
     float noise[kNoise], next[kNoise];
     normals(noise, s.seed, s.draw, block);
@@ -59,20 +60,30 @@ SPAT_HD void adt_step(const AdtStep& a, int64_t begin, int64_t end) {
     for_each_sample(s.images, std::max(begin, block), std::min(end, block + kNoise),
                     [&](int64_t sample, int64_t first, int64_t last) SPAT_INLINE {
                       const A eps = at<A>(s.eps, sample), factor = at<A>(a.factor, sample);
+                      A along_mu[kNoise], along_rho[kNoise];
                       int32_t unusable = 0;
                       for (int64_t i = first; i < last; ++i) {
-                        const A clean = to_acc(x[i]), r = A(noise[i - block]);
+                        const A r = A(noise[i - block]);
                         const Perturbation<A> p(mu[i], rho[i], r);
-                        const AdtGradients<A> g(p, clean, to_acc(grad[i]), r, eps, factor, entropy, lo, hi);
+                        const AdtGradients<A> g(p, to_acc(x[i]), to_acc(grad[i]), r, eps, factor, entropy, lo, hi);
                         unusable |= !g.usable;
-                        const A along_mu = SUMS ? sum_mu[i] + g.mu : g.mu, along_rho = SUMS ? sum_rho[i] + g.rho : g.rho;
-                        mu[i] = steps ? spat::adt_step(mu[i], along_mu, lr) : mu[i];
-                        rho[i] = steps ? spat::adt_step(rho[i], along_rho, lr) : rho[i];
-                        if constexpr (SUMS) sum_mu[i] = steps ? A(0) : along_mu, sum_rho[i] = steps ? A(0) : along_rho;
-                        const Perturbation<A> then(mu[i], rho[i], A(next[i - block]));
-                        x_adv[i] = from_acc<T>(spat::adt_sample(then, clean, eps, lo, hi));
+                        along_mu[i - block] = g.mu, along_rho[i - block] = g.rho;
                       }
                       if (unusable) flag(a.nan_seen, sample);
+                      if (sum_mu)
+                        for (int64_t i = first; i < last; ++i) {
+                          along_mu[i - block] += sum_mu[i], along_rho[i - block] += sum_rho[i];
+                          sum_mu[i] = steps ? A(0) : along_mu[i - block], sum_rho[i] = steps ? A(0) : along_rho[i - block];
+                        }
+                      if (steps)
+                        for (int64_t i = first; i < last; ++i) {
+                          mu[i] = spat::adt_step(mu[i], along_mu[i - block], lr);
+                          rho[i] = spat::adt_step(rho[i], along_rho[i - block], lr);
+                        }
+                      for (int64_t i = first; i < last; ++i) {
+                        const Perturbation<A> p(mu[i], rho[i], A(next[i - block]));
+                        x_adv[i] = from_acc<T>(spat::adt_sample(p, to_acc(x[i]), eps, lo, hi));
+                      }
                     });
   }
 }
@@ -84,8 +95,7 @@ SPAT_CLONES void adt_sample_cpu(const AdtSample& args, int64_t begin, int64_t en
 }
 SPAT_CLONES void adt_step_cpu(const AdtStep& args, int64_t begin, int64_t end) {
   visit(args.sample.images.dtype, args.grad_dtype, [&](auto t, auto g) SPAT_INLINE {
-    if (args.sum_mu) adt_step<decltype(t), decltype(g), true>(args, begin, end);
-    else adt_step<decltype(t), decltype(g), false>(args, begin, end);
+    adt_step<decltype(t), decltype(g)>(args, begin, end);
   });
 }
 
