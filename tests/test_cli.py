@@ -244,7 +244,7 @@ def test_track_and_its_names_before(words, track):
         (["train", "--track", "wand"], "--track wand: there is none: did you mean wandb. give auto, none, or some of"),
         (["train", "--no-tensorboard", "--track=wandb"], "--no-tensorboard: it is --track=none now: give --track alone"),
         (["train", "--data", "cifar10", "--root", "empty"], "--download"),
-        (["evalaute", "run"], "command evalaute: there is none: did you mean evaluate. there are train, evaluate, "),
+        (["evalaute", "run"], "command evalaute: there is none: did you mean evaluate. there are train, sweep, evaluate, "),
         (["plot"], "name at least one folder"),
         (["plot", "."], "no log.jsonl there"),
         (["plot", "run", "--out", "curves.gif"], "ends in .png or .pdf"),

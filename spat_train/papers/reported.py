@@ -119,7 +119,6 @@ TABLES = {
         "alpha1": (FIGURE_61["clean"][0], FIGURE_61["robust"][0]),
     }),
     "awp": _trainings("WRN-34-10 on CIFAR-10, all with AWP", "awp/", _AUTO, {
-        "madry": (85.57, 54.04),
         "trades": (85.36, 56.17),
         "mart": (84.43, 54.23),
     }, source="Wu et al., "),

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from spat_kernels import ADT, PGD, ops
 from spat_kernels.attacks._common import warn_of_nan
-from spat_kernels.ops._common import acc_dtype
 from spat_kernels.normalize import Normalize
+from spat_kernels.ops._common import acc_dtype
 
 from ..config import Config
 from ..models.centres import CentreClassifier

@@ -34,7 +34,7 @@ PRINTED = {
         / PGD-LS(1e-5) 25.3""",
     "5.2": """PGD-KL 71.58 / PGD-LS(0.1) 57.7 / PGD-LS(0.2) 62.93 / PGD-LS(0.3) 67.7 / PGD-LS(0.4) 72.14
         / PGD-LS(0.5) 75.57""",
-    "awp": "Madry 85.57 54.04 / TRADES 85.36 56.17 / MART 84.43 54.23",
+    "awp": "TRADES 85.36 56.17 / MART 84.43 54.23",
     "madry-mnist": """natural 98.8 / FGSM, A 95.6 / PGD-40, A 93.2 / PGD-100, A 91.8 / PGD-40, 20 restarts, A 90.4
         / PGD-100, 20 restarts, A 89.3 / targeted PGD-40, A 92.7 / CW-40, A 94.0 / CW+-40, A 93.9 / FGSM, A' 96.8
         / PGD-40, A' 96.0 / PGD-100, 20 restarts, A' 95.7 / CW-40, A' 97.0 / CW+-40, A' 96.4 / FGSM, B 95.4 / PGD-40, B 96.4
