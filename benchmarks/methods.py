@@ -48,7 +48,7 @@ VARIANTS = {  # of methods: name, and what it changes
 ROWS = (*METHODS, *VARIANTS)
 SETTINGS = {"batch_size": 50, "optimizer": "adam", "lr": 2e-3, "schedule": "one-cycle", "weight_decay": 0.0}
 VERSIONS = {"standard": "autoattack", "fast": "autoattack-fast"}
-EXCEPTIONS: dict[str, dict] = {}  # by method, what it needs instead in order to learn
+EXCEPTIONS = {"free": {"epochs": 2}}  # by method, what it takes instead: Free AT updates the weights 8 times with each batch
 
 
 @dataclass(kw_only=True)
@@ -78,11 +78,11 @@ class Arguments(study.Arguments):
 
 def settings(args: Arguments, row: str, seed: int) -> Config:
     method = row.partition("+")[0]
-    options = SETTINGS | EXCEPTIONS.get(method, {}) | VARIANTS.get(row, {})
+    options = SETTINGS | {"epochs": args.epochs} | EXCEPTIONS.get(method, {}) | VARIANTS.get(row, {})
     if METHODS[method].needs_extra:
         options["extra"] = args.runs / f"{args.data.stem}-{args.images}-{args.model}-{args.epochs}-pseudo-{seed}.npz"
     config = Config(
-        method=method, model=args.model, eps=args.eps, epochs=args.epochs, seed=seed, data=str(args.data), limit=args.images,
+        method=method, model=args.model, eps=args.eps, seed=seed, data=str(args.data), limit=args.images,
         resume=True, test=False, track="none", **options,
     )  # fmt: skip
     return replace(config, out=args.runs / folder_name(config))

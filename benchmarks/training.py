@@ -33,7 +33,8 @@ from spat_train.config import Config
 from spat_train.models.registry import create
 from spat_train.objectives import METHODS as OBJECTIVES
 from spat_train.runtime.seeding import derived_seed
-from spat_train.training.step import Launched, Objective, TrainStep
+from spat_train.training.free import make_step
+from spat_train.training.step import Launched, Objective
 
 METHODS = "madry", "trades", "mart"
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # a small lr: the same batch comes again and again
@@ -130,7 +131,7 @@ class Ours:
 
     def __init__(self, model: nn.Module, config: Config):
         self.model = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
-        self.config, self.step, self.count = config, TrainStep(config, self.model), 0
+        self.config, self.step, self.count = config, make_step(config, self.model), 0
         self.launched: Launched | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:

@@ -87,3 +87,8 @@ class FreeStep(TrainStep):
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         self.delta = state["delta"].to(self.world.device) if state else None
+
+
+def make_step(config: Config, model: nn.Module, world: World | None = None, span: Span = nullcontext) -> TrainStep:
+    """The step of the config's method."""
+    return (TrainStep if config.objective.replays is None else FreeStep)(config, model, world, span)

@@ -33,8 +33,8 @@ from ..runtime.signals import GracefulStop, Stopped
 from ..runtime.trackers import Trackers
 from . import checkpoint, overfitting, setup
 from .checkpoint import Progress, say
-from .free import FreeStep
-from .step import Launched, Span, TrainStep, spanned
+from .free import make_step
+from .step import Launched, Span, spanned
 
 OnStep = Callable[["Run"], object]
 OnValidation = Callable[["Run", dict], object]
@@ -88,8 +88,7 @@ class Run:
         if saved is not None:
             checkpoint.compare_images(self.dataset, self.images, saved, folder)
         self.model, self.memory_format = setup.make_model(config, self.dataset, processes, init=saved is None)
-        step = TrainStep if config.objective.replays is None else FreeStep
-        self.step = step(config, self.model, processes, span)
+        self.step = make_step(config, self.model, processes, span)
         if processes.rank:
             setup.seed_generators(config.seed + processes.rank)  # from here on for dropout and its like
         self.loader, self.held_out = setup.make_loader(config, self.dataset, extra, processes, self.memory_format)
