@@ -17,7 +17,7 @@ SETTINGS = {  # beside COMMON, by method
     "madry": {"steps": 5},
     "trades": {"steps": 5},
     "mart": {"steps": 5},
-    "adt": {"steps": 5},
+    "adt": {"steps": 3, "epochs": 3},
 }
 
 
