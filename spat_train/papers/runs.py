@@ -111,6 +111,8 @@ def settings(c: Config) -> dict[str, str]:
         "eps": format_eps(c.eps), "attack steps": f"{steps}", "step size": format_eps(255 * step_size), "start": start,
         "inner loss": c.inner_loss, "mode in attacks": c.bn_mode, "updates with a batch": f"{c.updates_per_batch}",
     }  # fmt: skip
+    if c.objective.attack == "adt":  # which starts at x, and has steps of its own
+        attack |= {"step size": "none", "start": "none"}
     return {
         "method": METHODS[c.method].title,
         "data": data_name(c.data),

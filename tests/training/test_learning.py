@@ -22,7 +22,7 @@ SETTINGS = {  # beside COMMON, by method
     "free": {"epochs": 1},
     "mmc": {"steps": 3},
     "g-sce": {"steps": 3, "schedule": "one-cycle", "lr": 5e-3},
-    "adt": {"steps": 5},
+    "adt": {"steps": 3, "epochs": 3},
 }
 
 
