@@ -5,6 +5,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ SMALL = {
     "evaluate": {"--limit": "4", "--device": "cpu"},
     "table": {"--data": "small.npz", "--test-images": "4", "--device": "cpu"},
     "figure": {"--test-images": "4", "--device": "cpu"},
+    "sweep": {"--dry-run": ""},
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def spat_train(monkeypatch, command: str, *words: str) -> None:
     for option in small.keys() & set(rest):
         at = rest.index(option)
         del rest[at : at + 2]
-    monkeypatch.setattr(sys, "argv", ["spat-train", command, *rest, *(word for pair in small.items() for word in pair)])
+    monkeypatch.setattr(sys, "argv", ["spat-train", command, *rest, *filter(None, chain(*small.items()))])
     cli.main()
 
 
