@@ -1,7 +1,7 @@
 """The alpha of SPAT that suits an eps: `python -m benchmarks.alpha_search --data mnist.npz --out alpha_search.json`.
 
-Runs `spat-train sweep alpha-search-mnist`, and keeps its report and picture. The command may be started once for each core. It goes
-on where it was stopped.
+Runs `spat-train sweep alpha-search-mnist`, and keeps its report and picture. The command may be started once for each core. It
+goes on where it was stopped.
 """
 
 import json
