@@ -105,6 +105,25 @@ class Method:
     def attacks(self) -> bool:
         return "adv" in self.reads
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """The options of a run that do nothing with this method, by name, and what the method has or does instead."""
+        adt = ("inner_lr", "entropy", "inner_samples")
+        idle = dict.fromkeys(("step_size", "start") if self.attack == "adt" else adt, "has none")
+        if self.beta is None:
+            idle["beta"] = "has no KL term"
+        if len(self.reads) == 1:
+            idle["forwards"] = "has one forward"
+        if self.replays is None:
+            idle["replays"] = "has one update a batch, unlike --method free"
+        if not self.attacks:
+            idle |= dict.fromkeys(("alpha", "inner", "steps", "step_size", "start", "bn_mode"), "training attacks nothing")
+        if self.replays is not None:
+            own = "takes its examples from the gradient of the update itself"
+            idle |= dict.fromkeys(("inner", "steps", "start", "bn_mode", "awp"), own)
+            idle["alpha"] = f"{own}, which --label-smoothing smooths"
+        return idle
+
 
 METHODS: dict[MethodName, Method] = {
     "standard": Method("standard", "clean images", standard, reads=("clean",)),
