@@ -64,16 +64,16 @@ class Config:
     # ---- training attack
     inner: str | None = None
     """What the attack maximises, a loss by name (spat-train attacks lists them). Default: lsce (ce with --alpha) where
-    alpha > 0, else that of the method: the KL term of TRADES, or ce."""
+    alpha > 0, else that of the method: the KL term of TRADES and RST, mmc for mmc, or ce."""
     eps: float = 8.0
     """Radius of the L-infinity ball, in 1/255."""
     step_size: float | None = None
-    """Length of a step, in 1/255. Default: that of the method: eps / 4, or eps for one step (fast: 1.25 eps)."""
+    """Length of a step, in 1/255. Default: eps / 4; fgsm, n-fgsm and free: eps; fast: 1.25 eps. adt has none."""
     steps: int | None = None
-    """Gradient steps. Default: that of the method: 10, 7 for adt, or 1 for fgsm, fast and n-fgsm."""
+    """Gradient steps. Default: 10; adt: 7; fgsm, fast and n-fgsm: 1. free has none."""
     start: Literal["uniform", "normal", "clean", "wide"] | None = None
     """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x; wide: uniform in the ball of 2 eps,
-    from where no step is projected onto a ball, as N-FGSM. Default: uniform; fgsm: clean; n-fgsm: wide."""
+    from where no step is projected onto a ball, as N-FGSM. Default: uniform; fgsm: clean; n-fgsm: wide; adt, free: none."""
     bn_mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack."""
     inner_lr: float | None = None
@@ -184,11 +184,11 @@ class Config:
     eval_batch_size: int | None = None
     """Images attacked at once in validation and test. Default: 4 batches, at most 256."""
     patience: int | None = None
-    """Stop after this many validations without improvement in PGD accuracy (of --method standard, in clean accuracy)."""
+    """Stop after this many validations without improvement in PGD accuracy (of standard and mmc-clean, in clean accuracy)."""
     catastrophic_overfitting: Literal["warn", "stop", "rollback", "off"] | None = None
     """What to do where PGD accuracy has collapsed since the best validation, beyond chance, and FGSM accuracy is above the one it
     had then (spat_train/training/overfitting.py). stop: end the training. rollback: go back to the best weights, and on with the
-    next epoch. Default: warn where the training attack has one step, else off."""
+    next epoch. Default: warn where the training attack has one step and images are held out, else off."""
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None
@@ -315,7 +315,8 @@ class Config:
         More epochs are no difference where the learning rates of the earlier epochs stay.
         """
         now, why = self.to_dict(), ""
-        names = [name for name in now | saved if name not in FREE_ON_RESUME and saved.get(name) != now.get(name)]
+        free = {*FREE_ON_RESUME, *self.objective.idle}  # older versions took the latter
+        names = [name for name in now | saved if name not in free and saved.get(name) != now.get(name)]
         before, milestones = saved.get("epochs", 0), saved.get("milestones")
         if self.epochs > before and self.schedule != "constant":
             old = dataclasses.replace(self, epochs=before, milestones=None if milestones is None else tuple(milestones))

@@ -23,8 +23,10 @@ cross-entropy. Gradients flow through both arguments of KL and through MART's we
 than a percent of a step (benchmarks/NOTES.md).
 
 MMC and g-SCE are for networks whose last layer has features f and fixed centres mu_k in R^d (--classifier centres). MMC trains on
-untargeted PGD on its own loss. With label smoothing it is the mean of the distances to all centres by the smoothed label. SPAT is
-weak there: these logits differ by up to 222, and where p_y > 1 - alpha, PGD-LS makes the model surer of the label.
+untargeted PGD on its own loss. With label smoothing it is the mean of the distances to all centres by the smoothed label. SPAT
+costs robustness there: at a centre of 10, these logits differ by 222, and where p_y > 1 - alpha, PGD-LS makes the model surer of
+the label. In short trainings on 1,500 images of MNIST (eps 0.15, one seed), alpha = 0.1 lowered accuracy under PGD-20 from 74 %
+to 1 % (MMC) and from 73 % to 55 % (g-SCE).
 """
 
 from collections.abc import Callable
@@ -104,6 +106,25 @@ class Method:
     @property
     def attacks(self) -> bool:
         return "adv" in self.reads
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """The options of a run that do nothing with this method, by name, and what the method has or does instead."""
+        adt = ("inner_lr", "entropy", "inner_samples")
+        idle = dict.fromkeys(("step_size", "start") if self.attack == "adt" else adt, "has none")
+        if self.beta is None:
+            idle["beta"] = "has no KL term"
+        if len(self.reads) == 1:
+            idle["forwards"] = "has one forward"
+        if self.replays is None:
+            idle["replays"] = "has one update a batch, unlike --method free"
+        if not self.attacks:
+            idle |= dict.fromkeys(("alpha", "inner", "steps", "step_size", "start", "bn_mode"), "training attacks nothing")
+        if self.replays is not None:
+            own = "takes its examples from the gradient of the update itself"
+            idle |= dict.fromkeys(("inner", "steps", "start", "bn_mode", "awp"), own)
+            idle["alpha"] = f"{own}, which --label-smoothing smooths"
+        return idle
 
 
 METHODS: dict[MethodName, Method] = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal, cast
 
 from .config import Config
-from .objectives import MethodName
+from .objectives import METHODS, MethodName
 
 # The thesis divides lr at epochs 75 and 90, "as MART", whose code ends with epoch 90.
 _TABLE_61 = Config(data="cifar10", model="wrn-34-10", weight_decay=7e-4, epochs=90, milestones=(75, 90))
@@ -89,7 +89,8 @@ _TABLES = {  # settings, and alpha of each row
 def _row(table: str, key: str, alpha: float) -> Config:
     method = cast(MethodName, key.removesuffix("+spat").replace("natural", "standard"))
     base = _MART_62 if (table, method) == ("table6.2", "mart") else _TABLES[table][0]
-    return replace(base, method=method, alpha=alpha, forwards=_FORWARDS.get(method, base.forwards))
+    row = replace(base, method=method, alpha=alpha, forwards=_FORWARDS.get(method, base.forwards))
+    return replace(row, **{option: getattr(Config, option) for option in METHODS[method].idle})
 
 
 _ROWS = {f"{table}/{key}": _row(table, key, alpha) for table, (_, alphas) in _TABLES.items() for key, alpha in alphas.items()} | {

@@ -151,8 +151,9 @@ def _hint(match: Match) -> str:
         if any(map(NUMBERS.search, match.file)):
             return "the file has a mean without its std, or the reverse: save both, or neither"
         return "the file has no normalisation: use a spat_train.models.Normalize, which keeps its numbers"
-    if any(name.endswith("centres") for name in missing | unexpected):
-        return "either the file or the model ends in Max-Mahalanobis centres: create it with classifier='centres', or not"
+    for names, what, classifier in ((missing, "the model, not the file,", "linear"), (unexpected, "the file's model", "centres")):
+        if any(name.endswith("centres") for name in names):
+            return f"{what} ends in Max-Mahalanobis centres: create it with classifier={classifier!r}"
     if "logits.weight" in unexpected:
         for first, name in DEEPMINDS.items():
             if first in unexpected:

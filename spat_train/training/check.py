@@ -29,7 +29,6 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("momentum", lambda v: v < 1, "give a number below 1"),
     ("ema", lambda v: v < 1, "give a decay below 1, such as 0.9995"),
 ]
-OF_ADT, OF_PGD = ("inner_lr", "entropy", "inner_samples"), ("step_size", "start")  # options of one kind of training attack
 
 
 def check(c: Config) -> None:
@@ -83,16 +82,11 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     return [
         # the method, its attack, and the images that it needs
         (smoothed or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha"),
-        (method.attacks or c.alpha == 0, "alpha", f"{c.method} training attacks nothing: choose another --method"),
-        *_free_relations(c),
+        *((getattr(c, o) == getattr(Config, o), o, f"{c.method} {why}: {_unset(o)}") for o, why in method.idle.items()),
         (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform, normal or wide"),
-        *((getattr(c, name) is None or method.attack == "adt", name, f"{c.method} has none: leave it out") for name in OF_ADT),
-        *((getattr(c, name) is None or method.attack == "pgd", name, f"{c.method} has none: leave it out") for name in OF_PGD),
         (c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz"),
         (c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5"),
         (c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none"),
-        (c.beta is None or method.beta is not None, "beta", f"{c.method} has no KL term: leave it out"),
-        (len(method.reads) > 1 or c.forwards == "clean-adv", "forwards", f"{c.method} has one forward: give clean-adv"),
         (method.classifier in ("linear", c.last_layer), "classifier", f"{c.method} needs distances to centres: leave it out"),
         (c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp"),
         # the optimiser and the schedule
@@ -111,14 +105,6 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     ]
 
 
-def _free_relations(c: Config) -> list[tuple[bool, str, str]]:
-    """What must hold of the options that Free AT alone has, or cannot have."""
-    if c.objective.replays is None:
-        return [(c.replays is None, "replays", f"{c.method} has one update a batch: leave it out, or choose --method free")]
-    own = "free's examples come from the gradient of the update itself"
-    return [
-        (c.alpha == 0, "alpha", f"{own}, no attack is there to smooth: use --label-smoothing, or --method fast or n-fgsm"),
-        *((getattr(c, name) is None, name, f"{own}, not from an attack: leave it out") for name in ("inner", "steps", "start")),
-        (c.bn_mode == "eval", "bn_mode", f"{own}, in training mode: leave it out"),
-        (c.awp == 0, "awp", f"{own}, at the weights as they are: choose another --method"),
-    ]
+def _unset(option: str) -> str:
+    """How to leave out an option, which a preset may have set."""
+    return f"leave it out, or give {getattr(Config, option)}"

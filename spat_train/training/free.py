@@ -1,11 +1,12 @@
 """Free adversarial training (Shafahi et al., NeurIPS 2019, arXiv 1904.12843): one gradient for the weights and for the images.
 
-    repeated for m replays of a batch (x, y), with delta kept from replay to replay and from batch to batch:
-        x' = clip(x + delta, 0, 1);  g_w, g_x = gradients of CE(z(x'), y)
-        the optimiser updates the weights by g_w;  delta <- clip(delta + step_size sign(g_x), -eps, eps)
+    x' = clip(x + delta, 0, 1), with delta of the batch before; then, for m replays of the batch (x, y):
+        g_w, g_x = gradients of CE(z(x'), y);  the optimiser updates the weights by g_w
+        x' <- clip(clip(x' + step_size sign(g_x), x - eps, x + eps), 0, 1)
+    delta = x' - x
 
-A batch of n images uses the first n rows of delta, also one that is smaller than the others. After a batch, delta is what remains
-inside the pixel range, x' - x, as in the code of Wong et al. (arXiv 2001.03994).
+A batch of n images uses the first n rows of delta, also one that is smaller than the others. That delta stays inside the pixel
+range is as in the code of Wong et al. (arXiv 2001.03994).
 """
 
 from collections.abc import Callable

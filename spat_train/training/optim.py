@@ -81,18 +81,19 @@ def perturbed_weights(model: nn.Module, size: float):
     which is the same but for the rounding of that step. As there, "weight" is in the name of what moves.
     """
     weights = [(p, p.grad) for name, p in model.named_parameters() if "weight" in name and p.ndim > 1 and p.grad is not None]
-    before = [p.detach().clone() for p, _ in weights]
-    with torch.no_grad():
-        for p, grad in weights:
-            grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
-            p.add_(grad * (size * p.norm() / (grad.norm() + 1e-20)))
-    moved = [p.detach().clone() for p, _ in weights]
+    undo = []
     try:
+        with torch.no_grad():
+            for p, grad in weights:
+                grad = grad.nan_to_num(0, 0, 0)  # where fp16 overflowed, which GradScaler deals with
+                moved = p + grad * (size * p.norm() / (grad.norm() + 1e-20))
+                undo.append((p, p.detach().clone(), moved))
+                p.copy_(moved)
         yield
     finally:
         with torch.no_grad():
-            for (p, _), w, w_moved in zip(weights, before, moved, strict=True):
-                p.copy_(w + (p - w_moved))
+            for p, w, moved in undo:
+                p.copy_(w + (p - moved))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Max-Mahalanobis centres: their geometry, the logits, where they go in a network, and runs that have them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,11 @@ def runs(tmp_path_factory):
     return folder
 
 
+def linear_weights(folder) -> Path:
+    torch.save(create("small-cnn", 10, (1, 8, 8)).state_dict(), folder / "linear.pt")
+    return folder / "linear.pt"
+
+
 @pytest.mark.parametrize("name", ["mmc", "madry"])
 def test_a_run_its_export_and_its_plain_weights_give_the_same_network(runs, tmp_path, name):
     pytest.importorskip("safetensors")
@@ -165,8 +171,10 @@ def test_a_run_its_export_and_its_plain_weights_give_the_same_network(runs, tmp_
         out / "model.pt", tmp_path / "again", dataset=load("digits"), model_name="small-cnn", classifier="centres"
     )
     assert torch.equal(spat_train.from_folder(again)(x), model(x))
-    with pytest.raises(InputError, match="it does not fit the model: .*create it with classifier='centres', or not"):
+    with pytest.raises(InputError, match="the file's model ends in Max-Mahalanobis .*create it with classifier='centres'"):
         load_model(out / "model.pt", load("digits"), "small-cnn")
+    with pytest.raises(InputError, match="the model, not the file, ends in Max-Mahalanobis .*create it with classifier='linear'"):
+        load_model(linear_weights(tmp_path), load("digits"), "small-cnn", classifier="centres")
     with pytest.raises(InputError, match="has a config that says them: leave them out"):
         load_model(runs / name, load("digits"), classifier="centres")
 

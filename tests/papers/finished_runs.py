@@ -40,7 +40,7 @@ def write_runs(folder: Path) -> Path:
         batch_size=16, optimizer="adam", lr=0.01, schedule="constant", weight_decay=0.0, holdout=8, val_steps=1, test=False,
         track="none", device="cpu",
     )  # fmt: skip
-    natural = replace(base, preset="madry-mnist/natural", method="standard")
+    natural = replace(base, preset="madry-mnist/natural", method="standard", steps=None)
     runs = {
         "standard": natural,
         "madry": base,

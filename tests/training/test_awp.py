@@ -111,3 +111,16 @@ def test_without_a_step_the_weights_are_as_before(fails):
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
     assert all(map(torch.equal, grads, [p.grad for p in model.parameters()]))
+
+
+def test_weights_are_as_before_where_a_move_fails(monkeypatch):
+    """As where memory runs out: the second of two weights has not moved yet."""
+    model, norm = Network(), torch.Tensor.norm
+    before = copy.deepcopy(model.state_dict())
+    model(torch.rand(4, 3, 8, 8)).square().sum().backward()
+    before |= {name: b.clone() for name, b in model.named_buffers()}
+    monkeypatch.setattr(torch.Tensor, "norm", lambda t: 1 / 0 if t.shape == (5, 6) else norm(t))
+    with pytest.raises(ZeroDivisionError), perturbed_weights(model, 0.1):
+        pass
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), name

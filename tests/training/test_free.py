@@ -150,9 +150,10 @@ def test_full_batches_are_captured_and_nothing_else_changes(monkeypatch):
     assert_same(dict(model.state_dict()), dict(expected.state_dict()))
 
 
-def test_what_cannot_be_captured_runs_without_and_says_so(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_what_cannot_be_captured_runs_without_and_says_so(monkeypatch, error):
     def failing(*args, **options):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise error("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", failing)
     run = new_run(settings(**FREE))

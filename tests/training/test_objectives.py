@@ -1,6 +1,8 @@
 """The objectives against their formulas, written out sample by sample in fp64; the examples that they are trained on."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,8 +14,10 @@ pytest.importorskip("tyro")
 
 from spat_kernels import ADT, PGD, losses
 from spat_train.config import Config
+from spat_train.errors import InputError
 from spat_train.models.centres import put_centres
 from spat_train.objectives import METHODS, MethodName
+from spat_train.training.check import check
 from spat_train.training.step import Objective, training_attack, wide_start
 
 CLASSES, BETA = 5, 3.0
@@ -199,6 +203,24 @@ def test_examples_of_adt_are_samples_of_the_distribution(options, settings):
         assert torch.equal(examples, expected)
         assert (nan_seen.shape, nan_seen.any()) == ((n,), False)
     assert model.training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_that_do_nothing_are_refused(method):
+    others = {
+        "alpha": 0.2, "beta": 2.0, "forwards": "adv-clean", "awp": 0.01, "replays": 3, "inner": "margin", "step_size": 2.0,
+        "steps": 3, "start": "normal", "bn_mode": "train", "inner_lr": 0.2, "entropy": 0.1, "inner_samples": 2,
+    }  # fmt: skip
+    c = Config(method=method, device="cpu", extra=Path("rst.pickle") if method == "rst" else None)
+    assert c.objective.idle.keys() <= others.keys()
+    for option, value in others.items():
+        changed = replace(c, **{option: value})
+        if option not in c.objective.idle:
+            check(changed)
+            continue
+        name = option.replace("_", "-")
+        with pytest.raises(InputError, match=f"^--{name} {value}: {method} .*: leave it out, or give {getattr(c, option)}$"):
+            check(changed)
 
 
 def test_other_starts():

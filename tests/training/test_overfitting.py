@@ -1,5 +1,6 @@
 """The alarm for catastrophic overfitting: when it is raised, and that stop and rollback do what they say, also after a resume."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -39,9 +40,13 @@ def test_the_alarm_is_for_a_fall_beyond_chance_under_pgd_alone(pgd, fgsm, images
 
 
 def test_its_probability_is_that_of_drawing_as_few():
-    """3 robust images of 4, then 0 of 4: that 3 drawn from 8 are all of the same 4 has the probability C(4, 3) / C(8, 3)."""
-    p = collapse({"epoch": 2, "pgd": 0.0, "fgsm": 60.0}, BEST | {"pgd": 75.0}, 4, validations=0.01)
-    assert p == pytest.approx(4 / 56)
+    """All of 10 images robust, then none: that 10 drawn from 20 are all of the same 10 has the probability 1 / C(20, 10)."""
+    now, best = {"epoch": 2, "pgd": 0.0, "fgsm": 60.0}, BEST | {"pgd": 100.0}
+    p = 1 / math.comb(20, 10)
+    assert collapse(now, best, 10, validations=61) == pytest.approx(p)  # of 61 validations there are 1,830 pairs
+    assert p < 0.01 / (61 * 60 / 2)
+    assert collapse(now, best, 10, validations=62) is None
+    assert p > 0.01 / (62 * 61 / 2)
     assert validations(Config(epochs=10, val_every=3)) == 4
 
 

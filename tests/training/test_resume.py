@@ -265,6 +265,15 @@ def test_changed_options_and_models_are_refused(tmp_path, monkeypatch, options, 
         train(replace(config, resume=True, **changes))
 
 
+def test_options_that_do_nothing_may_be_left_out_on_resume():
+    """Older versions took the options of attacks for --method standard, and their checkpoints know no newer options."""
+    older = Config(method="standard", steps=40, bn_mode="train", epochs=3).to_dict()
+    newer = ("replays", "inner_lr", "entropy", "inner_samples", "classifier", "catastrophic_overfitting")
+    older = {name: value for name, value in older.items() if name not in newer}
+    assert Config(method="standard", epochs=3).differences(older) == []
+    assert Config(epochs=3).differences(older) == ["method: standard -> madry", "steps: 40 -> None", "bn_mode: train -> eval"]
+
+
 @pytest.mark.parametrize("changed", [("train",), ("test",), ("extra",), ("train", "test", "extra")])
 def test_changed_images_are_refused(tmp_path, changed):
     data, extra = load("digits", limit=150), tmp_path / "extra.npz"
