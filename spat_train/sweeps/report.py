@@ -117,7 +117,8 @@ def suiting(spec: Spec, rows: Iterable[Row], kind: str) -> list[dict[str, Any]]:
     """For each value of `for_each`, the best setting of the other factors over the seeds, and how far it is from the others.
 
     Only settings with the most seeds can be the best: the mean of fewer is more a matter of luck. `gain`: over the first value of
-    each, None where that has no complete run. `compared`: how many others have complete runs. `alike`: those that are not worse by Bonferroni's intervals.
+    each, None where that has no complete run. `compared`: how many others have complete runs. `alike`: those of them that are not
+    worse by Bonferroni's intervals.
     """
     others = [factor for factor in spec.factors if factor not in spec.for_each]
     first = tuple(next(iter(spec.factors[factor])) for factor in others)
@@ -152,8 +153,8 @@ def _accuracy(percents: Sequence[float], images: int) -> dict[str, float]:
 
 NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. They chose that epoch and the best
 run, which flatters both. Test accuracies chose nothing."""
-EFFECTS = """Mean differences of held-out {} accuracy, over pairs of complete runs that are else alike, with Student's 95 % interval:
-it has the spread between these pairs, but not that between other held-out images."""
+EFFECTS = """Mean differences of held-out {} accuracy, over pairs of complete runs that are else alike, with Student's 95 % interval.
+It covers the spread between these pairs, not the choice of held-out images."""
 ENDED = "Halving ended the worse runs, so that these are differences between the better ones."
 
 

@@ -181,8 +181,7 @@ class Halving(SuccessiveHalvingPruner):
 
 def give_first_signs(study: Study) -> None:
     """Give a sign of life for trials that have none: a worker killed before its first would otherwise never count as killed."""
-    storage = study._storage
-    assert isinstance(storage, RDBStorage)
+    storage: RDBStorage = study._storage._backend  # type: ignore[attr-defined]  # Optuna puts a cache before it
     with storage.engine.connect() as connection:
         known = set(connection.execute(text("SELECT trial_id FROM trial_heartbeats")).scalars())
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
