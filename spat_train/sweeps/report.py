@@ -88,14 +88,14 @@ def mean_difference(values: Mapping[Any, float], others: Mapping[Any, float], co
 
     low and high are None of fewer than two pairs, and where all differences are the same, whose spread says nothing.
     """
-    from scipy.stats import t  # its import takes a second
+    from scipy.stats import ttest_1samp  # its import takes a second
 
     differences = [value - others[key] for key, value in values.items() if key in others]
-    count, mean = len(differences), statistics.fmean(differences) if differences else None
-    found: dict[str, Any] = {"pairs": count, "mean": mean, "low": None, "high": None}
-    if mean is not None and max(differences) - min(differences) > 1e-9:
-        half = float(t.ppf((1 + confidence) / 2, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-        found |= {"low": mean - half, "high": mean + half}
+    mean = statistics.fmean(differences) if differences else None
+    found: dict[str, Any] = {"pairs": len(differences), "mean": mean, "low": None, "high": None}
+    if differences and max(differences) - min(differences) > 1e-9:
+        low, high = ttest_1samp(differences, 0).confidence_interval(confidence)
+        found |= {"low": float(low), "high": float(high)}
     return found
 
 
@@ -153,8 +153,8 @@ def _accuracy(percents: Sequence[float], images: int) -> dict[str, float]:
 
 NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. They chose that epoch and the best
 run, which flatters both. Test accuracies chose nothing."""
-EFFECTS = """Mean differences of held-out {} accuracy, over pairs of complete runs that are else alike, with Student's 95 % interval.
-It covers the spread between these pairs, not the choice of held-out images."""
+EFFECTS = """Mean differences of held-out {} accuracy, over pairs of complete runs that are else alike. The 95 % intervals are
+Student's, of the spread between these pairs, not of the choice of held-out images."""
 ENDED = "Halving ended the worse runs, so that these are differences between the better ones."
 
 

@@ -227,6 +227,7 @@ def test_of_a_run_that_was_queued_again_twice_at_once_one_goes_on(tmp_path):
         assert search.latest(study)["alpha0.2-seed0"].number == expected
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_worker_that_was_killed_before_its_first_sign_of_life_is_replaced(tmp_path):
     study = study_of(sweep := planned(tmp_path, {"alpha": [0.2]}))
     study.ask()
