@@ -331,7 +331,7 @@ def test_two_workers_do_every_run_once(tmp_path):
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(tmp_path):
     """By kill -9 in epoch 3: the other worker goes on from the checkpoint, and reports no step twice."""
-    sweep = planned(tmp_path, ALPHAS, search="halving", min_epochs=4)
+    sweep = planned(tmp_path, ALPHAS)
     killed = _start(sweep, 1, True)
     while not any(t.state == TrialState.RUNNING for t in study_of(sweep).trials):
         time.sleep(0.05)
