@@ -105,9 +105,10 @@ def prepared(args: Arguments) -> Study:
     if len(data.train) < 2 * args.images:
         raise InputError(f"--images {args.images}: half of the {len(data.train)} training images are the most: give fewer")
     count = args.test_count(data)
+    same = {name: getattr(args, name) for name in ("model", "eps", "epochs")}  # of all rows, which the table takes for seeds
     attacks = [Attacks(COLUMNS, count), Attacks({AUTOATTACK: VERSIONS[args.version]}, min(count, args.autoattack))]
     return Study(
-        "methods", args, trainings, data, attacks, about={"training images": args.images, "steps": {}},
+        "methods", args, trainings, data, attacks, about={"training images": args.images, "steps": {}} | same,
         ready=lambda config: pseudo_label(args, data, config), finish=lambda results: time_steps(results, data, args.seconds),
     )  # fmt: skip
 

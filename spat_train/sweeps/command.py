@@ -1,10 +1,11 @@
 """`spat-train sweep`."""
 
-import argparse
 import os
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
+
+import tyro
 
 from ..command_line import parse
 from ..config import Config
@@ -21,18 +22,33 @@ CUDA_VISIBLE_DEVICES or on machines that share --out, it is that many workers. M
 runs too, but begin those of a killed one again."""
 
 
+@dataclass(frozen=True)
+class Own:
+    """Options of `spat-train sweep` itself."""
+
+    storage: str | None = None
+    """URL of a database: sqlite:///FILE, postgresql://... or mysql://... Default: OUT/sweep.db."""
+    report: bool = False
+    """Write the report of the runs so far, and run nothing."""
+    dry_run: bool = False
+    """Print the commands of the runs, and run nothing."""
+    heartbeat: int = 30
+    """Seconds between signs of life of a worker, which counts as killed after three times as long without one."""
+
+
 def sweep(arguments: list[str]) -> None:
     """Train over a grid of options on Optuna, with any number of workers; without a name, list the sweeps that are ready."""
     if not arguments:
-        print("\n".join(f"{name:14} {spec.runs:3} runs: {spec.about}" for name, spec in ((name, read(name)) for name in READY)))
+        print(
+            "\n".join(f"{name:14} {spec.runs:3} runs: {spec.about}" for name, spec in zip(READY, map(read, READY), strict=True))
+        )
         return
-    parser, (source, *rest) = _own_options(), arguments
-    if source in ("-h", "--help"):
-        parser.print_help()
-        return
-    if source.startswith("-"):
+    source = arguments[0]
+    if source.startswith("-") and source not in ("-h", "--help"):
         raise InputError(f"sweep {source}: its spec comes first: give one of {', '.join(READY)}, or a YAML file")
-    own, rest = parser.parse_known_args(rest)
+    own, rest = tyro.cli(
+        Own, args=arguments[source[0] != "-" :], prog="spat-train sweep SPEC", description=ABOUT, return_unknown_args=True
+    )
     check_count("--heartbeat", own.heartbeat)
     planned = plan(read(source), given_options(rest))
     if own.dry_run:
@@ -77,16 +93,3 @@ def given_options(arguments: list[str]) -> dict[str, Any]:
     words = {word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
     named = {f.name: "-" + f.name.replace("_", "-") for f in fields(Config)}
     return {name: getattr(config, name) for name, option in named.items() if {f"-{option}", f"--no{option}"} & words}
-
-
-def _own_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "spat-train sweep", usage="%(prog)s SPEC [OPTIONS]", description=ABOUT, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--storage", metavar="URL", help="sqlite:///FILE, postgresql://... or mysql://...; default: OUT/sweep.db")
-    parser.add_argument("--report", action="store_true", help="write the report of the runs so far, and run nothing")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs, and run nothing")
-    parser.add_argument("--heartbeat", type=int, default=30, metavar="SECONDS", help="between signs of life of a worker, which "
-                        "counts as killed after three times as long without one (default: 30)")  # fmt: skip
-    return parser

@@ -29,23 +29,22 @@ def write(sweep: Sweep, trials: Mapping[str, FrozenTrial]) -> list[Path]:
         trials: by run.
     """
     found = numbers(sweep, [row(name, cell.params, trials.get(name)) for name, cell in sweep.cells.items()])
+    paths = [sweep.out / f"sweep.{kind}" for kind in ("md", "json", "png", "pdf")]
     atomic_write.make_folder(sweep.out)
-    texts = {"sweep.md": markdown(sweep.spec, found), "sweep.json": json.dumps(found, indent=1) + "\n"}
-    for name, text in texts.items():
-        atomic_write.write(sweep.out / name, text.encode())
-    pictures = [sweep.out / "sweep.png", sweep.out / "sweep.pdf"] if found["best"] else []
-    if pictures:
-        with style():
-            figure = draw(sweep.spec, [r for r in found["runs"] if r["state"] == "complete"])
-        save(figure, *pictures)
-    return [*(sweep.out / name for name in texts), *pictures]
+    for path, text in zip(paths, (markdown(sweep.spec, found), json.dumps(found, indent=1) + "\n"), strict=False):
+        atomic_write.write(path, text.encode())
+    if not found["best"]:
+        return paths[:2]
+    with style():
+        figure = draw(sweep.spec, [r for r in found["runs"] if r["state"] == "complete"])
+    save(figure, *paths[2:])
+    return paths
 
 
 def row(name: str, params: Mapping[str, Any], trial: FrozenTrial | None) -> Row:
     """What is known of a run. Accuracies, in percent, are those of its best checkpoint, with their 95 % intervals."""
     known = trial.user_attrs if trial else {}
-    best = known.get("best")
-    state = trial.state.name.lower() if trial else "waiting"
+    best, state = known.get("best"), trial.state.name.lower() if trial else "waiting"
     if state == "fail":
         state = "failed" if "error" in known else "stopped"
     found = {"run": name, "params": dict(params), "state": state, "error": known.get("error"), "test": known.get("test")}
@@ -58,17 +57,16 @@ def numbers(sweep: Sweep, rows: list[Row]) -> dict[str, Any]:
     spec, kind = sweep.spec, sweep.maximise
     complete = [r for r in rows if r["state"] == "complete"]
     best = max(complete, key=lambda r: r[kind]["accuracy"], default=None)
-    effects = [
-        {"factor": factor, "level": level, "than": first} | effect(complete, kind, factor, level, first)
-        for factor, (first, *others) in ((factor, list(levels)) for factor, levels in spec.factors.items())
-        for level in others
-    ]
     return {
         "sweep": spec.name, "about": spec.about, "folder": str(sweep.out), "maximise": kind, "runs": rows,
         "best": best and best | {"command": command(sweep.cells[best["run"]].config)},
-        "effects": effects,
+        "effects": [
+            {"factor": factor} | effect(complete, kind, factor, level, first)
+            for factor, (first, *others) in ((factor, list(levels)) for factor, levels in spec.factors.items())
+            for level in others
+        ],
         "for_each": suiting(spec, complete, kind) if spec.for_each else [],
-        "hypotheses": [judged(spec, complete, kind, hypothesis) for hypothesis in spec.hypotheses],
+        "hypotheses": [judged(complete, kind, hypothesis) for hypothesis in spec.hypotheses],
     }  # fmt: skip
 
 
@@ -82,47 +80,45 @@ def effect(rows: Iterable[Row], kind: str, factor: str, level: Any, than: Any, c
         if r["params"][factor] in values:
             others = tuple(value for name, value in r["params"].items() if name != factor)
             values[r["params"][factor]][others] = r[kind]["accuracy"]
-    return mean_difference(
-        [v - values[than][others] for others, v in values[level].items() if others in values[than]], confidence
-    )
+    return {"level": level, "than": than} | mean_difference(values[level], values[than], confidence)
 
 
-def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
-    """The mean of paired differences, with Student's interval: low and high are None of fewer than two pairs."""
-    from scipy.stats import t  # its import takes a second
+def mean_difference(values: Mapping[Any, float], others: Mapping[Any, float], confidence: float = 0.95) -> dict[str, Any]:
+    """The mean of paired differences, with Student's interval, over the keys that both have.
 
-    count = len(differences)
+    low and high are None of fewer than two pairs, and where all differences are the same, whose spread says nothing.
+    """
+    from scipy.stats import ttest_1samp  # its import takes a second
+
+    differences = [value - others[key] for key, value in values.items() if key in others]
     mean = statistics.fmean(differences) if differences else None
-    found: dict[str, Any] = {"pairs": count, "mean": mean, "low": None, "high": None}
-    if mean is not None and count > 1:
-        half = float(t.ppf((1 + confidence) / 2, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-        found |= {"low": mean - half, "high": mean + half}
+    found: dict[str, Any] = {"pairs": len(differences), "mean": mean, "low": None, "high": None}
+    if differences and max(differences) - min(differences) > 1e-9:
+        low, high = ttest_1samp(differences, 0).confidence_interval(confidence)
+        found |= {"low": float(low), "high": float(high)}
     return found
 
 
-def judged(spec: Spec, rows: Sequence[Row], kind: str, hypothesis: Mapping[str, Any]) -> dict[str, Any]:
+def judged(rows: Sequence[Row], kind: str, hypothesis: Mapping[str, Any]) -> dict[str, Any]:
     """A hypothesis with its measured effects and a verdict: supported where the interval is on the side that it expects.
 
-    Where it names none of several levels, one of them suffices. Their intervals are Bonferroni's: 95 % for all together.
+    Of several levels, one suffices. Their intervals are Bonferroni's: 95 % for all together.
     """
-    levels = list(spec.factors.get(hypothesis["factor"], []))
-    if not levels:
-        return {**hypothesis, "effects": [], "verdict": "not swept"}
-    than = hypothesis.get("than", levels[0])
-    others = [hypothesis["level"]] if "level" in hypothesis else [level for level in levels if level != than]
-    confidence = 1 - 0.05 / len(others)
-    effects = [{"level": o, "than": than} | effect(rows, kind, hypothesis["factor"], o, than, confidence) for o in others]
-    higher = any(e["low"] is not None and e["low"] > 0 for e in effects)
-    lower = any(e["high"] is not None and e["high"] < 0 for e in effects)
-    supported = {"higher": higher, "lower": lower, "differs": higher or lower}[hypothesis["expects"]]
-    verdict = "supported" if supported else "against" if higher or lower else "undecided"
+    levels, than = hypothesis["levels"], hypothesis["than"]
+    confidence = 1 - 0.05 / max(1, len(levels))
+    effects = [effect(rows, kind, hypothesis["factor"], level, than, confidence) for level in levels]
+    signs = {math.copysign(1, e["mean"]) for e in effects if e["low"] is not None and e["low"] * e["high"] > 0}
+    expected = {"higher": {1.0}, "lower": {-1.0}, "differs": {1.0, -1.0}}[hypothesis["expects"]]
+    verdict = "not swept" if not levels else "supported" if signs & expected else "against" if signs else "undecided"
     return {**hypothesis, "effects": effects, "verdict": verdict}
 
 
 def suiting(spec: Spec, rows: Iterable[Row], kind: str) -> list[dict[str, Any]]:
     """For each value of `for_each`, the best setting of the other factors over the seeds, and how far it is from the others.
 
-    `gain`: over the first value of each, None where that has no complete run. `alike`: what cannot be told from the best.
+    Only settings with the most seeds can be the best: the mean of fewer is more a matter of luck. `gain`: over the first value of
+    each, None where that has no complete run. `compared`: how many others have complete runs. `alike`: those of them that are not
+    worse by Bonferroni's intervals.
     """
     others = [factor for factor in spec.factors if factor not in spec.for_each]
     first = tuple(next(iter(spec.factors[factor])) for factor in others)
@@ -132,27 +128,24 @@ def suiting(spec: Spec, rows: Iterable[Row], kind: str) -> list[dict[str, Any]]:
         groups.setdefault(group, {}).setdefault(setting, {})[r["params"]["seed"]] = r[kind]["accuracy"]
     found = []
     for group, settings in groups.items():
-        best = max(settings, key=lambda setting: statistics.fmean(settings[setting].values()))
-        lead = {
-            setting: mean_difference([settings[best][seed] - value for seed, value in values.items() if seed in settings[best]])
-            for setting, values in settings.items()
-            if setting != best
-        }
-        gain = mean_difference([0.0] * len(settings[best])) if best == first else lead.get(first)
-        alike = [dict(zip(others, setting, strict=True)) for setting, d in lead.items() if d["low"] is None or d["low"] <= 0]
+        best, values = max(settings.items(), key=lambda item: (len(item[1]), statistics.fmean(item[1].values())))
+        confidence = 1 - 0.05 / max(1, len(settings) - 1)
+        leads = {setting: mean_difference(values, theirs, confidence) for setting, theirs in settings.items() if setting != best}
         found.append({
             "for": dict(zip(spec.for_each, group, strict=True)), "best": dict(zip(others, best, strict=True)),
-            "accuracy": statistics.fmean(settings[best].values()), "than": dict(zip(others, first, strict=True)), "gain": gain,
-            "alike": alike,
+            "accuracy": statistics.fmean(values.values()), "seeds": len(values), "than": dict(zip(others, first, strict=True)),
+            "gain": mean_difference(values, settings[first]) if first in settings else None,
+            "compared": len(leads),
+            "alike": [dict(zip(others, s, strict=True)) for s, lead in leads.items() if lead["low"] is None or lead["low"] <= 0],
         })  # fmt: skip
     return found
 
 
-def _accuracy(percents: Sequence[float], count: int) -> dict[str, float]:
-    """The mean of accuracies in percent, each of `count` images, with Wilson's 95 % interval over all of them."""
-    right = sum(round(percent / 100 * count) for percent in percents)
-    low, high = interval(torch.arange(count * len(percents)) < right)
-    return {"accuracy": statistics.fmean(percents), "low": low, "high": high}
+def _accuracy(percents: Sequence[float], images: int) -> dict[str, float]:
+    """The mean of accuracies in percent, with Wilson's 95 % interval of one: more runs on the same images do not narrow it."""
+    mean = statistics.fmean(percents)
+    low, high = interval(torch.arange(images) < round(mean / 100 * images))
+    return {"accuracy": mean, "low": low, "high": high}
 
 
 # ---- as text
@@ -160,6 +153,9 @@ def _accuracy(percents: Sequence[float], count: int) -> dict[str, float]:
 
 NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. They chose that epoch and the best
 run, which flatters both. Test accuracies chose nothing."""
+EFFECTS = """Mean differences of held-out {} accuracy, over pairs of complete runs that are else alike. The 95 % intervals are
+Student's, of the spread between these pairs, not of the choice of held-out images."""
+ENDED = "Halving ended the worse runs, so that these are differences between the better ones."
 
 
 def markdown(spec: Spec, found: Mapping[str, Any]) -> str:
@@ -168,18 +164,15 @@ def markdown(spec: Spec, found: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     parts = [f"# {found['sweep']}", found["about"] or "A sweep", f"Runs: {counts}, in {found['folder']}."]
     if best:
-        parts += [
-            f"Best: {best['run']}, {_percent(best[found['maximise']])} {kind} on held-out images, by",
-            f"    {best['command']}",
-        ]
+        accuracy = _percent(best[found["maximise"]])
+        parts += [f"Best: {best['run']}, {accuracy} {kind} on held-out images, by", f"    {best['command']}"]
     parts += [_runs_table(spec, found["runs"]), NOTE]
     if found["for_each"]:
         parts += [f"## Best for each {', '.join(spec.for_each)}", "\n".join(map(_suiting_line, found["for_each"]))]
     if found["hypotheses"]:
         parts += ["## Hypotheses", "\n".join(map(_hypothesis_line, found["hypotheses"]))]
     effects = [[e["factor"], str(e["level"]), str(e["than"]), _points(e)] for e in found["effects"]]
-    about = "over pairs of complete runs that are else alike, with Student's 95 % interval."
-    parts += ["## Effects", f"Mean differences of held-out {kind} accuracy, {about}"]
+    parts += ["## Effects", EFFECTS.format(kind), *[ENDED] * ("pruned" in states)]
     return "\n\n".join([*parts, markdown_table(["factor", "value", "against", "points"], effects)]) + "\n"
 
 
@@ -211,8 +204,11 @@ def _points(e: Mapping[str, Any]) -> str:
 def _suiting_line(each: Mapping[str, Any]) -> str:
     group, best, than = (_words(each[key]) for key in ("for", "best", "than"))
     gain = f"{_points(each['gain'])} over {than}" if each["gain"] else f"{than} has no complete run"
-    alike = f"not told apart from it: {'; '.join(map(_words, each['alike']))}" if each["alike"] else "all others are worse"
-    return f"- {group}: {best}, {each['accuracy']:.2f} %" + ("" if best == than else f", {gain}") + f"; {alike}"
+    alike = f"all {each['compared']} others are worse" if each["compared"] else "no other has a complete run"
+    if each["alike"]:
+        alike = f"not clearly worse: {'; '.join(map(_words, each['alike']))}"
+    seeds = f"mean of {each['seeds']} seeds" if each["seeds"] > 1 else "one seed"
+    return f"- {group}: {best}, {each['accuracy']:.2f} % ({seeds})" + ("" if best == than else f", {gain}") + f"; {alike}"
 
 
 def _words(params: Mapping[str, Any]) -> str:
@@ -229,27 +225,24 @@ def _hypothesis_line(each: Mapping[str, Any]) -> str:
 # ---- as a picture
 
 
-def draw(spec: Spec, rows: Sequence[Row]) -> Figure:
+def draw(spec: Spec, rows: list[Row]) -> Figure:
     """Held-out accuracies of complete runs.
 
     One or two factors: against the first, a line for each value of the second. More: against each, the mean over the others.
     """
     first, *more = spec.factors
-    panels: dict[str, tuple[str, dict[str, tuple[str, list[Row]]]]] = {}  # by title, what x is, and the lines: accuracy and runs
-    for kind, name in KINDS.items() if len(more) < 2 else ():
-        lines = {
-            _words({f: level}): (kind, [r for r in rows if r["params"][f] == level]) for f in more for level in spec.factors[f]
-        }
-        panels[f"held-out {name}"] = first, lines or {name: (kind, list(rows))}
-    for factor in spec.factors if len(more) > 1 else ():
-        panels[factor] = factor, {f"held-out {name}": (kind, list(rows)) for kind, name in KINDS.items()}
+    panels: list[tuple[str, str, dict[str, tuple[str, list[Row]]]]]  # title, what x is, and lines: accuracy and runs by name
+    if len(more) > 1:
+        panels = [(factor, factor, {name: (kind, rows) for kind, name in KINDS.items()}) for factor in spec.factors]
+    else:
+        parts = {_words({f: level}): [r for r in rows if r["params"][f] == level] for f in more for level in spec.factors[f]}
+        panels = [(name, first, {n: (kind, p) for n, p in (parts or {name: rows}).items()}) for kind, name in KINDS.items()]
     figure, axes = panel_row(len(panels), sharey=len(more) > 1)
-    for ax, (title, (factor, lines)) in zip(axes, panels.items(), strict=True):
+    for ax, (title, factor, lines) in zip(axes, panels, strict=True):
         _panel(ax, list(spec.factors[factor]), factor, lines)
         ax.set_title(title, parse_math=False)
-        if title != factor:
-            ax.set_xlabel(factor, parse_math=False)
-    axes[0].set_ylabel("accuracy, %")
+        ax.set_xlabel(factor, parse_math=False)
+    axes[0].set_ylabel("held-out accuracy, %")
     if more:
         legend_below(figure, axes[0], 4)
     return figure
@@ -263,7 +256,7 @@ def _panel(ax: Axes, levels: Sequence[Any], factor: str, lines: Mapping[str, tup
         points: dict[float, dict] = {}
         for level in sorted(levels, key=lambda level: at[level]):
             if here := [r for r in rows if r["params"][factor] == level]:
-                points[at[level]] = _accuracy([r[kind]["accuracy"] for r in here], here[0]["images"])
+                points[at[level]] = _accuracy([r[kind]["accuracy"] for r in here], min(r["images"] for r in here))
         accuracy_curve(ax, list(points), list(points.values()), label=label, **kind_of_line)
     names = [f"{level:g}" if plain else str(level) for level in levels]
     x_ticks(ax, list(at.values()), names)

@@ -22,8 +22,10 @@ from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..config import Config
 from ..errors import InputError, InUseError, first_line
 from ..runtime.run_folder import RunFolder
 from ..training.checkpoint import say
@@ -78,18 +80,19 @@ def open_study(sweep: Sweep, url: str | None, heartbeat: int, create: bool = Tru
     Raises:
         InputError: the storage cannot be opened, there is no study, or it was begun with another spec or other options.
     """
-    if not create and not (sweep.out.is_dir() and (url or (sweep.out / "sweep.db").is_file())):
+    file = sweep.out / "sweep.db"
+    if not create and not (sweep.out.is_dir() and (url or file.is_file())):
         raise InputError(f"--report: --out {sweep.out} holds no sweep: give its folder, or run it first")
     with alone(sweep):
-        storage = _open_storage(url or f"sqlite:///{sweep.out / 'sweep.db'}", heartbeat)
+        storage = _open_storage(url or f"sqlite:///{file}", heartbeat)
+        names = optuna.get_all_study_names(storage)
+        name = names[0] if names and not url else str(sweep.out)  # a folder has one sweep, by whatever path it was begun
+        if not create and name not in names:
+            raise InputError(f"--report: the storage holds no sweep {name}: give its --out, or run it first")
         pruner: BasePruner = NopPruner()
         if sweep.spec.search == "halving":
             pruner = Halving(sweep.spec.for_each, sweep.spec.min_epochs or 1, sweep.spec.reduction or 3)
-        if not create and str(sweep.out) not in optuna.get_all_study_names(storage):
-            raise InputError(f"--report: the storage holds no sweep {sweep.out}: give its --out, or run it first")
-        study = optuna.create_study(
-            storage=storage, pruner=pruner, study_name=str(sweep.out), direction="maximize", load_if_exists=True
-        )
+        study = optuna.create_study(storage=storage, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True)
         _compare(sweep, study)
         _queue(sweep, study)
     return study
@@ -113,8 +116,10 @@ def _compare(sweep: Sweep, study: Study) -> None:
     now, before = sweep.record(), study.user_attrs.get("sweep")
     if before is None:
         study.set_user_attr("sweep", now)
-    elif changed := [name for name in now | before if now.get(name) != before.get(name)]:
-        listed = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)
+        return
+    before = Config().to_dict() | before  # it may be older than an option
+    if changed := [f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]:
+        listed = "; ".join(changed)
         raise InputError(f"--out {sweep.out}: its sweep was begun otherwise ({listed}): give the same, or choose another --out")
 
 
@@ -123,7 +128,7 @@ def _queue(sweep: Sweep, study: Study) -> None:
     names = list(sweep.cells)
     if sweep.spec.search == "halving":
         random.Random(0).shuffle(names)
-    there = {trial.user_attrs.get("run") for trial in study.get_trials(deepcopy=False)}
+    there = latest(study)
     for name in names:
         if name not in there:
             study.enqueue_trial(sweep.cells[name].params, user_attrs={"run": name})
@@ -137,17 +142,17 @@ def _before(trial: FrozenTrial) -> list[int]:
     return RetryHeartbeatStaleTrialCallback.retry_history(trial)
 
 
-def is_double(trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
-    """Whether another trial is of the same run: workers without a file system in common may queue one, or take none, at once."""
-    own = {trial.number, *_before(trial)}
-    run = trial.user_attrs.get("run")
-    return run is None or any(t.user_attrs.get("run") == run and t.number not in own for t in trials[: trial.number])
+def latest(study: Study, until: int | None = None) -> dict[str, FrozenTrial]:
+    """By run, its trial, the last one where it was taken up again; of those before the number `until`.
 
-
-def latest(study: Study) -> dict[str, FrozenTrial]:
-    """By run, its trial, the last one where it was taken up again."""
-    trials = study.get_trials(deepcopy=False)
-    return {trial.user_attrs["run"]: trial for trial in trials if not is_double(trial, trials)}
+    Others are doubles: workers without a file system in common may queue a run, or take none, at once.
+    """
+    found: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False)[:until]:
+        run = trial.user_attrs.get("run")
+        if run and (run not in found or found[run].number in _before(trial)):
+            found[run] = trial
+    return found
 
 
 class Halving(SuccessiveHalvingPruner):
@@ -172,6 +177,16 @@ class Halving(SuccessiveHalvingPruner):
 
 
 # ---- a worker
+
+
+def give_first_signs(study: Study) -> None:
+    """Give a sign of life for trials that have none: a worker killed before its first would otherwise never count as killed."""
+    storage: RDBStorage = study._storage._backend  # type: ignore[attr-defined]  # Optuna puts a cache before it
+    with storage.engine.connect() as connection:
+        known = set(connection.execute(text("SELECT trial_id FROM trial_heartbeats")).scalars())
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial._trial_id not in known:
+            storage.record_heartbeat(trial._trial_id)
 
 
 class Worker:
@@ -206,6 +221,7 @@ class Worker:
 
     def queue_again(self) -> list[TrialState]:
         """Queue the runs whose worker was stopped or killed. Returns the states of all."""
+        give_first_signs(self.study)
         fail_stale_trials(self.study)
         for trial in latest(self.study).values():
             if trial.state == TrialState.FAIL and "error" not in trial.user_attrs:
@@ -236,11 +252,10 @@ class Worker:
 
     def run(self, trial: Trial) -> float:
         """The best held-out accuracy of the trial's run, in percent."""
-        trials = self.study.get_trials(deepcopy=False)
-        own = trials[trial.number]
-        if is_double(own, trials):
+        runs = latest(self.study, trial.number + 1)
+        name, own = next(((n, t) for n, t in runs.items() if t.number == trial.number), (None, None))
+        if name is None or own is None:
             raise optuna.TrialPruned("a double")
-        name = own.user_attrs["run"]
         for factor, levels in self.sweep.spec.factors.items():
             trial.suggest_categorical(factor, list(levels))
         trial.suggest_categorical("seed", sorted({cell.params["seed"] for cell in self.sweep.cells.values()}))

@@ -20,9 +20,9 @@ hypotheses:                                         # what the report is to judg
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -39,7 +39,7 @@ from .ready import READY
 
 KINDS = get_type_hints(Config)
 OWN = ("out", "resume", "seed")  # of the sweep, so not of its spec
-EXPECTED = ("higher", "lower", "differs")
+Factors = dict[str, dict[Any, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class Spec:
 
     Attributes:
         source: the name of a ready one, or the path of the file.
-        base: options, in the types of Config.
         factors: what is swept: by name its levels, which are options by the one value, or by a text where there are several.
+        base: options, in the types of Config.
+        hypotheses: with the `levels` that are compared with `than`, none where the factor is not swept.
     """
 
     source: str
-    base: dict
-    factors: dict[str, dict[Any, dict[str, Any]]]
+    factors: Factors
+    base: dict = field(default_factory=dict)
     about: str = ""
     search: Literal["grid", "halving"] = "grid"
     min_epochs: int | None = None
@@ -62,7 +63,7 @@ class Spec:
     maximise: Literal["pgd", "clean"] | None = None
     seeds: int = 1
     for_each: tuple[str, ...] = ()
-    hypotheses: tuple[dict[str, Any], ...] = ()
+    hypotheses: tuple[dict, ...] = ()
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ class Spec:
         return self.seeds * math.prod(map(len, self.factors.values()))
 
 
-SETTINGS = {name: kind for name, kind in get_type_hints(Spec).items() if name not in ("source", "base", "factors", "hypotheses")}
+KEYS = {name: kind for name, kind in get_type_hints(Spec).items() if name not in ("source", "factors")} | {"grid": dict}
 
 
 @dataclass(frozen=True)
@@ -118,24 +119,18 @@ def read(source: str) -> Spec:
             content = yaml.safe_load(Path(source).read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{source}: it cannot be read as YAML ({first_line(error)}): mend it") from error
-    if not isinstance(content, dict) or not isinstance(content.get("grid"), dict) or not content["grid"]:
+    if not isinstance(content, dict):
+        raise InputError(f"{source}: it holds no keys: give grid, with options and their values")
+    kinds = {key: lookup(f"{source}: key", str(key), KEYS) for key in content}
+    keys = {key: _fitting(f"{source}: {key}", value, kinds[key]) for key, value in content.items()}
+    if not (grid := keys.pop("grid", {})):
         raise InputError(f"{source}: grid: a spec needs it: give options with their values")
-    settings, known = {}, SETTINGS | dict.fromkeys(("base", "grid", "hypotheses"))
-    for key, value in content.items():
-        if kind := lookup(f"{source}: key", str(key), known):
-            settings[key] = _fitting(f"{source}: {key}", value, kind)
-    base = _fitting(f"{source}: base", content.get("base", {}), dict)
-    hypotheses = _fitting(f"{source}: hypotheses", content.get("hypotheses", []), tuple[dict, ...])
-    spec = Spec(
-        source,
-        {option: _option(f"{source}: base.{option}", option, value) for option, value in base.items()},
-        {str(factor): _levels(f"{source}: grid.{factor}", str(factor), values) for factor, values in content["grid"].items()},
-        hypotheses=hypotheses,
-        **settings,
-    )
-    for holds, key, remedy in _relations(spec):
-        if not holds:
-            raise InputError(f"{source}: {key}: {remedy}")
+    factors = {str(factor): _levels(f"{source}: grid.{factor}", str(factor), values) for factor, values in grid.items()}
+    keys["base"] = {str(name): _option(f"{source}: base.{name}", name, one) for name, one in keys.get("base", {}).items()}
+    hypotheses = enumerate(keys.pop("hypotheses", ()))
+    judged = tuple(_hypothesis(f"{source}: hypotheses[{number}]", each, factors) for number, each in hypotheses)
+    spec = Spec(source, factors, hypotheses=judged, **keys)
+    _check(spec)
     return spec
 
 
@@ -155,20 +150,24 @@ def plan(spec: Spec, given: Mapping[str, Any]) -> Sweep:
     for repeat, *levels in product(range(spec.seeds), *factors.values()):
         params = dict(zip(factors, levels, strict=True))
         options = {name: value for factor, level in params.items() for name, value in factors[factor][level].items()}
-        parts = [_text(option, value) for option, value in options.items()]
         config = _config(spec, spec.base | dict(given) | options)
         config = replace(config, seed=config.seed + repeat, resume=True)
-        name = "-".join([*parts, f"seed{config.seed}"])
+        name = "-".join([*(_text(option, value) for option, value in options.items()), f"seed{config.seed}"])
         config = replace(config, out=out / name)
+        at = f"{spec.source}: run {name}"
         try:
             check(config)
         except InputError as error:
-            raise InputError(f"{spec.source}: run {name}: {error}") from error
+            raise InputError(f"{at}: {error}") from error
         if config.holdout == 0:
-            raise InputError(f"{spec.source}: run {name}: --holdout 0: runs are compared on held-out images: hold out some")
+            raise InputError(f"{at}: --holdout 0: runs are compared on held-out images: hold out some")
+        if spec.search == "halving" and (first := max(spec.min_epochs or 1, config.val_every)) >= config.epochs:
+            raise InputError(
+                f"{at}: --epochs {config.epochs}: halving first decides after {first}: lower min_epochs or --val-every"
+            )
+        if name in cells:
+            raise InputError(f"{at}: grid: two runs have this name: give values that differ in 6 digits, or in letters")
         cells[name] = Cell(params | {"seed": config.seed}, config)
-    if len(cells) < spec.runs:
-        raise InputError(f"{spec.source}: grid: values are alike to 6 digits: give ones that differ")
     attacks = any(cell.config.objective.attacks for cell in cells.values())
     return Sweep(spec, out, spec.maximise or ("pgd" if attacks else "clean"), cells)
 
@@ -193,77 +192,107 @@ def _config(spec: Spec, options: dict[str, Any]) -> Config:
     name = options.get("preset", "")
     try:
         name = name.format(**options)
-    except (KeyError, ValueError, IndexError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{spec.source}: base.preset {name}: {error!r}: name options of the spec in it") from error
     preset = lookup(f"{spec.source}: preset", name, PRESETS, remedy="see spat-train presets") if name else Config()
     return replace(preset, **options | {"preset": name})
 
 
-def _option(where: str, option: str, value: Any) -> Any:
-    """`value`, which the spec has at the key `where`, as one of `option`."""
-    known = {name: kind for name, kind in KINDS.items() if name not in OWN}
-    remedy = "of a sweep it is given on the command line" if option in OWN else "spat-train train --help lists all"
-    return _fitting(where, value, lookup(f"{where}: option", option, known, remedy))
+# ---- what the keys hold
+
+
+NAMES = {tuple: "a list", dict: "keys with their values", bool: "true or false", int: "an integer", float: "a number",
+         str: "a text", Path: "a path"}  # fmt: skip
 
 
 def _fitting(where: str, value: Any, kind: Any) -> Any:
-    """`value` as YAML gives it in the type `kind`: lists become tuples, numbers floats, and so does 1e-4, a text in YAML."""
-    value = tuple(value) if isinstance(value, list) else value
-    if float in (kind, *get_args(kind)) and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with suppress(ValueError):  # it is refused below
-            value = float(value)
-    paths = Path in (kind, *get_args(kind)) and isinstance(value, str)
-    if not (paths or is_a(value, kind)):
-        choices = next((get_args(k) for k in (kind, *get_args(kind)) if get_origin(k) is Literal), ())
-        wanted = f"choose one of {', '.join(map(str, choices))}" if choices else f"give {getattr(kind, '__name__', kind)}"
-        raise InputError(f"{where} {value!r}: {wanted}")
-    return Path(value) if paths else value
+    """`value`, which the spec has at the key `where`, in the type `kind`. A number may be a text, as YAML takes 1e-4 for one."""
+    kinds = {get_origin(k) or k: k for k in (kind, *get_args(kind))}
+    plain: Any = next((k for k in kinds if k in NAMES), None)
+    if plain is tuple and isinstance(value, list):
+        value = tuple(_fitting(where, one, get_args(kinds[tuple])[0]) for one in value)
+    elif plain in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):  # it is refused below
+            value = plain(float(value)) if plain(float(value)) == float(value) else value
+    elif (plain is Path and isinstance(value, str)) or (plain is bool and value in (0, 1)):
+        value = plain(value)
+    if not (is_a(value, kind) or (value is None and type(None) in kinds)):
+        choices = ", ".join(map(str, get_args(kinds.get(Literal))))
+        raise InputError(f"{where} {value!r}: {f'choose one of {choices}' if choices else f'give {NAMES[plain]}'}")
+    return value
+
+
+def _option(where: str, option: object, value: Any) -> Any:
+    """`value`, which the spec has at the key `where`, as one of `option`."""
+    known = {name: kind for name, kind in KINDS.items() if name not in OWN}
+    remedy = "of a sweep it is given on the command line" if option in OWN else "spat-train train --help lists all"
+    return _fitting(where, value, lookup(f"{where}: option", str(option), known, remedy))
+
+
+def _level(where: str, factor: str, value: Any) -> tuple[Any, dict[str, Any]]:
+    """A value of a factor as `Spec.factors` have it: the level, and its options."""
+    group = {factor: value} if factor in KINDS else value
+    if not isinstance(group, dict) or not group:
+        near = did_you_mean(factor, KINDS)
+        raise InputError(f"{where}: it is no option of spat-train train ({near}or list options that move together)")
+    options = {str(name): _option(where, name, one) for name, one in group.items()}
+    level = options.get(factor)
+    if list(options) != [factor] or isinstance(level, (tuple, Path)):  # Optuna stores no such values
+        level = "-".join(_text(name, one) for name, one in options.items())
+    return level, options
 
 
 def _levels(where: str, factor: str, values: Any) -> dict[Any, dict[str, Any]]:
-    """The levels of a factor, as `Spec` has them; `where` is its key."""
     found: dict[Any, dict[str, Any]] = {}
     if not isinstance(values, list) or not values:
         raise InputError(f"{where} {values!r}: give a list of values")
     for value in values:
-        group = {factor: value} if factor in KINDS else value
-        if not isinstance(group, dict) or not group:
-            near = did_you_mean(factor, KINDS)
-            raise InputError(f"{where}: it is no option of spat-train train ({near}or list options that move together)")
-        options = {name: _option(where, name, one) for name, one in group.items()}
-        level = options.get(factor)
-        if list(options) != [factor] or isinstance(level, (tuple, Path)):  # Optuna stores no such values
-            level = "-".join(_text(name, one) for name, one in options.items())
+        level, options = _level(where, factor, value)
         if level in found:
             raise InputError(f"{where}: {level} is there twice: leave one out")
         found[level] = options
     return found
 
 
-def _relations(spec: Spec) -> list[tuple[bool, str, str]]:
-    """What must hold: (whether it does, the key that does not fit, remedy)."""
-    factors, plain_grid = spec.factors, spec.search == "grid" and (spec.min_epochs, spec.reduction) != (None, None)
-    swept = [option for levels in factors.values() for option in {o for options in levels.values() for o in options}]
-    found = [
-        (len(set(swept)) == len(swept), "grid", "an option is in two factors: give it to one"),
-        (not plain_grid, "search", "min_epochs and reduction are for halving: give search: halving, or leave them out"),
-        (spec.min_epochs is None or spec.min_epochs >= 1, "min_epochs", "give at least 1"),
-        (spec.reduction is None or spec.reduction >= 2, "reduction", "give at least 2"),
-        (spec.seeds >= 1, "seeds", "give at least 1"),
-        (not spec.for_each or {*spec.for_each} < {*factors}, "for_each", "name factors of the grid, but not all of them"),
-    ]
-    for number, each in enumerate(spec.hypotheses):
-        keys = {"says", "factor", "expects"} <= {*each} <= {"says", "factor", "expects", "level", "than"}
-        levels = factors.get(str(each.get("factor")), {})
-        known = not levels or all(each[key] in levels for key in ("level", "than") if key in each)
-        one = each.get("expects") == "differs" or "level" in each or len(levels) < 3
-        found += [
-            (keys, f"hypotheses[{number}]", "give says, factor and expects, and perhaps level and than"),
-            (each.get("expects") in EXPECTED, f"hypotheses[{number}].expects", f"choose one of {', '.join(EXPECTED)}"),
-            (known, f"hypotheses[{number}].level", f"choose among {', '.join(map(str, levels))}"),
-            (one, f"hypotheses[{number}].level", "the factor has several: say which is expected to be higher or lower"),
-        ]
-    return found
+def _hypothesis(where: str, given: dict, factors: Factors) -> dict[str, Any]:
+    """A hypothesis as `Spec.hypotheses` has it."""
+    if not {"says", "factor", "expects"} <= given.keys() <= {"says", "factor", "expects", "level", "than"}:
+        raise InputError(f"{where}: give says, factor and expects, and perhaps level and than")
+    expects = _fitting(f"{where}.expects", given["expects"], Literal["higher", "lower", "differs"])
+    factor = str(given["factor"])
+    lookup(f"{where}.factor", factor, KINDS | factors, "name one of the grid, or an option")
+    levels = factors.get(factor, {})
+    chosen: dict[str, Any] = {}
+    for key in ("level", "than") if levels else ():
+        if key in given:
+            value = given[key]
+            known = isinstance(value, Hashable) and value in levels
+            chosen[key] = value if known else _level(f"{where}.{key}", factor, value)[0]
+            if chosen[key] not in levels:
+                raise InputError(f"{where}.{key} {value}: choose among {', '.join(map(str, levels))}")
+    than = chosen.get("than", next(iter(levels), None))
+    others = [level for level in levels if level != than and level == chosen.get("level", level)]
+    if levels and not others:
+        raise InputError(f"{where}.level: it is compared with {than} itself: name two values of {factor} by level and than")
+    if len(others) > 1 and expects != "differs":
+        raise InputError(f"{where}.level: {factor} has several values: say which is expected to be {expects}")
+    return {"says": given["says"], "factor": factor, "expects": expects, "levels": others, "than": than}
+
+
+def _check(spec: Spec) -> None:
+    """Raise InputError where keys do not fit together."""
+    for name, least in (("min_epochs", 1), ("reduction", 2), ("seeds", 1)):
+        if (value := getattr(spec, name)) is not None and value < least:
+            raise InputError(f"{spec.source}: {name} {value}: give at least {least}")
+    swept = [option for levels in spec.factors.values() for option in {o for options in levels.values() for o in options}]
+    if len({*swept}) < len(swept):
+        raise InputError(f"{spec.source}: grid: an option is in two factors: give it to one")
+    if spec.search == "grid" and (spec.min_epochs, spec.reduction) != (None, None):
+        raise InputError(
+            f"{spec.source}: search: min_epochs and reduction are for halving: give search: halving, or leave them out"
+        )
+    if spec.for_each and not {*spec.for_each} < {*spec.factors}:
+        raise InputError(f"{spec.source}: for_each: name factors of the grid, but not all of them")
 
 
 def _text(option: str, value: Any) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import methods, study
+from benchmarks import measure, methods, study
 from spat_train.config import Config
 from spat_train.data.datasets import load_npz
 from spat_train.data.pseudo_labels import load_extra
@@ -135,3 +135,18 @@ def test_methods(tiny_npz, tmp_path, monkeypatch, one_thread):
     then = json.loads(args.out.read_text())
     assert then["steps"].keys() == {"rst", "fgsm", "standard"}
     assert then["steps"]["fgsm"] != first["steps"]["fgsm"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("eps", 25.5), ("epochs", 2), ("model", "mnist-cnn")])
+def test_a_file_has_trainings_of_one_kind(tiny_npz, tmp_path, option, value):
+    """The table takes rows of the same method for repeats from other seeds."""
+
+    def fresh(**options) -> dict:
+        about = methods.prepared(arguments(tiny_npz, tmp_path, **options)).about
+        return measure.begun("methods", "cpu", **about, rows=[])
+
+    out = tmp_path / "methods.json"
+    measure.write(out, fresh())
+    assert measure.continued(out, fresh(rows=["madry"]))["rows"] == []
+    with pytest.raises(SystemExit, match=f"it holds other results .{option}: .*, now {value}"):
+        measure.continued(out, fresh(**{option: value}))

@@ -37,7 +37,14 @@ def test_an_effect_is_the_mean_of_paired_differences():
     }
     found = report.effect(rows(values), "pgd", "alpha", 1, 0)
     half = T3 * math.sqrt(((1 - 2) ** 2 + (3 - 2) ** 2) / 3) / 2  # of the differences 1, 3, 2 and 2
-    assert found == {"pairs": 4, "mean": 2, "low": pytest.approx(2 - half, abs=1e-5), "high": pytest.approx(2 + half, abs=1e-5)}
+    assert found == {
+        "level": 1,
+        "than": 0,
+        "pairs": 4,
+        "mean": 2,
+        "low": pytest.approx(2 - half, abs=1e-5),
+        "high": pytest.approx(2 + half, abs=1e-5),
+    }
     a, b = ([value for key, value in values.items() if key[0] == alpha] for alpha in (0, 1))
     theirs = stats.ttest_rel(b, a).confidence_interval(0.95)
     assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high))
@@ -46,9 +53,21 @@ def test_an_effect_is_the_mean_of_paired_differences():
 
 
 def test_runs_without_a_partner_are_left_out():
-    values = {(0, 4, 0): 50, (1, 4, 0): 53, (1, 8, 0): 20, (2, 4, 0): 1}
-    assert report.effect(rows(values), "pgd", "alpha", 1, 0) == {"pairs": 1, "mean": 3, "low": None, "high": None}
-    assert report.effect(rows(values), "pgd", "alpha", 3, 0) == {"pairs": 0, "mean": None, "low": None, "high": None}
+    values, none = {(0, 4, 0): 50, (1, 4, 0): 53, (1, 8, 0): 20, (2, 4, 0): 1}, {"low": None, "high": None}
+    assert report.effect(rows(values), "pgd", "alpha", 1, 0) == {"level": 1, "than": 0, "pairs": 1, "mean": 3} | none
+    assert report.effect(rows(values), "pgd", "alpha", 3, 0) == {"level": 3, "than": 0, "pairs": 0, "mean": None} | none
+
+
+def test_equal_differences_have_no_interval():
+    """As on few images: that two seeds differ by just one image is no certainty."""
+    values = {(0, 4, 0): 50, (0, 4, 1): 55, (1, 4, 0): 55, (1, 4, 1): 60}
+    found = report.effect(rows(values), "pgd", "alpha", 1, 0)
+    assert (found["mean"], found["low"], found["high"]) == (5, None, None)
+
+
+def test_more_runs_on_the_same_images_do_not_narrow_the_interval():
+    low, high = (100 * p for p in stats.binomtest(100, 200).proportion_ci(0.95, method="wilson"))
+    assert report._accuracy([45.0, 50.0, 55.0], 200) == {"accuracy": 50, "low": pytest.approx(low), "high": pytest.approx(high)}
 
 
 def test_the_best_alpha_for_each_eps(tmp_path):
@@ -64,9 +83,21 @@ def test_the_best_alpha_for_each_eps(tmp_path):
     half = T3 * math.sqrt(1 / 3) / 2
     gain = {"pairs": 4, "mean": 5.5, "low": pytest.approx(5.5 - half, abs=1e-5), "high": pytest.approx(5.5 + half, abs=1e-5)}
     assert first == {
-        "for": {"eps": 4}, "best": {"alpha": 0.1}, "accuracy": 51.5, "than": {"alpha": 0}, "gain": gain, "alike": [{"alpha": 0.2}]
+        "for": {"eps": 4}, "best": {"alpha": 0.1}, "accuracy": 51.5, "seeds": 4, "than": {"alpha": 0}, "gain": gain,
+        "compared": 2, "alike": [{"alpha": 0.2}],
     }  # fmt: skip
     assert (second["best"], second["gain"]["mean"], second["alike"]) == ({"alpha": 0}, 0, [])
+
+
+def test_the_best_has_the_most_seeds_and_all_others_are_compared_at_once(tmp_path):
+    sweep = planned(tmp_path, {"alpha": [0, 0.1, 0.2], "eps": [4, 8]}, seeds=4, for_each=["eps"])
+    values = {(0, 4, s): 50.0 for s in range(4)} | {(0.1, 4, s): 46 + 2 * (-1) ** s for s in range(4)} | {(0.2, 4, 0): 60.0}
+    (found,) = report.suiting(sweep.spec, rows(values), "pgd")  # 95 % of 4 pairs: half length 3.7; both at once: 4.8
+    assert (found["best"], found["alike"]) == ({"alpha": 0}, [{"alpha": 0.1}, {"alpha": 0.2}])
+    (lonely,) = report.suiting(sweep.spec, rows({(0.1, 4, 0): 50.0}), "pgd")
+    assert report._suiting_line(lonely) == (
+        "- eps 4: alpha 0.1, 50.00 % (one seed), alpha 0 has no complete run; no other has a complete run"
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,21 +113,20 @@ def test_the_best_alpha_for_each_eps(tmp_path):
 )  # fmt: skip
 def test_verdicts(tmp_path, expects, shift, noise, verdict):
     hypothesis = {"says": "x", "factor": "alpha", "level": 0.1, "expects": expects}
-    sweep = planned(tmp_path, {"alpha": [0, 0.1]}, seeds=4, hypotheses=[hypothesis])
+    sweep = planned(tmp_path, {"alpha": [0, 0.1]}, seeds=4, hypotheses=[hypothesis, hypothesis | {"factor": "steps"}])
     found = rows({(a, 8, s): 50 + (a > 0) * (shift + noise * (-1) ** s) for a in (0, 0.1) for s in range(4)})
-    judged = report.judged(sweep.spec, found, "pgd", hypothesis)
-    assert judged["verdict"] == verdict
+    judged, other = (report.judged(found, "pgd", each) for each in sweep.spec.hypotheses)
+    assert (judged["verdict"], other["verdict"]) == (verdict, "not swept")
     assert judged["effects"][0]["mean"] == shift
-    assert report.judged(sweep.spec, found, "pgd", hypothesis | {"factor": "steps"})["verdict"] == "not swept"
 
 
 def test_several_levels_are_judged_with_bonferroni(tmp_path):
-    sweep = planned(tmp_path, {"alpha": [0, 0.1, 0.2]}, seeds=4)
-    hypothesis = {"says": "x", "factor": "alpha", "expects": "differs"}
+    given = {"says": "x", "factor": "alpha", "expects": "differs"}
+    (hypothesis,) = planned(tmp_path, {"alpha": [0, 0.1, 0.2]}, seeds=4, hypotheses=[given]).spec.hypotheses
     for mean, verdict in ((4.2, "undecided"), (5, "supported")):  # 95 % intervals of half lengths 3.7, and 97.5 % ones of 4.8
         found = rows({(a, 8, s): 50 + (a == 0.1) * (mean + 2 * (-1) ** s) for a in (0, 0.1, 0.2) for s in range(4)})
         assert report.effect(found, "pgd", "alpha", 0.1, 0)["low"] > 0
-        judged = report.judged(sweep.spec, found, "pgd", hypothesis)
+        judged = report.judged(found, "pgd", hypothesis)
         low = mean - float(stats.t.ppf(1 - 0.025 / 2, 3)) * math.sqrt(16 / 3) / 2
         assert (judged["verdict"], judged["effects"][0]["low"]) == (verdict, pytest.approx(low))
 

@@ -3,10 +3,12 @@
 import importlib
 import re
 import signal
+import sqlite3
 import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -212,6 +214,49 @@ def test_doubles_do_not_run(tmp_path, monkeypatch):
     assert TrialState.WAITING not in {trial.state for trial in study.trials}
 
 
+def test_of_a_run_that_was_queued_again_twice_at_once_one_goes_on(tmp_path):
+    """And where that one is stopped too, it is queued again, not taken for a double of the other."""
+    sweep = planned(tmp_path, {"alpha": [0.2]})
+    study = study_of(sweep)
+    for number, history in enumerate(([], [0], [0], [0, 1])):
+        if number:
+            attributes = {"failed_trial": 0, "retry_history": history}
+            run = {"run": "alpha0.2-seed0"}
+            study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=run, system_attrs=attributes))
+        expected = {0: 0, 1: 1, 2: 1, 3: 3}[number]
+        assert search.latest(study)["alpha0.2-seed0"].number == expected
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_a_worker_that_was_killed_before_its_first_sign_of_life_is_replaced(tmp_path):
+    study = study_of(sweep := planned(tmp_path, {"alpha": [0.2]}))
+    study.ask()
+    worker = search.Worker(sweep, study)
+    assert worker.queue_again() == [TrialState.RUNNING]
+    with sqlite3.connect(sweep.out / "sweep.db") as database:  # an hour passes
+        changed = database.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-1 hour')").rowcount
+    assert changed == 1
+    assert worker.queue_again() == [TrialState.WAITING]
+
+
+def test_a_sweep_is_found_by_another_path_to_its_folder(tmp_path, monkeypatch):
+    sweep = planned(tmp_path, ALPHAS)
+    names = [trial.number for trial in study_of(sweep).trials]
+    monkeypatch.chdir(tmp_path)
+    again = search.open_study(planned(tmp_path, ALPHAS, {"out": Path("out")}), None, 30, create=False)
+    assert [trial.number for trial in again.trials] == names
+
+
+def test_a_sweep_may_be_older_than_an_option(tmp_path):
+    sweep = planned(tmp_path, ALPHAS)
+    study = study_of(sweep)
+    before = study.user_attrs["sweep"]
+    study.set_user_attr("sweep", {name: value for name, value in before.items() if name != "ema"})
+    study_of(sweep)
+    with pytest.raises(InputError, match="ema: 0.0 -> 0.9"):
+        study_of(planned(tmp_path, ALPHAS, {"ema": 0.9}))
+
+
 def test_another_spec_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "train", formula(lambda c, epoch: 50.0))
     work(planned(tmp_path, ALPHAS))
@@ -286,7 +331,7 @@ def test_two_workers_do_every_run_once(tmp_path):
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(tmp_path):
     """By kill -9 in epoch 3: the other worker goes on from the checkpoint, and reports no step twice."""
-    sweep = planned(tmp_path, ALPHAS, search="halving", min_epochs=4)
+    sweep = planned(tmp_path, ALPHAS)
     killed = _start(sweep, 1, True)
     while not any(t.state == TrialState.RUNNING for t in study_of(sweep).trials):
         time.sleep(0.05)

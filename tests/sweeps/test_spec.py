@@ -15,6 +15,7 @@ from spat_train.errors import InputError
 from spat_train.papers.figures.figure_6_1 import trainings
 from spat_train.papers.runs import Run
 from spat_train.presets import PRESETS
+from spat_train.sweeps import spec
 from spat_train.sweeps.command import given_options, sweep
 from spat_train.sweeps.ready import READY
 from spat_train.sweeps.spec import command, plan, read
@@ -87,36 +88,61 @@ def test_standard_training_is_judged_on_clean_images(tmp_path):
     ("keys", "message"),
     [
         ({"grid": {}}, "mine.yaml: grid: a spec needs it"),
-        ({"gird": {}}, "mine.yaml: key gird: there is none: did you mean grid"),
-        ({"base": {"lr": "high"}}, "mine.yaml: base.lr 'high': give float"),
-        ({"base": {"epochs": 1.5}}, "mine.yaml: base.epochs 1.5: give int"),
+        ({"gird": {}, "grid": None}, "mine.yaml: key gird: there is none: did you mean grid"),
+        ({"base": {"lr": "high"}}, "mine.yaml: base.lr 'high': give a number"),
+        ({"base": {"epochs": 1.5}}, "mine.yaml: base.epochs 1.5: give an integer"),
         ({"base": {"methd": "madry"}}, "mine.yaml: base.methd: option methd: there is none: did you mean method"),
         ({"base": {"out": "x"}}, "mine.yaml: base.out.*given on the command line"),
         ({"base": {"preset": "table6.1/x"}}, "mine.yaml: preset table6.1/x: there is none"),
         ({"base": {"preset": "figure6.1/{eps:g}"}}, "mine.yaml: base.preset figure6.1/{eps:g}: KeyError"),
         ({"base": {"holdout": 0}}, "mine.yaml: run alpha0-seed0: --holdout 0"),
-        ({"base": []}, r"mine.yaml: base \(\): give dict"),
+        ({"base": []}, r"mine.yaml: base \[\]: give keys with their values"),
         ({"grid": {"alpha": 0.1}}, r"mine.yaml: grid.alpha 0.1: give a list of values"),
         ({"grid": {"alpha": [0, 0.0]}}, "mine.yaml: grid.alpha: 0.0 is there twice"),
         ({"grid": {"alpha": [0, 1.5]}}, "mine.yaml: run alpha1.5-seed0: --alpha 1.5: give a number in"),
-        ({"grid": {"alpha": [0.1, 0.1000000001]}}, "mine.yaml: grid: values are alike"),
+        ({"grid": {"alpha": [0.1, 0.1000000001]}}, "mine.yaml: run alpha0.1-seed0: grid: two runs have this name"),
         ({"grid": {"alpa": [0]}}, "mine.yaml: grid.alpa: it is no option of spat-train train .did you mean alpha"),
         ({"grid": {"seed": [0, 1]}}, "mine.yaml: grid.seed: option seed: .*given on the command line"),
         ({"grid": {"method": ["madry", "mrt"]}}, "mine.yaml: grid.method 'mrt': choose one of standard, madry"),
         ({"grid": {"a": [{"lr": 1}], "lr": [1]}}, "mine.yaml: grid: an option is in two factors"),
         ({"search": "random"}, "mine.yaml: search 'random': choose one of grid, halving"),
         ({"min_epochs": 3}, "mine.yaml: search: min_epochs and reduction are for halving"),
-        ({"search": "halving", "reduction": 1}, "mine.yaml: reduction: give at least 2"),
-        ({"seeds": 0}, "mine.yaml: seeds: give at least 1"),
+        ({"search": "halving", "reduction": 1}, "mine.yaml: reduction 1: give at least 2"),
+        ({"seeds": 0}, "mine.yaml: seeds 0: give at least 1"),
         ({"for_each": ["eps"]}, "mine.yaml: for_each: name factors of the grid"),
-        ({"hypotheses": [{"says": "x", "factor": "alpha", "expects": "more"}]}, r"hypotheses\[0\].expects: choose one"),
-        ({"hypotheses": [{"says": "", "factor": "alpha", "level": 3, "expects": "lower"}]}, r"hypotheses\[0\].level: choose"),
+        ({"hypotheses": [{"says": "x", "factor": "alpha", "expects": "more"}]}, r"hypotheses\[0\].expects 'more': choose one"),
+        ({"hypotheses": [{"says": "", "factor": "alpa", "expects": "lower"}]}, r"hypotheses\[0\].factor alpa: .* mean alpha"),
+        ({"hypotheses": [{"says": "", "factor": "alpha", "level": 0, "expects": "lower"}]}, "is compared with 0.0 itself"),
+        ({"hypotheses": [{"says": "", "factor": "alpha", "level": [3], "expects": "lower"}]}, r"level \[3\]: give a number"),
+        ({"grid": {"alpha": [0]}, "hypotheses": [{"says": "", "factor": "alpha", "expects": "differs"}]}, "with 0.0 itself"),
+        ({"grid": {"x": [{1: 2}]}}, "mine.yaml: grid.x: option 1: there is none"),
+        ({"base": {1: 2}}, "mine.yaml: base.1: option 1: there is none"),
+        ({"grid": {"beta": [None]}, "base": {"preset": "table6.1/{beta:g}"}}, "base.preset table6.1/{beta:g}: TypeError"),
+        ({"search": "halving", "min_epochs": 100}, "run alpha0-seed0: --epochs 100: halving first decides after 100: lower"),
+        ({"search": "halving", "base": {"val_every": 100}}, "--epochs 100: halving first decides after 100: lower"),
+        ({"for_each": "alpha"}, "mine.yaml: for_each 'alpha': give a list"),
+        ({"hypotheses": [{"says": "", "factor": "alpha", "level": 3, "expects": "lower"}]}, r"hypotheses\[0\].level 3: choose"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_with_its_file_and_key(tmp_path, keys, message):
     with pytest.raises(InputError, match=message) as error:
         plan(read(write(tmp_path, **keys)), {})
     assert "\n" not in str(error.value)
+
+
+def test_values_as_yaml_has_them(tmp_path):
+    """Among them the example in the docstring of spec.py, whose 5e-4 is a text for YAML."""
+    example = spec.__doc__.split("YAML file:")[1]
+    (tmp_path / "example.yaml").write_text(example)
+    found = read(str(tmp_path / "example.yaml"))
+    assert found.base == {"preset": "table6.1/trades", "epochs": 30}
+    (decay,) = found.hypotheses
+    assert (decay["levels"], decay["than"]) == ([5e-4], 1e-4)
+    keys = {"base": {"epochs": 3.0, "flip": 1, "mean": ["1e-1"]}, "grid": {"milestones": [None, [2.0]]}, "seeds": 2.0}
+    cells = plan(read(write(tmp_path, **keys)), {}).cells
+    assert list(cells) == [f"milestones-{m}-seed{s}" for s in (0, 1) for m in (None, 2)]
+    config = cells["milestones-2-seed1"].config
+    assert [(v, type(v)) for v in (config.epochs, config.flip, *config.mean)] == [(3, int), (True, bool), (0.1, float)]
 
 
 def test_other_errors(tmp_path):
@@ -136,7 +162,7 @@ def test_other_errors(tmp_path):
 def test_errors_of_the_command(tmp_path, monkeypatch, capsys):
     file = write(tmp_path, base={"lr": "high"})
     said = helpers.error(monkeypatch, capsys, "sweep", file, "--data", "digits")
-    assert said == f"spat-train: error: {file}: base.lr 'high': give float\n"
+    assert said == f"spat-train: error: {file}: base.lr 'high': give a number\n"
     with pytest.raises(SystemExit, match="2"):
         helpers.command(monkeypatch, "sweep", "alpha-search", "--epochs", "many")
     assert "--epochs" in capsys.readouterr().err
