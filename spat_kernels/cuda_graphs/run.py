@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..balls import BALLS, Ball, box, fill_
 from ..input_gradient.autograd import InputGradient
@@ -42,6 +43,13 @@ class Passes(NamedTuple):
 
     forwards: int | Tensor
     backwards: int | Tensor
+
+
+def _mixes_samples(module: nn.Module) -> bool:
+    """Whether the gradients of samples may mix in it: by statistics of the batch, or by code of a user's in train mode."""
+    if isinstance(module, _BatchNorm):
+        return module.training or module.running_mean is None
+    return module.training and not type(module).__module__.startswith("torch.nn.")
 
 
 class Run:
@@ -107,8 +115,8 @@ class Run:
     def attack(self, model, generator: torch.Generator | None, runs: int, highest_label: int) -> None:
         """Attack `model`, borrowed, from `runs` starts."""
         self.model = input_gradient(model, self.ball.x, self.path, self.precision, highest_label, self.fuse)
-        if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-            self.loss = self.loss.unnormalized()  # batch statistics mix samples: then the lengths of their gradients count
+        if not self.model.independent_samples and isinstance(model, nn.Module) and any(map(_mixes_samples, model.modules())):
+            self.loss = self.loss.unnormalized()  # then the lengths of their gradients count
         for i in range(runs):
             self.draw(generator)
             if i == 0:
