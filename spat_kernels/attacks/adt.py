@@ -25,6 +25,7 @@ from .pgd_run import PGDRun
 
 LARGEST = 1e6  # step and weight: far from where fp32 overflows
 
+
 class ADTRun(PGDRun):
     """Learns the distribution of each image, and draws from it."""
 

@@ -45,8 +45,14 @@ class Passes(NamedTuple):
     backwards: int | Tensor
 
 
+def followed(loss: Loss, gradient: InputGradient | PlannedGradient, model) -> Loss:
+    """`loss` as attacks on `model` through `gradient` follow it: where samples may mix, with gradients of their true lengths."""
+    mixes = not gradient.independent_samples and isinstance(model, nn.Module) and any(map(_mixes_samples, model.modules()))
+    return loss.unnormalized() if mixes else loss
+
+
 def _mixes_samples(module: nn.Module) -> bool:
-    """Whether the gradients of samples may mix in it: by statistics of the batch, or by code of a user's in train mode."""
+    """Whether it may: by statistics of the batch, or in train mode by code of a user's."""
     if isinstance(module, _BatchNorm):
         return module.training or module.running_mean is None
     return module.training and not type(module).__module__.startswith("torch.nn.")
@@ -115,8 +121,7 @@ class Run:
     def attack(self, model, generator: torch.Generator | None, runs: int, highest_label: int) -> None:
         """Attack `model`, borrowed, from `runs` starts."""
         self.model = input_gradient(model, self.ball.x, self.path, self.precision, highest_label, self.fuse)
-        if not self.model.independent_samples and isinstance(model, nn.Module) and any(map(_mixes_samples, model.modules())):
-            self.loss = self.loss.unnormalized()  # then the lengths of their gradients count
+        self.loss = followed(self.loss, self.model, model)
         for i in range(runs):
             self.draw(generator)
             if i == 0:
