@@ -442,8 +442,8 @@ def _cases():
     yield Case("linf_step_", IMAGES, "fp32 channels_last", nhwc, SMALL_IMAGES, moved=16, held=12)
     yield Case("linf_random_start_", IMAGES, "fp32", linf_random_start, (32, 3, 32, 32), moved=8, held=8)
     yield Case("l2_step_", IMAGES, "fp32", l2_step, SMALL_IMAGES, moved=16, held=12)
-    # half of the samples change: 8 bytes an element of those
     yield Case("adt_step_", IMAGES, "fp32", adt_step, SMALL_IMAGES, moved=28, held=20)
+    # half of the samples change: 8 bytes an element of those
     yield Case("keep_best_", IMAGES, "fp32", keep_best, SMALL_IMAGES, moved=4, held=4)
     # and 1/8 byte of bits
     fp32, bf16 = {"moved": 8 + 1 / 8, "held": 8 + 1 / 8}, {"moved": 4 + 1 / 8, "held": 4 + 1 / 8}

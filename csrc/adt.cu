@@ -94,7 +94,8 @@ __device__ __forceinline__ void step_at(const AdtStep& a, int64_t i, int64_t num
     const Perturbation<A> p(mu.v[j], rho.v[j], r);
     const AdtGradients<A> g(p, clean, to_acc(grad.v[j]), r, eps, at<A>(a.factor, sample), entropy, lo, hi);
     if (!g.usable && inside && a.nan_seen) a.nan_seen[sample_of(s.images, i + j)] = 1;  // every writer writes the same
-    const A along_mu = sum_mu.v[j] + g.mu, along_rho = sum_rho.v[j] + g.rho;
+    A along_mu = g.mu, along_rho = g.rho;
+    if (sum_mu_at) along_mu += sum_mu.v[j], along_rho += sum_rho.v[j];  // 0 + -0 would be 0
     if (steps) mu.v[j] = adt_step(mu.v[j], along_mu, lr), rho.v[j] = adt_step(rho.v[j], along_rho, lr);
     sum_mu.v[j] = steps ? A(0) : along_mu, sum_rho.v[j] = steps ? A(0) : along_rho;
   }

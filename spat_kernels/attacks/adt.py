@@ -23,6 +23,8 @@ from ..settings import Norm, Select
 from .pgd import PGD
 from .pgd_run import PGDRun
 
+LARGEST = 1e6  # step and weight: far from where fp32 overflows
+
 
 class ADTRun(PGDRun):
     """Learns the distribution of each image, and draws from it."""
@@ -71,8 +73,8 @@ class ADT(PGD):
         eps: radius of the L-infinity ball in the units of x, a number or one per sample as a tensor [B].
         loss: what is maximised, in its `unnormalized` form.
         steps: of mu and rho, >= 0.
-        lr: longest step of each, >= 0.
-        entropy: weight of the entropy, >= 0.
+        lr: longest step of each, in [0, 1e6].
+        entropy: weight of the entropy, in [0, 1e6].
         samples: gradients that each step averages, >= 1, each of a forward and a backward. The authors' code has 5, and adds up
             those of all steps so far.
         generator: source of the noise. Equal seeds give equal noise in equal memory formats of what the model reads.
@@ -86,13 +88,13 @@ class ADT(PGD):
     entropy: float = 0.01
     samples: int = 1
     # What PGD has beside: fixed.
-    norm: Norm = field(default="linf", init=False)
-    restarts: int = field(default=1, init=False)
-    step_size: None = field(default=None, init=False)
-    random_start: bool = field(default=True, init=False)
-    select: Select = field(default="success", init=False)
-    stop: None = field(default=None, init=False)
-    budget: None = field(default=None, init=False)
+    norm: Norm = field(default="linf", init=False, repr=False)
+    restarts: int = field(default=1, init=False, repr=False)
+    step_size: None = field(default=None, init=False, repr=False)
+    random_start: bool = field(default=True, init=False, repr=False)
+    select: Select = field(default="success", init=False, repr=False)
+    stop: None = field(default=None, init=False, repr=False)
+    budget: None = field(default=None, init=False, repr=False)
 
     run_class: ClassVar[type[PGDRun]] = ADTRun
 
@@ -100,7 +102,7 @@ class ADT(PGD):
         super().__post_init__()
         checks.check_count("samples", self.samples, 1)
         for name in ("lr", "entropy"):
-            checks.check_number(name, getattr(self, name), lambda v: 0 <= v < float("inf"), "finite and >= 0")
+            checks.check_number(name, getattr(self, name), lambda v: 0 <= v <= LARGEST, f"in [0, {LARGEST:g}]")
 
     def kind(self) -> tuple:
         return *super().kind(), self.lr, self.entropy, self.samples

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import checks, ops
 from ..balls import BALLS, Ball, box
 from ..cuda_graphs.cache import graphs
-from ..cuda_graphs.run import Batch
+from ..cuda_graphs.run import Batch, followed
 from ..losses import as_loss, value_dtype
 from ..ops._common import acc_dtype
 from ..precision import logit_gradient_scale
@@ -103,7 +103,8 @@ class EarlyStop:
             self.loss.check_classes(logits.shape[1], settings.targeted)
             dlogits, reference = torch.empty_like(logits), self.loss.reference(y, batch.clean_logits, settings.targeted)
             scale = logit_gradient_scale(logits.dtype)
-            self.loss.gradient(logits, reference, dlogits, None, targeted=settings.targeted, scale=scale)
+            loss = followed(self.loss, gradient, self.model)
+            loss.gradient(logits, reference, dlogits, None, targeted=settings.targeted, scale=scale)
             grad = gradient.backward(dlogits)
             self.tally.add(charged, gradient.forwards, gradient.backwards)
         return grad

@@ -58,7 +58,7 @@ class PGD(RestartedAttack):
             CUDA graphs, whatever `graph` is), and is kept in ~/.cache/spat_kernels (or SPAT_KERNELS_CACHE). Where PyTorch is to
             be deterministic it takes none, since choices by time may differ. True takes one even if it is slower; False never.
         bn_mode: mode of the whole model meanwhile: "eval", "train" (batch statistics, dropout) or "keep" (as it is). Running
-            statistics never change.
+            statistics never change. Where those of the batch may mix samples, the loss takes its `unnormalized` form.
         select: which restart is best: "success" (misclassified, or classified as the target; among equals the larger loss) or
             "loss" alone.
         generator: source of the random starts, on any device; None is torch's default one of x's device.

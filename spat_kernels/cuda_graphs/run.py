@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..balls import BALLS, Ball, box, fill_
 from ..input_gradient.autograd import InputGradient
@@ -42,6 +43,19 @@ class Passes(NamedTuple):
 
     forwards: int | Tensor
     backwards: int | Tensor
+
+
+def followed(loss: Loss, gradient: InputGradient | PlannedGradient, model) -> Loss:
+    """`loss` as attacks on `model` through `gradient` follow it: where samples may mix, with gradients of their true lengths."""
+    mixes = not gradient.independent_samples and isinstance(model, nn.Module) and any(map(_mixes_samples, model.modules()))
+    return loss.unnormalized() if mixes else loss
+
+
+def _mixes_samples(module: nn.Module) -> bool:
+    """Whether it may: by statistics of the batch, or in train mode by code of a user's."""
+    if isinstance(module, _BatchNorm):
+        return module.training or module.running_mean is None
+    return module.training and not type(module).__module__.startswith("torch.nn.")
 
 
 class Run:
@@ -107,8 +121,7 @@ class Run:
     def attack(self, model, generator: torch.Generator | None, runs: int, highest_label: int) -> None:
         """Attack `model`, borrowed, from `runs` starts."""
         self.model = input_gradient(model, self.ball.x, self.path, self.precision, highest_label, self.fuse)
-        if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-            self.loss = self.loss.unnormalized()  # batch statistics mix samples: then the lengths of their gradients count
+        self.loss = followed(self.loss, self.model, model)
         for i in range(runs):
             self.draw(generator)
             if i == 0:

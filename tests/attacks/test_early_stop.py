@@ -11,6 +11,7 @@ from spat_kernels import APGD, FAB, PGD, AutoAttack, Square, losses
 from spat_kernels.attacks import early_stop, pgd_run, square
 from spat_kernels.attacks.early_stop import EarlyStop
 from spat_kernels.cuda_graphs.cache import Graphs
+from spat_kernels.cuda_graphs.run import Batch
 from spat_kernels.input_gradient.windows import Windows
 from tests.cuda_graphs.fake_graph import FakeGraph
 from tests.helpers import EPS, Recorder, attackable, batch, cnn, linear, photographs, robust
@@ -446,3 +447,12 @@ def test_linear_models_end_where_the_box_does():
     model, (x, y) = linear(pixels=192).double(), batch(16)
     found = PGD(0.1, steps=1000, stop="cycle").run(model, x.double(), y)
     assert found.backwards.max() <= 20
+
+
+def test_the_gradient_at_an_iterate_is_that_of_a_step():
+    """With batch statistics it is of the sum of the losses, so that the lengths of the samples' gradients count."""
+    model, (x, y) = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(216, 10)).double(), batch(6)
+    leaf = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    attack = EarlyStop(PGD(EPS, bn_mode="train"), model, Batch(leaf.detach(), y, EPS, EPS), 9)
+    torch.testing.assert_close(attack.gradient(attack.batch, leaf.detach(), torch.arange(6)), expected)

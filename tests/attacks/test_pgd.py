@@ -246,14 +246,13 @@ def test_names_of_other_libraries():
         sk.pgd(model, x, y, EPS, step_size=2)
 
 
-@pytest.mark.parametrize("bn_mode", ["train", "keep"])
+@pytest.mark.parametrize(("bn_mode", "running"), [("train", True), ("keep", True), ("eval", False)])
 @pytest.mark.parametrize("loss", ["ce", "pma"])
-def test_batch_statistics_mix_gradients_of_their_true_lengths(loss, bn_mode):
+def test_batch_statistics_mix_gradients_of_their_true_lengths(loss, bn_mode, running):
     """Samples that the model is sure of, and others: a factor of a sample's own would change the signs of all."""
     torch.manual_seed(3)
-    model = (
-        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Softplus(), nn.Flatten(), nn.Linear(6 * 36, 10)).double().train()
-    )
+    norm = nn.BatchNorm2d(6, track_running_stats=running)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Softplus(), nn.Flatten(), nn.Linear(6 * 36, 10)).double()
     model[-1].weight.data *= 20
     x, y = torch.rand(12, 3, 8, 8).double(), torch.randint(10, (12,))
 
@@ -264,3 +263,12 @@ def test_batch_statistics_mix_gradients_of_their_true_lengths(loss, bn_mode):
     ours = sk.pgd(model, x, y, EPS, loss=loss, steps=1, start=x, bn_mode=bn_mode)
     expected = eager_pgd(copy.deepcopy(model), x, x, value, EPS, EPS / 4, 1)
     assert (ours != expected).double().mean() < 0.002  # gradients that all but cancel
+
+
+def test_dropout_in_train_mode_leaves_confident_samples_their_gradient():
+    """It mixes no samples, so the factor 1 - p_y, which is 0 in fp32 here, may be left out."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Dropout(), nn.Linear(64, 10)).eval()
+    model[2].train()
+    model[3].bias.data[3] += 200.0
+    x, y = batch(4)[0], torch.full((4,), 3)
+    assert (sk.pgd(model, x, y, EPS, steps=1, start=x, bn_mode="keep") != x).flatten(1).any(1).all()

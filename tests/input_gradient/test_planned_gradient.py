@@ -135,6 +135,23 @@ def test_what_the_model_casts_to_fp32_is_fp32_from_there_on(cast):
     assert F.cosine_similarity(gradient.float().flatten(1), plain[1].flatten(1)).min() > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reshaped_images_in_half_precision_keep_their_dtype(dtype):
+    class Reshapes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x.flatten(1).view(-1, 3, 8, 8) + x).flatten(1)
+
+    model, x = Reshapes().to(dtype).eval(), images(2, 8, dtype)
+    half = logits_and_gradient(planned(model, x), x)
+    exact = logits_and_gradient(InputGradient(model.float()), x.float())
+    for ours, theirs in zip(half, exact, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1.0, 1e6])
 def test_gradients_of_any_size_survive_half_precision(factor):
     torch.manual_seed(0)

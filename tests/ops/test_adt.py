@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from spat_kernels.ops import adt
-from tests.ops.helpers import acc, layouts, reference, sentinels
+from tests.ops.helpers import EXTREMES, acc, bits_of, layouts, reference, sentinels
 
 SHAPES = [((0, 3, 4, 4), False), ((1, 1), False), ((3, 1001), True), ((5, 3, 7, 7), False), ((5, 3, 7, 7), True)]
 SEED, LR, ENTROPY = (0x0123456789ABCDEF, -5), 0.3, 1e-4
@@ -64,6 +64,24 @@ def test_ops_are_the_reference(impl, shape, per_sample):
             compare()
         assert not any(t.any() for t in found[3:]), "the sums that have stepped are 0"
         assert all(check() for check in intact)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-45, 0.03, 1e30])
+def test_at_the_extremes_ops_are_the_reference(impl, eps):
+    """Where exp, log1p, tanh and their derivatives end: +-104 is the last exponent of e, 17 the last slope beside 1."""
+    ends = torch.tensor([*EXTREMES, 17.0, -17.0, 52.0, -52.0, 87.5, -87.5, 103.9, -103.9, 104.5, -104.5, 1e20, -1e20])
+    grad, mu, rho = torch.cartesian_prod(torch.tensor([*EXTREMES, -1e20]), ends, ends).T.reshape(3, 13, -1).contiguous()
+    x, eps, one = torch.rand(mu.shape), torch.tensor([eps]), torch.ones(1)
+    seen = torch.zeros(len(x), dtype=torch.uint8)
+    found = []
+    for op, device in ((reference, "cpu"), (impl, impl.device)):
+        given = x, grad, eps, one, torch.tensor(SEED)
+        written = [t.to(device, copy=True) for t in (torch.full_like(x, torch.nan), mu, rho, seen)]
+        op("adt_step_")(*written[:3], *(t.to(device) for t in given), 7, LR, ENTROPY, 0.0, 1.0, written[3])
+        found.append([t.cpu() for t in written])
+    assert all(torch.equal(bits_of(ours), bits_of(theirs)) for ours, theirs in zip(*found, strict=True))
+    finite = mu.isfinite() & rho.isfinite()
+    assert all(t[finite].isfinite().all() for t in found[0][:3])
 
 
 def test_the_step_is_that_of_adam_on_the_gradients_of_autograd():
