@@ -1,9 +1,10 @@
-"""The report of a sweep: all runs, the best one, what each option changes, hypotheses, and a picture. In points of accuracy."""
+"""The report of a sweep: the best setting, all runs, what each option changes, hypotheses, and a picture."""
 
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from ..runtime import atomic_write
 from .spec import Spec, Sweep, command
 
 KINDS = {"clean": "clean", "pgd": "PGD"}  # held-out accuracies, and their names in the report
+UNFINISHED = {"waiting", "running", "stopped"}
+PAIRS, NEXT = 10, 3  # how many effects a factor has, and how many others the report names after the best setting
+WIDE = 20  # a greater quotient of positive numbers has a log axis
 Row = dict[str, Any]
 
 
@@ -36,7 +40,7 @@ def write(sweep: Sweep, trials: Mapping[str, FrozenTrial]) -> list[Path]:
     if not found["best"]:
         return paths[:2]
     with style():
-        figure = draw(sweep.spec, [r for r in found["runs"] if r["state"] == "complete"])
+        figure = draw(sweep.spec, found["runs"])
     save(figure, *paths[2:])
     return paths
 
@@ -56,21 +60,26 @@ def numbers(sweep: Sweep, rows: list[Row]) -> dict[str, Any]:
     """All that the report has. Effects are of complete runs alone."""
     spec, kind = sweep.spec, sweep.maximise
     complete = [r for r in rows if r["state"] == "complete"]
-    best = max(complete, key=lambda r: r[kind]["accuracy"], default=None)
+    best = suiting(spec, complete, kind)
     return {
         "sweep": spec.name, "about": spec.about, "folder": str(sweep.out), "maximise": kind, "runs": rows,
-        "best": best and best | {"command": command(sweep.cells[best["run"]].config)},
+        "best": [each | {"command": command(sweep.cells[each["run"]].config)} for each in best],
         "effects": [
-            {"factor": factor} | effect(complete, kind, factor, level, first)
-            for factor, (first, *others) in ((factor, list(levels)) for factor, levels in spec.factors.items())
-            for level in others
+            {"factor": factor} | effect(complete, kind, factor, *levels)
+            for factor in spec.factors for levels in level_pairs(complete, kind, factor, [*spec.factors[factor]])
         ],
-        "for_each": suiting(spec, complete, kind) if spec.for_each else [],
         "hypotheses": [judged(complete, kind, hypothesis) for hypothesis in spec.hypotheses],
     }  # fmt: skip
 
 
 # ---- effects
+
+
+def level_pairs(rows: Sequence[Row], kind: str, factor: str, levels: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Pairs of levels, each with the better one first: the best with all others, then the next, up to PAIRS."""
+    found = {level: [r[kind]["accuracy"] for r in rows if r["params"][factor] == level] for level in levels}
+    ranked = sorted(levels, key=lambda level: statistics.fmean(found[level] or [-1]), reverse=True)
+    return [*combinations(ranked, 2)][:PAIRS]
 
 
 def effect(rows: Iterable[Row], kind: str, factor: str, level: Any, than: Any, confidence: float = 0.95) -> dict[str, Any]:
@@ -114,29 +123,31 @@ def judged(rows: Sequence[Row], kind: str, hypothesis: Mapping[str, Any]) -> dic
 
 
 def suiting(spec: Spec, rows: Iterable[Row], kind: str) -> list[dict[str, Any]]:
-    """For each value of `for_each`, the best setting of the other factors over the seeds, and how far it is from the others.
+    """The best setting by its mean over the seeds: one for each value of `for_each`, whose settings are of the other factors.
 
-    Only settings with the most seeds can be the best: the mean of fewer is more a matter of luck. `gain`: over the first value of
-    each, None where that has no complete run. `compared`: how many others have complete runs. `alike`: those of them that are not
-    worse by Bonferroni's intervals.
+    Only settings with the most seeds can be the best: the mean of fewer is more a matter of luck. `run`: that of its first seed.
+    `leads`: over all others that have complete runs, the next best first, in Bonferroni's intervals. `alike`: those of them that
+    are not worse by these.
     """
     others = [factor for factor in spec.factors if factor not in spec.for_each]
-    first = tuple(next(iter(spec.factors[factor])) for factor in others)
-    groups: dict[tuple, dict[tuple, dict[int, float]]] = {}
+    groups: dict[tuple, dict[tuple, list[Row]]] = {}
     for r in rows:
         group, setting = (tuple(r["params"][factor] for factor in names) for names in (spec.for_each, others))
-        groups.setdefault(group, {}).setdefault(setting, {})[r["params"]["seed"]] = r[kind]["accuracy"]
+        groups.setdefault(group, {}).setdefault(setting, []).append(r)
     found = []
     for group, settings in groups.items():
-        best, values = max(settings.items(), key=lambda item: (len(item[1]), statistics.fmean(item[1].values())))
-        confidence = 1 - 0.05 / max(1, len(settings) - 1)
-        leads = {setting: mean_difference(values, theirs, confidence) for setting, theirs in settings.items() if setting != best}
+        values = {setting: {r["params"]["seed"]: r[kind]["accuracy"] for r in runs} for setting, runs in settings.items()}
+        means = {setting: statistics.fmean(each.values()) for setting, each in values.items()}
+        best, *rest = sorted(settings, key=lambda setting: (len(values[setting]), means[setting]), reverse=True)
+        confidence = 1 - 0.05 / max(1, len(rest))
+        leads = [
+            {"over": dict(zip(others, setting, strict=True))} | mean_difference(values[best], values[setting], confidence)
+            for setting in rest
+        ]
         found.append({
-            "for": dict(zip(spec.for_each, group, strict=True)), "best": dict(zip(others, best, strict=True)),
-            "accuracy": statistics.fmean(values.values()), "seeds": len(values), "than": dict(zip(others, first, strict=True)),
-            "gain": mean_difference(values, settings[first]) if first in settings else None,
-            "compared": len(leads),
-            "alike": [dict(zip(others, s, strict=True)) for s, lead in leads.items() if lead["low"] is None or lead["low"] <= 0],
+            "for": dict(zip(spec.for_each, group, strict=True)), "setting": dict(zip(others, best, strict=True)),
+            "accuracy": means[best], "seeds": len(values[best]), "run": settings[best][0]["run"], "leads": leads,
+            "alike": [lead["over"] for lead in leads if lead["low"] is None or lead["low"] <= 0],
         })  # fmt: skip
     return found
 
@@ -151,29 +162,34 @@ def _accuracy(percents: Sequence[float], images: int) -> dict[str, float]:
 # ---- as text
 
 
-NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. They chose that epoch and the best
-run, which flatters both. Test accuracies chose nothing."""
-EFFECTS = """Mean differences of held-out {} accuracy, over pairs of complete runs that are else alike. The 95 % intervals are
-Student's, of the spread between these pairs, not of the choice of held-out images."""
-ENDED = "Halving ended the worse runs, so that these are differences between the better ones."
+NOTE = """Accuracies are of the best epoch, in percent on held-out images, with 95 % intervals. They chose that epoch and the
+best setting, which flatters both. Test accuracies chose nothing."""
+BEST = """By the mean {} accuracy over the seeds, of settings with the most complete seeds. Leads are in points, with Student's
+intervals over the seeds: 95 % for all others together."""
+EFFECTS = """Mean differences of held-out {} accuracy, in points, over pairs of complete runs that are else alike. The 95 %
+intervals are Student's, of the spread between these pairs, not of the choice of held-out images. Each is of one comparison."""
+PRUNED = """Pruned: halving ended the run early, as others were better after as many epochs. It decides at once: the first runs to
+come to a decision always go on, and a later one that is pruned may be better. The rest compares complete runs alone."""
 
 
 def markdown(spec: Spec, found: Mapping[str, Any]) -> str:
-    kind, best = KINDS[found["maximise"]], found["best"]
-    states = [r["state"] for r in found["runs"]]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    parts = [f"# {found['sweep']}", found["about"] or "A sweep", f"Runs: {counts}, in {found['folder']}."]
-    if best:
-        accuracy = _percent(best[found["maximise"]])
-        parts += [f"Best: {best['run']}, {accuracy} {kind} on held-out images, by", f"    {best['command']}"]
-    parts += [_runs_table(spec, found["runs"]), NOTE]
-    if found["for_each"]:
-        parts += [f"## Best for each {', '.join(spec.for_each)}", "\n".join(map(_suiting_line, found["for_each"]))]
+    kind, states = KINDS[found["maximise"]], {r["state"] for r in found["runs"]}
+    none = "no pair yet" if states & UNFINISHED else f"no pair: {'pruned' if 'pruned' in states else 'failed'}"
+    parts = [f"# {found['sweep']}", found["about"] or "A sweep", f"Runs: {_counts(found['runs'])}, in {found['folder']}."]
+    if found["best"]:
+        title = "## Best setting" + f" for each {', '.join(spec.for_each)}" * bool(spec.for_each)
+        parts += [title, BEST.format(kind), *(part for each in found["best"] for part in _best_lines(spec, each, none))]
+    parts += ["## Runs", _runs_table(spec, found["runs"]), NOTE, *[PRUNED] * ("pruned" in states)]
     if found["hypotheses"]:
-        parts += ["## Hypotheses", "\n".join(map(_hypothesis_line, found["hypotheses"]))]
-    effects = [[e["factor"], str(e["level"]), str(e["than"]), _points(e)] for e in found["effects"]]
-    parts += ["## Effects", EFFECTS.format(kind), *[ENDED] * ("pruned" in states)]
-    return "\n\n".join([*parts, markdown_table(["factor", "value", "against", "points"], effects)]) + "\n"
+        parts += ["## Hypotheses", "\n".join(_hypothesis_line(each, none) for each in found["hypotheses"])]
+    effects = [[e["factor"], str(e["level"]), str(e["than"]), _points(e, none)] for e in found["effects"]]
+    parts += ["## Effects", EFFECTS.format(kind), markdown_table(["factor", "value", "against", "points"], effects)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _counts(rows: Iterable[Row]) -> str:
+    states = [r["state"] for r in rows]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
 def _runs_table(spec: Spec, rows: Sequence[Row]) -> str:
@@ -193,32 +209,39 @@ def _percent(accuracy: Mapping[str, float] | None) -> str:
     return f"{accuracy['accuracy']:.2f} ({accuracy['low']:.2f} to {accuracy['high']:.2f})" if accuracy else ""
 
 
-def _points(e: Mapping[str, Any]) -> str:
-    """A mean difference as text."""
+def _points(e: Mapping[str, Any], none: str) -> str:
+    """A mean difference as text; `none` is that of one without pairs."""
     if e["mean"] is None:
-        return "no pair yet"
+        return none
     known = f"{e['low']:+.2f} to {e['high']:+.2f}, " if e["low"] is not None else "no interval, "
     return f"{e['mean']:+.2f} ({known}{e['pairs']} pair{'s' * (e['pairs'] != 1)})"
 
 
-def _suiting_line(each: Mapping[str, Any]) -> str:
-    group, best, than = (_words(each[key]) for key in ("for", "best", "than"))
-    gain = f"{_points(each['gain'])} over {than}" if each["gain"] else f"{than} has no complete run"
-    alike = f"all {each['compared']} others are worse" if each["compared"] else "no other has a complete run"
-    if each["alike"]:
-        alike = f"not clearly worse: {'; '.join(map(_words, each['alike']))}"
+def _best_lines(spec: Spec, each: Mapping[str, Any], none: str) -> list[str]:
+    """The best setting with its leads over the next and over the first of the grid, those like it, and the command of a run."""
+    first = {factor: next(iter(spec.factors[factor])) for factor in each["setting"]}
+    leads = [lead for place, lead in enumerate(each["leads"]) if place < NEXT or lead["over"] == first]
     seeds = f"mean of {each['seeds']} seeds" if each["seeds"] > 1 else "one seed"
-    return f"- {group}: {best}, {each['accuracy']:.2f} % ({seeds})" + ("" if best == than else f", {gain}") + f"; {alike}"
+    head = f"**{_words(each['for'] | each['setting'])}**: {each['accuracy']:.2f} % ({seeds})"
+    if not leads:
+        alike = "No other has a complete run"
+    elif len(each["alike"]) == len(each["leads"]):
+        alike = f"Cannot be told apart from it: all {len(each['leads'])} others"
+    else:
+        more = f"; {len(each['alike']) - NEXT} more" * (len(each["alike"]) > NEXT)
+        alike = f"Cannot be told apart from it: {'; '.join(map(_words, each['alike'][:NEXT])) or 'none'}{more}"
+    lines = [head, *(f"{_points(lead, none)} over {_words(lead['over'])}" for lead in leads), alike]
+    return ["\n".join(f"{'  ' * bool(number)}- {line}" for number, line in enumerate(lines)), f"      {each['command']}"]
 
 
 def _words(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
 
 
-def _hypothesis_line(each: Mapping[str, Any]) -> str:
+def _hypothesis_line(each: Mapping[str, Any], none: str) -> str:
     if not each["effects"]:
         return f"- {each['says']}: not swept, as {each['factor']} is not in the grid"
-    measured = "; ".join(f"{e['level']} against {e['than']}: {_points(e)}" for e in each["effects"])
+    measured = "; ".join(f"{e['level']} against {e['than']}: {_points(e, none)}" for e in each["effects"])
     return f"- {each['says']}: **{each['verdict']}** ({measured})"
 
 
@@ -231,6 +254,8 @@ def draw(spec: Spec, rows: list[Row]) -> Figure:
     One or two factors: against the first, a line for each value of the second. More: against each, the mean over the others.
     """
     first, *more = spec.factors
+    caption = f"Bands: 95 % (Wilson) of one run's held-out images. Seeds: {spec.seeds}. Runs: {_counts(rows)}"
+    rows = [r for r in rows if r["state"] == "complete"]
     panels: list[tuple[str, str, dict[str, tuple[str, list[Row]]]]]  # title, what x is, and lines: accuracy and runs by name
     if len(more) > 1:
         panels = [(factor, factor, {name: (kind, rows) for kind, name in KINDS.items()}) for factor in spec.factors]
@@ -243,6 +268,7 @@ def draw(spec: Spec, rows: list[Row]) -> Figure:
         ax.set_title(title, parse_math=False)
         ax.set_xlabel(factor, parse_math=False)
     axes[0].set_ylabel("held-out accuracy, %")
+    figure.suptitle(caption + "; complete ones are drawn")
     if more:
         legend_below(figure, axes[0], 4)
     return figure
@@ -251,13 +277,18 @@ def draw(spec: Spec, rows: list[Row]) -> Figure:
 def _panel(ax: Axes, levels: Sequence[Any], factor: str, lines: Mapping[str, tuple[str, list[Row]]]) -> None:
     """Accuracy against the levels of a factor, the mean of the runs that have it; words are at equal distances."""
     plain = all(isinstance(level, (int, float)) and not isinstance(level, bool) for level in levels)
-    at = dict(zip(levels, levels if plain else range(len(levels)), strict=True))
+    levels = sorted(levels) if plain else levels
+    positive = [level for level in levels if plain and level > 0]
+    wide = bool(positive) and max(positive) > WIDE * min(positive)  # on a linear axis the small ones would hide each other
+    even = not plain or (wide and len(positive) < len(levels))
+    at = dict(zip(levels, range(len(levels)) if even else levels, strict=True))
+    ax.set_xscale("log" if wide and not even else "linear")
     for kind_of_line, (label, (kind, rows)) in zip(line_styles(), lines.items(), strict=False):
         points: dict[float, dict] = {}
-        for level in sorted(levels, key=lambda level: at[level]):
+        for level in levels:
             if here := [r for r in rows if r["params"][factor] == level]:
                 points[at[level]] = _accuracy([r[kind]["accuracy"] for r in here], min(r["images"] for r in here))
-        accuracy_curve(ax, list(points), list(points.values()), label=label, **kind_of_line)
+        accuracy_curve(ax, list(points), list(points.values()), label=label, clip_on=False, **kind_of_line)
     names = [f"{level:g}" if plain else str(level) for level in levels]
     x_ticks(ax, list(at.values()), names)
     if sum(map(len, names)) > 20:

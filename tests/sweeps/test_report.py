@@ -1,6 +1,7 @@
 """The numbers of a sweep's report, against formulas and computations by hand."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ T3 = 3.182446  # Student's t for 95 % and 3 degrees of freedom, from tables
 def rows(values: dict) -> list[dict]:
     """Complete runs by (alpha, eps, seed)."""
     names = "alpha", "eps", "seed"
-    return [{"params": dict(zip(names, key, strict=True)), "pgd": {"accuracy": value}} for key, value in values.items()]
+    return [
+        {"run": f"run{key}", "params": dict(zip(names, key, strict=True)), "pgd": {"accuracy": value}}
+        for key, value in values.items()
+    ]
 
 
 def test_an_effect_is_the_mean_of_paired_differences():
@@ -80,24 +84,43 @@ def test_the_best_alpha_for_each_eps(tmp_path):
         for s in range(4)
     }
     first, second = report.suiting(sweep.spec, rows(values), "pgd")
-    half = T3 * math.sqrt(1 / 3) / 2
-    gain = {"pairs": 4, "mean": 5.5, "low": pytest.approx(5.5 - half, abs=1e-5), "high": pytest.approx(5.5 + half, abs=1e-5)}
+    close, far = first.pop("leads")
+    half = float(stats.t.ppf(1 - 0.025 / 2, 3)) * math.sqrt(1 / 3) / 2
+    ends = {"low": pytest.approx(5.5 - half), "high": pytest.approx(5.5 + half)}
+    assert far == {"over": {"alpha": 0}, "pairs": 4, "mean": 5.5} | ends
+    assert (close["over"], close["mean"]) == ({"alpha": 0.2}, 0.25)
     assert first == {
-        "for": {"eps": 4}, "best": {"alpha": 0.1}, "accuracy": 51.5, "seeds": 4, "than": {"alpha": 0}, "gain": gain,
-        "compared": 2, "alike": [{"alpha": 0.2}],
+        "for": {"eps": 4}, "setting": {"alpha": 0.1}, "accuracy": 51.5, "seeds": 4, "run": "run(0.1, 4, 0)",
+        "alike": [{"alpha": 0.2}],
     }  # fmt: skip
-    assert (second["best"], second["gain"]["mean"], second["alike"]) == ({"alpha": 0}, 0, [])
+    assert (second["setting"], [lead["over"]["alpha"] for lead in second["leads"]]) == ({"alpha": 0}, [0.2, 0.1])
+    assert second["alike"] == []
+
+
+def test_the_best_setting_is_not_that_of_the_best_run(tmp_path):
+    sweep = planned(tmp_path, {"alpha": [0, 0.1], "eps": [4, 8]}, seeds=2)
+    values = {(0, 4, 0): 70, (0, 4, 1): 40, (0, 8, 0): 60, (0, 8, 1): 61, (0.1, 8, 0): 59, (0.1, 8, 1): 58}
+    (found,) = report.suiting(sweep.spec, rows(values), "pgd")
+    assert (found["for"], found["setting"], found["accuracy"], found["run"]) == ({}, {"alpha": 0, "eps": 8}, 60.5, "run(0, 8, 0)")
+    assert [(lead["over"]["alpha"], lead["mean"]) for lead in found["leads"]] == [(0.1, 2), (0, 5.5)]
+
+
+def test_the_best_level_is_compared_with_the_second():
+    values = {(alpha, 8, 0): accuracy for alpha, accuracy in enumerate([50, 53, 57, 55, 40, 41])}
+    pairs = report.level_pairs(rows(values), "pgd", "alpha", range(7))
+    assert pairs == [(2, 3), (2, 1), (2, 0), (2, 5), (2, 4), (2, 6), (3, 1), (3, 0), (3, 5), (3, 4)]
+    assert report.level_pairs([], "pgd", "alpha", ["a", "b"]) == [("a", "b")]
 
 
 def test_the_best_has_the_most_seeds_and_all_others_are_compared_at_once(tmp_path):
     sweep = planned(tmp_path, {"alpha": [0, 0.1, 0.2], "eps": [4, 8]}, seeds=4, for_each=["eps"])
     values = {(0, 4, s): 50.0 for s in range(4)} | {(0.1, 4, s): 46 + 2 * (-1) ** s for s in range(4)} | {(0.2, 4, 0): 60.0}
     (found,) = report.suiting(sweep.spec, rows(values), "pgd")  # 95 % of 4 pairs: half length 3.7; both at once: 4.8
-    assert (found["best"], found["alike"]) == ({"alpha": 0}, [{"alpha": 0.1}, {"alpha": 0.2}])
+    assert (found["setting"], found["alike"]) == ({"alpha": 0}, [{"alpha": 0.1}, {"alpha": 0.2}])
     (lonely,) = report.suiting(sweep.spec, rows({(0.1, 4, 0): 50.0}), "pgd")
-    assert report._suiting_line(lonely) == (
-        "- eps 4: alpha 0.1, 50.00 % (one seed), alpha 0 has no complete run; no other has a complete run"
-    )
+    text, command = report._best_lines(sweep.spec, lonely | {"command": "spat-train train"}, "no pair yet")
+    assert text == "- **eps 4, alpha 0.1**: 50.00 % (one seed)\n  - No other has a complete run"
+    assert command.strip() == "spat-train train"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +172,41 @@ def test_the_files(tmp_path, monkeypatch, factors):
     text = Path(paths[0]).read_text()
     low, high = stats.binomtest(98, 200).proportion_ci(0.95, method="wilson")  # 49 % after the first epoch
     best = next(name for name, cell in sweep.cells.items() if cell.config.alpha == 0.1)
-    assert f"Best: {best}, 49.00 ({100 * low:.2f} to {100 * high:.2f}) PGD" in text
+    assert f"49.00 ({100 * low:.2f} to {100 * high:.2f})" in text
+    assert re.search(r"\*\*alpha 0.1[^*]*\*\*: 49.00 % \(one seed\)", text)
     assert f"--out {tmp_path / 'out' / best} --resume" in text
     assert "| alpha | 0.1 | 0.0 | +10.00 (" in text
     assert f"59.00 ({100 * stats.binomtest(118, 200).proportion_ci(0.95, method='wilson').low:.2f} to" in text
+
+
+@pytest.mark.parametrize(
+    ("levels", "scale", "places"),
+    [
+        ([0.1, 1e-4, 1e-2], "log", [1e-4, 1e-2, 0.1]),
+        ([0.1, 0.0, 1e-3], "linear", [0, 1, 2]),
+        ([0.0, 0.2, 1.0], "linear", [0, 0.2, 1]),
+    ],
+)
+def test_axes_of_numbers(tmp_path, levels, scale, places):
+    sweep = planned(tmp_path, {"weight_decay": levels}, seeds=2)
+    point = {"accuracy": 50.0, "low": 40.0, "high": 60.0}
+    known = [
+        {"params": cell.params, "state": "complete", "images": 200, "clean": point, "pgd": point} for cell in sweep.cells.values()
+    ]
+    figure = report.draw(sweep.spec, [*known, {"state": "pruned"}])
+    ax = figure.axes[0]
+    assert (ax.get_xscale(), list(ax.get_xticks()), list(ax.lines[0].get_xdata())) == (scale, places, places)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [f"{level:g}" for level in sorted(levels)]
+    assert not ax.lines[0].get_clip_on()
+    assert "95 % (Wilson)" in figure.get_suptitle()
+    assert "Seeds: 2. Runs: 6 complete, 1 pruned" in figure.get_suptitle()
+
+
+def test_after_the_end_no_pair_is_awaited(tmp_path, monkeypatch):
+    sweep = planned(tmp_path, {"alpha": [0.1, 0.2]}, search="halving")
+    waiting = [report.row(name, cell.params, None) for name, cell in sweep.cells.items()]
+    assert "| no pair yet |" in report.markdown(sweep.spec, report.numbers(sweep, waiting))
+    pruned = [r | {"state": "pruned"} for r in waiting]
+    text = report.markdown(sweep.spec, report.numbers(sweep, pruned))
+    assert "| no pair: pruned |" in text
+    assert "the first runs to\ncome to a decision always go on" in text
