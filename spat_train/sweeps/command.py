@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 from dataclasses import dataclass, fields
+from textwrap import indent
 from typing import Any
 
 import tyro
@@ -10,16 +12,21 @@ import tyro
 from ..command_line import parse
 from ..config import Config
 from ..errors import InputError, check_count
+from ..runtime.signals import Stopped
+from . import spec
 from .ready import READY
 from .spec import Sweep, command, plan, read
 
 ABOUT = """Train over a grid of options, with any number of workers, and report what each option changes.
 
-SPEC is one of those that `spat-train sweep` lists, or a YAML file (spat_train/sweeps/spec.py has its keys). Every option of
-`spat-train train` may follow, and overrides the spec's base; --out is the folder of the sweep, by default runs/SPEC. Each run
-is an ordinary one, in a folder there. The same command goes on after any interruption. Started several times at once, with
+SPEC is one of those that `spat-train sweep` lists, or a YAML file as below. Every option of `spat-train train` may
+follow, and overrides the spec's base; --out is the folder of the sweep, by default runs/SPEC. Each run is an ordinary one, in
+a folder there. The same command goes on after any interruption. Started several times at once, with
 CUDA_VISIBLE_DEVICES or on machines that share --out, it is that many workers. Machines that share the storage alone share the
-runs too, but begin those of a killed one again."""
+runs too, but begin those of a killed one again.
+
+""" + indent(spec.__doc__ or "", "  ")  # without which the help would join the lines
+GO_ON = "the same command goes on with the sweep"
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def sweep(arguments: list[str]) -> None:
     """Train over a grid of options on Optuna, with any number of workers; without a name, list the sweeps that are ready."""
     if not arguments:
         print(
-            "\n".join(f"{name:14} {spec.runs:3} runs: {spec.about}" for name, spec in zip(READY, map(read, READY), strict=True))
+            "\n".join(f"{name:14} {each.runs:3} runs: {each.about}" for name, each in zip(READY, map(read, READY), strict=True))
         )
         return
     source = arguments[0]
@@ -82,14 +89,19 @@ def run(planned: Sweep, storage: str | None = None, *, heartbeat: int = 30, repo
     with search.quiet():
         study = search.open_study(planned, storage, heartbeat, create=not report_only)
         if not report_only:
-            search.Worker(planned, study).work()
+            try:
+                search.Worker(planned, study).work()
+            except Stopped as stopped:
+                raise Stopped(stopped.exit_code - 128, f"{stopped}; {GO_ON}") from stopped
+            except KeyboardInterrupt as error:
+                raise Stopped(signal.SIGINT, f"interrupted: {GO_ON}") from error
         for path in report.write(planned, search.latest(study)):
             print(f"{path} written")
 
 
 def given_options(arguments: list[str]) -> dict[str, Any]:
     """The options of `spat-train train` among `arguments`, with their values. Exits where one does not parse, as that does."""
-    config = parse(Config, arguments, prog="spat-train sweep SPEC", description=ABOUT)
+    config = parse(Config, arguments, prog="spat-train train", description=None)  # whose help has them
     words = {word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
     named = {f.name: "-" + f.name.replace("_", "-") for f in fields(Config)}
     return {name: getattr(config, name) for name, option in named.items() if {f"-{option}", f"--no{option}"} & words}

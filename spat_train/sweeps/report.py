@@ -254,8 +254,10 @@ def draw(spec: Spec, rows: list[Row]) -> Figure:
     One or two factors: against the first, a line for each value of the second. More: against each, the mean over the others.
     """
     first, *more = spec.factors
-    caption = f"Bands: 95 % (Wilson) of one run's held-out images. Seeds: {spec.seeds}. Runs: {_counts(rows)}"
-    rows = [r for r in rows if r["state"] == "complete"]
+    complete, without = [r for r in rows if r["state"] == "complete"], ", without pruned ones"
+    drawn = f"{len(complete)} complete of {len(rows)} runs{without * any(r['state'] == 'pruned' for r in rows)}"
+    caption = f"Bands: 95 % (Wilson) of one run's held-out images. Seeds: {spec.seeds}. Drawn: {drawn}."
+    rows = complete
     panels: list[tuple[str, str, dict[str, tuple[str, list[Row]]]]]  # title, what x is, and lines: accuracy and runs by name
     if len(more) > 1:
         panels = [(factor, factor, {name: (kind, rows) for kind, name in KINDS.items()}) for factor in spec.factors]
@@ -268,7 +270,7 @@ def draw(spec: Spec, rows: list[Row]) -> Figure:
         ax.set_title(title, parse_math=False)
         ax.set_xlabel(factor, parse_math=False)
     axes[0].set_ylabel("held-out accuracy, %")
-    figure.suptitle(caption + "; complete ones are drawn")
+    figure.suptitle(caption)
     if more:
         legend_below(figure, axes[0], 4)
     return figure

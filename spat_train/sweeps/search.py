@@ -213,6 +213,8 @@ class Worker:
                     continue
             running = states.count(TrialState.RUNNING)
             if not running:
+                failed = self.done().count(TrialState.FAIL)
+                say(f"all {len(self.sweep.cells)} runs are done" + f", but {failed} failed" * bool(failed))
                 return
             if not waited:
                 say(f"waiting for {running} runs of other workers, to go on with those that are killed; Ctrl-C loses nothing")
@@ -227,6 +229,11 @@ class Worker:
             if trial.state == TrialState.FAIL and "error" not in trial.user_attrs:
                 RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(self.study, trial)
         return [trial.state for trial in latest(self.study).values()]
+
+    def done(self) -> list[TrialState]:
+        """The states of the runs that are complete, pruned, or failed for good."""
+        ended = [trial for trial in latest(self.study).values() if trial.state.is_finished()]
+        return [trial.state for trial in ended if trial.state != TrialState.FAIL or "error" in trial.user_attrs]
 
     def take(self, begun: Callable[[], None]) -> None:
         """Run one trial. `begun` is called when it is taken."""
@@ -266,17 +273,23 @@ class Worker:
             if record["epoch"] not in own.intermediate_values:  # of an earlier trial of this run
                 trial.report(record[self.sweep.maximise], record["epoch"])
             if not run.finished and trial.should_prune():
+                say(f"{name}: pruned after epoch {record['epoch']}, as others were better then")
                 raise optuna.TrialPruned
 
-        say(f"{name}: trial {trial.number} of {self.sweep.out}")
+        number, total = list(self.sweep.cells).index(name) + 1, len(self.sweep.cells)
+        again = ", taken up again" * bool(_before(own))
+        say(f"{name}: run {number} of {total}, {len(self.done())} done{again}")
         try:
             result = self.train(name, on_validation)
+            if result.best is None:
+                raise InputError("no image is held out, by which runs are compared: give --holdout, or more images")
+        except InputError as error:
+            left = f"{total - len(self.done())} of {total} runs are not done"
+            raise InputError(f"run {name}: {error}. {left}: when it is mended, the same command goes on with them") from error
         except TrainingError as error:
             trial.set_user_attr("error", str(error))
             say(f"{name} failed, and the sweep goes on: {error}")
             raise
-        if result.best is None:
-            raise InputError(f"run {name}: no image is held out, by which runs are compared: give --holdout, or more images")
         trial.set_user_attr("best", result.best | {"images": result.held_out})
         trial.set_user_attr("test", result.test)
         print(result.summary, file=sys.stderr)

@@ -117,16 +117,19 @@ def read(source: str) -> Spec:
             raise InputError(f"sweep {source}: there is none: {near}there are {', '.join(READY)}, or give a YAML file")
         try:
             content = yaml.safe_load(Path(source).read_text())
+        except yaml.MarkedYAMLError as error:
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise InputError(f"{source}: {line}it cannot be read as YAML ({error.problem}): mend it") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{source}: it cannot be read as YAML ({first_line(error)}): mend it") from error
     if not isinstance(content, dict):
         raise InputError(f"{source}: it holds no keys: give grid, with options and their values")
     kinds = {key: lookup(f"{source}: key", str(key), KEYS) for key in content}
     keys = {key: _fitting(f"{source}: {key}", value, kinds[key]) for key, value in content.items()}
+    keys["base"] = {str(name): _option(f"{source}: base.{name}", name, one) for name, one in keys.get("base", {}).items()}
     if not (grid := keys.pop("grid", {})):
         raise InputError(f"{source}: grid: a spec needs it: give options with their values")
     factors = {str(factor): _levels(f"{source}: grid.{factor}", str(factor), values) for factor, values in grid.items()}
-    keys["base"] = {str(name): _option(f"{source}: base.{name}", name, one) for name, one in keys.get("base", {}).items()}
     hypotheses = enumerate(keys.pop("hypotheses", ()))
     judged = tuple(_hypothesis(f"{source}: hypotheses[{number}]", each, factors) for number, each in hypotheses)
     spec = Spec(source, factors, hypotheses=judged, **keys)
@@ -287,6 +290,8 @@ def _check(spec: Spec) -> None:
     swept = [option for levels in spec.factors.values() for option in {o for options in levels.values() for o in options}]
     if len({*swept}) < len(swept):
         raise InputError(f"{spec.source}: grid: an option is in two factors: give it to one")
+    if both := spec.base.keys() & swept:
+        raise InputError(f"{spec.source}: base.{min(both)}: the grid has it too: leave it out of one of them")
     if spec.search == "grid" and (spec.min_epochs, spec.reduction) != (None, None):
         raise InputError(
             f"{spec.source}: search: min_epochs and reduction are for halving: give search: halving, or leave them out"

@@ -153,7 +153,12 @@ def test_semantics_is_what_the_judge_sees_of_the_attacked_model_s_examples(finis
     monkeypatch.setattr(semantics, "SHARES", (0.5, 1.0))
     context = context_of(finished_runs, "wide", "madry")
     drawn, numbers = FIGURES["semantics"].make(context)
-    assert drawn[""].get_suptitle() == "examples made on wide, judge: madry"
+    clean = {role: f"{numbers[role]['clean']['accuracy']:.1f} % clean" for role in ("attacked", "judge")}
+    title = " ".join(drawn[""].get_suptitle().split())
+    assert title.startswith(f"examples made on wide ({clean['attacked']}), judge: madry ({clean['judge']}); ")
+    assert f"; {numbers['judged images']} of {len(context.images.rows)} images, those it gets right clean" in title
+    assert title.endswith(numbers["note"] or "right clean")
+    assert list(numbers["lines"]) == ["ε = 38.25/255", "ε = 76.5/255"]
     assert [line["eps"] for line in numbers["lines"].values()] == [0.15, 0.3]
     dataset, rows = context.images.dataset, context.images.rows
     attacked, judge = (load_model(finished_runs / name, dataset)[0] for name in ("wide", "madry"))
@@ -166,7 +171,7 @@ def test_semantics_is_what_the_judge_sees_of_the_attacked_model_s_examples(finis
     for spec, (name, place) in specs.items():
         kinds = {"changed": seen.predicted[spec] != seen.labels, "right": own.predicted[spec] == own.labels}
         for kind, flags in kinds.items():
-            found = numbers["lines"]["ε = 0.3"][name][kind]
+            found = numbers["lines"]["ε = 76.5/255"][name][kind]
             found = found if place is None else found[place]
             assert found[kind] == pytest.approx(100 * float(flags[known].double().mean()))
             assert found["low"] <= found[kind] <= found["high"]

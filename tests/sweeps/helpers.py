@@ -19,7 +19,14 @@ SMALL = {name: value for name, value in settings().to_dict().items() if value !=
 def planned(tmp_path: Path, grid: dict, given: dict | None = None, **keys) -> Sweep:
     """A sweep of runs that take well under a second, in tmp_path/out."""
     file = tmp_path / "spec.yaml"
-    file.write_text(yaml.safe_dump({"base": SMALL, "grid": grid} | keys, sort_keys=False))
+    swept = {
+        option
+        for factor, levels in grid.items()
+        for level in levels
+        for option in (level if isinstance(level, dict) else [factor])
+    }
+    base = {option: value for option, value in SMALL.items() if option not in swept}
+    file.write_text(yaml.safe_dump({"base": base, "grid": grid} | keys, sort_keys=False))
     return plan(read(str(file)), {"out": tmp_path / "out"} | (given or {}))
 
 

@@ -199,7 +199,7 @@ def test_axes_of_numbers(tmp_path, levels, scale, places):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == [f"{level:g}" for level in sorted(levels)]
     assert not ax.lines[0].get_clip_on()
     assert "95 % (Wilson)" in figure.get_suptitle()
-    assert "Seeds: 2. Runs: 6 complete, 1 pruned" in figure.get_suptitle()
+    assert "Seeds: 2. Drawn: 6 complete of 7 runs, without pruned ones." in figure.get_suptitle()
 
 
 def test_after_the_end_no_pair_is_awaited(tmp_path, monkeypatch):

@@ -59,12 +59,12 @@ def test_a_grid_of_real_runs(tmp_path, capsys):
     assert {path.name for path in sweep.out.iterdir()} == {
         "alpha0-seed0", "alpha0.2-seed0", "sweep.db", "sweep.md", "sweep.json", "sweep.png", "sweep.pdf"
     }  # fmt: skip
-    capsys.readouterr()
+    assert "all 2 runs are done" in capsys.readouterr().err
     train(config)
     assert "is finished: nothing is done again" in capsys.readouterr().err
 
 
-def test_halving_prunes_as_the_paper_has_it(tmp_path, monkeypatch):
+def test_halving_prunes_as_the_paper_has_it(tmp_path, monkeypatch, capsys):
     """Li et al.: a run goes on beyond epochs 1, 2 and 4 where it is in the best half of those that came there."""
     alphas = [0.2, 0.7, 0.3, 0.1, 0.5, 0.6]
     sweep = planned(tmp_path, {"alpha": alphas}, {"epochs": 8}, search="halving", min_epochs=1, reduction=2)
@@ -83,6 +83,7 @@ def test_halving_prunes_as_the_paper_has_it(tmp_path, monkeypatch):
     assert {trial.params["alpha"]: trial.last_step for trial in study.trials} == expected
     for trial in study.trials:
         assert trial.state.name == ("COMPLETE" if trial.last_step == 8 else "PRUNED")
+    assert capsys.readouterr().err.count(": pruned after epoch ") == sum(epochs < 8 for epochs in expected.values())
     assert len(set(expected.values())) > 2, "otherwise this tests little"
 
 
@@ -139,16 +140,33 @@ def test_a_failed_run_does_not_end_the_sweep(tmp_path, monkeypatch):
     assert "Runs: 1 failed, 1 complete" in text
 
 
-def test_an_error_of_an_option_ends_it_and_nothing_is_lost(tmp_path, monkeypatch):
+def test_an_error_of_an_option_ends_it_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
     def refuse(config, on_validation):
         raise InputError("--batch-size 128: out of memory")
 
     sweep = planned(tmp_path, ALPHAS)
     monkeypatch.setattr(search, "train", refuse)
-    with pytest.raises(InputError, match="out of memory"):
+    said = (
+        "run alpha0-seed0: --batch-size 128: out of memory. 2 of 2 runs are not done: when it is mended, the same command goes on"
+    )
+    with pytest.raises(InputError, match=said):
         work(sweep)
     monkeypatch.setattr(search, "train", formula(lambda c, epoch: 50.0))
     assert set(states(work(sweep)).values()) == {"COMPLETE"}
+    said = capsys.readouterr().err
+    assert "alpha0-seed0: run 1 of 2, 1 done, taken up again\n" in said
+    assert re.search(r"alpha0.2-seed0: run 2 of 2, 0 done\n", said)
+
+
+@pytest.mark.parametrize(("error", "code"), [(Stopped(15, "stopped by signal 15"), 143), (KeyboardInterrupt(), 130)])
+def test_a_stopped_sweep_says_how_it_goes_on(tmp_path, monkeypatch, error, code):
+    def stop(config, on_validation):
+        raise error
+
+    monkeypatch.setattr(search, "train", stop)
+    with pytest.raises(Stopped, match="the same command goes on with the sweep") as stopped:
+        command.run(planned(tmp_path, ALPHAS))
+    assert stopped.value.exit_code == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -182,7 +200,7 @@ def test_a_folder_at_which_another_process_works_is_waited_for(tmp_path, monkeyp
 
     monkeypatch.setattr(search, "say", say)
     assert states(work(sweep)) == {"alpha0.2-seed0": "COMPLETE"}
-    assert len(said) == 2
+    assert len(said) == 3
 
 
 def test_a_worker_that_counts_as_killed_leaves_its_trial(tmp_path, monkeypatch, capsys):

@@ -105,6 +105,8 @@ def test_standard_training_is_judged_on_clean_images(tmp_path):
         ({"grid": {"seed": [0, 1]}}, "mine.yaml: grid.seed: option seed: .*given on the command line"),
         ({"grid": {"method": ["madry", "mrt"]}}, "mine.yaml: grid.method 'mrt': choose one of standard, madry"),
         ({"grid": {"a": [{"lr": 1}], "lr": [1]}}, "mine.yaml: grid: an option is in two factors"),
+        ({"base": {"alpha": 0.5}}, "mine.yaml: base.alpha: the grid has it too: leave it out of one"),
+        ({"grid": {}, "base": {"methd": "madry"}}, "mine.yaml: base.methd"),
         ({"search": "random"}, "mine.yaml: search 'random': choose one of grid, halving"),
         ({"min_epochs": 3}, "mine.yaml: search: min_epochs and reduction are for halving"),
         ({"search": "halving", "reduction": 1}, "mine.yaml: reduction 1: give at least 2"),
@@ -148,8 +150,8 @@ def test_values_as_yaml_has_them(tmp_path):
 def test_other_errors(tmp_path):
     with pytest.raises(InputError, match="sweep alpha-serch: there is none: did you mean alpha-search"):
         read("alpha-serch")
-    (tmp_path / "bad.yaml").write_text("grid: [")
-    with pytest.raises(InputError, match="bad.yaml: it cannot be read as YAML"):
+    (tmp_path / "bad.yaml").write_text("about: x\ngrid: [1\nbase: 2\n")
+    with pytest.raises(InputError, match="bad.yaml: line 3: it cannot be read as YAML .expected ',' or ']', but got ':'"):
         read(str(tmp_path / "bad.yaml"))
     with pytest.raises(InputError, match="--alpha: alpha-search sweeps it"):
         plan(read("alpha-search"), {"alpha": 0.0})
@@ -166,6 +168,16 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         helpers.command(monkeypatch, "sweep", "alpha-search", "--epochs", "many")
     assert "--epochs" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        helpers.command(monkeypatch, "sweep", "alpha-search", "--epoch", "3")
+    assert "spat-train train --help" in capsys.readouterr().err
+
+
+def test_help_has_the_example(capsys):
+    with pytest.raises(SystemExit):
+        sweep(["--help"])
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert all(line.strip() in said for line in spec.__doc__.splitlines())
 
 
 def test_listing_and_dry_run(tmp_path, capsys):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from textwrap import fill
 
 from matplotlib.figure import Figure
 from torch import nn
@@ -20,12 +21,13 @@ from ...plotting import accuracy_curve, interval_marks, legend_below, line_style
 from ..figure import Drawing, FigureContext, paper_figure
 from ..loaded_run import LoadedRun, point
 from ..pictures import large_eps
-from ..runs import Run, eps_label
+from ..runs import Run
 from ..selection import ROBUST_RUNS
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # at 0 it is PGD-CE
 SHARES = (0.5, 1.0, 2.0, 4.0)  # of the radius, up to `large_eps`
 CONTROLS = {"KL": "pgd-kl-20", "noise": "noise"}
+LINE = 110  # characters of a title
 BESIDE = (1.15, 1.32)  # where they are drawn
 STRENGTH = ("clean", "pgd-20")  # a judge should be better in one of them
 PANELS = {"changed": "the judge sees another class", "right": "the attacked model is still right"}
@@ -67,12 +69,16 @@ def make(context: FigureContext) -> Drawing:
     seen, own = evaluated(judge, attacked.model), evaluated(attacked, None)
     if not (count := int(seen.correct("clean").sum())):
         raise InputError(f"figure semantics: the judge {judge.run.folder} gets no image right: name another judge")
-    lines = {eps_label(eps): {"eps": eps} | compared(seen, own, specs[eps]) for eps in radii}
+    lines = {f"ε = {255 * eps:.4g}/255": {"eps": eps} | compared(seen, own, specs[eps]) for eps in radii}
     strength = [dict(zip(STRENGTH, context.measure(each, STRENGTH), strict=True)) for each in (attacked, judge)]
     if note := weakness(*strength):
         print(f"figure semantics: {note}", file=sys.stderr)
     drawn = draw(lines)
-    drawn.suptitle(f"examples made on {attacked.name}, judge: {judge.name}")
+    attacked_is, judge_is = (
+        f"{each.name} ({found['clean']['accuracy']:.1f} % clean)" for each, found in zip(context.loaded, strength, strict=True)
+    )
+    about = f"examples made on {attacked_is}, judge: {judge_is}; {count} of {len(seen.labels)} images, those it gets right clean"
+    drawn.suptitle("\n".join(fill(text, LINE) for text in (about, note) if text))
     roles = {
         role: {"name": each.name} | found
         for role, each, found in zip(("attacked", "judge"), context.loaded, strength, strict=True)
@@ -126,6 +132,6 @@ def draw(lines: dict[str, dict]) -> Figure:
             interval_marks(ax, beside, [line[name][kind] for name in CONTROLS], kind, **style | {"linestyle": "none"})
         ax.set(title=title, xlabel="label smoothing α of PGD-LS; PGD-KL; noise", ylim=(-3, 103))
         x_ticks(ax, [*ALPHAS, *BESIDE], [*(f"{alpha:g}" for alpha in ALPHAS), *CONTROLS])
-    axes[0].set_ylabel("% of images that the judge knows")
+    axes[0].set_ylabel("% of the images that the judge\ngets right when clean")
     legend_below(figure, axes[0], len(lines))
     return figure
