@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 from dataclasses import dataclass, fields
 from textwrap import indent
 from typing import Any
@@ -26,7 +25,6 @@ CUDA_VISIBLE_DEVICES or on machines that share --out, it is that many workers. M
 runs too, but begin those of a killed one again.
 
 """ + indent(spec.__doc__ or "", "  ")  # without which the help would join the lines
-GO_ON = "the same command goes on with the sweep"
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,9 @@ def run(planned: Sweep, storage: str | None = None, *, heartbeat: int = 30, repo
         if not report_only:
             try:
                 search.Worker(planned, study).work()
-            except Stopped as stopped:
-                raise Stopped(stopped.exit_code - 128, f"{stopped}; {GO_ON}") from stopped
-            except KeyboardInterrupt as error:
-                raise Stopped(signal.SIGINT, f"interrupted: {GO_ON}") from error
+            except (Stopped, KeyboardInterrupt) as stop:
+                said = f"{str(stop) or 'interrupted'}; the same command goes on with the sweep"
+                raise Stopped(getattr(stop, "exit_code", 130) - 128, said) from stop
         for path in report.write(planned, search.latest(study)):
             print(f"{path} written")
 

@@ -130,23 +130,24 @@ def suiting(spec: Spec, rows: Iterable[Row], kind: str) -> list[dict[str, Any]]:
     are not worse by these.
     """
     others = [factor for factor in spec.factors if factor not in spec.for_each]
-    groups: dict[tuple, dict[tuple, list[Row]]] = {}
+    groups: dict[tuple, dict[tuple, dict[int, float]]] = {}
+    runs: dict[tuple, str] = {}
     for r in rows:
         group, setting = (tuple(r["params"][factor] for factor in names) for names in (spec.for_each, others))
-        groups.setdefault(group, {}).setdefault(setting, []).append(r)
+        groups.setdefault(group, {}).setdefault(setting, {})[r["params"]["seed"]] = r[kind]["accuracy"]
+        runs.setdefault((group, setting), r["run"])
     found = []
     for group, settings in groups.items():
-        values = {setting: {r["params"]["seed"]: r[kind]["accuracy"] for r in runs} for setting, runs in settings.items()}
-        means = {setting: statistics.fmean(each.values()) for setting, each in values.items()}
-        best, *rest = sorted(settings, key=lambda setting: (len(values[setting]), means[setting]), reverse=True)
+        ranked = sorted(settings.items(), key=lambda item: (len(item[1]), statistics.fmean(item[1].values())), reverse=True)
+        (best, values), *rest = ranked
         confidence = 1 - 0.05 / max(1, len(rest))
         leads = [
-            {"over": dict(zip(others, setting, strict=True))} | mean_difference(values[best], values[setting], confidence)
-            for setting in rest
+            {"over": dict(zip(others, setting, strict=True))} | mean_difference(values, theirs, confidence)
+            for setting, theirs in rest
         ]
         found.append({
             "for": dict(zip(spec.for_each, group, strict=True)), "setting": dict(zip(others, best, strict=True)),
-            "accuracy": means[best], "seeds": len(values[best]), "run": settings[best][0]["run"], "leads": leads,
+            "accuracy": statistics.fmean(values.values()), "seeds": len(values), "run": runs[group, best], "leads": leads,
             "alike": [lead["over"] for lead in leads if lead["low"] is None or lead["low"] <= 0],
         })  # fmt: skip
     return found
@@ -173,9 +174,10 @@ come to a decision always go on, and a later one that is pruned may be better. T
 
 
 def markdown(spec: Spec, found: Mapping[str, Any]) -> str:
-    kind, states = KINDS[found["maximise"]], {r["state"] for r in found["runs"]}
-    none = "no pair yet" if states & UNFINISHED else f"no pair: {'pruned' if 'pruned' in states else 'failed'}"
-    parts = [f"# {found['sweep']}", found["about"] or "A sweep", f"Runs: {_counts(found['runs'])}, in {found['folder']}."]
+    kind, states = KINDS[found["maximise"]], [r["state"] for r in found["runs"]]
+    none = "no pair yet" if UNFINISHED & {*states} else f"no pair: {'pruned' if 'pruned' in states else 'failed'}"
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    parts = [f"# {found['sweep']}", found["about"] or "A sweep", f"Runs: {counts}, in {found['folder']}."]
     if found["best"]:
         title = "## Best setting" + f" for each {', '.join(spec.for_each)}" * bool(spec.for_each)
         parts += [title, BEST.format(kind), *(part for each in found["best"] for part in _best_lines(spec, each, none))]
@@ -185,11 +187,6 @@ def markdown(spec: Spec, found: Mapping[str, Any]) -> str:
     effects = [[e["factor"], str(e["level"]), str(e["than"]), _points(e, none)] for e in found["effects"]]
     parts += ["## Effects", EFFECTS.format(kind), markdown_table(["factor", "value", "against", "points"], effects)]
     return "\n\n".join(parts) + "\n"
-
-
-def _counts(rows: Iterable[Row]) -> str:
-    states = [r["state"] for r in rows]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
 def _runs_table(spec: Spec, rows: Sequence[Row]) -> str:
@@ -223,13 +220,9 @@ def _best_lines(spec: Spec, each: Mapping[str, Any], none: str) -> list[str]:
     leads = [lead for place, lead in enumerate(each["leads"]) if place < NEXT or lead["over"] == first]
     seeds = f"mean of {each['seeds']} seeds" if each["seeds"] > 1 else "one seed"
     head = f"**{_words(each['for'] | each['setting'])}**: {each['accuracy']:.2f} % ({seeds})"
-    if not leads:
-        alike = "No other has a complete run"
-    elif len(each["alike"]) == len(each["leads"]):
-        alike = f"Cannot be told apart from it: all {len(each['leads'])} others"
-    else:
-        more = f"; {len(each['alike']) - NEXT} more" * (len(each["alike"]) > NEXT)
-        alike = f"Cannot be told apart from it: {'; '.join(map(_words, each['alike'][:NEXT])) or 'none'}{more}"
+    named, count = [_words(setting) for setting in each["alike"][:NEXT]], len(each["alike"])
+    alike = "; ".join(named + [f"{count - NEXT} more"] * (count > NEXT)) or f"none of {len(each['leads'])}"
+    alike = f"Cannot be told apart from it: {alike}" if leads else "No other has a complete run"
     lines = [head, *(f"{_points(lead, none)} over {_words(lead['over'])}" for lead in leads), alike]
     return ["\n".join(f"{'  ' * bool(number)}- {line}" for number, line in enumerate(lines)), f"      {each['command']}"]
 
@@ -254,10 +247,9 @@ def draw(spec: Spec, rows: list[Row]) -> Figure:
     One or two factors: against the first, a line for each value of the second. More: against each, the mean over the others.
     """
     first, *more = spec.factors
-    complete, without = [r for r in rows if r["state"] == "complete"], ", without pruned ones"
-    drawn = f"{len(complete)} complete of {len(rows)} runs{without * any(r['state'] == 'pruned' for r in rows)}"
-    caption = f"Bands: 95 % (Wilson) of one run's held-out images. Seeds: {spec.seeds}. Drawn: {drawn}."
-    rows = complete
+    total, pruned = len(rows), any(r["state"] == "pruned" for r in rows)
+    rows = [r for r in rows if r["state"] == "complete"]
+    drawn = f"{len(rows)} complete of {total} runs{', without pruned ones' * pruned}"
     panels: list[tuple[str, str, dict[str, tuple[str, list[Row]]]]]  # title, what x is, and lines: accuracy and runs by name
     if len(more) > 1:
         panels = [(factor, factor, {name: (kind, rows) for kind, name in KINDS.items()}) for factor in spec.factors]
@@ -270,7 +262,7 @@ def draw(spec: Spec, rows: list[Row]) -> Figure:
         ax.set_title(title, parse_math=False)
         ax.set_xlabel(factor, parse_math=False)
     axes[0].set_ylabel("held-out accuracy, %")
-    figure.suptitle(caption)
+    figure.suptitle(f"Bands: 95 % (Wilson) of one run's held-out images. Seeds: {spec.seeds}. Drawn: {drawn}.")
     if more:
         legend_below(figure, axes[0], 4)
     return figure

@@ -213,8 +213,8 @@ class Worker:
                     continue
             running = states.count(TrialState.RUNNING)
             if not running:
-                failed = self.done().count(TrialState.FAIL)
-                say(f"all {len(self.sweep.cells)} runs are done" + f", but {failed} failed" * bool(failed))
+                failed = states.count(TrialState.FAIL)
+                say(f"all {len(states)} runs are done" + f", but {failed} failed" * bool(failed))
                 return
             if not waited:
                 say(f"waiting for {running} runs of other workers, to go on with those that are killed; Ctrl-C loses nothing")
@@ -230,10 +230,10 @@ class Worker:
                 RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(self.study, trial)
         return [trial.state for trial in latest(self.study).values()]
 
-    def done(self) -> list[TrialState]:
-        """The states of the runs that are complete, pruned, or failed for good."""
-        ended = [trial for trial in latest(self.study).values() if trial.state.is_finished()]
-        return [trial.state for trial in ended if trial.state != TrialState.FAIL or "error" in trial.user_attrs]
+    def done(self) -> int:
+        """How many runs are complete, pruned, or failed for good."""
+        trials = latest(self.study).values()
+        return sum(t.state.is_finished() and (t.state != TrialState.FAIL or "error" in t.user_attrs) for t in trials)
 
     def take(self, begun: Callable[[], None]) -> None:
         """Run one trial. `begun` is called when it is taken."""
@@ -278,13 +278,13 @@ class Worker:
 
         number, total = list(self.sweep.cells).index(name) + 1, len(self.sweep.cells)
         again = ", taken up again" * bool(_before(own))
-        say(f"{name}: run {number} of {total}, {len(self.done())} done{again}")
+        say(f"{name}: run {number} of {total}, {self.done()} done{again}")
         try:
             result = self.train(name, on_validation)
             if result.best is None:
                 raise InputError("no image is held out, by which runs are compared: give --holdout, or more images")
         except InputError as error:
-            left = f"{total - len(self.done())} of {total} runs are not done"
+            left = f"{total - self.done()} of {total} runs are not done"
             raise InputError(f"run {name}: {error}. {left}: when it is mended, the same command goes on with them") from error
         except TrainingError as error:
             trial.set_user_attr("error", str(error))

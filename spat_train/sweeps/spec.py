@@ -117,11 +117,10 @@ def read(source: str) -> Spec:
             raise InputError(f"sweep {source}: there is none: {near}there are {', '.join(READY)}, or give a YAML file")
         try:
             content = yaml.safe_load(Path(source).read_text())
-        except yaml.MarkedYAMLError as error:
-            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise InputError(f"{source}: {line}it cannot be read as YAML ({error.problem}): mend it") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{source}: it cannot be read as YAML ({first_line(error)}): mend it") from error
+            mark = getattr(error, "problem_mark", None)
+            line, why = (f"line {mark.line + 1}: ", getattr(error, "problem", "")) if mark else ("", first_line(error))
+            raise InputError(f"{source}: {line}it cannot be read as YAML ({why}): mend it") from error
     if not isinstance(content, dict):
         raise InputError(f"{source}: it holds no keys: give grid, with options and their values")
     kinds = {key: lookup(f"{source}: key", str(key), KEYS) for key in content}

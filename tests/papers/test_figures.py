@@ -156,8 +156,8 @@ def test_semantics_is_what_the_judge_sees_of_the_attacked_model_s_examples(finis
     clean = {role: f"{numbers[role]['clean']['accuracy']:.1f} % clean" for role in ("attacked", "judge")}
     title = " ".join(drawn[""].get_suptitle().split())
     assert title.startswith(f"examples made on wide ({clean['attacked']}), judge: madry ({clean['judge']}); ")
-    assert f"; {numbers['judged images']} of {len(context.images.rows)} images, those it gets right clean" in title
-    assert title.endswith(numbers["note"] or "right clean")
+    assert f"; {numbers['judged images']} of {len(context.images.rows)} images" in title
+    assert title.endswith(numbers["note"] or "images")
     assert list(numbers["lines"]) == ["ε = 38.25/255", "ε = 76.5/255"]
     assert [line["eps"] for line in numbers["lines"].values()] == [0.15, 0.3]
     dataset, rows = context.images.dataset, context.images.rows

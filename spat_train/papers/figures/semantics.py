@@ -77,7 +77,7 @@ def make(context: FigureContext) -> Drawing:
     attacked_is, judge_is = (
         f"{each.name} ({found['clean']['accuracy']:.1f} % clean)" for each, found in zip(context.loaded, strength, strict=True)
     )
-    about = f"examples made on {attacked_is}, judge: {judge_is}; {count} of {len(seen.labels)} images, those it gets right clean"
+    about = f"examples made on {attacked_is}, judge: {judge_is}; {count} of {len(seen.labels)} images"
     drawn.suptitle("\n".join(fill(text, LINE) for text in (about, note) if text))
     roles = {
         role: {"name": each.name} | found
@@ -132,6 +132,6 @@ def draw(lines: dict[str, dict]) -> Figure:
             interval_marks(ax, beside, [line[name][kind] for name in CONTROLS], kind, **style | {"linestyle": "none"})
         ax.set(title=title, xlabel="label smoothing α of PGD-LS; PGD-KL; noise", ylim=(-3, 103))
         x_ticks(ax, [*ALPHAS, *BESIDE], [*(f"{alpha:g}" for alpha in ALPHAS), *CONTROLS])
-    axes[0].set_ylabel("% of the images that the judge\ngets right when clean")
+    axes[0].set_ylabel("% of the images that\nthe judge gets right clean")
     legend_below(figure, axes[0], len(lines))
     return figure
