@@ -187,8 +187,10 @@ class Config:
     """Stop after this many validations without improvement in PGD accuracy (of standard and mmc-clean, in clean accuracy)."""
     catastrophic_overfitting: Literal["warn", "stop", "rollback", "off"] | None = None
     """What to do where PGD accuracy has collapsed since the best validation, beyond chance, and FGSM accuracy is above the one it
-    had then (spat_train/training/overfitting.py). stop: end the training. rollback: go back to the best weights, and on with the
-    next epoch. Default: warn where the training attack has one step and images are held out, else off."""
+    had then; or where PGD accuracy is not beyond chance and FGSM accuracy far is (spat_train/training/overfitting.py). stop: end
+    the training. rollback: go back to the best weights, and on with the next epoch; where no epoch has withstood PGD yet, there
+    is nothing to go back to: warn, and go on. Default: warn where the training attack has one step and images are held out, else
+    off."""
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None
