@@ -207,7 +207,8 @@ class Run:
             trackers.close(complete=False)
             raise
         device, tail = checkpoint.arithmetic(self.world)["device"], f"; tail -f {self.log.path}" if self.folder.path else ""
-        self.log.line(f"spat-train: on {self.world.size} x {device}, {c.epochs} epochs of {images} images{tail}")
+        held_out = f", {len(self.held_out)} more held out" if len(self.held_out) else ""
+        self.log.line(f"spat-train: on {self.world.size} x {device}, {c.epochs} epochs of {images} images{held_out}{tail}")
         if progress.best:
             self.show_best(self.log)
 

@@ -89,7 +89,7 @@ def test_where_it_is_on():
     found = {m: Config(method=m).overfitting_alarm for m in ("fast", "n-fgsm", "free", "fgsm", "madry", "standard", "trades")}
     assert [name for name, action in found.items() if action == "warn"] == ["fast", "n-fgsm", "free", "fgsm"]
     assert set(found.values()) == {"warn", "off"}
-    assert Config(method="fgsm", steps=7).overfitting_alarm == Config(method="fast", holdout=0).overfitting_alarm == "off"
+    assert Config(method="fast", holdout=0).overfitting_alarm == "off"
     assert Config(method="madry", catastrophic_overfitting="stop").overfitting_alarm == "stop"
 
 
@@ -241,3 +241,19 @@ def test_a_real_fall_is_noticed(tmp_path):
     assert event["epoch"] == last["epoch"] == result.best["epoch"] + 1
     assert last["pgd"] < result.best["pgd"] - 15
     assert last["fgsm"] > result.best["fgsm"]
+
+
+def test_it_is_noticed_at_the_first_validation(tmp_path, capsys):
+    """FGSM training on real MNIST images at eps 0.3 withstands FGSM from the first epoch on, and PGD never."""
+    options = {
+        "method": "fgsm", "data": "tests/assets/mnist-1500.npz", "model": "small-cnn", "eps": 76.5, "epochs": 2, "batch_size": 50,
+        "optimizer": "adam", "lr": 2e-3, "schedule": "constant", "weight_decay": 0.0, "holdout": 200, "test": False,
+        "device": "cpu",
+    }  # fmt: skip
+    result = train(Config(**options, out=tmp_path / "run", catastrophic_overfitting="stop", track="none"))
+    (event,) = events(tmp_path / "run", "overfitting")
+    assert (event["epoch"], event["best_epoch"], event["undone"]) == (1, 1, False)
+    assert event["pgd"] < 5 < 20 < event["fgsm"]
+    assert event["p"] < 1e-6
+    assert "not beyond chance, under FGSM" in capsys.readouterr().err
+    assert result.summary.endswith("ended the training: no epoch before it is better")
