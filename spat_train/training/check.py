@@ -79,7 +79,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     pgd = f"{c.method} takes one step: leave it out, or give --method madry --start {start} for PGD on CE(x')"
     gpu = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
     try:
-        vanishes = (smoothed or c.alpha == 0) and c.maximised.needs_random_start and c.attack_settings.start == "clean"
+        vanishes = (smoothed or c.alpha == 0) and c.maximised.needs_random_start and start == "clean"
     except ValueError as error:
         raise InputError(f"--inner {c.inner}: {error}") from error
     return [

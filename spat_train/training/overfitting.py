@@ -111,18 +111,17 @@ def in_words(action: str, epochs: list[int], left: list[int], best: int) -> str:
 
     Args:
         epochs: those with an alarm.
-        left: those of them after which a rollback had nothing to go back to.
+        left: those of them when no epoch had withstood PGD, so that a rollback had nothing to go back to.
         best: the epoch of the best validation.
     """
     if not epochs:
         return ""
     undone = [epoch for epoch in epochs if epoch not in left]
-    from_there_on = f"from epoch {epochs[0]} on: see --catastrophic-overfitting"
     back = f"was undone after epoch{'s' * (len(undone) > 1)} {', '.join(map(str, undone))}"
     not_back = f"in epoch{'s' * (len(left) > 1)} {', '.join(map(str, left))} could not be undone: no epoch withstood PGD"
     before = "the weights are from before it" if best < epochs[0] else "no epoch before it is better"
     done = {
-        "warn": from_there_on,
+        "warn": f"from epoch {epochs[0]} on: see --catastrophic-overfitting",
         "stop": f"in epoch {epochs[0]} ended the training: {before}",
         "rollback": ", and ".join([back] * bool(undone) + [not_back] * bool(left)),
     }

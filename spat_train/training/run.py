@@ -280,12 +280,13 @@ class Run:
             return
         to_best = fall is not None or beats_guessing(best["pgd"], images, classes)
         undone = action == "rollback" and to_best
-        if undone or action == "stop" or not progress.collapses:  # else say it once
+        said = any((epoch in progress.left) != to_best for epoch in progress.collapses)  # the same
+        if undone or action == "stop" or not said:
             again = any(epoch > best["epoch"] and epoch not in progress.left for epoch in progress.collapses)
             then = overfitting.consequence(self.config, best, to_best, again)
             say(overfitting.line(now, best, then, fell=fall is not None), self.world)
         progress.collapses.append(now["epoch"])
-        if action == "rollback" and not to_best:
+        if not to_best:
             progress.left.append(now["epoch"])
         if self.log:
             then_and_now = {f"best_{name}": best[name] for name in ("epoch", "pgd", "fgsm") if name in best} | now

@@ -202,6 +202,16 @@ def test_without_weights_to_go_back_to(tmp_path, collapsing, capsys, action, epo
             assert_same(before["model"], after["model"])
 
 
+@pytest.mark.parametrize("scores", [{1: (0, 60), 2: (60, 70), 3: (0, 90), 4: (0, 95), 5: (0, 95)}])
+def test_an_early_warning_does_not_silence_a_later_one(tmp_path, collapsing, capsys, scores):
+    train(config(tmp_path / "run", "warn"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "catastrophic overfitting in" in line]
+    assert ["in epoch 1: accuracy under PGD 0.0 %" in said[0], "in epoch 3: accuracy under PGD from 60.0 %" in said[1]] == [
+        True
+    ] * 2
+    assert len(said) == 2
+
+
 @pytest.mark.parametrize("scores", [{1: (0, 90), 2: (60, 65), 3: (0, 60), 4: (70, 75), 5: (70, 75)}])
 def test_it_goes_back_as_soon_as_there_are_better_weights(tmp_path, collapsing, capsys, scores):
     """Epoch 1 withstands one step alone; epoch 3 as well, beside good weights, though its FGSM accuracy did not rise."""
