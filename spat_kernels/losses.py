@@ -220,8 +220,9 @@ class PMA(Loss):
 @register
 @dataclass(frozen=True)
 class MMC(Loss):
-    """-z_y; targeted: z_t. On models with Max-Mahalanobis centres this is their own loss (arXiv 1905.10626), at which an attack
-    has to be aimed: z_k = -||f - mu_k||^2 there, so -z_y is the squared distance of the features from the label's centre.
+    """-z_y; targeted: z_t. On models with Max-Mahalanobis centres this is their own loss (arXiv 1905.10626):
+    z_k = -||f - mu_k||^2 there, so -z_y is the squared distance of the features from the label's centre. To judge such a model,
+    attack it with this loss and with "ce": neither is always the stronger (in our small runs "ce" was).
     """
 
     name, title = "mmc", "the label's logit"

@@ -70,7 +70,7 @@ class Config:
     step_size: float | None = None
     """Length of a step, in 1/255. Default: eps / 4; fgsm, n-fgsm and free: eps; fast: 1.25 eps. adt has none."""
     steps: int | None = None
-    """Gradient steps. Default: 10; adt: 7; fgsm, fast and n-fgsm: 1. free has none."""
+    """Gradient steps. Default: 10; adt: 7; fgsm, fast and n-fgsm: 1, and no more. free has none."""
     start: Literal["uniform", "normal", "clean", "wide"] | None = None
     """uniform in the ball; normal: x + 0.001 randn, as the code of TRADES and MART; clean: x; wide: uniform in the ball of 2 eps,
     from where no step is projected onto a ball, as N-FGSM. Default: uniform; fgsm: clean; n-fgsm: wide; adt, free: none."""
@@ -85,8 +85,9 @@ class Config:
 
     # ---- model and data
     model: str = "wrn-34-10"
-    """A network such as wrn-34-10, preactresnet-18, resnet-18 or mnist-cnn (an unknown name lists all), timm:NAME,
-    torchvision:NAME, robustbench:NAME (an entry's network and normalisation), or package.module:factory."""
+    """A network such as wrn-34-10, preactresnet-18, resnet-18, mnist-cnn or small-cnn, the quick one on a CPU (an unknown name
+    lists all), timm:NAME, torchvision:NAME, robustbench:NAME (an entry's network and normalisation), or
+    package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
     classifier: ClassifierName | None = None
@@ -187,8 +188,10 @@ class Config:
     """Stop after this many validations without improvement in PGD accuracy (of standard and mmc-clean, in clean accuracy)."""
     catastrophic_overfitting: Literal["warn", "stop", "rollback", "off"] | None = None
     """What to do where PGD accuracy has collapsed since the best validation, beyond chance, and FGSM accuracy is above the one it
-    had then (spat_train/training/overfitting.py). stop: end the training. rollback: go back to the best weights, and on with the
-    next epoch. Default: warn where the training attack has one step and images are held out, else off."""
+    had then; or where PGD accuracy is not beyond chance and FGSM accuracy far is (spat_train/training/overfitting.py). stop: end
+    the training. rollback: go back to the best weights, and on with the next epoch; where no epoch has withstood PGD yet, there
+    is nothing to go back to: warn, and go on. Default: warn where the training attack has one step and images are held out, else
+    off."""
     test: bool = True
     """At the end, test the best checkpoint: clean, FGSM, PGD-20 and C&W-inf-30. Nothing is ever selected by it."""
     out: Path | None = None

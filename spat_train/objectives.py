@@ -110,8 +110,10 @@ class Method:
     @property
     def idle(self) -> dict[str, str]:
         """The options of a run that do nothing with this method, by name, and what the method has or does instead."""
-        adt = ("inner_lr", "entropy", "inner_samples")
-        idle = dict.fromkeys(("step_size", "start") if self.attack == "adt" else adt, "has none")
+        if self.attack == "adt":
+            idle = {"step_size": "has none: its steps have --inner-lr", "start": "has none"}
+        else:
+            idle = dict.fromkeys(("inner_lr", "entropy", "inner_samples"), "has none, unlike --method adt")
         if self.beta is None:
             idle["beta"] = "has no KL term"
         if len(self.reads) == 1:

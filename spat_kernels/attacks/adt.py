@@ -67,7 +67,12 @@ class ADT(PGD):
     """Samples of adversarial distributions as a reusable object: `attack = ADT(8/255)`, then `attack(model, x, y)`.
 
     A call, `run` and `launch` are those of `PGD`, except that there is no `start`, and what comes out is one sample of the
-    distribution that was learned for each image. Arguments that are not listed here are those of `PGD`, too.
+    distribution that was learned for each image. It is for training: as attacks, PGD and APGD are stronger.
+
+    In x + eps tanh(mu + softplus(rho) r), r ~ N(0, 1), mu is the mean of each pixel before tanh, and softplus(rho) its scale
+    (Dong et al., NeurIPS 2020, arXiv 2002.05999, ADT-EXP). Both start at 0.
+
+    targeted, bounds, precision, input_gradient, fuse, bn_mode and graph are as in `PGD`, whose other arguments it does not take.
 
     Args:
         eps: radius of the L-infinity ball in the units of x, a number or one per sample as a tensor [B].

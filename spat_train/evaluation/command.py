@@ -184,6 +184,7 @@ def _evaluate(options: EvaluateOptions, config: Config | None, eps: float, proce
         return
     write_report(options.folder, evaluation, dataset.test, dataset.classes, found, about)
     entry = _entry(options, config, evaluation, about["network"], len(dataset.test)) if options.robustbench else {}
+    print(f"{about['model']}{', of epoch ' + about['epoch'] if 'epoch' in about else ''}")
     print(summary(evaluation, found))
     if normalisation(network):
         print(f"the model normalises images: {normalisation(network)}")
@@ -264,7 +265,8 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
     """The model or the source, and what a report says of it."""
     prefix, whose = ("source_", "source's ") if kind == "source" else ("", "")
     path, given, option = getattr(options, kind), getattr(options, f"{kind}_name"), f"--{kind}-name"
-    check_class_names(_trained_classes(path), dataset, options.data or dataset.name, path)
+    content = _content(path)
+    check_class_names(content.get("classes", []), dataset, options.data or dataset.name, path)
     changes = {name: getattr(options, prefix + name) for name in ("activation", "classifier", "mean", "std")}
     try:
         network, config = load_model(path, dataset, given, option=option, **changes)
@@ -275,14 +277,16 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
     name = network_name(chosen_name(path, config, given, option), dataset.num_classes)
     changed = [changes[what] for what in ("activation", "classifier") if changes[what]]
     about = {kind: str(checkpoint_file(path)), f"{whose}network": f"{name} with {' and '.join(changed)}" if changed else name}
+    if (record := content.get("validation") or content.get("progress")) and config:  # of best.pt, or of last.pt
+        about[f"{whose}epoch"] = f"{record['epoch']} of {config.epochs}"
     return network, about | {f"{whose}normalisation": normalisation(network) or "none"}
 
 
-def _trained_classes(path: Path) -> list[str]:
-    """The names of the classes that the model in `path` was trained on, as its run or export wrote them; [] where none did."""
+def _content(path: Path) -> dict:
+    """What the run or export that made the model in `path` wrote beside its weights; {} where none did."""
     content = (exported_config(path) if path.is_dir() else None) or read_file(checkpoint_file(path))
     ours = isinstance(content, dict) and str(content.get("format")).startswith("spat_train ")
-    return content.get("classes", []) if ours else []
+    return content if isinstance(content, dict) and ours else {}
 
 
 def _attack(

@@ -168,6 +168,11 @@ def interval(correct: Tensor) -> tuple[float, float]:
     return 100 * float(found.low), 100 * float(found.high)
 
 
+def beats_guessing(accuracy: float, images: int, classes: int) -> bool:
+    """Whether an accuracy, in percent of `images`, is above 1 / classes by its whole Wilson interval."""
+    return interval(torch.arange(images) < round(accuracy / 100 * images))[0] > 100 / classes
+
+
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equally many cells in columns, the first aligned to the left and the others to the right."""
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))

@@ -15,7 +15,8 @@ from ..runtime import trackers
 
 # options, what holds for their values unless these are None, remedy
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("epochs batch_size val_every val_steps log_every", lambda v: v >= 1, "give at least 1"),
+    ("epochs batch_size val_steps log_every", lambda v: v >= 1, "give at least 1"),
+    ("val_every", lambda v: v >= 1, "give at least 1, or --holdout 0 for no validation"),
     (
         "steps limit patience image_size eval_batch_size replays inner_samples",
         lambda v: v >= 1,
@@ -73,16 +74,19 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     drops, last_drop = list(c.lr_drops), max(c.lr_drops, default=0)
     rising = drops == sorted(set(drops)) and min(drops, default=1) >= 1
     late = f"not all come by epoch {c.epochs}: give others, or --milestones None for 75 % and 90 % of them"
-    unwatched = c.catastrophic_overfitting in (None, "off")
+    unwatched, start = c.catastrophic_overfitting in (None, "off"), c.attack_settings.start
+    one_step = method.attacks and method.steps == 1  # by its definition; with more steps it would be another method
+    pgd = f"{c.method} takes one step: leave it out, or give --method madry --start {start} for PGD on CE(x')"
     gpu = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
     try:
-        vanishes = (smoothed or c.alpha == 0) and c.maximised.needs_random_start and c.attack_settings.start == "clean"
+        vanishes = (smoothed or c.alpha == 0) and c.maximised.needs_random_start and start == "clean"
     except ValueError as error:
         raise InputError(f"--inner {c.inner}: {error}") from error
     return [
         # the method, its attack, and the images that it needs
         (smoothed or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha"),
         *((getattr(c, o) == getattr(Config, o), o, f"{c.method} {why}: {_unset(o)}") for o, why in method.idle.items()),
+        (not one_step or c.steps in (None, 1), "steps", pgd),
         (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform, normal or wide"),
         (c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz"),
         (c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5"),

@@ -24,6 +24,7 @@ class Progress:
     best: dict | None = None  # a validation's record
     stale: int = 0  # validations since the best
     collapses: list[int] = field(default_factory=list)  # epochs, counted from 1, in which PGD accuracy collapsed (overfitting.py)
+    left: list[int] = field(default_factory=list)  # those of them when no epoch had withstood PGD: nothing to go back to
     sums: dict[str, float] = field(default_factory=dict)  # of the loss and its terms, since the last line of the log
     count: int = 0  # steps in these sums
     log_bytes: int = 0

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..config import Config
@@ -22,7 +21,7 @@ from ..data.picture_folders import check_readable
 from ..errors import InputError
 from ..evaluation.attack_specs import Attack
 from ..evaluation.evaluate import TEST, accuracies, validation
-from ..evaluation.result import interval
+from ..evaluation.result import beats_guessing
 from ..models.hub import PRIVATE, published
 from ..runtime.atomic_write import write_torch
 from ..runtime.distributed import World
@@ -208,7 +207,8 @@ class Run:
             trackers.close(complete=False)
             raise
         device, tail = checkpoint.arithmetic(self.world)["device"], f"; tail -f {self.log.path}" if self.folder.path else ""
-        self.log.line(f"spat-train: on {self.world.size} x {device}, {c.epochs} epochs of {images} images{tail}")
+        held_out = f", {len(self.held_out)} more held out" if len(self.held_out) else ""
+        self.log.line(f"spat-train: on {self.world.size} x {device}, {c.epochs} epochs of {images} images{held_out}{tail}")
         if progress.best:
             self.show_best(self.log)
 
@@ -270,19 +270,29 @@ class Run:
         return record
 
     def answer_collapse(self, now: dict, action: str) -> None:
-        """Where `now` is one beside the best validation: say so, and roll back if that is the `action`."""
-        best, collapses = self.progress.best, self.progress.collapses
+        """Where `now` raises the alarm: say so, and roll back if that is the `action` and there are better weights."""
+        best, progress = self.progress.best, self.progress
         assert best
-        p = overfitting.collapse(now, best, len(self.held_out), overfitting.validations(self.config))
+        images, classes, validations = len(self.held_out), self.dataset.num_classes, overfitting.validations(self.config)
+        fall = overfitting.collapse(now, best, images, validations)
+        p = overfitting.one_step_alone(now, images, classes, validations) if fall is None else fall
         if p is None:
             return
-        if action != "warn" or not collapses:  # warn once
-            say(overfitting.line(now, best, action), self.world)
-        collapses.append(now["epoch"])
+        to_best = fall is not None or beats_guessing(best["pgd"], images, classes)
+        undone = action == "rollback" and to_best
+        said = any((epoch in progress.left) != to_best for epoch in progress.collapses)  # the same
+        if undone or action == "stop" or not said:
+            again = any(epoch > best["epoch"] and epoch not in progress.left for epoch in progress.collapses)
+            then = overfitting.consequence(self.config, best, to_best, again)
+            say(overfitting.line(now, best, then, fell=fall is not None), self.world)
+        progress.collapses.append(now["epoch"])
+        if not to_best:
+            progress.left.append(now["epoch"])
         if self.log:
-            then_and_now = {f"best_{name}": best[name] for name in ("epoch", "pgd", "fgsm")} | now
-            self.log.write("overfitting", step=self.global_step, action=action, p=p, count=len(collapses), **then_and_now)
-        if action == "rollback" and self.snapshot is not None:  # but for own states: perturbations go on
+            then_and_now = {f"best_{name}": best[name] for name in ("epoch", "pgd", "fgsm") if name in best} | now
+            facts = {"action": action, "undone": undone, "p": p, "count": len(progress.collapses)}
+            self.log.write("overfitting", step=self.global_step, **facts, **then_and_now)
+        if undone and self.snapshot is not None:  # but for own states: perturbations go on
             self.step.load_state_dict(overfitting.on_host(self.snapshot))
 
     def quality(self, validation: dict) -> list[float]:
@@ -330,10 +340,11 @@ class Run:
             kind, count = ("test", len(self.dataset.test)) if test else ("held-out", len(self.held_out))
             found = ", ".join(f"{k} {v:.2f} %" for k, v in percent.items() if k != "epoch")
             summary += f": {found} on {count} {kind} images"
-            right = torch.arange(count) < percent["clean"] / 100 * count
-            if interval(right)[0] <= 100 / self.dataset.num_classes:
+            if not beats_guessing(percent["clean"], count, self.dataset.num_classes):
                 summary += ". Clean accuracy is not beyond chance: train longer, or with another --lr"
-        summary += overfitting.in_words(self.config.overfitting_alarm, self.progress.collapses)
+        if best:
+            alarms = self.progress.collapses, self.progress.left
+            summary += overfitting.in_words(self.config.overfitting_alarm, *alarms, best["epoch"])
         summary = summary if folder and self.world.main else ""
         return Result(self.step.evaluated.eval(), best, test, folder, summary, len(self.held_out))
 

@@ -279,3 +279,16 @@ def test_a_run_of_such_a_model(tmp_path, monkeypatch, capsys, channels_last):
     options = ("--attacks", "fgsm", "--limit", 20, "--no-alarms", "--device", "cpu", "--model-name", config.model)
     command(monkeypatch, "evaluate", tmp_path / "run", *options)
     assert "| memory format | contiguous |" in (tmp_path / "run" / "evaluation" / "report.md").read_text()
+
+
+def test_it_says_which_epoch_is_attacked(evaluating, tmp_path):
+    config = Config(
+        data="digits", model="tests.evaluation.helpers:Maps", limit=100, steps=1, epochs=3, device="cpu", test=False,
+        track="none", out=tmp_path / "trained",
+    )  # fmt: skip
+    best = train(config).best["epoch"]
+    arguments = ("--attacks", "fgsm", "--limit", 20, "--no-alarms", "--model-name", config.model)
+    for path, file, epoch in ((config.out, "best.pt", best), (config.out / "last.pt", "last.pt", 3)):
+        saved, out = evaluating(*arguments, path=path)
+        assert saved["about"]["epoch"] == f"{epoch} of 3"
+        assert out.startswith(f"{config.out / file}, of epoch {epoch} of 3\n")

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "fgsm"},
+        {"method": "fgsm", "steps": None},
         {"method": "trades", "inner": "ce", "start": "clean", "forwards": "clean-adv-clean"},
         {"method": "mart", "start": "clean", "ema": 0.9},
     ],

@@ -215,6 +215,11 @@ def test_options_that_do_nothing_are_refused(method):
     assert c.objective.idle.keys() <= others.keys()
     for option, value in others.items():
         changed = replace(c, **{option: value})
+        if option == "steps" and c.attack_settings.steps == 1 and option not in c.objective.idle:
+            with pytest.raises(InputError, match=f"^--steps 3: {method} takes one step: leave it out, or give --method madry"):
+                check(changed)
+            check(replace(c, steps=1))
+            continue
         if option not in c.objective.idle:
             check(changed)
             continue

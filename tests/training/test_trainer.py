@@ -347,7 +347,9 @@ def test_bars_in_a_file_are_a_line_a_minute(monkeypatch, capsys):
 def test_without_a_terminal_there_is_a_line_at_the_start_and_one_an_epoch(tmp_path, monkeypatch, capsys):
     train(settings(tmp_path / "run", epochs=2))
     start, *epochs = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(f"spat-train: on 1 x .* CPU, 2 epochs of 135 images; tail -f {tmp_path}/run/log.jsonl", start)
+    assert re.fullmatch(
+        f"spat-train: on 1 x .* CPU, 2 epochs of 135 images, 15 more held out; tail -f {tmp_path}/run/log.jsonl", start
+    )
     assert len(epochs) == 2
     for line, found, losses in zip(epochs, events(tmp_path / "run", "validation"), (5, 10), strict=True):
         (loss,) = (e["loss"] for e in events(tmp_path / "run", "train") if e["step"] == losses)
@@ -450,7 +452,12 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch, owner, name, k
         ({"awp_warmup": 3}, "--awp-warmup 3: it needs --awp"),
         ({"method": "mart", "entropy": 0.1}, "--entropy 0.1: mart has none"),
         ({"method": "adt", "inner_lr": -1.0}, "--inner-lr -1.0: give a number above 0"),
-        ({"method": "adt", "step_size": 2.0}, "--step-size 2.0: adt has none"),
+        ({"method": "adt", "step_size": 2.0}, "--step-size 2.0: adt has none: its steps have --inner-lr: leave it out"),
+        ({"inner_lr": 0.2}, "--inner-lr 0.2: madry has none, unlike --method adt: leave it out"),
+        ({"method": "fgsm", "steps": 2}, "--steps 2: fgsm takes one step: .* --method madry --start clean for PGD"),
+        ({"method": "fast", "steps": 5}, "--steps 5: fast takes one step: .* --method madry --start uniform for PGD"),
+        ({"method": "n-fgsm", "steps": 5}, "--steps 5: n-fgsm takes one step: .* --method madry --start wide for PGD"),
+        ({"val_every": 0}, "--val-every 0: give at least 1, or --holdout 0 for no validation"),
         ({"extra": "x.npz", "extra_fraction": 0.01}, "--extra-fraction 0.01: of 32 images it leaves one kind none"),
         ({"model": "tests.training.helpers:for_8x8_colour"}, r"for digits, it does not take images \[1, 8, 8\]"),
         ({"model": "tests.training.helpers:for_three_classes"}, r"two images give \[2, 3\]: it must return logits \[2, 10\]"),
