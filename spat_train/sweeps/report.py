@@ -223,8 +223,8 @@ def _best_lines(spec: Spec, each: Mapping[str, Any], none: str) -> list[str]:
     named, count = [_words(setting) for setting in each["alike"][:NEXT]], len(each["alike"])
     alike = "; ".join(named + [f"{count - NEXT} more"] * (count > NEXT)) or f"none of {len(each['leads'])}"
     alike = f"Cannot be told apart from it: {alike}" if leads else "No other has a complete run"
-    lines = [head, *(f"{_points(lead, none)} over {_words(lead['over'])}" for lead in leads), alike]
-    return ["\n".join(f"{'  ' * bool(number)}- {line}" for number, line in enumerate(lines)), f"      {each['command']}"]
+    lines = [head, *(f"Over {_words(lead['over'])}: {_points(lead, none)}" for lead in leads), alike]
+    return ["\n".join(f"{'  ' * bool(number)}- {line}" for number, line in enumerate(lines)), f"{' ' * 8}{each['command']}"]
 
 
 def _words(params: Mapping[str, Any]) -> str:

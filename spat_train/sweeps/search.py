@@ -276,15 +276,14 @@ class Worker:
                 say(f"{name}: pruned after epoch {record['epoch']}, as others were better then")
                 raise optuna.TrialPruned
 
-        number, total = list(self.sweep.cells).index(name) + 1, len(self.sweep.cells)
-        again = ", taken up again" * bool(_before(own))
-        say(f"{name}: run {number} of {total}, {self.done()} done{again}")
+        cells, again = list(self.sweep.cells), ", taken up again" * bool(_before(own))
+        say(f"{name}: run {cells.index(name) + 1} of {len(cells)}, {self.done()} done{again}")
         try:
             result = self.train(name, on_validation)
             if result.best is None:
                 raise InputError("no image is held out, by which runs are compared: give --holdout, or more images")
         except InputError as error:
-            left = f"{total - self.done()} of {total} runs are not done"
+            left = f"{len(cells) - self.done()} of {len(cells)} runs are not done"
             raise InputError(f"run {name}: {error}. {left}: when it is mended, the same command goes on with them") from error
         except TrainingError as error:
             trial.set_user_attr("error", str(error))
