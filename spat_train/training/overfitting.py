@@ -91,7 +91,7 @@ def consequence(config: Config, best: Percent, to_best: bool, again: bool) -> st
     if action == "stop":
         return "training ends here"
     if not to_best:
-        none = "no epoch withstands PGD, so there are no weights to go back to: " if action == "rollback" else ""
+        none = "no epoch has withstood PGD yet, so there are no weights to go back to: " if action == "rollback" else ""
         return f"{none}training goes on, but {remedies(config)} may help"
     if action == "warn":
         return "--catastrophic-overfitting stop or rollback would act on it"
