@@ -220,27 +220,24 @@ def _exceptions(config: dict, first: dict) -> str:
 
 
 def draw(path: Path) -> None:
-    """Write the picture of the results in the file `path` beside it, as .png: clean accuracy against AutoAttack, by method."""
+    """Write the picture of the results in the file `path` beside it, as .png: accuracies by method, the most robust on top."""
     results = json.loads(path.read_text())
     found = {title_of(rows[0]["config"]): rows for rows in by_name(results).values()}
     points = {
-        name: {column: over_seeds([row["evaluation"][column] for row in rows]) for column in ("natural", AUTOATTACK)}
+        name: {column: over_seeds([row["evaluation"][column] for row in rows]) for column in ("natural", "PGD-20", AUTOATTACK)}
         for name, rows in found.items()
     }
     named = sorted(points, key=lambda name: points[name][AUTOATTACK]["accuracy"])
     with plotting.style():
-        figure = plotting.new_figure(plotting.PAGE, 3.6)
+        figure = plotting.new_figure(plotting.PAGE, 0.8 + 0.22 * len(named))
         ax = figure.subplots()
-        for number, (style, name) in enumerate(zip(plotting.line_styles(), named, strict=False)):
-            x, y = (points[name][column] for column in ("natural", AUTOATTACK))
-            errors = [[[p["accuracy"] - p["low"]], [p["high"] - p["accuracy"]]] for p in (x, y)]
-            look = style | {"linestyle": "none", "elinewidth": 0.6}
-            ax.errorbar(x["accuracy"], y["accuracy"], errors[1], errors[0], **look)
-            line = {"arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 1, "linewidth": 0.4, "color": style["color"]}
-            place = 1.05, (number + 0.5) / len(named)  # beside the axes, so that names cannot overlap
-            at = x["accuracy"], y["accuracy"]
-            ax.annotate(name, at, place, textcoords="axes fraction", va="center", arrowprops=line, parse_math=False)
-        ax.set(xlabel="clean accuracy, %", ylabel="accuracy under AutoAttack, %")
+        for look, column in zip(plotting.line_styles(), (AUTOATTACK, "PGD-20", "natural"), strict=False):
+            x = [points[name][column] for name in named]
+            errors = [[p["accuracy"] - p["low"] for p in x], [p["high"] - p["accuracy"] for p in x]]
+            ax.errorbar([p["accuracy"] for p in x], range(len(named)), xerr=errors, label=column, **look | {"linestyle": "none"})
+        ax.set_yticks(range(len(named)), named, parse_math=False)
+        ax.set_xlabel("accuracy, %")
+        ax.legend(loc="lower center")
         figure.suptitle(_about(results).partition(". ")[0], parse_math=False)
     plotting.save(figure, path.with_suffix(".png"))
 
