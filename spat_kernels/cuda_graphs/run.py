@@ -11,6 +11,7 @@ from ..input_gradient.autograd import InputGradient
 from ..input_gradient.choose import input_gradient
 from ..input_gradient.planned_gradient import PlannedGradient
 from ..losses import Loss
+from ..model_state.borrow import parts
 from ..precision import logit_gradient_scale
 from ..rng import rng_lock
 
@@ -47,8 +48,9 @@ class Passes(NamedTuple):
 
 def followed(loss: Loss, gradient: InputGradient | PlannedGradient, model) -> Loss:
     """`loss` as attacks on `model` through `gradient` follow it: where samples may mix, with gradients of their true lengths."""
-    mixes = not gradient.independent_samples and isinstance(model, nn.Module) and any(map(_mixes_samples, model.modules()))
-    return loss.unnormalized() if mixes else loss
+    if gradient.independent_samples or not isinstance(model, nn.Module):
+        return loss
+    return loss.unnormalized() if any(_mixes_samples(module) for tree in parts(model) for module in tree) else loss
 
 
 def _mixes_samples(module: nn.Module) -> bool:
