@@ -71,7 +71,7 @@ class Arguments(study.Arguments):
     autoattack: int = 300
     """Number of them that AutoAttack attacks too."""
     version: Literal["standard", "fast"] = "fast"
-    """Of AutoAttack. The standard one takes longer than the training."""
+    """The version of AutoAttack. The standard one takes longer than the training."""
     seconds: float = 3.0
     """Time to measure the steps of each method for."""
 
@@ -195,7 +195,7 @@ def _line(results: dict, rows: list[dict]) -> dict:
 
 
 def _cell(tests: list[dict]) -> str:
-    """Of one seed the accuracy and its interval, of several their mean and standard deviation."""
+    """The accuracy and interval of one seed, or the mean and standard deviation of several."""
     values = [test["accuracy"] for test in tests]
     return f"{values[0]:.1f} ({tests[0]['low']:.1f} to {tests[0]['high']:.1f})" if len(tests) == 1 else mean(values)
 

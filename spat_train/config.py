@@ -77,11 +77,11 @@ class Config:
     bn_mode: Literal["eval", "train"] = "eval"
     """Mode of the model during the attack."""
     inner_lr: float | None = None
-    """Of adt: the longest step of its parameters. Default: 0.3."""
+    """For adt: the longest step of its parameters. Default: 0.3."""
     entropy: float | None = None
-    """Of adt: the weight of the entropy. Default: 0.01."""
+    """For adt: the weight of the entropy. Default: 0.01."""
     inner_samples: int | None = None
-    """Of adt: gradients that a step averages, each of a forward and a backward. Default: 1."""
+    """For adt: the number of gradients that a step averages, each of a forward and a backward. Default: 1."""
 
     # ---- model and data
     model: str = "wrn-34-10"

@@ -16,7 +16,7 @@ READY: dict[str, dict[str, Any]] = {
     },
     # Settings, and values of the options, of Pang et al. (ICLR 2021); takeaways (i) to (v) as a survey of it counts them.
     "bag-of-tricks": {
-        "about": "tricks of Pang et al. (arXiv 2010.00467): weight decay, batch norm, smoothing, activation, batch size",
+        "about": "tricks of Pang et al. (arXiv 2010.00467): weight decay, batch norm, smoothing, activation, batch, steps",
         "base": {"data": "cifar10", "model": "resnet-18", "step_size": 2.0, "epochs": 110},
         "grid": {
             "weight_decay": [1e-4, 2e-4, 5e-4],
@@ -24,6 +24,7 @@ READY: dict[str, dict[str, Any]] = {
             "label_smoothing": [0.0, 0.1],
             "activation": ["relu", "silu"],
             "batch": _BATCHES,
+            "steps": [10, 5],
         },
         "hypotheses": [
             {"says": "(i) other weight decays change robustness", "factor": "weight_decay", "expects": "differs"},
@@ -32,7 +33,7 @@ READY: dict[str, dict[str, Any]] = {
              "than": "batch-size256-lr0.1", "expects": "higher"},
             {"says": "(iii) batch statistics in the attack (bn_mode train) harm", "factor": "bn_mode", "level": "train",
              "expects": "lower"},
-            {"says": "(iv) fewer steps of the attack harm", "factor": "steps", "expects": "lower"},
+            {"says": "(iv) fewer steps of the attack harm", "factor": "steps", "level": 5, "expects": "lower"},
             {"says": "(v) a smooth activation helps a small network", "factor": "activation", "level": "silu",
              "expects": "higher"},
         ],

@@ -162,7 +162,7 @@ def test_the_runs_of_a_figure(finished_runs, tmp_path, capsys):
 
 
 def test_the_best_on_held_out_images_judges(tmp_path):
-    """Of runs at one radius; a SPAT run of another architecture or seed is attacked rather than others."""
+    """The runs are at one radius. A SPAT run of another architecture or seed is attacked rather than others."""
 
     def made(name: str, *pgd: float, **settings) -> Run:
         (tmp_path / name).mkdir()

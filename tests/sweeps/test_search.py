@@ -98,7 +98,7 @@ def test_halving_compares_within_for_each(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("once", [True, False])
 def test_a_run_that_was_taken_up_again_counts_once(once):
-    """Of three runs one goes on. Counted twice, as Optuna's own pruner does, the worst would make them four, and two go on."""
+    """One run of three goes on. Counted twice, as Optuna's own pruner does, the worst would make them four, and two go on."""
     pruner = search.Halving((), 1, 2) if once else optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
     study = optuna.create_study(direction="maximize", pruner=pruner)
     for value, state, history in ((30.0, TrialState.FAIL, []), (30.0, TrialState.PRUNED, [0]), (50.0, TrialState.PRUNED, [])):

@@ -33,7 +33,9 @@ def write(tmp_path: Path, **keys) -> str:
 def test_commands_give_the_configs(name):
     planned = plan(read(name), {"milestones": None, "flip": False, "init": Path("a b.pt"), "mean": (0.5,), "std": (0.2,)})
     assert (
-        len(planned.cells) == read(name).runs == {"bag-of-tricks": 72, "alpha-search": 54, "alpha-search-mnist": 54}.get(name, 18)
+        len(planned.cells)
+        == read(name).runs
+        == {"bag-of-tricks": 144, "alpha-search": 54, "alpha-search-mnist": 54}.get(name, 18)
     )
     for folder, cell in [*planned.cells.items()][::17]:
         program, train, *arguments = shlex.split(command(cell.config))
