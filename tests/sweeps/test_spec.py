@@ -32,11 +32,8 @@ def write(tmp_path: Path, **keys) -> str:
 @pytest.mark.parametrize("name", READY)
 def test_commands_give_the_configs(name):
     planned = plan(read(name), {"milestones": None, "flip": False, "init": Path("a b.pt"), "mean": (0.5,), "std": (0.2,)})
-    assert (
-        len(planned.cells)
-        == read(name).runs
-        == {"bag-of-tricks": 144, "alpha-search": 54, "alpha-search-mnist": 54}.get(name, 18)
-    )
+    runs = {"bag-of-tricks": 144, "alpha-search": 54, "alpha-search-mnist": 54}.get(name, 18)
+    assert len(planned.cells) == read(name).runs == runs
     for folder, cell in [*planned.cells.items()][::17]:
         program, train, *arguments = shlex.split(command(cell.config))
         assert (program, train) == ("spat-train", "train")

@@ -34,7 +34,7 @@ PANELS = {"changed": "the judge sees another class", "right": "the attacked mode
 
 
 def attacked_and_judge(runs: list[Run]) -> list[Run]:
-    """Of several robust runs the attacked one and the judge, which is the best under PGD on held-out images.
+    """The attacked run and the judge among several robust ones. The judge is the best under PGD on held-out images.
 
     Only runs that are evaluated at the radius of the first are compared. The attacked one has another architecture or seed than
     the judge, and was trained on SPAT's examples, where there is such a run.
