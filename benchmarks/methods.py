@@ -41,7 +41,7 @@ from spat_train.papers.runs import data_name, title
 from spat_train.runtime import atomic_write as files
 from spat_train.training.check import check
 
-VARIANTS = {  # of methods: name, and what it changes
+VARIANTS = {  # variants of methods by name, with what they change
     "madry+spat": {"alpha": 0.2}, "trades+spat": {"alpha": 0.1}, "mart+spat": {"alpha": 0.2},
     "trades+awp": {"awp": 0.005}, "mart+awp": {"awp": 0.005},
 }  # fmt: skip
@@ -105,7 +105,7 @@ def prepared(args: Arguments) -> Study:
     if len(data.train) < 2 * args.images:
         raise InputError(f"--images {args.images}: half of the {len(data.train)} training images are the most: give fewer")
     count = args.test_count(data)
-    same = {name: getattr(args, name) for name in ("model", "eps", "epochs")}  # of all rows, which the table takes for seeds
+    same = {name: getattr(args, name) for name in ("model", "eps", "epochs")}  # else the table would average them as seeds
     attacks = [Attacks(COLUMNS, count), Attacks({AUTOATTACK: VERSIONS[args.version]}, min(count, args.autoattack))]
     return Study(
         "methods", args, trainings, data, attacks, about={"training images": args.images, "steps": {}} | same,

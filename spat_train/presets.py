@@ -66,7 +66,7 @@ _AWP_ROWS = {
     "trades": replace(_AWP, method="trades", awp_warmup=9, forwards="adv-clean-clean"),
     "mart": replace(_AWP, method="mart"),
 }  # fmt: skip
-_AWP_ALPHAS = {"madry": 0.2, "trades": 0.1, "mart": 0.3}  # of the rows with SPAT: as for MNIST and in Table 6.1
+_AWP_ALPHAS = {"madry": 0.2, "trades": 0.1, "mart": 0.3}  # alpha in the rows with SPAT: as for MNIST and in Table 6.1
 # ADT-EXP as in the authors' code (arXiv 2002.05999): lr is divided at epoch 75 of 76. Their code never zeroes the gradients of mu
 # and rho, so its steps go along the sum of all so far; here along the mean over the five samples of the step. SPAT is ours.
 _ADT = Config(

@@ -277,7 +277,7 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
     name = network_name(chosen_name(path, config, given, option), dataset.num_classes)
     changed = [changes[what] for what in ("activation", "classifier") if changes[what]]
     about = {kind: str(checkpoint_file(path)), f"{whose}network": f"{name} with {' and '.join(changed)}" if changed else name}
-    if (record := content.get("validation") or content.get("progress")) and config:  # of best.pt, or of last.pt
+    if (record := content.get("validation") or content.get("progress")) and config:  # in best.pt, or in last.pt
         about[f"{whose}epoch"] = f"{record['epoch']} of {config.epochs}"
     return network, about | {f"{whose}normalisation": normalisation(network) or "none"}
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RADIUS = 10.0  # C_MM of the paper
-DIMENSIONS = 256  # of the features, as in its code
+DIMENSIONS = 256  # the size of the features, as in its code
 
 
 def max_mahalanobis(classes: int, dimensions: int, radius: float = RADIUS) -> Tensor:

@@ -25,7 +25,7 @@ from ..runs import Run
 from ..selection import ROBUST_RUNS
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # at 0 it is PGD-CE
-SHARES = (0.5, 1.0, 2.0, 4.0)  # of the radius, up to `large_eps`
+SHARES = (0.5, 1.0, 2.0, 4.0)  # radii as multiples of eps, up to `large_eps`
 CONTROLS = {"KL": "pgd-kl-20", "noise": "noise"}
 LINE = 110  # characters of a title
 BESIDE = (1.15, 1.32)  # where they are drawn
