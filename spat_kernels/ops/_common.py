@@ -147,6 +147,13 @@ def divide(a, b):
 
 
 @triton.jit
+def clamp(v, lo, hi):
+    """`v` in [lo, hi]; NaN stays NaN as in C++, which tl.maximum alone would turn into `lo`."""
+    v = tl.maximum(v, lo, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, hi, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_rows(ptr, i_b, i_k, B, K: tl.constexpr, other, ACC: tl.constexpr):
     """A [BLOCK_B, BLOCK_K] tile at rows i_b and columns i_k, `other` beyond the edges, and its mask."""
     m = (i_b < B)[:, None] & (i_k < K)[None, :]

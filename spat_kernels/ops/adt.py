@@ -39,6 +39,7 @@ from ._common import (
     check_grad,
     check_images,
     check_int64,
+    clamp,
     divide,
     per_sample,
     same_layout,
@@ -231,7 +232,7 @@ def perturbation_of(b_mu, b_rho, b_r):
 @triton.jit
 def sample_of(b_x, b_mu, b_rho, b_r, b_eps, lo, hi):
     _, _, tanh, _ = perturbation_of(b_mu, b_rho, b_r)
-    return tl.minimum(tl.maximum(b_x + b_eps * tanh, lo), hi)
+    return clamp(b_x + b_eps * tanh, lo, hi)
 
 
 @triton.jit

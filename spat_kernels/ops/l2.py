@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, Maybe, broadcast, check_step, per_sample, tl_acc
+from ._common import EXACT, Maybe, broadcast, check_step, clamp, per_sample, tl_acc
 from .linf import memory_order
 
 # --- reference ---
@@ -89,7 +89,7 @@ def l2_step_kernel(
         b_g, _ = l2_direction(grad_ptr, o, m, ACC)
         b_adv, b_x = tl.load(x_adv_ptr + o, mask=m).to(tl.float64), tl.load(x_ptr + o, mask=m).to(tl.float64)
         b_moved = (shrink * (b_adv + along * b_g) + (1 - shrink) * b_x).to(ACC)
-        tl.store(x_adv_ptr + o, tl.minimum(tl.maximum(b_moved, tl.cast(lo, ACC)), tl.cast(hi, ACC)), mask=m)
+        tl.store(x_adv_ptr + o, clamp(b_moved, tl.cast(lo, ACC), tl.cast(hi, ACC)), mask=m)
 
 
 # --- launcher ---

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import EXACT, Maybe, broadcast, check_images, check_int64, check_step, per_sample, tl_acc
+from ._common import EXACT, Maybe, broadcast, check_images, check_int64, check_step, clamp, per_sample, tl_acc
 
 BLOCK = 1024
 UNSIGNED = {2: tl.uint16, 4: tl.uint32, 8: tl.uint64}  # by the size of an element
@@ -125,7 +125,7 @@ def linf_random_start_kernel(
     m = o < numel
     b_eps = per_sample(eps_ptr, o // sample_numel, m, VARIES)
     b_start = tl.load(x_ptr + o, mask=m).to(ACC) + b_eps * b_unit.to(ACC)
-    tl.store(x_adv_ptr + o, tl.minimum(tl.maximum(b_start, tl.cast(lo, ACC)), tl.cast(hi, ACC)), mask=m)
+    tl.store(x_adv_ptr + o, clamp(b_start, tl.cast(lo, ACC), tl.cast(hi, ACC)), mask=m)
 
 
 @triton.jit
@@ -150,8 +150,8 @@ def linf_step_kernel(
     if COUNT_NAN:
         tl.store(nan_seen_ptr + i_sample, tl.full([BLOCK], 1, tl.uint8), mask=m & (b_grad != b_grad))
     b_sign = (b_grad > 0).to(ACC) - (b_grad < 0).to(ACC)
-    b_moved = tl.minimum(tl.maximum(b_adv + b_step * b_sign, b_x - b_eps), b_x + b_eps)
-    b_moved = tl.minimum(tl.maximum(b_moved, tl.cast(lo, ACC)), tl.cast(hi, ACC)).to(x_adv_ptr.dtype.element_ty)
+    b_moved = clamp(b_adv + b_step * b_sign, b_x - b_eps, b_x + b_eps)
+    b_moved = clamp(b_moved, tl.cast(lo, ACC), tl.cast(hi, ACC)).to(x_adv_ptr.dtype.element_ty)
     tl.store(x_adv_ptr + o, b_moved, mask=m)
     if HASH:
         b_bits = b_moved.to(BITS, bitcast=True).to(tl.uint64)

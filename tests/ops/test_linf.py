@@ -95,6 +95,15 @@ def test_step_at_extreme_gradients(impl):
     assert nan_seen.tolist() == [1, 0], "a later clean step must not clear it"
 
 
+@pytest.mark.parametrize("op", ["linf_step_", "linf_random_start_", "l2_step_"])
+def test_nan_in_an_image_stays(impl, op):
+    x = torch.full((2, 8), 0.5, device=impl.device)
+    x[0, 3] = torch.nan
+    x_adv, grad, eps, seed = x.clone(), torch.ones_like(x), torch.tensor([0.25], device=impl.device), torch.tensor(SEED)
+    impl(op)(x_adv, x, *([eps, seed.to(x.device)] if "start" in op else [grad, eps, eps]), 0.0, 1.0, *[None] * ("step" in op))
+    assert torch.equal(x_adv.isnan(), x.isnan())
+
+
 def test_step_moves_on_half_precision_denormals(impl):
     for dtype in set(impl.dtypes) & {torch.float16, torch.bfloat16}:
         tiny = torch.finfo(dtype).smallest_normal / 4
