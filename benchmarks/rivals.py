@@ -102,7 +102,7 @@ def autocast_loop(model: nn.Module, steps: int, precision: str, compile_mode: st
 
     def attack(x, y):
         # One context around all steps: it caches the casts of weights (of those that require a gradient).
-        with torch.autocast(x.device.type, DTYPES[precision]):
+        with torch.autocast(x.device.type, DTYPES[precision], enabled=precision != "fp32"):
             return loop(x.contiguous(memory_format=torch.channels_last), y)
 
     return attack
