@@ -81,7 +81,8 @@ def main(capability: int, dtypes: list[str]) -> None:
                     "wide_loads": ptx.count("ld.global.v4.b32") + ptx.count("ld.global.v2.b64"),
                     "wide_stores": ptx.count("st.global.v4.b32") + ptx.count("st.global.v2.b64"),
                     "local_memory": ".local" in ptx,
-                    "fused_multiply_add": "fma.rn" in ptx,
+                    # sm_80 multiplies bf16 by fma.rn.bf16, with -0 as the summand: a product, rounded once
+                    "fused_multiply_add": "fma.rn.f" in ptx,
                     "may_be_fused": re.findall(r"\b(?:add|sub|mul)\.(?:ftz\.)?f\d+", ptx),
                     "approximations": re.findall(r"\b(?:div|sqrt|rsqrt|rcp)\.(?:full|approx)[.\w]*", ptx),
                 }

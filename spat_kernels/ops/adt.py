@@ -86,7 +86,7 @@ def exp_nonpositive(v: Tensor) -> Tensor:
 
 
 def log1p_unit(v: Tensor) -> Tensor:
-    """log(1 + v) for v in [0, 1], as in adt.h."""
+    """log(1 + v) for v in [0, 1], as in losses.h."""
     if v.dtype == torch.float64:
         return v.log1p()
     coefficients = -0.499995023, 0.333192706, -0.248443693, 0.191114306, -0.136747703, 0.0783616677, -0.0295885075, 0.00525345793
