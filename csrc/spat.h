@@ -138,6 +138,25 @@ struct ScaleShiftReluGrad {
   void* dx;
 };
 
+// LayerNorm over the channels. A row stays on the chip, with an octet to a thread at the least, so there is a limit to its channels.
+constexpr int64_t kMaxNormed = 8192;
+struct LayerNorm {
+  Channels shape;
+  const void *a, *b;           // b, weight, bias, total, mean and rstd may be null
+  const void *weight, *bias;   // [channels], fp32 (fp64 for fp64 images)
+  void *total, *out;
+  void *mean, *rstd;           // [rows], likewise
+  double eps;
+};
+
+struct LayerNormGrad {
+  Channels shape;
+  const void *grad, *grad2, *t;  // grad2, weight and residual may be null
+  const void *mean, *rstd;
+  const void *weight, *residual;
+  void* dx;
+};
+
 struct SplitImage {
   Channels shape;  // of `out`, whose dtype is f16 or bf16
   const float* x;
@@ -246,6 +265,8 @@ SPAT_DECLARE(DlrGrad, dlr_grad)
 SPAT_DECLARE(KeepBest, keep_best)
 SPAT_DECLARE(ScaleShiftRelu, scale_shift_relu)
 SPAT_DECLARE(ScaleShiftReluGrad, scale_shift_relu_grad)
+SPAT_DECLARE(LayerNorm, layer_norm)
+SPAT_DECLARE(LayerNormGrad, layer_norm_grad)
 SPAT_DECLARE(SplitImage, split_image)
 SPAT_DECLARE(PoolLinear, pool_linear)
 SPAT_DECLARE(PoolLinearGrad, pool_linear_grad)
