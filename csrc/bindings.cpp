@@ -437,7 +437,7 @@ void layer_norm(Tensor a, std::optional<Tensor> b, std::optional<Tensor> weight,
                 int64_t channels) {
   const Channels shape = normed_of(a, channels, "a");
   const ScalarType acc = acc_type(shape.dtype);
-  const LayerNorm args{shape, a.const_data_ptr(), normed_like(b, a, channels, "b", "a"),
+  const LayerNorm args{shape, 1. / double(shape.channels), a.const_data_ptr(), normed_like(b, a, channels, "b", "a"),
                        optional_vector(weight, shape.channels, acc, a, "weight"),
                        optional_vector(bias, shape.channels, acc, a, "bias"), normed_like(total, a, channels, "total", "a"),
                        normed_like(out, a, channels, "out", "a"), optional_vector(mean, shape.rows, acc, a, "mean"),
@@ -450,7 +450,7 @@ void layer_norm_grad(Tensor grad, std::optional<Tensor> grad2, Tensor t, Tensor 
   const Channels shape = normed_of(grad, channels, "grad");
   const ScalarType acc = acc_type(shape.dtype);
   const auto image = [&](const std::optional<Tensor>& v, const char* name) { return normed_like(v, grad, channels, name, "grad"); };
-  const LayerNormGrad args{shape, grad.const_data_ptr(), image(grad2, "grad2"), image(t, "t"),
+  const LayerNormGrad args{shape, 1. / double(shape.channels), grad.const_data_ptr(), image(grad2, "grad2"), image(t, "t"),
                            optional_vector(mean, shape.rows, acc, grad, "mean"),
                            optional_vector(rstd, shape.rows, acc, grad, "rstd"),
                            optional_vector(weight, shape.channels, acc, grad, "weight"), image(residual, "residual"),

@@ -50,22 +50,27 @@ template <class A>
 SPAT_HD void normalise(const LayerNorm& s, const A* t, A* v, int64_t row, int rows) {
   const int64_t n = s.shape.channels;
   const A *weight = static_cast<const A*>(s.weight), *bias = static_cast<const A*>(s.bias);
-  A means[kRows], rstds[kRows];
+  A means[kRows], corrections[kRows], rstds[kRows];
   for (int r = 0; r < rows; ++r) {
     Lanes<A> terms = {};
     for_each_vector(n, [&](int64_t c, auto count) SPAT_INLINE { terms += load(t + r * n + c, count); });
     means[r] = sum<A>(terms);
   }
-  for (int r = 0; r < rows; ++r) means[r] /= A(n);
+  for (int r = 0; r < rows; ++r) means[r] *= A(s.inverse);
   for (int r = 0; r < rows; ++r) {
-    Lanes<A> squares = {};
+    Lanes<A> deviations = {}, squares = {};
     for_each_vector(n, [&](int64_t c, auto count) SPAT_INLINE {
       const Lanes<A> d = load(t + r * n + c, count, means[r]) - means[r];
+      deviations += d;
       squares += d * d;
     });
+    corrections[r] = sum<A>(deviations);
     rstds[r] = sum<A>(squares);
   }
-  for (int r = 0; r < rows; ++r) rstds[r] = A(1) / std::sqrt(rstds[r] / A(n) + A(s.eps));
+  for (int r = 0; r < rows; ++r) {
+    means[r] += corrections[r] * A(s.inverse);
+    rstds[r] = A(1) / std::sqrt(rstds[r] * A(s.inverse) + A(s.eps));
+  }
   for (int r = 0; r < rows; ++r)
     for_each_vector(n, [&](int64_t c, auto count) SPAT_INLINE {
       Lanes<A> x = (load(t + r * n + c, count) - means[r]) * rstds[r];
@@ -126,7 +131,7 @@ SPAT_HD void to_input(const LayerNormGrad& s, const A* grad, const A* grad2, con
     mean_g[r] = sum<A>(terms);
     mean_gx[r] = sum<A>(products);
   }
-  for (int r = 0; r < rows; ++r) mean_g[r] /= A(n), mean_gx[r] /= A(n);
+  for (int r = 0; r < rows; ++r) mean_g[r] *= A(s.inverse), mean_gx[r] *= A(s.inverse);
   for (int r = 0; r < rows; ++r)
     for_each_vector(n, [&](int64_t c, auto count) SPAT_INLINE {
       Lanes<A> v = rstds[r] * (g(r, c, count) - mean_g[r] - xhat(r, c, count) * mean_gx[r]);

@@ -142,15 +142,17 @@ struct ScaleShiftReluGrad {
 constexpr int64_t kMaxNormed = 8192;
 struct LayerNorm {
   Channels shape;
-  const void *a, *b;           // b, weight, bias, total, mean and rstd may be null
-  const void *weight, *bias;   // [channels], fp32 (fp64 for fp64 images)
+  double inverse;             // 1 / channels
+  const void *a, *b;          // b, weight, bias, total, mean and rstd may be null
+  const void *weight, *bias;  // [channels], fp32 (fp64 for fp64 images)
   void *total, *out;
-  void *mean, *rstd;           // [rows], likewise
+  void *mean, *rstd;  // [rows], likewise
   double eps;
 };
 
 struct LayerNormGrad {
   Channels shape;
+  double inverse;
   const void *grad, *grad2, *t;  // grad2, weight and residual may be null
   const void *mean, *rstd;
   const void *weight, *residual;

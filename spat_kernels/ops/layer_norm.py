@@ -6,8 +6,9 @@ way. Its backward goes to the input alone.
     backward:  g = (grad + grad2) * weight_c,   xhat = (t - mean) * rstd
                dx = rstd * (g - mean_c(g) - xhat * mean_c(g * xhat)) + residual
 
-What is absent drops out of its formula. var is the mean of (t - mean)^2, from the unrounded t, in a second pass over a row that is
-kept on the chip: no difference of large numbers. A row that holds NaN or an infinity becomes NaN, and no other row does.
+What is absent drops out of its formula. All are from the unrounded t. var is the mean of (t - mean)^2, in a second pass over a row
+that is kept on the chip: no difference of large numbers. That pass also corrects the mean by the mean of t - mean (Chan, Golub and
+LeVeque, 1983), so that a constant row gives `bias`. A row that holds NaN or an infinity becomes NaN, and no other row does.
 
 Images: one shape and one dtype of {fp32, bf16, fp16, fp64}, with the channels innermost in memory. `channels` says which dimension
 they are: -1, the last (contiguous [B, N, C], [B, H, W, C], [rows, C]), or 1 (channels_last [B, C, H, W]). C is 1 to MAX_CHANNELS.
@@ -46,10 +47,11 @@ def channels_first(channels: int, **images: Maybe) -> dict[str, Maybe]:
 def check_images(channels: int, weight: Maybe, bias: Maybe, mean: Maybe, rstd: Maybe, **images: Maybe) -> list:
     """Each image as rows [rows, C], None where it is absent. The first one is the model of the others."""
     images = channels_first(channels, **images)
-    check_channels(**images)
     name, first = next(iter(images.items()))
     assert first is not None
+    check_channels(**{name: first})
     check(1 <= first.shape[1] <= MAX_CHANNELS, f"{name} must have 1 to {MAX_CHANNELS} channels, got {first.shape[1]}")
+    check_channels(**images)
     check_per_channel(first, weight=weight, bias=bias)
     rows, acc = first.numel() // first.shape[1], acc_dtype(first.dtype)
     for what, t in {"mean": mean, "rstd": rstd}.items():
@@ -67,6 +69,7 @@ def layer_norm_ref(
     t = rows_a.to(acc_dtype(a.dtype))
     t = t if rows_b is None else t + rows_b.to(t.dtype)
     means = t.mean(1, keepdim=True)
+    means = means + (t - means).mean(1, keepdim=True)
     centred = t - means
     rstds = 1 / (centred.square().mean(1, keepdim=True) + eps).sqrt()
     v = centred * rstds
@@ -115,13 +118,14 @@ def layer_norm_kernel(
         tl.store(total_ptr + o, b_v, mask=m)
     b_mean = divide(tl.sum(b_v, 1), tl.full([BLOCK_R], C, ACC))
     b_v = tl.where(m, b_v - b_mean[:, None], 0.0)
+    b_correction = divide(tl.sum(b_v, 1), tl.full([BLOCK_R], C, ACC))
     b_var = divide(tl.sum(b_v * b_v, 1), tl.full([BLOCK_R], C, ACC))
     b_rstd = divide(tl.full([BLOCK_R], 1.0, ACC), tl.sqrt_rn(b_var + tl.cast(eps, ACC)))
     if mean_ptr is not None:
-        tl.store(mean_ptr + i_row, b_mean, mask=m_row)
+        tl.store(mean_ptr + i_row, b_mean + b_correction, mask=m_row)
     if rstd_ptr is not None:
         tl.store(rstd_ptr + i_row, b_rstd, mask=m_row)
-    b_v *= b_rstd[:, None]
+    b_v = (b_v - b_correction[:, None]) * b_rstd[:, None]
     if weight_ptr is not None:
         b_v *= tl.load(weight_ptr + i_c, mask=i_c < C, other=0.0)
     if bias_ptr is not None:
