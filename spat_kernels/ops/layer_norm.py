@@ -1,23 +1,22 @@
-"""LayerNorm over the channels (Ba, Kiros and Hinton, 2016, arXiv 1607.06450), with the residual addition in front, in one pass each
-way. Its backward goes to the input alone.
+"""LayerNorm over the channels, with the residual addition in front, in one pass each way (Ba, Kiros and Hinton, 2016, arXiv
+1607.06450). Its backward goes to the input alone.
 
-    forward:   t = a + b,   mean_r, var_r over the C channels of row r,   rstd = 1 / sqrt(var + eps)
+    forward:   t = a + b,   mean, var of t over the C channels of a row,   rstd = 1 / sqrt(var + eps)
                out = (t - mean) * rstd * weight_c + bias_c;   total = t
     backward:  g = (grad + grad2) * weight_c,   xhat = (t - mean) * rstd
                dx = rstd * (g - mean_c(g) - xhat * mean_c(g * xhat)) + residual
 
-What is absent drops out of its formula. All are from the unrounded t. var is the mean of (t - mean)^2, in a second pass over a row
-that is kept on the chip: no difference of large numbers. That pass also corrects the mean by the mean of t - mean (Chan, Golub and
-LeVeque, 1983), so that a constant row gives `bias`. A row that holds NaN or an infinity becomes NaN, and no other row does.
+What is absent drops out of its formula. var is the mean of (t - mean)^2, in a second pass over a row that is kept on the chip: no
+difference of large numbers. That pass corrects the mean, too, by the mean of t - mean (as Chan, Golub and LeVeque do, The American
+Statistician, 1983), so that a constant row gives `bias`. A row that holds NaN or an infinity becomes NaN, and no other row does.
 
-Images: one shape and one dtype of {fp32, bf16, fp16, fp64}, with the channels innermost in memory. `channels` says which dimension
-they are: -1, the last (contiguous [B, N, C], [B, H, W, C], [rows, C]), or 1 (channels_last [B, C, H, W]). C is 1 to MAX_CHANNELS.
-weight, bias: contiguous [C]. mean, rstd: contiguous [rows], rows in the order of memory. All four in the dtype of the arithmetic,
-fp32 (fp64 for fp64 images). Images are rounded once, on the store. Results may be the same memory as images that are read.
+Images: one shape and one dtype of {fp32, bf16, fp16, fp64}, channels innermost in memory. `channels` says which dimension they are:
+-1, the last (contiguous [B, N, C], [B, H, W, C] or [rows, C]), or 1 (channels_last [B, C, H, W]). 1 <= C <= MAX_CHANNELS. weight,
+bias: contiguous [C]. mean, rstd: contiguous [rows], in the order of memory. These four are in fp32 (fp64 for fp64 images), which
+arithmetic is done in. Images are rounded once, on the store: out continues from the unrounded t. Results may be the same memory as
+images that are read. A row's sums have one order on a device, whatever the batch, the alignment and the number of threads.
 
-A row's sums have one order on a device, whatever the batch, the alignment and the number of threads.
-
-Each image given moves itemsize bytes an element, once: 8 bytes forward in fp32, 12 backward, and 8 a row of mean and rstd.
+Each image given moves itemsize bytes an element, once: in fp32 8 bytes forward, 12 backward, and 8 a row for mean and rstd.
 """
 
 import torch
@@ -63,7 +62,16 @@ def check_images(channels: int, weight: Maybe, bias: Maybe, mean: Maybe, rstd: M
 
 
 def layer_norm_ref(
-    a: Tensor, b: Maybe, weight: Maybe, bias: Maybe, total: Maybe, out: Tensor, mean: Maybe, rstd: Maybe, eps: float, channels: int
+    a: Tensor,
+    b: Maybe,
+    weight: Maybe,
+    bias: Maybe,
+    total: Maybe,
+    out: Tensor,
+    mean: Maybe,
+    rstd: Maybe,
+    eps: float,
+    channels: int,
 ) -> None:
     rows_a, rows_b, rows_total, rows_out = check_images(channels, weight, bias, mean, rstd, a=a, b=b, total=total, out=out)
     t = rows_a.to(acc_dtype(a.dtype))
@@ -168,7 +176,16 @@ def row_tile(image: Tensor) -> tuple[tuple[int], dict]:
 
 
 def layer_norm_triton(
-    a: Tensor, b: Maybe, weight: Maybe, bias: Maybe, total: Maybe, out: Tensor, mean: Maybe, rstd: Maybe, eps: float, channels: int
+    a: Tensor,
+    b: Maybe,
+    weight: Maybe,
+    bias: Maybe,
+    total: Maybe,
+    out: Tensor,
+    mean: Maybe,
+    rstd: Maybe,
+    eps: float,
+    channels: int,
 ) -> None:
     image, *_ = check_images(channels, weight, bias, mean, rstd, a=a, b=b, total=total, out=out)
     if a.numel():
@@ -240,7 +257,8 @@ def layer_norm_grad(
 ) -> Tensor:
     """Write the gradient at `t`, the forward's input or `total`, for grad + grad2 at its result, plus `residual`, into `dx`.
 
-    `mean` and `rstd` are the forward's. Returns `dx`. Shapes and dtypes: see the module. Raises RuntimeError where they do not fit.
+    `mean` and `rstd` are the forward's. Returns `dx`. Shapes and dtypes: see the module. Raises RuntimeError where they do not
+    fit.
     """
     _backward(grad, grad2, t, mean, rstd, weight, residual, dx, channels)
     return dx
