@@ -7,14 +7,14 @@
                dx = rstd * (g - mean_c(g) - xhat * mean_c(g * xhat)) + residual
 
 What is absent drops out of its formula. var is the mean of (t - mean)^2, in a second pass over a row that is kept on the chip: no
-difference of large numbers. That pass corrects the mean, too, by the mean of t - mean (as Chan, Golub and LeVeque do, The American
+difference of large numbers. That pass corrects the mean, too, by the mean of t - mean (Chan, Golub and LeVeque, The American
 Statistician, 1983), so that a constant row gives `bias`. A row that holds NaN or an infinity becomes NaN, and no other row does.
 
-Images: one shape and one dtype of {fp32, bf16, fp16, fp64}, channels innermost in memory. `channels` says which dimension they are:
--1, the last (contiguous [B, N, C], [B, H, W, C] or [rows, C]), or 1 (channels_last [B, C, H, W]). 1 <= C <= MAX_CHANNELS. weight,
-bias: contiguous [C]. mean, rstd: contiguous [rows], in the order of memory. These four are in fp32 (fp64 for fp64 images), which
-arithmetic is done in. Images are rounded once, on the store: out continues from the unrounded t. Results may be the same memory as
-images that are read. A row's sums have one order on a device, whatever the batch, the alignment and the number of threads.
+Images: one shape and one dtype of {fp32, bf16, fp16, fp64}, channels innermost in memory. `channels` says which dimension they
+are: -1, the last (contiguous [B, N, C], [B, H, W, C] or [rows, C]), or 1 (channels_last [B, C, H, W]). 1 <= C <= MAX_CHANNELS.
+weight, bias: contiguous [C]. mean, rstd: contiguous [rows], in the order of memory. These four are in the dtype of the arithmetic,
+fp32 (fp64 for fp64 images). Images are rounded once, on the store: out continues from the unrounded t. Results may be the same
+memory as images that are read. A row's sums have one order on a device, for any batch, alignment and number of threads.
 
 Each image given moves itemsize bytes an element, once: in fp32 8 bytes forward, 12 backward, and 8 a row for mean and rstd.
 """
