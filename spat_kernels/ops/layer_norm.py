@@ -12,7 +12,7 @@ Statistician, 1983), so that a constant row gives `bias`. A row that holds NaN o
 
 Images: one shape and one dtype of {fp32, bf16, fp16, fp64}, channels innermost in memory. `channels` says which dimension they
 are: -1, the last (contiguous [B, N, C], [B, H, W, C] or [rows, C]), or 1 (channels_last [B, C, H, W]). 1 <= C <= MAX_CHANNELS.
-weight, bias: contiguous [C]. mean, rstd: contiguous [rows], in the order of memory. These four are in the dtype of the arithmetic,
+weight, bias: contiguous [C]. mean, rstd: contiguous [rows], in the order of memory. These four are in the arithmetic's dtype,
 fp32 (fp64 for fp64 images). Images are rounded once, on the store: out continues from the unrounded t. Results may be the same
 memory as images that are read. A row's sums have one order on a device, for any batch, alignment and number of threads.
 
