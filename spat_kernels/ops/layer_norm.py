@@ -128,7 +128,8 @@ def layer_norm_kernel(
     b_v = tl.where(m, b_v - b_mean[:, None], 0.0)
     b_correction = divide(tl.sum(b_v, 1), tl.full([BLOCK_R], C, ACC))
     b_var = divide(tl.sum(b_v * b_v, 1), tl.full([BLOCK_R], C, ACC))
-    b_rstd = divide(tl.full([BLOCK_R], 1.0, ACC), tl.sqrt_rn(b_var + tl.cast(eps, ACC)))
+    b_var += tl.cast(eps, ACC)
+    b_rstd = divide(tl.full([BLOCK_R], 1.0, ACC), tl.sqrt(b_var) if ACC == tl.float64 else tl.sqrt_rn(b_var))
     if mean_ptr is not None:
         tl.store(mean_ptr + i_row, b_mean + b_correction, mask=m_row)
     if rstd_ptr is not None:
