@@ -124,12 +124,12 @@ def layer_norm_kernel(
         b_v += tl.load(b_ptr + o, mask=m, other=0.0).to(ACC)
     if total_ptr is not None:
         tl.store(total_ptr + o, b_v, mask=m)
-    b_mean = divide(tl.sum(b_v, 1), tl.full([BLOCK_R], C, ACC))
+    b_mean = divide(tl.sum(b_v, 1), C)
     b_v = tl.where(m, b_v - b_mean[:, None], 0.0)
-    b_correction = divide(tl.sum(b_v, 1), tl.full([BLOCK_R], C, ACC))
-    b_var = divide(tl.sum(b_v * b_v, 1), tl.full([BLOCK_R], C, ACC))
+    b_correction = divide(tl.sum(b_v, 1), C)
+    b_var = divide(tl.sum(b_v * b_v, 1), C)
     b_var += tl.cast(eps, ACC)
-    b_rstd = divide(tl.full([BLOCK_R], 1.0, ACC), tl.sqrt(b_var) if ACC == tl.float64 else tl.sqrt_rn(b_var))
+    b_rstd = divide(tl.full([BLOCK_R], 1.0, ACC), tl.sqrt(b_var) if b_var.dtype == tl.float64 else tl.sqrt_rn(b_var))
     if mean_ptr is not None:
         tl.store(mean_ptr + i_row, b_mean + b_correction, mask=m_row)
     if rstd_ptr is not None:
@@ -156,8 +156,8 @@ def layer_norm_grad_kernel(
     b_mean = tl.load(mean_ptr + i_row, mask=m_row, other=0.0)[:, None]
     b_rstd = tl.load(rstd_ptr + i_row, mask=m_row, other=0.0)[:, None]
     b_xhat = tl.where(m, (tl.load(t_ptr + o, mask=m, other=0.0).to(ACC) - b_mean) * b_rstd, 0.0)
-    b_mean_g = divide(tl.sum(b_g, 1), tl.full([BLOCK_R], C, ACC))[:, None]
-    b_mean_gx = divide(tl.sum(b_g * b_xhat, 1), tl.full([BLOCK_R], C, ACC))[:, None]
+    b_mean_g = divide(tl.sum(b_g, 1), C)[:, None]
+    b_mean_gx = divide(tl.sum(b_g * b_xhat, 1), C)[:, None]
     b_dx = b_rstd * (b_g - b_mean_g - b_xhat * b_mean_gx)
     if residual_ptr is not None:
         b_dx += tl.load(residual_ptr + o, mask=m, other=0.0).to(ACC)
