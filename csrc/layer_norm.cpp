@@ -23,7 +23,7 @@ SPAT_HD T* from(V* p, int64_t first) {
   return p ? static_cast<T*>(p) + first : nullptr;
 }
 
-// f(first channel, count) for the vectors of a row. The count is the constant kLanes but for the last: where one load_lanes served both,
+// f(first channel, count) for the vectors of a row. The count is the constant kLanes but for the last: with one load_lanes for both,
 // every vector would go over the stack.
 using Whole = std::integral_constant<int, kLanes>;
 template <class F>
