@@ -108,7 +108,8 @@ SPAT_HD void layer_norm(const LayerNorm& s, int64_t begin, int64_t end) {
 
 // dx of `rows` rows. It may be the same memory as any of the others.
 template <class A>
-SPAT_HD void to_input(const LayerNormGrad& s, const A* grad, const A* grad2, const A* t, const A* rest, A* dx, int64_t row, int rows) {
+SPAT_HD void to_input(const LayerNormGrad& s, const A* grad, const A* grad2, const A* t, const A* rest, A* dx, int64_t row,
+                      int rows) {
   const int64_t n = s.shape.channels;
   const A *weight = static_cast<const A*>(s.weight);
   const A *means = static_cast<const A*>(s.mean) + row, *rstds = static_cast<const A*>(s.rstd) + row;
