@@ -12,6 +12,7 @@ guard, the stream lookup and the launch are in it on the GPU alone.
 Tensors are on `DEVICE` ("cpu", or "cuda" by `pytest benchmarks --device cuda`).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ EPS, STEP = 8 / 255, 2 / 255
 IMAGES, SMALL_IMAGES = (128, 3, 32, 32), (4, 3, 32, 32)
 ROWS, SMALL_ROWS = ((512, 10), (128, 1000)), (5, 10)
 ACTIVATIONS, SMALL_ACTIVATIONS = (64, 64, 32, 32), (4, 16, 8, 8)
+TOKENS, SMALL_TOKENS = ((64, 576, 96), (16, 197, 192), (64, 49, 768)), (2, 5, 96)  # ConvNeXt-T's first and last, ViT-Ti's
 FEATURES = ((128, 512, 4, 4), (128, 640, 8, 8))  # ResNet-18 and WRN-34-10 before their pooling
 COPY_MIB = 256
 
@@ -301,6 +303,44 @@ def act_backward(act: str, eager_of: Callable) -> Callable[..., Work]:
     return build
 
 
+def tokens(shape, dtype) -> list[Tensor]:
+    """Two images, weight and bias as ours wants them and as eager does, and room for the mean and rstd of each row."""
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    weight, bias = (torch.rand(shape[-1], generator=generator).to(dtype) for _ in range(2))
+    return [a, b, weight.float(), bias.float(), weight, bias, *torch.empty(2, math.prod(shape[:-1]))]
+
+
+def norm_forward(shape, dtype=torch.float32, residual=False) -> Work:
+    """Each keeps mean, rstd and the sum for the way back."""
+    a, b, weight, bias, eager_weight, eager_bias, mean, rstd = tokens(shape, dtype)
+    out, total = torch.empty_like(a), torch.empty_like(a)
+    sums = {"b": b, "total": total} if residual else {}
+
+    def eager():
+        return F.layer_norm(a + b if residual else a, shape[-1:], eager_weight, eager_bias, 1e-6)
+
+    ours = partial(ops.layer_norm, a, out, eps=1e-6, weight=weight, bias=bias, mean=mean, rstd=rstd, **sums)
+    return Work(ours, {"eager": eager}, atol=rounding(dtype))
+
+
+def norm_backward(shape, dtype=torch.float32, residual=False) -> Work:
+    """To the input alone."""
+    grad, t, weight, bias, eager_weight, eager_bias, mean, rstd = tokens(shape, dtype)
+    dx, rest = torch.empty_like(t), t.flip(0) if residual else None
+    ops.layer_norm(t, dx, eps=1e-6, mean=mean, rstd=rstd)
+    _, eager_mean, eager_rstd = torch.native_layer_norm(t, shape[-1:], eager_weight, eager_bias, 1e-6)
+    native = torch.ops.aten.native_layer_norm_backward
+
+    def eager():
+        only_input = [True, False, False]
+        g = native(grad, t, shape[-1:], eager_mean, eager_rstd, eager_weight, eager_bias, only_input)[0]
+        return g.add_(rest) if residual else g
+
+    ours = partial(ops.layer_norm_grad, grad, t, mean, rstd, dx, weight=weight, residual=rest)
+    return Work(ours, {"eager": eager}, atol=rounding(dtype))
+
+
 def split(shape) -> Work:
     x, *_ = images(shape, memory_format=torch.channels_last)
     out = x.new_empty(len(x), 8, *shape[2:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
@@ -494,6 +534,13 @@ def _cases():
             yield Case(op, shape, "fp32", build, SMALL_ACTIVATIONS, **fp32)
             yield Case(op, shape, "fp32 K=100", partial(build, classes=100), SMALL_ACTIVATIONS, **fp32)
             yield Case(op, shape, "bf16", partial(build, dtype=torch.bfloat16), SMALL_ACTIVATIONS, **bf16)
+    for shape, (name, dtype) in itertools.product(TOKENS, {"fp32": torch.float32, "bf16": torch.bfloat16}.items()):
+        for op, build, images in (("layer_norm", norm_forward, (2, 4)), ("layer_norm_grad", norm_backward, (3, 4))):
+            for residual, count in zip((False, True), images, strict=True):
+                size = count * dtype.itemsize + 8 / shape[-1]  # mean and rstd
+                variant = f"{name} residual" if residual else name
+                build_it = partial(build, dtype=dtype, residual=residual)
+                yield Case(op, shape, variant, build_it, SMALL_TOKENS, moved=size, held=size)
     yield Case("split_image", IMAGES, "bf16", split, SMALL_IMAGES, moved=4 + 16 / 3, held=4 + 16 / 3)
     yield Case("crop_flip", IMAGES, "fp32", crops, SMALL_IMAGES, moved=1 + 4, held=1 + 4)
     bf16_nhwc = partial(crops, dtype=torch.bfloat16, memory_format=torch.channels_last)

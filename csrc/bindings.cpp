@@ -201,6 +201,31 @@ uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Te
   return t->mutable_data_ptr<uint8_t>();
 }
 
+// What LayerNorm takes: `channels` is 1 for channels_last images, -1 where they are the last dimension.
+void check_normed(const Tensor& t, int64_t channels, const char* name) {
+  STD_TORCH_CHECK(t.dim() >= 2, name, " must have at least two dimensions, the rows and the channels");
+  if (channels == 1) return check_channels_last(t, name);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous, with the channels last (channels=1 takes channels_last images)");
+}
+
+Channels normed_of(const Tensor& t, int64_t channels, const char* name) {
+  const DType dtype = dtype_of(t, name);
+  STD_TORCH_CHECK(channels == 1 || channels == -1,
+                  "channels must be -1 (the last dimension) or 1 (channels_last images), got ", channels);
+  check_normed(t, channels, name);
+  const int64_t count = t.size(channels == 1 ? 1 : t.dim() - 1), octets = (count + 7) / 8;
+  STD_TORCH_CHECK(count >= 1 && count <= kMaxNormed, name, " must have 1 to ", kMaxNormed, " channels, got ", count);
+  return {t.numel() / count, count, octets, 1. / double(octets), dtype};
+}
+
+// The data of a tensor like `like`, or null.
+void* normed_like(const std::optional<Tensor>& t, const Tensor& like, int64_t channels, const char* name, const char* like_name) {
+  if (!t) return nullptr;
+  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), like, name, "have the shape of ", like_name);
+  check_normed(*t, channels, name);
+  return t->mutable_data_ptr();
+}
+
 Head head_of(const Tensor& images, const Tensor& weight, const Tensor& first, const char* name) {
   const Channels shape = channels_of(images, name);
   const int64_t samples = images.size(0), pixels = samples ? shape.rows / samples : 0;
@@ -221,7 +246,7 @@ void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, con
 
 // Does `count` items, each worth about `item` elements of an L-infinity step. Less than kGrain (about 4 us) is not worth a second
 // thread; exponentials, ranks, crops, normal numbers and activations weigh more than a step.
-constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4, kNormal = 8, kActivation = 4;
+constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4, kNormal = 8, kActivation = 4, kNorm = 2;
 
 #ifdef SPAT_CUDA
 // On the current stream of the device of `t`.
@@ -431,6 +456,32 @@ void scale_shift_act_grad(Tensor grad, std::optional<Tensor> grad2, Tensor slope
   SPAT_RUN(scale_shift_act_grad, args, grad, args.shape.rows, args.shape.channels);
 }
 
+void layer_norm(Tensor a, std::optional<Tensor> b, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                std::optional<Tensor> total, Tensor out, std::optional<Tensor> mean, std::optional<Tensor> rstd, double eps,
+                int64_t channels) {
+  const Channels shape = normed_of(a, channels, "a");
+  const ScalarType acc = acc_type(shape.dtype);
+  const LayerNorm args{shape, 1. / double(shape.channels), a.const_data_ptr(), normed_like(b, a, channels, "b", "a"),
+                       optional_vector(weight, shape.channels, acc, a, "weight"),
+                       optional_vector(bias, shape.channels, acc, a, "bias"), normed_like(total, a, channels, "total", "a"),
+                       normed_like(out, a, channels, "out", "a"), optional_vector(mean, shape.rows, acc, a, "mean"),
+                       optional_vector(rstd, shape.rows, acc, a, "rstd"), eps};
+  SPAT_RUN(layer_norm, args, a, shape.rows, kNorm * shape.channels);
+}
+
+void layer_norm_grad(Tensor grad, std::optional<Tensor> grad2, Tensor t, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
+                     std::optional<Tensor> residual, Tensor dx, int64_t channels) {
+  const Channels shape = normed_of(grad, channels, "grad");
+  const ScalarType acc = acc_type(shape.dtype);
+  const auto image = [&](const std::optional<Tensor>& v, const char* name) { return normed_like(v, grad, channels, name, "grad"); };
+  const LayerNormGrad args{shape, 1. / double(shape.channels), grad.const_data_ptr(), image(grad2, "grad2"), image(t, "t"),
+                           optional_vector(mean, shape.rows, acc, grad, "mean"),
+                           optional_vector(rstd, shape.rows, acc, grad, "rstd"),
+                           optional_vector(weight, shape.channels, acc, grad, "weight"), image(residual, "residual"),
+                           image(dx, "dx")};
+  SPAT_RUN(layer_norm_grad, args, grad, shape.rows, kNorm * shape.channels);
+}
+
 void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, Tensor out) {
   check_dtype(x, ScalarType::Float, "x");
   STD_TORCH_CHECK(x.dim() == 4, "x must be [B, C, H, W]");
@@ -618,6 +669,8 @@ void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t
   m.impl("scale_shift_relu_grad", TORCH_BOX(&scale_shift_relu_grad)); \
   m.impl("scale_shift_act", TORCH_BOX(&scale_shift_act));       \
   m.impl("scale_shift_act_grad", TORCH_BOX(&scale_shift_act_grad)); \
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));                 \
+  m.impl("layer_norm_grad", TORCH_BOX(&layer_norm_grad));       \
   m.impl("split_image", TORCH_BOX(&split_image));               \
   m.impl("pool_linear", TORCH_BOX(&pool_linear));               \
   m.impl("pool_linear_grad", TORCH_BOX(&pool_linear_grad));     \

@@ -160,6 +160,27 @@ struct ScaleShiftActGrad {
   void* dx;
 };
 
+// LayerNorm over the channels. A row stays on the chip, with an octet to a thread at the least, so there is a limit to its channels.
+constexpr int64_t kMaxNormed = 8192;
+struct LayerNorm {
+  Channels shape;
+  double inverse;             // 1 / channels
+  const void *a, *b;          // b, weight, bias, total, mean and rstd may be null
+  const void *weight, *bias;  // [channels], fp32 (fp64 for fp64 images)
+  void *total, *out;
+  void *mean, *rstd;  // [rows], likewise
+  double eps;
+};
+
+struct LayerNormGrad {
+  Channels shape;
+  double inverse;
+  const void *grad, *grad2, *t;  // grad2, weight and residual may be null
+  const void *mean, *rstd;
+  const void *weight, *residual;
+  void* dx;
+};
+
 struct SplitImage {
   Channels shape;  // of `out`, whose dtype is f16 or bf16
   const float* x;
@@ -270,6 +291,8 @@ SPAT_DECLARE(ScaleShiftRelu, scale_shift_relu)
 SPAT_DECLARE(ScaleShiftReluGrad, scale_shift_relu_grad)
 SPAT_DECLARE(ScaleShiftAct, scale_shift_act)
 SPAT_DECLARE(ScaleShiftActGrad, scale_shift_act_grad)
+SPAT_DECLARE(LayerNorm, layer_norm)
+SPAT_DECLARE(LayerNormGrad, layer_norm_grad)
 SPAT_DECLARE(SplitImage, split_image)
 SPAT_DECLARE(PoolLinear, pool_linear)
 SPAT_DECLARE(PoolLinearGrad, pool_linear_grad)

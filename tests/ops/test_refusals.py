@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from spat_kernels.ops.layer_norm import MAX_CHANNELS as MAX_NORMED
 from spat_kernels.ops.pool_linear import MAX_CHANNELS
 from spat_kernels.ops.scale_shift_act import LEAKY
 from tests.ops.helpers import OPS, all_samples, channels_last, reference
@@ -32,7 +33,7 @@ def right_arguments(op, device):
 def is_mistake(op, name, t, mistake):
     """Whether the op must refuse the changed `t`."""
     if mistake == "one more dimension":  # other ops take vectors of any shape
-        return t.ndim > 1 or op.startswith(("scale_shift_", "pool_linear", "split_image"))
+        return t.ndim > 1 or op.startswith(("scale_shift_", "pool_linear", "split_image", "layer_norm"))
     changes = {"transposed": t.ndim > 1, "channels first": not t.is_contiguous(), "strided": t.numel() > 1}
     return changes.get(mistake, True) and (op, name, mistake) not in ALLOWED
 
@@ -48,7 +49,7 @@ def test_wrong_tensors_are_refused_by_name(impl, op):
                 names = [*tensors, "x"] if mistake in RELATIVE or op == "keep_best_" else [name]
                 with pytest.raises(RuntimeError, match=rf"\b({'|'.join(names)})\b"):
                     call(*(right | {name: MISTAKES[mistake](t)}).values())
-    if impl.device == "cuda" and op.startswith(("scale_shift_", "pool_linear")):
+    if impl.device == "cuda" and op.startswith(("scale_shift_", "pool_linear", "layer_norm")):
         for name, t in tensors.items():
             with pytest.raises(RuntimeError, match="device|CPU|cpu"):
                 impl(op)(*(right | {name: t.cpu()}).values())
@@ -78,6 +79,12 @@ REFUSED = [  # op, wrong arguments, the message
     ("pool_linear", {"x": torch.empty(4, 64, 4, 0)}, "at least one channel and one pixel"),
     ("pool_linear", {"x": torch.empty(4, MAX_CHANNELS + 1, 1, 1)}, f"at most {MAX_CHANNELS} channels, got {MAX_CHANNELS + 1}"),
     ("pool_linear_grad", {"dx": torch.empty(4, 64, 4, 0)}, "at least one channel and one pixel"),
+    ("layer_norm", {"channels": 2}, "channels must be -1 .* or 1 .*, got 2"),
+    ("layer_norm", {"a": torch.empty(4, 0, 8, 8)}, f"a must have 1 to {MAX_NORMED} channels, got 0"),
+    ("layer_norm", {"a": torch.empty(1, MAX_NORMED + 1, 1, 1)}, f"1 to {MAX_NORMED} channels, got {MAX_NORMED + 1}"),
+    ("layer_norm", {"a": torch.empty(64)}, "a must have at least two dimensions"),
+    ("layer_norm_grad", {"mean": torch.empty(255)}, "mean must be"),
+    ("layer_norm_grad", {"channels": 0}, "channels must be -1"),
     ("crop_flip", {"images": torch.empty(0, 32, 32, 3, dtype=torch.uint8)}, "at least one"),
     ("crop_flip", {"images": torch.empty(1, 2**15, 2**15, 1, dtype=torch.uint8)}, r"fewer than 2\^30"),
     ("crop_flip", {"out": torch.empty(4, 2, 32, 32)}, "out must be"),
@@ -92,7 +99,9 @@ def test_what_does_not_go_together_is_refused(impl, op, wrong, message):
     for name, value in wrong.items():
         if isinstance(value, torch.Tensor):
             value = value.to(impl.device)
-            value = channels_last(value) if op.startswith(("split_image", "pool_linear")) else value
+            value = (
+                channels_last(value) if value.ndim == 4 and op.startswith(("split_image", "pool_linear", "layer_norm")) else value
+            )
         right[name] = value
     for call in (impl(op), reference(op)):
         with pytest.raises(RuntimeError, match=message):
