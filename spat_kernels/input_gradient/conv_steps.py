@@ -14,7 +14,8 @@ from . import fused_steps
 from .gradients import Grads, give, rows, sum_, take
 from .grouping import stream
 from .steps import Conv, Pointwise
-from .weights import CHANNELS_LAST, ConvWeights, ScaleShift
+from .act_shim import scale_shift_act, scale_shift_act_grad
+from .weights import CHANNELS_LAST, ConvWeights, PointwiseWeights
 
 if TYPE_CHECKING:
     from .planned_gradient import PlannedGradient
@@ -68,7 +69,7 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
     grads[step.inputs[0]].append((dx, not bound.splits))
 
 
-def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift, values, keep):
+def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: PointwiseWeights, values, keep):
     if step.out in run.engines.masks:  # the convolution has done it
         return values[step.out], run.engines.masks.pop(step.out)
     a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
@@ -82,11 +83,16 @@ def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift
         total = a if step.in_place else torch.empty_like(a)
         values[step.total] = total
     out = a if step.in_place and total is None else torch.empty_like(a)
-    ops.scale_shift_relu(a, out, b=b, scale=bound.scale, shift=bound.shift, total=total, mask=mask, relu=step.relu)
+    maps = {"scale": bound.scale, "shift": bound.shift}
+    if step.act:
+        slope = torch.empty_like(a) if keep else None
+        scale_shift_act(a, out, act=step.act.name, b=b, **maps, total=total, slope=slope, negative=bound.negative)
+        return out, slope
+    ops.scale_shift_relu(a, out, b=b, **maps, total=total, mask=mask, relu=step.relu)
     return out, mask
 
 
-def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift, mask, grads: Grads):
+def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: PointwiseWeights, saved, grads: Grads):
     if not grads[step.out]:  # the head has done it, or a convolution
         return
     outs, grads[step.out] = grads[step.out], []
@@ -95,7 +101,7 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShif
     before = stream(step)
     residual, residual_fresh = take(grads, before) if before is not None and grads[before] else (None, False)
     outs = [(rows(g), fresh) for g, fresh in outs]
-    if mask is None and bound.scale is None and residual is None and len(outs) == 1:
+    if saved is None and bound.scale is None and residual is None and len(outs) == 1:
         dx, fresh = outs[0]  # a bare addition
     else:
         (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
@@ -104,6 +110,9 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShif
             residual = rows(residual)
             reusable += [residual] * residual_fresh
         target = reusable[0] if reusable else torch.empty_like(grad)
-        dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=bound.scale, residual=residual)
+        if step.act:
+            dx = scale_shift_act_grad(grad, saved, target, grad2=grad2, residual=residual)
+        else:
+            dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=saved, scale=bound.scale, residual=residual)
         fresh = True
     give(step, dx, fresh, grads)

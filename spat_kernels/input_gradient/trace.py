@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .nodes import CannotPlan, Network, Node
-from .rules import FUNCTIONS, MODULES, find_rule, is_normalize
+from .rules import FUNCTIONS, find_rule
 
 PROBES = 5  # samples that a model is traced with; an unusual size, so that a batch differs from other dimensions
 ALIASING = {
     "flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose", "to",
-    "float",
+    "float", "getitem", "chunk", "split", "narrow",
 }  # fmt: skip
 ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
+PARTS = {torch.chunk, torch.split, "chunk", "split"}  # gives several values
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -137,7 +138,7 @@ class _Tracer(torch.fx.Tracer):
         self._thread = threading.get_ident()
 
     def is_leaf_module(self, m, path):
-        if is_normalize(m) or type(m) in MODULES:
+        if find_rule(m):
             return True
         return super().is_leaf_module(m, path) and not isinstance(m, nn.Sequential)
 
@@ -217,8 +218,12 @@ class _Reader(torch.fx.Interpreter, Network):
             if not isinstance(answer, torch.fx.Node) or answer not in self.index:
                 raise CannotPlan("it does not return one tensor that depends on the images")
             self.nodes = self._needed_for(self.index[answer])
-        elif any(a in self.index for a in n.all_input_nodes):
-            if isinstance(result, Tensor):
+        elif any(a in self.index or a in self.split for a in n.all_input_nodes):
+            if n.target in PARTS and isinstance(result, tuple):
+                self.env[n] = result
+                self.root[n] = self.root[target]
+                self._read(n)
+            elif isinstance(result, Tensor):
                 self._check_batch(n, result)
                 self._check_in_place(n)
                 self._read(n)
@@ -247,7 +252,7 @@ class _Reader(torch.fx.Interpreter, Network):
 
     def _check_in_place(self, n):
         """An operation in place is the same as one out of place while nobody reads the old value later."""
-        values = [a for a in n.all_input_nodes if a in self.index]
+        values = [a for a in n.all_input_nodes if a in self.root]
         self.root[n] = self.root[values[0]] if _aliases(n, self.module) else n
         if not _in_place(n, self.module):
             return

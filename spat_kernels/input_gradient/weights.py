@@ -43,6 +43,14 @@ class ScaleShift(NamedTuple):
     shift: Tensor | None = None
 
 
+class PointwiseWeights(NamedTuple):
+    """The same, and what LeakyReLU and PReLU multiply values below 0 by."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    negative: Tensor | None = None
+
+
 class LinearWeights(NamedTuple):
     weight: Tensor
     bias: Tensor | None
@@ -69,7 +77,7 @@ class Weights:
         self._modules = {}
 
     def bind(self) -> list:
-        """What each step reads: ConvWeights, ScaleShift or LinearWeights; None for the others."""
+        """What each step reads: ConvWeights, PointwiseWeights or LinearWeights; None for the others."""
         steps = self.plan.steps
         maps = [m for s in steps for kind in ("before", "after", "affine") for m in getattr(s, kind, ())]
         self._norms = self._fold_norms([m for m in maps if isinstance(m, Norm)])
@@ -86,7 +94,7 @@ class Weights:
                 scale, shift = self._scale_shift(step.affine, self.plan.nodes[step.inputs[0]].shape[0])
                 for j in step.shifts:
                     shift = _sum(shift, bound[j].folded)
-                bound[i] = ScaleShift(scale, shift)
+                bound[i] = PointwiseWeights(scale, shift, self._negative(step))
         return bound
 
     def _of(self, ref: Ref) -> Tensor:
@@ -118,6 +126,14 @@ class Weights:
         """
         few = self.device.type == "cpu" and self.dtype not in HALVES and prod(step.shape[1:]) <= 16
         return torch.contiguous_format if few else CHANNELS_LAST
+
+    def _negative(self, step: Pointwise) -> Tensor | None:
+        negative = step.act and step.act.negative
+        if negative is None:
+            return None
+        if isinstance(negative, Ref):
+            return self._of(negative).to(self.acc).contiguous()
+        return self._constant(("negative", negative), lambda: torch.tensor([negative], dtype=self.acc))
 
     def _fold_norms(self, norms: list[Norm]) -> dict[Norm, ScaleShift]:
         """scale = weight / sqrt(var + eps) and shift = bias - mean * scale of every BatchNorm, all at once."""
