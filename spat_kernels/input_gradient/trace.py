@@ -7,7 +7,7 @@ import copy
 import inspect
 import operator
 import threading
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from .nodes import CannotPlan, Network, Node
 from .rules import FUNCTIONS, find_rule
+from .shapes import Shapes
 
 PROBES = 5  # samples that a model is traced with; an unusual size, so that a batch differs from other dimensions
+BATCHES = PROBES, 11  # with which its shapes are found
 ALIASING = {
     "flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose", "to",
     "float", "getitem", "chunk", "split", "narrow",
@@ -38,7 +40,7 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     if nn.modules.module._has_any_global_hook():
         raise CannotPlan("global module hooks are registered, which the plan would not call")
     before = _State(model)
-    tracer, reason = _Tracer(), None
+    tracer, reason = _Tracer(model, x), None
     reader: _Reader | None = None
     try:
         with torch.enable_grad(), _NoLooking():  # a no_grad inside is then seen
@@ -133,9 +135,10 @@ def first_line(error: BaseException) -> str:
 class _Tracer(torch.fx.Tracer):
     """Stops at the modules that are read as they are. fx patches nn.Module for every thread: other threads pass through."""
 
-    def __init__(self):
+    def __init__(self, model: nn.Module, x: Tensor):
         super().__init__(autowrap_functions=())
-        self._thread = threading.get_ident()
+        self._thread: int | None = threading.get_ident()
+        self._shapes = Shapes(model, x, BATCHES)
 
     def is_leaf_module(self, m, path):
         if find_rule(m):
@@ -150,7 +153,26 @@ class _Tracer(torch.fx.Tracer):
             raise CannotPlan(
                 "a part of its forward runs without gradients, with its own backward or under an autocast of its own"
             )
-        return super().create_proxy(*args, **kwargs)
+        proxy = super().create_proxy(*args, **kwargs)
+        if proxy.node.target in PARTS and (count := self._ask(Shapes.parts, proxy.node)):
+            return tuple(proxy[i] for i in range(count))
+        return proxy
+
+    def size_of(self, proxy: "_Proxy") -> tuple | None:
+        """Its shape: numbers, and symbols for what depends on the batch. None: it is no tensor."""
+        shape = self._ask(Shapes.of, proxy.node)
+        if shape is None:
+            return None
+        symbol = partial(self.create_proxy, "call_method", "size", kwargs={})
+        return tuple(symbol(args=(proxy, i)) if length is None else length for i, length in enumerate(shape))
+
+    def _ask(self, question, node):
+        """Shapes are found by the model's own modules, which fx is to let pass meanwhile."""
+        thread, self._thread = self._thread, None
+        try:
+            return question(self._shapes, node)
+        finally:
+            self._thread = thread
 
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:
@@ -164,7 +186,7 @@ class _Tracer(torch.fx.Tracer):
 
 
 class _Proxy(torch.fx.Proxy):
-    """torch.fx takes a += b for a = a + b."""
+    """torch.fx takes a += b for a = a + b, and shapes for symbols."""
 
     def _in_place(self, function, other):
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -173,6 +195,26 @@ class _Proxy(torch.fx.Proxy):
     __isub__ = partialmethod(_in_place, operator.isub)
     __imul__ = partialmethod(_in_place, operator.imul)
     __itruediv__ = partialmethod(_in_place, operator.itruediv)
+
+
+    @property
+    def shape(self):
+        size = self.tracer.size_of(self)
+        return torch.fx.proxy.Attribute(self, "shape") if size is None else size
+
+    @property
+    def ndim(self):
+        size = self.tracer.size_of(self)
+        return torch.fx.proxy.Attribute(self, "ndim") if size is None else len(size)
+
+    def size(self, dim=None):
+        size = self.tracer.size_of(self)
+        if size is None or isinstance(dim, torch.fx.Proxy):
+            return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
+        return size if dim is None else size[dim]
+
+    def dim(self):
+        return self.ndim
 
 
 class _Reader(torch.fx.Interpreter, Network):
