@@ -269,6 +269,38 @@ def backward(shape, dtype=torch.float32) -> Work:
     return Work(ours, {"eager": eager}, atol=rounding(dtype))
 
 
+def act_forward(act: str, eager_of: Callable) -> Callable[..., Work]:
+    """An activation of an affine map, and what each keeps for the way back: ours the derivative, eager what it has computed."""
+
+    def build(shape, dtype=torch.float32) -> Work:
+        a, _, scale, shift, wide_scale, wide_shift, _ = activations(shape, dtype)
+        out, slope = torch.empty_like(a), torch.empty_like(a)
+
+        def eager():
+            return eager_of(a.mul(wide_scale).add_(wide_shift))
+
+        ours = partial(ops.scale_shift_act, a, out, act=act, scale=scale, shift=shift, slope=slope)
+        return Work(ours, {"eager": eager}, atol=rounding(dtype))
+
+    return build
+
+
+def act_backward(act: str, eager_of: Callable) -> Callable[..., Work]:
+    """The way back: eager computes the derivative again."""
+
+    def build(shape, dtype=torch.float32) -> Work:
+        grad, a, scale, shift, wide_scale, wide_shift, _ = activations(shape, dtype)
+        v, slope, dx = a.mul(wide_scale).add_(wide_shift), torch.empty_like(a), torch.empty_like(a)
+        ops.scale_shift_act(a, torch.empty_like(a), act=act, scale=scale, shift=shift, slope=slope)
+
+        def eager():
+            return eager_of(grad, v).mul_(wide_scale)
+
+        return Work(partial(ops.scale_shift_act_grad, grad, slope, dx), {"eager": eager}, atol=rounding(dtype))
+
+    return build
+
+
 def split(shape) -> Work:
     x, *_ = images(shape, memory_format=torch.channels_last)
     out = x.new_empty(len(x), 8, *shape[2:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
@@ -450,6 +482,12 @@ def _cases():
     for op, build in (("scale_shift_relu", forward), ("scale_shift_relu_grad", backward)):
         yield Case(op, ACTIVATIONS, "fp32", build, SMALL_ACTIVATIONS, **fp32)
         yield Case(op, ACTIVATIONS, "bf16", partial(build, dtype=torch.bfloat16), SMALL_ACTIVATIONS, **bf16)
+    aten = torch.ops.aten
+    for act, forth, back in (("gelu", F.gelu, aten.gelu_backward), ("silu", F.silu, aten.silu_backward)):
+        for op, build in (("scale_shift_act", act_forward(act, forth)), ("scale_shift_act_grad", act_backward(act, back))):
+            bf16 = partial(build, dtype=torch.bfloat16)
+            yield Case(op, ACTIVATIONS, f"{act} fp32", build, SMALL_ACTIVATIONS, moved=12, held=12)
+            yield Case(op, ACTIVATIONS, f"{act} bf16", bf16, SMALL_ACTIVATIONS, moved=6, held=6)
     for op, build, bits in (("pool_linear", head_forward, 0), ("pool_linear_grad", head_backward, 1 / 8)):
         fp32, bf16 = ({"moved": size + bits, "held": size + bits} for size in (4, 2))
         for shape in FEATURES:

@@ -6,13 +6,6 @@
 
 namespace spat {
 
-// log(1 + v) for v in [0, 1]: v q(v), with q fitted at Chebyshev's points. At most 2e-7 off, relatively.
-SPAT_HD float log1p_unit(float v) {
-  const float high = -0.136747703f + v * (0.0783616677f + v * (-0.0295885075f + v * 0.00525345793f));
-  return v * (1.f + v * (-0.499995023f + v * (0.333192706f + v * (-0.248443693f + v * (0.191114306f + v * high)))));
-}
-SPAT_HD double log1p_unit(double v) { return log1p(v); }
-
 // The quantile of the standard normal distribution at (1 + u) / 2: u times a quotient of polynomials in -log(1 - u^2), fitted
 // for the words of Philox, which reach 5.4. All coefficients are positive, so nothing cancels: at most 1e-6 off, relatively.
 SPAT_HD float normal(uint32_t word) {

@@ -220,8 +220,8 @@ void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, con
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
 
 // Does `count` items, each worth about `item` elements of an L-infinity step. Less than kGrain (about 4 us) is not worth a second
-// thread; exponentials, ranks, crops and normal numbers weigh more than a step.
-constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4, kNormal = 8;
+// thread; exponentials, ranks, crops, normal numbers and activations weigh more than a step.
+constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4, kNormal = 8, kActivation = 4;
 
 #ifdef SPAT_CUDA
 // On the current stream of the device of `t`.
@@ -405,6 +405,30 @@ void scale_shift_relu_grad(Tensor grad, std::optional<Tensor> grad2, std::option
                            std::optional<Tensor> residual, Tensor dx) {
   const ScaleShiftReluGrad args = backward_pass(grad, "grad", grad.const_data_ptr(), grad2, mask, scale, residual, dx);
   SPAT_RUN(scale_shift_relu_grad, args, grad, args.shape.rows, args.shape.channels);
+}
+
+void scale_shift_act(Tensor a, std::optional<Tensor> b, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                     std::optional<Tensor> negative, std::optional<Tensor> total, Tensor out, std::optional<Tensor> slope,
+                     int64_t act) {
+  const Channels shape = channels_of(a, "a");
+  const ScalarType acc = acc_type(shape.dtype);
+  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Activation::softplus), "act must be the index of one of ACTIVATIONS, got ", act);
+  STD_TORCH_CHECK(negative.has_value() == (Activation(act) == Activation::leaky_relu), "negative goes with leaky_relu");
+  const bool varies = negative && negative->numel() != 1;
+  const ScaleShiftAct args{shape, 1. / double(shape.channels), a.const_data_ptr(), channels_like(b, a, "b", "a"),
+                           optional_vector(scale, shape.channels, acc, a, "scale"),
+                           optional_vector(shift, shape.channels, acc, a, "shift"),
+                           optional_vector(negative, varies ? shape.channels : 1, acc, a, "negative"), varies,
+                           channels_like(total, a, "total", "a"), channels_like(out, a, "out", "a"),
+                           channels_like(slope, a, "slope", "a"), Activation(act)};
+  SPAT_RUN(scale_shift_act, args, a, shape.rows, kActivation * shape.channels);
+}
+
+void scale_shift_act_grad(Tensor grad, std::optional<Tensor> grad2, Tensor slope, std::optional<Tensor> residual, Tensor dx) {
+  const ScaleShiftActGrad args{channels_of(grad, "grad"), grad.const_data_ptr(), channels_like(grad2, grad, "grad2", "grad"),
+                               channels_like(slope, grad, "slope", "grad"), channels_like(residual, grad, "residual", "grad"),
+                               channels_like(dx, grad, "dx", "grad")};
+  SPAT_RUN(scale_shift_act_grad, args, grad, args.shape.rows, args.shape.channels);
 }
 
 void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, Tensor out) {
@@ -592,6 +616,8 @@ void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t
   m.impl("keep_best_", TORCH_BOX(&keep_best_));                 \
   m.impl("scale_shift_relu", TORCH_BOX(&scale_shift_relu));     \
   m.impl("scale_shift_relu_grad", TORCH_BOX(&scale_shift_relu_grad)); \
+  m.impl("scale_shift_act", TORCH_BOX(&scale_shift_act));       \
+  m.impl("scale_shift_act_grad", TORCH_BOX(&scale_shift_act_grad)); \
   m.impl("split_image", TORCH_BOX(&split_image));               \
   m.impl("pool_linear", TORCH_BOX(&pool_linear));               \
   m.impl("pool_linear_grad", TORCH_BOX(&pool_linear_grad));     \

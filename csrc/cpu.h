@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "math.h"
 
@@ -76,6 +77,22 @@ SPAT_HD void store_lanes(T* p, int64_t n, int64_t first, Lanes<acc_t<T>> v) {
 // compiler vectorises for every instruction set (explicit vectors of 16 bits it does not: GCC 12). Twice and half the size are
 // slower.
 constexpr int kBlock = 256;
+
+// scale or shift for elements that run on from row to row, so that a block may begin at any channel; `absent` changes nothing.
+template <class A>
+std::vector<A> cyclic(const void* values, int64_t channels, int64_t size, A absent) {
+  std::vector<A> table(size, absent);
+  if (values)
+    for (int64_t i = 0; i < size; i += channels)
+      std::copy_n(static_cast<const A*>(values), std::min(channels, size - i), table.begin() + i);
+  return table;
+}
+
+// Null stays null.
+template <class T, class V>
+SPAT_HD T* from(V* p, int64_t first) {
+  return p ? static_cast<T*>(p) + first : nullptr;
+}
 
 // One byte a channel, 0 where the bit is, in both directions. Octets are multiplied as a whole: no two bits meet.
 constexpr uint64_t kOnes = 0x0101010101010101u, kDiagonal = 0x8040201008040201u;

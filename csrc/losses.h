@@ -8,19 +8,30 @@ namespace spat {
 
 // e^x for x <= 0 (in softmax, x = z - max): at most 1 ulp off, denormal results included, and plain arithmetic, so compilers
 // vectorise it. 1 + r + r^2 q(r) with q fitted on |r| <= ln(2)/2.
+template <class F>
+SPAT_HD F exp_rest(F r) {
+  return 0.5f + r * (0.166665763f + r * (0.0416664667f + r * (0.00836317986f + r * 0.00139334088f)));
+}
 template <class F, class U>  // float and uint32_t, or vectors of them (cpu.h)
 SPAT_HD F exp_polynomial(F x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const F shifted = x * 1.44269504f + magic;
   const F n = shifted - magic;
   const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  const F q = 0.5f + r * (0.166665763f + r * (0.0416664667f + r * (0.00836317986f + r * 0.00139334088f)));
+  const F q = exp_rest(r);
   const F scale = bit_cast<F>((bit_cast<U>(shifted) << 23) + (191u << 23));  // 2^(n + 64): normal for every n in use
   const F e = (1.f + (r + r * r * q)) * scale * 0x1p-64f, zero = {};
   return x < -104.f ? zero : e;
 }
 SPAT_HD float exp_nonpositive(float x) { return exp_polynomial<float, uint32_t>(x); }
 SPAT_HD double exp_nonpositive(double x) { return exp(x); }
+
+// log(1 + v) for v in [0, 1]: v q(v), with q fitted at Chebyshev's points. At most 2e-7 off, relatively.
+SPAT_HD float log1p_unit(float v) {
+  const float high = -0.136747703f + v * (0.0783616677f + v * (-0.0295885075f + v * 0.00525345793f));
+  return v * (1.f + v * (-0.499995023f + v * (0.333192706f + v * (-0.248443693f + v * (0.191114306f + v * high)))));
+}
+SPAT_HD double log1p_unit(double v) { return log1p(v); }
 
 template <class A>
 SPAT_HD A larger(A a, A b) {

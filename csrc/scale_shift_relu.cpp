@@ -1,22 +1,11 @@
 // Between convolutions, on the CPU: residual addition, scale and shift, ReLU and its bits, and the way back.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "cpu.h"
 
 namespace spat {
 namespace {
-
-// scale or shift for elements that run on from row to row, so that a block may begin at any channel; `absent` changes nothing.
-template <class A>
-std::vector<A> cyclic(const void* values, int64_t channels, int64_t size, A absent) {
-  std::vector<A> table(size, absent);
-  if (values)
-    for (int64_t i = 0; i < size; i += channels)
-      std::copy_n(static_cast<const A*>(values), std::min(channels, size - i), table.begin() + i);
-  return table;
-}
 
 // f(first element, its channel, its mask byte, element count) over rows [begin, end) in blocks. The count is a constant nearly
 // always. Where octets are whole, a mask is one row of bits and so are the images; elsewhere every row has its own blocks.
@@ -37,12 +26,6 @@ SPAT_HD void for_each_block(const Channels& shape, int64_t begin, int64_t end, F
 // The longest stretch of a cyclic table that for_each_block asks for.
 SPAT_HD int64_t cycle(const Channels& shape, int64_t begin, int64_t end) {
   return std::min((end - begin) * shape.channels, shape.channels + kBlock);
-}
-
-// Null stays null.
-template <class T, class V>
-SPAT_HD T* from(V* p, int64_t first) {
-  return p ? static_cast<T*>(p) + first : nullptr;
 }
 
 template <class T>

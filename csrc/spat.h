@@ -138,6 +138,28 @@ struct ScaleShiftReluGrad {
   void* dx;
 };
 
+// In the order of ACTIVATIONS in ops/scale_shift_act.py.
+enum class Activation : int64_t {
+  gelu, gelu_tanh, silu, sigmoid, hardswish, hardsigmoid, relu6, leaky_relu, tanh, mish, elu, softplus
+};
+
+struct ScaleShiftAct {
+  Channels shape;
+  double rows_per_element;              // 1 / channels
+  const void *a, *b;                    // all but a and out may be null
+  const void *scale, *shift;            // [channels], fp32 (fp64 for fp64 images)
+  const void* negative;                 // [channels] or [1] like scale: leaky_relu's slope below 0
+  bool negative_varies;
+  void *total, *out, *slope;
+  Activation act;
+};
+
+struct ScaleShiftActGrad {
+  Channels shape;
+  const void *grad, *grad2, *slope, *residual;  // grad2 and residual may be null
+  void* dx;
+};
+
 struct SplitImage {
   Channels shape;  // of `out`, whose dtype is f16 or bf16
   const float* x;
@@ -246,6 +268,8 @@ SPAT_DECLARE(DlrGrad, dlr_grad)
 SPAT_DECLARE(KeepBest, keep_best)
 SPAT_DECLARE(ScaleShiftRelu, scale_shift_relu)
 SPAT_DECLARE(ScaleShiftReluGrad, scale_shift_relu_grad)
+SPAT_DECLARE(ScaleShiftAct, scale_shift_act)
+SPAT_DECLARE(ScaleShiftActGrad, scale_shift_act_grad)
 SPAT_DECLARE(SplitImage, split_image)
 SPAT_DECLARE(PoolLinear, pool_linear)
 SPAT_DECLARE(PoolLinearGrad, pool_linear_grad)

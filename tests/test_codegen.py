@@ -23,6 +23,7 @@ CUDA = spat_kernels.config()["cuda"]
 KERNELS = sorted(f"{op.rstrip('_')}_kernel" for op in OPS)
 CONV = re.compile(r"conv_kernel\w*?Li(\d+)ELb([01])ELb([01])E")  # tile, rows, and whether the last stage is half a one
 NVCC = shutil.which("nvcc", path=os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", *os.get_exec_path()]))
+EXACT = "linf", "keep_best", "scale_shift_relu", "scale_shift_act_grad", "split_image", "crop_flip"  # without divisions, too
 TRANSCENDENTAL = "lsce_grad_kernel", "kl_grad_kernel", "pma_grad_kernel"
 pytestmark = pytest.mark.slow
 needs_cuda_code = pytest.mark.skipif(not CUDA, reason="this installation holds no CUDA code (no nvcc when it was built)")
@@ -95,7 +96,7 @@ def test_packets_are_16_bytes(arch):
         assert narrow or any(op.startswith("STG.E.128") for op in body[name]), name
     for name, ops in body.items():
         assert not any(op.startswith(("LDL", "STL")) for op in ops), name
-        if any(exact in name for exact in ("linf", "keep_best", "scale_shift_relu", "split_image", "crop_flip")):
+        if any(exact in name for exact in EXACT):
             assert not any(op.startswith(("FFMA", "MUFU")) for op in ops), name
 
 
@@ -157,7 +158,7 @@ def test_triton_kernels_compile(capability):
         logits = r["kernel"] == "pool_linear_kernel"  # which are few
         assert small_rows or ((r["wide_loads"] or pixels) and (r["wide_stores"] or logits)), r
         # exact arithmetic on images; Triton's exp and log have fused steps of their own
-        adt_in_fp64 = r["kernel"].startswith("adt") and r["dtype"] == "float64"
-        assert not r["fused_multiply_add"] or r["kernel"] in TRANSCENDENTAL or adt_in_fp64, r
+        library_in_fp64 = r["kernel"].startswith(("adt", "scale_shift_act")) and r["dtype"] == "float64"
+        assert not r["fused_multiply_add"] or r["kernel"] in TRANSCENDENTAL or library_in_fp64, r
         assert not r["may_be_fused"], (r, "without .rn ptxas may fuse, in one variant of a kernel and not in another")
         assert set(r["approximations"]) <= {"rcp.approx.ftz.f64"}, (r, "but for the log of fp64")

@@ -11,11 +11,12 @@ from .lsce import lsce_grad
 from .margin import margin_grad
 from .pma import pma_grad
 from .pool_linear import pool_linear, pool_linear_grad
+from .scale_shift_act import scale_shift_act, scale_shift_act_grad
 from .scale_shift_relu import scale_shift_relu, scale_shift_relu_grad
 from .split_image import split_image
 
 __all__ = [
     "adt_sample_", "adt_step_", "crop_flip", "dlr_grad", "keep_best_", "kl_grad", "l2_step_", "linf_random_start_",
-    "linf_step_", "lsce_grad", "margin_grad", "pma_grad", "pool_linear", "pool_linear_grad", "scale_shift_relu",
-    "scale_shift_relu_grad", "split_image",
+    "linf_step_", "lsce_grad", "margin_grad", "pma_grad", "pool_linear", "pool_linear_grad", "scale_shift_act",
+    "scale_shift_act_grad", "scale_shift_relu", "scale_shift_relu_grad", "split_image",
 ]  # fmt: skip

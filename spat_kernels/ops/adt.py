@@ -72,6 +72,11 @@ def polynomial(v: Tensor, *coefficients: float) -> Tensor:
     return value
 
 
+def exp_rest(r: Tensor) -> Tensor:
+    """(e^r - 1 - r) / r^2 for |r| <= ln(2) / 2 in fp32, as in losses.h."""
+    return polynomial(r, 0.5, 0.166665763, 0.0416664667, 0.00836317986, 0.00139334088)
+
+
 def exp_nonpositive(v: Tensor) -> Tensor:
     """e^v for v <= 0, as in losses.h."""
     if v.dtype == torch.float64:
@@ -79,13 +84,12 @@ def exp_nonpositive(v: Tensor) -> Tensor:
     shifted = v * 1.44269504 + 12582912.0
     n = shifted - 12582912.0
     r = (v - n * 0.693359375) + n * 2.12194440e-4
-    q = polynomial(r, 0.5, 0.166665763, 0.0416664667, 0.00836317986, 0.00139334088)
     scale = ((shifted.view(torch.int32) << 23) + (191 << 23)).view(torch.float32)
-    return (((r * r * q + r) + 1) * scale * 2.0**-64).masked_fill(v < -104, 0)
+    return (((r * r * exp_rest(r) + r) + 1) * scale * 2.0**-64).masked_fill(v < -104, 0)
 
 
 def log1p_unit(v: Tensor) -> Tensor:
-    """log(1 + v) for v in [0, 1], as in adt.h."""
+    """log(1 + v) for v in [0, 1], as in losses.h."""
     if v.dtype == torch.float64:
         return v.log1p()
     coefficients = -0.499995023, 0.333192706, -0.248443693, 0.191114306, -0.136747703, 0.0783616677, -0.0295885075, 0.00525345793
@@ -175,6 +179,11 @@ def adt_step_ref(
 
 
 @triton.jit
+def exp_rest_of(r):
+    return 0.5 + r * (0.166665763 + r * (0.0416664667 + r * (0.00836317986 + r * 0.00139334088)))
+
+
+@triton.jit
 def exp_of_nonpositive(v):
     if v.dtype == tl.float64:
         e = tl.exp(v)
@@ -182,9 +191,8 @@ def exp_of_nonpositive(v):
         shifted = v * 1.44269504 + 12582912.0
         n = shifted - 12582912.0
         r = (v - n * 0.693359375) + n * 2.12194440e-4
-        q = 0.5 + r * (0.166665763 + r * (0.0416664667 + r * (0.00836317986 + r * 0.00139334088)))
         scale = ((shifted.to(tl.uint32, bitcast=True) << 23) + 1602224128).to(tl.float32, bitcast=True)
-        e = tl.where(v < -104.0, 0.0, (1.0 + (r + r * r * q)) * scale * 5.421010862427522e-20)
+        e = tl.where(v < -104.0, 0.0, (1.0 + (r + r * r * exp_rest_of(r))) * scale * 5.421010862427522e-20)
     return e
 
 

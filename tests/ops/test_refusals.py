@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spat_kernels.ops.pool_linear import MAX_CHANNELS
+from spat_kernels.ops.scale_shift_act import LEAKY
 from tests.ops.helpers import OPS, all_samples, channels_last, reference
 
 MISTAKES = {
@@ -31,7 +32,7 @@ def right_arguments(op, device):
 def is_mistake(op, name, t, mistake):
     """Whether the op must refuse the changed `t`."""
     if mistake == "one more dimension":  # other ops take vectors of any shape
-        return t.ndim > 1 or op.startswith(("scale_shift_relu", "pool_linear", "split_image"))
+        return t.ndim > 1 or op.startswith(("scale_shift_", "pool_linear", "split_image"))
     changes = {"transposed": t.ndim > 1, "channels first": not t.is_contiguous(), "strided": t.numel() > 1}
     return changes.get(mistake, True) and (op, name, mistake) not in ALLOWED
 
@@ -47,7 +48,7 @@ def test_wrong_tensors_are_refused_by_name(impl, op):
                 names = [*tensors, "x"] if mistake in RELATIVE or op == "keep_best_" else [name]
                 with pytest.raises(RuntimeError, match=rf"\b({'|'.join(names)})\b"):
                     call(*(right | {name: MISTAKES[mistake](t)}).values())
-    if impl.device == "cuda" and op.startswith(("scale_shift_relu", "pool_linear")):
+    if impl.device == "cuda" and op.startswith(("scale_shift_", "pool_linear")):
         for name, t in tensors.items():
             with pytest.raises(RuntimeError, match="device|CPU|cpu"):
                 impl(op)(*(right | {name: t.cpu()}).values())
@@ -66,6 +67,11 @@ REFUSED = [  # op, wrong arguments, the message
     ("dlr_grad", {"logits": TWO, "dlogits": TWO, "targets": None}, "at least 3 classes, got 2"),
     ("dlr_grad", {"logits": TWO, "dlogits": TWO}, "at least 4 classes, got 2"),
     ("scale_shift_relu", {"relu": False}, "mask goes with relu"),
+    ("scale_shift_act", {"act": 0, "negative": torch.ones(1)}, "negative goes with leaky_relu"),
+    ("scale_shift_act", {"act": LEAKY, "negative": None}, "negative goes with leaky_relu"),
+    ("scale_shift_act", {"act": LEAKY, "negative": torch.ones(3)}, "negative must"),
+    ("scale_shift_act", {"act": -1}, "act must be the index of one of ACTIVATIONS, got -1"),
+    ("scale_shift_act", {"act": 12}, "act must be the index of one of ACTIVATIONS, got 12"),
     ("split_image", {"out": torch.empty(4, 5, 8, 8, dtype=torch.float16)}, "at least 6"),
     ("split_image", {"out": torch.empty(4, 8, 8, 4, dtype=torch.float16)}, "out must be"),
     ("split_image", {"out": torch.empty(4, 8, 8, 8)}, "out must be"),

@@ -37,6 +37,9 @@ def training_step(images, rows, seed, eps, y, weight):
     logits = ops.pool_linear(out, weight, out.new_empty(len(x), len(weight)))
     dlogits = ops.lsce_grad(logits, y, torch.empty_like(logits), alpha=0.1)
     dx = ops.pool_linear_grad(dlogits, weight, torch.empty_like(out), mask=mask, scale=weight[1])
+    slope = torch.empty_like(out)
+    ops.scale_shift_act(out, torch.empty_like(out), act="gelu", slope=slope)
+    dx = ops.scale_shift_act_grad(dx, slope, torch.empty_like(out))
     grad = ops.scale_shift_relu_grad(dx, torch.empty_like(out), mask=mask, scale=weight[0])[:, :4].contiguous()
     x = x.contiguous()
     return ops.linf_step_(x.clone(), x, grad * dlogits.sum().exp(), eps, eps), logits, dlogits, mask
