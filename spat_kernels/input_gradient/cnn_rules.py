@@ -33,6 +33,14 @@ def _leaky_module(net: Network, n, x, m: nn.LeakyReLU):
     _act(net, n, x, Act("leaky_relu", float(m.negative_slope)), m)
 
 
+def _elu_module(net: Network, n, x, m: nn.ELU):
+    _act(net, n, x, Act("elu") if m.alpha == 1 else None, m)
+
+
+def _softplus_module(net: Network, n, x, m: nn.Softplus):
+    _act(net, n, x, Act("softplus") if (m.beta, m.threshold) == (1, 20) else None, m)
+
+
 def _prelu_module(net: Network, n, x, m: nn.PReLU):
     _prelu_act(net, n, x, Ref(str(n.target), "weight"), m.weight)
 
@@ -81,6 +89,14 @@ def _leaky_act(negative_slope: float = 0.01, inplace: bool = False) -> Act:
 
 def _hardtanh_act(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Act | None:
     return Act("relu6") if (min_val, max_val) == (0, 6) else None
+
+
+def _elu_act(alpha: float = 1.0, inplace: bool = False) -> Act | None:
+    return Act("elu") if alpha == 1 else None
+
+
+def _softplus_act(beta: float = 1.0, threshold: float = 20.0) -> Act | None:
+    return Act("softplus") if (beta, threshold) == (1, 20) else None
 
 
 def _clamp_act(min=None, max=None) -> Act | None:
@@ -290,7 +306,7 @@ MODULES: dict[type, Callable] = {
     nn.SiLU: _act_module("silu"), nn.Sigmoid: _act_module("sigmoid"), nn.Hardswish: _act_module("hardswish"),
     nn.Hardsigmoid: _act_module("hardsigmoid"), nn.ReLU6: _act_module("relu6"), nn.Tanh: _act_module("tanh"),
     nn.Mish: _act_module("mish"), nn.GELU: _gelu_module, nn.Hardtanh: _hardtanh_module, nn.LeakyReLU: _leaky_module,
-    nn.PReLU: _prelu_module, nn.ZeroPad2d: _pad_module, nn.ConstantPad2d: _pad_module,
+    nn.PReLU: _prelu_module, nn.ELU: _elu_module, nn.Softplus: _softplus_module, nn.ZeroPad2d: _pad_module, nn.ConstantPad2d: _pad_module,
     nn.MaxPool2d: _pool, nn.AdaptiveMaxPool2d: _pool, nn.AvgPool2d: average, nn.AdaptiveAvgPool2d: average,
     nn.Upsample: _upsample, nn.UpsamplingNearest2d: _upsample, nn.UpsamplingBilinear2d: _upsample,
     nn.GroupNorm: _group_norm_module, nn.InstanceNorm2d: _instance_norm_module,
@@ -320,6 +336,8 @@ FUNCTIONS: dict[Any, Callable] = {
     F.gelu: _act_function(F.gelu, _gelu_act),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _act_function(F.leaky_relu, _leaky_act)),
     **dict.fromkeys((F.hardtanh, F.hardtanh_), _act_function(F.hardtanh, _hardtanh_act)),
+    **dict.fromkeys((F.elu, F.elu_), _act_function(F.elu, _elu_act)),
+    F.softplus: _act_function(F.softplus, _softplus_act),
     **dict.fromkeys((torch.clamp, "clamp", "clamp_"), _act_function(torch.clamp, _clamp_act)),
     **dict.fromkeys((F.prelu, torch.prelu), _prelu),
     **dict.fromkeys((torch.cat, torch.concat), _cat),

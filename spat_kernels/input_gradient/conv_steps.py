@@ -14,7 +14,6 @@ from . import fused_steps
 from .gradients import Grads, give, rows, sum_, take
 from .grouping import stream
 from .steps import Conv, Pointwise
-from .act_shim import scale_shift_act, scale_shift_act_grad
 from .weights import CHANNELS_LAST, ConvWeights, PointwiseWeights
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: PointwiseW
     maps = {"scale": bound.scale, "shift": bound.shift}
     if step.act:
         slope = torch.empty_like(a) if keep else None
-        scale_shift_act(a, out, act=step.act.name, b=b, **maps, total=total, slope=slope, negative=bound.negative)
+        ops.scale_shift_act(a, out, act=step.act.name, b=b, **maps, total=total, slope=slope, negative=bound.negative)
         return out, slope
     ops.scale_shift_relu(a, out, b=b, **maps, total=total, mask=mask, relu=step.relu)
     return out, mask
@@ -111,7 +110,7 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: Pointwise
             reusable += [residual] * residual_fresh
         target = reusable[0] if reusable else torch.empty_like(grad)
         if step.act:
-            dx = scale_shift_act_grad(grad, saved, target, grad2=grad2, residual=residual)
+            dx = ops.scale_shift_act_grad(grad, saved, target, grad2=grad2, residual=residual)
         else:
             dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=saved, scale=bound.scale, residual=residual)
         fresh = True

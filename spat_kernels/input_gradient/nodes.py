@@ -3,7 +3,7 @@
     input · conv · linear · affine (BatchNorm, normalisation) · relu · add · mean (global average pooling) · reshape
     cast (to the dtype of the weights: nothing, but in half precision, where fp32 is asked for)
     act (another activation) · multiply (two values, squeeze-and-excitation) · cat and slice (of channels) · pad
-    pool (max, average, nearest and bilinear resizing: functions whose gradient is one function of ATen) · group_norm (without weights)
+    pool (max, average, nearest and bilinear resizing: a function of ATen, whose gradient is another) · group_norm (no weights)
     local (any other function of a sample's values without parameters of its own: differentiated by autograd, alone)
 
 Nodes name parameters and never hold them, so that a list of nodes keeps no model alive, and stays right when the weights change.
@@ -53,7 +53,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Act:
-    """An activation other than ReLU: a name of `ops.scale_shift_act.ACTIVATIONS`, and what "leaky_relu" multiplies values < 0 by."""
+    """An activation other than ReLU, as in `ops.scale_shift_act`. `negative` is what "leaky_relu" multiplies values below 0 by."""
 
     name: str
     negative: Ref | float | None = None

@@ -47,7 +47,6 @@ from .steps import (
     Step,
 )
 
-
 ACTIVATIONS = ("relu", "act")  # kinds of nodes
 WORDS: dict[str, type[Step]] = {"mean": Mean, "reshape": Reshape, "cast": Reshape, "multiply": Multiply, "cat": Cat}
 
@@ -235,7 +234,9 @@ class Plan:
         for step in self.steps:
             mean = means.get(step.inputs[0])
             if isinstance(step, Multiply) and mean is not None and mean.gates is None and mean.out < step.out:
-                step.pooled = step.inputs[1] != step.inputs[0] and len(step.shape) == 3 and step.shape == self._shape(step.inputs[0])
+                step.pooled = (
+                    step.inputs[1] != step.inputs[0] and len(step.shape) == 3 and step.shape == self._shape(step.inputs[0])
+                )
                 mean.gates = step.out if step.pooled else None
 
     def _shape(self, value: int) -> tuple[int, ...]:

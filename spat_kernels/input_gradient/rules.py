@@ -197,7 +197,7 @@ def _as_constant(net: Network, constant, shape) -> Ref | float | None:
 # ---- the tables -------------------------------------------------------------------------------------------------------------
 
 LOCAL_MODULES = (
-    nn.Softplus, nn.ELU, nn.CELU, nn.SELU, nn.Softsign, nn.LogSigmoid, nn.LPPool2d, nn.LocalResponseNorm, nn.ReflectionPad2d,
+    nn.CELU, nn.SELU, nn.Softsign, nn.LogSigmoid, nn.LPPool2d, nn.LocalResponseNorm, nn.ReflectionPad2d,
     nn.ReplicationPad2d, nn.PixelShuffle, nn.Softmax2d, nn.Softmax,
 )  # fmt: skip
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -214,7 +214,7 @@ MODULES: dict[type, Callable] = {
 }
 
 LOCAL_FUNCTIONS = (
-    F.softplus, F.elu, F.celu, F.selu, F.softsign, F.logsigmoid, F.lp_pool2d, F.pixel_shuffle, torch.exp, torch.sqrt, torch.abs,
+    F.celu, F.selu, F.softsign, F.logsigmoid, F.lp_pool2d, F.pixel_shuffle, torch.exp, torch.sqrt, torch.abs,
     torch.pow, torch.maximum, torch.minimum, operator.pow, operator.neg, torch.neg,
 )  # fmt: skip
 LOCAL_METHODS = ("exp", "sqrt", "abs", "pow", "neg", "square", "permute", "transpose")

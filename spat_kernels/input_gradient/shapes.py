@@ -1,4 +1,4 @@
-"""The shapes of traced values, for models that look at them: `if x.shape[-1] < 7`, padding computed from sizes, `B, C, H, W = x.shape`.
+"""The shapes of traced values, for models that look at them: `if x.shape[-1] < 7`, padding that depends on the size.
 
 Symbols know no sizes. So the graph as far as it is traced is evaluated without data (fake tensors) on two batches of different
 size. A dimension that is the same in both is a number to the model's code. One that differs depends on the batch and stays a

@@ -70,7 +70,9 @@ class PoolLinear(Linear):
 
 @dataclass
 class Mean(Step):
-    gates: int | None = None  # what is pooled is multiplied later: by the step that writes this value, which leaves its product here
+    gates: int | None = (
+        None  # what is pooled is multiplied later: by the step that writes this value, which leaves its product here
+    )
 
 
 @dataclass

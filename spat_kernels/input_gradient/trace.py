@@ -196,7 +196,6 @@ class _Proxy(torch.fx.Proxy):
     __imul__ = partialmethod(_in_place, operator.imul)
     __itruediv__ = partialmethod(_in_place, operator.itruediv)
 
-
     @property
     def shape(self):
         size = self.tracer.size_of(self)
