@@ -53,7 +53,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Act:
-    """An activation other than ReLU, as in `ops.scale_shift_act`. `negative` is what "leaky_relu" multiplies values below 0 by."""
+    """An activation other than ReLU, as in `ops.scale_shift_act`. `negative` is by what "leaky_relu" multiplies values < 0."""
 
     name: str
     negative: Ref | float | None = None

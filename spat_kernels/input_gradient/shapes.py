@@ -5,6 +5,7 @@ size. A dimension that is the same in both is a number to the model's code. One 
 symbol, on which no code can branch.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -60,10 +61,13 @@ class Shapes:
             path, _, name = str(n.target).rpartition(".")
             return self._fake(getattr(self.root.get_submodule(path), name, None))
         args, kwargs = torch.fx.node.map_arg((n.args, n.kwargs), values.get)
+        module = self.root.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if module is not None and module.training and any(True for _ in module.buffers()):
+            module = copy.deepcopy(module)  # it may count
         try:
             with self._mode, torch.no_grad():
-                if n.op == "call_module":
-                    return self.root.get_submodule(str(n.target)).forward(*args, **kwargs)
+                if module is not None:
+                    return module.forward(*args, **kwargs)
                 if n.op == "call_method":
                     return getattr(args[0], str(n.target))(*args[1:], **kwargs)
                 assert callable(n.target)

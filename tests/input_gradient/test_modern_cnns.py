@@ -49,16 +49,27 @@ def check(model, size=8, left_to_autograd=0):
 
 MODULES = [
     nn.SiLU(True), nn.GELU(), nn.GELU("tanh"), nn.Sigmoid(), nn.Tanh(), nn.Mish(True), nn.Hardswish(True), nn.Hardsigmoid(True),
-    nn.ReLU6(True), nn.Hardtanh(0, 6), nn.LeakyReLU(0.2, True), nn.LeakyReLU(-0.5), nn.PReLU(), nn.PReLU(8), nn.ELU(), nn.Softplus(),
+    nn.ReLU6(True), nn.Hardtanh(0, 6), nn.LeakyReLU(0.2, True), nn.LeakyReLU(-0.5), nn.PReLU(), nn.PReLU(8), nn.ELU(),
+    nn.Softplus(),
 ]  # fmt: skip
 FUNCTIONS = {
-    "silu": lambda m, x: F.silu(x, inplace=True), "gelu": lambda m, x: F.gelu(x, approximate="tanh"), "sigmoid": lambda m, x: x.sigmoid(),
-    "sigmoid_": lambda m, x: x.sigmoid_(), "torch.tanh": lambda m, x: torch.tanh(x), "hardswish": lambda m, x: F.hardswish(x),
-    "hardsigmoid": lambda m, x: F.hardsigmoid(x), "relu6": lambda m, x: F.relu6(x), "clamp": lambda m, x: x.clamp(0, 6),
-    "leaky": lambda m, x: F.leaky_relu(x, 0.1, inplace=True), "leaky_": lambda m, x: F.leaky_relu_(x), "mish": lambda m, x: F.mish(x),
-    "prelu": lambda m, x: F.prelu(x, m.negative), "swish": lambda m, x: x * x.sigmoid(), "swish_": lambda m, x: x.mul_(x.sigmoid()),
-    "elu": lambda m, x: F.elu(x), "softplus": lambda m, x: F.softplus(x),
-}  # fmt: skip
+    "silu": lambda m, x: F.silu(x, inplace=True),
+    "gelu": lambda m, x: F.gelu(x, approximate="tanh"),
+    "sigmoid": lambda m, x: x.sigmoid(),
+    "sigmoid_": lambda m, x: x.sigmoid_(),
+    "torch.tanh": lambda m, x: torch.tanh(x),
+    "hardswish": lambda m, x: F.hardswish(x),
+    "hardsigmoid": lambda m, x: F.hardsigmoid(x),
+    "relu6": lambda m, x: F.relu6(x),
+    "clamp": lambda m, x: x.clamp(0, 6),
+    "leaky": lambda m, x: F.leaky_relu(x, 0.1, inplace=True),
+    "leaky_": lambda m, x: F.leaky_relu_(x),
+    "mish": lambda m, x: F.mish(x),
+    "prelu": lambda m, x: F.prelu(x, m.negative),
+    "swish": lambda m, x: x * x.sigmoid(),
+    "elu": lambda m, x: F.elu(x),
+    "softplus": lambda m, x: F.softplus(x),
+}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
@@ -186,17 +197,36 @@ def test_features_are_joined_and_split_too():
 # ---- pooling, padding, norms ---------------------------------------------------------------------------------------------------
 
 POOLS = {
-    "max": lambda m, a, b: nn.MaxPool2d(3, 2, 1)(a), "max_same": lambda m, a, b: F.max_pool2d(F.pad(a, (0, 1, 0, 1), value=-1e9), 3, 2),
-    "max ceil": lambda m, a, b: F.max_pool2d(b, (3, 2), 2, ceil_mode=True), "dilated": lambda m, a, b: F.max_pool2d(b, 3, 1, 1, 2),
-    "avg": lambda m, a, b: F.avg_pool2d(a, 3, 2, 1, count_include_pad=False), "avg ceil": lambda m, a, b: nn.AvgPool2d(3, 2, 0, True)(a),
-    "adaptive": lambda m, a, b: F.adaptive_avg_pool2d(a, (3, 2)), "larger": lambda m, a, b: nn.AdaptiveAvgPool2d(11)(b),
-    "adaptive max": lambda m, a, b: F.adaptive_max_pool2d(b, 3), "one max": lambda m, a, b: nn.AdaptiveMaxPool2d(1)(b),
-    "nearest": lambda m, a, b: F.interpolate(m.conv(a), scale_factor=2), "bilinear": lambda m, a, b: nn.Upsample(11, mode="bilinear")(b),
+    "max": lambda m, a, b: F.max_pool2d(a, 3, 2, 1),
+    "max same": lambda m, a, b: F.max_pool2d(F.pad(a, (0, 1, 0, 1), value=-1e9), 3, 2),
+    "max ceil": lambda m, a, b: F.max_pool2d(b, (3, 2), 2, ceil_mode=True),
+    "dilated": lambda m, a, b: F.max_pool2d(b, 3, 1, 1, 2),
+    "average": lambda m, a, b: F.avg_pool2d(a, 3, 2, 1, count_include_pad=False),
+    "average ceil": lambda m, a, b: F.avg_pool2d(a, 3, 2, 0, True),
+    "adaptive": lambda m, a, b: F.adaptive_avg_pool2d(a, (3, 2)),
+    "larger": lambda m, a, b: F.adaptive_avg_pool2d(b, 11),
+    "adaptive max": lambda m, a, b: F.adaptive_max_pool2d(b, 3),
+    "one max": lambda m, a, b: F.adaptive_max_pool2d(b, 1),
+    "nearest": lambda m, a, b: F.interpolate(m.conv(a), scale_factor=2),
+    "bilinear": lambda m, a, b: F.interpolate(b, 11, mode="bilinear"),
     "corners": lambda m, a, b: F.interpolate(a, size=(5, 12), mode="bilinear", align_corners=True),
-    "pad": lambda m, a, b: m.conv(F.pad(a, (1, 2, 0, 1))), "crop": lambda m, a, b: F.pad(a, (-1, 2)),
-    "module": lambda m, a, b: nn.ZeroPad2d((0, 1, 2, 0))(a), "group": lambda m, a, b: F.relu(m.group(b)) + a,
-    "group gelu": lambda m, a, b: F.gelu(F.group_norm(a + b, 4)), "group sum": lambda m, a, b: m.group(b) + m.group(a),
-}  # fmt: skip
+    "pad": lambda m, a, b: m.conv(F.pad(a, (1, 2, 0, 1))),
+    "crop": lambda m, a, b: F.pad(a, (-1, 2)),
+    "group": lambda m, a, b: F.relu(m.group(b)) + a,
+    "group gelu": lambda m, a, b: F.gelu(F.group_norm(a + b, 4)),
+    "group sum": lambda m, a, b: m.group(b) + m.group(a),
+}
+POOL_MODULES = (
+    nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 0, True), nn.AdaptiveAvgPool2d((3, 2)), nn.AdaptiveMaxPool2d(1),
+    nn.Upsample(11, mode="bilinear"), nn.UpsamplingNearest2d(scale_factor=2), nn.ZeroPad2d((0, 1, 2, 0)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", POOL_MODULES, ids=str)
+def test_pooling_modules(module):
+    model = Net(lambda m, a, b: m.pool(a) + m.pool(b))
+    model.pool = module
+    check(model)
 
 
 @pytest.mark.parametrize("pool", POOLS)
