@@ -8,17 +8,13 @@ namespace spat {
 
 // e^x for x <= 0 (in softmax, x = z - max): at most 1 ulp off, denormal results included, and plain arithmetic, so compilers
 // vectorise it. 1 + r + r^2 q(r) with q fitted on |r| <= ln(2)/2.
-template <class F>
-SPAT_HD F exp_rest(F r) {
-  return 0.5f + r * (0.166665763f + r * (0.0416664667f + r * (0.00836317986f + r * 0.00139334088f)));
-}
 template <class F, class U>  // float and uint32_t, or vectors of them (cpu.h)
 SPAT_HD F exp_polynomial(F x) {
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const F shifted = x * 1.44269504f + magic;
   const F n = shifted - magic;
   const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  const F q = exp_rest(r);
+  const F q = 0.5f + r * (0.166665763f + r * (0.0416664667f + r * (0.00836317986f + r * 0.00139334088f)));
   const F scale = bit_cast<F>((bit_cast<U>(shifted) << 23) + (191u << 23));  // 2^(n + 64): normal for every n in use
   const F e = (1.f + (r + r * r * q)) * scale * 0x1p-64f, zero = {};
   return x < -104.f ? zero : e;

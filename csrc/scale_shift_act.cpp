@@ -12,6 +12,19 @@ SPAT_HD void in_block(int n, F&& f) {
   else f(n);
 }
 
+// act(v * scale + shift) and, if it is wanted, its derivative.
+template <bool SLOPE, class A>
+SPAT_HD void activate(Activation act, const A (&v)[kBlock], const A* scale, const A* shift, const A* negative,
+                      A* __restrict out, A* __restrict slope) {
+  visit(act, [&](auto f) SPAT_INLINE {
+    for (int j = 0; j < kBlock; ++j) {
+      const Activated<A> y = f(v[j] * scale[j] + shift[j], negative[j]);
+      out[j] = y.value;
+      if constexpr (SLOPE) slope[j] = scale[j] * y.slope;
+    }
+  });
+}
+
 template <class T>
 SPAT_HD void scale_shift_act(const ScaleShiftAct& s, int64_t begin, int64_t end) {
   using A = acc_t<T>;
@@ -22,26 +35,24 @@ SPAT_HD void scale_shift_act(const ScaleShiftAct& s, int64_t begin, int64_t end)
   for (int64_t first = begin * channels; first < end * channels; first += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, end * channels - first));
     const A *scale = scales.data() + channel, *shift = shifts.data() + channel, *negative = negatives.data() + channel;
-    A v[kBlock], slope[kBlock];
+    T *total = from<T>(s.total, first), *out = from<T>(s.out, first), *slope = from<T>(s.slope, first);
+    A v[kBlock], kept_out[kBlock], kept_slope[kBlock], *to_out = kept_out, *to_slope = kept_slope;
+    if constexpr (std::is_same_v<T, A>)
+      if (count == kBlock) to_out = out, to_slope = slope;  // without a detour
     in_block(count, [&](auto n) SPAT_INLINE {
       const T *a = from<const T>(s.a, first), *b = from<const T>(s.b, first);
-      T* total = from<T>(s.total, first);
-      for (int j = 0; j < n; ++j) v[j] = to_acc(a[j]);
-      if (b) for (int j = 0; j < n; ++j) v[j] += to_acc(b[j]);
+      if (b) for (int j = 0; j < n; ++j) v[j] = to_acc(a[j]) + to_acc(b[j]);
+      else for (int j = 0; j < n; ++j) v[j] = to_acc(a[j]);
       if (total) for (int j = 0; j < n; ++j) total[j] = from_acc<T>(v[j]);
     });
     for (int j = count; j < kBlock; ++j) v[j] = A(0);
-    visit(s.act, [&](auto act) SPAT_INLINE {
-      for (int j = 0; j < kBlock; ++j) {
-        const Activated<A> y = act(v[j] * scale[j] + shift[j], negative[j]);
-        v[j] = y.value, slope[j] = scale[j] * y.slope;
-      }
-    });
-    in_block(count, [&](auto n) SPAT_INLINE {
-      T *out = from<T>(s.out, first), *kept = from<T>(s.slope, first);
-      if (kept) for (int j = 0; j < n; ++j) kept[j] = from_acc<T>(slope[j]);
-      for (int j = 0; j < n; ++j) out[j] = from_acc<T>(v[j]);
-    });
+    if (slope) activate<true>(s.act, v, scale, shift, negative, to_out, to_slope);
+    else activate<false>(s.act, v, scale, shift, negative, to_out, to_slope);
+    if (to_out == kept_out)
+      in_block(count, [&](auto n) SPAT_INLINE {
+        if (slope) for (int j = 0; j < n; ++j) slope[j] = from_acc<T>(kept_slope[j]);
+        for (int j = 0; j < n; ++j) out[j] = from_acc<T>(kept_out[j]);
+      });
     channel = (channel + kBlock) % channels;
   }
 }

@@ -72,11 +72,6 @@ def polynomial(v: Tensor, *coefficients: float) -> Tensor:
     return value
 
 
-def exp_rest(r: Tensor) -> Tensor:
-    """(e^r - 1 - r) / r^2 for |r| <= ln(2) / 2 in fp32, as in losses.h."""
-    return polynomial(r, 0.5, 0.166665763, 0.0416664667, 0.00836317986, 0.00139334088)
-
-
 def exp_nonpositive(v: Tensor) -> Tensor:
     """e^v for v <= 0, as in losses.h."""
     if v.dtype == torch.float64:
@@ -84,8 +79,9 @@ def exp_nonpositive(v: Tensor) -> Tensor:
     shifted = v * 1.44269504 + 12582912.0
     n = shifted - 12582912.0
     r = (v - n * 0.693359375) + n * 2.12194440e-4
+    q = polynomial(r, 0.5, 0.166665763, 0.0416664667, 0.00836317986, 0.00139334088)
     scale = ((shifted.view(torch.int32) << 23) + (191 << 23)).view(torch.float32)
-    return (((r * r * exp_rest(r) + r) + 1) * scale * 2.0**-64).masked_fill(v < -104, 0)
+    return (((r * r * q + r) + 1) * scale * 2.0**-64).masked_fill(v < -104, 0)
 
 
 def log1p_unit(v: Tensor) -> Tensor:
@@ -179,11 +175,6 @@ def adt_step_ref(
 
 
 @triton.jit
-def exp_rest_of(r):
-    return 0.5 + r * (0.166665763 + r * (0.0416664667 + r * (0.00836317986 + r * 0.00139334088)))
-
-
-@triton.jit
 def exp_of_nonpositive(v):
     if v.dtype == tl.float64:
         e = tl.exp(v)
@@ -191,8 +182,9 @@ def exp_of_nonpositive(v):
         shifted = v * 1.44269504 + 12582912.0
         n = shifted - 12582912.0
         r = (v - n * 0.693359375) + n * 2.12194440e-4
+        q = 0.5 + r * (0.166665763 + r * (0.0416664667 + r * (0.00836317986 + r * 0.00139334088)))
         scale = ((shifted.to(tl.uint32, bitcast=True) << 23) + 1602224128).to(tl.float32, bitcast=True)
-        e = tl.where(v < -104.0, 0.0, (1.0 + (r + r * r * exp_rest_of(r))) * scale * 5.421010862427522e-20)
+        e = tl.where(v < -104.0, 0.0, (1.0 + (r + r * r * q)) * scale * 5.421010862427522e-20)
     return e
 
 

@@ -3,8 +3,8 @@
     forward:   t = a + b,   v = scale_c t + shift_c,   out = act(v);   total = t;   slope = scale_c act'(v)
     backward:  dx = slope * (grad + grad2) + residual
 
-What is absent drops out of its formula. `slope` is all that the way back needs, rounded once to the images' dtype. Activations are
-torch's:
+What is absent drops out of its formula. `slope` is all that the way back needs, rounded once to the images' dtype. The functions
+are torch's:
 
     gelu         v Phi(v), Phi the normal distribution          relu6        min(max(v, 0), 6)
     gelu_tanh    v sigmoid(2 sqrt(2/pi) (v + 0.044715 v^3))     leaky_relu   v where v > 0, else negative_c v (PReLU, too)
@@ -23,7 +23,7 @@ alone. Arithmetic is fp32 (fp64) and rounds once, on the store: v continues from
 as inputs (`out` as `a` or `b`, `dx` as any input).
 
 All arithmetic, exp, log and Phi too, is additions, products and quotients, so fp32 is equal to the bit everywhere. A value or
-derivative is at most 4e-7 off, relative to the largest of its terms (2e-7 z more where GELU vanishes like e^-z). In fp64 exp, erf
+derivative is at most 4e-7 off, relative to the largest of its terms (2e-7 z more where it vanishes like e^-z). In fp64 exp, erf
 and the like are the library's, which differ by an ulp or two.
 
 Each image given moves itemsize bytes an element, once: 12 bytes in fp32 for an activation and its derivative, and back.
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .._library import define
 from ._common import EXACT, Maybe, acc_dtype, as_rows, check, check_channels, check_per_channel, divide, tl_acc
-from .adt import exp_nonpositive, exp_of_nonpositive, exp_rest, exp_rest_of, log1p_of_unit, log1p_unit, polynomial
+from .adt import log1p_of_unit, log1p_unit, polynomial
 
 ACTIVATIONS = (
     "gelu", "gelu_tanh", "silu", "sigmoid", "hardswish", "hardsigmoid", "relu6", "leaky_relu", "tanh", "mish", "elu", "softplus",
@@ -69,52 +69,77 @@ def clamped(v: Tensor, lo: float, hi: float) -> Tensor:
     return torch.where(v > hi, hi, v)
 
 
-def expm1_nonpositive(v: Tensor, e: Tensor) -> Tensor:
-    if v.dtype == torch.float64:
-        return v.expm1()
-    return torch.where(v > -0.34, v * (1 + v * exp_rest(v)), e - 1)
+def power_of_2(y: Tensor) -> tuple[Tensor, Tensor]:
+    """2^y and 2^y - 1 for y in [-127.4, 0], as in activations.h."""
+    if y.dtype == torch.float64:
+        return y.exp2(), (y * 0.6931471805599453).expm1()
+    shifted = y + (12582912.0 + 127.0)
+    f = y - (shifted - (12582912.0 + 127.0))
+    rest = f * polynomial(f, 0.693147182, 0.240226492, 0.0555035733, 0.00961823761, 0.00133907353, 0.000154034948)
+    scale = (shifted.view(torch.int32) << 23).view(torch.float32)
+    rest = scale * rest
+    return scale + rest, (scale - 1) + rest
+
+
+def size_of(v: Tensor, most: float, most_in_fp64: float) -> Tensor:
+    """|v|, or where a power of 2 is 0."""
+    size, end = v.abs(), most_in_fp64 if v.dtype == torch.float64 else most
+    return torch.where(size > end, end, size)
+
+
+def decayed(v: Tensor) -> Tensor:
+    """e^-|v|"""
+    return power_of_2(size_of(v, 88.1, 800.0) * -1.4426950408889634)[0]
 
 
 def normal_tail(x: Tensor, e: Tensor) -> Tensor:
-    """Phi(-x) for x in [0, 15], with e = e^(-x^2/2), as in activations.h."""
+    """Phi(-x) for x in [0, 13.3], with e = e^(-x^2/2), as in activations.h."""
     if x.dtype == torch.float64:
         return 0.5 * torch.erfc(x * 0.7071067811865476)
-    top = polynomial(x, 0.5, 0.439284386, 0.183969845, 0.0408813655, 0.00415326482)
-    return e * (top / polynomial(x, 1.0, 1.67645378, 1.20555122, 0.471410563, 0.102480503, 0.0104105794))
-
-
-def sigmoid(v: Tensor) -> tuple[Tensor, Tensor]:
-    q = exp_nonpositive(-v.abs())
-    share = 1 / (1 + q)
-    return torch.where(v < 0, q * share, share), q * share * share
+    top = polynomial(x, 49.6175079, 43.2354584, 17.9920673, 3.96785927, 0.398947954)
+    return e * (top / polynomial(x, 99.2350159, 165.649033, 118.535027, 46.0830231, 9.94668102, 1.0))
 
 
 def gelu(v: Tensor) -> tuple[Tensor, Tensor]:
-    c = clamped(v, -15, 15)
-    e = exp_nonpositive(c * c * -0.5)
-    tail = normal_tail(c.abs(), e)
+    x = size_of(v, 13.28, 40.0)
+    e, _ = power_of_2(x * x * -0.7213475204444817)
+    tail = normal_tail(x, e)
     cdf = torch.where(v < 0, tail, 1 - tail)
-    return v * cdf, cdf + c * e * 0.3989422804014327
+    return v * cdf, cdf + x.copysign(v) * (e * 0.3989422804014327)
+
+
+def gated(v: Tensor, x: Tensor, q: Tensor, w_slope: Tensor | float) -> tuple[Tensor, Tensor]:
+    """v s and its derivative for the sigmoid s of a function w of v, by q = e^-|w|, as in activations.h."""
+    share = 1 / (1 + q)
+    small = q * share
+    s = torch.where(v < 0, small, share)
+    return v * s, s + x.copysign(v) * w_slope * (small * share)
 
 
 def gelu_tanh(v: Tensor) -> tuple[Tensor, Tensor]:
-    c = clamped(v, -15, 15)
-    square = c * c
-    s, s_slope = sigmoid(c * (square * 0.07135481627260025 + 1.5957691216057308))
-    return v * s, s + c * (square * 0.21406444881780074 + 1.5957691216057308) * s_slope
+    x = size_of(v, 10.04, 25.0)
+    square = x * x
+    q, _ = power_of_2(x * (square * -0.1029432395800235 + -2.302208198144325))
+    return gated(v, x, q, square * 0.21406444881780074 + 1.5957691216057308)
 
 
 def silu(v: Tensor) -> tuple[Tensor, Tensor]:
-    s, s_slope = sigmoid(v)
-    return v * s, s + clamped(v, -1000, 1000) * s_slope
+    return gated(v, size_of(v, 88.1, 800.0), decayed(v), 1.0)
+
+
+def sigmoid(v: Tensor) -> tuple[Tensor, Tensor]:
+    q = decayed(v)
+    share = 1 / (1 + q)
+    small = q * share
+    return torch.where(v < 0, small, share), small * share
 
 
 def hardsigmoid(v: Tensor) -> tuple[Tensor, Tensor]:
-    return clamped(v + 3, 0, 6) / 6, torch.where((v > -3) & (v < 3), torch.full_like(v, 1 / 6), 0)
+    return clamped(v + 3, 0, 6) * (1 / 6), torch.where((v > -3) & (v < 3), torch.full_like(v, 1 / 6), 0)
 
 
 def hardswish(v: Tensor) -> tuple[Tensor, Tensor]:
-    return v * hardsigmoid(v)[0], torch.where(v <= -3, 0, torch.where(v >= 3, 1, v / 3 + 0.5))
+    return v * hardsigmoid(v)[0], torch.where(v <= -3, 0, torch.where(v >= 3, 1, v * (1 / 3) + 0.5))
 
 
 def relu6(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,29 +147,26 @@ def relu6(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tanh(v: Tensor) -> tuple[Tensor, Tensor]:
-    x = -2 * v.abs()
-    q = exp_nonpositive(x)
+    q, minus_1 = power_of_2(size_of(v, 44.05, 400.0) * -2.8853900817779268)
     share = 1 / (1 + q)
-    size = -expm1_nonpositive(x, q) * share
-    return torch.where(v < 0, -size, torch.where(v > 0, size, v)), 4 * q * share * share
+    return (-minus_1 * share).copysign(v), 4 * q * share * share
 
 
 def mish(v: Tensor) -> tuple[Tensor, Tensor]:
-    q = exp_nonpositive(-v.abs())
+    q = decayed(v)
     n, d = torch.where(v < 0, q * (q + 2), 1 + 2 * q), torch.where(v < 0, 2, 2 * q * q)
     share = 1 / (n + d)
     t = n * share
-    return v * t, t + clamped(v, -1000, 1000) * (4 * torch.where(v < 0, q, q * q) * (1 + q) * share * share)
+    return v * t, t + size_of(v, 88.1, 800.0).copysign(v) * (4 * torch.where(v < 0, q, q * q) * (1 + q) * share * share)
 
 
 def elu(v: Tensor) -> tuple[Tensor, Tensor]:
-    below = torch.where(v > 0, 0, v)
-    e = exp_nonpositive(below)
-    return torch.where(v > 0, v, expm1_nonpositive(below, e)), e
+    e, minus_1 = power_of_2(size_of(torch.where(v < 0, v, 0), 88.1, 800.0) * -1.4426950408889634)
+    return torch.where(v < 0, minus_1, v), e
 
 
 def softplus(v: Tensor) -> tuple[Tensor, Tensor]:
-    q = exp_nonpositive(-v.abs())
+    q = decayed(v)
     s = torch.where(v < 0, q, 1) / (1 + q)
     return torch.where(v > 20, v, torch.where(v > 0, v, 0) + log1p_unit(q)), torch.where(v > 20, 1, s)
 
@@ -195,11 +217,32 @@ def clamp_of(v, lo, hi):
 
 
 @triton.jit
-def expm1_of_nonpositive(v, e):
-    e -= 1.0
-    if v.dtype != tl.float64:
-        e = tl.where(v > -0.34, v * (1.0 + v * exp_rest_of(v)), e)
-    return e
+def power_of_2_of(y):
+    if y.dtype == tl.float64:
+        value = tl.exp2(y)
+        minus_1 = value - 1.0
+    else:
+        shifted = y + 12583039.0
+        f = y - (shifted - 12583039.0)
+        high = 0.00961823761 + f * (0.00133907353 + f * 0.000154034948)
+        rest = f * (0.693147182 + f * (0.240226492 + f * (0.0555035733 + f * high)))
+        scale = (shifted.to(tl.uint32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+        rest = scale * rest
+        value, minus_1 = scale + rest, (scale - 1.0) + rest
+    return value, minus_1
+
+
+@triton.jit
+def bounded(v, most: tl.constexpr, most_in_fp64: tl.constexpr):
+    size = tl.abs(v)
+    end: tl.constexpr = most_in_fp64 if v.dtype == tl.float64 else most
+    return tl.where(size > end, end, size)
+
+
+@triton.jit
+def decayed_of(v):
+    value, _ = power_of_2_of(bounded(v, 88.1, 800.0) * -1.4426950408889634)
+    return value
 
 
 @triton.jit
@@ -207,72 +250,72 @@ def normal_tail_of(x, e):
     if x.dtype == tl.float64:
         tail = 0.5 * (1.0 - tl.erf(x * 0.7071067811865476))
     else:
-        top = 0.5 + x * (0.439284386 + x * (0.183969845 + x * (0.0408813655 + x * 0.00415326482)))
-        high = 0.471410563 + x * (0.102480503 + x * 0.0104105794)
-        tail = e * divide(top, 1.0 + x * (1.67645378 + x * (1.20555122 + x * high)))
+        top = 49.6175079 + x * (43.2354584 + x * (17.9920673 + x * (3.96785927 + x * 0.398947954)))
+        high = 118.535027 + x * (46.0830231 + x * (9.94668102 + x))
+        tail = e * divide(top, 99.2350159 + x * (165.649033 + x * high))
     return tail
 
 
 @triton.jit
-def share_of(q):
-    """1 / (1 + q)"""
-    return divide(tl.full(q.shape, 1.0, q.dtype), 1.0 + q)
+def inverse(v):
+    return divide(tl.full(v.shape, 1.0, v.dtype), v)
 
 
 @triton.jit
-def sigmoid_of(v):
-    q = exp_of_nonpositive(-tl.abs(v))
-    share = share_of(q)
-    return tl.where(v < 0, q * share, share), q * share * share
+def gated_of(v, x, q, w_slope):
+    share = inverse(1.0 + q)
+    small = q * share
+    s = tl.where(v < 0, small, share)
+    return v * s, s + tl.where(v < 0, -x, x) * w_slope * (small * share)
 
 
 @triton.jit
 def activated_of(v, negative, ACT: tl.constexpr):
     if ACT == 0:  # gelu
-        c = clamp_of(v, -15.0, 15.0)
-        e = exp_of_nonpositive(c * c * -0.5)
-        tail = normal_tail_of(tl.abs(c), e)
+        x = bounded(v, 13.28, 40.0)
+        e, _ = power_of_2_of(x * x * -0.7213475204444817)
+        tail = normal_tail_of(x, e)
         cdf = tl.where(v < 0, tail, 1.0 - tail)
-        value, slope = v * cdf, cdf + c * e * 0.3989422804014327
+        value, slope = v * cdf, cdf + tl.where(v < 0, -x, x) * (e * 0.3989422804014327)
     elif ACT == 1:  # gelu_tanh
-        c = clamp_of(v, -15.0, 15.0)
-        square = c * c
-        s, s_slope = sigmoid_of(c * (1.5957691216057308 + square * 0.07135481627260025))
-        value, slope = v * s, s + c * (1.5957691216057308 + square * 0.21406444881780074) * s_slope
+        x = bounded(v, 10.04, 25.0)
+        square = x * x
+        q, _ = power_of_2_of(x * (-2.302208198144325 + square * -0.1029432395800235))
+        value, slope = gated_of(v, x, q, 1.5957691216057308 + square * 0.21406444881780074)
     elif ACT == 2:  # silu
-        s, s_slope = sigmoid_of(v)
-        value, slope = v * s, s + clamp_of(v, -1000.0, 1000.0) * s_slope
+        value, slope = gated_of(v, bounded(v, 88.1, 800.0), decayed_of(v), 1.0)
     elif ACT == 3:  # sigmoid
-        value, slope = sigmoid_of(v)
+        q = decayed_of(v)
+        share = inverse(1.0 + q)
+        small = q * share
+        value, slope = tl.where(v < 0, small, share), small * share
     elif ACT == 4:  # hardswish
-        value = v * divide(clamp_of(v + 3.0, 0.0, 6.0), tl.full(v.shape, 6.0, v.dtype))
-        slope = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, divide(v, tl.full(v.shape, 3.0, v.dtype)) + 0.5))
+        value = v * (clamp_of(v + 3.0, 0.0, 6.0) * 0.16666666666666666)
+        slope = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, v * 0.3333333333333333 + 0.5))
     elif ACT == 5:  # hardsigmoid
-        value = divide(clamp_of(v + 3.0, 0.0, 6.0), tl.full(v.shape, 6.0, v.dtype))
+        value = clamp_of(v + 3.0, 0.0, 6.0) * 0.16666666666666666
         slope = tl.where((v > -3) & (v < 3), tl.full(v.shape, 0.16666666666666666, v.dtype), 0.0)
     elif ACT == 6:  # relu6
         value, slope = clamp_of(v, 0.0, 6.0), tl.where((v > 0) & (v < 6), 1.0, tl.zeros_like(v))
     elif ACT == 7:  # leaky_relu
         value, slope = tl.where(v > 0, v, v * negative), tl.where(v > 0, 1.0, negative)
     elif ACT == 8:  # tanh
-        x = -2.0 * tl.abs(v)
-        q = exp_of_nonpositive(x)
-        share = share_of(q)
-        size = -expm1_of_nonpositive(x, q) * share
+        q, minus_1 = power_of_2_of(bounded(v, 44.05, 400.0) * -2.8853900817779268)
+        share = inverse(1.0 + q)
+        size = -minus_1 * share
         value, slope = tl.where(v < 0, -size, tl.where(v > 0, size, v)), 4.0 * q * share * share
     elif ACT == 9:  # mish
-        q = exp_of_nonpositive(-tl.abs(v))
+        q = decayed_of(v)
         n, d = tl.where(v < 0, q * (q + 2.0), 1.0 + 2.0 * q), tl.where(v < 0, 2.0, 2.0 * q * q)
-        share = divide(tl.full(v.shape, 1.0, v.dtype), n + d)
+        share = inverse(n + d)
         t = n * share
-        rest = 4.0 * tl.where(v < 0, q, q * q) * (1.0 + q) * share * share
-        value, slope = v * t, t + clamp_of(v, -1000.0, 1000.0) * rest
+        x, rest = bounded(v, 88.1, 800.0), 4.0 * tl.where(v < 0, q, q * q) * (1.0 + q) * share * share
+        value, slope = v * t, t + tl.where(v < 0, -x, x) * rest
     elif ACT == 10:  # elu
-        below = tl.where(v > 0, 0.0, v)
-        slope = exp_of_nonpositive(below)
-        value = tl.where(v > 0, v, expm1_of_nonpositive(below, slope))
+        slope, minus_1 = power_of_2_of(bounded(tl.where(v < 0, v, 0.0), 88.1, 800.0) * -1.4426950408889634)
+        value = tl.where(v < 0, minus_1, v)
     else:  # softplus
-        q = exp_of_nonpositive(-tl.abs(v))
+        q = decayed_of(v)
         s = divide(tl.where(v < 0, q, 1.0), 1.0 + q)
         value = tl.where(v > 20, v, tl.where(v > 0, v, 0.0) + log1p_of_unit(q))
         slope = tl.where(v > 20, 1.0, s)
