@@ -7,6 +7,7 @@ done: the pass its value, and backward nothing left in `grads`.
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -27,6 +28,8 @@ def conv_forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, values,
     if bound.winograd is not None:
         y = bound.winograd.forward(x)
         return (y if bound.bias is None else y.add_(bound.bias.view(-1, 1, 1))), x.shape
+    if bound.dense:
+        return F.linear(x.flatten(1), bound.weight.flatten(1), bound.bias)[:, :, None, None], x.shape
     c = step.conv
     y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
     return rows(y), x.shape
@@ -53,12 +56,17 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
         dx = fused_steps.gradient(run, step, bound, grad, shape)
     if dx is None and bound.winograd is not None:
         dx = bound.winograd.gradient(grad)
+    elif dx is None and bound.dense:
+        dx = (grad.flatten(1) @ bound.weight.flatten(1))[:, :, None, None]
     elif dx is None:
-        unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=bound.layout)
+        weight = bound.weight if bound.wide is None else bound.wide
+        unread = torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=bound.layout)
         c, only_input = step.conv, [True, False, False]
         dx, _, _ = torch.ops.aten.convolution_backward(
-            grad, unread, bound.weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"], only_input
-        )
+            grad.to(weight.dtype), unread, weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"],
+            only_input,
+        )  # fmt: skip
+        dx = dx.to(grad.dtype)
     if bound.splits:
         dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
     if bound.scale is not None:
