@@ -42,14 +42,14 @@ def _softplus_module(net: Network, n, x, m: nn.Softplus):
 
 
 def _prelu_module(net: Network, n, x, m: nn.PReLU):
-    _prelu_act(net, n, x, Ref(str(n.target), "weight"), m.weight)
+    _prelu_act(net, n, x, Ref(str(n.target), "weight"))
 
 
 def _prelu(net: Network, n, x, weight):
-    _prelu_act(net, n, x, net.ref(weight), net.plain(weight))
+    _prelu_act(net, n, x, net.ref(weight))
 
 
-def _prelu_act(net: Network, n, x, negative: Ref, weight: Tensor):
+def _prelu_act(net: Network, n, x, negative: Ref | None):
     if len(net.shape) not in (1, 3):
         raise CannotPlan(f"{n.name} is a PReLU of values that are neither [B, C] nor [B, C, H, W]")
     net.add(n, "act", x, act=Act("leaky_relu", negative))

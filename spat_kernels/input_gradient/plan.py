@@ -92,7 +92,8 @@ class Plan:
         for i in range(self.last, -1, -1):
             if self.nodes[i].kind == "conv" or i in before_conv:
                 before_conv.update(self.nodes[i].inputs)
-        front, head, crossings, reason = {0}, set(), 0, None
+        front, crossings, reason = {0}, 0, None
+        head: set[int] = set()
         for i, node in enumerate(self.nodes[1:], 1):
             parts = {"front" if j in front else "head" if j in head else "middle" for j in node.inputs}
             if node.conv is not None:

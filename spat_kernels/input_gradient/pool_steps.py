@@ -47,8 +47,10 @@ def _pool_gradient(pool: nn.Module, grad: Tensor, x: Tensor, indices: Tensor | N
     if isinstance(pool, nn.AdaptiveMaxPool2d):
         return aten.adaptive_max_pool2d_backward(grad, x, indices)
     if isinstance(pool, nn.AvgPool2d):
-        window = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), pool.ceil_mode
-        return aten.avg_pool2d_backward(grad, x, *window, pool.count_include_pad, pool.divisor_override)
+        kernel, stride, padding = map(_pair, (pool.kernel_size, pool.stride, pool.padding))
+        return aten.avg_pool2d_backward(
+            grad, x, kernel, stride, padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
+        )
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         return aten._adaptive_avg_pool2d_backward(grad, x)
     assert isinstance(pool, nn.Upsample)

@@ -25,6 +25,10 @@ def find_rule(module: nn.Module) -> Callable | None:
     return _normalize if is_normalize(module) else MODULES.get(type(module)) or of_timm(module)
 
 
+def find_function(target) -> Callable | None:
+    return _stochastic_depth if getattr(target, "__name__", "") == "stochastic_depth" else FUNCTIONS.get(target)
+
+
 def is_normalize(module: nn.Module) -> bool:
     """torchvision need not be installed."""
     return type(module).__name__ == "Normalize" and type(module).__module__.startswith("torchvision.transforms")
@@ -122,6 +126,11 @@ def _dropout(net: Network, n, x, p=0.5, training=True, inplace=False):
     net.same(n, x)
 
 
+def _stochastic_depth(net: Network, n, x, p, mode, training=True):
+    """torchvision need not be installed."""
+    _dropout(net, n, x, p, net.plain(training))
+
+
 def _dropout_module(net: Network, n, x, m):
     _dropout(net, n, x, m.p, m.training)
 
@@ -216,6 +225,7 @@ MODULES: dict[type, Callable] = {
 LOCAL_FUNCTIONS = (
     F.celu, F.selu, F.softsign, F.logsigmoid, F.lp_pool2d, F.pixel_shuffle, torch.exp, torch.sqrt, torch.abs,
     torch.pow, torch.maximum, torch.minimum, operator.pow, operator.neg, torch.neg,
+    torch.transpose, torch.permute,
 )  # fmt: skip
 LOCAL_METHODS = ("exp", "sqrt", "abs", "pow", "neg", "square", "permute", "transpose")
 RESHAPES = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "view", "reshape", "squeeze", "unsqueeze")

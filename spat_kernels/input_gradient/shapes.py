@@ -48,7 +48,8 @@ class Shapes:
     def _value(self, k: int, node: torch.fx.Node) -> Any:
         values = self._values[k]
         while node not in values:  # in order, since what works in place comes before what reads it
-            n = self._last[k] = self._last[k].next if self._last[k] else next(iter(node.graph.nodes))
+            last = self._last[k]
+            n = self._last[k] = next(iter(node.graph.nodes)) if last is None else last.next
             values[n] = self._evaluate(k, n)
         return values[node]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .nodes import CannotPlan, Network, Node
-from .rules import FUNCTIONS, find_rule
+from .rules import find_function, find_rule
 from .shapes import Shapes
 
 PROBES = 5  # samples that a model is traced with; an unusual size, so that a batch differs from other dimensions
@@ -196,6 +196,8 @@ class _Proxy(torch.fx.Proxy):
     __imul__ = partialmethod(_in_place, operator.imul)
     __itruediv__ = partialmethod(_in_place, operator.itruediv)
 
+    tracer: "_Tracer"
+
     @property
     def shape(self):
         size = self.tracer.size_of(self)
@@ -317,7 +319,7 @@ class _Reader(torch.fx.Interpreter, Network):
             if "forward" in vars(m):
                 raise CannotPlan(f"{n.target} has a forward of its own")
             return rule(self, n, n.args[0], m)
-        rule = FUNCTIONS.get(n.target)
+        rule = find_function(n.target)
         if rule is None:
             name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", n.target)
             raise CannotPlan(f"no rule for {name} ({n.name})")

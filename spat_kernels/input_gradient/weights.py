@@ -17,7 +17,7 @@ from ..ops._common import acc_dtype
 from ..precision import HALVES
 from .nodes import Norm, Ref, Term
 from .plan import Plan
-from .steps import Conv, Linear, Maps, Pointwise, Step
+from .steps import Conv, Linear, Maps, Pointwise
 
 CHANNELS_LAST = torch.channels_last
 ALIGNED = 4  # scales and shifts start at multiples of 4 values, 16 bytes of fp32, which CUDA kernels read at once
@@ -129,7 +129,7 @@ class Weights:
         return all(tuple(p) == (1, 1) for p in pixels) and step.conv["groups"] == 1 and list(step.conv["padding"]) == [0, 0]
 
     def _gradient_in_fp32(self, step: Conv, weight: Tensor) -> bool:
-        """On CPUs oneDNN has no fast kernel in half precision for a depthwise convolution with strides: 39 ms instead of 0.3 to 11."""
+        """On CPUs oneDNN has no fast kernel in half precision for depthwise ones with strides: 39 ms instead of 0.3 to 11."""
         depthwise = step.conv["groups"] > 1 and weight.shape[1] == 1
         return self.device.type == "cpu" and self.dtype in HALVES and depthwise and step.conv["stride"] != [1, 1]
 

@@ -281,6 +281,18 @@ def test_shapes_leave_the_model_as_it_was():
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_dropped_paths_are_kept_in_evaluation(training):
+    operations = pytest.importorskip("torchvision.ops")
+    drop = pytest.importorskip("timm.layers").DropPath(0.3)
+    model = Net(lambda m, a, b: m.drop(a) + operations.stochastic_depth(b, 0.3, "row", training))
+    model.drop = drop
+    if training:
+        assert "random numbers" in sk.explain(randomized(model), images(3, 8)).reason
+    else:
+        check(model)
+
+
 # ---- windows -------------------------------------------------------------------------------------------------------------------
 
 
