@@ -7,6 +7,7 @@ done: the pass its value, and backward nothing left in `grads`.
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -14,7 +15,7 @@ from . import fused_steps
 from .gradients import Grads, give, rows, sum_, take
 from .grouping import stream
 from .steps import Conv, Pointwise
-from .weights import CHANNELS_LAST, ConvWeights, ScaleShift
+from .weights import CHANNELS_LAST, ConvWeights, PointwiseWeights
 
 if TYPE_CHECKING:
     from .planned_gradient import PlannedGradient
@@ -27,6 +28,8 @@ def conv_forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, values,
     if bound.winograd is not None:
         y = bound.winograd.forward(x)
         return (y if bound.bias is None else y.add_(bound.bias.view(-1, 1, 1))), x.shape
+    if bound.dense:
+        return F.linear(x.flatten(1), bound.weight.flatten(1), bound.bias)[:, :, None, None], x.shape
     c = step.conv
     y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
     return rows(y), x.shape
@@ -53,12 +56,17 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
         dx = fused_steps.gradient(run, step, bound, grad, shape)
     if dx is None and bound.winograd is not None:
         dx = bound.winograd.gradient(grad)
+    elif dx is None and bound.dense:
+        dx = (grad.flatten(1) @ bound.weight.flatten(1))[:, :, None, None]
     elif dx is None:
-        unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=bound.layout)
+        weight = bound.weight if bound.wide is None else bound.wide
+        unread = torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=bound.layout)
         c, only_input = step.conv, [True, False, False]
         dx, _, _ = torch.ops.aten.convolution_backward(
-            grad, unread, bound.weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"], only_input
-        )
+            grad.to(weight.dtype), unread, weight, None, c["stride"], c["padding"], c["dilation"], False, [0, 0], c["groups"],
+            only_input,
+        )  # fmt: skip
+        dx = dx.to(grad.dtype)
     if bound.splits:
         dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
     if bound.scale is not None:
@@ -68,7 +76,7 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
     grads[step.inputs[0]].append((dx, not bound.splits))
 
 
-def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift, values, keep):
+def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: PointwiseWeights, values, keep):
     if step.out in run.engines.masks:  # the convolution has done it
         return values[step.out], run.engines.masks.pop(step.out)
     a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
@@ -82,11 +90,16 @@ def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift
         total = a if step.in_place else torch.empty_like(a)
         values[step.total] = total
     out = a if step.in_place and total is None else torch.empty_like(a)
-    ops.scale_shift_relu(a, out, b=b, scale=bound.scale, shift=bound.shift, total=total, mask=mask, relu=step.relu)
+    maps = {"scale": bound.scale, "shift": bound.shift}
+    if step.act:
+        slope = torch.empty_like(a) if keep else None
+        ops.scale_shift_act(a, out, act=step.act.name, b=b, **maps, total=total, slope=slope, negative=bound.negative)
+        return out, slope
+    ops.scale_shift_relu(a, out, b=b, **maps, total=total, mask=mask, relu=step.relu)
     return out, mask
 
 
-def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift, mask, grads: Grads):
+def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: PointwiseWeights, saved, grads: Grads):
     if not grads[step.out]:  # the head has done it, or a convolution
         return
     outs, grads[step.out] = grads[step.out], []
@@ -95,7 +108,7 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShif
     before = stream(step)
     residual, residual_fresh = take(grads, before) if before is not None and grads[before] else (None, False)
     outs = [(rows(g), fresh) for g, fresh in outs]
-    if mask is None and bound.scale is None and residual is None and len(outs) == 1:
+    if saved is None and bound.scale is None and residual is None and len(outs) == 1:
         dx, fresh = outs[0]  # a bare addition
     else:
         (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
@@ -104,6 +117,9 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShif
             residual = rows(residual)
             reusable += [residual] * residual_fresh
         target = reusable[0] if reusable else torch.empty_like(grad)
-        dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=bound.scale, residual=residual)
+        if step.act:
+            dx = ops.scale_shift_act_grad(grad, saved, target, grad2=grad2, residual=residual)
+        else:
+            dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=saved, scale=bound.scale, residual=residual)
         fresh = True
     give(step, dx, fresh, grads)

@@ -170,7 +170,7 @@ def _pass(
 ) -> tuple[Epilogue, dict[str, Tensor]]:
     assert step.behind is not None
     others = [j for j in behind.inputs if j != step.out]
-    scale, shift = run.bound[step.behind]
+    scale, shift, _ = run.bound[step.behind]
     tensors = {"b": rows(values[others[0]]) if others else None, "scale": scale, "shift": shift}
     given = {name: t for name, t in tensors.items() if t is not None}
     writes = ("total",) * (step.shared or behind.total is not None) + ("mask",) * (keep and behind.relu)

@@ -15,7 +15,7 @@ none.
 
 from dataclasses import fields
 
-from .steps import Conv, FusedConv, Pointwise, Step
+from .steps import Conv, FusedConv, Pointwise, Split, Step
 
 Readers = dict[int, list[int]]  # value -> the steps that read it, in order, as often as they do
 
@@ -41,6 +41,8 @@ def group(steps: list[Step], exact: set[int]) -> None:
 
 def made(step: Step) -> list[int]:
     """The values that a step writes."""
+    if isinstance(step, Split):
+        return list(step.outs)
     total = getattr(step, "total", None)
     return [step.out] if total is None else [step.out, total]
 
@@ -52,6 +54,8 @@ def stream(step: Pointwise) -> int | None:
 
 def _forward_carrier(steps: list[Step], p: int, step: Pointwise, readers: Readers, makers: dict[int, int]):
     """The convolution that may do the pass `step`, and "", or None and why there is none."""
+    if step.act:
+        return None, "its activation is no ReLU"
     sources = {makers[j]: j for j in step.inputs if isinstance(steps[makers.get(j, p)], Conv)}
     if not sources:
         return None, "it reads no convolution"
@@ -69,6 +73,8 @@ def _has_pass(step: Step) -> bool:
 
 def _gradient_carrier(steps: list[Step], p: int, step: Pointwise, readers: Readers, exact: set[int]):
     """The convolution that may do the way back of `step`, and "", or None and why there is none."""
+    if step.act:
+        return None, "its activation is no ReLU"
     if step.in_head:
         return None, "the head does it"
     first = min(readers.get(step.out, [p]))

@@ -2,6 +2,8 @@
 
     input · conv · linear · affine (BatchNorm, normalisation) · relu · add · mean (global average pooling) · reshape
     cast (to the dtype of the weights: nothing, but in half precision, where fp32 is asked for)
+    act (another activation) · multiply (two values, squeeze-and-excitation) · cat and slice (of channels) · pad
+    pool (max, average, nearest and bilinear resizing: a function of ATen, whose gradient is another) · group_norm (no weights)
     local (any other function of a sample's values without parameters of its own: differentiated by autograd, alone)
 
 Nodes name parameters and never hold them, so that a list of nodes keeps no model alive, and stays right when the weights change.
@@ -49,6 +51,14 @@ class Term:
     constant: Ref | float | tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Act:
+    """An activation other than ReLU, as in `ops.scale_shift_act`. `negative` is by what "leaky_relu" multiplies values < 0."""
+
+    name: str
+    negative: Ref | float | None = None
+
+
 @dataclass
 class Node:
     """One value of the network. `shape` is that of one sample; `inputs` are indices of earlier nodes."""
@@ -61,7 +71,9 @@ class Node:
     bias: Ref | None = None
     conv: dict | None = None  # stride, padding, dilation, groups
     norm: Norm | Term | None = None  # affine
-    function: Callable | None = None  # local: the values of `inputs` -> this value
+    function: Callable | None = None  # local, pool: the values of `inputs` -> this value
+    act: Act | None = None  # act
+    options: dict | None = None  # slice: first, last; pad: sides, value; group_norm: groups, eps
 
 
 class Network:
@@ -77,6 +89,7 @@ class Network:
         self.nodes: list[Node] = []
         self.index: dict[torch.fx.Node, int] = {}  # fx node -> the node that holds its value
         self.shape: tuple[int, ...] = ()  # shape of one sample of the value that is being read
+        self.split: dict[torch.fx.Node, tuple] = {}  # fx node that gives several parts of a value -> how (cnn_rules)
 
     def add(self, n: torch.fx.Node, kind: str, *values: torch.fx.Node, **fields) -> None:
         """Fx node `n` is a new node, made of `values`."""

@@ -5,12 +5,17 @@ model (trace.py) becomes a list of steps, in channels_last:
 
     Conv       by cuDNN or oneDNN. A BatchNorm that alone reads its output is folded into its weights.
     Pointwise  everything between convolutions in one pass (ops.scale_shift_relu): residual add, scale and shift, ReLU, mask out;
-               backward: mask, scale, and the gradients of the residual branches.
+               backward: mask, scale, and the gradients of the residual branches. With another activation
+               (ops.scale_shift_act), its derivative takes the place of the mask.
     PoolLinear the pooling and the linear layer at the end (ops.pool_linear), where its weights are few; backward, it also does
                the pass of a Pointwise in front.
     FusedConv  a Conv with the Pointwise behind it, or with the way back of the one in front, for engines that do both in one
                launch (grouping.py, fused_conv).
-    Mean, Linear, Reshape, and Local (other functions, differentiated by autograd one by one)
+    Multiply   squeeze-and-excitation, and other products of two values
+    Cat, Split along the channels. A Cat that goes on where another ended reads that one, so that dense blocks take a few passes a
+               layer instead of one for each layer before it.
+    Mean, Linear, Reshape, Pad, Pool, GroupNorm (its weights are a Pointwise), and Local (other functions, differentiated by
+    autograd one by one)
 
 A pre-activation BatchNorm on a residual stream is not folded forward into the next convolution: zero padding would see its shift.
 The plan holds no tensor of the model: weights.py binds its steps to the weights as they are, planned_gradient.py runs them.
@@ -19,11 +24,31 @@ The plan holds no tensor of the model: weights.py binds its steps to the weights
 from math import prod
 
 import torch
+from torch import nn
 
 from ..ops.pool_linear import MAX_CHANNELS, MAX_WEIGHTS
 from .grouping import group
 from .nodes import Node
-from .steps import Conv, Linear, Local, Maps, Mean, Pointwise, PoolLinear, Reshape, Step
+from .steps import (
+    Cat,
+    Conv,
+    GroupNorm,
+    Linear,
+    Local,
+    Maps,
+    Mean,
+    Multiply,
+    Pad,
+    Pointwise,
+    Pool,
+    PoolLinear,
+    Reshape,
+    Split,
+    Step,
+)
+
+ACTIVATIONS = ("relu", "act")  # kinds of nodes
+WORDS: dict[str, type[Step]] = {"mean": Mean, "reshape": Reshape, "cast": Reshape, "multiply": Multiply, "cat": Cat}
 
 
 class Plan:
@@ -39,6 +64,7 @@ class Plan:
     """
 
     def __init__(self, nodes: list[Node]):
+        _chain_cats(nodes)
         self.nodes = nodes
         self.last = len(nodes) - 1
         self.users: list[list[int]] = [[] for _ in nodes]
@@ -55,6 +81,7 @@ class Plan:
             if i not in done:
                 done |= self._add_step(i)
         self._fuse_head()
+        self._pair_gates()
         self._move_shifts()
         group(self.steps, self.exact)
         self._note_frees()
@@ -65,14 +92,17 @@ class Plan:
         for i in range(self.last, -1, -1):
             if self.nodes[i].kind == "conv" or i in before_conv:
                 before_conv.update(self.nodes[i].inputs)
-        front, head, crossings, reason = {0}, set(), 0, None
+        front, crossings, reason = {0}, 0, None
+        head: set[int] = set()
         for i, node in enumerate(self.nodes[1:], 1):
             parts = {"front" if j in front else "head" if j in head else "middle" for j in node.inputs}
             if node.conv is not None:
                 if parts == {"front"} and node.conv["groups"] > 1:
                     reason = f"{node.name} is grouped and reads the image, which would be rounded"
                 continue
-            pools = (node.kind in ("mean", "cast") and i not in before_conv) or (node.kind == "linear" and i == self.last)
+            pools = (node.kind in ("mean", "cast") and i not in before_conv and self._apart(i, head)) or (
+                node.kind == "linear" and i == self.last
+            )
             if len(parts) > 1:
                 reason = f"{node.name} joins values from before, inside and behind the half-precision part"
             elif parts == {"front"}:
@@ -85,21 +115,46 @@ class Plan:
             reason = "several branches are pooled on their own, so no one place can scale the gradient"
         return exact, reason
 
+    def _apart(self, i: int, head: set[int]) -> bool:
+        """Whether what is made of value i is made of nothing else, but for what is in the head."""
+        made = {i}
+        for k in range(i + 1, len(self.nodes)):
+            inputs = self.nodes[k].inputs
+            if made.intersection(inputs):
+                made.add(k)
+                if not made.union(head).issuperset(inputs):
+                    return False
+        return True
+
     def _add_step(self, i: int) -> set[int]:
         """Append the step that begins with node i; returns the nodes that it does."""
         node = self.nodes[i]
         if node.conv is not None:
             return self._add_conv(i, node.conv)
-        if node.kind in ("add", "affine", "relu"):
+        if node.kind in ("add", "affine", "relu", "act"):
             return self._add_pointwise(i)
+        if node.kind == "slice":
+            return self._add_split(node.inputs)
         what = node.inputs, i, node.name, node.shape
         if node.weight is not None:
             self.steps.append(Linear(*what, weight=node.weight, bias=node.bias))
+        elif isinstance(node.function, nn.Module) and node.kind == "pool":
+            self.steps.append(Pool(*what, pool=node.function))
+        elif node.options is not None:
+            self.steps.append({"pad": Pad, "group_norm": GroupNorm}[node.kind](*what, **node.options))
         elif node.function is not None:
             self.steps.append(Local(*what, function=node.function))
         else:
-            self.steps.append({"mean": Mean, "reshape": Reshape, "cast": Reshape}[node.kind](*what))
+            self.steps.append(WORDS[node.kind](*what))
         return {i}
+
+    def _add_split(self, inputs: tuple[int, ...]) -> set[int]:
+        """All parts that are taken of one value."""
+        outs = tuple(u for u in dict.fromkeys(self.users[inputs[0]]) if self.nodes[u].kind == "slice")
+        bounds = tuple((o["first"], o["last"]) for u in outs if (o := self.nodes[u].options))
+        first = self.nodes[outs[0]]
+        self.steps.append(Split(inputs, outs[0], first.name, first.shape, outs=outs, bounds=bounds))
+        return set(outs)
 
     def _add_conv(self, i: int, conv: dict) -> set[int]:
         node, affines = self.nodes[i], self._affines_after(i)
@@ -119,7 +174,7 @@ class Plan:
         return (
             previous.inputs == (0,)
             and previous.out in self.nodes[conv].inputs
-            and not previous.relu
+            and not (previous.relu or previous.act)
             and len(self.users[previous.out]) == 1
         )
 
@@ -135,19 +190,19 @@ class Plan:
         return tuple(norm for k in nodes if (norm := self.nodes[k].norm))
 
     def _add_pointwise(self, i: int) -> set[int]:
-        """Fuse [add] [affine ...] [relu] as far as they follow one another."""
+        """Fuse [add] [affine ...] [relu or act] as far as they follow one another."""
         node, fused, total = self.nodes[i], [i], None
         if node.kind == "add":
-            followers = [u for u in self.users[i] if self.nodes[u].kind in ("affine", "relu")]
+            followers = [u for u in self.users[i] if self.nodes[u].kind in ("affine", *ACTIVATIONS)]
             fused += followers[:1]
             total = i if followers and len(self.users[i]) > 1 else None
         if self.nodes[fused[-1]].kind == "affine":
             fused += self._affines_after(fused[-1])
-            if [self.nodes[u].kind for u in self.users[fused[-1]]] == ["relu"]:
+            if [self.nodes[u].kind in ACTIVATIONS for u in self.users[fused[-1]]] == [True]:
                 fused += self.users[fused[-1]]
         step = Pointwise(node.inputs, fused[-1], node.name, node.shape, total=total)
         step.affine = self._maps(fused)
-        step.relu = self.nodes[fused[-1]].kind == "relu"
+        step.relu, step.act = self.nodes[fused[-1]].kind == "relu", self.nodes[fused[-1]].act
         step.in_place = node.inputs[0] in self._made and self.users[node.inputs[0]] == [i]
         self.steps.append(step)
         return set(fused)
@@ -170,14 +225,28 @@ class Plan:
             return
         head = PoolLinear(mean.inputs, linear.out, linear.name, linear.shape, weight=linear.weight, bias=linear.bias)
         before = self.steps[first - 1] if first > 0 else None
-        if isinstance(before, Pointwise):
+        if isinstance(before, Pointwise) and not before.act:
             head.pointwise, before.in_head = first - 1, True
         self.steps[first:] = [head]
 
-    def _move_shifts(self) -> None:
-        """A convolution's folded bias moves into the ReLU pass behind it, where it costs nothing."""
+    def _pair_gates(self) -> None:
+        """x * gate(mean of x): the gradient of x is written once, with both parts."""
+        means = {s.inputs[0]: s for s in self.steps if isinstance(s, Mean)}
         for step in self.steps:
-            if isinstance(step, Pointwise) and step.relu and not step.affine and step.total is None:
+            mean = means.get(step.inputs[0])
+            if isinstance(step, Multiply) and mean is not None and mean.gates is None and mean.out < step.out:
+                step.pooled = (
+                    step.inputs[1] != step.inputs[0] and len(step.shape) == 3 and step.shape == self._shape(step.inputs[0])
+                )
+                mean.gates = step.out if step.pooled else None
+
+    def _shape(self, value: int) -> tuple[int, ...]:
+        return self.nodes[value].shape
+
+    def _move_shifts(self) -> None:
+        """A convolution's folded bias moves into the pass with an activation behind it, where it costs nothing."""
+        for step in self.steps:
+            if isinstance(step, Pointwise) and (step.relu or step.act) and not step.affine and step.total is None:
                 for value in set(step.inputs):
                     made = self._made.get(value)
                     if made and len(self.users[value]) == 1 and (made.after or made.bias):
@@ -203,6 +272,21 @@ class Plan:
             "fused pointwise passes": len(passes),
             "linear layers": sum(isinstance(s, Linear) for s in self.steps),
             "of them with the pooling": sum(isinstance(s, PoolLinear) for s in self.steps),
+            "products": sum(isinstance(s, Multiply) for s in self.steps),
             "left to autograd": sum(isinstance(s, Local) for s in self.steps),
             "mask bytes per image": sum(prod(s.shape[1:]) * -(-s.shape[0] // 8) for s in passes if s.relu),
+            "derivatives per image": sum(prod(s.shape) for s in passes if s.act),
         }
+
+
+def _chain_cats(nodes: list[Node]) -> None:
+    """[a, b, c] reads [a, b] and c, where [a, b] is there."""
+    cats: dict[tuple[int, ...], int] = {}
+    for i, node in enumerate(nodes):
+        if node.kind == "cat":
+            parts = node.inputs
+            for n in range(len(parts) - 1, 1, -1):
+                if parts[:n] in cats:
+                    node.inputs = (cats[parts[:n]], *parts[n:])
+                    break
+            cats[parts] = i

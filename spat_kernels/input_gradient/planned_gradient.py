@@ -18,9 +18,28 @@ from ..settings import Fuse
 from .autograd import check_logits
 from .conv_steps import conv_backward, conv_forward, pointwise_backward, pointwise_forward
 from .fused_steps import Engines
+from .gate_steps import mean_backward, mean_forward, multiply_backward, multiply_forward
 from .gradients import Grads, give, rows, take
+from .join_steps import cat_backward, cat_forward, pad_backward, pad_forward, split_backward, split_forward
 from .plan import Plan
-from .steps import Conv, FusedConv, Linear, Local, Mean, Pointwise, PoolLinear, Reshape, Step
+from .pool_steps import group_norm_backward, group_norm_forward, pool_backward, pool_forward
+from .steps import (
+    Cat,
+    Conv,
+    FusedConv,
+    GroupNorm,
+    Linear,
+    Local,
+    Mean,
+    Multiply,
+    Pad,
+    Pointwise,
+    Pool,
+    PoolLinear,
+    Reshape,
+    Split,
+    Step,
+)
 from .weights import CHANNELS_LAST, LinearWeights, Weights
 
 Saved = Any  # what a step's forward keeps for its backward
@@ -44,6 +63,7 @@ class PlannedGradient:
         engines: who does the convolutions (fused_steps.py).
         factor: [B], by which samples of the last `backward` are to be multiplied where lengths count; None is 1.
         keep: whether that `backward` may be called again.
+        products: value of a product -> the gradient of it and the gate, until the gradient of the gate's mean is there.
         forwards, backwards: how many there have been.
     """
 
@@ -69,6 +89,7 @@ class PlannedGradient:
         self._weights = Weights(plan, model, image_dtype, dtype, batch)
         self.device = self._weights.device
         self.engines = Engines(fuse, self.device)
+        self.products: dict[int, tuple[Tensor, Tensor]] = {}
         self._saved: list = [None] * len(plan.steps)
 
     def arithmetic(self, device_type: str):
@@ -113,6 +134,7 @@ class PlannedGradient:
         self.factor, self.keep = None, keep
         self.backwards += 1
         grads: Grads = [[] for _ in self.plan.nodes]
+        self.products = {}
         grads[self.plan.last] = [(dlogits if self.plan.last in self.plan.exact else self.into_network(dlogits), False)]
         for i in reversed(range(len(self.plan.steps))):
             step, saved = self.plan.steps[i], self._saved[i]
@@ -178,29 +200,9 @@ def _pool_linear_backward(run: PlannedGradient, step: PoolLinear, bound: LinearW
         ops.pool_linear_grad(grad, bound.weight, dx, factor=run.factor)
         grads[step.inputs[0]].append((dx, True))
     else:
-        mask, (scale, _) = run.mask(step.pointwise), run.bound[step.pointwise]
+        mask, scale = run.mask(step.pointwise), run.bound[step.pointwise].scale
         ops.pool_linear_grad(grad, bound.weight, dx, mask=mask, scale=scale, factor=run.factor)
         give(run.plan.steps[step.pointwise], dx, True, grads)
-
-
-def _mean_forward(run: PlannedGradient, step: Mean, bound, values, keep):
-    x = values[step.inputs[0]]
-    dtype = acc_dtype(x.dtype) if step.out in run.plan.exact else x.dtype
-    return x.mean((2, 3), dtype=dtype).view(len(x), *step.shape), x.shape
-
-
-def _mean_backward(run: PlannedGradient, step: Mean, bound, shape, grads):
-    grad, _ = take(grads, step.out)
-    grad = grad.reshape(shape[0], shape[1], 1, 1)
-    # The factor 1 / (H W) is one of those that do not count where each sample is scaled anyway.
-    scaled = run.dtype in HALVES and run.enters(step)
-    pixels = shape[2] * shape[3]
-    if scaled:
-        grad = run.into_network(grad)
-        run.factor = run.factor / pixels
-    else:
-        grad = grad / pixels
-    grads[step.inputs[0]].append((grad.expand(shape).contiguous(memory_format=CHANNELS_LAST), True))
 
 
 def _reshape_forward(run: PlannedGradient, step: Reshape, bound, values, keep):
@@ -234,10 +236,14 @@ def _local_backward(run: PlannedGradient, step: Local, bound, saved, grads):
 # (run, step, what is bound to it, values, whether to keep what the backward needs) -> the step's value, what was kept
 FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
     Conv: conv_forward, FusedConv: conv_forward, Pointwise: pointwise_forward, Linear: _linear_forward,
-    PoolLinear: _pool_linear_forward, Mean: _mean_forward, Reshape: _reshape_forward, Local: _local_forward,
+    PoolLinear: _pool_linear_forward, Mean: mean_forward, Reshape: _reshape_forward, Local: _local_forward,
+    Multiply: multiply_forward, Cat: cat_forward, Split: split_forward, Pad: pad_forward, Pool: pool_forward,
+    GroupNorm: group_norm_forward,
 }  # fmt: skip
 # (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
 BACKWARD: dict[type[Step], Callable[..., None]] = {
     Conv: conv_backward, FusedConv: conv_backward, Pointwise: pointwise_backward, Linear: _linear_backward,
-    PoolLinear: _pool_linear_backward, Mean: _mean_backward, Reshape: _reshape_backward, Local: _local_backward,
+    PoolLinear: _pool_linear_backward, Mean: mean_backward, Reshape: _reshape_backward, Local: _local_backward,
+    Multiply: multiply_backward, Cat: cat_backward, Split: split_backward, Pad: pad_backward, Pool: pool_backward,
+    GroupNorm: group_norm_backward,
 }  # fmt: skip

@@ -4,7 +4,6 @@ A rule takes (network, fx node, arguments of the call) for a function, and (netw
 neither table has no rule, and its model no plan.
 """
 
-import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +11,22 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from . import cnn_rules
+from .cnn_rules import multiply, of_timm
+from .cnn_rules import pair as _pair
+from .local_rules import local as _local
+from .local_rules import local_module as _local_module
 from .nodes import CannotPlan, Network, Node, Norm, Ref, Term
 
 
 def find_rule(module: nn.Module) -> Callable | None:
-    return _normalize if is_normalize(module) else MODULES.get(type(module))
+    return _normalize if is_normalize(module) else MODULES.get(type(module)) or of_timm(module)
+
+
+def find_function(target) -> Callable | None:
+    return _stochastic_depth if getattr(target, "__name__", "") == "stochastic_depth" else FUNCTIONS.get(target)
 
 
 def is_normalize(module: nn.Module) -> bool:
@@ -62,10 +69,6 @@ def _conv(net: Network, n, x, weight, bias, stride, padding, dilation, groups):
         padding = [e // 2 if padding == "same" else 0 for e in extents]
     conv = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation), "groups": groups}
     net.add(n, "conv", x, weight=weight, bias=bias, conv=conv)
-
-
-def _pair(v) -> list[int]:
-    return [v, v] if isinstance(v, int) else list(v)
 
 
 def _linear(net: Network, n, x, weight, bias=None):
@@ -123,36 +126,16 @@ def _dropout(net: Network, n, x, p=0.5, training=True, inplace=False):
     net.same(n, x)
 
 
+def _stochastic_depth(net: Network, n, x, p, mode, training=True):
+    """torchvision need not be installed."""
+    _dropout(net, n, x, p, net.plain(training))
+
+
 def _dropout_module(net: Network, n, x, m):
     _dropout(net, n, x, m.p, m.training)
 
 
 # ---- pooling ----------------------------------------------------------------------------------------------------------------
-
-
-def _average(net: Network, n, x, m: nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-    shape = net.shape_of(x)
-    if len(shape) == 3 and net.shape == (shape[0], 1, 1) and _covers(m, shape):
-        net.add(n, "mean", x)
-    else:
-        _local_module(net, n, x, m)
-
-
-def _covers(pool, shape) -> bool:
-    return isinstance(pool, nn.AdaptiveAvgPool2d) or (
-        _pair(pool.kernel_size) == list(shape[1:]) and _pair(pool.padding) == [0, 0] and pool.divisor_override is None
-    )
-
-
-def _average_by(module: type, *names: str):
-    """A rule for the function form of a pooling module, whose arguments are these."""
-
-    def rule(net: Network, n, x, *args, **kwargs):
-        settings = dict(zip(names, args, strict=False)) | kwargs
-        settings.pop("inplace", None)
-        return _average(net, n, x, module(**{k: net.plain(v) for k, v in settings.items() if v is not None}))
-
-    return rule
 
 
 def _check_samples_apart(net: Network, n, shape, dims) -> None:
@@ -174,6 +157,16 @@ def _sum(net: Network, n, x, dim=None, keepdim=False, **kwargs):
     return _local(torch.sum)(net, n, x, dim, keepdim, **kwargs)
 
 
+def _amax(net: Network, n, x, dim=(), keepdim=False):
+    _check_samples_apart(net, n, net.shape_of(x), net.plain(dim))
+    return _local(torch.amax)(net, n, x, dim, keepdim)
+
+
+def _softmax(net: Network, n, x, dim=None, **kwargs):
+    _check_samples_apart(net, n, net.shape_of(x), net.plain(dim))
+    return _local(torch.softmax)(net, n, x, dim)
+
+
 # ---- arithmetic -------------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +185,8 @@ def _arithmetic(kind: str):
             constant = _as_constant(net, constant, net.shape_of(x))
             if constant is not None and not (kind == "div" and x is b):
                 return net.add(n, "affine", x, norm=Term(name, constant))
+        if kind == "mul" and not kwargs and net.is_value(a) and net.is_value(b):
+            return multiply(net, n, a, b)
         return _local(getattr(torch, kind))(net, n, a, b, **kwargs)
 
     return rule
@@ -208,73 +203,31 @@ def _as_constant(net: Network, constant, shape) -> Ref | float | None:
     return None
 
 
-# ---- what is left to autograd -----------------------------------------------------------------------------------------------
-
-
-def _local_module(net: Network, n, x, m):
-    m = copy.deepcopy(m)  # it has no parameters
-    if getattr(m, "inplace", False):
-        m.inplace = False  # the plan may still need what it reads
-    net.add(n, "local", x, function=m)
-
-
-def _local(function):
-    """A rule that leaves `function` to autograd, with every argument but the values as it is now."""
-
-    def rule(net: Network, n, *args, **kwargs):
-        kwargs.pop("inplace", None)
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        places = [i for i, a in enumerate(leaves) if net.is_value(a)]
-        values = [leaves[i] for i in places]
-        constants = [None if i in places else net.plain(a) for i, a in enumerate(leaves)]
-        if any(isinstance(c, Tensor) for c in constants):
-            raise CannotPlan(f"{n.name} combines values with a tensor that is neither one number nor one for each channel")
-
-        def call(*tensors):
-            given = constants.copy()
-            for i, t in zip(places, tensors, strict=True):
-                given[i] = t
-            real_args, real_kwargs = pytree.tree_unflatten(given, tree)
-            return function(*real_args, **real_kwargs)
-
-        net.add(n, "local", *values, function=call)
-
-    return rule
-
-
-def _cat(net: Network, n, tensors, dim=0):
-    if net.plain(dim) % (len(net.shape) + 1) == 0:
-        raise CannotPlan(f"{n.name} joins along the batch")
-    return _local(lambda *parts: torch.cat(parts, dim))(net, n, *tensors)
-
-
 # ---- the tables -------------------------------------------------------------------------------------------------------------
 
 LOCAL_MODULES = (
-    nn.SiLU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
-    nn.ReLU6, nn.Sigmoid, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d,
-    nn.LocalResponseNorm, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
-    nn.PixelShuffle, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.Softmax2d,
+    nn.CELU, nn.SELU, nn.Softsign, nn.LogSigmoid, nn.LPPool2d, nn.LocalResponseNorm, nn.ReflectionPad2d,
+    nn.ReplicationPad2d, nn.PixelShuffle, nn.Softmax2d, nn.Softmax,
 )  # fmt: skip
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 MODULES: dict[type, Callable] = {
     nn.Conv2d: _conv_module,
     nn.Linear: _linear_module,
     nn.ReLU: _kind("relu"),
     nn.Identity: _identity,
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm), _batch_norm_module),
-    **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), _average),
-    **dict.fromkeys((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), _dropout_module),
+    **dict.fromkeys(DROPOUTS, _dropout_module),
     **dict.fromkeys((nn.Flatten, nn.Unflatten), _kind("reshape")),
     **dict.fromkeys(LOCAL_MODULES, _local_module),
+    **cnn_rules.MODULES,
 }
 
 LOCAL_FUNCTIONS = (
-    F.silu, F.gelu, F.softplus, F.leaky_relu, F.elu, F.celu, F.selu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6,
-    F.sigmoid, F.tanh, F.softsign, F.logsigmoid, F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.pad,
-    F.interpolate, F.pixel_shuffle, torch.sigmoid, torch.tanh, torch.exp, torch.sqrt, torch.abs, torch.pow, torch.clamp,
-    torch.maximum, torch.minimum, operator.pow, operator.neg, torch.neg,
+    F.celu, F.selu, F.softsign, F.logsigmoid, F.lp_pool2d, F.pixel_shuffle, torch.exp, torch.sqrt, torch.abs,
+    torch.pow, torch.maximum, torch.minimum, operator.pow, operator.neg, torch.neg,
+    torch.transpose, torch.permute,
 )  # fmt: skip
-LOCAL_METHODS = ("sigmoid", "tanh", "exp", "sqrt", "abs", "pow", "clamp", "neg", "square", "permute", "transpose")
+LOCAL_METHODS = ("exp", "sqrt", "abs", "pow", "neg", "square", "permute", "transpose")
 RESHAPES = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "view", "reshape", "squeeze", "unsqueeze")
 FUNCTIONS: dict[Any, Callable] = {  # functions, and the names of methods
     **{f: _local(f) for f in LOCAL_FUNCTIONS},
@@ -285,17 +238,15 @@ FUNCTIONS: dict[Any, Callable] = {  # functions, and the names of methods
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), _kind("relu")),
     **dict.fromkeys(("contiguous", "clone", torch.clone), _identity),
     **dict.fromkeys(("to", "float"), _kind("cast")),  # others than to the dtype that it has have been refused
-    **dict.fromkeys((F.dropout, F.dropout2d, torch.dropout), _dropout),
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, torch.dropout), _dropout),
     **dict.fromkeys(RESHAPES, _kind("reshape")),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys((torch.sum, "sum"), _sum),
-    F.avg_pool2d: _average_by(
-        nn.AvgPool2d, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
-    ),
-    F.adaptive_avg_pool2d: _average_by(nn.AdaptiveAvgPool2d, "output_size"),
+    **dict.fromkeys((torch.amax, "amax"), _amax),
+    **dict.fromkeys((F.softmax, torch.softmax, "softmax"), _softmax),
     **dict.fromkeys((torch.add, operator.add, operator.iadd, "add", "add_"), _add),
     **dict.fromkeys((torch.mul, operator.mul, operator.imul, "mul", "mul_"), _arithmetic("mul")),
     **dict.fromkeys((torch.sub, operator.sub, operator.isub, "sub", "sub_"), _arithmetic("sub")),
     **dict.fromkeys((torch.div, operator.truediv, operator.itruediv, "div", "div_"), _arithmetic("div")),
-    torch.cat: _cat,
+    **cnn_rules.FUNCTIONS,
 }

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .nodes import Norm, Ref, Term
+from .nodes import Act, Norm, Ref, Term
 
 Maps = tuple[Norm | Term, ...]
 
@@ -48,6 +48,7 @@ class FusedConv(Conv):
 class Pointwise(Step):
     affine: Maps = ()
     relu: bool = False
+    act: Act | None = None  # instead of ReLU
     total: int | None = None  # the value inputs[0] (+ inputs[1]), where somebody else reads it
     shifts: tuple[int, ...] = ()  # steps whose bias moved here
     in_place: bool = False  # inputs[0] is a convolution's output that nobody else reads
@@ -69,7 +70,9 @@ class PoolLinear(Linear):
 
 @dataclass
 class Mean(Step):
-    pass
+    gates: int | None = (
+        None  # what is pooled is multiplied later: by the step that writes this value, which leaves its product here
+    )
 
 
 @dataclass
@@ -80,3 +83,40 @@ class Reshape(Step):
 @dataclass(kw_only=True)
 class Local(Step):
     function: Callable[..., Tensor]
+
+
+@dataclass
+class Multiply(Step):
+    """The product of two values, one of which may be broadcast: squeeze-and-excitation."""
+
+    pooled: bool = False  # the gradient of inputs[0] is completed by the `Mean` that the other factor was made from
+
+
+@dataclass
+class Cat(Step):
+    """Values one behind the other along the channels."""
+
+
+@dataclass(kw_only=True)
+class Split(Step):
+    """Some channels of a value, [first, last) for each value that is made: `outs`, of which `out` is the first."""
+
+    outs: tuple[int, ...]
+    bounds: tuple[tuple[int, int], ...]
+
+
+@dataclass(kw_only=True)
+class Pad(Step):
+    sides: tuple[int, int, int, int]  # left, right, top, bottom
+    value: float
+
+
+@dataclass(kw_only=True)
+class Pool(Step):
+    pool: nn.Module
+
+
+@dataclass(kw_only=True)
+class GroupNorm(Step):
+    groups: int
+    eps: float

@@ -7,7 +7,7 @@ import copy
 import inspect
 import operator
 import threading
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .nodes import CannotPlan, Network, Node
-from .rules import FUNCTIONS, MODULES, find_rule, is_normalize
+from .rules import find_function, find_rule
+from .shapes import Shapes
 
 PROBES = 5  # samples that a model is traced with; an unusual size, so that a batch differs from other dimensions
+BATCHES = PROBES, 11  # with which its shapes are found
 ALIASING = {
     "flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose", "to",
-    "float",
+    "float", "getitem", "chunk", "split", "narrow",
 }  # fmt: skip
 ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
+PARTS = {torch.chunk, torch.split, "chunk", "split"}  # gives several values
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -37,7 +40,7 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     if nn.modules.module._has_any_global_hook():
         raise CannotPlan("global module hooks are registered, which the plan would not call")
     before = _State(model)
-    tracer, reason = _Tracer(), None
+    tracer, reason = _Tracer(model, x), None
     reader: _Reader | None = None
     try:
         with torch.enable_grad(), _NoLooking():  # a no_grad inside is then seen
@@ -132,12 +135,13 @@ def first_line(error: BaseException) -> str:
 class _Tracer(torch.fx.Tracer):
     """Stops at the modules that are read as they are. fx patches nn.Module for every thread: other threads pass through."""
 
-    def __init__(self):
+    def __init__(self, model: nn.Module, x: Tensor):
         super().__init__(autowrap_functions=())
-        self._thread = threading.get_ident()
+        self._thread: int | None = threading.get_ident()
+        self._shapes = Shapes(model, x, BATCHES)
 
     def is_leaf_module(self, m, path):
-        if is_normalize(m) or type(m) in MODULES:
+        if find_rule(m):
             return True
         return super().is_leaf_module(m, path) and not isinstance(m, nn.Sequential)
 
@@ -149,7 +153,26 @@ class _Tracer(torch.fx.Tracer):
             raise CannotPlan(
                 "a part of its forward runs without gradients, with its own backward or under an autocast of its own"
             )
-        return super().create_proxy(*args, **kwargs)
+        proxy = super().create_proxy(*args, **kwargs)
+        if proxy.node.target in PARTS and (count := self._ask(Shapes.parts, proxy.node)):
+            return tuple(proxy[i] for i in range(count))
+        return proxy
+
+    def size_of(self, proxy: "_Proxy") -> tuple | None:
+        """Its shape: numbers, and symbols for what depends on the batch. None: it is no tensor."""
+        shape = self._ask(Shapes.of, proxy.node)
+        if shape is None:
+            return None
+        symbol = partial(self.create_proxy, "call_method", "size", kwargs={})
+        return tuple(symbol(args=(proxy, i)) if length is None else length for i, length in enumerate(shape))
+
+    def _ask(self, question, node):
+        """Shapes are found by the model's own modules, which fx is to let pass meanwhile."""
+        thread, self._thread = self._thread, None
+        try:
+            return question(self._shapes, node)
+        finally:
+            self._thread = thread
 
     def call_module(self, m, forward, args, kwargs):
         if threading.get_ident() != self._thread:
@@ -163,7 +186,7 @@ class _Tracer(torch.fx.Tracer):
 
 
 class _Proxy(torch.fx.Proxy):
-    """torch.fx takes a += b for a = a + b."""
+    """torch.fx takes a += b for a = a + b, and shapes for symbols."""
 
     def _in_place(self, function, other):
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -172,6 +195,27 @@ class _Proxy(torch.fx.Proxy):
     __isub__ = partialmethod(_in_place, operator.isub)
     __imul__ = partialmethod(_in_place, operator.imul)
     __itruediv__ = partialmethod(_in_place, operator.itruediv)
+
+    tracer: "_Tracer"
+
+    @property
+    def shape(self):
+        size = self.tracer.size_of(self)
+        return torch.fx.proxy.Attribute(self, "shape") if size is None else size
+
+    @property
+    def ndim(self):
+        size = self.tracer.size_of(self)
+        return torch.fx.proxy.Attribute(self, "ndim") if size is None else len(size)
+
+    def size(self, dim=None):
+        size = self.tracer.size_of(self)
+        if size is None or isinstance(dim, torch.fx.Proxy):
+            return self.tracer.create_proxy("call_method", "size", (self,) if dim is None else (self, dim), {})
+        return size if dim is None else size[dim]
+
+    def dim(self):
+        return self.ndim
 
 
 class _Reader(torch.fx.Interpreter, Network):
@@ -217,8 +261,12 @@ class _Reader(torch.fx.Interpreter, Network):
             if not isinstance(answer, torch.fx.Node) or answer not in self.index:
                 raise CannotPlan("it does not return one tensor that depends on the images")
             self.nodes = self._needed_for(self.index[answer])
-        elif any(a in self.index for a in n.all_input_nodes):
-            if isinstance(result, Tensor):
+        elif any(a in self.index or a in self.split for a in n.all_input_nodes):
+            if n.target in PARTS and isinstance(result, tuple):
+                self.env[n] = result
+                self.root[n] = self.root[target]
+                self._read(n)
+            elif isinstance(result, Tensor):
                 self._check_batch(n, result)
                 self._check_in_place(n)
                 self._read(n)
@@ -247,7 +295,7 @@ class _Reader(torch.fx.Interpreter, Network):
 
     def _check_in_place(self, n):
         """An operation in place is the same as one out of place while nobody reads the old value later."""
-        values = [a for a in n.all_input_nodes if a in self.index]
+        values = [a for a in n.all_input_nodes if a in self.root]
         self.root[n] = self.root[values[0]] if _aliases(n, self.module) else n
         if not _in_place(n, self.module):
             return
@@ -271,7 +319,7 @@ class _Reader(torch.fx.Interpreter, Network):
             if "forward" in vars(m):
                 raise CannotPlan(f"{n.target} has a forward of its own")
             return rule(self, n, n.args[0], m)
-        rule = FUNCTIONS.get(n.target)
+        rule = find_function(n.target)
         if rule is None:
             name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", n.target)
             raise CannotPlan(f"no rule for {name} ({n.name})")

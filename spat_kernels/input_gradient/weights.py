@@ -17,7 +17,7 @@ from ..ops._common import acc_dtype
 from ..precision import HALVES
 from .nodes import Norm, Ref, Term
 from .plan import Plan
-from .steps import Conv, Linear, Maps, Pointwise, Step
+from .steps import Conv, Linear, Maps, Pointwise
 
 CHANNELS_LAST = torch.channels_last
 ALIGNED = 4  # scales and shifts start at multiples of 4 values, 16 bytes of fp32, which CUDA kernels read at once
@@ -33,6 +33,8 @@ class ConvWeights(NamedTuple):
     shift: Tensor | None
     layout: torch.memory_format = CHANNELS_LAST  # of input, output and weights
     splits: bool = False  # fp32 values are read in half precision, as two halves (ops.split_image)
+    wide: Tensor | None = None  # fp32 weights for the gradient, where that is the faster way
+    dense: bool = False  # of one pixel by one pixel: a matrix product, without the 40 us that a convolution takes to begin
     winograd: Winograd | None = None  # does the convolution, and its gradient, without the bias
 
 
@@ -41,6 +43,14 @@ class ScaleShift(NamedTuple):
 
     scale: Tensor | None = None
     shift: Tensor | None = None
+
+
+class PointwiseWeights(NamedTuple):
+    """The same, and what LeakyReLU and PReLU multiply values below 0 by."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    negative: Tensor | None = None
 
 
 class LinearWeights(NamedTuple):
@@ -69,7 +79,7 @@ class Weights:
         self._modules = {}
 
     def bind(self) -> list:
-        """What each step reads: ConvWeights, ScaleShift or LinearWeights; None for the others."""
+        """What each step reads: ConvWeights, PointwiseWeights or LinearWeights; None for the others."""
         steps = self.plan.steps
         maps = [m for s in steps for kind in ("before", "after", "affine") for m in getattr(s, kind, ())]
         self._norms = self._fold_norms([m for m in maps if isinstance(m, Norm)])
@@ -86,7 +96,7 @@ class Weights:
                 scale, shift = self._scale_shift(step.affine, self.plan.nodes[step.inputs[0]].shape[0])
                 for j in step.shifts:
                     shift = _sum(shift, bound[j].folded)
-                bound[i] = ScaleShift(scale, shift)
+                bound[i] = PointwiseWeights(scale, shift, self._negative(step))
         return bound
 
     def _of(self, ref: Ref) -> Tensor:
@@ -109,15 +119,37 @@ class Weights:
         folded = _twice(folded) if splits else folded
         inside = None if shift is None or step.shift_moves else shift.to(self.dtype)
         before = self._scale_shift(step.before, weight.shape[1])
-        return ConvWeights(folded, shift, inside, *before, layout, splits, Winograd(folded) if fast else None)
+        wide = folded.float() if self._gradient_in_fp32(step, weight) else None
+        return ConvWeights(
+            folded, shift, inside, *before, layout, splits, wide, self._is_dense(step, weight), Winograd(folded) if fast else None
+        )
 
-    def _layout(self, step: Step) -> torch.memory_format:
+    def _is_dense(self, step: Conv, weight: Tensor) -> bool:
+        pixels = self.plan.nodes[step.inputs[0]].shape[1:], weight.shape[2:]
+        return all(tuple(p) == (1, 1) for p in pixels) and step.conv["groups"] == 1 and list(step.conv["padding"]) == [0, 0]
+
+    def _gradient_in_fp32(self, step: Conv, weight: Tensor) -> bool:
+        """On CPUs oneDNN has no fast kernel in half precision for depthwise ones with strides: 39 ms instead of 0.3 to 11."""
+        depthwise = step.conv["groups"] > 1 and weight.shape[1] == 1
+        return self.device.type == "cpu" and self.dtype in HALVES and depthwise and step.conv["stride"] != [1, 1]
+
+    def _layout(self, step: Conv) -> torch.memory_format:
         """channels_last, but for fp32 on CPUs with few pixels: there oneDNN reads all weights again for every image.
 
         512 channels at 4x4, batch 64: 18.4 ms in channels_last, 10.8 ms with both conversions; at 8x8, 256: 10.3 and 13.1.
+        Depthwise ones (1152 channels at 3x3, 5x5 weights, batch 16: 0.12 and 0.27 ms) have few weights.
         """
         few = self.device.type == "cpu" and self.dtype not in HALVES and prod(step.shape[1:]) <= 16
+        few = few and step.conv["groups"] < step.shape[0]
         return torch.contiguous_format if few else CHANNELS_LAST
+
+    def _negative(self, step: Pointwise) -> Tensor | None:
+        negative = step.act and step.act.negative
+        if negative is None:
+            return None
+        if isinstance(negative, Ref):
+            return self._of(negative).to(self.acc).contiguous()
+        return self._constant(("negative", negative), lambda: torch.tensor([negative], dtype=self.acc))
 
     def _fold_norms(self, norms: list[Norm]) -> dict[Norm, ScaleShift]:
         """scale = weight / sqrt(var + eps) and shift = bias - mean * scale of every BatchNorm, all at once."""

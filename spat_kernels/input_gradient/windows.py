@@ -20,14 +20,11 @@ from torch import Tensor, nn
 
 from .grouping import made
 from .planned_gradient import FORWARD, PlannedGradient
-from .steps import Conv, FusedConv, Linear, Local, Pointwise, Step
+from .steps import Cat, Conv, FusedConv, Linear, Local, Pointwise, Pool, Split, Step
 from .weights import ConvWeights
 
 MULTIPLE = 8
-ELEMENTWISE = (
-    nn.SiLU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
-    nn.ReLU6, nn.Sigmoid, nn.Tanh, nn.Softsign, nn.LogSigmoid,
-)  # fmt: skip
+ELEMENTWISE = (nn.Softplus, nn.ELU, nn.CELU, nn.SELU, nn.Hardtanh, nn.Softsign, nn.LogSigmoid)
 
 
 class Reach(NamedTuple):
@@ -74,13 +71,13 @@ def _reach(step: Step, bound) -> Reach | None:
         c = step.conv
         extent = [(k - 1) * d + 1 for k, d in zip(bound.weight.shape[2:], c["dilation"], strict=True)]
         return Reach(extent, c["stride"], c["padding"])
-    if isinstance(step, Pointwise):
+    if isinstance(step, (Pointwise, Cat, Split)):
         return Reach() if len(step.shape) == 3 else None
-    if not isinstance(step, Local):
+    if isinstance(step, Local):
+        return Reach() if type(step.function) in ELEMENTWISE else None
+    if not isinstance(step, Pool):
         return None
-    pool = step.function
-    if type(pool) in ELEMENTWISE:
-        return Reach()
+    pool = step.pool
     if isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)):
         kernel, stride, padding, dilation = (
             (v, v) if isinstance(v, int) else tuple(v)
