@@ -1,8 +1,8 @@
 """The input gradient by torch.compile: the model's forward and its backward to the input, each one graph of Inductor's kernels.
 
 For models that no plan knows. The weights are inputs of the graphs and never constants, so that each attack reads them as they
-are then. What depends on them alone is computed once an attack (`hoisting.py`). A graph serves one batch size, and from the second
-size on a graph of any size serves the others. Graphs live as long as their model, and all attacks on it share them.
+are then. What depends on them alone is computed once an attack (`hoisting.py`). A graph serves one batch size; from the second
+size on, a graph of any size serves the others. Graphs live as long as their model, and all attacks on it share them.
 
 What torch.compile cannot do as a whole goes through autograd, and a warning says why, once a model.
 """
@@ -65,7 +65,7 @@ class CompiledGradient(InputGradient):
         if self.failure:
             raise CannotCompile(self.failure)
         try:
-            self._inner = unwrapped(model)
+            self._inner: nn.Module | None = unwrapped(model)
         except CannotPlan as reason:
             self._graphs.fail(self._kind, str(reason), model)
             raise CannotCompile(str(reason)) from reason
@@ -92,16 +92,18 @@ class CompiledGradient(InputGradient):
             return self._within(self._last, lambda: super(CompiledGradient, self).backward(dlogits, keep))
 
     def _outputs(self, images: Tensor) -> Any:
-        layout = images.requires_grad, images.is_contiguous(), self._inner.training
+        inner = self._inner
+        assert inner is not None
+        layout = images.requires_grad, images.is_contiguous(), inner.training
         self._last = graph = self._graphs.find((self._kind, *layout), len(images))
         if graph is None:
             return self.model(images)
         try:
-            return self._within(graph, lambda: graph(self._inner, images))
+            return self._within(graph, lambda: graph(inner, images))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = first_line(error)
+            reason = _reason(error)
         self._last = None
         if graph.any_size:
             self._graphs.one_by_one.add(self._kind)
@@ -131,12 +133,12 @@ class _Graph:
         self._function = torch.compile(function, backend=_backend, fullgraph=True, dynamic=False)
 
     def __call__(self, model: nn.Module, images: Tensor) -> Any:
-        if self.any_size:
-            torch._dynamo.mark_dynamic(images, 0)
         before = getattr(_running, "graph", None)
         _running.graph = self
         try:
-            with nullcontext() if self.compilations else _unmarked(model):
+            with nullcontext() if self.compilations else _unmarked([*model.parameters(), *model.buffers(), images]):
+                if self.any_size:
+                    torch._dynamo.mark_dynamic(images, 0)
                 outputs = self._function(model, images)
         finally:
             _running.graph = before
@@ -146,15 +148,22 @@ class _Graph:
 
 
 @contextmanager
-def _unmarked(model: nn.Module):
-    """Within: the model is compiled. Dynamo's marks on its tensors go again, if it had none."""
-    mark = "_dynamo_static_input_type"
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if mark not in vars(t)]
+def _unmarked(tensors: list[Tensor]):
+    """Within: Dynamo compiles. Its marks on `tensors` go again, but for those that they had."""
+    before = [set(vars(t)) for t in tensors]
     try:
         yield
     finally:
-        for t in tensors:
-            vars(t).pop(mark, None)
+        for t, names in zip(tensors, before, strict=True):
+            for name in [name for name in vars(t) if name.startswith("_dynamo") and name not in names]:
+                delattr(t, name)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong, without what Dynamo and Inductor wrap it in."""
+    while isinstance(inner := getattr(error, "inner_exception", None), Exception):
+        error = inner
+    return first_line(error)
 
 
 def _call(model, images):
@@ -172,7 +181,7 @@ def _backend(graph_module: fx.GraphModule, inputs: list):
     return compile_graph(graph_module, inputs, graph.hoisted)
 
 
-def compile_graph(graph_module: fx.GraphModule, inputs: list, hoisted: Hoisted) -> Callable:
+def compile_graph(graph_module: fx.GraphModule, inputs: list, hoisted: Hoisted):
     """Inductor's kernels for a graph of Dynamo's. Its backward is compiled at once, so that it fails here if it does."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # a slow import, which most attacks do not need
 

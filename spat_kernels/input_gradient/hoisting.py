@@ -1,7 +1,7 @@
 """Work on a model's weights alone, taken out of a compiled graph: it is done once an attack, not in every pass.
 
 Casts of weights, folded BatchNorm statistics, standardised weights, tables of position biases: whatever depends on parameters
-and buffers, and not on the images. Weights stay inputs of the graph, so that an optimiser's update counts from the next attack on.
+and buffers, and not on the images. Weights stay inputs of the graph: an optimiser's update counts from the next attack on.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,7 +119,8 @@ def _is_read(node: fx.Node, known: set[fx.Node]) -> bool:
 
 def _cut_out(graph: fx.Graph, names: list[str]) -> fx.GraphModule:
     """A function of all inputs of `graph` that returns the values of the nodes `names`."""
-    part, copies = fx.Graph(), {}
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op != "output":
             copies[node] = part.node_copy(node, copies.__getitem__)
