@@ -86,10 +86,20 @@ class CompiledGradient(InputGradient):
         self._inner = None
 
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
-        # Where it is to come again, PyTorch asks for this setting, although nothing was donated.
-        again = functorch.patch(donated_buffer=False) if keep and self._last else nullcontext()
-        with again:
-            return self._within(self._last, lambda: super(CompiledGradient, self).backward(dlogits, keep))
+        graph, images = self._last, self._given
+        if graph is None:
+            return super().backward(dlogits, keep)
+        # PyTorch asks for this setting where a backward is to come again, although no buffer was donated.
+        with functorch.patch(donated_buffer=False) if keep else nullcontext():
+            try:
+                return self._within(graph, lambda: super(CompiledGradient, self).backward(dlogits, keep))
+            except (torch.OutOfMemoryError, ValueError):  # the latter is what `InputGradient` says of a model
+                raise
+            except Exception as error:
+                reason = _reason(error)
+        self._graphs.fail(self._kind, reason, self.model)
+        self.forward(images)
+        return self.backward(dlogits, keep)
 
     def _outputs(self, images: Tensor) -> Any:
         inner = self._inner
