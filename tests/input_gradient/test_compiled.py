@@ -293,8 +293,8 @@ class Counts(Net):
 
 def test_models_that_are_compiled_again_and_again_are_given_up(interpreted):
     model, (x, y) = Counts().eval(), batch(4)
-    with pytest.warns(RuntimeWarning, match="has been compiled 4 times") as caught:
-        PGD(EPS, steps=8, input_gradient="compile")(model, x, y)
+    with pytest.warns(RuntimeWarning, match="has been compiled 8 times") as caught:
+        PGD(EPS, steps=10, input_gradient="compile")(model, x, y)
     assert len(caught) == 1
 
 
