@@ -10,7 +10,7 @@ loop            plain PyTorch; in half precision under autocast, in channels_las
 compiled loop   the same loop, its step (forward, loss, backward to the image, update) given to torch.compile, weights frozen
 
 Before the race each takes one step from the images themselves. It may go against the signs of the fp32 gradient, in `against`
-(a share in L1) of it by no more than TOLERANCE. A row is written when it is there; those that the file has are not measured again.
+(a share in L1) of it by no more than TOLERANCE. A row is written when it is there. Rows that the file has are not run again.
 """
 
 import time

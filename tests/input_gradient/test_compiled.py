@@ -104,6 +104,28 @@ def test_as_autograd(interpreted, precision):
         assert_as_autograd(model, x, precision, tolerance=1e-5 if precision == "fp32" else 2**-5)
 
 
+NETWORKS = {
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},
+    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "depths": (2, 2)},
+    "convnext_tiny": {"depths": (1, 1), "dims": (16, 24), "ls_init_value": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_today(interpreted, name):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=10, **NETWORKS[name]).double().eval()
+    for p in model.parameters():
+        if p.ndim <= 1:
+            nn.init.uniform_(p, 0.5, 1.5)
+    assert_as_autograd(model, torch.rand(2, 3, 32, 32).double())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert_as_autograd(model, torch.rand(2, 3, 32, 32).double())
+    assert compilations(model) == 2
+
+
 def test_weights_are_read_at_each_attack(interpreted):
     """Those an optimiser has changed in place, others in their stead, and buffers."""
     model, x = Net().double().eval(), batch(4)[0].double()
