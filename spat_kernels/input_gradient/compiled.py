@@ -28,8 +28,7 @@ from .plan_cache import unwrapped
 from .trace import first_line
 
 KINDS = 16  # of images, for which graphs of a model are kept
-SIZES = 4  # of batches that get a graph each, where a graph of any size fails
-COMPILATIONS = 8  # of one graph: Dynamo compiles it again where something has changed that the model's code looks at
+COMPILATIONS = 6  # of one graph: Dynamo compiles it again where something has changed that the model's code looks at
 REMEDIES = {  # by what PyTorch says
     "C++ compiler": "Install one, such as g++, or name it in the environment variable CXX",
     "Triton": "Install the triton that belongs to this PyTorch",

@@ -105,12 +105,13 @@ def test_as_autograd(interpreted, precision):
 
 
 NETWORKS = {
-    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},
-    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "depths": (2, 2)},
-    "convnext_tiny": {"depths": (1, 1), "dims": (16, 24), "ls_init_value": 0.5},
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2},
+    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "depths": (2,), "num_heads": (2,), "embed_dim": 16},
+    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "ls_init_value": 0.5},
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_today(interpreted, name):
     timm = pytest.importorskip("timm")
@@ -170,14 +171,14 @@ class FixedBatch(Net):
     """Its code knows the number of images."""
 
     def forward(self, x):
-        return super().forward(x) * {4: 1, 5: 2, 6: 3}[len(x)]
+        return super().forward(x) * {4: 1, 5: 2}[len(x)]
 
 
 def test_sizes_are_compiled_one_by_one_where_the_code_knows_them(interpreted):
     model = FixedBatch().double().eval()
-    for size in (4, 5, 6, 4, 5, 6):
+    for size in (4, 5, 4, 5):
         assert_as_autograd(model, torch.rand(size, 3, 8, 8).double())
-    assert compilations(model) < 12
+    assert compilations(model) < 8
 
 
 def test_nothing_is_compiled_twice(interpreted):
@@ -313,10 +314,11 @@ class Counts(Net):
         return super().forward(x) * self.calls
 
 
-def test_models_that_are_compiled_again_and_again_are_given_up(interpreted):
+def test_models_that_are_compiled_again_and_again_are_given_up(interpreted, monkeypatch):
+    monkeypatch.setattr(compiled, "COMPILATIONS", 2)
     model, (x, y) = Counts().eval(), batch(4)
-    with pytest.warns(RuntimeWarning, match="has been compiled 8 times") as caught:
-        PGD(EPS, steps=10, input_gradient="compile")(model, x, y)
+    with pytest.warns(RuntimeWarning, match="has been compiled 2 times") as caught:
+        PGD(EPS, steps=4, input_gradient="compile")(model, x, y)
     assert len(caught) == 1
 
 
