@@ -28,6 +28,7 @@ from .plan_cache import unwrapped
 from .trace import first_line
 
 KINDS = 16  # of images, for which graphs of a model are kept
+SIZES = 4  # of batches that get a graph each, where a graph of any size fails
 COMPILATIONS = 6  # of one graph: Dynamo compiles it again where something has changed that the model's code looks at
 REMEDIES = {  # by what PyTorch says
     "C++ compiler": "Install one, such as g++, or name it in the environment variable CXX",
@@ -106,6 +107,8 @@ class CompiledGradient(InputGradient):
         layout = images.requires_grad, images.is_contiguous(), inner.training
         self._last = graph = self._graphs.find((self._kind, *layout), len(images))
         if graph is None:
+            if not self.failure:
+                self._graphs.warn(self.model, f"its code knows the number of images, and {SIZES} numbers have been compiled")
             return self.model(images)
         try:
             return self._within(graph, lambda: graph(inner, images))
@@ -231,6 +234,8 @@ class _Graphs:
             apart = not graphs or size == 1 or kind[0] in self.one_by_one  # Dynamo takes a size of 1 for a constant
             key = size if apart or size in graphs else None
             if key not in graphs:
+                if len(graphs) > SIZES:  # one of them is that of any size
+                    return None
                 graphs[key] = _Graph(any_size=key is None)
                 if len(self._graphs) > KINDS:
                     del self._graphs[next(iter(self._graphs))]
@@ -240,6 +245,11 @@ class _Graphs:
         """Images of that kind go through autograd from now on."""
         with _lock:
             self.failed[kind] = reason
+        self.warn(model, reason)
+
+    def warn(self, model: nn.Module, reason: str) -> None:
+        """Say why, but once a model."""
+        with _lock:
             warned, self._warned = self._warned, True
         if not warned:
             _warn(model, reason)

@@ -181,6 +181,17 @@ def test_sizes_are_compiled_one_by_one_where_the_code_knows_them(interpreted):
     assert compilations(model) < 8
 
 
+def test_few_sizes_are_compiled_one_by_one(interpreted, monkeypatch):
+    monkeypatch.setattr(compiled, "SIZES", 1)
+    model = FixedBatch().double().eval()
+    images = {size: torch.rand(size, 3, 8, 8).double() for size in (4, 5)}
+    assert_as_autograd(model, images[4])
+    with pytest.warns(RuntimeWarning, match="1 numbers have been compiled") as caught:
+        assert_as_autograd(model, images[5])
+    assert len(caught) == 1
+    assert_as_autograd(model, images[4])
+
+
 def test_nothing_is_compiled_twice(interpreted):
     model, (x, y) = Net(), batch(4)
     attack = PGD(EPS, steps=2, input_gradient="compile", restarts=2)
