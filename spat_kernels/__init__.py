@@ -13,6 +13,9 @@ from .cuda_graphs.cache import graphs
 from .input_gradient.choose import explain
 from .normalize import Normalize
 
+compile_auto: bool = False
+"""Whether input_gradient="auto" compiles a module that no plan knows, as "compile" does. Read at each attack."""
+
 __all__ = [
     "ADT",
     "APGD",

@@ -6,7 +6,7 @@ import torch
 
 Norm = Literal["linf", "l2", "l1"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "half"]
-GradientPath = Literal["auto", "plan", "autograd"]
+GradientPath = Literal["auto", "plan", "compile", "autograd"]
 BNMode = Literal["eval", "train", "keep"]
 Select = Literal["success", "loss"]
 Targeting = Literal["confidence", "malt"]

@@ -160,7 +160,7 @@ class Config:
     """Precision of the update, and of attacks unless --attack-precision differs. Losses are always fp32."""
     attack_precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
     """Precision of all attacks, also in validation and test, where predictions are fp32. Default: --precision."""
-    input_gradient: Literal["auto", "plan", "autograd"] = "auto"
+    input_gradient: Literal["auto", "plan", "compile", "autograd"] = "auto"
     """How the attack differentiates the model (`spat_kernels.explain`)."""
     graph: Literal["auto", "never"] = "auto"
     """Whether CUDA graphs replay the attack, and of --method free the update."""

@@ -52,7 +52,10 @@ class PGD(RestartedAttack):
         input_gradient: "plan" is the fused path through convolutional networks (see `explain`), "autograd" goes through any
             model (in half precision in channels_last, where the model can read that), "auto" takes the plan where the model
             allows it. Code of the model does not run in a plan: changes of modules, attributes, modes and hooks are noticed; of
-            globals, closures and the insides of other objects they are not.
+            globals, closures and the insides of other objects they are not. "compile" is for other modules: torch.compile
+            (Inductor) of the forward and its backward to the input. That takes up to minutes at the first batch of a shape, and
+            once more for all other batch sizes. A model that cannot be compiled as a whole goes through autograd, and a
+            RuntimeWarning says why. "auto" compiles where there is no plan if `spat_kernels.compile_auto` is True.
         fuse: whether convolutions of a plan do the passes next to them in one launch, on GPUs that have kernels for that. "auto"
             takes the fastest kernel that was found right and faster, at the first use of each shape. That takes seconds once (and
             CUDA graphs, whatever `graph` is), and is kept in ~/.cache/spat_kernels (or SPAT_KERNELS_CACHE). Where PyTorch is to
@@ -179,7 +182,7 @@ class PGD(RestartedAttack):
         They do none in a plan that has been made, and our losses turn labels that are no classes into NaN. Code of the model, and
         of other losses, may fail on them: on a GPU for good.
         """
-        planned = self.input_gradient != "autograd" and is_planned(model, x)
+        planned = self.input_gradient in ("auto", "plan") and is_planned(model, x)
         looks_up_targets = self.targeted and isinstance(self.loss, DLR)
         waits = self.stop is not None or self.budget is not None
         return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets and not waits

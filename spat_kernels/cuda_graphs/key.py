@@ -5,6 +5,7 @@ from types import CellType, FunctionType, MethodType
 import torch
 from torch import Tensor
 
+from ..input_gradient.choose import compile_auto
 from ..losses import OURS, Custom, Loss
 from ..model_state.structure import freeze
 from ..precision import backends
@@ -19,7 +20,7 @@ def attack_key(settings, batch: Batch) -> tuple:
         (*(t is None for t in (batch.y, batch.start, batch.targets, batch.clean_logits)),),
         (*(isinstance(v, Tensor) and v.numel() > 1 for v in (batch.eps, batch.step_size)),),
         (settings.run_class, settings.kind(), loss_key(settings.loss), settings.norm, tuple(settings.bounds)),
-        (settings.bn_mode, settings.precision, settings.input_gradient, settings.fuse),
+        (settings.bn_mode, settings.precision, settings.input_gradient, settings.fuse, compile_auto()),
         (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)),
         (cuda.fp32_precision, cuda.allow_fp16_accumulation, cuda.allow_fp16_reduced_precision_reduction),
         (cuda.allow_bf16_reduced_precision_reduction, cudnn.conv.fp32_precision, cudnn.enabled, cudnn.benchmark),

@@ -117,7 +117,7 @@ class InputGradient:
         images = x.clone(memory_format=self._format or torch.preserve_format).requires_grad_(differentiate)
         try:
             with self._convolutions:
-                outputs = self.model(images)
+                outputs = self._outputs(images)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -133,6 +133,9 @@ class InputGradient:
         called = self._call(x, differentiate)  # an error now has nothing to do with the format
         _contiguous_only.add(self.model)
         return called
+
+    def _outputs(self, images: Tensor) -> Any:
+        return self.model(images)
 
     def _look_for_writes(self, images: Tensor, x: Tensor) -> None:
         """Warn if the model wrote on `images`, its copy of `x`: autograd has not seen that. It waits for the device, so it is

@@ -111,7 +111,7 @@ class EvaluateOptions:
     # ---- arithmetic
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Precision of the attacks. Predictions are fp32."""
-    input_gradient: Literal["auto", "plan", "autograd"] = "auto"
+    input_gradient: Literal["auto", "plan", "compile", "autograd"] = "auto"
     """How attacks differentiate the model (`spat_kernels.explain`)."""
     graph: Literal["auto", "never"] = "auto"
     """Whether CUDA graphs replay attacks."""
