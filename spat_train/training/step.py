@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spat_kernels import ADT, PGD, ops
+from spat_kernels import ADT, APGD, PGD, ops
 from spat_kernels.attacks._common import warn_of_nan
 from spat_kernels.normalize import Normalize
 from spat_kernels.ops._common import acc_dtype
@@ -81,6 +81,14 @@ def training_attack(config: Config) -> TrainingAttack:
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
     engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
+    if config.attack == "apgd":
+        apgd = APGD(eps, loss=config.maximised, steps=steps, **engine)
+
+        def ascend(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            apgd.generator = generator
+            return apgd.launch(model, x, y, start=x if start == "clean" else None)
+
+        return ascend
     if config.objective.attack == "adt":
         attack: PGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
     else:
@@ -174,8 +182,14 @@ class TrainStep:
         return self.launched(x, x_adv, y, ["loss", *terms], torch.stack([loss.detach(), *terms.values()]), nan_seen)
 
     def set_learning_rate(self, epoch: int, part: float) -> None:
+        lr = learning_rate(self.config, epoch, part)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch, part)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    @property
+    def lr(self) -> float:
+        """The rate of the last update, with layer-wise rates that of the last layer."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def launched(self, x: Tensor, x_adv: Tensor, y: Tensor, names: list[str], values: Tensor, nan_seen: Tensor) -> Launched:
         """A step whose losses, `values`, are on their way to the host from here on."""
