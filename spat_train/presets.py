@@ -76,8 +76,8 @@ _ADT = Config(
 )  # fmt: skip
 # ImageNet is the folder imagenet/ with train/ and val/, or --data. The last weights count in both codes: none is held out.
 # Singh et al.: main.py and run_train.sh of nmndeep/revisiting-at, and its README for epochs (without the stem: 300 too). APGD-2
-# from x, in eval mode; lr for 80 images on each GPU, whose number they leave open: 8 here; 20 epochs of warm-up, 10 of 50. Targets
-# in the attack are smoothed too, by 0.1 over all 1,000 classes, which is SPAT with alpha = 0.0999. That of +spat is ours. What
+# from x, in eval mode; lr for 80 images on each GPU, whose number they leave open: 8 here; 20 epochs of warm-up, 10 of 50. The
+# targets of the attack are smoothed too, by 0.1 over all 1,000 classes: SPAT with alpha = 0.0999. That of +spat is ours. What
 # differs: they begin with weights of clean training (give --init), have Mixup 0.8 and CutMix 1.0, RandAugment
 # (rand-m9-mstd0.5-inc1) and random erasing (0.25), decay LayerNorm's weights in ConvNeXts, and change lr linearly in an epoch.
 _SINGH = Config(

@@ -71,14 +71,14 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
 
 def _its_size(model: nn.Module, x: Tensor) -> str:
     """What to do where `model` says that it is for images of another size than `x` has; "" where it says nothing of it."""
-    for m in model.modules():
-        configured = m.__dict__.get("pretrained_cfg") or {}  # timm's
-        fixed = configured["input_size"][1:] if configured.get("fixed_input_size") else None
-        size = next((getattr(m, name) for name in ("img_size", "image_size") if hasattr(m, name)), fixed)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        if isinstance(height, int) and (height, width) != tuple(x.shape[2:]):
-            return f" (it is made for {height}x{width}: give such images, or a network that takes any size)"
-    return ""
+    modules = list(model.modules())
+    if any(getattr(m, "dynamic_img_size", False) for m in modules):  # timm's: any size that its patches divide
+        return ""
+    size = next((getattr(m, name) for m in modules for name in ("img_size", "image_size") if hasattr(m, name)), None)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if not isinstance(height, int) or (height, width) == tuple(x.shape[2:]):
+        return ""
+    return f" (it is made for {height}x{width}: give such images, or a network that takes any size)"
 
 
 class _ReLUs(TorchFunctionMode):
