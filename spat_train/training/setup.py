@@ -92,7 +92,7 @@ def _try_sizes(c: Config, model: nn.Module, shape: tuple[int, int, int], memory_
         try:
             try_on(model, (channels, side, side), None, memory_format)
         except ValueError as error:
-            remedy = "leave out --train-sizes, or give a network that takes any size, such as a ConvNeXt"
+            remedy = "give other sizes, or a network that takes any"
             raise InputError(f"--train-sizes {side}: --model {c.model}, made for {height}x{width}: {error}: {remedy}") from error
 
 

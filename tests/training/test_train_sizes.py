@@ -47,9 +47,9 @@ def watched(model, seen):
     return model
 
 
-@pytest.mark.parametrize("steps", [3, 5, 12])
+@pytest.mark.parametrize("steps", [5, 12])
 def test_a_stopped_run_goes_on_bit_by_bit_alike(tmp_path, steps):
-    """In the middle of an epoch, at the border of two sizes, and in a later size; with AdamW, an average and APGD."""
+    """At the border of two sizes and in the middle of a later epoch; with AdamW, an average and APGD."""
     config = helpers.expected_and_other(
         tmp_path, **GROWING | {"attack": "apgd", "steps": 2}, optimizer="adamw", lr=2e-3, beta2=0.95, weight_decay=0.05, ema=0.9,
         label_smoothing=0.1, alpha=0.09, schedule="warmup-cosine", warmup=1.0, decay_norm=False,
@@ -74,7 +74,7 @@ def test_sizes_that_the_network_does_not_take():
     data = Dataset("noise", Images(pixels, labels), Images(pixels, labels), tuple("abcde"))
     config = settings(model="timm:vit_tiny_patch16_224", limit=None, data="noise", train_sizes="16@1,32@2")
     network = "--model timm:vit_tiny_patch16_224, made for 32x32: it does not take images [3, 16, 16] (it is made for 32x32"
-    with pytest.raises(InputError, match="^" + re.escape(f"--train-sizes 16: {network}") + ".* leave out --train-sizes, or give"):
+    with pytest.raises(InputError, match="^" + re.escape(f"--train-sizes 16: {network}") + ".*: give other sizes, or a network"):
         new_run(config, data)
 
 
