@@ -18,7 +18,7 @@ PLAIN = {  # by name, the options whose value is shown as it is
     "weight decay": "weight_decay", "decay of biases and norms": "decay_norm", "weight averaging": "ema", "AWP": "awp",
     "label smoothing": "label_smoothing", "activation": "activation", "classifier": "last_layer", "mean": "mean", "std": "std",
     "first weights": "init", "precision": "precision", "inner lr": "inner_lr", "entropy": "entropy",
-    "inner samples": "inner_samples", "beta2": "beta2", "layer decay": "layer_decay", "training sizes": "train_sizes",
+    "inner samples": "inner_samples", "layer decay": "layer_decay", "training sizes": "train_sizes",
 }  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def settings(c: Config) -> dict[str, str]:
         **(dict.fromkeys(attack, "none") if not c.objective.attacks else attack),
         "beta": "none" if c.kl_weight is None else f"{c.kl_weight:g}",
         "lr": f"{c.peak_lr:g}",
+        "beta2": "none" if c.optimizer == "sgd" else f"{c.beta2:g}",
         "lr drops": drops,
         "on overfitting": c.overfitting_alarm if c.overfitting_alarm in ("stop", "rollback") else "go on",
         **{name: _text(getattr(c, option)) for name, option in PLAIN.items()},
