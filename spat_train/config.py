@@ -112,9 +112,6 @@ class Config:
     """Fetch torchvision's data sets."""
     image_size: int | None = None
     """Side of the images of a folder: short side resized, centre cropped."""
-    train_sizes: str | None = None
-    """Sides of the training images, each with the epoch, counted from 1, from which on it holds: 128@1,192@21,224@41 trains 20
-    epochs at 128x128, 20 at 192x192 and the rest at 224x224. They are resized on the device. Validation and test are not."""
     skip_broken: bool = False
     """Leave out pictures of a folder that cannot be decoded: every process decodes all of them once before the first step."""
     limit: int | None = None
@@ -137,6 +134,9 @@ class Config:
     # ---- optimiser
     epochs: int = 100
     """Passes over the training images."""
+    train_sizes: str | None = None
+    """Sides of the training images, each with the epoch, counted from 1, from which on it holds: 128@1,192@21,224@41 trains 20
+    epochs at 128x128, 20 at 192x192 and the rest at 224x224. They are resized on the device. Validation and test are not."""
     batch_size: int = 128
     """Images in an update, over all processes."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
