@@ -81,16 +81,10 @@ def training_attack(config: Config) -> TrainingAttack:
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
     engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
-    if config.attack == "apgd":
-        apgd = APGD(eps, loss=config.maximised, steps=steps, **engine)
-
-        def ascend(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            apgd.generator = generator
-            return apgd.launch(model, x, y, start=x if start == "clean" else None)
-
-        return ascend
     if config.objective.attack == "adt":
-        attack: PGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
+        attack: PGD | APGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
+    elif config.attack == "apgd":
+        attack = APGD(eps, loss=config.maximised, steps=steps, **engine)
     else:
         radius = 1.0 if start == "wide" else eps  # that ball holds every image: projecting onto it does nothing
         attack = PGD(radius, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
@@ -102,6 +96,8 @@ def training_attack(config: Config) -> TrainingAttack:
             noise = x + 0.001 * torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
         elif start == "wide":
             noise = wide_start(x, eps, generator)
+        elif start == "clean" and config.attack == "apgd":  # whose own start is random
+            noise = x
         return attack.launch(model, x, y, start=noise)
 
     return perturb
