@@ -60,10 +60,10 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def presets() -> None:
-    """List the presets: the thesis's tables and figures, Madry's networks, single-step methods, and the FastAT benchmark."""
+    """List the presets: the thesis's tables and figures, Madry's networks, single-step methods, FastAT, AWP, ADT, ImageNet."""
     for name, config in PRESETS.items():
         spat = f" alpha {config.alpha:g}" if config.alpha else ""
-        print(f"{name:26} {config.method}{spat}, {config.model} on {config.data}, eps {config.eps:g}/255, {config.epochs} epochs")
+        print(f"{name:33} {config.method}{spat}, {config.model} on {config.data}, eps {config.eps:g}/255, {config.epochs} epochs")
 
 
 def plot(runs: Annotated[tuple[Path, ...], DEFAULT_IN_HELP], /, out: Path = Path("curves.png")) -> None:

@@ -62,13 +62,16 @@ class Config:
     """Updates of --method free with each batch; an epoch is still one pass over the data. Default: 8."""
 
     # ---- training attack
+    attack: Literal["pgd", "apgd"] = "pgd"
+    """apgd: Auto-PGD, which chooses its step sizes, from x (--start clean) or a random point of the ball's surface (uniform). It
+    takes the iterate of the highest loss, as Singh et al. (2023) with two steps from x."""
     inner: str | None = None
     """What the attack maximises, a loss by name (spat-train attacks lists them). Default: lsce (ce with --alpha) where
     alpha > 0, else that of the method: the KL term of TRADES and RST, mmc for mmc, or ce."""
     eps: float = 8.0
     """Radius of the L-infinity ball, in 1/255."""
     step_size: float | None = None
-    """Length of a step, in 1/255. Default: eps / 4; fgsm, n-fgsm and free: eps; fast: 1.25 eps. adt has none."""
+    """Length of a step, in 1/255. Default: eps / 4; fgsm, n-fgsm and free: eps; fast: 1.25 eps. adt and apgd have none."""
     steps: int | None = None
     """Gradient steps. Default: 10; adt: 7; fgsm, fast and n-fgsm: 1, and no more. free has none."""
     start: Literal["uniform", "normal", "clean", "wide"] | None = None
@@ -85,8 +88,8 @@ class Config:
 
     # ---- model and data
     model: str = "wrn-34-10"
-    """A network such as wrn-34-10, preactresnet-18, resnet-18, mnist-cnn or small-cnn, the quick one on a CPU (an unknown name
-    lists all), timm:NAME, torchvision:NAME, robustbench:NAME (an entry's network and normalisation), or
+    """A network such as wrn-34-10, resnet-18, convnext-t-convstem or small-cnn, the quick one on a CPU (an unknown name lists
+    all), timm:NAME, torchvision:NAME, robustbench:NAME (an entry's network and normalisation), or
     package.module:factory."""
     activation: Literal["relu", "silu", "gelu", "softplus"] = "relu"
     """What replaces every ReLU of the model."""
@@ -131,22 +134,30 @@ class Config:
     # ---- optimiser
     epochs: int = 100
     """Passes over the training images."""
+    train_sizes: str | None = None
+    """Sides of the training images, each with the epoch, counted from 1, from which on it holds: 128@1,192@21,224@41 trains 20
+    epochs at 128x128, 20 at 192x192 and the rest at 224x224. They are resized on the device. Validation and test are not."""
     batch_size: int = 128
     """Images in an update, over all processes."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """adamw: Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
     lr: float = 0.1
     scale_lr: bool = False
     """Multiply lr by batch_size / 128."""
     momentum: float = 0.9
-    """Momentum of SGD, or beta1 of Adam."""
+    """Momentum of SGD, or beta1 of Adam and AdamW."""
+    beta2: float = 0.999
+    """Of Adam and AdamW."""
     nesterov: bool = False
     weight_decay: float = 5e-4
-    """As an L2 term, in Adam too."""
+    """As an L2 term, in Adam too. AdamW multiplies weights by 1 - lr * this."""
     decay_norm: bool = True
-    """Decay biases and batch norm too; --no-decay-norm: convolutions and linear weights alone."""
-    schedule: Literal["constant", "piecewise", "cosine", "one-cycle", "cyclic"] = "piecewise"
-    """cosine changes lr from epoch to epoch, as the code of RST; one-cycle and cyclic (from 0 straight up to lr in the middle,
-    then down to 0) from update to update."""
+    """Decay biases and norms too; --no-decay-norm: convolutions and linear weights alone."""
+    layer_decay: float | None = None
+    """Layer-wise rates, for timm's networks: lr times this for each layer between a weight and the logits, such as 0.8."""
+    schedule: Literal["constant", "piecewise", "cosine", "warmup-cosine", "one-cycle", "cyclic"] = "piecewise"
+    """cosine changes lr from epoch to epoch, as the code of RST; warmup-cosine (linearly up to lr in --warmup epochs, then along
+    half a cosine to 0), one-cycle and cyclic (from 0 straight up to lr in the middle, then down to 0) from update to update."""
     milestones: tuple[int, ...] | None = None
     """Epochs, counted from 1, from which on piecewise multiplies lr by gamma. Default: at 75 % and 90 % of the epochs."""
     gamma: float = 0.1
@@ -238,6 +249,8 @@ class Config:
         method = self.objective
         step_size = self.eps * method.step_in_eps if self.step_size is None else self.step_size
         steps = method.steps if self.steps is None else self.steps
+        if self.attack == "apgd":
+            step_size = 2 * self.eps  # its first
         return LInfAttack(self.eps / 255, step_size / 255, steps, self.start or method.start)
 
     @property
@@ -318,6 +331,7 @@ class Config:
         More epochs are no difference where the learning rates of the earlier epochs stay.
         """
         now, why = self.to_dict(), ""
+        saved = Config().to_dict() | saved  # older runs have fewer options
         free = {*FREE_ON_RESUME, *self.objective.idle}  # older versions took the latter
         names = [name for name in now | saved if name not in free and saved.get(name) != now.get(name)]
         before, milestones = saved.get("epochs", 0), saved.get("milestones")

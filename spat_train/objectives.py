@@ -111,7 +111,7 @@ class Method:
     def idle(self) -> dict[str, str]:
         """The options of a run that do nothing with this method, by name, and what the method has or does instead."""
         if self.attack == "adt":
-            idle = {"step_size": "has none: its steps have --inner-lr", "start": "has none"}
+            idle = {"step_size": "has none: its steps have --inner-lr", "start": "has none", "attack": "has its own"}
         else:
             idle = dict.fromkeys(("inner_lr", "entropy", "inner_samples"), "has none, unlike --method adt")
         if self.beta is None:
@@ -121,10 +121,11 @@ class Method:
         if self.replays is None:
             idle["replays"] = "has one update a batch, unlike --method free"
         if not self.attacks:
-            idle |= dict.fromkeys(("alpha", "inner", "steps", "step_size", "start", "bn_mode"), "training attacks nothing")
+            of_attacks = ("alpha", "attack", "inner", "steps", "step_size", "start", "bn_mode")
+            idle |= dict.fromkeys(of_attacks, "training attacks nothing")
         if self.replays is not None:
             own = "takes its examples from the gradient of the update itself"
-            idle |= dict.fromkeys(("inner", "steps", "start", "bn_mode", "awp"), own)
+            idle |= dict.fromkeys(("attack", "inner", "steps", "start", "bn_mode", "awp"), own)
             idle["alpha"] = f"{own}, which --label-smoothing smooths"
         return idle
 

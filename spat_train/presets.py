@@ -1,11 +1,12 @@
 """Named settings: every row of the thesis's Tables 6.1-6.4, its Figures 6.1 and 6.2, Madry's networks (arXiv 1706.06083), the
-papers of the single-step methods, AWP (arXiv 2004.05884), ADT, and rows of the FastAT benchmark (arXiv 2604.22853).
+papers of the single-step methods, AWP (arXiv 2004.05884), ADT, rows of the FastAT benchmark (arXiv 2604.22853), and ImageNet
+networks of Singh et al. (arXiv 2303.01870) and of ARES-Bench (arXiv 2302.14301).
 
 The thesis attacks with PGD-10, eps 8/255, steps of eps/4 and a uniform start. Where it is silent, the public code decides.
 """
 
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from .config import Config
 from .objectives import METHODS, MethodName
@@ -73,6 +74,50 @@ _ADT = Config(
     data="cifar10", model="wrn-28-10", method="adt", batch_size=64, epochs=76, milestones=(75,), weight_decay=2e-4, holdout=0,
     inner_lr=0.3, entropy=0.01, inner_samples=5,
 )  # fmt: skip
+# ImageNet is the folder imagenet/ with train/ and val/, or --data. The last weights count in both codes: none is held out.
+# Singh et al.: main.py and run_train.sh of nmndeep/revisiting-at, and its README for epochs (without the stem: 300 too). APGD-2
+# from x, in eval mode; lr for 80 images on each GPU, whose number they leave open: 8 here; 20 epochs of warm-up, 10 of 50. The
+# targets of the attack are smoothed too, by 0.1 over all 1,000 classes: SPAT with alpha = 0.0999. That of +spat is ours. What
+# differs: they begin with weights of clean training (give --init), have Mixup 0.8 and CutMix 1.0, RandAugment
+# (rand-m9-mstd0.5-inc1) and random erasing (0.25), decay LayerNorm's weights in ConvNeXts, and change lr linearly in an epoch.
+_SINGH = Config(
+    data="imagenet", image_size=224, epochs=300, batch_size=640, holdout=0, pad=0,
+    attack="apgd", steps=2, start="clean", eps=4.0, alpha=0.0999, label_smoothing=0.1,
+    optimizer="adamw", lr=1e-3, beta2=0.95, weight_decay=0.05, decay_norm=False,
+    schedule="warmup-cosine", warmup=20.0, ema=0.9999, precision="fp16",
+)  # fmt: skip
+# They leave normalisation to the network, but for ViT-S-ConvStem. timm's have one here otherwise.
+_PIXELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+_IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_SINGH_ROWS: dict[str, dict[str, Any]] = {
+    "convnext-t": {"model": "timm:convnext_tiny", **_PIXELS}, "convnext-t-convstem": {"model": "convnext-t-convstem"},
+    "convnext-s-convstem": {"model": "convnext-s-convstem", "epochs": 50, "warmup": 10.0},
+    "convnext-b-convstem": {"model": "convnext-b-convstem"},
+    "vit-s": {"model": "timm:vit_small_patch16_224", **_PIXELS}, "vit-s-convstem": {"model": "vit-s-convstem", **_IMAGENET},
+    "vit-b-convstem": {"model": "vit-b-convstem"},
+}  # fmt: skip
+# ARES-Bench: robust_training of thu-ml/ares, its train_configs and adv.py, with 8 GPUs. PGD-3 in steps of 8/3/255 from a uniform
+# start, on smoothed targets as above. What differs: their steps grow from 0 to that in the first 5 epochs, the iterate of the
+# highest loss is taken, lr ends at 1e-5 (here 0) and its cosine begins with the warm-up. They have Mixup, CutMix, RandAugment and
+# random erasing as above, and colour jitter (0.4). Their Swins have no stochastic depth, those of timm 0.1.
+_ARES = Config(
+    data="imagenet", image_size=224, epochs=300, batch_size=512, holdout=0, pad=0,
+    steps=3, step_size=8 / 3, eps=4.0, alpha=0.0999, label_smoothing=0.1, optimizer="adamw", lr=5e-4, weight_decay=0.05,
+    decay_norm=False, schedule="warmup-cosine", warmup=5.0, ema=0.9998, **_IMAGENET,  # for timm's ViT too
+)  # fmt: skip
+_LARGE = {"batch_size": 256, "lr": 2.5e-4}  # 32 on each GPU
+_ARES_ROWS: dict[str, dict[str, Any]] = {
+    "convnext-s": {"model": "timm:convnext_small"}, "convnext-b": {"model": "timm:convnext_base"},
+    "convnext-l": {"model": "timm:convnext_large", **_LARGE},
+    "vit-s": {"model": "timm:vit_small_patch16_224"}, "vit-b": {"model": "timm:vit_base_patch16_224"},
+    "swin-s": {"model": "timm:swin_small_patch4_window7_224"}, "swin-b": {"model": "timm:swin_base_patch4_window7_224"},
+    "swin-l": {"model": "timm:swin_large_patch4_window7_224", **_LARGE},
+    # Here CutMix alone and less colour jitter (0.1), no RandAugment, no random erasing.
+    "resnet-50": {
+        "model": "timm:resnet50", "optimizer": "sgd", "nesterov": True, "lr": 0.2, "weight_decay": 1e-4, "epochs": 95,
+        "schedule": "piecewise", "milestones": (31, 61, 91),
+    },
+}  # fmt: skip
 
 # As in the authors' code. MART's order is the default.
 _FORWARDS: dict[str, Literal["clean-adv-clean", "adv-clean"]] = {"trades": "clean-adv-clean", "rst": "adv-clean"}
@@ -119,5 +164,8 @@ _ROWS |= {
     "fastat/pgd-at-wa+spat": replace(_FASTAT, alpha=0.2),  # ours: it is no row of the benchmark
 }
 _ROWS |= {"adt/exp": _ADT, "adt/exp+spat": replace(_ADT, alpha=0.1)}
+_ROWS |= {f"imagenet/{name}": replace(_SINGH, **own) for name, own in _SINGH_ROWS.items()}
+_ROWS |= {f"imagenet/{name}+spat": replace(_SINGH, **own | {"alpha": 0.2}) for name, own in _SINGH_ROWS.items()}
+_ROWS |= {f"ares/{name}": replace(_ARES, **own) for name, own in _ARES_ROWS.items()}
 
 PRESETS = {name: replace(row, preset=name) for name, row in _ROWS.items()}

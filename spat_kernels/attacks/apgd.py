@@ -23,12 +23,13 @@ from torch import Tensor
 from .. import checks
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch
+from ..input_gradient.choose import check_precision
 from ..losses import LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype
 from ..predictions import other_classes, predictions
 from ..settings import TARGETINGS, Graph, Targeting
 from ._common import RestartedAttack, Result, Tally, as_dense, take_rows, warn_of_nan
-from .apgd_run import APGDRun
+from .apgd_run import APGDRun, AscentRun
 from .targeting import malt_passes, nearest_classes
 
 
@@ -148,6 +149,43 @@ class APGD(RestartedAttack):
                     tally.add(rows, *outcome.passes)
         warn_of_nan(int(nan_seen.sum()), len(x))
         return tally.result(x_adv)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def launch(self, model, x: Tensor, y: Tensor, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One run for adversarial training, that does not wait for the device, as `PGD.launch` does not.
+
+        Of each image it gives the iterate of the highest loss, misclassified or not, the first one included: so does the training
+        of Singh et al. (arXiv 2303.01870), with steps=2 and start=x. Nobody looks at the values in x, y and start.
+
+        Args:
+            model, x, y: as for `run`.
+            start: the first iterate, like x and inside the ball. Default: a random point of its surface.
+
+        Returns:
+            tuple: adversarial images, as of `run`; uint8 [B], 1 for samples that met an unusable gradient.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or `restarts`, `targets` or `budget` ask for more than one run.
+        """
+        if self.restarts > 1 or self.targets is not None or self.budget is not None:
+            asked = f"restarts={self.restarts}, targets={self.targets} and budget={self.budget}"
+            raise ValueError(f"{asked}: launch is one run, untargeted or towards y: call the attack, or leave them out")
+        checks.check_images(x)
+        checks.check_callable(model)
+        check_precision(self.precision, x)
+        self._check_radius(x)
+        checks.check_labels(y, x)
+        if start is not None:
+            checks.check_start(start, x)
+        if x.numel() == 0:
+            return x.detach().clone(), x.new_zeros(len(x), dtype=torch.uint8)
+        ascent: Any = copy(self)
+        ascent.run_class = AscentRun
+        x, y = as_dense(x, y)
+        outcome = graphs.attack(ascent, model, Batch(x, y, self.eps, 2 * self.eps, start), highest_label=-1)
+        x_adv, nan_seen, *_ = outcome.tensors
+        return x_adv, nan_seen
 
     @property
     def _evaluations(self) -> int:

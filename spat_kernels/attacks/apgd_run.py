@@ -70,9 +70,7 @@ class APGDRun(Run):
 
     def attempt(self, captured: bool) -> None:
         drops = not captured and self._can_drop()
-        start = torch.empty_like(self.ball.x)
-        enlarged(self.ball, self.searches[0][0]).surface_start_(start, self.draws)
-        start = self.inner.laid_out(start)
+        start = self.inner.laid_out(self._start())
         with self.model.arithmetic(self.best.device.type):
             for times, steps in self.searches:
                 search = self._begin(times, start)
@@ -80,6 +78,11 @@ class APGDRun(Run):
                 start = search.best
         if rest is not None:
             self._store(rest)
+
+    def _start(self) -> Tensor:
+        start = torch.empty_like(self.ball.x)
+        enlarged(self.ball, self.searches[0][0]).surface_start_(start, self.draws)
+        return start
 
     def _begin(self, times: int, start: Tensor) -> "_Search":
         """A search from `start` in the ball of `times` the radius. If that is larger, nothing counts as broken."""
@@ -134,14 +137,42 @@ class APGDRun(Run):
             more_logits, more_value, more_grad = self._pass(search, differentiate)
             logits, value = logits + more_logits, value + more_value
             grad = None if grad is None or more_grad is None else grad + more_grad
-        broken = (predictions(logits) == search.y) == self.towards_y
-        search.keep(value / passes if passes > 1 else value, broken, grad)
+        search.keep(value / passes if passes > 1 else value, self._broken(logits, search.y), grad)
+
+    def _broken(self, logits: Tensor, y: Tensor) -> Tensor:
+        return (predictions(logits) == y) == self.towards_y
 
     def _pass(self, search: "_Search", differentiate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         logits = self.model.forward(search.x_adv) if differentiate else self.model.logits(search.x_adv)
         value = torch.empty(len(logits), dtype=value_dtype(logits), device=logits.device)
         dlogits = self._logit_gradient(logits, search.reference, value)
         return logits, value, self.model.backward(dlogits) if differentiate else None
+
+
+class AscentRun(APGDRun):
+    """A run whose images are the iterates of the highest loss, misclassified or not. It looks at no value.
+
+    With a start in the batch the first iterate is that, instead of a random point of the surface.
+    """
+
+    def __init__(self, settings: "APGD", batch: Batch):
+        self.random_start = batch.start is None
+        self.given = torch.empty_like(batch.x) if batch.start is not None else None
+        super().__init__(settings, batch)
+
+    def _begin_batch(self, batch: Batch) -> None:
+        super()._begin_batch(batch)
+        if self.given is not None and batch.start is not None:
+            self.given[: self.n].copy_(batch.start)
+
+    def _start(self) -> Tensor:
+        return super()._start() if self.given is None else self.given.clone()  # a search writes on it
+
+    def _broken(self, logits: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(y, dtype=torch.bool)
+
+    def _can_drop(self) -> bool:
+        return False
 
 
 class _Search:

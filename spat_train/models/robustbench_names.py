@@ -107,6 +107,12 @@ imagenet/Linf resnet-18/imagenet imagenet Salman2020Do_R18
 imagenet/Linf torchvision:wide_resnet50_2 imagenet Salman2020Do_50_2
 imagenet/Linf timm:convnext_base imagenet Liu2023Comprehensive_ConvNeXt-B
 imagenet/Linf timm:convnext_large imagenet Liu2023Comprehensive_ConvNeXt-L
+imagenet/Linf convnext-t-convstem - Singh2023Revisiting_ConvNeXt-T-ConvStem
+imagenet/Linf convnext-s-convstem - Singh2023Revisiting_ConvNeXt-S-ConvStem
+imagenet/Linf convnext-b-convstem - Singh2023Revisiting_ConvNeXt-B-ConvStem
+imagenet/Linf convnext-l-convstem - Singh2023Revisiting_ConvNeXt-L-ConvStem
+imagenet/Linf vit-s-convstem imagenet Singh2023Revisiting_ViT-S-ConvStem
+imagenet/Linf vit-b-convstem - Singh2023Revisiting_ViT-B-ConvStem
 imagenet/Linf torchvision:wide_resnet50_2 unit Chen2024Data_WRN_50_2
 imagenet/Linf timm:vit_base_patch16_224 imagenet Mo2022When_ViT-B
 imagenet/corruptions resnet-50/imagenet imagenet Erichson2022NoisyMix Erichson2022NoisyMix_new Geirhos2018_SIN
@@ -118,9 +124,6 @@ OTHERS = {  # entries whose architecture we do not have
     "XCiT": "Debenedetti2022Light_XCiT-S12 Debenedetti2022Light_XCiT-M12 Debenedetti2022Light_XCiT-L12",
     "Swin": "Liu2023Comprehensive_Swin-B Liu2023Comprehensive_Swin-L Mo2022When_Swin-B RodriguezMunoz2024Characterizing_Swin-B "
     "RodriguezMunoz2024Characterizing_Swin-L Xu2024MIMIR_Swin-B Xu2024MIMIR_Swin-L",
-    "ViT or ConvNeXt with a convolutional stem": "Singh2023Revisiting_ViT-S-ConvStem Singh2023Revisiting_ViT-B-ConvStem "
-    "Singh2023Revisiting_ConvNeXt-T-ConvStem Singh2023Revisiting_ConvNeXt-S-ConvStem Singh2023Revisiting_ConvNeXt-B-ConvStem "
-    "Singh2023Revisiting_ConvNeXt-L-ConvStem",
     "DeiT": "Tian2022Deeper_DeiT-S Tian2022Deeper_DeiT-B",
     "AlexNet": "AlexNet",
     "ResNeSt-152": "Sehwag2021Proxy_ResNest152",

@@ -48,10 +48,10 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
     try:
         with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"), _ReLUs() as relus:
             logits = model(x)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # the last: timm's and torchvision's ViT
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        raise ValueError(f"it does not take images {list(x.shape[1:])}: {first_line(error)}") from error
+        raise ValueError(f"it does not take images {list(x.shape[1:])}{_its_size(model, x)}: {first_line(error)}") from error
     if activation != "relu" and relus.calls:
         raise ValueError(f"activation={activation!r}: {relus.calls} of its ReLUs are functions, which stay: give 'relu'")
     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -67,6 +67,18 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
                 raise
             raise ValueError(f"autograd fails on it: {first_line(error)}") from error
     return found[1]
+
+
+def _its_size(model: nn.Module, x: Tensor) -> str:
+    """What to do where `model` says that it is for images of another size than `x` has; "" where it says nothing of it."""
+    modules = list(model.modules())
+    if any(getattr(m, "dynamic_img_size", False) for m in modules):  # timm's: any size that its patches divide
+        return ""
+    size = next((getattr(m, name) for m in modules for name in ("img_size", "image_size") if hasattr(m, name)), None)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if not isinstance(height, int) or (height, width) == tuple(x.shape[2:]):
+        return ""
+    return f" (it is made for {height}x{width}: give such images, or a network that takes any size)"
 
 
 class _ReLUs(TorchFunctionMode):

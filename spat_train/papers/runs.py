@@ -18,7 +18,7 @@ PLAIN = {  # by name, the options whose value is shown as it is
     "weight decay": "weight_decay", "decay of biases and norms": "decay_norm", "weight averaging": "ema", "AWP": "awp",
     "label smoothing": "label_smoothing", "activation": "activation", "classifier": "last_layer", "mean": "mean", "std": "std",
     "first weights": "init", "precision": "precision", "inner lr": "inner_lr", "entropy": "entropy",
-    "inner samples": "inner_samples",
+    "inner samples": "inner_samples", "layer decay": "layer_decay", "training sizes": "train_sizes",
 }  # fmt: skip
 
 
@@ -108,11 +108,14 @@ def settings(c: Config) -> dict[str, str]:
     _, step_size, steps, start = c.attack_settings
     drops = ", ".join(f"{100 * epoch / c.epochs:.0f} %" for epoch in c.lr_drops if c.schedule == "piecewise") or "none"
     attack = {
+        "attack": c.objective.attack if c.attack == "pgd" else c.attack,
         "eps": format_eps(c.eps), "attack steps": f"{steps}", "step size": format_eps(255 * step_size), "start": start,
         "inner loss": c.inner_loss, "mode in attacks": c.bn_mode, "updates with a batch": f"{c.updates_per_batch}",
     }  # fmt: skip
     if c.objective.attack == "adt":  # which starts at x, and has steps of its own
         attack |= {"step size": "none", "start": "none"}
+    elif c.attack == "apgd":
+        attack["step size"] = "none"
     return {
         "method": METHODS[c.method].title,
         "data": data_name(c.data),
@@ -124,6 +127,7 @@ def settings(c: Config) -> dict[str, str]:
         **(dict.fromkeys(attack, "none") if not c.objective.attacks else attack),
         "beta": "none" if c.kl_weight is None else f"{c.kl_weight:g}",
         "lr": f"{c.peak_lr:g}",
+        "beta2": "none" if c.optimizer == "sgd" else f"{c.beta2:g}",
         "lr drops": drops,
         "on overfitting": c.overfitting_alarm if c.overfitting_alarm in ("stop", "rollback") else "go on",
         **{name: _text(getattr(c, option)) for name, option in PLAIN.items()},

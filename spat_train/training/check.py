@@ -9,6 +9,7 @@ import torch
 from spat_kernels import losses
 
 from ..config import Config, check_device
+from ..data.sizes import parse_sizes
 from ..errors import InputError, check_eps, check_seed
 from ..models.external import import_own
 from ..runtime import trackers
@@ -24,10 +25,11 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ),
     ("holdout pad", lambda v: v >= 0, "give at least 0, or leave it out"),
     ("workers awp_warmup", lambda v: v >= 0, "give at least 0"),
-    ("alpha extra_fraction label_smoothing momentum ema", lambda v: 0 <= v <= 1, "give a number in [0, 1]"),
+    ("alpha extra_fraction label_smoothing momentum beta2 ema", lambda v: 0 <= v <= 1, "give a number in [0, 1]"),
     ("lr gamma checkpoint_minutes inner_lr", lambda v: 0 < v < math.inf, "give a number above 0"),
     ("weight_decay warmup awp beta entropy", lambda v: 0 <= v < math.inf, "give a number of at least 0"),
-    ("momentum", lambda v: v < 1, "give a number below 1"),
+    ("momentum beta2", lambda v: v < 1, "give a number below 1"),
+    ("layer_decay", lambda v: 0 < v <= 1, "give a number in (0, 1], such as 0.8"),
     ("ema", lambda v: v < 1, "give a decay below 1, such as 0.9995"),
 ]
 
@@ -51,6 +53,8 @@ def check(c: Config) -> None:
         check_eps(option, value, least)
     check_device(c.device)
     trackers.chosen(c.track)
+    sizes = parse_sizes(c.train_sizes)
+    need(not sizes or sizes[-1][1] <= c.epochs, "train_sizes", f"not all come by epoch {c.epochs}: give others")
     try:
         import_own(c.model)  # it may register the loss
     except ValueError as error:
@@ -77,6 +81,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     unwatched, start = c.catastrophic_overfitting in (None, "off"), c.attack_settings.start
     one_step = method.attacks and method.steps == 1  # by its definition; with more steps it would be another method
     pgd = f"{c.method} takes one step: leave it out, or give --method madry --start {start} for PGD on CE(x')"
+    pgd_steps = c.attack == "pgd"
     gpu = c.device.startswith("cuda") if c.device else torch.cuda.is_available()
     try:
         vanishes = (smoothed or c.alpha == 0) and c.maximised.needs_random_start and start == "clean"
@@ -87,6 +92,10 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (smoothed or c.alpha == 0, "inner", f"alpha = {c.alpha} needs lsce: leave out --inner, or --alpha"),
         *((getattr(c, o) == getattr(Config, o), o, f"{c.method} {why}: {_unset(o)}") for o, why in method.idle.items()),
         (not one_step or c.steps in (None, 1), "steps", pgd),
+        (pgd_steps or not one_step, "attack", f"{c.method} takes a step of its own: give --method madry, or leave it out"),
+        (pgd_steps or c.step_size is None, "step_size", "apgd chooses its own: leave it out"),
+        (pgd_steps or start in ("uniform", "clean"), "start", "apgd has clean and uniform: choose one of these"),
+        (c.train_sizes is None or method.replays is None, "train_sizes", f"{c.method} keeps perturbations: leave it out"),
         (not vanishes, "start", f"the gradient of {c.inner_loss} is 0 at x itself: choose uniform, normal or wide"),
         (c.extra is not None or not needs_extra, "extra", "this needs pseudo-labelled images: give RST's pickle, or an .npz"),
         (c.extra is None or 0 < c.extra_fraction < 1, "extra_fraction", "give a number between 0 and 1, such as 0.5"),
@@ -94,6 +103,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (method.classifier in ("linear", c.last_layer), "classifier", f"{c.method} needs distances to centres: leave it out"),
         (c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp"),
         # the optimiser and the schedule
+        (c.beta2 == Config.beta2 or c.optimizer != "sgd", "beta2", f"it is Adam's: {_unset('beta2')}"),
         (not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0"),
         (c.schedule not in ("one-cycle", "cyclic") or c.warmup == 0, "warmup", f"{c.schedule} warms up by itself: leave it out"),
         (c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs"),

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Collection
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,23 +12,56 @@ from torch import Tensor, nn
 from spat_kernels.ops._common import is_dense
 
 from ..config import Config
+from ..errors import InputError
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or Adam; without `decay_norm`, parameters of one dimension (biases, batch norm) are not decayed."""
+    """SGD, Adam or AdamW. Without `decay_norm`, what has one dimension (biases, norms) is not decayed, nor is what the network
+    names in a `no_weight_decay` of its own, as timm's do (position embeddings). A group's "lr_scale" is its share of the rate.
+
+    Raises:
+        InputError: `config.layer_decay` is for a network that does not say which layers it has.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1 or config.decay_norm]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
-    if not config.decay_norm:
-        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    groups = _groups(model, config) if config.layer_decay is None else _groups_by_layer(model, config)
     fused = all(p.is_floating_point() and is_dense(p) for p in parameters)  # what the fused kernels take for granted
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=fused)
+    if config.optimizer != "sgd":
+        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return kind(groups, lr=config.peak_lr, betas=(config.momentum, config.beta2), fused=fused)
     sgd = torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:  # a first step that GradScaler skips would leave what torch 2.11 allocates, uninitialised
         for p in parameters:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
+
+
+def _groups(model: nn.Module, config: Config) -> list[dict]:
+    kept = {p for m in model.modules() if (names := _kept_names(m)) for name, p in m.named_parameters() if name in names}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if config.decay_norm or (p.ndim > 1 and p not in kept)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if not config.decay_norm:
+        groups.append({"params": [p for p in parameters if p.ndim <= 1 or p in kept], "weight_decay": 0.0})
+    return groups
+
+
+def _kept_names(network: nn.Module) -> Collection[str]:
+    """The parameters that `network` itself says are not to be decayed."""
+    named: Any = getattr(network, "no_weight_decay", tuple)
+    return named()
+
+
+def _groups_by_layer(model: nn.Module, config: Config) -> list[dict]:
+    """Layer-wise rates as for BEiT and ConvNeXt: those of a layer are `layer_decay` times those of the next one."""
+    network = next((m for m in model.modules() if hasattr(m, "group_matcher")), None)
+    if network is None:
+        who = f"{config.model} does not say which layers it has"
+        raise InputError(f"--layer-decay {config.layer_decay}: {who}: give timm:NAME, or leave it out")
+    from timm.optim import param_groups_layer_decay
+
+    kept = () if config.decay_norm else _kept_names(network)
+    settings: Any = {"weight_decay_exclude_1d": not config.decay_norm, "layer_decay": config.layer_decay}
+    return param_groups_layer_decay(network, config.weight_decay, kept, **settings)
 
 
 def learning_rate(config: Config, epoch: int, part: float) -> float:
@@ -36,6 +71,8 @@ def learning_rate(config: Config, epoch: int, part: float) -> float:
         factor = config.gamma ** sum(epoch + 1 >= drop for drop in config.lr_drops)
     elif config.schedule == "cosine":
         factor = _cosine(1, 0, epoch / config.epochs)  # by epochs, as RST's code: above 0 in the last
+    elif config.schedule == "warmup-cosine":  # the part from the warm-up on, which is below
+        factor = _cosine(1, 0, max(0.0, t - config.warmup) / (config.epochs - config.warmup))
     elif config.schedule == "one-cycle":  # Smith and Topin, arXiv 1708.07120, with PyTorch's default shape
         peak = 0.3 * config.epochs
         factor = _cosine(1 / 25, 1, t / peak) if t < peak else _cosine(1, 1 / 25e4, (t - peak) / (config.epochs - peak))

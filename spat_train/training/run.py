@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data.images import Dataset, Folder, Images
 from ..data.picture_folders import check_readable
+from ..data.sizes import parse_sizes, resized, side_in
 from ..errors import InputError
 from ..evaluation.attack_specs import Attack
 from ..evaluation.evaluate import TEST, accuracies, validation
@@ -92,6 +93,7 @@ class Run:
             setup.seed_generators(config.seed + processes.rank)  # from here on for dropout and its like
         self.loader, self.held_out = setup.make_loader(config, self.dataset, extra, processes, self.memory_format)
         self.sizes = setup.batch_sizes(self.loader.order)
+        self.train_sizes = parse_sizes(config.train_sizes)
         self.chosen_by = ("pgd", "clean") if config.objective.attacks else ("clean", "pgd")  # what makes a model the best
         self.progress = Progress()
         self.log: Log | None = None
@@ -156,7 +158,7 @@ class Run:
         """A step on this process's part of a batch of `size` images."""
         epoch, step = self.progress.epoch, self.progress.step
         launched = self.step(
-            x, y, epoch=epoch, part=(step + 1) / self.loader.order.steps,
+            resized(x, side_in(self.train_sizes, epoch)), y, epoch=epoch, part=(step + 1) / self.loader.order.steps,
             seed=derived_seed(self.config.seed, self.global_step, self.world.rank),
             weight=len(x) * self.world.size / size,  # gradients are averaged over processes, whose parts may differ in size
             length=1 / self.loader.order.steps,
@@ -233,7 +235,7 @@ class Run:
         self.progress.sums = {name: sums.get(name, 0.0) + number for name, number in losses.items()}
         self.progress.count += 1
         if self.log:
-            self.log.show(**losses, lr=self.step.optimizer.param_groups[0]["lr"])
+            self.log.show(**losses, lr=self.step.lr)
 
     def write_losses(self) -> None:
         """Their means since the last call, over all processes, to the log."""
@@ -241,7 +243,7 @@ class Run:
         totals = self.world.add(*progress.sums.values())
         if self.log and progress.count:
             means = {name: t / progress.count / self.world.size for name, t in zip(progress.sums, totals, strict=True)}
-            lr = self.step.optimizer.param_groups[0]["lr"]
+            lr = self.step.lr
             step = self.global_step - (self.pending is not None)  # whose loss is not read yet
             self.log.show(**means)
             self.log.write("train", epoch=progress.epoch + 1, step=step, lr=lr, **means, images_per_second=self.log.rate())

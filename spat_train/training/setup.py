@@ -11,6 +11,7 @@ from ..data.datasets import load
 from ..data.images import Dataset, Images, hold_out
 from ..data.loader import Loader, Order
 from ..data.pseudo_labels import load_extra
+from ..data.sizes import parse_sizes
 from ..errors import InputError
 from ..models.checkpoints import load_checkpoint
 from ..models.registry import create
@@ -61,6 +62,7 @@ def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tupl
         _, memory_format = try_on(model, shape, classes, c.memory_format, differentiate=True)
     except ValueError as error:
         raise InputError(f"--model {c.model}: for {c.data}, {error}") from error
+    _try_sizes(c, model, shape, memory_format)
     model.train()
     if memory_format != c.memory_format:
         say(f"--model {c.model} fails on channels_last: it gets contiguous images", world)
@@ -78,6 +80,20 @@ def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tupl
             raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model, memory_format
+
+
+def _try_sizes(c: Config, model: nn.Module, shape: tuple[int, int, int], memory_format: torch.memory_format) -> None:
+    """Raise InputError unless `model`, for images of `shape`, takes those of all training sizes too."""
+    channels, height, width = shape
+    for side in dict.fromkeys(side for side, _ in parse_sizes(c.train_sizes)):
+        if height != width or side > height:
+            remedy = "give square images, and sides of at most theirs"
+            raise InputError(f"--train-sizes {side}: the images of {c.data} are {height}x{width}: {remedy}")
+        try:
+            try_on(model, (channels, side, side), None, memory_format)
+        except ValueError as error:
+            remedy = "give other sizes, or a network that takes any"
+            raise InputError(f"--train-sizes {side}: --model {c.model}, made for {height}x{width}: {error}: {remedy}") from error
 
 
 def make_loader(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spat_kernels import ADT, PGD, ops
+from spat_kernels import ADT, APGD, PGD, ops
 from spat_kernels.attacks._common import warn_of_nan
 from spat_kernels.normalize import Normalize
 from spat_kernels.ops._common import acc_dtype
@@ -82,7 +82,9 @@ def training_attack(config: Config) -> TrainingAttack:
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
     engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
     if config.objective.attack == "adt":
-        attack: PGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
+        attack: PGD | APGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
+    elif config.attack == "apgd":
+        attack = APGD(eps, loss=config.maximised, steps=steps, **engine)
     else:
         radius = 1.0 if start == "wide" else eps  # that ball holds every image: projecting onto it does nothing
         attack = PGD(radius, loss=config.maximised, steps=steps, step_size=step_size, random_start=start == "uniform", **engine)
@@ -94,6 +96,8 @@ def training_attack(config: Config) -> TrainingAttack:
             noise = x + 0.001 * torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
         elif start == "wide":
             noise = wide_start(x, eps, generator)
+        elif start == "clean" and config.attack == "apgd":  # whose own start is random
+            noise = x
         return attack.launch(model, x, y, start=noise)
 
     return perturb
@@ -174,8 +178,14 @@ class TrainStep:
         return self.launched(x, x_adv, y, ["loss", *terms], torch.stack([loss.detach(), *terms.values()]), nan_seen)
 
     def set_learning_rate(self, epoch: int, part: float) -> None:
+        lr = learning_rate(self.config, epoch, part)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch, part)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    @property
+    def lr(self) -> float:
+        """The rate of the last update, with layer-wise rates that of the last layer."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def launched(self, x: Tensor, x_adv: Tensor, y: Tensor, names: list[str], values: Tensor, nan_seen: Tensor) -> Launched:
         """A step whose losses, `values`, are on their way to the host from here on."""

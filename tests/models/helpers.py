@@ -19,7 +19,8 @@ X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def build(name: str, *args, **options) -> nn.Module:
     """`create`; skips the test where a package is missing, or is one for another torch."""
-    for prefix, package in {"resnet": "torchvision", "torchvision": "torchvision", "timm": "timm"}.items():
+    packages = {"resnet": "torchvision", "torchvision": "torchvision"} | dict.fromkeys(("timm", "convnext", "vit"), "timm")
+    for prefix, package in packages.items():
         if name.startswith(prefix):
             pytest.importorskip(package, reason=f"needs {package}", exc_type=Exception)
     return create(name, *args, **options)

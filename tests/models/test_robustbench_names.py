@@ -31,6 +31,9 @@ PARAMETERS = {  # without layers that no forward uses
 IMAGENETS = {  # as torchvision and timm document them
     "resnet-18/imagenet": 11_689_512, "resnet-50/imagenet": 25_557_032, "torchvision:wide_resnet50_2": 68_883_240,
     "timm:convnext_base": 88_591_464, "timm:convnext_large": 197_767_336, "timm:vit_base_patch16_224": 86_567_656,
+    # T, B and ViT-S as the authors' files have them; the others follow from timm's networks and the same stems.
+    "convnext-t-convstem": 28_627_432, "convnext-s-convstem": 50_261_992, "convnext-b-convstem": 88_753_416,
+    "convnext-l-convstem": 198_134_680, "vit-s-convstem": 22_777_576, "vit-b-convstem": 87_147_112,
 }  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def test_names(name, num_classes, where, network, numbers):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Carmon2019Unlabelled", "no such model: did you mean Carmon2019Unlabeled.* are known, of dm-preactresnet-18, dm-wrn"),
+        ("Carmon2019Unlabelled", "no such model: did you mean Carmon2019Unlabeled.* are known, of convnext-b-convstem"),
         ("Rice2020Overfiting", "did you mean Rice2020Overfitting"),
         ("", "RobustBench has no such model"),
         ("Debenedetti2022Light_XCiT-S12", "its XCiT is none of ours: give its own code as package.module:factory"),

@@ -39,6 +39,12 @@ def network(num_classes: int) -> nn.Module:
     )
 
 
+def any_size(num_classes: int) -> nn.Module:
+    """For grey images of any size, with dropout."""
+    features = nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(16, num_classes))
+
+
 class FrozenBatchNorm(nn.BatchNorm2d):
     def train(self, mode: bool = True):
         return super().train(False)

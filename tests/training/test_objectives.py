@@ -210,6 +210,7 @@ def test_options_that_do_nothing_are_refused(method):
     others = {
         "alpha": 0.2, "beta": 2.0, "forwards": "adv-clean", "awp": 0.01, "replays": 3, "inner": "margin", "step_size": 2.0,
         "steps": 3, "start": "normal", "bn_mode": "train", "inner_lr": 0.2, "entropy": 0.1, "inner_samples": 2,
+        "attack": "apgd",
     }  # fmt: skip
     c = Config(method=method, device="cpu", extra=Path("rst.pickle") if method == "rst" else None)
     assert c.objective.idle.keys() <= others.keys()
@@ -219,6 +220,10 @@ def test_options_that_do_nothing_are_refused(method):
             with pytest.raises(InputError, match=f"^--steps 3: {method} takes one step: leave it out, or give --method madry"):
                 check(changed)
             check(replace(c, steps=1))
+            continue
+        if option == "attack" and option not in c.objective.idle and c.attack_settings.steps == 1:
+            with pytest.raises(InputError, match=f"^--attack apgd: {method} takes a step of its own: give --method madry, or"):
+                check(changed)
             continue
         if option not in c.objective.idle:
             check(changed)
