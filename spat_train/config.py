@@ -133,6 +133,9 @@ class Config:
     """Passes over the training images."""
     batch_size: int = 128
     """Images in an update, over all processes."""
+    accumulate: int = 1
+    """Parts in which every process attacks and differentiates its share of a batch, one after the other, which needs less memory.
+    Losses and gradients are those of the whole batch; statistics of batch norm and random starts are those of the parts."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
     scale_lr: bool = False

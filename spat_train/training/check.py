@@ -15,7 +15,7 @@ from ..runtime import trackers
 
 # options, what holds for their values unless these are None, remedy
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("epochs batch_size val_steps log_every", lambda v: v >= 1, "give at least 1"),
+    ("epochs batch_size accumulate val_steps log_every", lambda v: v >= 1, "give at least 1"),
     ("val_every", lambda v: v >= 1, "give at least 1, or --holdout 0 for no validation"),
     (
         "steps limit patience image_size eval_batch_size replays inner_samples",

@@ -27,13 +27,14 @@ from .step import Launched, Losses, Objective, Span, TrainStep
 class FreeStep(TrainStep):
     """A `TrainStep` of Free AT: `updates_per_batch` updates, each of one forward and one backward. The rate moves with each.
 
-    Without DDP and torch.compile, a CUDA graph replays forward and backward of full batches, unless the config has graph="never".
+    Without DDP, torch.compile and accumulation, a CUDA graph replays forward and backward of full batches, unless the config has
+    graph="never".
     """
 
     def __init__(self, config: Config, model: nn.Module, world: World | None = None, span: Span = nullcontext):
         super().__init__(config, model, world, span)
         self.delta: Tensor | None = None  # [rows, C, H, W], for this process's part of a batch
-        alone = self.world.size == 1 and not config.compile
+        alone = self.world.size == 1 and not config.compile and config.accumulate == 1
         self.captures = config.graph == "auto" and self.world.device.type == "cuda" and alone
         self.eager, self.replayed = self.objective, self.objective  # what runs ragged batches, and full ones
 

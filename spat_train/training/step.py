@@ -167,7 +167,8 @@ class TrainStep:
         """
         self.generator.manual_seed(seed)
         with self.span("attack"):
-            x_adv, nan_seen = self.attack(self.model, x, y, self.generator)
+            found = [self.attack(self.model, *part, self.generator) for part in self.parts(weight, x, y)]
+            x_adv, nan_seen = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         self.set_learning_rate(epoch, part)
         with self.span("update"):
             loss, terms = self.update(x, x_adv, y, weight, perturb=self.config.awp > 0 and epoch >= self.config.awp_warmup)
@@ -205,10 +206,27 @@ class TrainStep:
         return loss, terms
 
     def differentiate(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> Losses:
-        with torch.autocast(self.world.device.type, self.half, enabled=self.half is not None):
-            loss, terms = self.objective(x, x_adv, y)
-        self.scaler.scale(loss * weight).backward()
-        return loss, terms
+        """Forward and backward of the parts of a batch. Their losses, means over their images, add up to that of the batch."""
+        sums: dict[str, Tensor] = {}
+        *first, last = self.parts(weight, x, x_adv, y)
+        for part in (*first, last):
+            share = len(part[-1]) / len(y)
+            with nullcontext() if part is last else self.world.no_sync(self.objective):
+                with torch.autocast(self.world.device.type, self.half, enabled=self.half is not None):
+                    loss, terms = self.objective(*part)
+                self.scaler.scale(loss * (weight * share)).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = value if share == 1 else value * share + sums.get(name, 0)
+        return sums.pop("loss"), sums
+
+    def parts(self, weight: float, *batch: Tensor) -> list[tuple[Tensor, ...]]:
+        """The batch in `accumulate` parts alike, views of it. Fewer where they would have less than 2 images, as batch norm needs.
+
+        How many is found from what all processes know, the mean size of their shares: those of FSDP run as many forwards each.
+        """
+        mean_size = round(len(batch[0]) / weight, 6)
+        count = max(1, min(self.config.accumulate, int(mean_size / 2)))
+        return [batch] if count == 1 else list(zip(*(t.tensor_split(count) for t in batch), strict=True))
 
     def own_state(self) -> dict[str, Tensor]:
         """What a checkpoint has of every process by itself, on the CPU."""
