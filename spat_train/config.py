@@ -16,10 +16,11 @@ from .errors import InputError
 from .objectives import METHODS, ClassifierName, Method, MethodName
 
 # What may differ when a run is resumed: where things are (the images themselves are compared) and how they are shown, but nothing
-# that changes the weights. Two exceptions: reading a batch or replaying a graph may change their rounding, and --eval-batch-size
-# changes the random starts of validation, since an out-of-memory error asks for a smaller one.
+# that changes the weights. Two exceptions: how batches are read, replayed graphs and what is computed again may change their
+# rounding, and --eval-batch-size changes the random starts of validation, since an out-of-memory error asks for a smaller one.
 FREE_ON_RESUME = (
     "out", "resume", "data", "extra", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
+    "checkpoint_activations",
     "checkpoint_minutes", "log_every", "track", "tensorboard", "test",  # tensorboard: of older runs
 )  # fmt: skip
 
@@ -171,6 +172,9 @@ class Config:
     """Images and weights in that format; a model that fails on it gets contiguous ones."""
     compile: bool = False
     """torch.compile for the update."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of a network's blocks for the backward of an update, and compute the rest again: less memory, a
+    third more time for the update. Attacks are as without it."""
     sync_bn: bool = False
     """Batch statistics over all GPUs."""
     device: str | None = None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -114,7 +114,7 @@ class World:
         wrapped.broadcast_buffers = False  # the argument of that name is deprecated from torch 2.13 on
         return wrapped
 
-    def no_sync(self, module: nn.Module) -> AbstractContextManager:
+    def no_sync(self, module: Any) -> AbstractContextManager:
         """Within, the gradients of `module`, which `wrap` gave, stay this process's own, to be averaged with later ones."""
         return module.no_sync() if self.size > 1 and hasattr(module, "no_sync") else nullcontext()
 

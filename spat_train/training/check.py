@@ -105,6 +105,11 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         # the hardware
         (gpu or c.precision != "tf32", "precision", "TF32 is for GPUs: use fp32 or bf16"),
         (gpu or c.attack_precision != "tf32", "attack_precision", "TF32 is for GPUs: use fp32 or bf16"),
+        (
+            not (c.compile and c.checkpoint_activations),
+            "checkpoint_activations",
+            "--compile recomputes by itself: leave out one",
+        ),
         (gpu or not c.sync_bn, "sync_bn", "PyTorch has it for GPUs alone: leave it out"),
     ]
 

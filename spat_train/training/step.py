@@ -18,6 +18,7 @@ from spat_kernels.ops._common import acc_dtype
 from ..config import Config
 from ..models.centres import CentreClassifier
 from ..runtime.distributed import World
+from .blocks import Checkpointing
 from .optim import Average, learning_rate, make_optimizer, perturbed_weights, restored
 
 T = TypeVar("T")
@@ -148,6 +149,7 @@ class TrainStep:
         self.objective: Callable[..., Any] = self.world.wrap(Objective(model, config))
         if config.compile:
             self.objective = torch.compile(self.objective)
+        self.checkpointed = Checkpointing(model) if config.checkpoint_activations else nullcontext
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         self.attack = training_attack(config)
         self.generator = torch.Generator(device)
@@ -167,7 +169,7 @@ class TrainStep:
         """
         self.generator.manual_seed(seed)
         with self.span("attack"):
-            found = [self.attack(self.model, *part, self.generator) for part in self.parts(weight, x, y)]
+            found = [self.attack(self.model, a, b, self.generator) for a, b in self.parts(weight, x, y)]
             x_adv, nan_seen = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         self.set_learning_rate(epoch, part)
         with self.span("update"):
@@ -211,7 +213,8 @@ class TrainStep:
         *first, last = self.parts(weight, x, x_adv, y)
         for part in (*first, last):
             share = len(part[-1]) / len(y)
-            with nullcontext() if part is last else self.world.no_sync(self.objective):
+            gathering = nullcontext() if part is last else self.world.no_sync(self.objective)
+            with gathering, self.checkpointed():
                 with torch.autocast(self.world.device.type, self.half, enabled=self.half is not None):
                     loss, terms = self.objective(*part)
                 self.scaler.scale(loss * (weight * share)).backward()
@@ -220,7 +223,8 @@ class TrainStep:
         return sums.pop("loss"), sums
 
     def parts(self, weight: float, *batch: Tensor) -> list[tuple[Tensor, ...]]:
-        """The batch in `accumulate` parts alike, views of it. Fewer where they would have less than 2 images, as batch norm needs.
+        """The batch in `accumulate` equal parts, views of it. Fewer where they would have less than the 2 images that batch
+        norm needs.
 
         How many is found from what all processes know, the mean size of their shares: those of FSDP run as many forwards each.
         """

@@ -82,7 +82,9 @@ def test_statistics_are_those_of_the_parts():
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_agree_with_one(tmp_path, compile):
     """DDP averages the gradients once an update, of all parts; the last batch, of 7, is shared 4 to 3."""
-    config = settings(tmp_path / "one", model="tests.training.helpers:frozen", momentum=0.0, epochs=1, accumulate=3, start="clean")
+    config = settings(
+        tmp_path / "one", model="tests.training.helpers:frozen", momentum=0.0, epochs=1, accumulate=3, start="clean"
+    )
     train(replace(config, accumulate=1))
     assert in_two(counted, replace(config, out=tmp_path / "two", compile=compile)) == [0, 0]
     one, two = (weights(tmp_path / name)["model"] for name in ("one", "two"))
