@@ -16,12 +16,13 @@ from .errors import InputError
 from .objectives import METHODS, ClassifierName, Method, MethodName
 
 # What may differ when a run is resumed: where things are (the images themselves are compared) and how they are shown, but nothing
-# that changes the weights. Two exceptions: how batches are read, replayed graphs and what is computed again may change their
-# rounding, and --eval-batch-size changes the random starts of validation, since an out-of-memory error asks for a smaller one.
+# that changes the weights. Two exceptions: how batches are read, and what is replayed, computed again or sharded, may change
+# their rounding, and --eval-batch-size changes the random starts of validation, since an out-of-memory error asks for a smaller
+# one.
 FREE_ON_RESUME = (
     "out", "resume", "data", "extra", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
-    "checkpoint_activations",
-    "checkpoint_minutes", "log_every", "track", "tensorboard", "test",  # tensorboard: of older runs
+    "checkpoint_activations", "fsdp", "checkpoint_minutes", "log_every", "track", "test",
+    "tensorboard",  # of older runs
 )  # fmt: skip
 
 
@@ -175,6 +176,9 @@ class Config:
     checkpoint_activations: bool = False
     """Keep only the inputs of a network's blocks for the backward of an update, and compute the rest again: less memory, a
     third more time for the update. Attacks are as without it."""
+    fsdp: bool = False
+    """Share weights, gradients, averages and optimiser out over the processes (FSDP2), for models whose training does not fit on
+    one GPU. Attacks on them go by autograd."""
     sync_bn: bool = False
     """Batch statistics over all GPUs."""
     device: str | None = None

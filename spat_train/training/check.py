@@ -110,6 +110,10 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
             "checkpoint_activations",
             "--compile recomputes by itself: leave out one",
         ),
+        (not (c.fsdp and c.compile), "fsdp", "it works without --compile: leave out one"),
+        (not c.fsdp or c.input_gradient != "plan", "fsdp", "the plan reads whole weights: give --input-gradient auto"),
+        (not c.fsdp or c.precision != "fp16", "fsdp", "it does not scale the loss, as fp16 needs: give --precision bf16"),
+        (not c.fsdp or c.overfitting_alarm != "rollback", "fsdp", "it cannot roll back: give --catastrophic-overfitting stop"),
         (gpu or not c.sync_bn, "sync_bn", "PyTorch has it for GPUs alone: leave it out"),
     ]
 

@@ -22,6 +22,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     fused = all(p.is_floating_point() and is_dense(p) for p in parameters)  # what the fused kernels take for granted
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.peak_lr, betas=(config.momentum, 0.999), fused=fused)
+    fused = fused and not config.fsdp  # for whose shards torch 2.11 has no fused SGD
     sgd = torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:  # a first step that GradScaler skips would leave what torch 2.11 allocates, uninitialised
         for p in parameters:

@@ -73,6 +73,8 @@ def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tupl
         except InputError as error:
             raise InputError(f"--init: {error}") from error
     model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's hints do not know this form
+    if c.fsdp and world.size == 1:
+        raise InputError("--fsdp: there is one process: leave it out, or start several by torchrun")
     if c.sync_bn:
         if world.size == 1:
             raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")

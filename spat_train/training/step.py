@@ -81,7 +81,7 @@ def training_attack(config: Config) -> TrainingAttack:
         return lambda model, x, y, generator: (x, torch.zeros_like(y, dtype=torch.uint8))
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
-    engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
+    engine |= {"graph": "auto" if config.graph == "auto" and not config.fsdp else False, "bn_mode": config.bn_mode}
     if config.objective.attack == "adt":
         attack: PGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
     else:
@@ -143,10 +143,16 @@ class TrainStep:
         kinds = (Normalize, CentreClassifier)  # their buffers stay; a mean of equal numbers over 7 processes may round to another
         fixed = {b for m in model.modules() if isinstance(m, kinds) for b in m.buffers(recurse=False)}
         self.statistics = [b for b in model.buffers() if b.is_floating_point() and b not in fixed]
+        self.ema = Average(model, config.ema) if config.ema else None
+        self.shards = None
+        if config.fsdp:
+            from .sharding import Shards  # takes a second
+
+            self.shards = Shards(config, self.world, model, *([self.ema.module] if self.ema else []))
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.ema = Average(model, config.ema) if config.ema else None
-        self.objective: Callable[..., Any] = self.world.wrap(Objective(model, config))
+        objective = Objective(model, config)
+        self.objective: Callable[..., Any] = objective if config.fsdp else self.world.wrap(objective)
         if config.compile:
             self.objective = torch.compile(self.objective)
         self.checkpointed = Checkpointing(model) if config.checkpoint_activations else nullcontext
@@ -202,6 +208,8 @@ class TrainStep:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
         self.optimizer.zero_grad()
+        if self.shards:
+            self.shards.forget()
         self.world.average_buffers(self.statistics)
         if self.ema:
             self.ema.update(self.model)
@@ -241,10 +249,15 @@ class TrainStep:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to validate and to test."""
-        return self.ema.module if self.ema else self.model
+        """The model to validate and to test. All processes ask for it, as FSDP gathers it."""
+        model = self.ema.module if self.ema else self.model
+        return self.shards.model(model) if self.shards else model
 
     def state_dict(self) -> dict:
+        """What a checkpoint has of all processes together. All ask for it; of what FSDP shards only the main one gets it."""
+        return self.shards.whole(self._state()) if self.shards else self._state()
+
+    def _state(self) -> dict:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -255,8 +268,14 @@ class TrainStep:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises: RuntimeError: the model's weights are others."""
+        if self.shards:
+            self.shards.forget()
+            state = self.shards.parts(state, self._state(), self.optimizer)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved, own = state["optimizer"], self.optimizer.param_groups
+        # Which kernels it has is no state: other ones with --fsdp.
+        groups = [group | {"fused": ours["fused"]} for group, ours in zip(saved["param_groups"], own, strict=False)]
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
