@@ -70,7 +70,9 @@ class Average:
 
 
 def _tensors(model: nn.Module, floating: bool) -> list[Tensor]:
-    return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() == floating]
+    """Parameters and buffers; of what is sharded, this process's part."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors if t.is_floating_point() == floating]
 
 
 @contextmanager

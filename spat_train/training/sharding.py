@@ -38,6 +38,8 @@ class Shards:
             for module in (*find_blocks(model), model):
                 # The root too: an attack freezes the parameters that it finds, which FSDP looks at when it gathers.
                 fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            # Now, not at the first forward, which is that of an attack: gradients of frozen parameters get no dtype.
+            fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]
 
     def model(self, sharded: nn.Module) -> nn.Module:
         """A whole copy, with the weights that it had when it was first asked for after `forget`."""

@@ -1,17 +1,25 @@
 """FSDP2: two processes with a share each end as one process with all, and checkpoints go on with and without it."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
+from spat_train.data.datasets import load
+from spat_train.errors import InputError
+from spat_train.evaluation.evaluate import TEST, accuracies
+from spat_train.models.checkpoints import load_model
+from spat_train.runtime.signals import Stopped
 from spat_train.training.trainer import train
-from tests.training.helpers import events, in_two, settings, weights
+from tests.training import helpers
+from tests.training.helpers import events, in_two, new_run, settings, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,20 +56,13 @@ def assert_close(folder, expected, tolerance=1e-5):
 
 OPTIONS = {
     "sgd": {"method": "trades", "inner": "ce", "start": "clean", "ema": 0.9},
-    "adam": {
-        "method": "mart",
-        "start": "clean",
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "accumulate": 2,
-        "checkpoint_activations": True,
-    },
-    "awp": {"method": "madry", "start": "clean", "awp": 0.02},
-    "free": {"method": "free", "steps": None, "replays": 2},
+    "adam": {"method": "mart", "start": "clean", "optimizer": "adam", "lr": 1e-3, "accumulate": 2, "decay_norm": False},
+    "awp": {"method": "madry", "start": "clean", "awp": 0.02, "checkpoint_activations": True, "label_smoothing": 0.1},
+    "free": {"method": "free", "steps": None, "replays": 2, "holdout": 22},  # all batches are full: others would use other deltas
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ["sgd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", "awp", "free"))])
 def test_two_processes_agree_with_one(tmp_path, name):
     config = settings(tmp_path / "one", model="tests.training.test_sharding:tokens", epochs=1, **OPTIONS[name])
     train(config)
@@ -71,3 +72,79 @@ def test_two_processes_agree_with_one(tmp_path, name):
     assert two == pytest.approx(one, rel=1e-5)
     one, two = (events(tmp_path / name, "validation")[0] for name in ("one", "two"))
     assert (two["clean"], two["pgd"]) == (one["clean"], one["pgd"])
+
+
+def stopped(config) -> None:
+    with pytest.raises(Stopped):
+        train(config, on_step=helpers.after(3, helpers.send))
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_bit_by_bit(tmp_path):
+    """With the averages, dropout, and a batch norm whose statistics are those of both."""
+    config = settings(tmp_path / "expected", fsdp=True, method="trades", ema=0.9, epochs=2)
+    assert in_two(train, config) == [0, 0]
+    other = replace(config, out=tmp_path / "other", resume=True)
+    assert in_two(stopped, other) == [0, 0]
+    assert weights(tmp_path / "other")["progress"]["step"] == 3
+    assert in_two(train, other) == [0, 0]
+    helpers.assert_same_run(tmp_path / "other", tmp_path / "expected")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("sharded_first", [False, True])
+def test_a_run_goes_on_with_or_without_shards(tmp_path, optimizer, sharded_first):
+    """Begun by one process without, or by two with shards, and ended the other way."""
+    model = "tests.training.test_sharding:tokens"
+    config = settings(
+        tmp_path / "expected", model=model, start="clean", ema=0.9, optimizer=optimizer, lr=1e-2, schedule="constant", epochs=2
+    )
+    train(config)
+    first, last = replace(config, out=tmp_path / "other", epochs=1), replace(config, out=tmp_path / "other", resume=True)
+    if sharded_first:
+        assert in_two(train, replace(first, fsdp=True)) == [0, 0]
+        train(last)
+    else:
+        train(first)
+        assert in_two(train, replace(last, fsdp=True)) == [0, 0]
+    assert_close(tmp_path / "other", tmp_path / "expected", 1e-4)
+    assert weights(tmp_path / "other")["progress"]["epoch"] == 2
+
+
+def whole_model(config) -> None:
+    result = train(config)
+    assert not any(isinstance(p, DTensor) for p in result.model.parameters())
+    assert result.model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_half_precision_test_and_the_checkpoint_of_the_best(tmp_path):
+    """best.pt and last.pt are those of any run: `load_model` reads them, and the model that it gives is the result's."""
+    model = "tests.training.test_sharding:tokens"
+    config = settings(tmp_path / "run", model=model, fsdp=True, precision="bf16", epochs=1, test=True)
+    assert in_two(whole_model, config) == [0, 0]
+    loaded, _ = load_model(tmp_path / "run", load("digits", limit=150), model)
+    test = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
+    assert test == accuracies(loaded, load("digits", limit=150).test, TEST, 25.5 / 255, seed=0, batch_size=128, precision="bf16")
+    plain = replace(config, out=tmp_path / "plain", fsdp=False)
+    assert in_two(train, plain) == [0, 0]
+    start, ours = new_run(plain).model.state_dict(), weights(tmp_path / "run")["model"]
+    for name, w in weights(tmp_path / "plain")["model"].items():
+        assert ours[name].dtype == torch.float32
+        assert (ours[name] - w).norm() < 0.3 * (w - start[name]).norm(), name  # of their way: signs in bf16 are others
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--fsdp: there is one process: leave it out, or start several by torchrun"),
+        ({"compile": True}, "--fsdp True: it works without --compile"),
+        ({"input_gradient": "plan"}, "--fsdp True: the plan reads whole weights: give --input-gradient auto"),
+        ({"precision": "fp16"}, "--fsdp True: .* give --precision bf16"),
+        ({"method": "fast", "steps": None, "catastrophic_overfitting": "rollback"}, "--fsdp True: it cannot roll back"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        train(settings(fsdp=True, **options), save=False)
