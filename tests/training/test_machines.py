@@ -14,7 +14,7 @@ from tests.training.helpers import TIMEOUT, assert_same_run, events, free_port, 
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = "--data digits --eps 51 --limit 150 --batch-size 32 --epochs 2 --steps 2 --device cpu --track none --no-test --flip"
+OPTIONS = "--data digits --eps 51 --limit 150 --batch-size 32 --epochs 2 --steps 2 --device cpu --track none --no-test"
 
 
 def on_machines(machines: int, processes: int, *arguments: str, **environment: str) -> list[subprocess.CompletedProcess]:
