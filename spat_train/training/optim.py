@@ -30,6 +30,23 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return sgd
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state dict, also one of a run whose weights lay otherwise, in shards: which kernels there are stays, and moments get
+    the layouts of the weights, which fused kernels take for granted."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def laid_out(name: str, p: Tensor, t: Tensor) -> Tensor:
+        return torch.empty_like(p, dtype=t.dtype).copy_(t) if name != "step" and t.shape == p.shape else t
+
+    moments = {
+        i: {name: laid_out(name, weights[i], t) if isinstance(t, Tensor) else t for name, t in values.items()}
+        for i, values in state["state"].items()
+    }
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=False)  # torch compares their numbers
+    groups = [saved | {"fused": own["fused"]} for saved, own in pairs]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
 def learning_rate(config: Config, epoch: int, part: float) -> float:
     """In epoch `epoch`, of which `part` in (0, 1] is done when the update is. A function of time alone: nothing to save."""
     t = epoch + part

@@ -35,6 +35,8 @@ class Shards:
         half = all_half and not any(isinstance(m, _BatchNorm) for m in models[0].modules())  # which wants its weights in fp32
         policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for model in models:
+            for p in model.parameters():
+                p.data = p.data.contiguous()  # as FSDP has them
             for module in (*find_blocks(model), model):
                 # The root too: an attack freezes the parameters that it finds, which FSDP looks at when it gathers.
                 fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)

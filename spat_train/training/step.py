@@ -19,7 +19,7 @@ from ..config import Config
 from ..models.centres import CentreClassifier
 from ..runtime.distributed import World
 from .blocks import Checkpointing
-from .optim import Average, learning_rate, make_optimizer, perturbed_weights, restored
+from .optim import Average, learning_rate, load_optimizer, make_optimizer, perturbed_weights, restored
 
 T = TypeVar("T")
 Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, its terms by name
@@ -272,10 +272,7 @@ class TrainStep:
             self.shards.forget()
             state = self.shards.parts(state, self._state(), self.optimizer)
         self.model.load_state_dict(state["model"])
-        saved, own = state["optimizer"], self.optimizer.param_groups
-        # Which kernels it has is no state: other ones with --fsdp.
-        groups = [group | {"fused": ours["fused"]} for group, ours in zip(saved["param_groups"], own, strict=False)]
-        self.optimizer.load_state_dict(saved | {"param_groups": groups})
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])

@@ -40,6 +40,22 @@ def tokens(num_classes: int) -> nn.Module:
     )
 
 
+class ConvBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.bn = helpers.FrozenBatchNorm(channels)
+
+    def forward(self, x):
+        return x + self.conv2(self.bn(self.conv1(x)).relu())
+
+
+def convolutions(num_classes: int) -> nn.Module:
+    """Its weights are in channels_last without shards, and contiguous with them."""
+    stem, head = nn.Conv2d(1, 6, 3, stride=2), nn.Sequential(nn.Flatten(), nn.Linear(54, num_classes))
+    return nn.Sequential(stem, nn.Sequential(ConvBlock(6), ConvBlock(6)), head)
+
+
 def assert_close(folder, expected, tolerance=1e-5):
     """All that updates change, by the distance that it went."""
     ours, theirs = weights(folder), weights(expected)
@@ -96,7 +112,7 @@ def test_stopped_and_resumed_bit_by_bit(tmp_path):
 @pytest.mark.parametrize("sharded_first", [False, True])
 def test_a_run_goes_on_with_or_without_shards(tmp_path, optimizer, sharded_first):
     """Begun by one process without, or by two with shards, and ended the other way."""
-    model = "tests.training.test_sharding:tokens"
+    model = "tests.training.test_sharding:convolutions"
     config = settings(
         tmp_path / "expected", model=model, start="clean", ema=0.9, optimizer=optimizer, lr=1e-2, schedule="constant", epochs=2
     )
