@@ -16,11 +16,13 @@ from .errors import InputError
 from .objectives import METHODS, ClassifierName, Method, MethodName
 
 # What may differ when a run is resumed: where things are (the images themselves are compared) and how they are shown, but nothing
-# that changes the weights. Two exceptions: reading a batch or replaying a graph may change their rounding, and --eval-batch-size
-# changes the random starts of validation, since an out-of-memory error asks for a smaller one.
+# that changes the weights. Two exceptions: how batches are read, and what is replayed, computed again or sharded, may change
+# their rounding, and --eval-batch-size changes the random starts of validation, since an out-of-memory error asks for a smaller
+# one.
 FREE_ON_RESUME = (
     "out", "resume", "data", "extra", "root", "download", "workers", "stream", "graph", "device", "eval_batch_size",
-    "checkpoint_minutes", "log_every", "track", "tensorboard", "test",  # tensorboard: of older runs
+    "checkpoint_activations", "fsdp", "checkpoint_minutes", "log_every", "track", "test",
+    "tensorboard",  # of older runs
 )  # fmt: skip
 
 
@@ -139,6 +141,9 @@ class Config:
     epochs at 128x128, 20 at 192x192 and the rest at 224x224. They are resized on the device. Validation and test are not."""
     batch_size: int = 128
     """Images in an update, over all processes."""
+    accumulate: int = 1
+    """Parts in which every process attacks and differentiates its share of a batch, one after the other, which needs less memory.
+    Losses and gradients are those of the whole batch; statistics of batch norm and random starts are those of the parts."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """adamw: Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
     lr: float = 0.1
@@ -179,6 +184,12 @@ class Config:
     """Images and weights in that format; a model that fails on it gets contiguous ones."""
     compile: bool = False
     """torch.compile for the update."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of a network's blocks for the backward of an update, and compute the rest again: less memory, a
+    third more time for the update. Attacks are as without it."""
+    fsdp: bool = False
+    """Share weights, gradients, averages and optimiser out over the processes (FSDP2), for models whose training does not fit on
+    one GPU. Attacks on them go by autograd."""
     sync_bn: bool = False
     """Batch statistics over all GPUs."""
     device: str | None = None

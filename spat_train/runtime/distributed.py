@@ -9,10 +9,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -113,6 +113,10 @@ class World:
         wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices)
         wrapped.broadcast_buffers = False  # the argument of that name is deprecated from torch 2.13 on
         return wrapped
+
+    def no_sync(self, module: Any) -> AbstractContextManager:
+        """Within, the gradients of `module`, which `wrap` gave, stay this process's own, to be averaged with later ones."""
+        return module.no_sync() if self.size > 1 and hasattr(module, "no_sync") else nullcontext()
 
     def average_buffers(self, buffers: list[Tensor]) -> None:
         """Make the statistics of batch norm the mean over the processes, which each saw a part of the batch."""

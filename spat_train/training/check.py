@@ -16,7 +16,7 @@ from ..runtime import trackers
 
 # options, what holds for their values unless these are None, remedy
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("epochs batch_size val_steps log_every", lambda v: v >= 1, "give at least 1"),
+    ("epochs batch_size accumulate val_steps log_every", lambda v: v >= 1, "give at least 1"),
     ("val_every", lambda v: v >= 1, "give at least 1, or --holdout 0 for no validation"),
     (
         "steps limit patience image_size eval_batch_size replays inner_samples",
@@ -115,6 +115,15 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         # the hardware
         (gpu or c.precision != "tf32", "precision", "TF32 is for GPUs: use fp32 or bf16"),
         (gpu or c.attack_precision != "tf32", "attack_precision", "TF32 is for GPUs: use fp32 or bf16"),
+        (
+            not (c.compile and c.checkpoint_activations),
+            "checkpoint_activations",
+            "--compile recomputes by itself: leave out one",
+        ),
+        (not (c.fsdp and c.compile), "fsdp", "it works without --compile: leave out one"),
+        (not c.fsdp or c.input_gradient != "plan", "fsdp", "the plan reads whole weights: give --input-gradient auto"),
+        (not c.fsdp or c.precision != "fp16", "fsdp", "it does not scale the loss, as fp16 needs: give --precision bf16"),
+        (not c.fsdp or c.overfitting_alarm != "rollback", "fsdp", "it cannot roll back: give --catastrophic-overfitting stop"),
         (gpu or not c.sync_bn, "sync_bn", "PyTorch has it for GPUs alone: leave it out"),
     ]
 

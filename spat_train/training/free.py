@@ -27,14 +27,15 @@ from .step import Launched, Losses, Objective, Span, TrainStep
 class FreeStep(TrainStep):
     """A `TrainStep` of Free AT: `updates_per_batch` updates, each of one forward and one backward. The rate moves with each.
 
-    Without DDP and torch.compile, a CUDA graph replays forward and backward of full batches, unless the config has graph="never".
+    A CUDA graph replays forward and backward of full batches, unless the config has graph="never", or DDP, torch.compile,
+    accumulation or checkpointing.
     """
 
     def __init__(self, config: Config, model: nn.Module, world: World | None = None, span: Span = nullcontext):
         super().__init__(config, model, world, span)
         self.delta: Tensor | None = None  # [rows, C, H, W], for this process's part of a batch
-        alone = self.world.size == 1 and not config.compile
-        self.captures = config.graph == "auto" and self.world.device.type == "cuda" and alone
+        plain = self.world.size == 1 and config.accumulate == 1 and not config.compile and not config.checkpoint_activations
+        self.captures = config.graph == "auto" and self.world.device.type == "cuda" and plain
         self.eager, self.replayed = self.objective, self.objective  # what runs ragged batches, and full ones
 
     def __call__(

@@ -28,6 +28,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if config.optimizer != "sgd":
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
         return kind(groups, lr=config.peak_lr, betas=(config.momentum, config.beta2), fused=fused)
+    fused = fused and not config.fsdp  # for whose shards torch 2.11 has no fused SGD
     sgd = torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:  # a first step that GradScaler skips would leave what torch 2.11 allocates, uninitialised
         for p in parameters:
@@ -62,6 +63,23 @@ def _groups_by_layer(model: nn.Module, config: Config) -> list[dict]:
     kept = () if config.decay_norm else _kept_names(network)
     settings: Any = {"weight_decay_exclude_1d": not config.decay_norm, "layer_decay": config.layer_decay}
     return param_groups_layer_decay(network, config.weight_decay, kept, **settings)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state dict, also one of a run whose weights lay otherwise, in shards: which kernels there are stays, and moments get
+    the layouts of the weights, which fused kernels take for granted."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def laid_out(name: str, p: Tensor, t: Tensor) -> Tensor:
+        return torch.empty_like(p, dtype=t.dtype).copy_(t) if name != "step" and t.shape == p.shape else t
+
+    moments = {
+        i: {name: laid_out(name, weights[i], t) if isinstance(t, Tensor) else t for name, t in values.items()}
+        for i, values in state["state"].items()
+    }
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=False)  # torch compares their numbers
+    groups = [saved | {"fused": own["fused"]} for saved, own in pairs]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def learning_rate(config: Config, epoch: int, part: float) -> float:
@@ -106,7 +124,9 @@ class Average:
 
 
 def _tensors(model: nn.Module, floating: bool) -> list[Tensor]:
-    return [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() == floating]
+    """Parameters and buffers; of what is sharded, this process's part."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors if t.is_floating_point() == floating]
 
 
 @contextmanager

@@ -358,15 +358,16 @@ class Run:
             return
         self.settle()
         own = self.world.gather({"random": random_state(), "sums": self.progress.sums, "step": self.step.own_state()})
+        trained = self.step.state_dict()
         if not self.world.main:
             return
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if not all(bool(trained["model"][name].isfinite().all()) for name, _ in self.model.named_parameters()):
             raise TrainingError(f"weights are not finite; {self.folder.kept()}: start again {FINER}")
         if self.log:
             self.progress.log_bytes = self.log.position()
         state = {"config": self.config.to_dict(), "progress": asdict(self.progress), "best": self.best_weights, "processes": own}
         state |= {"snapshot": self.snapshot} if self.config.overfitting_alarm == "rollback" else {}
-        state |= {"arithmetic": checkpoint.arithmetic(self.world), **self.images, **self.step.state_dict()}
+        state |= {"arithmetic": checkpoint.arithmetic(self.world), **self.images, **trained}
         state |= {"classes": list(self.dataset.classes), "image_shape": list(self.dataset.image_shape)}
         with self.span("save"):
             self.folder.save(state)

@@ -75,6 +75,8 @@ def make_model(c: Config, dataset: Dataset, world: World, *, init: bool) -> tupl
         except InputError as error:
             raise InputError(f"--init: {error}") from error
     model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's hints do not know this form
+    if c.fsdp and world.size == 1:
+        raise InputError("--fsdp: there is one process: leave it out, or start several by torchrun")
     if c.sync_bn:
         if world.size == 1:
             raise InputError("--sync-bn: there is one process: leave it out, or start several by torchrun")
@@ -109,6 +111,9 @@ def make_loader(
     order = Order(rows, c.batch_size, c.seed, *((len(extra), c.extra_fraction) if extra else (0, 0.0)))
     if order.batch_size < world.size:
         raise InputError(f"--batch-size {c.batch_size}: it is over all {world.size} processes: give at least as many")
+    if c.accumulate > 1 and order.batch_size // world.size < 2 * c.accumulate:
+        share = f"a batch of {order.batch_size} over {world.size} process{'es' if world.size > 1 else ''}"
+        raise InputError(f"--accumulate {c.accumulate}: of {share} it leaves parts of less than 2 images: give fewer parts")
     loader = Loader(
         train, order, device=world.device, extra=extra, workers=c.workers, rank=world.rank, world=world.size,
         pad=c.pad if c.pad is not None else side // 8 if colour else 0, flip=colour if c.flip is None else c.flip,

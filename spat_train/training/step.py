@@ -18,7 +18,8 @@ from spat_kernels.ops._common import acc_dtype
 from ..config import Config
 from ..models.centres import CentreClassifier
 from ..runtime.distributed import World
-from .optim import Average, learning_rate, make_optimizer, perturbed_weights, restored
+from .blocks import Checkpointing
+from .optim import Average, learning_rate, load_optimizer, make_optimizer, perturbed_weights, restored
 
 T = TypeVar("T")
 Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, its terms by name
@@ -80,7 +81,7 @@ def training_attack(config: Config) -> TrainingAttack:
         return lambda model, x, y, generator: (x, torch.zeros_like(y, dtype=torch.uint8))
     eps, step_size, steps, start = config.attack_settings
     engine: dict[str, Any] = {"precision": config.precision_of_attacks, "input_gradient": config.input_gradient}
-    engine |= {"graph": "auto" if config.graph == "auto" else False, "bn_mode": config.bn_mode}
+    engine |= {"graph": "auto" if config.graph == "auto" and not config.fsdp else False, "bn_mode": config.bn_mode}
     if config.objective.attack == "adt":
         attack: PGD | APGD = ADT(eps, loss=config.maximised, steps=steps, **config.adt_settings, **engine)
     elif config.attack == "apgd":
@@ -146,12 +147,19 @@ class TrainStep:
         kinds = (Normalize, CentreClassifier)  # their buffers stay; a mean of equal numbers over 7 processes may round to another
         fixed = {b for m in model.modules() if isinstance(m, kinds) for b in m.buffers(recurse=False)}
         self.statistics = [b for b in model.buffers() if b.is_floating_point() and b not in fixed]
+        self.ema = Average(model, config.ema) if config.ema else None
+        self.shards = None
+        if config.fsdp:
+            from .sharding import Shards  # takes a second
+
+            self.shards = Shards(config, self.world, model, *([self.ema.module] if self.ema else []))
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.ema = Average(model, config.ema) if config.ema else None
-        self.objective: Callable[..., Any] = self.world.wrap(Objective(model, config))
+        objective = Objective(model, config)
+        self.objective: Callable[..., Any] = objective if config.fsdp else self.world.wrap(objective)
         if config.compile:
             self.objective = torch.compile(self.objective)
+        self.checkpointed = Checkpointing(model) if config.checkpoint_activations else nullcontext
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         self.attack = training_attack(config)
         self.generator = torch.Generator(device)
@@ -171,7 +179,8 @@ class TrainStep:
         """
         self.generator.manual_seed(seed)
         with self.span("attack"):
-            x_adv, nan_seen = self.attack(self.model, x, y, self.generator)
+            found = [self.attack(self.model, a, b, self.generator) for a, b in self.parts(weight, x, y)]
+            x_adv, nan_seen = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         self.set_learning_rate(epoch, part)
         with self.span("update"):
             loss, terms = self.update(x, x_adv, y, weight, perturb=self.config.awp > 0 and epoch >= self.config.awp_warmup)
@@ -209,16 +218,37 @@ class TrainStep:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
         self.optimizer.zero_grad()
+        if self.shards:
+            self.shards.forget()
         self.world.average_buffers(self.statistics)
         if self.ema:
             self.ema.update(self.model)
         return loss, terms
 
     def differentiate(self, x: Tensor, x_adv: Tensor, y: Tensor, weight: float) -> Losses:
-        with torch.autocast(self.world.device.type, self.half, enabled=self.half is not None):
-            loss, terms = self.objective(x, x_adv, y)
-        self.scaler.scale(loss * weight).backward()
-        return loss, terms
+        """Forward and backward of the parts of a batch. Their losses, means over their images, add up to that of the batch."""
+        sums: dict[str, Tensor] = {}
+        *first, last = self.parts(weight, x, x_adv, y)
+        for part in (*first, last):
+            share = len(part[-1]) / len(y)
+            gathering = nullcontext() if part is last else self.world.no_sync(self.objective)
+            with gathering, self.checkpointed():
+                with torch.autocast(self.world.device.type, self.half, enabled=self.half is not None):
+                    loss, terms = self.objective(*part)
+                self.scaler.scale(loss * (weight * share)).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = value if share == 1 else value * share + sums.get(name, 0)
+        return sums.pop("loss"), sums
+
+    def parts(self, weight: float, *batch: Tensor) -> list[tuple[Tensor, ...]]:
+        """The batch in `accumulate` equal parts, views of it. Fewer where they would have less than the 2 images that batch
+        norm needs.
+
+        How many is found from what all processes know, the mean size of their shares: those of FSDP run as many forwards each.
+        """
+        mean_size = round(len(batch[0]) / weight, 6)
+        count = max(1, min(self.config.accumulate, int(mean_size / 2)))
+        return [batch] if count == 1 else list(zip(*(t.tensor_split(count) for t in batch), strict=True))
 
     def own_state(self) -> dict[str, Tensor]:
         """What a checkpoint has of every process by itself, on the CPU."""
@@ -229,10 +259,15 @@ class TrainStep:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to validate and to test."""
-        return self.ema.module if self.ema else self.model
+        """The model to validate and to test. All processes ask for it, as FSDP gathers it."""
+        model = self.ema.module if self.ema else self.model
+        return self.shards.model(model) if self.shards else model
 
     def state_dict(self) -> dict:
+        """What a checkpoint has of all processes together. All ask for it; of what FSDP shards only the main one gets it."""
+        return self.shards.whole(self._state()) if self.shards else self._state()
+
+    def _state(self) -> dict:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -243,8 +278,11 @@ class TrainStep:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises: RuntimeError: the model's weights are others."""
+        if self.shards:
+            self.shards.forget()
+            state = self.shards.parts(state, self._state(), self.optimizer)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])

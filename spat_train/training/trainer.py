@@ -84,9 +84,9 @@ def explained(config: Config, world: World, folder: RunFolder) -> Iterator[None]
             raise TrainingError(f"{reason}; {folder.kept()}; with --resume the same command goes on") from error
         if is_out_of_memory(error):
             raise InputError(
-                f"--batch-size {config.batch_size}: out of memory on {world.device}: lower it, or use --precision bf16 or "
-                "more GPUs (torchrun); where that is enough, and on --resume too: --graph never, --stream, or a lower "
-                f"--eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
+                f"--batch-size {config.batch_size}: out of memory on {world.device}: lower it, or use --precision bf16, "
+                "--accumulate, --checkpoint-activations or more GPUs (torchrun, --fsdp); where that is enough, and on --resume "
+                f"too: --graph never, --stream, or a lower --eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
             ) from error
         if world.size > 1 and is_of_a_peer(error):
             reason = f"another process ended, and may say why ({first_line(error)})"
