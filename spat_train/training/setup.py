@@ -10,6 +10,7 @@ from ..config import Config
 from ..data.datasets import load
 from ..data.images import Dataset, Images, hold_out
 from ..data.loader import Loader, Order
+from ..data.pictures import RandomView
 from ..data.pseudo_labels import load_extra
 from ..errors import InputError
 from ..models.checkpoints import load_checkpoint
@@ -90,13 +91,16 @@ def make_loader(
     if count >= len(train):
         raise InputError(f"--holdout {count}: there are {len(train)} training images: hold out fewer")
     rows, held_out = hold_out(train.labels, count, c.seed)
-    order = Order(rows, c.batch_size, c.seed, *((len(extra), c.extra_fraction) if extra else (0, 0.0)))
+    shard = None if train.shard is None else train.shard[rows]
+    order = Order(rows, c.batch_size, c.seed, *((len(extra), c.extra_fraction) if extra else (0, 0.0)), shard=shard)
     if order.batch_size < world.size:
         raise InputError(f"--batch-size {c.batch_size}: it is over all {world.size} processes: give at least as many")
+    resized = c.crop == "resized"
+    view = RandomView(resized, c.rand_augment) if resized or c.rand_augment else None
     loader = Loader(
-        train, order, device=world.device, extra=extra, workers=c.workers, rank=world.rank, world=world.size,
-        pad=c.pad if c.pad is not None else side // 8 if colour else 0, flip=colour if c.flip is None else c.flip,
-        resident=False if c.stream else None, memory_format=memory_format,
+        train, order, device=world.device, extra=extra, workers=c.workers, rank=world.rank, world=world.size, view=view,
+        pad=c.pad if c.pad is not None else side // 8 if colour and not resized else 0,
+        flip=colour if c.flip is None else c.flip, resident=False if c.stream else None, memory_format=memory_format,
     )  # fmt: skip
     if max(batch_sizes(order)) < smallest_batch(c, world):
         raise InputError(
