@@ -48,10 +48,10 @@ def load(
     elif os.path.isdir(path) or ".tar" in data:
         check_pictures(data, image_size)
         assert image_size is not None
-        found = shards.find(data, splits)
-        dataset = (
-            shards.load(data, found, image_size, skip_broken) if found else load_folders(path, image_size, splits, skip_broken)
-        )
+        if found := shards.find(data, splits):
+            dataset = shards.load(data, found, splits, image_size, skip_broken)
+        else:
+            dataset = load_folders(path, image_size, splits, skip_broken)
         return dataset.limited(limit, seed)
     elif path.suffix == ".npz" or os.path.isfile(path):
         dataset = load_npz(path, splits)

@@ -2,8 +2,8 @@
 
 A sample is a picture (0017.jpg) and its label, a number or a name, as text (0017.cls) or as "label" or "cls" in 0017.json, one
 after the other under one name. The headers of all shards are scanned once into an index, which is kept beside them. With it, a
-sample is read wherever it lies. So shards obey `loader.Order` as folders do, and a run goes on exactly at any step, which a stream
-with a shuffle buffer cannot. An epoch still goes through a few shards at a time (`loader.WINDOW`), as disks like it.
+sample is read wherever it lies. So shards obey `loader.Order` as folders do, and a run goes on exactly at any step, which a
+stream with a shuffle buffer cannot. An epoch still goes through a few shards at a time (`loader.WINDOW`), as disks like it.
 """
 
 import io
@@ -14,6 +14,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import glob, has_magic
@@ -79,22 +80,22 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def find(data: str, splits: Sequence[str]) -> dict[str, list[Path]]:
-    """The shards that `data` means, for each of `splits` ("train" and "test", or "test" alone). {} where it is a folder without.
+    """The shards that `data` means: those of `splits` ("train" and "test", or "test" alone), and where it names them, of "train".
 
     `data` is a folder with train/*.tar or *train*.tar, and the same of test or val; or TRAIN,TEST, which are names of shards with
     ranges ({000000..000099}) or *; or TRAIN alone, for TEST has its name with "test" or "val" for "train"; or, where test images
-    are all that is wanted, TEST alone.
+    are all that is wanted, TEST alone. {} where it is a folder without shards.
 
     Raises:
         InputError: some are not there.
     """
     where = f"--data {data}"
     if os.path.isdir(data):
-        found = {split: _within(Path(data), split) for split in splits}
-        if any(found.values()) and (missing := [split for split, paths in found.items() if not paths]):
+        found = {split: _within(Path(data), split) for split in ("train", "test")}
+        if any(found[split] for split in splits) and (missing := [split for split in splits if not found[split]]):
             names = " and ".join("test/*.tar or val/*.tar" if split == "test" else "train/*.tar" for split in missing)
             raise InputError(f"{where}: the folder has no {names}: give one that has, for --no-test too")
-        return found if any(found.values()) else {}
+        return found if found["test"] else {}
     given = data.split(",")
     if len(given) > 2:
         raise InputError(f"{where}: these are {len(given)} names of shards: give TRAIN,TEST, with ranges such as {{000..099}}")
@@ -104,7 +105,10 @@ def find(data: str, splits: Sequence[str]) -> dict[str, list[Path]]:
         given.append(next((name for name in others if glob(name)), others[-1]))
     if len(given) < len(splits):
         raise InputError(f"{where}: these are shards to train or to test on: give both, as TRAIN,TEST")
-    return {split: _named(where, name) for split, name in zip(splits, given[-len(splits) :], strict=True)}
+    found = {"train": [], "test": _named(where, given[-1])}
+    with nullcontext() if "train" in splits else suppress(InputError):
+        found["train"] = _named(where, given[0]) if len(given) == 2 else []
+    return found
 
 
 def _within(folder: Path, split: str) -> list[Path]:
@@ -135,28 +139,34 @@ def _named(where: str, name: str) -> list[Path]:
     return list(map(Path, paths))
 
 
-def load(data: str, found: dict[str, list[Path]], image_size: int, skip_broken: bool) -> Dataset:
-    """The pictures in the shards that `find` has found, brought to `image_size`."""
-    indices = [_index(paths) for paths in found.values()]
+def load(data: str, found: dict[str, list[Path]], splits: Sequence[str], image_size: int, skip_broken: bool) -> Dataset:
+    """The pictures of `splits` in the shards that `find` has found, brought to `image_size`."""
+    indices = [_index(found[split]) for split in splits]
     for index in indices:
         _check(index, skip_broken)
-    classes, labels = _classes(f"--data {data}", [index.labels for index in indices])
-    splits = [_shards(index, torch.from_numpy(numbers), image_size) for index, numbers in zip(indices, labels, strict=True)]
+    texts = [index.labels for index in indices]
+    if "train" not in splits and found["train"] and not _numbered(texts):
+        texts.insert(0, _index(found["train"]).labels)  # labels are in the order of the training classes
+    classes, labels = _classes(f"--data {data}", texts)
+    images = [_shards(*parts, image_size) for parts in zip(indices, labels[-len(splits) :], strict=True)]
     if skip_broken:
-        splits = [readable(images) for images in splits]
-    if len(splits) == 2 and (missing := missing_classes(splits[0].labels, len(classes))):
+        images = [readable(part) for part in images]
+    if len(splits) == 2 and (missing := missing_classes(images[0].labels, len(classes))):
         remedy = "give shards with some, and number classes from 0 without gaps"
         raise InputError(f"--data {data}: no training sample is of class {classes[missing[0]]}: {remedy}")
     folder = data if os.path.isdir(data) else os.path.dirname(data.split(",")[0])
-    return Dataset.from_splits(Path(folder).resolve().name, splits, classes, all_classes=len(splits) == 2)
+    return Dataset.from_splits(Path(folder).resolve().name, images, classes, all_classes=len(texts) == 2)
+
+
+def _numbered(texts: list[np.ndarray]) -> bool:
+    return all(np.char.isdigit(part).all() for part in texts)
 
 
 def _classes(where: str, texts: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
     """The names of the classes, and the labels of each split as numbers: as they are, or in the order of the training names."""
     if not all(map(len, texts)):
         raise InputError(f"{where}: there are shards, but no sample in them: give some with a picture and a .cls or .json each")
-    numbered = all(np.char.isdigit(part).all() for part in texts)
-    if numbered:
+    if _numbered(texts):
         numbers = [part.astype(np.int64) for part in texts]
         most = max(int(part.max()) for part in numbers)
         if most >= MOST_CLASSES:
@@ -177,7 +187,7 @@ def _classes(where: str, texts: list[np.ndarray]) -> tuple[list[str], list[np.nd
 class _Index:
     """Of the samples of shards: names inside them, labels as text (bytes [N] both), shards and places, as in `Shards`.
 
-    `damage` and `lacking`, for each shard: what is wrong from which sample on, and the samples without a picture or a label; or "".
+    `damage` and `lacking`, for each shard: what is wrong from where on, and the samples without a picture or a label; or "".
     """
 
     paths: list[Path]
@@ -310,8 +320,9 @@ def _check(index: _Index, skip_broken: bool) -> None:
         say(f"in {path}, these are left out, as they lack a picture or a label: {what}")
 
 
-def _shards(index: _Index, labels: Tensor, size: int) -> Folder:
+def _shards(index: _Index, labels: np.ndarray, size: int) -> Folder:
     root = Path(os.path.commonpath([path.parent for path in index.paths]))
     shards = [os.path.relpath(path, root) for path in index.paths]
     files = [f"{shards[i]}/{name.decode()}" for i, name in zip(index.shard.tolist(), index.names.tolist(), strict=True)]
-    return Shards(root, files, labels, size, index.paths, *map(torch.from_numpy, (index.shard, index.start, index.length)))
+    numbers, *places = map(torch.from_numpy, (labels, index.shard, index.start, index.length))
+    return Shards(root, files, numbers, size, index.paths, *places)
