@@ -2,9 +2,9 @@
 
 Whole epochs of JPEGs of 500x375 in shuffled batches, cropped at random to 224x224 and flipped, as fp32: by the trainer's `Loader`
 from a folder and from WebDataset shards, beside torchvision's decoder alone in as many processes, the most that a loader of whole
-pictures can reach. Rivals: torchvision's ImageFolder with its transforms in a `DataLoader` (PIL), and webdataset's reader with the
-same decoder, crops and flips as ours. The pictures are CIFAR-10's, enlarged and side by side: as many as bring a JPEG of quality
-90 near the 110 KB of ImageNet's mean. Before the race, folder and shards must give the same batches.
+pictures can reach. Rivals: torchvision's ImageFolder with its transforms in a `DataLoader` (PIL), and webdataset's reader with
+the same decoder and torchvision's crops and flips. The pictures are CIFAR-10's, enlarged and side by side: as many as bring a
+JPEG of quality 90 near the 110 KB of ImageNet's mean. Before the race, folder and shards must give the same batches.
 
 Seconds are of the clock, and of the processes that read: where more is going on than there are cores, only the latter compare.
 """
@@ -164,10 +164,12 @@ class Options:
 def table(results: dict) -> str:
     paths = {(p["provider"], p["workers"]): p for p in results["paths"]}
     return markdown(
-        results, results["paths"],
+        results,
+        results["paths"],
         "pictures || processes | images/s | of the decoder's | CPU ms a picture, of readers | the decoder's of it",
         "{provider} || {workers} | {images_per_second:,.0f} | {share:.0%} | {cpu_ms:.2f} | {cpu_share:.0%}",
-        "{settings[images]:,} JPEGs of 500x375, {settings[kilobytes]:.0f} KB each, to 224x224, batch {settings[batch]}.", environment,
+        "{settings[images]:,} JPEGs of 500x375, {settings[kilobytes]:.0f} KB each, to 224x224, batch {settings[batch]}.",
+        environment,
         share=lambda r: r["images_per_second"] / paths[DECODER, r["workers"]]["images_per_second"],
         cpu_share=lambda r: paths[DECODER, r["workers"]]["cpu_ms"] / r["cpu_ms"],
     )  # fmt: skip
@@ -200,7 +202,8 @@ def main(options: Options) -> None:
         raise SystemExit(f"failed: {errors}")
     paths = [
         {
-            "provider": name, "workers": workers, "seconds": taken, "images_per_second": options.images / statistics.median(taken),
+            "provider": name, "workers": workers, "seconds": taken,
+            "images_per_second": options.images / statistics.median(taken),
             "cpu_ms": 1e3 * statistics.median(spent[workers, name]) / options.images,
         }
         for (workers, name), taken in times.items()

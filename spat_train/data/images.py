@@ -1,7 +1,6 @@
 """Labelled images, in memory, mapped or in files: what they are, and what training and evaluation need of any of them."""
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from ..errors import InputError, first_line, is_out_of_memory
 from .pictures import decode, square
@@ -131,9 +129,10 @@ class Folder(_Labelled):
                 "with --skip-broken; a run that is under way goes on when it is repaired"
             ) from error
 
-    def batch(self, rows: Tensor, view: View | None = None) -> Tensor:
-        """The images `rows` as uint8 [B, H, W, 3] on the CPU; `view`: what is made of each picture. Default: its `square`."""
-        size, batch = (self.size, self.size), _new_batch(len(rows), self.size, self.size, 3)
+    def batch(self, rows: Tensor, view: View | None = None, out: Tensor | None = None) -> Tensor:
+        """The images `rows` as uint8 [B, H, W, 3] on the CPU, or in `out`; `view`: what is made of each. Default: its `square`."""
+        size = self.size, self.size
+        batch = torch.empty((len(rows), *size, 3), dtype=torch.uint8) if out is None else out
 
         def fill(pixels: Tensor, row: int) -> None:
             picture = self.picture(row)
@@ -154,14 +153,6 @@ class Folder(_Labelled):
     def bytes(self) -> Tensor:
         """The sizes of the files, int64 [N]."""
         return torch.tensor([os.stat(self.root / name).st_size for name in self.files], dtype=torch.int64)
-
-
-def _new_batch(*shape: int) -> Tensor:
-    """uint8, not filled: in a worker process in shared memory, from where the trainer takes it without a copy."""
-    batch = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is None or not math.prod(shape):
-        return batch.new_empty(shape)
-    return batch.set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, torch.Size(shape))
 
 
 @dataclass(frozen=True, eq=False)

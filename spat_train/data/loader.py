@@ -10,7 +10,7 @@ import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import count, repeat
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
@@ -27,6 +27,7 @@ from .images import Folder, Images, View
 from .pictures import RandomView
 
 Parts = tuple[Tensor, Tensor]  # rows of the training set, rows of the extra images
+BUFFERS = 4  # of a worker process: two batches may be under way, and one be cropped, when it begins another
 WINDOW = 16  # shards, usually of a thousand images and more each
 
 
@@ -151,6 +152,7 @@ class Loader:
             _Reader(self, parts, first),
             batch_size=None,
             num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,  # BUFFERS counts on it
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_ignore_signals if self.workers else None,
             generator=torch.Generator(),  # workers get seeds that they do not use: the global generator stays as it is
@@ -243,7 +245,8 @@ class _Reader(TorchDataset):
             source if pixels is None else None for source, pixels in zip(loader.sources, loader.resident, strict=True)
         ]
         self.view, self.first_ids, self.key = loader.view, loader.first_ids, (loader.order.seed, first)
-        self.parts = parts
+        self.parts, self.turns = parts, count()
+        self.buffers: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # each worker process has its own
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -252,7 +255,7 @@ class _Reader(TorchDataset):
         worker = get_worker_info()
         try:
             parts = zip(self.sources, self.parts[i], self.first_ids, strict=False)
-            batch = [None if source is None else source.batch(rows, self._view(i, first)) for source, rows, first in parts]
+            batch = [None if source is None else self._read(source, rows, self._view(i, first)) for source, rows, first in parts]
             # Shared here: where the thread that sends batches fails to, nobody notices, and the trainer waits forever.
             return [read.share_memory_() if worker and read is not None else read for read in batch]
         except InputError as error:  # returned, as the DataLoader would wrap it into a page of traceback
@@ -262,6 +265,15 @@ class _Reader(TorchDataset):
                 raise
             where = "memory" if is_out_of_memory(error) else "/dev/shm"
             return InputError(f"--workers {worker.num_workers}: there is no room for their batches in {where}: {REMEDY}")
+
+    def _read(self, source: Images | Folder, rows: Tensor, view: View | None) -> Tensor:
+        if isinstance(source, Images) or get_worker_info() is None or not len(rows):
+            return source.batch(rows, view)
+        # Of memory that is shared each page costs as much as some rows of a picture: the first batches' is used again.
+        shape, turn = (len(rows), source.size, source.size, 3), next(self.turns) % BUFFERS
+        if (turn, shape) not in self.buffers:
+            self.buffers[turn, shape] = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        return source.batch(rows, view, self.buffers[turn, shape])
 
     def _view(self, i: int, first_id: int) -> View | None:
         """What is made of the images of batch i, of a source whose first image is `first_id`."""

@@ -1,14 +1,17 @@
 """Pictures: decoded by torchvision, and brought to one size, for evaluation always alike, for training at random."""
 
+import math
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, first_line
-from ..runtime.seeding import model_draws
+from ..runtime.seeding import derived_seed, model_draws
 
 MIN_SIZE = 8  # least H and W: below, the strides of SmallCNN leave BatchNorm one pixel
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
@@ -75,19 +78,34 @@ def square(picture: Tensor, size: tuple[int, int]) -> Tensor:
         return picture
     most = THIN * min(picture.shape[1:])
     picture = functional.center_crop(picture, [min(side, most) for side in picture.shape[1:]])
-    return functional.center_crop(_resized(picture, size[:1]), list(size))
+    height, width = picture.shape[1:]
+    scaled = [int(size[0] * side / min(height, width)) for side in (height, width)]
+    return functional.center_crop(_resized(picture, scaled), list(size))
 
 
-def _resized(picture: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Bilinear, with antialiasing. torch has its fastest way of it for channels that are together."""
-    from torchvision.transforms.v2 import functional
-
+def _resized(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """As torchvision's resize, bilinear with antialiasing. torch has its fastest way of it for channels that are together."""
     together = picture[None].contiguous(memory_format=torch.channels_last)
-    return functional.resize(together, list(size), antialias=True)[0]
+    return F.interpolate(together, tuple(size), mode="bilinear", antialias=True)[0]
+
+
+def crop_place(height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop: as torchvision's RandomResizedCrop draws it, from 22 numbers in [0, 1).
+
+    Ten times an area, of 8 to 100 %, and a shape, from 3:4 to 4:3, until a crop fits; else the largest one in the middle. Drawing
+    by torchvision itself, from the global generator, takes a fifth of the time that decoding takes.
+    """
+    for area, shape in zip(draws[:10], draws[10:20], strict=True):
+        pixels, ratio = height * width * (0.08 + 0.92 * area), 3 / 4 * (16 / 9) ** shape
+        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[20] * (height - h + 1)), int(draws[21] * (width - w + 1)), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 class RandomView:
-    """A picture as training sees it: by torchvision's RandomResizedCrop and RandAugment, with their defaults.
+    """A picture as training sees it: cropped as by torchvision's RandomResizedCrop, then by its RandAugment, with their defaults.
 
     RandAugment works on PIL's pictures, as in torchvision's own training: three times as fast here as on tensors.
 
@@ -99,20 +117,19 @@ class RandomView:
     def __init__(self, resized: bool, rand_augment: tuple[int, int] | None):
         from torchvision.transforms import v2
 
-        self.crop = v2.RandomResizedCrop(MIN_SIZE) if resized else None  # for the place alone: the size is that of a call
-        self.operations = v2.RandAugment(*rand_augment) if rand_augment else None
+        self.resized, self.operations = resized, v2.RandAugment(*rand_augment) if rand_augment else None
 
     def __call__(self, picture: Tensor, size: tuple[int, int], *key: int) -> Tensor:
         """uint8 [C, *size] of uint8 [C, H, W], as `key` draws it. The global generator stays as it is."""
         from torchvision.transforms.v2 import functional
 
-        with model_draws(CPU, *key):
-            if self.crop:
-                place = self.crop.make_params([picture])
-                top, left = place["top"], place["left"]
-                picture = _resized(picture[:, top : top + place["height"], left : left + place["width"]], size)
-            else:
-                picture = square(picture, size)
-            if self.operations:
-                picture = functional.pil_to_tensor(self.operations(functional.to_pil_image(picture)))
+        if self.resized:
+            generator = torch.Generator().manual_seed(derived_seed("crop", *key))
+            top, left, height, width = crop_place(*picture.shape[1:], torch.rand(22, generator=generator).tolist())
+            picture = _resized(picture[:, top : top + height, left : left + width], size)
+        else:
+            picture = square(picture, size)
+        if not self.operations:
             return picture
+        with model_draws(CPU, *key):
+            return functional.pil_to_tensor(self.operations(functional.to_pil_image(picture)))

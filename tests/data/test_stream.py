@@ -6,8 +6,8 @@ import torch
 from spat_train.data.datasets import load
 from spat_train.data.images import Images
 from spat_train.data.loader import Loader, Order
-from spat_train.data.pictures import RandomView, square
-from spat_train.runtime.seeding import model_draws
+from spat_train.data.pictures import RandomView, crop_place, square
+from spat_train.runtime.seeding import derived_seed, model_draws
 from tests.data.helpers import random_images, write_folder, write_shards
 from tests.data.test_loader import assert_batches_equal
 
@@ -66,22 +66,40 @@ def test_views_differ_between_epochs_steps_images_and_seeds(sources):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_are_those_of_torchvision(sources, view):
-    """With its defaults, and the same draws. To a level: it resizes by the same sums, in another layout of memory."""
     resized, operations = VIEWS[view]
-    crop = v2.RandomResizedCrop(SIZE) if resized else v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE)])
     different = 0
     for row in range(8):
         picture = sources["folder"].picture(row)
-        ours = RandomView(resized, operations)(picture, (SIZE, SIZE), 5, 6, row)
-        with model_draws(torch.device("cpu"), 5, 6, row):
-            theirs = crop(picture)
-            if operations:
-                plain = RandomView(resized, None)(picture, (SIZE, SIZE), 5, 6, row)
-                assert (plain.int() - theirs.int()).abs().max() <= 1
-                theirs = v2.PILToTensor()(v2.RandAugment(*operations)(v2.ToPILImage()(theirs)))
-        assert (ours.int() - theirs.int()).abs().float().mean() <= 1  # operations such as equalize may widen a level
-        different += not torch.equal(ours, square(picture, (SIZE, SIZE)))
+        seen = RandomView(resized, operations)(picture, (SIZE, SIZE), 5, 6, row)
+        cropped = RandomView(resized, None)(picture, (SIZE, SIZE), 5, 6, row)
+        if resized:
+            draws = torch.rand(22, generator=torch.Generator().manual_seed(derived_seed("crop", 5, 6, row))).tolist()
+            expected = v2.functional.resized_crop(picture, *crop_place(*picture.shape[1:], draws), [SIZE, SIZE], antialias=True)
+        else:
+            expected = v2.CenterCrop(SIZE)(v2.Resize(SIZE)(picture))
+        assert (cropped.int() - expected.int()).abs().max() <= 1  # the same sums, in another layout of memory
+        if operations:
+            with model_draws(torch.device("cpu"), 5, 6, row):
+                expected = v2.PILToTensor()(v2.RandAugment(*operations)(v2.ToPILImage()(cropped)))
+            assert torch.equal(seen, expected)
+        different += not torch.equal(seen, square(picture, (SIZE, SIZE)))
     assert different >= 6
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (40, 200), (200, 40), (10, 900)])
+def test_crops_are_as_torchvision_draws_them(height, width):
+    """By quantiles of area, shape and place. Of the last, ten draws rarely hold one that fits: its middle is taken."""
+    theirs, picture = v2.RandomResizedCrop(8), torch.empty(3, height, width)
+    drawn = [theirs.make_params([picture]) for _ in range(3000)]
+    places = [[tuple(p[name] for name in ("top", "left", "height", "width")) for p in drawn]]
+    places.append([crop_place(height, width, draws) for draws in torch.rand(3000, 22).tolist()])
+    quantiles = []
+    for found in places:
+        top, left, h, w = torch.tensor(found, dtype=torch.float64).T
+        assert ((top >= 0) & (left >= 0) & (top + h <= height) & (left + w <= width) & (h > 0) & (w > 0)).all()
+        values = torch.stack([h * w / (height * width), (w / h).log(), (top + h / 2) / height, (left + w / 2) / width])
+        quantiles.append(values.quantile(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64), 1))
+    assert (quantiles[0] - quantiles[1]).abs().max() < 0.04  # 3000 draws give a tenth of them to about 0.01
 
 
 def test_images_in_memory_have_views_too(device):
