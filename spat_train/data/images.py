@@ -130,7 +130,7 @@ class Folder(_Labelled):
             ) from error
 
     def batch(self, rows: Tensor, view: View | None = None, out: Tensor | None = None) -> Tensor:
-        """The images `rows` as uint8 [B, H, W, 3] on the CPU, or in `out`; `view`: what is made of each. Default: its `square`."""
+        """The images `rows` as uint8 [B, H, W, 3], in `out` if given; `view`: what is made of each. Default: its `square`."""
         size = self.size, self.size
         batch = torch.empty((len(rows), *size, 3), dtype=torch.uint8) if out is None else out
 

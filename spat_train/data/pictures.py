@@ -125,7 +125,8 @@ class RandomView:
 
         if self.resized:
             generator = torch.Generator().manual_seed(derived_seed("crop", *key))
-            top, left, height, width = crop_place(*picture.shape[1:], torch.rand(22, generator=generator).tolist())
+            _, height, width = picture.shape
+            top, left, height, width = crop_place(height, width, torch.rand(22, generator=generator).tolist())
             picture = _resized(picture[:, top : top + height, left : left + width], size)
         else:
             picture = square(picture, size)
