@@ -112,8 +112,11 @@ def find(data: str, splits: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def _within(folder: Path, split: str) -> list[Path]:
+    """The shards of a split in a folder. None in one that has folders: these are classes, beside the archives they came in."""
     names = ("test", "val") if split == "test" else (split,)
     patterns = [pattern for name in names for pattern in (f"{name}/*.tar", f"*{name}*.tar")]
+    if any(path.is_dir() for name in names for path in folder.glob(f"{name}/*")):
+        return []
     return next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
 
 

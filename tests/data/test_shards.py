@@ -128,6 +128,12 @@ def test_folders_of_shards(made):
         opened(made)
 
 
+def test_archives_beside_folders_of_classes_are_no_shards(pictures):
+    for split in ("train", "val"):
+        (pictures / split / "cat.tar").write_bytes(b"")
+    assert opened(pictures).classes == ("cat", "dog")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
