@@ -106,22 +106,30 @@ class Config:
     init: Path | None = None
     """Start from the weights of this run or checkpoint, for fine-tuning. Default: at random."""
     data: str = "cifar10"
-    """A data set such as cifar10, mnist or digits (an unknown name lists all), an .npz of x_train, y_train, x_test, y_test, or a
-    folder with train/ and test/ or, without that, val/."""
+    """A data set such as cifar10, mnist or digits (an unknown name lists all), an .npz of x_train, y_train, x_test, y_test, a
+    folder with train/ and test/ or, without that, val/, or WebDataset shards: a folder with train/*.tar and val/*.tar, or
+    'train-{000..099}.tar,val-{000..009}.tar' in quotes."""
     root: Path = Path("data")
     """Where torchvision's data sets are, or go."""
     download: bool = False
     """Fetch torchvision's data sets."""
     image_size: int | None = None
-    """Side of the images of a folder: short side resized, centre cropped."""
+    """Side of the images of a folder or of shards: short side resized, centre cropped (and see --crop)."""
     skip_broken: bool = False
-    """Leave out pictures of a folder that cannot be decoded: every process decodes all of them once before the first step."""
+    """Leave out pictures of a folder or of shards that cannot be decoded, and what follows the first damaged sample of a shard:
+    every process decodes all of them once before the first step."""
     limit: int | None = None
     """Maximum number of training and test images, drawn at random."""
     holdout: int | None = None
     """Training images that are held out to validate on. Default: a tenth of them, at most 1000; 0: no validation."""
+    crop: Literal["padded", "resized"] | None = None
+    """Random crops of training images. padded: of the old size, after --pad. resized: 8 to 100 % of the area, sides 3:4 to 4:3,
+    resized to the old size, by torchvision. Default: padded."""
+    rand_augment: tuple[int, int] | None = None
+    """RandAugment of training images by torchvision: number of operations and their magnitude, 0 to 30, such as 2 9."""
     pad: int | None = None
-    """Pixels of padding before random crops. Default: an eighth of the side (4 for 32) for colour images, 0 for grey."""
+    """Pixels of padding before random crops. Default: an eighth of the side (4 for 32) for colour images, 0 for grey and for
+    --crop resized."""
     flip: bool | None = None
     """Random horizontal flips. Default: for colour images."""
     extra: Path | None = None
@@ -131,7 +139,7 @@ class Config:
     stream: bool = False
     """Read images through workers though they fit on the GPU."""
     workers: int = 2
-    """Processes that read images which do not fit on the GPU, or decode a folder's."""
+    """Processes that read images which do not fit on the GPU, or decode and augment pictures."""
 
     # ---- optimiser
     epochs: int = 100

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, check_count, did_you_mean, first_line
+from . import shards
 from .images import Dataset, Images
 from .npz_files import load_npz
 from .picture_folders import load_folders
+from .pictures import check_pictures
 
 
 def load(
@@ -27,13 +29,13 @@ def load(
     """The data set called `data`.
 
     Args:
-        data: a name in `DATASETS`, the path of an .npz file (see `load_npz`), or that of a folder with train/ and test/ or val/,
-            each with one folder of pictures per class.
+        data: a name in `DATASETS`, the path of an .npz file (see `load_npz`), that of a folder with train/ and test/ or val/,
+            each with one folder of pictures per class, or tar files of pictures (see `shards.find`).
         root: where the files of torchvision's data sets are, or are downloaded to.
         download: fetch them where they are missing.
-        image_size: H and W that pictures in folders are resized and cropped to.
+        image_size: H and W that pictures in files are resized and cropped to.
         limit: number of training images, and the most test images, drawn at random by `seed`. Default: all.
-        skip_broken: decode every picture of a folder now, and leave out those that cannot be.
+        skip_broken: decode every picture in files now, and leave out those that cannot be.
         test_only: read the test images of a file or folder alone; it need not have others.
 
     Raises:
@@ -43,18 +45,26 @@ def load(
     path, splits = Path(data), ("test",) if test_only else ("train", "test")
     if data in DATASETS:
         dataset = DATASETS[data](root, download)
-    elif os.path.isdir(path):
-        return load_folders(path, image_size, splits, skip_broken).limited(limit, seed)
+    elif os.path.isdir(path) or ".tar" in data:
+        check_pictures(data, image_size)
+        assert image_size is not None
+        if found := shards.find(data, splits):
+            dataset = shards.load(data, found, splits, image_size, skip_broken)
+        else:
+            dataset = load_folders(path, image_size, splits, skip_broken)
+        return dataset.limited(limit, seed)
     elif path.suffix == ".npz" or os.path.isfile(path):
         dataset = load_npz(path, splits)
     else:
         beside = os.scandir(path.parent) if os.path.isdir(path.parent) else ()
-        found = [str(path.parent / entry.name) for entry in beside if entry.is_dir() or entry.name.endswith(".npz")]
-        names = f"{did_you_mean(data, [*DATASETS, *found])}give {', '.join(DATASETS)}"
+        near = [str(path.parent / entry.name) for entry in beside if entry.is_dir() or entry.name.endswith(".npz")]
+        names = f"{did_you_mean(data, [*DATASETS, *near])}give {', '.join(DATASETS)}"
         raise InputError(f"--data {data}: there is none: {names}, an .npz file or a folder with train/ and test/")
     _, height, width = dataset.image_shape
     if image_size not in (None, height) or (image_size and height != width):
-        raise InputError(f"--image-size {image_size}: {data} has {height}x{width} images: leave it out, only folders are resized")
+        raise InputError(
+            f"--image-size {image_size}: {data} has {height}x{width} images: leave it out, only pictures in files are resized"
+        )
     return dataset.limited(limit, seed)
 
 

@@ -2,25 +2,27 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, is_out_of_memory
+from .pictures import decode, square
 
-MIN_SIZE = 8  # least H and W: below, the strides of SmallCNN leave BatchNorm one pixel
+View = Callable[[Tensor, tuple[int, int], int], Tensor]  # of uint8 [C, H, W]: uint8 [C, *size], by the size and the row
 HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full
 SAMPLED = 4096  # images that it reads of more
 
 
 class _Labelled:
     labels: Tensor
+    shard: Tensor | None = None  # int64 [N], where images lie in files that are best read one after the other: which one
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -57,9 +59,14 @@ class Images(_Labelled):
         height, width, channels = self.pixels.shape[1:]
         return channels, height, width
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """The images `rows` as uint8 [B, H, W, C] on the CPU."""
-        return self.pixels.index_select(0, rows.to(self.pixels.device)).cpu()
+    def batch(self, rows: Tensor, view: View | None = None) -> Tensor:
+        """The images `rows` as uint8 [B, H, W, C] on the CPU; `view`: what is made of each."""
+        batch = self.pixels.index_select(0, rows.to(self.pixels.device)).cpu()
+        if view is not None:
+            for pixels, row in zip(batch, rows.tolist(), strict=True):
+                picture = pixels.permute(2, 0, 1)
+                picture.copy_(view(picture, self.image_shape[1:], row))
+        return batch
 
     def subset(self, rows: Tensor) -> "Images":
         return Images(self.pixels.index_select(0, rows.to(self.pixels.device)), self.labels[rows])
@@ -85,7 +92,7 @@ class Floats(_Labelled):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Folder(_Labelled):
-    """Pictures in files, decoded when asked for by `read_picture`.
+    """Pictures in files, decoded when asked for.
 
     Args:
         root: the folder that `files` are relative to.
@@ -103,15 +110,45 @@ class Folder(_Labelled):
     def image_shape(self) -> tuple[int, int, int]:
         return 3, self.size, self.size
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """The images `rows` as uint8 [B, H, W, 3] on the CPU."""
-        batch = torch.empty((len(rows), self.size, self.size, 3), dtype=torch.uint8)
-        for pixels, row in zip(batch, rows.tolist(), strict=True):
-            pixels.copy_(torch.from_numpy(read_picture(self.root / self.files[row], self.size)))
+    def read(self, row: int) -> bytes:
+        """The file of a picture as it is."""
+        path = self.root / self.files[row]
+        if not path.is_file():  # opening a FIFO would wait forever
+            raise OSError("there is no such file" if not path.exists() else "it is no regular file")
+        return path.read_bytes()
+
+    def picture(self, row: int) -> Tensor:
+        """uint8 [3, H, W] of any size. An InputError where it cannot be decoded."""
+        try:
+            return decode(self.read(row))
+        except Exception as error:  # decoders raise anything on broken files
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"--data: {self.root / self.files[row]} cannot be decoded ({first_line(error)}): repair or remove it, or start "
+                "with --skip-broken; a run that is under way goes on when it is repaired"
+            ) from error
+
+    def batch(self, rows: Tensor, view: View | None = None, out: Tensor | None = None) -> Tensor:
+        """The images `rows` as uint8 [B, H, W, 3], in `out` if given; `view`: what is made of each. Default: its `square`."""
+        size = self.size, self.size
+        batch = torch.empty((len(rows), *size, 3), dtype=torch.uint8) if out is None else out
+
+        def fill(pixels: Tensor, row: int) -> None:
+            picture = self.picture(row)
+            pixels.permute(2, 0, 1).copy_(view(picture, size, row) if view else square(picture, size))
+
+        items, threads = list(zip(batch, rows.tolist(), strict=True)), min(torch.get_num_threads(), len(rows))
+        if view is None and threads > 1:  # a view draws from the one generator; worker processes have one thread
+            with ThreadPool(threads) as pool:
+                pool.starmap(fill, items)
+        else:
+            for item in items:
+                fill(*item)
         return batch
 
     def subset(self, rows: Tensor) -> "Folder":
-        return Folder(self.root, [self.files[row] for row in rows.tolist()], self.labels[rows], self.size)
+        return replace(self, files=[self.files[row] for row in rows.tolist()], labels=self.labels[rows])
 
     def bytes(self) -> Tensor:
         """The sizes of the files, int64 [N]."""
@@ -189,7 +226,7 @@ def fingerprint(images: Images | Floats | Folder, *, contents: bool = False) -> 
             try:
                 digest.update(images.bytes().numpy().data)
                 for row in _spread(min(SAMPLED, len(images)), len(images)).tolist():
-                    digest.update((images.root / images.files[row]).read_bytes())
+                    digest.update(images.read(row))
             except OSError as error:
                 raise InputError(f"--data: {error.filename} cannot be read ({error.strerror}): repair or remove it") from error
     elif isinstance(images, Floats):
@@ -218,55 +255,3 @@ def floats(
     x = images.batch(rows).to(device).permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format)
     # By a tensor, as crop_flip divides: GPUs multiply by the reciprocal of a Python number, which rounds otherwise.
     return x.div_(x.new_full((1,), 255)), images.labels[rows].to(device)
-
-
-# --- pictures, decoded to squares of one size ---
-
-
-def read_picture(path: Path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the short side resized to `size`, the square in the middle, RGB.
-
-    Of 16 bits the high 8 are kept, so that pictures of 12 bits in 16 come out almost black: stretch them first. As for
-    torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the first picture of an animation is taken.
-    An InputError where the file cannot be decoded, or has 32 bits a value, whose range is not known.
-    """
-    from PIL import Image
-
-    try:
-        if not path.is_file():  # opening a FIFO would wait forever
-            raise OSError("there is no such file" if not path.exists() else "it is no regular file")
-        with Image.open(path) as file:
-            return _square(_rgb(file), size)
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's parsers raise anything on broken files
-        raise InputError(
-            f"--data: {path} cannot be decoded ({first_line(error)}): repair or remove it, or start with --skip-broken; a run "
-            "that is under way goes on when it is repaired"
-        ) from error
-
-
-def _rgb(picture: Any) -> Any:
-    from PIL import Image
-
-    grey16 = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
-    if grey16:  # PIL's convert clips it to 255; of 16-bit colours PIL keeps the high byte
-        levels = (np.asarray(picture) >> 8).astype(np.uint8)
-        white_is_0 = picture.format == "TIFF" and picture.tag_v2.get(262) == 0  # PIL respects it for 8 bits only
-        picture = Image.fromarray(255 - levels if white_is_0 else levels)
-    elif picture.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a value, of an unknown range: save it with 8 or 16")
-    return picture.convert("RGB")
-
-
-def _square(picture: Any, size: int) -> np.ndarray:
-    """As torchvision's Resize and CenterCrop, to one level, but not by way of the whole resized picture: a thin one's is huge."""
-    from PIL import Image
-
-    def middle(side: int) -> tuple[float, float]:
-        resized = int(size * side / min(picture.size))
-        start = round((resized - size) / 2)
-        return start * side / resized, (start + size) * side / resized
-
-    (left, right), (top, bottom) = map(middle, picture.size)
-    return np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))

@@ -10,7 +10,7 @@ import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import count, repeat
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
@@ -23,9 +23,12 @@ from torch.utils.data import Dataset as TorchDataset
 from spat_kernels.ops import crop_flip
 
 from ..errors import InputError, is_out_of_memory
-from .images import Folder, Images
+from .images import Folder, Images, View
+from .pictures import RandomView
 
 Parts = tuple[Tensor, Tensor]  # rows of the training set, rows of the extra images
+BUFFERS = 4  # of a worker process: two batches may be under way, and one be cropped, when it begins another
+WINDOW = 16  # shards, usually of a thousand images and more each
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,8 @@ class Order:
         seed: 0 to 2**63 - 1.
         extra: number of extra images.
         extra_fraction: share of each batch that is drawn from them.
+        shard: int64 [len(rows)], the shard that each row is in. An epoch then goes through shards in a random order, and draws
+            from `WINDOW` of them at a time, so that they are read one after the other.
     """
 
     rows: Tensor
@@ -45,6 +50,7 @@ class Order:
     seed: int
     extra: int = 0
     extra_fraction: float = 0.0
+    shard: Tensor | None = None
 
     def __post_init__(self):
         if len(self.rows) == 0 or self.batch_size < 1 or not 0 <= self.extra_fraction <= 1:
@@ -66,15 +72,24 @@ class Order:
         seed = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
         if not self.extra_fraction:
-            order = self.rows[torch.randperm(len(self.rows), generator=generator)]
-            return [(rows, order.new_empty(0)) for rows in order.split(self.batch_size)]
+            batches = self._permutation(generator).split(self.batch_size)
+            if self.shard is not None:
+                batches = tuple(rows.sort().values for rows in batches)  # by shards, so that ranks open others
+            return [(rows, rows.new_empty(0)) for rows in batches]
         labelled = round(self.batch_size * (1 - self.extra_fraction))
         # A share close to 1 takes more rows than there are: the last batch goes on in a second permutation.
         rounds = math.ceil(self.steps * labelled / len(self.rows))
-        orders = [self.rows[torch.randperm(len(self.rows), generator=generator)] for _ in range(rounds)]
+        orders = [self._permutation(generator) for _ in range(rounds)]
         order = torch.cat([self.rows[:0], *orders])[: self.steps * labelled].view(self.steps, labelled)
         extra = torch.randint(self.extra, (self.steps, self.batch_size - labelled), generator=generator)
         return list(zip(order, extra, strict=True))
+
+    def _permutation(self, generator: torch.Generator) -> Tensor:
+        order = torch.randperm(len(self.rows), generator=generator)
+        if self.shard is not None:
+            place = torch.randperm(int(self.shard.max()) + 1, generator=generator)
+            order = order[(place[self.shard[order]] // WINDOW).argsort(stable=True)]
+        return self.rows[order]
 
 
 class Loader:
@@ -87,10 +102,11 @@ class Loader:
         extra: further images, mixed in as `order` says.
         pad: zeros on each side, from which a random crop of the old size is cut.
         flip: mirror half of the images.
+        view: what images are brought to before, each at random. None takes them as they are, and pictures' squares in the middle.
         rank, world: of each batch this is part `rank` of `world`; it may be empty where the last batch is small.
         workers: processes that read ahead what is not on the device; 0 reads in this one.
         resident: keep the images on the device (True), or read each batch from where they are (False). Default: on the device,
-            unless they are pictures in files or take more than half of the GPU's free memory.
+            unless they are pictures in files, have a `view`, or take more than half of the GPU's free memory.
     """
 
     def __init__(
@@ -102,6 +118,7 @@ class Loader:
         extra: Images | None = None,
         pad: int = 0,
         flip: bool = False,
+        view: RandomView | None = None,
         rank: int = 0,
         world: int = 1,
         workers: int = 2,
@@ -112,11 +129,13 @@ class Loader:
             raise ValueError(f"the order counts {order.extra} extra images, {0 if extra is None else len(extra)} are given")
         if extra is not None and extra.image_shape != train.image_shape:
             raise ValueError(f"extra images are {extra.image_shape}, those of the training set {train.image_shape}")
-        self.order, self.device, self.pad, self.flip = order, torch.device(device), pad, flip
+        if view is not None and resident:
+            raise ValueError("images with a view are made by the CPU, and cannot be resident")
+        self.order, self.device, self.pad, self.flip, self.view = order, torch.device(device), pad, flip, view
         self.rank, self.world, self.workers, self.memory_format = rank, world, workers, memory_format
         self.sources = [train] if extra is None else [train, extra]
         self.first_ids = [0, len(train)]  # extra images are counted on from the training set
-        self.resident = [_placed(source, self.device, resident) for source in self.sources]
+        self.resident = [_placed(source, self.device, False if view else resident) for source in self.sources]
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from `first_step` on. Worker processes end with the iterator.
@@ -130,9 +149,10 @@ class Loader:
             yield from self._batches(parts, first, repeat([None, None]))
             return
         loader = DataLoader(
-            _Reader(self.sources, self.resident, parts),
+            _Reader(self, parts, first),
             batch_size=None,
             num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,  # BUFFERS counts on it
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_ignore_signals if self.workers else None,
             generator=torch.Generator(),  # workers get seeds that they do not use: the global generator stays as it is
@@ -220,9 +240,13 @@ class _Workers(ForkContext):
 class _Reader(TorchDataset):
     """Batch i as worker processes read it: uint8 [B, H, W, C] of each source, None of those on the device."""
 
-    def __init__(self, sources: list[Images | Folder], resident: list[Tensor | None], parts: list[Parts]):
-        self.sources = [source if pixels is None else None for source, pixels in zip(sources, resident, strict=True)]
-        self.parts = parts
+    def __init__(self, loader: Loader, parts: list[Parts], first: int):
+        self.sources = [
+            source if pixels is None else None for source, pixels in zip(loader.sources, loader.resident, strict=True)
+        ]
+        self.view, self.first_ids, self.key = loader.view, loader.first_ids, (loader.order.seed, first)
+        self.parts, self.turns = parts, count()
+        self.buffers: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # each worker process has its own
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -230,8 +254,8 @@ class _Reader(TorchDataset):
     def __getitem__(self, i: int) -> list[Tensor | None] | InputError:
         worker = get_worker_info()
         try:
-            parts = zip(self.sources, self.parts[i], strict=False)
-            batch = [None if source is None else source.batch(rows) for source, rows in parts]
+            parts = zip(self.sources, self.parts[i], self.first_ids, strict=False)
+            batch = [None if source is None else self._read(source, rows, self._view(i, first)) for source, rows, first in parts]
             # Shared here: where the thread that sends batches fails to, nobody notices, and the trainer waits forever.
             return [read.share_memory_() if worker and read is not None else read for read in batch]
         except InputError as error:  # returned, as the DataLoader would wrap it into a page of traceback
@@ -241,6 +265,20 @@ class _Reader(TorchDataset):
                 raise
             where = "memory" if is_out_of_memory(error) else "/dev/shm"
             return InputError(f"--workers {worker.num_workers}: there is no room for their batches in {where}: {REMEDY}")
+
+    def _read(self, source: Images | Folder, rows: Tensor, view: View | None) -> Tensor:
+        if isinstance(source, Images) or get_worker_info() is None or not len(rows):
+            return source.batch(rows, view)
+        # Of memory that is shared each page costs as much as some rows of a picture: the first batches' is used again.
+        shape, turn = (len(rows), source.size, source.size, 3), next(self.turns) % BUFFERS
+        if (turn, shape) not in self.buffers:
+            self.buffers[turn, shape] = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        return source.batch(rows, view, self.buffers[turn, shape])
+
+    def _view(self, i: int, first_id: int) -> View | None:
+        """What is made of the images of batch i, of a source whose first image is `first_id`."""
+        view, (seed, first) = self.view, self.key
+        return view and (lambda picture, size, row: view(picture, size, seed, first + i, first_id + row))
 
 
 def _placed(source: Images | Folder, device: torch.device, resident: bool | None) -> Tensor | None:

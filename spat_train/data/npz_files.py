@@ -9,7 +9,8 @@ from typing import IO, Literal
 import numpy as np
 
 from ..errors import InputError, first_line
-from .images import MIN_SIZE, Dataset, Images, missing_classes
+from .images import Dataset, Images, missing_classes
+from .pictures import MIN_SIZE
 
 
 def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset:

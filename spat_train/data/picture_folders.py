@@ -10,22 +10,19 @@ import torch
 
 from ..errors import InputError, first_line
 from ..runtime import logs
-from .images import MIN_SIZE, Dataset, Folder, missing_classes
+from .images import Dataset, Folder, missing_classes
+from .pictures import SUFFIXES
 
-PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 LISTED = 10  # names of broken ones
 
 
-def load_folders(path: Path, image_size: int | None, splits: tuple[str, ...], skip_broken: bool) -> Dataset:
+def load_folders(path: Path, image_size: int, splits: tuple[str, ...], skip_broken: bool) -> Dataset:
     """The pictures in `path`, of `splits` ("train" and "test", or "test" alone), brought to `image_size`."""
     where = f"--data {path}"
-    if image_size is None or image_size < MIN_SIZE:
-        given = " is missing" if image_size is None else f" {image_size}"
-        raise InputError(f"--image-size{given}: give the size, {MIN_SIZE} or more, that the pictures in {path} are brought to")
     tests = [name for name in ("test", "val") if os.path.isdir(path / name)]
     test = tests[0] if tests else "test"
     if len(tests) == 2:
-        _say(f"{where} has test/ and val/: val/ is ignored")
+        say(f"{where} has test/ and val/: val/ is ignored")
     folders = [path / (test if split == "test" else split) for split in splits]
     if missing := [folder.name for folder in folders if not os.path.isdir(folder)]:
         names = " and ".join("test/ (or val/)" if name == "test" else f"{name}/" for name in missing)
@@ -60,11 +57,11 @@ def _by_class(root: Path, classes: list[str], size: int, skip_broken: bool) -> F
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(names) for names in files]))
     images = Folder(root, [name for names in files for name in names], labels, size)
     if skip_broken:
-        images = _readable(images)
+        images = readable(images)
     empty = missing_classes(images.labels, len(classes))
     if empty and (root.name == "train" or len(empty) == len(classes)):
         folder = root / classes[empty[0]]
-        raise InputError(f"--data: {folder} has no picture ({', '.join(PICTURES)}): put some there, or remove it")
+        raise InputError(f"--data: {folder} has no picture ({', '.join(SUFFIXES)}): put some there, or remove it")
     return images
 
 
@@ -96,7 +93,7 @@ def _entries(folder: Path) -> list[os.DirEntry]:
 
 
 def _is_picture(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(PICTURES)
+    return entry.name.lower().endswith(SUFFIXES)
 
 
 def check_readable(images: Folder) -> None:
@@ -111,7 +108,7 @@ def _decoded(images: Folder) -> Iterator[InputError | None]:
 
     def wrong(row: int) -> InputError | None:
         try:
-            images.batch(torch.tensor([row]))
+            images.picture(row)
         except InputError as error:
             return error
         return None
@@ -121,15 +118,15 @@ def _decoded(images: Folder) -> Iterator[InputError | None]:
         yield from logs.bar(len(images), f"decoding {images.root}", iterable=done, leave=False)
 
 
-def _readable(images: Folder) -> Folder:
+def readable(images: Folder) -> Folder:
     """Without those that cannot be decoded, which are named."""
     good = torch.tensor([error is None for error in _decoded(images)], dtype=torch.bool)
     if broken := [images.files[row] for row in (~good).nonzero()[:, 0]]:
         names = ", ".join(broken[:LISTED]) + ", ..." * (len(broken) > LISTED)
-        _say(f"{len(broken)} of {len(images)} pictures in {images.root} are left out: {names}")
+        say(f"{len(broken)} of {len(images)} pictures in {images.root} are left out: {names}")
     return images.subset(good.nonzero()[:, 0])
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"spat-train: {text}", file=sys.stderr)

@@ -78,6 +78,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
     drops, last_drop = list(c.lr_drops), max(c.lr_drops, default=0)
     rising = drops == sorted(set(drops)) and min(drops, default=1) >= 1
     late = f"not all come by epoch {c.epochs}: give others, or --milestones None for 75 % and 90 % of them"
+    augmented = c.rand_augment
     unwatched, start = c.catastrophic_overfitting in (None, "off"), c.attack_settings.start
     one_step = method.attacks and method.steps == 1  # by its definition; with more steps it would be another method
     pgd = f"{c.method} takes one step: leave it out, or give --method madry --start {start} for PGD on CE(x')"
@@ -102,6 +103,8 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (c.extra is None or 0 < labelled < c.batch_size, "extra_fraction", f"of {c.batch_size} images it leaves one kind none"),
         (method.classifier in ("linear", c.last_layer), "classifier", f"{c.method} needs distances to centres: leave it out"),
         (c.awp > 0 or not c.awp_warmup, "awp_warmup", "it needs --awp"),
+        (c.crop != "resized" or not c.pad, "pad", "--crop resized has no padding: leave out either"),
+        (not augmented or (augmented[0] >= 1 and 0 <= augmented[1] <= 30), "rand_augment", "give 1 or more, and 0 to 30: 2 9"),
         # the optimiser and the schedule
         (c.beta2 == Config.beta2 or c.optimizer != "sgd", "beta2", f"it is Adam's: {_unset('beta2')}"),
         (not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0"),

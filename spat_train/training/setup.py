@@ -10,6 +10,7 @@ from ..config import Config
 from ..data.datasets import load
 from ..data.images import Dataset, Images, hold_out
 from ..data.loader import Loader, Order
+from ..data.pictures import RandomView
 from ..data.pseudo_labels import load_extra
 from ..data.sizes import parse_sizes
 from ..errors import InputError
@@ -108,16 +109,19 @@ def make_loader(
     if count >= len(train):
         raise InputError(f"--holdout {count}: there are {len(train)} training images: hold out fewer")
     rows, held_out = hold_out(train.labels, count, c.seed)
-    order = Order(rows, c.batch_size, c.seed, *((len(extra), c.extra_fraction) if extra else (0, 0.0)))
+    shard = None if train.shard is None else train.shard[rows]
+    order = Order(rows, c.batch_size, c.seed, *((len(extra), c.extra_fraction) if extra else (0, 0.0)), shard=shard)
     if order.batch_size < world.size:
         raise InputError(f"--batch-size {c.batch_size}: it is over all {world.size} processes: give at least as many")
     if c.accumulate > 1 and order.batch_size // world.size < 2 * c.accumulate:
         share = f"a batch of {order.batch_size} over {world.size} process{'es' if world.size > 1 else ''}"
         raise InputError(f"--accumulate {c.accumulate}: of {share} it leaves parts of less than 2 images: give fewer parts")
+    resized = c.crop == "resized"
+    view = RandomView(resized, c.rand_augment) if resized or c.rand_augment else None
     loader = Loader(
-        train, order, device=world.device, extra=extra, workers=c.workers, rank=world.rank, world=world.size,
-        pad=c.pad if c.pad is not None else side // 8 if colour else 0, flip=colour if c.flip is None else c.flip,
-        resident=False if c.stream else None, memory_format=memory_format,
+        train, order, device=world.device, extra=extra, workers=c.workers, rank=world.rank, world=world.size, view=view,
+        pad=c.pad if c.pad is not None else side // 8 if colour and not resized else 0,
+        flip=colour if c.flip is None else c.flip, resident=False if c.stream else None, memory_format=memory_format,
     )  # fmt: skip
     if max(batch_sizes(order)) < smallest_batch(c, world):
         raise InputError(

@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from spat_train.data.datasets import load
-from spat_train.data.images import Dataset, Folder, read_picture
+from spat_train.data.images import Dataset, Folder
+from spat_train.data.pictures import decode, square
 from spat_train.errors import InputError
 from tests.data.helpers import picture
 
 pytest.importorskip("PIL")
+pytest.importorskip("torchvision", exc_type=Exception)
+
+
+def read_picture(path, size: int) -> np.ndarray:
+    return square(decode(path.read_bytes()), (size, size)).permute(1, 2, 0).numpy()
 
 
 def opened(pictures, **options) -> Dataset:
