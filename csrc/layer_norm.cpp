@@ -17,12 +17,6 @@ SPAT_HD void for_each_group(const Channels& shape, int64_t begin, int64_t end, F
   for (int64_t row = begin; row < end; row += rows) f(row, int(std::min(rows, end - row)));
 }
 
-// Null stays null.
-template <class T, class V>
-SPAT_HD T* from(V* p, int64_t first) {
-  return p ? static_cast<T*>(p) + first : nullptr;
-}
-
 // f(first channel, count) for the vectors of a row. The count is the constant kLanes but for the last: with one load_lanes for both,
 // every vector would go over the stack.
 using Whole = std::integral_constant<int, kLanes>;

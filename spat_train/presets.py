@@ -78,10 +78,10 @@ _ADT = Config(
 # Singh et al.: main.py and run_train.sh of nmndeep/revisiting-at, and its README for epochs (without the stem: 300 too). APGD-2
 # from x, in eval mode; lr for 80 images on each GPU, whose number they leave open: 8 here; 20 epochs of warm-up, 10 of 50. The
 # targets of the attack are smoothed too, by 0.1 over all 1,000 classes: SPAT with alpha = 0.0999. That of +spat is ours. What
-# differs: they begin with weights of clean training (give --init), have Mixup 0.8 and CutMix 1.0, RandAugment
-# (rand-m9-mstd0.5-inc1) and random erasing (0.25), decay LayerNorm's weights in ConvNeXts, and change lr linearly in an epoch.
+# differs: they begin with weights of clean training (give --init), have Mixup 0.8, CutMix 1.0 and random erasing (0.25), draw the
+# magnitude of RandAugment around 9 (deviation 0.5), decay LayerNorm's weights in ConvNeXts, and change lr linearly in an epoch.
 _SINGH = Config(
-    data="imagenet", image_size=224, epochs=300, batch_size=640, holdout=0, pad=0,
+    data="imagenet", image_size=224, epochs=300, batch_size=640, holdout=0, crop="resized", rand_augment=(2, 9),
     attack="apgd", steps=2, start="clean", eps=4.0, alpha=0.0999, label_smoothing=0.1,
     optimizer="adamw", lr=1e-3, beta2=0.95, weight_decay=0.05, decay_norm=False,
     schedule="warmup-cosine", warmup=20.0, ema=0.9999, precision="fp16",
@@ -101,7 +101,7 @@ _SINGH_ROWS: dict[str, dict[str, Any]] = {
 # highest loss is taken, lr ends at 1e-5 (here 0) and its cosine begins with the warm-up. They have Mixup, CutMix, RandAugment and
 # random erasing as above, and colour jitter (0.4). Their Swins have no stochastic depth, those of timm 0.1.
 _ARES = Config(
-    data="imagenet", image_size=224, epochs=300, batch_size=512, holdout=0, pad=0,
+    data="imagenet", image_size=224, epochs=300, batch_size=512, holdout=0, crop="resized", rand_augment=(2, 9),
     steps=3, step_size=8 / 3, eps=4.0, alpha=0.0999, label_smoothing=0.1, optimizer="adamw", lr=5e-4, weight_decay=0.05,
     decay_norm=False, schedule="warmup-cosine", warmup=5.0, ema=0.9998, **_IMAGENET,  # for timm's ViT too
 )  # fmt: skip
@@ -115,7 +115,7 @@ _ARES_ROWS: dict[str, dict[str, Any]] = {
     # Here CutMix alone and less colour jitter (0.1), no RandAugment, no random erasing.
     "resnet-50": {
         "model": "timm:resnet50", "optimizer": "sgd", "nesterov": True, "lr": 0.2, "weight_decay": 1e-4, "epochs": 95,
-        "schedule": "piecewise", "milestones": (31, 61, 91),
+        "schedule": "piecewise", "milestones": (31, 61, 91), "rand_augment": None,
     },
 }  # fmt: skip
 

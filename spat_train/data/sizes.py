@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .images import MIN_SIZE
+from .pictures import MIN_SIZE
 
 Sizes = tuple[tuple[int, int], ...]  # (side, the epoch, counted from 1, from which on it holds), by rising epochs from 1 on
 
