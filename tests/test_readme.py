@@ -36,7 +36,8 @@ PYTHON = [text for language, text in BLOCKS if language == "python" and text != 
 # The options that make a command small, in place of those in the README.
 SMALL = {
     "train": {"--data": "small.npz", "--model": "small-cnn", "--epochs": "1", "--limit": "60", "--batch-size": "20",
-              "--milestones": "None", "--device": "cpu"},
+              "--milestones": "None", "--device": "cpu", "--precision": "fp32", "--image-size": "None", "--crop": "None",
+              "--warmup": "0"},
     "demo": {"--epochs": "1", "--limit": "60"},
     "evaluate": {"--limit": "4", "--device": "cpu"},
     "table": {"--data": "small.npz", "--test-images": "4", "--device": "cpu"},
