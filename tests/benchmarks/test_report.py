@@ -50,7 +50,7 @@ def test_tables(table, results, rows):
 def test_every_case_is_in_a_committed_table():
     files = [
         json.loads((report.RESULTS / "cpu" / name).read_text())
-        for name in ("kernels.json", "head.json", "pma.json", "adt_step.json")
+        for name in ("kernels.json", "head.json", "pma.json", "adt_step.json", "tokens.json")
     ]
     table = "".join(map(kernels.table, files))
     assert not [case.name for case in CASES if case.build and f"| {case.name} |" not in table]
