@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from . import fused_steps
-from .gradients import Grads, give, rows, sum_, take
+from .gradients import Grads, flat, give, rows, sum_, take, unflat
 from .grouping import stream
 from .steps import Conv, Pointwise
 from .weights import CHANNELS_LAST, ConvWeights, ScaleShift
@@ -72,7 +72,7 @@ def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift
     if step.out in run.engines.masks:  # the convolution has done it
         return values[step.out], run.engines.masks.pop(step.out)
     a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
-    a, b = rows(a), b if b is None else rows(b)
+    a, b = _laid(step, a), b if b is None else _laid(step, b)
     mask = None
     if keep and step.relu:
         pixels = a.numel() // a.shape[1]
@@ -80,10 +80,18 @@ def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift
     total = None
     if step.total is not None:
         total = a if step.in_place else torch.empty_like(a)
-        values[step.total] = total
+        values[step.total] = _shaped(step, total)
     out = a if step.in_place and total is None else torch.empty_like(a)
     ops.scale_shift_relu(a, out, b=b, scale=bound.scale, shift=bound.shift, total=total, mask=mask, relu=step.relu)
-    return out, mask
+    return _shaped(step, out), mask
+
+
+def _laid(step: Pointwise, t: Tensor) -> Tensor:
+    return rows(t) if step.of_images else flat(t, step.channels)
+
+
+def _shaped(step: Pointwise, t: Tensor) -> Tensor:
+    return t if step.of_images else unflat(t, step.shape, step.channels)
 
 
 def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShift, mask, grads: Grads):
@@ -94,16 +102,16 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: ScaleShif
         outs = [sum_(outs[1:]), outs[0]]
     before = stream(step)
     residual, residual_fresh = take(grads, before) if before is not None and grads[before] else (None, False)
-    outs = [(rows(g), fresh) for g, fresh in outs]
+    outs = [(_laid(step, g), fresh) for g, fresh in outs]
     if mask is None and bound.scale is None and residual is None and len(outs) == 1:
         dx, fresh = outs[0]  # a bare addition
     else:
         (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
         reusable = [g for g, fresh in outs if fresh]
         if residual is not None:
-            residual = rows(residual)
+            residual = _laid(step, residual)
             reusable += [residual] * residual_fresh
         target = reusable[0] if reusable else torch.empty_like(grad)
         dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=mask, scale=bound.scale, residual=residual)
         fresh = True
-    give(step, dx, fresh, grads)
+    give(step, _shaped(step, dx), fresh, grads)

@@ -10,17 +10,23 @@ model (trace.py) becomes a list of steps, in channels_last:
                the pass of a Pointwise in front.
     FusedConv  a Conv with the Pointwise behind it, or with the way back of the one in front, for engines that do both in one
                launch (grouping.py, fused_conv).
-    Mean, Linear, Reshape, and Local (other functions, differentiated by autograd one by one)
+    LayerNorm  with the addition in front, on channels that lie last or first; Attention by PyTorch's kernels (token_steps.py).
+    Mean, Linear, Reshape, Permute, Index ..., and Local (other functions, differentiated by autograd one by one)
+
+Images [B, C, H, W] in channels_last, their pixels [B, H, W, C] and tokens [B, N, C] are one memory, so that permutes and views
+between them move nothing. A layer scale behind a linear layer is folded into its weights, also through such a view.
 
 A pre-activation BatchNorm on a residual stream is not folded forward into the next convolution: zero padding would see its shift.
 The plan holds no tensor of the model: weights.py binds its steps to the weights as they are, planned_gradient.py runs them.
 """
 
+from dataclasses import replace
 from math import prod
 
 import torch
 
 from ..ops.pool_linear import MAX_CHANNELS, MAX_WEIGHTS
+from . import token_steps
 from .grouping import group
 from .nodes import Node
 from .steps import Conv, Linear, Local, Maps, Mean, Pointwise, PoolLinear, Reshape, Step
@@ -41,11 +47,11 @@ class Plan:
     def __init__(self, nodes: list[Node]):
         self.nodes = nodes
         self.last = len(nodes) - 1
-        self.users: list[list[int]] = [[] for _ in nodes]
-        for i, node in enumerate(nodes):
-            for j in node.inputs:
-                self.users[j].append(i)
-        self.exact, self.no_half = self._find_exact()
+        self._note_users()
+        self._scale_before_views()
+        self.exact, self.no_half = self._find_exact(tokens=True)
+        if self.no_half:
+            self.exact, self.no_half = self._find_exact(tokens=False)
         self.all_exact = len(self.exact) == len(nodes)
         self.half_errors: dict[torch.dtype, str | None] = {}  # what trying a half precision showed
         self.steps: list[Step] = []
@@ -56,14 +62,34 @@ class Plan:
                 done |= self._add_step(i)
         self._fuse_head()
         self._move_shifts()
+        self._group_parts()
         group(self.steps, self.exact)
         self._note_frees()
         self.reads_rows = any(0 in s.inputs and isinstance(s, (Conv, Pointwise)) for s in self.steps)
 
-    def _find_exact(self) -> tuple[set[int], str | None]:
-        before_conv: set[int] = set()  # values from which a convolution is reached
+    def _note_users(self) -> None:
+        self.users: list[list[int]] = [[] for _ in self.nodes]
+        for i, node in enumerate(self.nodes):
+            for j in node.inputs:
+                self.users[j].append(i)
+
+    def _scale_before_views(self) -> None:
+        """linear, view, scale becomes linear, scale, view, where the scale can be folded into the weights."""
+        for i, node in enumerate(self.nodes):
+            if node.kind == "affine" and self.users[node.inputs[0]] == [i]:
+                (j,) = node.inputs
+                view = self.nodes[j]
+                source = self.nodes[view.inputs[0]] if view.inputs else view
+                channels = node.shape[node.channels] == source.shape[source.channels] and view.channels == node.channels
+                if view.kind == "permute" and source.kind in ("linear", "affine") and len(source.shape) > 1 and channels:
+                    self.nodes[j] = replace(node, inputs=view.inputs, shape=source.shape, channels=source.channels)
+                    self.nodes[i] = replace(view, inputs=(j,))
+
+    def _find_exact(self, tokens: bool) -> tuple[set[int], str | None]:
+        """The values that stay fp32, and why half precision is not possible. `tokens`: the head may begin with one token."""
+        before_conv: set[int] = set()  # values from which a convolution is reached, or another layer of many products
         for i in range(self.last, -1, -1):
-            if self.nodes[i].kind == "conv" or i in before_conv:
+            if self._is_heavy(i) or i in before_conv:
                 before_conv.update(self.nodes[i].inputs)
         front, head, crossings, reason = {0}, set(), 0, None
         for i, node in enumerate(self.nodes[1:], 1):
@@ -72,7 +98,9 @@ class Plan:
                 if parts == {"front"} and node.conv["groups"] > 1:
                     reason = f"{node.name} is grouped and reads the image, which would be rounded"
                 continue
-            pools = (node.kind in ("mean", "cast") and i not in before_conv) or (node.kind == "linear" and i == self.last)
+            picks = tokens and node.kind == "index" and len(node.shape) == 1
+            pools = (node.kind in ("mean", "cast") or picks) and i not in before_conv
+            pools = pools or (node.kind == "linear" and i == self.last)
             if len(parts) > 1:
                 reason = f"{node.name} joins values from before, inside and behind the half-precision part"
             elif parts == {"front"}:
@@ -85,6 +113,10 @@ class Plan:
             reason = "several branches are pooled on their own, so no one place can scale the gradient"
         return exact, reason
 
+    def _is_heavy(self, i: int) -> bool:
+        node = self.nodes[i]
+        return node.kind in ("conv", "attention") or (node.kind == "linear" and len(node.shape) > 1)
+
     def _add_step(self, i: int) -> set[int]:
         """Append the step that begins with node i; returns the nodes that it does."""
         node = self.nodes[i]
@@ -93,13 +125,26 @@ class Plan:
         if node.kind in ("add", "affine", "relu"):
             return self._add_pointwise(i)
         what = node.inputs, i, node.name, node.shape
-        if node.weight is not None:
-            self.steps.append(Linear(*what, weight=node.weight, bias=node.bias))
+        if step := token_steps.make(node, i):
+            self.steps.append(step)
+        elif node.weight is not None:
+            return self._add_linear(i)
         elif node.function is not None:
-            self.steps.append(Local(*what, function=node.function))
+            self.steps.append(Local(*what, function=node.function, constants=node.constants))
+        elif node.kind == "mean":
+            self.steps.append(Mean(*what, dims=node.dims or (2, 3)))
         else:
-            self.steps.append({"mean": Mean, "reshape": Reshape, "cast": Reshape}[node.kind](*what))
+            self.steps.append({"reshape": Reshape, "cast": Reshape}[node.kind](*what))
         return {i}
+
+    def _add_linear(self, i: int) -> set[int]:
+        node = self.nodes[i]
+        assert node.weight is not None
+        affines = self._affines_after(i) if len(node.shape) > 1 else []
+        out = affines[-1] if affines else i
+        self.steps.append(Linear(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias))
+        self.steps[-1].after = self._maps(affines)
+        return {i, *affines}
 
     def _add_conv(self, i: int, conv: dict) -> set[int]:
         node, affines = self.nodes[i], self._affines_after(i)
@@ -124,9 +169,11 @@ class Plan:
         )
 
     def _affines_after(self, i: int) -> list[int]:
-        """The affine nodes that follow node i, with no other reader between."""
-        found = []
+        """The affine nodes along the same channels that follow node i, with no other reader between."""
+        found, channels = [], self.nodes[i].channels
         while len(self.users[i]) == 1 and self.nodes[self.users[i][0]].kind == "affine":
+            if self.nodes[self.users[i][0]].channels != channels:
+                break
             (i,) = self.users[i]
             found.append(i)
         return found
@@ -135,22 +182,40 @@ class Plan:
         return tuple(norm for k in nodes if (norm := self.nodes[k].norm))
 
     def _add_pointwise(self, i: int) -> set[int]:
-        """Fuse [add] [affine ...] [relu] as far as they follow one another."""
+        """Fuse [add] [affine ...] [relu] as far as they follow one another, or [add] [layer_norm]."""
         node, fused, total = self.nodes[i], [i], None
         if node.kind == "add":
+            if norms := [u for u in self.users[i] if self.nodes[u].kind == "layer_norm"]:
+                return self._add_layer_norm(i, norms[0])
             followers = [u for u in self.users[i] if self.nodes[u].kind in ("affine", "relu")]
+            followers = [u for u in followers if self.nodes[u].channels == node.channels]
             fused += followers[:1]
             total = i if followers and len(self.users[i]) > 1 else None
         if self.nodes[fused[-1]].kind == "affine":
             fused += self._affines_after(fused[-1])
             if [self.nodes[u].kind for u in self.users[fused[-1]]] == ["relu"]:
                 fused += self.users[fused[-1]]
-        step = Pointwise(node.inputs, fused[-1], node.name, node.shape, total=total)
+        step = Pointwise(node.inputs, fused[-1], node.name, node.shape, total=total, channels=node.channels)
         step.affine = self._maps(fused)
         step.relu = self.nodes[fused[-1]].kind == "relu"
         step.in_place = node.inputs[0] in self._made and self.users[node.inputs[0]] == [i]
         self.steps.append(step)
         return set(fused)
+
+    def _add_layer_norm(self, i: int, norm: int) -> set[int]:
+        step = token_steps.make(self.nodes[norm], norm)
+        assert isinstance(step, token_steps.LayerNorm)
+        step.inputs, step.total = self.nodes[i].inputs, i if len(self.users[i]) > 1 else None
+        self.steps.append(step)
+        return {i, norm}
+
+    def _group_parts(self) -> None:
+        """Note where all that reads a value are parts of it that make it up, as q, k and v."""
+        for i, users in enumerate(self.users):
+            parts = [s for s in self.steps if isinstance(s, token_steps.Index) and s.inputs == (i,)]
+            if len(users) > 1 and len(parts) == len(users) and token_steps.make_up(parts, self.nodes[i].shape):
+                for part in parts:
+                    part.group = len(parts)
 
     def _fuse_head(self) -> None:
         """Mean, Reshape ..., Linear at the end become one step, where the weights are few.
@@ -164,6 +229,8 @@ class Plan:
         if first < 0 or not (isinstance(self.steps[first], Mean) and isinstance(self.steps[-1], Linear)):
             return
         mean, linear = self.steps[first], self.steps[-1]
+        if mean.dims != (2, 3) or len(self.nodes[mean.inputs[0]].shape) != 3:
+            return
         channels, classes = mean.shape[0], linear.shape[0]
         exact = mean.inputs[0] in self.exact  # then its gradient is, in half precision, which the fused one would round
         if exact or channels > MAX_CHANNELS or channels * classes > MAX_WEIGHTS:
@@ -203,6 +270,8 @@ class Plan:
             "fused pointwise passes": len(passes),
             "linear layers": sum(isinstance(s, Linear) for s in self.steps),
             "of them with the pooling": sum(isinstance(s, PoolLinear) for s in self.steps),
-            "left to autograd": sum(isinstance(s, Local) for s in self.steps),
+            "layer norms": sum(isinstance(s, token_steps.LayerNorm) for s in self.steps),
+            "attentions": sum(isinstance(s, token_steps.Attention) for s in self.steps),
+            "left to autograd": sum(type(s) is Local for s in self.steps),
             "mask bytes per image": sum(prod(s.shape[1:]) * -(-s.shape[0] // 8) for s in passes if s.relu),
         }

@@ -6,6 +6,7 @@ independent, only directions count, and neither the factors 1/B and 1 - p_y nor 
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .. import ops
 from ..ops._common import acc_dtype
 from ..precision import HALVES, arithmetic
 from ..settings import Fuse
+from . import token_steps
 from .autograd import check_logits
 from .conv_steps import conv_backward, conv_forward, pointwise_backward, pointwise_forward
 from .fused_steps import Engines
@@ -186,21 +188,22 @@ def _pool_linear_backward(run: PlannedGradient, step: PoolLinear, bound: LinearW
 def _mean_forward(run: PlannedGradient, step: Mean, bound, values, keep):
     x = values[step.inputs[0]]
     dtype = acc_dtype(x.dtype) if step.out in run.plan.exact else x.dtype
-    return x.mean((2, 3), dtype=dtype).view(len(x), *step.shape), x.shape
+    return x.mean(step.dims, dtype=dtype).view(len(x), *step.shape), x.shape
 
 
 def _mean_backward(run: PlannedGradient, step: Mean, bound, shape, grads):
     grad, _ = take(grads, step.out)
-    grad = grad.reshape(shape[0], shape[1], 1, 1)
+    grad = grad.reshape([1 if d in step.dims else n for d, n in enumerate(shape)])
     # The factor 1 / (H W) is one of those that do not count where each sample is scaled anyway.
     scaled = run.dtype in HALVES and run.enters(step)
-    pixels = shape[2] * shape[3]
+    pixels = prod(shape[d] for d in step.dims)
     if scaled:
         grad = run.into_network(grad)
         run.factor = run.factor / pixels
     else:
         grad = grad / pixels
-    grads[step.inputs[0]].append((grad.expand(shape).contiguous(memory_format=CHANNELS_LAST), True))
+    grad = grad.expand(shape)
+    grads[step.inputs[0]].append((rows(grad) if step.dims == (2, 3) else grad.contiguous(), True))
 
 
 def _reshape_forward(run: PlannedGradient, step: Reshape, bound, values, keep):
@@ -210,17 +213,18 @@ def _reshape_forward(run: PlannedGradient, step: Reshape, bound, values, keep):
 
 
 def _reshape_backward(run: PlannedGradient, step: Reshape, bound, shape, grads):
-    grad = take(grads, step.out)[0].reshape(shape)
-    grads[step.inputs[0]].append((run.into_network(grad) if run.enters(step) else grad, False))
+    grad, fresh = take(grads, step.out)
+    grad = grad.reshape(shape)
+    grads[step.inputs[0]].append((run.into_network(grad), False) if run.enters(step) else (grad, fresh))
 
 
 def _local_forward(run: PlannedGradient, step: Local, bound, values, keep):
     inputs = [values[j] for j in step.inputs]
     if not keep:
-        return step.function(*inputs), None
+        return step.function(*inputs, *bound), None
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        y = step.function(*leaves)
+        y = step.function(*leaves, *bound)
     return y.detach(), (leaves, y)
 
 
@@ -235,9 +239,11 @@ def _local_backward(run: PlannedGradient, step: Local, bound, saved, grads):
 FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
     Conv: conv_forward, FusedConv: conv_forward, Pointwise: pointwise_forward, Linear: _linear_forward,
     PoolLinear: _pool_linear_forward, Mean: _mean_forward, Reshape: _reshape_forward, Local: _local_forward,
+    token_steps.Attention: _local_forward, **token_steps.FORWARD,
 }  # fmt: skip
 # (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
 BACKWARD: dict[type[Step], Callable[..., None]] = {
     Conv: conv_backward, FusedConv: conv_backward, Pointwise: pointwise_backward, Linear: _linear_backward,
     PoolLinear: _pool_linear_backward, Mean: _mean_backward, Reshape: _reshape_backward, Local: _local_backward,
+    token_steps.Attention: _local_backward, **token_steps.BACKWARD,
 }  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
-from .nodes import Norm, Ref, Term
+from .nodes import Constant, Norm, Term
 
 Maps = tuple[Norm | Term, ...]
 
@@ -23,8 +23,8 @@ class Step:
 
 @dataclass(kw_only=True)
 class Conv(Step):
-    weight: Ref
-    bias: Ref | None
+    weight: Constant
+    bias: Constant | None
     conv: dict
     before: Maps = ()  # affine maps of the image, done while it is read
     after: Maps = ()  # affine maps folded into weight and bias
@@ -54,12 +54,19 @@ class Pointwise(Step):
     in_head: bool = False  # its way back is done by the PoolLinear behind it
     alone: str = ""  # why it is done by itself, if it is
     back_alone: str = ""
+    channels: int = 0  # the dimension of a sample that `affine` goes along, innermost in memory
+
+    @property
+    def of_images(self) -> bool:
+        """Whether values are [B, C, H, W] or [B, C]. Others are read as rows of channels."""
+        return self.channels == 0 and len(self.shape) in (1, 3)
 
 
 @dataclass(kw_only=True)
 class Linear(Step):
-    weight: Ref
-    bias: Ref | None
+    weight: Constant
+    bias: Constant | None
+    after: Maps = ()  # affine maps of tokens, folded into weight and bias
 
 
 @dataclass(kw_only=True)
@@ -69,7 +76,7 @@ class PoolLinear(Linear):
 
 @dataclass
 class Mean(Step):
-    pass
+    dims: tuple[int, ...] = (2, 3)
 
 
 @dataclass
@@ -79,4 +86,5 @@ class Reshape(Step):
 
 @dataclass(kw_only=True)
 class Local(Step):
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor]  # of the values of `inputs` and of the constants
+    constants: tuple[Constant, ...] = ()

@@ -15,9 +15,10 @@ from ..fused_conv import winograd
 from ..fused_conv.winograd import Winograd
 from ..ops._common import acc_dtype
 from ..precision import HALVES
-from .nodes import Norm, Ref, Term
+from .nodes import Computed, Constant, Norm, Ref, Term
 from .plan import Plan
-from .steps import Conv, Linear, Maps, Pointwise, Step
+from .steps import Conv, Linear, Local, Maps, Pointwise, Step
+from .token_steps import Combine, Join, LayerNorm
 
 CHANNELS_LAST = torch.channels_last
 ALIGNED = 4  # scales and shifts start at multiples of 4 values, 16 bytes of fp32, which CUDA kernels read at once
@@ -78,19 +79,41 @@ class Weights:
             if isinstance(step, Conv):
                 bound[i] = self._conv(step)
             elif isinstance(step, Linear):
-                dtype = self.acc if step.out in self.plan.exact else self.dtype
-                bias = None if step.bias is None else self._of(step.bias).to(dtype).contiguous()
-                bound[i] = LinearWeights(self._of(step.weight).to(dtype).contiguous(), bias)
+                bound[i] = self._linear(step)
+            elif isinstance(step, LayerNorm):
+                bound[i] = tuple(None if c is None else self._of(c).to(self.acc).contiguous() for c in (step.weight, step.bias))
+            elif isinstance(step, Local):
+                bound[i] = tuple(self._as_value(step, c) for c in step.constants)
+            elif isinstance(step, Join):
+                bound[i] = [None if isinstance(p, int) else self._as_value(step, p) for p in step.parts]
+            elif isinstance(step, Combine):
+                bound[i] = self._as_value(step, step.term.constant)
         for i, step in enumerate(steps):
             if isinstance(step, Pointwise):
-                scale, shift = self._scale_shift(step.affine, self.plan.nodes[step.inputs[0]].shape[0])
+                scale, shift = self._scale_shift(step.affine, step.shape[step.channels])
                 for j in step.shifts:
                     shift = _sum(shift, bound[j].folded)
                 bound[i] = ScaleShift(scale, shift)
         return bound
 
-    def _of(self, ref: Ref) -> Tensor:
-        return ref.of(self._modules).detach()
+    def _of(self, constant: Constant) -> Tensor:
+        return constant.of(self._modules).detach()
+
+    def _as_value(self, step: Step, constant: Constant) -> Tensor:
+        """A constant in the dtype of the values that it meets; masks and indices as they are."""
+        c = self._of(constant)
+        exact = step.out in self.plan.exact and self.plan.exact.issuperset(step.inputs)
+        return c.to(self.device, self.acc if exact else self.dtype) if c.is_floating_point() else c
+
+    def _linear(self, step: Linear) -> LinearWeights:
+        dtype = self.acc if step.out in self.plan.exact else self.dtype
+        weight, bias = self._of(step.weight), None if step.bias is None else self._of(step.bias)
+        if step.after:
+            scale, shift = self._scale_shift(step.after, len(weight))
+            weight = weight if scale is None else weight.to(self.acc) * scale.view(-1, 1)
+            bias = bias if bias is None or scale is None else bias * scale
+            bias = _sum(bias, shift)
+        return LinearWeights(weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous())
 
     def _conv(self, step: Conv) -> ConvWeights:
         weight = self._of(step.weight)
@@ -158,7 +181,7 @@ class Weights:
         return ScaleShift(scale, shift)
 
     def _term(self, term: Term, channels: int) -> ScaleShift:
-        if isinstance(term.constant, Ref):
+        if isinstance(term.constant, (Ref, Computed)):
             c = self._of(term.constant).to(self.device, self.acc).reshape(-1).expand(channels).contiguous()
         else:
             value = partial(torch.tensor, term.constant, dtype=torch.float64)

@@ -75,7 +75,7 @@ def _reach(step: Step, bound) -> Reach | None:
         extent = [(k - 1) * d + 1 for k, d in zip(bound.weight.shape[2:], c["dilation"], strict=True)]
         return Reach(extent, c["stride"], c["padding"])
     if isinstance(step, Pointwise):
-        return Reach() if len(step.shape) == 3 else None
+        return Reach() if len(step.shape) == 3 and step.of_images else None
     if not isinstance(step, Local):
         return None
     pool = step.function
@@ -138,7 +138,7 @@ class Windows:
         done = full = 0
         for (step, bound, _), rows, columns in zip(self.steps, *(self._way(a, 0, side) for a in (0, 1)), strict=True):
             if isinstance(step, (Conv, Linear)):
-                pixels = prod(step.shape[1:])
+                pixels = prod(step.shape[1:]) if isinstance(step, Conv) else prod(step.shape[:-1])
                 full += pixels * bound.weight.numel()
                 done += (_length(rows.out) * _length(columns.out) if rows.out else pixels) * bound.weight.numel()
         return done / max(full, 1)

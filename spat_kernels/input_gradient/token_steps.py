@@ -1,0 +1,214 @@
+"""The steps of networks that look at tokens, or keep their channels last: what they are, forward, and back to their inputs.
+
+    LayerNorm   over the channels of each token, with the residual addition in front (ops.layer_norm)
+    Permute, Moved, Index    views and copies of parts; the parts of one value, as q, k and v, share one gradient
+    Join, Combine            cat with constants; arithmetic with a constant of any shape, as a position embedding
+    Attention                scaled_dot_product_attention, back to q, k and v alone
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..ops._common import acc_dtype
+from .gradients import Grads, flat, give, sum_, take, unflat
+from .grouping import stream
+from .layer_norm_shim import layer_norm, layer_norm_grad
+from .nodes import Constant, Node, Term
+from .steps import Local, Step
+
+if TYPE_CHECKING:
+    from .planned_gradient import PlannedGradient
+
+
+@dataclass(kw_only=True)
+class LayerNorm(Step):
+    weight: Constant | None
+    bias: Constant | None
+    eps: float
+    channels: int  # the dimension of a sample
+    total: int | None = None  # the value inputs[0] + inputs[1], where somebody else reads it
+
+
+@dataclass(kw_only=True)
+class Permute(Step):
+    dims: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class Moved(Step):
+    function: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+
+
+@dataclass(kw_only=True)
+class Index(Step):
+    items: tuple
+    group: int = 1  # how many parts of one value this is one of: together they are all of it, and nobody else reads it
+
+
+@dataclass(kw_only=True)
+class Join(Step):
+    dim: int
+    parts: tuple[int | Constant, ...]  # positions in `inputs`, and constants
+
+
+@dataclass(kw_only=True)
+class Combine(Step):
+    term: Term
+
+
+@dataclass(kw_only=True)
+class Attention(Local):
+    pass
+
+
+def make(node: Node, i: int) -> Step | None:
+    """The step of node i, if it is one of these."""
+    what = node.inputs, i, node.name, node.shape
+    if node.kind == "layer_norm":
+        return LayerNorm(*what, weight=node.weight, bias=node.bias, eps=node.eps, channels=node.channels)
+    if node.kind == "permute":
+        return Permute(*what, dims=node.dims)
+    if node.kind == "moved":
+        assert node.function is not None
+        assert node.back is not None
+        return Moved(*what, function=node.function, back=node.back)
+    if node.kind == "index":
+        return Index(*what, items=node.dims)
+    if node.kind == "join":
+        return Join(*what, dim=node.dims[0], parts=node.dims[1:])
+    if node.kind == "combine":
+        assert isinstance(node.norm, Term)
+        return Combine(*what, term=node.norm)
+    if node.kind == "attention":
+        assert node.function is not None
+        return Attention(*what, function=node.function, constants=node.constants)
+    return None
+
+
+def make_up(parts: list[Index], shape: tuple[int, ...]) -> bool:
+    """Whether the parts of a value with samples of `shape` do not overlap and leave nothing out."""
+    seen = torch.zeros(1, *shape, dtype=torch.uint8)
+    for part in parts:
+        seen[part.items] += 1
+    return bool((seen == 1).all())
+
+
+# ---- LayerNorm --------------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_forward(run: "PlannedGradient", step: LayerNorm, bound, values, keep):
+    a, *b = (flat(values[j], step.channels) for j in step.inputs)
+    weight, bias = bound
+    mean = rstd = None
+    if keep:
+        mean, rstd = (torch.empty(len(a), dtype=acc_dtype(a.dtype), device=a.device) for _ in range(2))
+    total = torch.empty_like(a) if b and (keep or step.total is not None) else None
+    out = layer_norm(
+        a, torch.empty_like(a), eps=step.eps, weight=weight, bias=bias, b=b[0] if b else None, total=total, mean=mean, rstd=rstd
+    )
+    if step.total is not None:
+        assert total is not None
+        values[step.total] = unflat(total, step.shape, step.channels)
+    return unflat(out, step.shape, step.channels), (a if total is None else total, mean, rstd)
+
+
+def layer_norm_backward(run: "PlannedGradient", step: LayerNorm, bound, saved, grads: Grads):
+    t, mean, rstd = saved
+    outs, grads[step.out] = grads[step.out], []
+    if len(outs) > 2:
+        outs = [sum_(outs[1:]), outs[0]]
+    before = stream(step)
+    residual = flat(take(grads, before)[0], step.channels) if before is not None and grads[before] else None
+    grad, *grad2 = (flat(g, step.channels) for g, _ in outs)
+    dx = layer_norm_grad(
+        grad, t, mean, rstd, torch.empty_like(t), weight=bound[0], grad2=grad2[0] if grad2 else None, residual=residual
+    )
+    give(step, unflat(dx, step.shape, step.channels), True, grads)
+
+
+# ---- views ------------------------------------------------------------------------------------------------------------------
+
+
+def permute_forward(run: "PlannedGradient", step: Permute, bound, values, keep):
+    return values[step.inputs[0]].permute(step.dims), None
+
+
+def permute_backward(run: "PlannedGradient", step: Permute, bound, saved, grads: Grads):
+    grad, fresh = take(grads, step.out)
+    inverse = sorted(range(len(step.dims)), key=step.dims.__getitem__)
+    grads[step.inputs[0]].append((grad.permute(inverse), fresh))
+
+
+def moved_forward(run: "PlannedGradient", step: Moved, bound, values, keep):
+    return step.function(values[step.inputs[0]]), None
+
+
+def moved_backward(run: "PlannedGradient", step: Moved, bound, saved, grads: Grads):
+    grads[step.inputs[0]].append((step.back(take(grads, step.out)[0]), False))
+
+
+def index_forward(run: "PlannedGradient", step: Index, bound, values, keep):
+    x = values[step.inputs[0]]
+    y, like = x[step.items], (x.shape, x.stride())
+    return (y.to(acc_dtype(x.dtype)) if run.enters(step) else y), like
+
+
+def index_backward(run: "PlannedGradient", step: Index, bound, like, grads: Grads):
+    """A part's gradient goes into that of the whole, which the last of its parts begins."""
+    (shape, stride), source = like, step.inputs[0]
+    grad, _ = take(grads, step.out)
+    grad = run.into_network(grad) if run.enters(step) else grad
+    if step.group > 1 and grads[source]:
+        whole = grads[source][0][0]
+    else:
+        whole = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device)
+        if step.group == 1:
+            whole.zero_()
+        grads[source].append((whole, True))
+    whole[step.items] = grad
+
+
+# ---- constants --------------------------------------------------------------------------------------------------------------
+
+
+def join_forward(run: "PlannedGradient", step: Join, bound, values, keep):
+    inputs = [values[j] for j in step.inputs]
+    parts = [inputs[p] if isinstance(p, int) else bound[i].expand(len(inputs[0]), *bound[i].shape[1:]) for i, p in enumerate(step.parts)]
+    return torch.cat(parts, step.dim), [p.shape[step.dim] for p in parts]
+
+
+def join_backward(run: "PlannedGradient", step: Join, bound, sizes, grads: Grads):
+    grad, _ = take(grads, step.out)
+    for p, part in zip(step.parts, grad.split(sizes, step.dim), strict=True):
+        if isinstance(p, int):
+            grads[step.inputs[p]].append((part, False))
+
+
+def combine_forward(run: "PlannedGradient", step: Combine, bound, values, keep):
+    x, kind = values[step.inputs[0]], step.term.kind
+    function = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "rsub": torch.rsub}[kind]
+    return function(x, bound), None
+
+
+def combine_backward(run: "PlannedGradient", step: Combine, bound, saved, grads: Grads):
+    grad, fresh = take(grads, step.out)
+    if step.term.kind in ("mul", "div"):
+        grad, fresh = (grad * bound if step.term.kind == "mul" else grad / bound), True
+    elif step.term.kind == "rsub":
+        grad, fresh = -grad, True
+    grads[step.inputs[0]].append((grad, fresh))
+
+
+FORWARD: dict[type[Step], Callable] = {
+    LayerNorm: layer_norm_forward, Permute: permute_forward, Moved: moved_forward, Index: index_forward, Join: join_forward,
+    Combine: combine_forward,
+}  # fmt: skip
+BACKWARD: dict[type[Step], Callable] = {
+    LayerNorm: layer_norm_backward, Permute: permute_backward, Moved: moved_backward, Index: index_backward,
+    Join: join_backward, Combine: combine_backward,
+}  # fmt: skip
