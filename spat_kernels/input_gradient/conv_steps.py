@@ -27,6 +27,8 @@ def conv_forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, values,
     if bound.winograd is not None:
         y = bound.winograd.forward(x)
         return (y if bound.bias is None else y.add_(bound.bias.view(-1, 1, 1))), x.shape
+    if bound.packed is not None:
+        return bound.packed.forward(x.permute(0, 2, 3, 1), bound.bias).permute(0, 3, 1, 2), x.shape
     c = step.conv
     y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
     return rows(y), x.shape
@@ -53,6 +55,8 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
         dx = fused_steps.gradient(run, step, bound, grad, shape)
     if dx is None and bound.winograd is not None:
         dx = bound.winograd.gradient(grad)
+    elif dx is None and bound.packed is not None:
+        dx = bound.packed.gradient(grad.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     elif dx is None:
         unread = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=bound.layout)
         c, only_input = step.conv, [True, False, False]

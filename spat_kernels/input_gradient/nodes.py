@@ -4,7 +4,7 @@
     layer_norm (over the channels of a pixel or token)
     combine (with a constant of any other shape) · join (cat with constants)
     reshape · permute · index (of dimensions of the sample) · moved (roll)
-    attention (scaled_dot_product_attention of three values)
+    attention (scaled_dot_product_attention of three values) · matmul (of two values) · softmax
     cast (to the dtype of the weights: nothing, but in half precision, where fp32 is asked for)
     local (any other function of a sample's values and of constants: differentiated by autograd, alone)
 

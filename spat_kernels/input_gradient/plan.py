@@ -115,7 +115,7 @@ class Plan:
 
     def _is_heavy(self, i: int) -> bool:
         node = self.nodes[i]
-        return node.kind in ("conv", "attention") or (node.kind == "linear" and len(node.shape) > 1)
+        return node.kind in ("conv", "attention", "matmul") or (node.kind == "linear" and len(node.shape) > 1)
 
     def _add_step(self, i: int) -> set[int]:
         """Append the step that begins with node i; returns the nodes that it does."""

@@ -155,17 +155,20 @@ def _tensors(saved) -> list[Tensor]:
 
 def _linear_forward(run: PlannedGradient, step: Linear, bound: LinearWeights, values, keep):
     x = values[step.inputs[0]]
-    return nn.functional.linear(x.to(bound.weight.dtype), *bound), None
+    x = x.to(bound.weight.dtype)
+    if bound.packed is not None:
+        return bound.packed.forward(x, bound.bias), None
+    return nn.functional.linear(x, bound.weight, bound.bias), None
 
 
 def _linear_backward(run: PlannedGradient, step: Linear, bound: LinearWeights, saved, grads):
     grad, _ = take(grads, step.out)
-    dx = grad @ bound.weight
+    dx = grad @ bound.weight if bound.packed is None else bound.packed.gradient(grad)
     grads[step.inputs[0]].append((run.into_network(dx) if run.enters(step) else dx, True))
 
 
 def _pool_linear_forward(run: PlannedGradient, step: PoolLinear, bound: LinearWeights, values, keep):
-    x, (weight, bias) = rows(values[step.inputs[0]]), bound
+    x, (weight, bias) = rows(values[step.inputs[0]]), bound[:2]
     logits = torch.empty(len(x), len(weight), dtype=weight.dtype, device=x.device)
     return ops.pool_linear(x, weight, logits, bias=bias), (x.shape, x.dtype)
 

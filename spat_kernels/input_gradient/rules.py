@@ -267,7 +267,7 @@ LOCAL_FUNCTIONS = (
     F.sigmoid, F.tanh, F.softsign, F.logsigmoid, F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d, F.lp_pool2d,
     F.interpolate, F.pixel_shuffle, torch.sigmoid, torch.tanh, torch.exp, torch.sqrt, torch.abs, torch.pow, torch.clamp,
     torch.maximum, torch.minimum, operator.pow, operator.neg, torch.neg, torch.addcmul, torch.rsqrt,
-    torch.square, torch.matmul, operator.matmul, torch.bmm,
+    torch.square,
 )  # fmt: skip
 LOCAL_METHODS = ("sigmoid", "tanh", "exp", "sqrt", "abs", "pow", "clamp", "neg", "square", "norm", "amax")
 FUNCTIONS: dict[Any, Callable] = {  # functions, and the names of methods

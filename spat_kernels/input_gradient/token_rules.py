@@ -312,11 +312,25 @@ def softmax_module(net: Network, n, x, m: nn.Softmax):
 def _softmax(net: Network, n, x, dim):
     dim = axis(net, n, x, dim)
     net.shape = net.shape_of(x)
-    net.add(n, "local", x, function=partial(torch.softmax, dim=dim))
+    net.add(n, "softmax", x, dims=(dim,))
 
 
 @form_aware
-def normalize(net: Network, n, x, p=2.0, dim=1, eps=1e-12):
+def matmul(net: Network, n, a, b):
+    """Of two values, sample by sample, as in attention that is written out."""
+    if not (net.is_value(a) and net.is_value(b)):
+        raise CannotPlan(f"{n.name} multiplies values by a matrix that depends on no image")
+    form, shapes = net.form_of(a), (net.shape_of(a), net.shape_of(b))
+    if form.at != 0 or net.form_of(b) != form or len(shapes[0]) != len(shapes[1]) or len(shapes[0]) < 2 + form.merged:
+        raise CannotPlan(f"{n.name} multiplies values whose samples lie differently")
+    if shapes[0][:-2] != shapes[1][:-2]:
+        raise CannotPlan(f"{n.name} broadcasts one of two values")
+    net.shape = (*shapes[0][:-1], shapes[1][-1])
+    net.add(n, "matmul", a, b, channels=len(net.shape) - 1)
+
+
+@form_aware
+def normalize(net: Network, n, x, p=2.0, dim=1, eps=1e-12, out=None):
     dim = axis(net, n, x, dim)
     net.shape = net.shape_of(x)
     net.add(n, "local", x, function=partial(F.normalize, p=net.plain(p), dim=dim, eps=net.plain(eps)))
@@ -377,6 +391,7 @@ FUNCTIONS: dict[Any, Callable] = {
     F.scaled_dot_product_attention: attention,
     F.pad: pad,
     F.normalize: normalize,
+    **dict.fromkeys((torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"), matmul),
     **dict.fromkeys((F.softmax, torch.softmax, "softmax"), softmax),
     operator.getitem: index,
     **dict.fromkeys(RESHAPES, reshape),

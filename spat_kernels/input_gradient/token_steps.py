@@ -3,7 +3,7 @@
     LayerNorm   over the channels of each token, with the residual addition in front (ops.layer_norm)
     Permute, Moved, Index    views and copies of parts; the parts of one value, as q, k and v, share one gradient
     Join, Combine            cat with constants; arithmetic with a constant of any shape, as a position embedding
-    Attention                scaled_dot_product_attention, back to q, k and v alone
+    Attention, MatMul, Softmax    scaled_dot_product_attention, back to q, k and v alone; or its parts, where they are written out
 """
 
 from collections.abc import Callable
@@ -66,6 +66,16 @@ class Attention(Local):
     pass
 
 
+@dataclass
+class MatMul(Step):
+    pass
+
+
+@dataclass(kw_only=True)
+class Softmax(Step):
+    dim: int
+
+
 def make(node: Node, i: int) -> Step | None:
     """The step of node i, if it is one of these."""
     what = node.inputs, i, node.name, node.shape
@@ -84,6 +94,10 @@ def make(node: Node, i: int) -> Step | None:
     if node.kind == "combine":
         assert isinstance(node.norm, Term)
         return Combine(*what, term=node.norm)
+    if node.kind == "matmul":
+        return MatMul(*what)
+    if node.kind == "softmax":
+        return Softmax(*what, dim=node.dims[0])
     if node.kind == "attention":
         assert node.function is not None
         return Attention(*what, function=node.function, constants=node.constants)
@@ -204,11 +218,36 @@ def combine_backward(run: "PlannedGradient", step: Combine, bound, saved, grads:
     grads[step.inputs[0]].append((grad, fresh))
 
 
+# ---- attention --------------------------------------------------------------------------------------------------------------
+
+
+def matmul_forward(run: "PlannedGradient", step: MatMul, bound, values, keep):
+    a, b = (values[j] for j in step.inputs)
+    return a @ b, (a, b)
+
+
+def matmul_backward(run: "PlannedGradient", step: MatMul, bound, saved, grads: Grads):
+    grad, _ = take(grads, step.out)
+    a, b = saved
+    grads[step.inputs[0]].append((grad @ b.mT, True))
+    grads[step.inputs[1]].append((a.mT @ grad, True))
+
+
+def softmax_forward(run: "PlannedGradient", step: Softmax, bound, values, keep):
+    y = values[step.inputs[0]].softmax(step.dim)
+    return y, y
+
+
+def softmax_backward(run: "PlannedGradient", step: Softmax, bound, y, grads: Grads):
+    grad, _ = take(grads, step.out)
+    grads[step.inputs[0]].append((torch.ops.aten._softmax_backward_data(grad, y, step.dim, y.dtype), True))
+
+
 FORWARD: dict[type[Step], Callable] = {
     LayerNorm: layer_norm_forward, Permute: permute_forward, Moved: moved_forward, Index: index_forward, Join: join_forward,
-    Combine: combine_forward,
+    Combine: combine_forward, MatMul: matmul_forward, Softmax: softmax_forward,
 }  # fmt: skip
 BACKWARD: dict[type[Step], Callable] = {
     LayerNorm: layer_norm_backward, Permute: permute_backward, Moved: moved_backward, Index: index_backward,
-    Join: join_backward, Combine: combine_backward,
+    Join: join_backward, Combine: combine_backward, MatMul: matmul_backward, Softmax: softmax_backward,
 }  # fmt: skip

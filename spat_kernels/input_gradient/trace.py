@@ -160,6 +160,8 @@ class _Tracer(torch.fx.Tracer):
     def getattr(self, attr, attr_val, parameter_proxy_cache):
         if threading.get_ident() != self._thread:
             return attr_val
+        # What is computed of buffers is a part of the graph, but counters and flags are read by Python code.
+        self.proxy_buffer_attributes = isinstance(attr_val, Tensor) and attr_val.ndim > 0
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 

@@ -15,7 +15,9 @@ from ..fused_conv import winograd
 from ..fused_conv.winograd import Winograd
 from ..ops._common import acc_dtype
 from ..precision import HALVES
+from . import packed_linear
 from .nodes import Computed, Constant, Norm, Ref, Term
+from .packed_linear import PackedLinear
 from .plan import Plan
 from .steps import Conv, Linear, Local, Maps, Pointwise, Step
 from .token_steps import Combine, Join, LayerNorm
@@ -35,6 +37,7 @@ class ConvWeights(NamedTuple):
     layout: torch.memory_format = CHANNELS_LAST  # of input, output and weights
     splits: bool = False  # fp32 values are read in half precision, as two halves (ops.split_image)
     winograd: Winograd | None = None  # does the convolution, and its gradient, without the bias
+    packed: PackedLinear | None = None  # the same, with the bias, of 1x1
 
 
 class ScaleShift(NamedTuple):
@@ -47,6 +50,7 @@ class ScaleShift(NamedTuple):
 class LinearWeights(NamedTuple):
     weight: Tensor
     bias: Tensor | None
+    packed: PackedLinear | None = None  # multiplies by the weight, for many rows
 
 
 class Weights:
@@ -113,7 +117,9 @@ class Weights:
             weight = weight if scale is None else weight.to(self.acc) * scale.view(-1, 1)
             bias = bias if bias is None or scale is None else bias * scale
             bias = _sum(bias, shift)
-        return LinearWeights(weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous())
+        weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous()
+        fast = len(step.shape) > 1 and packed_linear.applies(weight, self.batch * prod(step.shape[:-1]), dtype)
+        return LinearWeights(weight, bias, PackedLinear(weight) if fast else None)
 
     def _conv(self, step: Conv) -> ConvWeights:
         weight = self._of(step.weight)
@@ -122,7 +128,7 @@ class Weights:
             bias = self._of(step.bias).to(self.acc)
             shift = _sum(bias if scale is None else bias * scale, shift)
         fast = self.dtype == torch.float32 and winograd.applies(weight, step.conv, self.batch, step.shape[1:])
-        layout = CHANNELS_LAST if fast else self._layout(step)
+        layout = CHANNELS_LAST if fast or self._is_linear(step, weight) else self._layout(step)
         if scale is None:
             folded = weight.to(self.dtype, memory_format=layout)
         else:
@@ -132,14 +138,22 @@ class Weights:
         folded = _twice(folded) if splits else folded
         inside = None if shift is None or step.shift_moves else shift.to(self.dtype)
         before = self._scale_shift(step.before, weight.shape[1])
-        return ConvWeights(folded, shift, inside, *before, layout, splits, Winograd(folded) if fast else None)
+        packed = PackedLinear(folded.flatten(1)) if not splits and self._is_linear(step, folded) else None
+        return ConvWeights(folded, shift, inside, *before, layout, splits, Winograd(folded) if fast else None, packed)
 
-    def _layout(self, step: Step) -> torch.memory_format:
+    def _is_linear(self, step: Conv, weight: Tensor) -> bool:
+        """Whether a convolution is that of each pixel by itself, and there are many."""
+        c, rows = step.conv, self.batch * prod(step.shape[1:])
+        alone = [*weight.shape[2:], *c["stride"], c["groups"]] == [1] * 5 and not any(c["padding"])
+        return alone and packed_linear.applies(weight, rows, self.dtype)
+
+    def _layout(self, step: Conv) -> torch.memory_format:
         """channels_last, but for fp32 on CPUs with few pixels: there oneDNN reads all weights again for every image.
 
         512 channels at 4x4, batch 64: 18.4 ms in channels_last, 10.8 ms with both conversions; at 8x8, 256: 10.3 and 13.1.
         """
         few = self.device.type == "cpu" and self.dtype not in HALVES and prod(step.shape[1:]) <= 16
+        few = few and step.conv["groups"] == 1  # with groups there are few weights
         return torch.contiguous_format if few else CHANNELS_LAST
 
     def _fold_norms(self, norms: list[Norm]) -> dict[Norm, ScaleShift]:
