@@ -67,7 +67,9 @@ class Computed:
             if not isinstance(call, Call):
                 results.append(call.of(modules).detach())
                 continue
-            args, kwargs = torch.utils._pytree.tree_map(lambda a: results[a.index] if type(a) is Slot else a, (call.args, call.kwargs))
+            args, kwargs = torch.utils._pytree.tree_map(
+                lambda a: results[a.index] if type(a) is Slot else a, (call.args, call.kwargs)
+            )
             if call.op == "call_method":
                 results.append(getattr(args[0], call.target)(*args[1:], **kwargs))
             else:

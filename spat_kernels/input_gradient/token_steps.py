@@ -1,9 +1,9 @@
 """The steps of networks that look at tokens, or keep their channels last: what they are, forward, and back to their inputs.
 
-    LayerNorm   over the channels of each token, with the residual addition in front (ops.layer_norm)
-    Permute, Moved, Index    views and copies of parts; the parts of one value, as q, k and v, share one gradient
-    Join, Combine            cat with constants; arithmetic with a constant of any shape, as a position embedding
-    Attention, MatMul, Softmax    scaled_dot_product_attention, back to q, k and v alone; or its parts, where they are written out
+LayerNorm   over the channels of each token, with the residual addition in front (ops.layer_norm)
+Permute, Moved, Index    views and copies of parts; the parts of one value, as q, k and v, share one gradient
+Join, Combine            cat with constants; arithmetic with a constant of any shape, as a position embedding
+Attention, MatMul, Softmax    scaled_dot_product_attention, back to q, k and v alone; or its parts, where they are written out
 """
 
 from collections.abc import Callable
@@ -192,7 +192,10 @@ def index_backward(run: "PlannedGradient", step: Index, bound, like, grads: Grad
 
 def join_forward(run: "PlannedGradient", step: Join, bound, values, keep):
     inputs = [values[j] for j in step.inputs]
-    parts = [inputs[p] if isinstance(p, int) else bound[i].expand(len(inputs[0]), *bound[i].shape[1:]) for i, p in enumerate(step.parts)]
+    parts = [
+        inputs[p] if isinstance(p, int) else bound[i].expand(len(inputs[0]), *bound[i].shape[1:])
+        for i, p in enumerate(step.parts)
+    ]
     return torch.cat(parts, step.dim), [p.shape[step.dim] for p in parts]
 
 
