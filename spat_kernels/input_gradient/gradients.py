@@ -14,7 +14,7 @@ def rows(t: Tensor) -> Tensor:
 
 
 def flat(t: Tensor, channels: int) -> Tensor:
-    """`t` as contiguous [rows, C], a copy only where its channels are not innermost; they are dimension `channels` of a sample."""
+    """`t` as contiguous [rows, C], where dimension `channels` of a sample is C. It is a copy only where that is not innermost."""
     moved = t.movedim(channels + 1, -1)
     return moved.reshape(-1, moved.shape[-1]).contiguous()
 

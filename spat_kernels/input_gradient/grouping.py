@@ -14,8 +14,12 @@ none.
 """
 
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from .steps import Conv, FusedConv, Pointwise, Step
+
+if TYPE_CHECKING:
+    from .token_steps import LayerNorm
 
 Readers = dict[int, list[int]]  # value -> the steps that read it, in order, as often as they do
 
@@ -45,7 +49,7 @@ def made(step: Step) -> list[int]:
     return [step.out] if total is None else [step.out, total]
 
 
-def stream(step: Pointwise) -> int | None:
+def stream(step: "Pointwise | LayerNorm") -> int | None:
     """The value before scale and shift, where others may read it."""
     return step.total if len(step.inputs) > 1 else step.inputs[0]
 

@@ -28,7 +28,7 @@ __all__ = ["CannotPlan", "Computed", "Constant", "Form", "Network", "Node", "Nor
 class Form:
     """How the model sees a value, whose samples come first in a plan.
 
-    `at` is the batch dimension. `merged`: the first dimension of a sample is merged with it, as in Swin's windows [B * windows, ...].
+    `at` is the batch dimension. `merged`: the first dimension of a sample is merged with it, as in Swin's [B * windows, ...].
     """
 
     at: int = 0

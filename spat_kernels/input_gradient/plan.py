@@ -142,8 +142,8 @@ class Plan:
         assert node.weight is not None
         affines = self._affines_after(i) if len(node.shape) > 1 else []
         out = affines[-1] if affines else i
-        self.steps.append(Linear(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias))
-        self.steps[-1].after = self._maps(affines)
+        after = self._maps(affines)
+        self.steps.append(Linear(node.inputs, out, node.name, node.shape, weight=node.weight, bias=node.bias, after=after))
         return {i, *affines}
 
     def _add_conv(self, i: int, conv: dict) -> set[int]:
@@ -226,9 +226,9 @@ class Plan:
         first = len(self.steps) - 2
         while first >= 0 and isinstance(self.steps[first], Reshape):
             first -= 1
-        if first < 0 or not (isinstance(self.steps[first], Mean) and isinstance(self.steps[-1], Linear)):
-            return
         mean, linear = self.steps[first], self.steps[-1]
+        if first < 0 or not (isinstance(mean, Mean) and isinstance(linear, Linear)):
+            return
         if mean.dims != (2, 3) or len(self.nodes[mean.inputs[0]].shape) != 3:
             return
         channels, classes = mean.shape[0], linear.shape[0]

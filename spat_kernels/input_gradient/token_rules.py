@@ -1,8 +1,8 @@
 """What the functions of transformers and of networks with their channels last are in a plan: rules as in rules.py.
 
-A plan keeps samples apart and first. Where a model moves the batch (qkv.permute(2, 0, 3, 1, 4)) or merges it with other dimensions
-(Swin's windows), the value stays as it is, and a `Form` says how the model sees it. Rules that are `form_aware` know of that. All
-others refuse such values.
+A plan keeps samples apart and first. Where a model moves the batch (qkv.permute(2, 0, 3, 1, 4)) or merges it with other
+dimensions (Swin's windows), the value stays as it is, and a `Form` says how the model sees it. Rules that are `form_aware` know
+of that. All others refuse such values.
 """
 
 import operator
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .constants import Call, Slot
 from .nodes import CannotPlan, Computed, Constant, Form, Network, Ref, Term
 
+MAX_CHANNELS = 8192  # of ops.layer_norm
 AXES = "{} works along the batch"
 
 
@@ -105,8 +106,9 @@ def identity(net: Network, n, x, *_, **__):
 def index(net: Network, n, x, item):
     """x[item] without tensors in `item`, and the parts of a tuple."""
     if x in net.parts:
-        source, items, forms = net.parts[x]
-        return _index(net, n, source, items[item], forms)
+        source, parts, form = net.parts[x]
+        _index(net, n, source, parts[item], form)
+        return
     if not net.is_value(x):
         raise CannotPlan(f"{n.name} indexes {x}")
     items = net.plain(item if isinstance(item, tuple) else (item,))
@@ -118,8 +120,8 @@ def index(net: Network, n, x, item):
         items = (*items, Ellipsis)
     at = items.index(Ellipsis)
     items = [*items[:at], *[slice(None)] * rest, *items[at + 1 :]]
-    taken, new_at, d = [slice(None)] * first_axis(form), None, 0
-    position = 0
+    taken: list[slice | int | None] = [slice(None)] * first_axis(form)
+    new_at, d, position = None, 0, 0
     for i in items:
         if i is None:
             if new_at is None:
@@ -192,10 +194,12 @@ def pad(net: Network, n, x, pad, mode="constant", value=None):
     check_usual(net, n, x)
     widths = list(net.plain(pad))
     if not any(widths):
-        return net.same(n, x)
+        net.same(n, x)
+        return
     if net.plain(mode) != "constant" or net.plain(value) or len(widths) // 2 > len(net.shape_of(x)) or min(widths) < 0:
         net.shape = tuple(net.result.shape[1:])
-        return net.add(n, "local", x, function=partial(F.pad, pad=widths, mode=net.plain(mode), value=net.plain(value)))
+        net.add(n, "local", x, function=partial(F.pad, pad=widths, mode=net.plain(mode), value=net.plain(value)))
+        return
     pairs = list(zip(widths[::2], widths[1::2], strict=True))[::-1]
     shape = net.shape_of(x)
     first = len(shape) - len(pairs)
@@ -249,6 +253,8 @@ def _layer_norm(net: Network, n, x, normalized, weight, bias, eps):
     net.shape = net.shape_of(x)
     if tuple(normalized) != net.shape[last - 1 :]:
         raise CannotPlan(f"{n.name} normalises over several dimensions: {tuple(normalized)}")
+    if normalized[0] > MAX_CHANNELS:
+        raise CannotPlan(f"{n.name} normalises over {normalized[0]} channels, more than {MAX_CHANNELS}")
     net.add(n, "layer_norm", x, weight=weight, bias=bias, eps=eps, channels=last - 1)
 
 
@@ -293,7 +299,7 @@ def _attention(merged: bool, settings: dict, query, key, value, mask=None):
     shape = query.shape[:2]
     if mask is not None and mask.ndim == query.ndim:
         mask = mask.expand(*shape, *mask.shape[2:]).flatten(0, 1)
-    out = F.scaled_dot_product_attention(*(t.flatten(0, 1) for t in (query, key, value)), mask, **settings)
+    out = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask, **settings)
     return out.unflatten(0, shape)
 
 
@@ -342,6 +348,7 @@ def normalize(net: Network, n, x, p=2.0, dim=1, eps=1e-12, out=None):
 def constant(net: Network, n, x, a) -> Constant:
     """The constant `a` as it broadcasts with the plan's value of x: the same for all samples."""
     ref, form, given = net.ref(a), net.form_of(x), net.tensor(a)
+    assert ref is not None
     rank = len(axes(net, n, x))
     if given.ndim > rank or form.at != 0:
         raise CannotPlan(f"{n.name} broadcasts values along the batch")

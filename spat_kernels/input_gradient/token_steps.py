@@ -208,7 +208,13 @@ def join_backward(run: "PlannedGradient", step: Join, bound, sizes, grads: Grads
 
 def combine_forward(run: "PlannedGradient", step: Combine, bound, values, keep):
     x, kind = values[step.inputs[0]], step.term.kind
-    function = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "rsub": torch.rsub}[kind]
+    function: Callable[[Tensor, Tensor], Tensor] = {
+        "add": torch.add,
+        "sub": torch.sub,
+        "mul": torch.mul,
+        "div": torch.div,
+        "rsub": torch.rsub,
+    }[kind]
     return function(x, bound), None
 
 

@@ -91,6 +91,7 @@ class Weights:
             elif isinstance(step, Join):
                 bound[i] = [None if isinstance(p, int) else self._as_value(step, p) for p in step.parts]
             elif isinstance(step, Combine):
+                assert isinstance(step.term.constant, (Ref, Computed))
                 bound[i] = self._as_value(step, step.term.constant)
         for i, step in enumerate(steps):
             if isinstance(step, Pointwise):
