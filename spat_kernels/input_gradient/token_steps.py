@@ -206,16 +206,12 @@ def join_backward(run: "PlannedGradient", step: Join, bound, sizes, grads: Grads
             grads[step.inputs[p]].append((part, False))
 
 
+FUNCTIONS: dict[str, Callable] = {k: getattr(torch, k) for k in ("add", "sub", "mul", "div", "rsub")}
+
+
 def combine_forward(run: "PlannedGradient", step: Combine, bound, values, keep):
     x, kind = values[step.inputs[0]], step.term.kind
-    function: Callable[[Tensor, Tensor], Tensor] = {
-        "add": torch.add,
-        "sub": torch.sub,
-        "mul": torch.mul,
-        "div": torch.div,
-        "rsub": torch.rsub,
-    }[kind]
-    return function(x, bound), None
+    return FUNCTIONS[kind](x, bound), None
 
 
 def combine_backward(run: "PlannedGradient", step: Combine, bound, saved, grads: Grads):

@@ -25,7 +25,7 @@ ALIASING = {
     "float", "unflatten", "movedim", "swapaxes", "getitem", "unbind", "chunk", "split", "select", "narrow", "type_as",
 }  # fmt: skip
 ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
-KNOWN = ("device", "dtype", "shape", "ndim")  # of a parameter or buffer, while it is traced
+KNOWN = ("device", "dtype", "shape", "ndim")  # of a buffer, while the model is traced
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -167,15 +167,14 @@ class _Tracer(torch.fx.Tracer):
 
 
 class _Proxy(torch.fx.Proxy):
-    """torch.fx takes a += b for a = a + b, and does not know what is known of parameters and buffers."""
+    """torch.fx takes a += b for a = a + b, and does not know what is known of buffers."""
 
     def __getattr__(self, name):
         if name in KNOWN and self.node.op == "get_attr":
             path, _, own = str(self.node.target).rpartition(".")
-            module = self.tracer.root.get_submodule(path)  # type: ignore[attr-defined]
-            # Not by getattr, which gives a proxy now.
-            tensors = (d[own] for d in (module._parameters, module._buffers, vars(module)) if own in d)
-            return getattr(next(tensors), name)
+            buffers = self.tracer.root.get_submodule(path)._buffers  # type: ignore[attr-defined]
+            if own in buffers:
+                return getattr(buffers[own], name)
         return super().__getattr__(name)
 
     def _in_place(self, function, other):
