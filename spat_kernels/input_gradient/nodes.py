@@ -5,6 +5,7 @@
     combine (with a constant of any other shape) · join (cat with constants)
     reshape · permute · index (of dimensions of the sample) · moved (roll)
     attention (scaled_dot_product_attention of three values) · matmul (of two values) · softmax
+    normalize (to vectors of length 1)
     cast (to the dtype of the weights: nothing, but in half precision, where fp32 is asked for)
     local (any other function of a sample's values and of constants: differentiated by autograd, alone)
 
@@ -69,7 +70,7 @@ class Node:
     function: Callable | None = None  # local: the values of `inputs` and the constants -> this value. moved: the value -> this
     channels: int = 0  # the dimension of a sample that is innermost in memory
     constants: tuple[Constant, ...] = ()  # local, attention
-    eps: float = 0.0  # layer_norm
+    eps: float = 0.0  # layer_norm, normalize
     back: Callable | None = None  # moved: its gradient -> that of the input
     dims: tuple = ()  # mean, permute: dimensions [B, ...]; index: what to index with; join: what, along which dimension
 

@@ -74,16 +74,36 @@ class Plan:
                 self.users[j].append(i)
 
     def _scale_before_views(self) -> None:
-        """linear, view, scale becomes linear, scale, view, where the scale can be folded into the weights."""
-        for i, node in enumerate(self.nodes):
-            if node.kind == "affine" and self.users[node.inputs[0]] == [i]:
-                (j,) = node.inputs
-                view = self.nodes[j]
-                source = self.nodes[view.inputs[0]] if view.inputs else view
-                channels = node.shape[node.channels] == source.shape[source.channels] and view.channels == node.channels
-                if view.kind == "permute" and source.kind in ("linear", "affine") and len(source.shape) > 1 and channels:
-                    self.nodes[j] = replace(node, inputs=view.inputs, shape=source.shape, channels=source.channels)
-                    self.nodes[i] = replace(view, inputs=(j,))
+        """layer, view, scale becomes layer, scale, view, where the scale can be folded into the layer's weights."""
+        for i in range(len(self.nodes)):
+            views = self._views_to_layer(i)
+            for view in views:
+                node, other = self.nodes[i], self.nodes[view]
+                source = self.nodes[other.inputs[0]]
+                self.nodes[view] = replace(node, inputs=other.inputs, shape=source.shape, channels=source.channels)
+                self.nodes[i] = replace(other, inputs=(view,))
+                i = view
+
+    def _views_to_layer(self, i: int) -> list[int]:
+        """The views between a convolution or linear layer and the affine node i, from that on, which nobody else reads."""
+        views: list[int] = []
+        while self.nodes[i].kind == "affine" or views:
+            node = self.nodes[i]
+            if not node.inputs or self.users[node.inputs[0]] != [i]:
+                return []
+            (i,) = node.inputs
+            source = self.nodes[i]
+            if source.kind in ("conv", "affine") or (source.kind == "linear" and len(source.shape) > 1):
+                return views if self._keeps_channels(node, source) else []
+            if source.kind not in ("permute", "reshape") or not self._keeps_channels(node, source):
+                return []
+            views.append(i)
+        return []
+
+    def _keeps_channels(self, node: Node, source: Node) -> bool:
+        ends = {(n.channels == 0, n.channels == len(n.shape) - 1) for n in (node, source)}
+        alike = node.shape[node.channels] == source.shape[source.channels]
+        return alike and (node.kind != "reshape" or len(ends) == 1)
 
     def _find_exact(self, tokens: bool) -> tuple[set[int], str | None]:
         """The values that stay fp32, and why half precision is not possible. `tokens`: the head may begin with one token."""

@@ -339,7 +339,10 @@ def matmul(net: Network, n, a, b):
 def normalize(net: Network, n, x, p=2.0, dim=1, eps=1e-12, out=None):
     dim = axis(net, n, x, dim)
     net.shape = net.shape_of(x)
-    net.add(n, "local", x, function=partial(F.normalize, p=net.plain(p), dim=dim, eps=net.plain(eps)))
+    if net.plain(p) == 2:
+        net.add(n, "normalize", x, dims=(dim,), eps=net.plain(eps))
+    else:
+        net.add(n, "local", x, function=partial(F.normalize, p=net.plain(p), dim=dim, eps=net.plain(eps)))
 
 
 # ---- constants --------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,12 @@ class Softmax(Step):
     dim: int
 
 
+@dataclass(kw_only=True)
+class Normalize(Step):
+    dim: int
+    eps: float
+
+
 def make(node: Node, i: int) -> Step | None:
     """The step of node i, if it is one of these."""
     what = node.inputs, i, node.name, node.shape
@@ -98,6 +104,8 @@ def make(node: Node, i: int) -> Step | None:
         return MatMul(*what)
     if node.kind == "softmax":
         return Softmax(*what, dim=node.dims[0])
+    if node.kind == "normalize":
+        return Normalize(*what, dim=node.dims[0], eps=node.eps)
     if node.kind == "attention":
         assert node.function is not None
         return Attention(*what, function=node.function, constants=node.constants)
@@ -248,11 +256,29 @@ def softmax_backward(run: "PlannedGradient", step: Softmax, bound, y, grads: Gra
     grads[step.inputs[0]].append((torch.ops.aten._softmax_backward_data(grad, y, step.dim, y.dtype), True))
 
 
+def normalize_forward(run: "PlannedGradient", step: Normalize, bound, values, keep):
+    x = values[step.inputs[0]]
+    length = torch.linalg.vector_norm(x, dim=step.dim, keepdim=True)
+    y = x / length.clamp_min(step.eps)
+    return y, (y, length)
+
+
+def normalize_backward(run: "PlannedGradient", step: Normalize, bound, saved, grads: Grads):
+    """dx = (g - y (y . g)) / length, or g / eps where the length is below eps."""
+    grad, _ = take(grads, step.out)
+    y, length = saved
+    along = (y * grad).sum(step.dim, keepdim=True).masked_fill_(length < step.eps, 0)
+    dx = torch.addcmul(grad, y, along, value=-1).div_(length.clamp_min(step.eps))
+    grads[step.inputs[0]].append((dx, True))
+
+
 FORWARD: dict[type[Step], Callable] = {
     LayerNorm: layer_norm_forward, Permute: permute_forward, Moved: moved_forward, Index: index_forward, Join: join_forward,
     Combine: combine_forward, MatMul: matmul_forward, Softmax: softmax_forward,
+    Normalize: normalize_forward,
 }  # fmt: skip
 BACKWARD: dict[type[Step], Callable] = {
     LayerNorm: layer_norm_backward, Permute: permute_backward, Moved: moved_backward, Index: index_backward,
     Join: join_backward, Combine: combine_backward, MatMul: matmul_backward, Softmax: softmax_backward,
+    Normalize: normalize_backward,
 }  # fmt: skip
