@@ -90,15 +90,45 @@ def mixed_norms(m, x):
     return z + m.norm(z) * m.norm2(z) + y
 
 
+def scaled(m, x):
+    y = m.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return x + y.mul(m.gamma.reshape(1, -1, 1, 1))
+
+
+def scaled_convolution(m, x):
+    """As XCiT does: the scale is of tokens, behind a convolution."""
+    return tokens(x) + m.gamma * F.conv2d(x, m.table[:, :, None, None].expand(-1, -1, 3, 3)[m.order[:8]], padding=1).flatten(
+        2
+    ).transpose(1, 2)
+
+
+def response_norm(m, x):
+    g = x.norm(2, (2, 3), True)
+    return x + torch.addcmul(m.gamma.view(1, -1, 1, 1), m.token.view(1, -1, 1, 1), x * g / (g.mean(1, True) + 1e-6))
+
+
+def computed_weights(m, x):
+    return F.conv2d(x, F.normalize(m.table[:, :, None, None].expand(-1, -1, 3, 3)[m.order[:8]]), padding=1)
+
+
+def packed(m, x):
+    return m.mlp(x.permute(0, 2, 3, 1)).relu().permute(0, 3, 1, 2) + m.conv(x)
+
+
+def norm_and_back(m, x):
+    return F.layer_norm(x.permute(0, 2, 3, 1), (8,), m.gamma, None, 1e-3).permute(0, 3, 1, 2) + x
+
+
 QKV = {"qkv": nn.Linear(8, 24)}
 NORMS = {"norm": nn.LayerNorm(8), "norm2": nn.LayerNorm(8, eps=0.1, bias=False), "mlp": nn.Linear(8, 8)}
 PIECES = {  # the part, the dimensions to average, and modules
     "norm, channels last": (lambda m, x: m.norm(x.permute(0, 2, 3, 1)).relu(), (1, 2), NORMS),
-    "norm, and back": (lambda m, x: F.layer_norm(x.permute(0, 2, 3, 1), (8,), m.gamma, None, 1e-3).permute(0, 3, 1, 2) + x, None, {}),
+    "norm, and back": (norm_and_back, None, {}),
     "norm without parameters": (lambda m, x: F.layer_norm(tokens(x), [8]), 1, {}),
     "norm of rows": (lambda m, x: m.norm(F.pad(x, (0, 4))), None, {"norm": nn.LayerNorm(8)}),
     "norms of sums": (mixed_norms, 1, NORMS),
-    "layer scale": (lambda m, x: x + m.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).mul(m.gamma.reshape(1, -1, 1, 1)), None, NORMS),
+    "layer scale": (scaled, None, NORMS),
+    "layer scale of a convolution": (scaled_convolution, 1, {}),
     "layer scale of tokens": (lambda m, x: (y := tokens(x)) + (m.mlp(y) * m.gamma + 1).relu(), 1, NORMS),
     "scale that others pass by": (lambda m, x: (y := m.mlp(tokens(x))) * m.gamma + y, 1, NORMS),
     "pixels scaled": (lambda m, x: x * m.table[:4, :4] - m.places[0, :4, :4] / 2, None, {}),
@@ -114,12 +144,8 @@ PIECES = {  # the part, the dimensions to average, and modules
     "windows": (lambda m, x: windows(m, x.permute(0, 2, 3, 1), lambda m, x: m.mlp(m.norm(x)) + x * m.gamma), (1, 2), NORMS),
     "windows with masks": (lambda m, x: windows(m, x.permute(0, 2, 3, 1), masked), (1, 2), QKV),
     "windows with masks by hand": (lambda m, x: windows(m, x.permute(0, 2, 3, 1), masked_by_hand), (1, 2), QKV),
-    "response norm": (
-        lambda m, x: x + torch.addcmul(m.gamma.view(1, -1, 1, 1), m.token.view(1, -1, 1, 1), x * (g := x.norm(2, (2, 3), True)) / (g.mean(1, True) + 1e-6)),
-        None,
-        {},
-    ),
-    "computed weights": (lambda m, x: F.conv2d(x, F.normalize(m.table[:, :, None, None].expand(-1, -1, 3, 3)[m.order[:8]]), padding=1), None, {}),
+    "response norm": (response_norm, None, {}),
+    "computed weights": (computed_weights, None, {}),
     "cross-covariance": (lambda m, x: (F.normalize(t := tokens(x), dim=1).transpose(1, 2) @ t).softmax(-1), 1, {}),
 }  # fmt: skip
 
@@ -162,6 +188,7 @@ def test_layer_scale_is_folded_through_the_permute():
     assert len(linear.after) == 1
     assert [p.affine for p in passes] == [()]
     assert len(steps_of("layer scale of tokens", Linear)[0].after) == 2
+    assert [len(s.after) for s in steps_of("layer scale of a convolution", Conv)] == [0, 1]
     assert steps_of("scale that others pass by", Linear)[0].after == ()
 
 
@@ -245,9 +272,7 @@ def test_packed_weights_give_the_same(dtype):
 
 def test_tokens_and_pixels_by_packed_weights_in_fp32(monkeypatch):
     torch.manual_seed(0)
-    model = shaken(
-        Piece(lambda m, x: m.mlp(x.permute(0, 2, 3, 1)).relu().permute(0, 3, 1, 2) + m.conv(x), **NORMS, conv=nn.Conv2d(8, 8, 1))
-    )
+    model = shaken(Piece(packed, **NORMS, conv=nn.Conv2d(8, 8, 1)))
     x = images(16, 16)
     exact = logits_and_gradient(InputGradient(model), x)
     model, x = model.float(), x.float()
@@ -267,17 +292,18 @@ def test_tokens_and_pixels_by_packed_weights_in_fp32(monkeypatch):
 # ---- timm's networks ----------------------------------------------------------------------------------------------------------
 
 VIT = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 3}
-CONVNEXT = {"depths": (1, 2), "dims": (8, 16)}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
+SWIN = {"img_size": 32, "window_size": 4, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4)}
 NETWORKS = {  # the name, its settings, the size of the images, and what autograd does besides activations
-    "convnext": ("convnext_tiny", {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "drop_path_rate": 0.1, "ls_init_value": 0.5}, 32, 0),
-    "convnext, 1x1 convolutions": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "ls_init_value": 0.5}, 32, 0),
-    "convnext, ConvStem": ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24), "stem_type": "overlap_act"}, 32, 0),
-    "convnextv2": ("convnextv2_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}, 32, None),
+    "convnext": ("convnext_tiny", CONVNEXT | {"drop_path_rate": 0.1, "ls_init_value": 0.5}, 32, 0),
+    "convnext, 1x1 convolutions": ("convnext_atto", CONVNEXT | {"ls_init_value": 0.5}, 32, 0),
+    "convnext, ConvStem": ("convnext_tiny", CONVNEXT | {"stem_type": "overlap_act"}, 32, 0),
+    "convnextv2": ("convnextv2_tiny", CONVNEXT, 32, None),
     "vit": ("vit_tiny_patch16_224", VIT | {"init_values": 0.3, "qk_norm": True}, 16, 0),
     "vit, averaged": ("vit_tiny_patch16_224", VIT | {"global_pool": "avg"}, 16, 0),
     "deit3": ("deit3_small_patch16_224", VIT, 16, 0),
     "deit, distilled": ("deit_tiny_distilled_patch16_224", VIT, 16, 0),
-    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 32, "window_size": 4, "depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4)}, 32, 0),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN, 32, 0),
     "xcit": ("xcit_nano_12_p16_224", {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}, 32, None),
     "resnetv2": ("resnetv2_50", {"layers": (1, 1), "channels": (16, 32), "stem_chs": 8}, 32, None),
 }  # fmt: skip
