@@ -6,6 +6,7 @@
 Where the gate was made from the mean of x over its pixels, dx waits for the mean's gradient, and both are written in one pass.
 """
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,6 @@ from ..ops._common import acc_dtype
 from ..precision import HALVES
 from .gradients import Grads, rows, take
 from .steps import Mean, Multiply
-from .weights import CHANNELS_LAST
 
 if TYPE_CHECKING:
     from .planned_gradient import PlannedGradient
@@ -44,23 +44,24 @@ def _factor(grad: Tensor, other: Tensor, like: Tensor) -> Tensor:
 def mean_forward(run: "PlannedGradient", step: Mean, bound, values, keep):
     x = values[step.inputs[0]]
     dtype = acc_dtype(x.dtype) if step.out in run.plan.exact else x.dtype
-    return x.mean((2, 3), dtype=dtype).view(len(x), *step.shape), x.shape
+    return x.mean(step.dims, dtype=dtype).view(len(x), *step.shape), x.shape
 
 
 def mean_backward(run: "PlannedGradient", step: Mean, bound, shape, grads: Grads):
     grad, _ = take(grads, step.out)
-    grad = grad.reshape(shape[0], shape[1], 1, 1)
+    grad = grad.reshape([1 if d in step.dims else n for d, n in enumerate(shape)])
     # The factor 1 / (H W) is one of those that do not count where each sample is scaled anyway.
     scaled = run.dtype in HALVES and run.enters(step)
-    pixels = shape[2] * shape[3]
+    pixels = prod(shape[d] for d in step.dims)
     if scaled:
         grad = run.into_network(grad)
         run.factor = run.factor / pixels
     else:
         grad = grad / pixels
-    if step.gates is None:
-        dx = grad.expand(shape).contiguous(memory_format=CHANNELS_LAST)
-    else:
+    if step.gates is not None:
         product, gate = run.products.pop(step.gates)
         dx = torch.addcmul(grad, rows(product), gate)
+    else:
+        dx = grad.expand(shape)
+        dx = rows(dx) if step.dims == (2, 3) else dx.contiguous()
     grads[step.inputs[0]].append((dx, True))
