@@ -192,7 +192,7 @@ def _interpolate(net: Network, n, x, size=None, scale_factor=None, mode="nearest
     return _upsample(net, n, x, nn.Upsample(size, scale_factor, mode, align_corners))
 
 
-# ---- GroupNorm and InstanceNorm ---------------------------------------------------------------------------------------------
+# ---- norms of groups and of responses ---------------------------------------------------------------------------------------
 
 
 def _group_norm(net: Network, n, x, num_groups, weight=None, bias=None, eps=1e-5):
@@ -220,6 +220,11 @@ def _normalise_groups(net: Network, n, x, groups: int, weight: Constant | None, 
         if ref is not None:
             net.nodes.append(Node("affine", (net.index[n],), net.shape, f"{n.name}_{kind}", norm=Term(kind, ref)))
             net.index[n] = len(net.nodes) - 1
+
+
+def _response_norm_module(net: Network, n, x, m):
+    channels = range(len(net.shape) + 1)[m.channel_dim] - 1
+    net.add(n, "response_norm", x, weight=_own(n, m, "weight"), bias=_own(n, m, "bias"), eps=m.eps, channels=channels)
 
 
 def _own(n, module: nn.Module, name: str) -> Ref | None:
@@ -250,6 +255,8 @@ TIMM: dict[str, Callable] = {  # classes of timm.layers.activations and activati
 
 def of_timm(module: nn.Module) -> Callable | None:
     room = type(module).__module__
+    if room == "timm.layers.grn" and type(module).__name__ == "GlobalResponseNorm":
+        return _response_norm_module
     return TIMM.get(type(module).__name__) if room.startswith("timm.layers.activations") else None
 
 

@@ -1,7 +1,7 @@
 """The words that a traced model is written in: nodes, the parameters that they name, and the network that they form.
 
     input · conv · linear · affine (BatchNorm, normalisation, layer scale) · relu · add · mean (global average pooling)
-    layer_norm (over the channels of a pixel or token)
+    layer_norm (over the channels of a pixel or token) · response_norm (of ConvNeXt V2)
     combine (with a constant of any other shape) · cat (of values and constants)
     reshape · permute · index (of dimensions of the sample) · moved (roll) · pad
     attention (scaled_dot_product_attention of three values) · matmul (of two values) · softmax
@@ -73,7 +73,7 @@ class Node:
     inputs: tuple[int, ...]
     shape: tuple[int, ...]
     name: str
-    weight: Constant | None = None  # conv, linear, layer_norm
+    weight: Constant | None = None  # conv, linear, layer_norm, response_norm
     bias: Constant | None = None
     conv: dict | None = None  # stride, padding, dilation, groups
     norm: Norm | Term | None = None  # affine, along `channels`; combine
@@ -84,7 +84,7 @@ class Node:
     options: dict | None = None  # pad: sides, value; group_norm: groups, eps
     channels: int = 0  # the dimension of a sample that is innermost in memory
     constants: tuple[Constant, ...] = ()  # local, attention
-    eps: float = 0.0  # layer_norm, normalize
+    eps: float = 0.0  # layer_norm, response_norm, normalize
     back: Callable | None = None  # moved: its gradient -> that of the input
     dims: tuple = ()  # mean, permute: dimensions [B, ...]; index: what to index with; cat: along which, and what
 

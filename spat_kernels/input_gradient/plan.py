@@ -51,7 +51,7 @@ from .steps import (
     PoolLinear,
     Reshape,
     Step,
-)  # fmt: skip
+)
 
 ACTIVATIONS = ("relu", "act")  # kinds of nodes
 WORDS: dict[str, type[Step]] = {"reshape": Reshape, "cast": Reshape, "multiply": Multiply}

@@ -19,7 +19,14 @@ from . import token_steps
 from .autograd import check_logits
 from .conv_steps import conv_backward, conv_forward, pointwise_backward, pointwise_forward
 from .fused_steps import Engines
-from .gate_steps import mean_backward, mean_forward, multiply_backward, multiply_forward
+from .gate_steps import (
+    mean_backward,
+    mean_forward,
+    multiply_backward,
+    multiply_forward,
+    response_norm_backward,
+    response_norm_forward,
+)
 from .gradients import Grads, give, rows, take
 from .join_steps import cat_backward, cat_forward, index_backward, index_forward, pad_backward, pad_forward
 from .plan import Plan
@@ -39,8 +46,9 @@ from .steps import (
     Pool,
     PoolLinear,
     Reshape,
+    ResponseNorm,
     Step,
-)  # fmt: skip
+)
 from .weights import CHANNELS_LAST, LinearWeights, Weights
 
 Saved = Any  # what a step's forward keeps for its backward
@@ -239,12 +247,14 @@ FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
     Conv: conv_forward, FusedConv: conv_forward, Pointwise: pointwise_forward, Linear: _linear_forward,
     PoolLinear: _pool_linear_forward, Mean: mean_forward, Reshape: _reshape_forward, Local: _local_forward,
     Multiply: multiply_forward, Cat: cat_forward, Index: index_forward, Pad: pad_forward, Pool: pool_forward,
-    GroupNorm: group_norm_forward, token_steps.Attention: _local_forward, **token_steps.FORWARD,
+    GroupNorm: group_norm_forward, ResponseNorm: response_norm_forward,
+    token_steps.Attention: _local_forward, **token_steps.FORWARD,
 }  # fmt: skip
 # (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
 BACKWARD: dict[type[Step], Callable[..., None]] = {
     Conv: conv_backward, FusedConv: conv_backward, Pointwise: pointwise_backward, Linear: _linear_backward,
     PoolLinear: _pool_linear_backward, Mean: mean_backward, Reshape: _reshape_backward, Local: _local_backward,
     Multiply: multiply_backward, Cat: cat_backward, Index: index_backward, Pad: pad_backward, Pool: pool_backward,
-    GroupNorm: group_norm_backward, token_steps.Attention: _local_backward, **token_steps.BACKWARD,
+    GroupNorm: group_norm_backward, ResponseNorm: response_norm_backward,
+    token_steps.Attention: _local_backward, **token_steps.BACKWARD,
 }  # fmt: skip

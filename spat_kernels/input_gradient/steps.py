@@ -144,3 +144,13 @@ class Pool(Step):
 class GroupNorm(Step):
     groups: int
     eps: float
+
+
+@dataclass(kw_only=True)
+class ResponseNorm(Step):
+    """Global response normalisation, over all pixels of each of the `channels`, a dimension of the sample."""
+
+    weight: Constant
+    bias: Constant
+    eps: float
+    channels: int

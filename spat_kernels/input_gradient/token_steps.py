@@ -18,7 +18,7 @@ from ..ops._common import acc_dtype
 from .gradients import Grads, flat, give, sum_, take, unflat
 from .grouping import stream
 from .nodes import Constant, Node, Term
-from .steps import Cat, Index, Local, Step
+from .steps import Cat, Index, Local, ResponseNorm, Step
 
 if TYPE_CHECKING:
     from .planned_gradient import PlannedGradient
@@ -75,6 +75,10 @@ def make(node: Node, i: int) -> Step | None:
     what = node.inputs, i, node.name, node.shape
     if node.kind == "layer_norm":
         return LayerNorm(*what, weight=node.weight, bias=node.bias, eps=node.eps, channels=node.channels)
+    if node.kind == "response_norm":
+        assert node.weight is not None
+        assert node.bias is not None
+        return ResponseNorm(*what, weight=node.weight, bias=node.bias, eps=node.eps, channels=node.channels)
     if node.kind == "permute":
         return Permute(*what, dims=node.dims)
     if node.kind == "moved":

@@ -255,7 +255,7 @@ class _Reader(torch.fx.Interpreter, Network):  # type: ignore[misc]
 
     def run_node(self, n: torch.fx.Node) -> Any:
         target: Any = n.args[0] if n.args else None
-        if _in_place(n, self.module) and not self.is_value(target) and isinstance(self.env.get(target), Tensor):
+        if _in_place(n, self.module) and self.is_tensor(target) and not self._is_read_by(n, target):
             raise CannotPlan(f"{n.name} changes a tensor of the model")
         if n.op == "call_method" and n.target in _NoLooking.names:
             raise CannotPlan(f"its forward looks at the values of a tensor ({n.target}), which may change")
@@ -286,6 +286,12 @@ class _Reader(torch.fx.Interpreter, Network):  # type: ignore[misc]
         elif not isinstance(result, Tensor) and not self.asked.isdisjoint(n.all_input_nodes):
             self.asked.add(n)
         return result
+
+    def _is_read_by(self, n: torch.fx.Node, constant: torch.fx.Node) -> bool:
+        """Whether a computed constant is memory that `n` alone reads."""
+        memory = self.env[constant].untyped_storage().data_ptr()
+        alike = [k for k, v in self.env.items() if isinstance(v, Tensor) and v.untyped_storage().data_ptr() == memory]
+        return constant.op != "get_attr" and alike == [constant] and list(constant.users) == [n]
 
     def _needed_for(self, last: int) -> list[Node]:
         """The nodes that node `last` needs, in order: dead code has no gradient."""

@@ -20,7 +20,7 @@ from . import packed_linear
 from .nodes import Computed, Constant, Norm, Ref, Term
 from .packed_linear import PackedLinear
 from .plan import Plan
-from .steps import Cat, Conv, Linear, Local, Maps, Pointwise, Step
+from .steps import Cat, Conv, Linear, Local, Maps, Pointwise, ResponseNorm, Step
 from .token_steps import Combine, LayerNorm
 
 CHANNELS_LAST = torch.channels_last
@@ -100,7 +100,7 @@ class Weights:
                 bound[i] = self._conv(step)
             elif isinstance(step, Linear):
                 bound[i] = self._linear(step)
-            elif isinstance(step, LayerNorm):
+            elif isinstance(step, (LayerNorm, ResponseNorm)):
                 bound[i] = tuple(None if c is None else self._of(c).to(self.acc).contiguous() for c in (step.weight, step.bias))
             elif isinstance(step, Local):
                 bound[i] = tuple(self._as_value(step, c) for c in step.constants)
