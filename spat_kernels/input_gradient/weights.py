@@ -146,7 +146,7 @@ class Weights:
             shift = _sum(bias if scale is None else bias * scale, shift)
         fast = self.dtype == torch.float32 and winograd.applies(weight, step.conv, self.batch, step.shape[1:])
         packs = self._packs(step, weight)
-        layout = CHANNELS_LAST if fast or packs else self._layout(step)
+        layout = CHANNELS_LAST if fast or packs else self._layout(step, weight)
         if scale is None:
             folded = weight.to(self.dtype, memory_format=layout)
         else:
@@ -180,14 +180,15 @@ class Weights:
         depthwise = step.conv["groups"] > 1 and weight.shape[1] == 1
         return self.device.type == "cpu" and self.dtype in HALVES and depthwise and step.conv["stride"] != [1, 1]
 
-    def _layout(self, step: Conv) -> torch.memory_format:
+    def _layout(self, step: Conv, weight: Tensor) -> torch.memory_format:
         """channels_last, but for fp32 on CPUs with few pixels: there oneDNN reads all weights again for every image.
 
         512 channels at 4x4, batch 64: 18.4 ms in channels_last, 10.8 ms with both conversions; at 8x8, 256: 10.3 and 13.1.
-        Depthwise ones (1152 channels at 3x3, 5x5 weights, batch 16: 0.12 and 0.27 ms) have few weights.
+        Groups of up to 16 channels have few weights (512 channels at 4x4, batch 16, both ways: 0.8 and 14.9 ms), but not those of
+        48 (768 channels: 16.6 and 7.6 ms).
         """
         few = self.device.type == "cpu" and self.dtype not in HALVES and prod(step.shape[1:]) <= 16
-        few = few and step.conv["groups"] == 1  # with groups there are few weights
+        few = few and (step.conv["groups"] == 1 or weight.shape[1] > 16)
         return torch.contiguous_format if few else CHANNELS_LAST
 
     def _negative(self, step: Pointwise) -> Tensor | None:

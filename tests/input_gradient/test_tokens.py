@@ -264,7 +264,7 @@ REFUSED = {
     "normalises over several dimensions": lambda m, x: F.layer_norm(x, (8, 4, 4)),
     "samples may mix": lambda m, x: x.flatten(0, 1).unflatten(0, (8, -1)).transpose(0, 1),
     "changes a tensor of the model": lambda m, x: tokens(x) * m.table[0].relu_(),
-    "normalises over more|more than": lambda m, x: F.layer_norm(x.flatten(1).repeat(1, 65), (65 * 128,)),
+    "8320 channels, more than 8192": lambda m, x: F.layer_norm(torch.cat([x.flatten(1)] * 65, 1), (65 * 128,)),
     "roll works along the batch": lambda m, x: torch.roll(tokens(x), 1, 0),
     "whose batch is moved": lambda m, x: F.scaled_dot_product_attention(*(tokens(x).transpose(0, 1),) * 3).transpose(0, 1),
 }
