@@ -1,18 +1,14 @@
-"""The rules for what today's convolutional networks are made of: activations, gates, joints, padding, pooling and group norms.
+"""The rules for what today's convolutional networks are made of: activations, gates, padding, pooling and group norms."""
 
-What has an unusual form (values that are neither [B, C] nor [B, C, H, W]) is left to autograd.
-"""
-
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .local_rules import local, local_module
-from .nodes import Act, CannotPlan, Network, Node, Norm, Ref, Term
+from .nodes import Act, CannotPlan, Constant, Network, Node, Norm, Ref, Term
 
 # ---- activations ------------------------------------------------------------------------------------------------------------
 
@@ -49,14 +45,12 @@ def _prelu(net: Network, n, x, weight):
     _prelu_act(net, n, x, net.ref(weight))
 
 
-def _prelu_act(net: Network, n, x, negative: Ref | None):
-    if len(net.shape) not in (1, 3):
-        raise CannotPlan(f"{n.name} is a PReLU of values that are neither [B, C] nor [B, C, H, W]")
-    net.add(n, "act", x, act=Act("leaky_relu", negative))
+def _prelu_act(net: Network, n, x, negative: Constant | None):
+    net.add(n, "act", x, act=Act("leaky_relu", negative), channels=0)
 
 
 def _act(net: Network, n, x, act: Act | None, m: nn.Module):
-    if act is None or len(net.shape) not in (1, 3):
+    if act is None:
         local_module(net, n, x, m)
     else:
         net.add(n, "act", x, act=act)
@@ -68,7 +62,7 @@ def _act_function(function: Callable, find: Callable[..., Act | None]):
     def rule(net: Network, n, x, *args, **kwargs):
         kwargs.pop("inplace", None)
         act = find(*map(net.plain, args), **{k: net.plain(v) for k, v in kwargs.items()})
-        if act is None or len(net.shape) not in (1, 3):
+        if act is None:
             return local(function)(net, n, x, *args, **kwargs)
         return net.add(n, "act", x, act=act)
 
@@ -123,82 +117,16 @@ def _swish_of(net: Network, x, gate):
     return x if node.act == Act("sigmoid") and node.inputs == (net.index[x],) else None
 
 
-# ---- channels joined and taken apart ----------------------------------------------------------------------------------------
-
-
-def _cat(net: Network, n, tensors, dim=0):
-    if net.plain(dim) % (len(net.shape) + 1) == 0:
-        raise CannotPlan(f"{n.name} joins along the batch")
-    if len(net.shape) in (1, 3) and net.plain(dim) % (len(net.shape) + 1) == 1 and all(map(net.is_value, tensors)):
-        return net.add(n, "cat", *tensors)
-    return local(lambda *parts: torch.cat(parts, dim))(net, n, *tensors)
-
-
-def _parts(function):
-    """A rule for what gives several parts of a value. Each is read where it is taken out of them."""
-
-    def rule(net: Network, n, x, *args, **kwargs):
-        sizes = [p.shape for p in net.env[n]]
-        dim = net.plain(kwargs.get("dim", args[1] if len(args) > 1 else 0))
-        if dim % (len(net.shape_of(x)) + 1) == 0:
-            raise CannotPlan(f"{n.name} takes the batch apart")
-        net.split[n] = x, dim % (len(net.shape_of(x)) + 1), sizes, function, args, kwargs
-
-    return rule
-
-
-def _getitem(net: Network, n, x, index):
-    if x in net.split:
-        return _part(net, n, x, index)
-    index = net.plain(index)
-    index = index if isinstance(index, tuple) else (index,)
-    shape = net.shape_of(x)
-    if index[0] is not Ellipsis and index[0] != slice(None):
-        raise CannotPlan(f"{n.name} takes some samples out of the batch")
-    if any(isinstance(i, (Tensor, list)) for i in index):
-        raise CannotPlan(f"{n.name} takes out elements by a tensor or a list")
-    if len(shape) in (1, 3) and index[0] is not Ellipsis and len(index) > 1 and isinstance(index[1], slice):
-        first, last, step = index[1].indices(shape[0])
-        if step == 1 and all(i in (slice(None), Ellipsis) for i in index[2:]):
-            return _slice(net, n, x, first, last)
-    return local(lambda t: t[index])(net, n, x)
-
-
-def _part(net: Network, n, parts, i: int):
-    x, dim, sizes, function, args, kwargs = net.split[parts]
-    i %= len(sizes)
-    if dim == 1 and len(net.shape_of(x)) in (1, 3) and len(sizes[i]) == len(net.shape_of(x)) + 1:
-        first = sum(size[1] for size in sizes[:i])
-        return _slice(net, n, x, first, first + sizes[i][1])
-    args, kwargs = net.plain(args), net.plain(kwargs)
-    return local(lambda t: function(t, *args, **kwargs)[i])(net, n, x)
-
-
-def _slice(net: Network, n, x, first: int, last: int):
-    if (first, last) == (0, net.shape_of(x)[0]):
-        net.same(n, x)
-    else:
-        net.add(n, "slice", x, options={"first": first, "last": last})
-
-
-def _narrow(net: Network, n, x, dim, start, length):
-    dim, start, length = map(net.plain, (dim, start, length))
-    if dim % (len(net.shape) + 1) == 0:
-        raise CannotPlan(f"{n.name} takes some samples out of the batch")
-    if dim % (len(net.shape) + 1) == 1 and len(net.shape) in (1, 3):
-        start %= net.shape_of(x)[0]
-        return _slice(net, n, x, start, start + length)
-    return local(torch.narrow)(net, n, x, dim, start, length)
+# ---- padding ----------------------------------------------------------------------------------------------------------------
 
 
 def _pad(net: Network, n, x, pad, mode="constant", value=None):
     sides, mode, value = tuple(net.plain(pad)), net.plain(mode), net.plain(value)
-    if mode == "constant" and len(net.shape) == 3 and len(sides) in (2, 4):
-        sides = (*sides, 0, 0)[:4]
-        if not any(sides):
-            return net.same(n, x)
-        return net.add(n, "pad", x, options={"sides": sides, "value": float(value or 0)})
-    return local(F.pad)(net, n, x, pad, mode, value)
+    if not any(sides):
+        return net.same(n, x)
+    if mode != "constant" or len(sides) // 2 > len(net.shape):
+        return local(F.pad)(net, n, x, sides, mode, value)
+    return net.add(n, "pad", x, options={"sides": sides, "value": float(value or 0)})
 
 
 def _pad_module(net: Network, n, x, m):
@@ -211,7 +139,7 @@ def _pad_module(net: Network, n, x, m):
 def average(net: Network, n, x, m: nn.AvgPool2d | nn.AdaptiveAvgPool2d):
     shape = net.shape_of(x)
     if len(shape) == 3 and net.shape == (shape[0], 1, 1) and _covers(m, shape):
-        net.add(n, "mean", x)
+        net.add(n, "mean", x, channels=0)
     else:
         _pool(net, n, x, m)
 
@@ -231,7 +159,7 @@ def _pool(net: Network, n, x, m):
         return local_module(net, n, x, m)
     if net.shape == net.shape_of(x) and type(m) in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d):
         return net.same(n, x)
-    return net.add(n, "pool", x, function=m)
+    return net.add(n, "pool", x, function=m, channels=0)
 
 
 def _pool_by(module: type, rule: Callable, *names: str):
@@ -248,7 +176,7 @@ def _pool_by(module: type, rule: Callable, *names: str):
 def _upsample(net: Network, n, x, m: nn.Upsample):
     whole = m.size is not None or all(float(f).is_integer() for f in _factors(m.scale_factor))
     if len(net.shape) == 3 and m.mode in ("nearest", "bilinear") and whole and not m.recompute_scale_factor:
-        net.add(n, "pool", x, function=m)
+        net.add(n, "pool", x, function=m, channels=0)
     else:
         local_module(net, n, x, m)
 
@@ -264,7 +192,7 @@ def _interpolate(net: Network, n, x, size=None, scale_factor=None, mode="nearest
     return _upsample(net, n, x, nn.Upsample(size, scale_factor, mode, align_corners))
 
 
-# ---- GroupNorm and InstanceNorm ---------------------------------------------------------------------------------------------
+# ---- norms of groups and of responses ---------------------------------------------------------------------------------------
 
 
 def _group_norm(net: Network, n, x, num_groups, weight=None, bias=None, eps=1e-5):
@@ -279,21 +207,24 @@ def _instance_norm_module(net: Network, n, x, m: nn.InstanceNorm2d):
     weight, bias = _own(n, m, "weight"), _own(n, m, "bias")
     if m.running_mean is not None and not m.training:
         mean, var = Ref(str(n.target), "running_mean"), Ref(str(n.target), "running_var")
-        return net.add(n, "affine", x, norm=Norm(weight, bias, mean, var, m.eps))
+        return net.add(n, "affine", x, norm=Norm(weight, bias, mean, var, m.eps), channels=0)
     if m.running_mean is not None:
         raise CannotPlan(f"{n.target} updates its statistics")
     return _normalise_groups(net, n, x, m.num_features, weight, bias, m.eps)
 
 
-def _normalise_groups(net: Network, n, x, groups: int, weight: Ref | None, bias: Ref | None, eps: float):
+def _normalise_groups(net: Network, n, x, groups: int, weight: Constant | None, bias: Constant | None, eps: float):
     """Its weights are an affine map behind it, which passes fuse."""
-    if len(net.shape) not in (1, 3):
-        raise CannotPlan(f"{n.name} normalises groups of values that are neither [B, C] nor [B, C, H, W]")
-    net.add(n, "group_norm", x, options={"groups": groups, "eps": eps})
+    net.add(n, "group_norm", x, options={"groups": groups, "eps": eps}, channels=0)
     for kind, ref in (("mul", weight), ("add", bias)):
         if ref is not None:
             net.nodes.append(Node("affine", (net.index[n],), net.shape, f"{n.name}_{kind}", norm=Term(kind, ref)))
             net.index[n] = len(net.nodes) - 1
+
+
+def _response_norm_module(net: Network, n, x, m):
+    channels = range(len(net.shape) + 1)[m.channel_dim] - 1
+    net.add(n, "response_norm", x, weight=_own(n, m, "weight"), bias=_own(n, m, "bias"), eps=m.eps, channels=channels)
 
 
 def _own(n, module: nn.Module, name: str) -> Ref | None:
@@ -324,6 +255,8 @@ TIMM: dict[str, Callable] = {  # classes of timm.layers.activations and activati
 
 def of_timm(module: nn.Module) -> Callable | None:
     room = type(module).__module__
+    if room == "timm.layers.grn" and type(module).__name__ == "GlobalResponseNorm":
+        return _response_norm_module
     return TIMM.get(type(module).__name__) if room.startswith("timm.layers.activations") else None
 
 
@@ -341,11 +274,6 @@ FUNCTIONS: dict[Any, Callable] = {
     F.softplus: _act_function(F.softplus, _softplus_act),
     **dict.fromkeys((torch.clamp, "clamp", "clamp_"), _act_function(torch.clamp, _clamp_act)),
     **dict.fromkeys((F.prelu, torch.prelu), _prelu),
-    **dict.fromkeys((torch.cat, torch.concat), _cat),
-    **dict.fromkeys((torch.chunk, "chunk"), _parts(torch.chunk)),
-    **dict.fromkeys((torch.split, "split"), _parts(torch.split)),
-    **dict.fromkeys((torch.narrow, "narrow"), _narrow),
-    operator.getitem: _getitem,
     F.pad: _pad,
     F.avg_pool2d: _pool_by(
         nn.AvgPool2d, average, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"

@@ -7,12 +7,11 @@ done: the pass its value, and backward nothing left in `grads`.
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from . import fused_steps
-from .gradients import Grads, give, rows, sum_, take
+from .gradients import Grads, flat, give, rows, sum_, take, unflat
 from .grouping import stream
 from .steps import Conv, Pointwise
 from .weights import CHANNELS_LAST, ConvWeights, PointwiseWeights
@@ -28,8 +27,8 @@ def conv_forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, values,
     if bound.winograd is not None:
         y = bound.winograd.forward(x)
         return (y if bound.bias is None else y.add_(bound.bias.view(-1, 1, 1))), x.shape
-    if bound.dense:
-        return F.linear(x.flatten(1), bound.weight.flatten(1), bound.bias)[:, :, None, None], x.shape
+    if bound.dense is not None:
+        return bound.dense.forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), x.shape
     c = step.conv
     y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
     return rows(y), x.shape
@@ -56,8 +55,8 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
         dx = fused_steps.gradient(run, step, bound, grad, shape)
     if dx is None and bound.winograd is not None:
         dx = bound.winograd.gradient(grad)
-    elif dx is None and bound.dense:
-        dx = (grad.flatten(1) @ bound.weight.flatten(1))[:, :, None, None]
+    elif dx is None and bound.dense is not None:
+        dx = bound.dense.gradient(grad.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     elif dx is None:
         weight = bound.weight if bound.wide is None else bound.wide
         unread = torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=bound.layout)
@@ -80,7 +79,7 @@ def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: PointwiseW
     if step.out in run.engines.masks:  # the convolution has done it
         return values[step.out], run.engines.masks.pop(step.out)
     a, b = values[step.inputs[0]], values[step.inputs[1]] if len(step.inputs) > 1 else None
-    a, b = rows(a), b if b is None else rows(b)
+    a, b = _laid(step, a), b if b is None else _laid(step, b)
     mask = None
     if keep and step.relu:
         pixels = a.numel() // a.shape[1]
@@ -88,15 +87,23 @@ def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: PointwiseW
     total = None
     if step.total is not None:
         total = a if step.in_place else torch.empty_like(a)
-        values[step.total] = total
+        values[step.total] = _shaped(step, total)
     out = a if step.in_place and total is None else torch.empty_like(a)
     maps = {"scale": bound.scale, "shift": bound.shift}
     if step.act:
         slope = torch.empty_like(a) if keep else None
         ops.scale_shift_act(a, out, act=step.act.name, b=b, **maps, total=total, slope=slope, negative=bound.negative)
-        return out, slope
+        return _shaped(step, out), slope
     ops.scale_shift_relu(a, out, b=b, **maps, total=total, mask=mask, relu=step.relu)
-    return out, mask
+    return _shaped(step, out), mask
+
+
+def _laid(step: Pointwise, t: Tensor) -> Tensor:
+    return rows(t) if step.of_images else flat(t, step.channels)
+
+
+def _shaped(step: Pointwise, t: Tensor) -> Tensor:
+    return t if step.of_images else unflat(t, step.shape, step.channels)
 
 
 def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: PointwiseWeights, saved, grads: Grads):
@@ -107,14 +114,14 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: Pointwise
         outs = [sum_(outs[1:]), outs[0]]
     before = stream(step)
     residual, residual_fresh = take(grads, before) if before is not None and grads[before] else (None, False)
-    outs = [(rows(g), fresh) for g, fresh in outs]
+    outs = [(_laid(step, g), fresh) for g, fresh in outs]
     if saved is None and bound.scale is None and residual is None and len(outs) == 1:
         dx, fresh = outs[0]  # a bare addition
     else:
         (grad, _), grad2 = outs[0], outs[1][0] if len(outs) > 1 else None
         reusable = [g for g, fresh in outs if fresh]
         if residual is not None:
-            residual = rows(residual)
+            residual = _laid(step, residual)
             reusable += [residual] * residual_fresh
         target = reusable[0] if reusable else torch.empty_like(grad)
         if step.act:
@@ -122,4 +129,4 @@ def pointwise_backward(run: "PlannedGradient", step: Pointwise, bound: Pointwise
         else:
             dx = ops.scale_shift_relu_grad(grad, target, grad2=grad2, mask=saved, scale=bound.scale, residual=residual)
         fresh = True
-    give(step, dx, fresh, grads)
+    give(step, _shaped(step, dx), fresh, grads)

@@ -9,8 +9,20 @@ Grads = list[list[tuple[Tensor, bool]]]  # for each value: what its readers cont
 
 
 def rows(t: Tensor) -> Tensor:
-    """`t` with its channels innermost in memory."""
+    """Images [B, C, H, W] with their channels innermost in memory; other values contiguous."""
     return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t.contiguous()
+
+
+def flat(t: Tensor, channels: int) -> Tensor:
+    """`t` as contiguous [rows, C], where dimension `channels` of a sample is C. It is a copy only where that is not innermost."""
+    moved = t.movedim(channels + 1, -1)
+    return moved.reshape(-1, moved.shape[-1]).contiguous()
+
+
+def unflat(r: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
+    """[rows, C] as samples of `shape`."""
+    rest = (*shape[:channels], *shape[channels + 1 :])
+    return r.view(-1, *rest, shape[channels]).movedim(-1, channels + 1)
 
 
 def take(grads: Grads, value: int) -> tuple[Tensor, bool]:

@@ -14,8 +14,12 @@ none.
 """
 
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from .steps import Conv, FusedConv, Pointwise, Split, Step
+from .steps import Conv, FusedConv, Pointwise, Step
+
+if TYPE_CHECKING:
+    from .token_steps import LayerNorm
 
 Readers = dict[int, list[int]]  # value -> the steps that read it, in order, as often as they do
 
@@ -41,13 +45,11 @@ def group(steps: list[Step], exact: set[int]) -> None:
 
 def made(step: Step) -> list[int]:
     """The values that a step writes."""
-    if isinstance(step, Split):
-        return list(step.outs)
     total = getattr(step, "total", None)
     return [step.out] if total is None else [step.out, total]
 
 
-def stream(step: Pointwise) -> int | None:
+def stream(step: "Pointwise | LayerNorm") -> int | None:
     """The value before scale and shift, where others may read it."""
     return step.total if len(step.inputs) > 1 else step.inputs[0]
 

@@ -15,12 +15,20 @@ from .. import ops
 from ..ops._common import acc_dtype
 from ..precision import HALVES, arithmetic
 from ..settings import Fuse
+from . import token_steps
 from .autograd import check_logits
 from .conv_steps import conv_backward, conv_forward, pointwise_backward, pointwise_forward
 from .fused_steps import Engines
-from .gate_steps import mean_backward, mean_forward, multiply_backward, multiply_forward
+from .gate_steps import (
+    mean_backward,
+    mean_forward,
+    multiply_backward,
+    multiply_forward,
+    response_norm_backward,
+    response_norm_forward,
+)
 from .gradients import Grads, give, rows, take
-from .join_steps import cat_backward, cat_forward, pad_backward, pad_forward, split_backward, split_forward
+from .join_steps import cat_backward, cat_forward, index_backward, index_forward, pad_backward, pad_forward
 from .plan import Plan
 from .pool_steps import group_norm_backward, group_norm_forward, pool_backward, pool_forward
 from .steps import (
@@ -28,6 +36,7 @@ from .steps import (
     Conv,
     FusedConv,
     GroupNorm,
+    Index,
     Linear,
     Local,
     Mean,
@@ -37,7 +46,7 @@ from .steps import (
     Pool,
     PoolLinear,
     Reshape,
-    Split,
+    ResponseNorm,
     Step,
 )
 from .weights import CHANNELS_LAST, LinearWeights, Weights
@@ -174,18 +183,17 @@ def _tensors(saved) -> list[Tensor]:
 
 
 def _linear_forward(run: PlannedGradient, step: Linear, bound: LinearWeights, values, keep):
-    x = values[step.inputs[0]]
-    return nn.functional.linear(x.to(bound.weight.dtype), *bound), None
+    return bound.forward(values[step.inputs[0]].to(bound.weight.dtype)), None
 
 
 def _linear_backward(run: PlannedGradient, step: Linear, bound: LinearWeights, saved, grads):
     grad, _ = take(grads, step.out)
-    dx = grad @ bound.weight
+    dx = bound.gradient(grad)
     grads[step.inputs[0]].append((run.into_network(dx) if run.enters(step) else dx, True))
 
 
 def _pool_linear_forward(run: PlannedGradient, step: PoolLinear, bound: LinearWeights, values, keep):
-    x, (weight, bias) = rows(values[step.inputs[0]]), bound
+    x, (weight, bias) = rows(values[step.inputs[0]]), bound[:2]
     logits = torch.empty(len(x), len(weight), dtype=weight.dtype, device=x.device)
     return ops.pool_linear(x, weight, logits, bias=bias), (x.shape, x.dtype)
 
@@ -212,17 +220,18 @@ def _reshape_forward(run: PlannedGradient, step: Reshape, bound, values, keep):
 
 
 def _reshape_backward(run: PlannedGradient, step: Reshape, bound, shape, grads):
-    grad = take(grads, step.out)[0].reshape(shape)
-    grads[step.inputs[0]].append((run.into_network(grad) if run.enters(step) else grad, False))
+    grad, fresh = take(grads, step.out)
+    grad = grad.reshape(shape)
+    grads[step.inputs[0]].append((run.into_network(grad), False) if run.enters(step) else (grad, fresh))
 
 
 def _local_forward(run: PlannedGradient, step: Local, bound, values, keep):
     inputs = [values[j] for j in step.inputs]
     if not keep:
-        return step.function(*inputs), None
+        return step.function(*inputs, *bound), None
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        y = step.function(*leaves)
+        y = step.function(*leaves, *bound)
     return y.detach(), (leaves, y)
 
 
@@ -237,13 +246,15 @@ def _local_backward(run: PlannedGradient, step: Local, bound, saved, grads):
 FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
     Conv: conv_forward, FusedConv: conv_forward, Pointwise: pointwise_forward, Linear: _linear_forward,
     PoolLinear: _pool_linear_forward, Mean: mean_forward, Reshape: _reshape_forward, Local: _local_forward,
-    Multiply: multiply_forward, Cat: cat_forward, Split: split_forward, Pad: pad_forward, Pool: pool_forward,
-    GroupNorm: group_norm_forward,
+    Multiply: multiply_forward, Cat: cat_forward, Index: index_forward, Pad: pad_forward, Pool: pool_forward,
+    GroupNorm: group_norm_forward, ResponseNorm: response_norm_forward,
+    token_steps.Attention: _local_forward, **token_steps.FORWARD,
 }  # fmt: skip
 # (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
 BACKWARD: dict[type[Step], Callable[..., None]] = {
     Conv: conv_backward, FusedConv: conv_backward, Pointwise: pointwise_backward, Linear: _linear_backward,
     PoolLinear: _pool_linear_backward, Mean: mean_backward, Reshape: _reshape_backward, Local: _local_backward,
-    Multiply: multiply_backward, Cat: cat_backward, Split: split_backward, Pad: pad_backward, Pool: pool_backward,
-    GroupNorm: group_norm_backward,
+    Multiply: multiply_backward, Cat: cat_backward, Index: index_backward, Pad: pad_backward, Pool: pool_backward,
+    GroupNorm: group_norm_backward, ResponseNorm: response_norm_backward,
+    token_steps.Attention: _local_backward, **token_steps.BACKWARD,
 }  # fmt: skip

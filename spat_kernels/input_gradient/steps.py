@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor, nn
 
-from .nodes import Act, Norm, Ref, Term
+from .nodes import Act, Constant, Norm, Term
 
 Maps = tuple[Norm | Term, ...]
 
@@ -23,8 +23,8 @@ class Step:
 
 @dataclass(kw_only=True)
 class Conv(Step):
-    weight: Ref
-    bias: Ref | None
+    weight: Constant
+    bias: Constant | None
     conv: dict
     before: Maps = ()  # affine maps of the image, done while it is read
     after: Maps = ()  # affine maps folded into weight and bias
@@ -51,16 +51,23 @@ class Pointwise(Step):
     act: Act | None = None  # instead of ReLU
     total: int | None = None  # the value inputs[0] (+ inputs[1]), where somebody else reads it
     shifts: tuple[int, ...] = ()  # steps whose bias moved here
-    in_place: bool = False  # inputs[0] is a convolution's output that nobody else reads
+    in_place: bool = False  # inputs[0] is the output of a convolution or linear layer that nobody else reads
     in_head: bool = False  # its way back is done by the PoolLinear behind it
     alone: str = ""  # why it is done by itself, if it is
     back_alone: str = ""
+    channels: int = 0  # the dimension of a sample that `affine` goes along, innermost in memory
+
+    @property
+    def of_images(self) -> bool:
+        """Whether values are [B, C, H, W] or [B, C]. Others are read as rows of channels."""
+        return self.channels == 0 and len(self.shape) in (1, 3)
 
 
 @dataclass(kw_only=True)
 class Linear(Step):
-    weight: Ref
-    bias: Ref | None
+    weight: Constant
+    bias: Constant | None
+    after: Maps = ()  # affine maps of tokens, folded into weight and bias
 
 
 @dataclass(kw_only=True)
@@ -70,9 +77,8 @@ class PoolLinear(Linear):
 
 @dataclass
 class Mean(Step):
-    gates: int | None = (
-        None  # what is pooled is multiplied later: by the step that writes this value, which leaves its product here
-    )
+    dims: tuple[int, ...] = (2, 3)
+    gates: int | None = None  # the value of a product with what is pooled, whose step leaves its gradient here
 
 
 @dataclass
@@ -82,7 +88,8 @@ class Reshape(Step):
 
 @dataclass(kw_only=True)
 class Local(Step):
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor]  # of the values of `inputs` and of the constants
+    constants: tuple[Constant, ...] = ()
 
 
 @dataclass
@@ -92,22 +99,39 @@ class Multiply(Step):
     pooled: bool = False  # the gradient of inputs[0] is completed by the `Mean` that the other factor was made from
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Cat(Step):
-    """Values one behind the other along the channels."""
+    """Values and constants one behind the other."""
+
+    dim: int
+    parts: tuple[int | Constant, ...]  # positions in `inputs`, and constants
+    channels: int
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether it joins the channels of images, and nothing else."""
+        return len(self.shape) == 3 and self.dim == 1 and len(self.parts) == len(self.inputs)
 
 
 @dataclass(kw_only=True)
-class Split(Step):
-    """Some channels of a value, [first, last) for each value that is made: `outs`, of which `out` is the first."""
+class Index(Step):
+    """A part of a value."""
 
-    outs: tuple[int, ...]
-    bounds: tuple[tuple[int, int], ...]
+    items: tuple
+    group: int = 1  # how many parts of one value this is one of: together they are all of it, and nobody else reads it
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether it takes channels of images, and all of their pixels."""
+        alike = len(self.shape) == 3 and all(isinstance(i, slice) for i in self.items)
+        return alike and all(i == slice(None) for k, i in enumerate(self.items) if k != 1)
 
 
 @dataclass(kw_only=True)
 class Pad(Step):
-    sides: tuple[int, int, int, int]  # left, right, top, bottom
+    """By a constant; negative sides are cut off."""
+
+    sides: tuple[int, ...]  # as torch.nn.functional.pad has them
     value: float
 
 
@@ -120,3 +144,13 @@ class Pool(Step):
 class GroupNorm(Step):
     groups: int
     eps: float
+
+
+@dataclass(kw_only=True)
+class ResponseNorm(Step):
+    """Global response normalisation, over all pixels of each of the `channels`, a dimension of the sample."""
+
+    weight: Constant
+    bias: Constant
+    eps: float
+    channels: int

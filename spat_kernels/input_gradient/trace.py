@@ -18,15 +18,17 @@ from torch.overrides import TorchFunctionMode
 from .nodes import CannotPlan, Network, Node
 from .rules import find_function, find_rule
 from .shapes import Shapes
+from .token_rules import TUPLES
 
 PROBES = 5  # samples that a model is traced with; an unusual size, so that a batch differs from other dimensions
 BATCHES = PROBES, 11  # with which its shapes are found
 ALIASING = {
     "flatten", "view", "reshape", "contiguous", "dropout", "dropout2d", "squeeze", "unsqueeze", "permute", "transpose", "to",
-    "float", "getitem", "chunk", "split", "narrow",
+    "float", "unflatten", "movedim", "swapaxes", "getitem", "unbind", "chunk", "split", "select", "narrow", "type_as",
+    "reshape_as", "view_as",
 }  # fmt: skip
 ASKING = {getattr, torch.is_tensor, "size", "dim", "ndimension", "stride", "is_contiguous", "is_floating_point"}  # not for values
-PARTS = {torch.chunk, torch.split, "chunk", "split"}  # gives several values
+KNOWN = ("device", "dtype")  # of a buffer, while the model is traced
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -154,7 +156,7 @@ class _Tracer(torch.fx.Tracer):
                 "a part of its forward runs without gradients, with its own backward or under an autocast of its own"
             )
         proxy = super().create_proxy(*args, **kwargs)
-        if proxy.node.target in PARTS and (count := self._ask(Shapes.parts, proxy.node)):
+        if proxy.node.target in TUPLES and (count := self._ask(Shapes.parts, proxy.node)):
             return tuple(proxy[i] for i in range(count))
         return proxy
 
@@ -182,11 +184,21 @@ class _Tracer(torch.fx.Tracer):
     def getattr(self, attr, attr_val, parameter_proxy_cache):
         if threading.get_ident() != self._thread:
             return attr_val
+        # What is computed of buffers is a part of the graph, but counters and flags are read by Python code.
+        self.proxy_buffer_attributes = isinstance(attr_val, Tensor) and attr_val.ndim > 0
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 class _Proxy(torch.fx.Proxy):
-    """torch.fx takes a += b for a = a + b, and shapes for symbols."""
+    """torch.fx takes a += b for a = a + b, and what is known of shapes and buffers for symbols."""
+
+    def __getattr__(self, name):
+        if name in KNOWN and self.node.op == "get_attr":
+            path, _, own = str(self.node.target).rpartition(".")
+            buffers = self.tracer.root.get_submodule(path)._buffers
+            if own in buffers:
+                return getattr(buffers[own], name)
+        return super().__getattr__(name)
 
     def _in_place(self, function, other):
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -218,7 +230,7 @@ class _Proxy(torch.fx.Proxy):
         return self.ndim
 
 
-class _Reader(torch.fx.Interpreter, Network):
+class _Reader(torch.fx.Interpreter, Network):  # type: ignore[misc]
     """Runs the traced graph on a few samples and writes down each operation as a `Node`."""
 
     def __init__(self, model: nn.Module, graph: torch.fx.Graph):
@@ -243,7 +255,7 @@ class _Reader(torch.fx.Interpreter, Network):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         target: Any = n.args[0] if n.args else None
-        if _in_place(n, self.module) and not self.is_value(target) and isinstance(self.env.get(target), Tensor):
+        if _in_place(n, self.module) and self.is_tensor(target) and not self._is_read_by(n, target):
             raise CannotPlan(f"{n.name} changes a tensor of the model")
         if n.op == "call_method" and n.target in _NoLooking.names:
             raise CannotPlan(f"its forward looks at the values of a tensor ({n.target}), which may change")
@@ -258,21 +270,28 @@ class _Reader(torch.fx.Interpreter, Network):
             self.root[n] = n
         elif n.op == "output":
             (answer,) = n.args
-            if not isinstance(answer, torch.fx.Node) or answer not in self.index:
+            if not isinstance(answer, torch.fx.Node) or answer not in self.index or answer in self.form:
                 raise CannotPlan("it does not return one tensor that depends on the images")
             self.nodes = self._needed_for(self.index[answer])
-        elif any(a in self.index or a in self.split for a in n.all_input_nodes):
-            if n.target in PARTS and isinstance(result, tuple):
-                self.env[n] = result
-                self.root[n] = self.root[target]
-                self._read(n)
-            elif isinstance(result, Tensor):
-                self._check_batch(n, result)
+        elif any(a in self.index or a in self.parts for a in n.all_input_nodes):
+            if isinstance(result, Tensor):
+                self._read(n, result)
+            elif n.target in TUPLES:
                 self._check_in_place(n)
-                self._read(n)
-            elif n.target not in ASKING:
+                TUPLES[n.target](self, n, *n.args, **n.kwargs)
+            elif n.target in ASKING:
+                self.asked.add(n)
+            else:
                 raise CannotPlan(f"{n.name} gives no tensor, but {type(result).__name__}")
+        elif not isinstance(result, Tensor) and not self.asked.isdisjoint(n.all_input_nodes):
+            self.asked.add(n)
         return result
+
+    def _is_read_by(self, n: torch.fx.Node, constant: torch.fx.Node) -> bool:
+        """Whether a computed constant is memory that `n` alone reads."""
+        memory = self.env[constant].untyped_storage().data_ptr()
+        alike = [k for k, v in self.env.items() if isinstance(v, Tensor) and v.untyped_storage().data_ptr() == memory]
+        return constant.op != "get_attr" and alike == [constant] and list(constant.users) == [n]
 
     def _needed_for(self, last: int) -> list[Node]:
         """The nodes that node `last` needs, in order: dead code has no gradient."""
@@ -289,9 +308,17 @@ class _Reader(torch.fx.Interpreter, Network):
     def _check_batch(self, n, result):
         if result.ndim < 2 or result.shape[0] != len(self.probe):
             raise CannotPlan(f"{n.name} has shape {tuple(result.shape)} for a batch of {len(self.probe)}: samples may mix")
+        self.shape = tuple(result.shape[1:])
+
+    def _check_dtype(self, n, result):
         if result.dtype != self.probe.dtype:
             raise CannotPlan(f"{n.name} changes the dtype from {self.probe.dtype} to {result.dtype}")
-        self.shape = tuple(result.shape[1:])
+
+    def _check_forms(self, n):
+        for a in n.all_input_nodes:
+            if a in self.form:
+                where = "is merged with other dimensions" if self.form[a].merged else f"is dimension {self.form[a].at}"
+                raise CannotPlan(f"{n.name} reads {a.name}, whose batch {where}")
 
     def _check_in_place(self, n):
         """An operation in place is the same as one out of place while nobody reads the old value later."""
@@ -308,7 +335,18 @@ class _Reader(torch.fx.Interpreter, Network):
                 if late:
                     raise CannotPlan(f"{n.name} works in place on a value that {late[0].name} reads later")
 
-    def _read(self, n: torch.fx.Node) -> None:
+    def _read(self, n: torch.fx.Node, result: Tensor) -> None:
+        rule, args, kwargs = self._rule(n)
+        self.result = result
+        if not getattr(rule, "form_aware", False):
+            self._check_forms(n)
+            self._check_batch(n, result)
+        self._check_dtype(n, result)
+        self._check_in_place(n)
+        rule(self, n, *args, **kwargs)
+
+    def _rule(self, n: torch.fx.Node) -> tuple[Any, tuple, dict]:
+        """The rule for `n`, and what it is given besides the network and `n`."""
         if n.op == "call_module" and isinstance(n.target, str):
             m = self.fetch_attr(n.target)
             rule = find_rule(m)
@@ -318,12 +356,12 @@ class _Reader(torch.fx.Interpreter, Network):
                 raise CannotPlan(f"{n.target} is called with more than one argument")
             if "forward" in vars(m):
                 raise CannotPlan(f"{n.target} has a forward of its own")
-            return rule(self, n, n.args[0], m)
+            return rule, (n.args[0], m), {}
         rule = find_function(n.target)
         if rule is None:
             name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", n.target)
             raise CannotPlan(f"no rule for {name} ({n.name})")
-        return rule(self, n, *n.args, **n.kwargs)
+        return rule, n.args, n.kwargs
 
 
 def _aliases(n, root) -> bool:

@@ -9,18 +9,34 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..fused_conv import winograd
 from ..fused_conv.winograd import Winograd
 from ..ops._common import acc_dtype
 from ..precision import HALVES
-from .nodes import Norm, Ref, Term
+from . import packed_linear
+from .nodes import Computed, Constant, Norm, Ref, Term
+from .packed_linear import PackedLinear
 from .plan import Plan
-from .steps import Conv, Linear, Maps, Pointwise
+from .steps import Cat, Conv, Linear, Local, Maps, Pointwise, ResponseNorm, Step
+from .token_steps import Combine, LayerNorm
 
 CHANNELS_LAST = torch.channels_last
 ALIGNED = 4  # scales and shifts start at multiples of 4 values, 16 bytes of fp32, which CUDA kernels read at once
+
+
+class LinearWeights(NamedTuple):
+    weight: Tensor  # [O, C]
+    bias: Tensor | None
+    packed: PackedLinear | None = None  # multiplies by the weight, for many rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) if self.packed is None else self.packed.forward(x, self.bias)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        return grad @ self.weight if self.packed is None else self.packed.gradient(grad)
 
 
 class ConvWeights(NamedTuple):
@@ -34,8 +50,8 @@ class ConvWeights(NamedTuple):
     layout: torch.memory_format = CHANNELS_LAST  # of input, output and weights
     splits: bool = False  # fp32 values are read in half precision, as two halves (ops.split_image)
     wide: Tensor | None = None  # fp32 weights for the gradient, where that is the faster way
-    dense: bool = False  # of one pixel by one pixel: a matrix product, without the 40 us that a convolution takes to begin
     winograd: Winograd | None = None  # does the convolution, and its gradient, without the bias
+    dense: LinearWeights | None = None  # does it, with the bias, where it is a matrix product
 
 
 class ScaleShift(NamedTuple):
@@ -51,11 +67,6 @@ class PointwiseWeights(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     negative: Tensor | None = None
-
-
-class LinearWeights(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
 
 
 class Weights:
@@ -88,19 +99,44 @@ class Weights:
             if isinstance(step, Conv):
                 bound[i] = self._conv(step)
             elif isinstance(step, Linear):
-                dtype = self.acc if step.out in self.plan.exact else self.dtype
-                bias = None if step.bias is None else self._of(step.bias).to(dtype).contiguous()
-                bound[i] = LinearWeights(self._of(step.weight).to(dtype).contiguous(), bias)
+                bound[i] = self._linear(step)
+            elif isinstance(step, (LayerNorm, ResponseNorm)):
+                bound[i] = tuple(None if c is None else self._of(c).to(self.acc).contiguous() for c in (step.weight, step.bias))
+            elif isinstance(step, Local):
+                bound[i] = tuple(self._as_value(step, c) for c in step.constants)
+            elif isinstance(step, Cat):
+                bound[i] = [None if isinstance(p, int) else self._as_value(step, p) for p in step.parts]
+            elif isinstance(step, Combine):
+                assert isinstance(step.term.constant, (Ref, Computed))
+                bound[i] = self._as_value(step, step.term.constant)
         for i, step in enumerate(steps):
             if isinstance(step, Pointwise):
-                scale, shift = self._scale_shift(step.affine, self.plan.nodes[step.inputs[0]].shape[0])
+                scale, shift = self._scale_shift(step.affine, step.shape[step.channels])
                 for j in step.shifts:
                     shift = _sum(shift, bound[j].folded)
                 bound[i] = PointwiseWeights(scale, shift, self._negative(step))
         return bound
 
-    def _of(self, ref: Ref) -> Tensor:
-        return ref.of(self._modules).detach()
+    def _of(self, constant: Constant) -> Tensor:
+        return constant.of(self._modules).detach()
+
+    def _as_value(self, step: Step, constant: Constant) -> Tensor:
+        """A constant in the dtype of the values that it meets; masks and indices as they are."""
+        c = self._of(constant)
+        exact = step.out in self.plan.exact and self.plan.exact.issuperset(step.inputs)
+        return c.to(self.device, self.acc if exact else self.dtype) if c.is_floating_point() else c
+
+    def _linear(self, step: Linear) -> LinearWeights:
+        dtype = self.acc if step.out in self.plan.exact else self.dtype
+        weight, bias = self._of(step.weight), None if step.bias is None else self._of(step.bias)
+        if step.after:
+            scale, shift = self._scale_shift(step.after, len(weight))
+            weight = weight if scale is None else weight.to(self.acc) * scale.view(-1, 1)
+            bias = bias if bias is None or scale is None else bias * scale
+            bias = _sum(bias, shift)
+        weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous()
+        fast = len(step.shape) > 1 and packed_linear.applies(weight, self.batch * prod(step.shape[:-1]), dtype)
+        return LinearWeights(weight, bias, PackedLinear(weight) if fast else None)
 
     def _conv(self, step: Conv) -> ConvWeights:
         weight = self._of(step.weight)
@@ -109,7 +145,8 @@ class Weights:
             bias = self._of(step.bias).to(self.acc)
             shift = _sum(bias if scale is None else bias * scale, shift)
         fast = self.dtype == torch.float32 and winograd.applies(weight, step.conv, self.batch, step.shape[1:])
-        layout = CHANNELS_LAST if fast else self._layout(step)
+        packs = self._packs(step, weight)
+        layout = CHANNELS_LAST if fast or packs else self._layout(step, weight)
         if scale is None:
             folded = weight.to(self.dtype, memory_format=layout)
         else:
@@ -119,35 +156,46 @@ class Weights:
         folded = _twice(folded) if splits else folded
         inside = None if shift is None or step.shift_moves else shift.to(self.dtype)
         before = self._scale_shift(step.before, weight.shape[1])
+        dense = None
+        if not splits and (packs or self._of_one_pixel(step, weight)):
+            matrix = folded.flatten(1).contiguous()
+            dense = LinearWeights(matrix, inside, PackedLinear(matrix) if packs else None)
         wide = folded.float() if self._gradient_in_fp32(step, weight) else None
-        return ConvWeights(
-            folded, shift, inside, *before, layout, splits, wide, self._is_dense(step, weight), Winograd(folded) if fast else None
-        )
+        return ConvWeights(folded, shift, inside, *before, layout, splits, wide, Winograd(folded) if fast else None, dense)
 
-    def _is_dense(self, step: Conv, weight: Tensor) -> bool:
-        pixels = self.plan.nodes[step.inputs[0]].shape[1:], weight.shape[2:]
-        return all(tuple(p) == (1, 1) for p in pixels) and step.conv["groups"] == 1 and list(step.conv["padding"]) == [0, 0]
+    def _packs(self, step: Conv, weight: Tensor) -> bool:
+        """Whether a convolution is that of each pixel by itself, and there are many."""
+        return self._of_pixels(step, weight) and packed_linear.applies(weight, self.batch * prod(step.shape[1:]), self.dtype)
+
+    def _of_one_pixel(self, step: Conv, weight: Tensor) -> bool:
+        """Then a convolution would take 40 us to begin."""
+        return self._of_pixels(step, weight) and tuple(step.shape[1:]) == (1, 1)
+
+    def _of_pixels(self, step: Conv, weight: Tensor) -> bool:
+        c = step.conv
+        return [*weight.shape[2:], *c["stride"], c["groups"]] == [1] * 5 and not any(c["padding"])
 
     def _gradient_in_fp32(self, step: Conv, weight: Tensor) -> bool:
         """On CPUs oneDNN has no fast kernel in half precision for depthwise ones with strides: 39 ms instead of 0.3 to 11."""
         depthwise = step.conv["groups"] > 1 and weight.shape[1] == 1
         return self.device.type == "cpu" and self.dtype in HALVES and depthwise and step.conv["stride"] != [1, 1]
 
-    def _layout(self, step: Conv) -> torch.memory_format:
+    def _layout(self, step: Conv, weight: Tensor) -> torch.memory_format:
         """channels_last, but for fp32 on CPUs with few pixels: there oneDNN reads all weights again for every image.
 
         512 channels at 4x4, batch 64: 18.4 ms in channels_last, 10.8 ms with both conversions; at 8x8, 256: 10.3 and 13.1.
-        Depthwise ones (1152 channels at 3x3, 5x5 weights, batch 16: 0.12 and 0.27 ms) have few weights.
+        Groups of up to 16 channels have few weights (512 channels at 4x4, batch 16, both ways: 0.8 and 14.9 ms), but not those of
+        48 (768 channels: 16.6 and 7.6 ms).
         """
         few = self.device.type == "cpu" and self.dtype not in HALVES and prod(step.shape[1:]) <= 16
-        few = few and step.conv["groups"] < step.shape[0]
+        few = few and (step.conv["groups"] == 1 or weight.shape[1] > 16)
         return torch.contiguous_format if few else CHANNELS_LAST
 
     def _negative(self, step: Pointwise) -> Tensor | None:
         negative = step.act and step.act.negative
         if negative is None:
             return None
-        if isinstance(negative, Ref):
+        if isinstance(negative, (Ref, Computed)):
             return self._of(negative).to(self.acc).contiguous()
         return self._constant(("negative", negative), lambda: torch.tensor([negative], dtype=self.acc))
 
@@ -190,7 +238,7 @@ class Weights:
         return ScaleShift(scale, shift)
 
     def _term(self, term: Term, channels: int) -> ScaleShift:
-        if isinstance(term.constant, Ref):
+        if isinstance(term.constant, (Ref, Computed)):
             c = self._of(term.constant).to(self.device, self.acc).reshape(-1).expand(channels).contiguous()
         else:
             value = partial(torch.tensor, term.constant, dtype=torch.float64)

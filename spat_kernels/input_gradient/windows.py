@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .grouping import made
 from .planned_gradient import FORWARD, PlannedGradient
-from .steps import Cat, Conv, FusedConv, Linear, Local, Pointwise, Pool, Split, Step
+from .steps import Cat, Conv, FusedConv, Index, Linear, Local, Pointwise, Pool, Step
 from .weights import ConvWeights
 
 MULTIPLE = 8
@@ -71,8 +71,10 @@ def _reach(step: Step, bound) -> Reach | None:
         c = step.conv
         extent = [(k - 1) * d + 1 for k, d in zip(bound.weight.shape[2:], c["dilation"], strict=True)]
         return Reach(extent, c["stride"], c["padding"])
-    if isinstance(step, (Pointwise, Cat, Split)):
-        return Reach() if len(step.shape) == 3 else None
+    if isinstance(step, Pointwise):
+        return Reach() if len(step.shape) == 3 and step.of_images else None
+    if isinstance(step, (Cat, Index)):
+        return Reach() if step.of_channels else None
     if isinstance(step, Local):
         return Reach() if type(step.function) in ELEMENTWISE else None
     if not isinstance(step, Pool):
@@ -135,7 +137,7 @@ class Windows:
         done = full = 0
         for (step, bound, _), rows, columns in zip(self.steps, *(self._way(a, 0, side) for a in (0, 1)), strict=True):
             if isinstance(step, (Conv, Linear)):
-                pixels = prod(step.shape[1:])
+                pixels = prod(step.shape[1:]) if isinstance(step, Conv) else prod(step.shape[:-1])
                 full += pixels * bound.weight.numel()
                 done += (_length(rows.out) * _length(columns.out) if rows.out else pixels) * bound.weight.numel()
         return done / max(full, 1)

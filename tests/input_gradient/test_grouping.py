@@ -9,6 +9,7 @@ from torch import nn
 
 import spat_kernels as sk
 from spat_kernels.fused_conv import winograd
+from spat_kernels.input_gradient import packed_linear
 from spat_kernels.input_gradient.choose import input_gradient
 from spat_kernels.input_gradient.steps import Conv, FusedConv, Pointwise
 from spat_train.models.registry import create
@@ -143,7 +144,8 @@ def test_an_engine_changes_nothing(name):
 @pytest.mark.parametrize("name", ["WRN (TRADES/MART)", "PreActResNet-18", "normalised", "functional", "defaults"])
 def test_the_same_bits_as_apart(name, precision, monkeypatch):
     """The passes' operations and roundings are the same, where an engine does them one after the other."""
-    monkeypatch.setattr(winograd, "applies", lambda *_: False)  # the engine's convolutions are PyTorch's
+    for module in (winograd, packed_linear):
+        monkeypatch.setattr(module, "applies", lambda *_: False)  # the engine's convolutions are PyTorch's
     make, size = MODELS[name]
     torch.manual_seed(0)
     model, x, engine = moved(randomized(make()), torch.float32), images(3, size, torch.float32), Twin()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import spat_kernels as sk
-from spat_kernels.input_gradient.steps import Cat, Local, Multiply, Pointwise, Split
+from spat_kernels.input_gradient.steps import Cat, Index, Local, Multiply, Pointwise
 from tests.input_gradient.models import EPS, assert_equals_autograd, images, logits_and_gradient, planned, randomized
 from tests.input_gradient.test_windows import check as check_windows
 
@@ -179,7 +179,7 @@ def test_joined_and_split_channels(middle, pooled):
     model = Net(middle, pooled=pooled)
     model.mix = nn.BatchNorm2d(8)
     gradient = check(model)
-    assert any(isinstance(s, (Cat, Split)) for s in gradient.plan.steps)
+    assert any(isinstance(s, (Cat, Index)) for s in gradient.plan.steps)
 
 
 def test_a_dense_block_reads_each_value_twice_at_most():

@@ -69,7 +69,7 @@ REFUSED = {
     "random numbers": (lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10)), {"bn_mode": "train"}),
     "random numbers on the host": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) * (1 + random.random()))), {}),
     "no rule for": (lambda: Lambda(lambda m, x: m.fc(x.cumsum(3).mean((2, 3)))), {}),
-    "LayerNorm": (lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(3072), nn.Linear(3072, 10)), {}),
+    "over several dimensions": (lambda: nn.Sequential(nn.LayerNorm([3, 32, 32]), nn.Flatten(), nn.Linear(3072, 10)), {}),
     "control flow|symbolically": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)) * (2 if x.sum() > 0 else 1))), {}),
     "relu works in place on a value that add reads later": (lambda: Lambda(read_later, nn.Conv2d(3, 3, 3)), {}),
     "changes the images in place": (lambda: Lambda(lambda m, x: m.fc(x.mul_(2).mean((2, 3)))), {}),
@@ -85,7 +85,7 @@ REFUSED = {
     "changes notes": (lambda: after(lambda m, x: m.notes.update(seen=x)), {}),
     "changes count": (lambda: after(lambda m, x: m.count.add_(1)), {}),
     "samples may mix": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3)).view(1, -1, 3).mean(1).repeat(x.shape[0], 1))), {}),
-    "no parameter or buffer": (lambda: Lambda(lambda m, x: F.linear(x.mean((2, 3)), m.fc.weight.abs())), {}),
+    "a parameter or buffer of the model should be": (lambda: Lambda(lambda m, x: F.linear(m.fc.weight, x.mean((2, 3))).t()), {}),
     "dtype": (lambda: Lambda(lambda m, x: m.fc(x.mean((2, 3))).float()), {}),
 }  # fmt: skip
 
