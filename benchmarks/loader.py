@@ -183,8 +183,8 @@ def table(results: dict) -> str:
     return markdown(
         results,
         results["paths"],
-        "pictures || processes | images/s | of the decoder's | CPU ms a picture: readers | main process | the decoder's of readers "
-        "| of all",
+        "pictures || processes | images/s | of the decoder's | CPU ms a picture: readers | main process "
+        "| the decoder's of readers | of all",
         "{provider} || {workers} | {images_per_second:,.0f} | {share:.0%} | {cpu_ms:.2f} | {main_ms:.2f} | {cpu_share:.0%} "
         "| {all_share:.0%}",
         "{settings[images]:,} JPEGs of 500x375, {settings[kilobytes]:.0f} KB each, to 224x224, batch {settings[batch]}.",
