@@ -222,7 +222,7 @@ class _Memory:
     def __init__(self):
         self.free: list[Tensor] = []
 
-    def empty(self, shape: tuple[int, int, int, int], memory_format: torch.memory_format) -> Tensor:
+    def empty(self, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
         """fp32 [B, C, H, W]."""
         whole = self.free.pop() if self.free else torch.empty(0)
         if whole.numel() < math.prod(shape):
