@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count, repeat
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -136,6 +137,7 @@ class Loader:
         self.sources = [train] if extra is None else [train, extra]
         self.first_ids = [0, len(train)]  # extra images are counted on from the training set
         self.resident = [_placed(source, self.device, False if view else resident) for source in self.sources]
+        self.memory = _Memory()
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from `first_step` on. Worker processes end with the iterator.
@@ -195,7 +197,7 @@ class Loader:
             if isinstance(arrived, InputError):
                 raise arrived
             start, count = end, sum(map(len, step))
-            x = torch.empty((count, *self.sources[0].image_shape), device=self.device, memory_format=self.memory_format)
+            x = self._empty(count, *self.sources[0].image_shape)
             for pixels, read, part in zip(self.resident, arrived, step, strict=False):
                 begin, end = end, end + len(part)
                 rows, ids, _ = table[:, begin:end]
@@ -204,6 +206,34 @@ class Loader:
                 if len(part):
                     crop_flip(pixels, rows, ids, seed, x[begin - start : end - start], pad=self.pad, flip=self.flip)
             yield x, table[2, start:end]
+
+    def _empty(self, *shape: int) -> Tensor:
+        if self.device.type == "cpu":
+            return self.memory.empty(shape, self.memory_format)
+        return torch.empty(shape, device=self.device, memory_format=self.memory_format)
+
+
+class _Memory:
+    """Memory of batches on the CPU, used again when nothing refers to a batch any more.
+
+    The system takes back that of a large one at once, and new pages cost four times what it costs to fill them.
+    """
+
+    def __init__(self):
+        self.free: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
+        """fp32 [B, C, H, W]."""
+        whole = self.free.pop() if self.free else torch.empty(0)
+        if whole.numel() < math.prod(shape):
+            whole = torch.empty(math.prod(shape))
+        batch = torch.as_strided(whole, shape, torch.empty(shape, device="meta", memory_format=memory_format).stride()).numpy()
+        finalize(batch, self._give_back, whole).atexit = False
+        return torch.from_numpy(batch)  # which holds the array until the last tensor of this memory is gone
+
+    def _give_back(self, whole: Tensor) -> None:
+        if len(self.free) < 2:  # one that is trained on, one in the making
+            self.free.append(whole)
 
 
 REMEDY = "use fewer --workers, or --workers 0, or give more memory (in /dev/shm by docker run --shm-size 8g)"

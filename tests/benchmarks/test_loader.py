@@ -18,8 +18,9 @@ def test_loaders(tmp_path, capsys):
     out = tmp_path / "loader.json"
     loader.main(loader.Options(images=24, batch=8, workers=(1,), seconds=0.0, out=out))
     results = json.loads(out.read_text())
-    assert [path["provider"] for path in results["paths"]][:3] == [loader.DECODER, "spat_train, folder", "spat_train, shards"]
-    assert all(path["cpu_ms"] > 0 and len(path["seconds"]) == 3 for path in results["paths"])
+    names = [loader.DECODER, "spat_train, folder", loader.SHARDS_DECODER, "spat_train, shards"]
+    assert [path["provider"] for path in results["paths"]][:4] == names
+    assert all(path["cpu_ms"] > 0 and path["main_ms"] >= 0 and len(path["seconds"]) == 3 for path in results["paths"])
     shown = capsys.readouterr().out
     assert f"| {loader.DECODER} | 1 |" in shown
     assert "24 JPEGs of 500x375" in shown

@@ -135,6 +135,23 @@ def test_ranks_share_each_batch(resident, world, fraction):
         assert all(x.shape == (n, 3, 8, 9) for (x, _), n in zip(parts, sizes, strict=True))
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_memory_of_batches_is_used_again_once_nothing_refers_to_it(memory_format):
+    loader = Loader(random_images(), Order(ROWS, 8, seed=3), memory_format=memory_format)
+    kept = [x for x, _ in loader.epoch(0)]
+    places = [x.data_ptr() for x in kept]
+    assert len(set(places)) == len(places) == 4
+    copies, views = [x.clone() for x in kept], [x[..., 1:] for x in kept[:3]]
+    del kept
+    places += [x.data_ptr() for x, _ in loader.epoch(1)]
+    assert len(set(places[4:]) - set(places[:4])) == 2  # that of the batch of 1 was too small
+    assert all(torch.equal(view, x[..., 1:]) for view, x in zip(views, copies[:3], strict=True))
+    x = next(iter(loader.epoch(0)))[0]
+    assert x.data_ptr() in places[4:]
+    assert (x.is_contiguous(memory_format=memory_format), x._is_view()) == (True, False)
+    assert torch.equal(x, copies[0])
+
+
 def test_nothing_is_taken_from_the_global_generator():
     images, state = random_images(), torch.get_rng_state()
     order = Order(ROWS, 8, 3, extra=50, extra_fraction=0.5)
