@@ -193,7 +193,7 @@ def _classes(where: str, texts: list[np.ndarray]) -> tuple[list[str], list[np.nd
 
 @dataclass
 class _Index:
-    """Of the samples of shards: names inside them, labels as text (bytes [N] both), shards and places, as in `Shards`.
+    """Samples of shards: names inside them, labels as text (bytes [N] both), shards and places, as in `Shards`.
 
     `damage` and `lacking`, for each shard: what is wrong from where on, and the samples without one picture or a label; or "".
     """
@@ -263,7 +263,7 @@ def _scanned(paths: list[Path]) -> _Index:
 
 @dataclass
 class _Scan:
-    """Of one shard: name of the picture, start, length and label of each sample, and what `_Index` says is wrong."""
+    """What is in one shard: each sample's name of the picture, start, length and label, and what `_Index` says is wrong."""
 
     samples: list[tuple[str, int, int, str]] = field(default_factory=list)
     damage: str = ""
