@@ -38,6 +38,7 @@ OPEN = 64  # shards that a process keeps open
 MOST_CLASSES = 10**6
 REMEDY = "write it again, or add --skip-broken"
 INDEX = ".index.npz"
+ODD = "surrogateescape"  # how Python has names that are no UTF-8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,12 +176,16 @@ def _classes(where: str, texts: list[np.ndarray]) -> tuple[list[str], list[np.nd
         if most >= MOST_CLASSES:
             raise InputError(f"{where}: a label is {most}: number classes from 0 without gaps")
         return [str(number) for number in range(max(most, 1) + 1)], numbers
-    names = np.unique(texts[0])
-    if other := set(np.unique(texts[-1]).tolist()) - set(names.tolist()):
-        raise InputError(f"{where}: test samples are of class {min(other).decode()}, no training sample is: give both the same")
+    names, others = np.unique(texts[0]), np.unique(texts[-1])
+    if negative := [name for name in (*names.tolist(), *others.tolist()) if re.fullmatch(rb"-\d+", name)]:
+        raise InputError(f"{where}: a label is {negative[0].decode()}: number classes from 0 without gaps")
+    if other := set(others.tolist()) - set(names.tolist()):
+        raise InputError(
+            f"{where}: test samples are of class {min(other).decode(errors=ODD)}, no training sample is: give both the same"
+        )
     if len(names) < 2:
-        raise InputError(f"{where}: {names[0].decode()} is all its classes: give samples of two or more")
-    return [name.decode() for name in names.tolist()], [np.searchsorted(names, part) for part in texts]
+        raise InputError(f"{where}: {names[0].decode(errors=ODD)} is all its classes: give samples of two or more")
+    return [name.decode(errors=ODD) for name in names.tolist()], [np.searchsorted(names, part) for part in texts]
 
 
 # ---- the index
@@ -188,9 +193,9 @@ def _classes(where: str, texts: list[np.ndarray]) -> tuple[list[str], list[np.nd
 
 @dataclass
 class _Index:
-    """Of the samples of shards: names inside them, labels as text (bytes [N] both), shards and places, as in `Shards`.
+    """Samples of shards: names inside them, labels as text (bytes [N] both), shards and places, as in `Shards`.
 
-    `damage` and `lacking`, for each shard: what is wrong from where on, and the samples without a picture or a label; or "".
+    `damage` and `lacking`, for each shard: what is wrong from where on, and the samples without one picture or a label; or "".
     """
 
     paths: list[Path]
@@ -210,15 +215,11 @@ def _index(paths: list[Path]) -> _Index:
     """The index kept beside the shards, where it is of these, else made and kept."""
     kept = paths[0].with_name(f"{paths[0].stem}-{paths[-1].stem}{INDEX}")
     try:
-        stamp = "\n".join(f"{path.name} {status.st_size} {status.st_mtime_ns}" for path in paths for status in (path.stat(),))
+        stamp = "\n".join(map(_stamp, paths))
     except OSError as error:
         raise InputError(f"--data: {error.filename} cannot be read ({error.strerror}): repair or remove it") from error
-    try:
-        with np.load(kept) as arrays:
-            if str(arrays["stamp"]) == stamp:
-                return _Index(paths, **{name: arrays[name] for name in ARRAYS})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # there is none, or half of one
+    if found := _kept(kept, stamp, paths):
+        return found
     index = _scanned(paths)
     content = io.BytesIO()
     np.savez(content, stamp=np.array(stamp), **{name: getattr(index, name) for name in ARRAYS})
@@ -226,8 +227,26 @@ def _index(paths: list[Path]) -> _Index:
         atomic_write.write(kept, content.getbuffer())
     except atomic_write.SaveError as error:
         reason = first_line(error.__cause__ or error)
-        say(f"{kept} cannot be written ({reason}): the {len(paths)} shards are scanned at every start, by every process")
+        if not _kept(kept, stamp, paths):  # which another process may have written meanwhile
+            say(f"{kept} cannot be written ({reason}): the {len(paths)} shards are scanned at every start, by every process")
     return index
+
+
+def _stamp(path: Path) -> str:
+    """What changes where a shard does: also the time of its last change of any kind, which copies cannot keep."""
+    status = path.stat()
+    return f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _kept(file: Path, stamp: str, paths: list[Path]) -> _Index | None:
+    """The index in `file`, where it is whole and of the shards that `stamp` says."""
+    try:
+        with np.load(file) as arrays:
+            if str(arrays["stamp"]) == stamp:
+                return _Index(paths, **{name: arrays[name] for name in ARRAYS})
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # there is none, or half of one
+    return None
 
 
 def _scanned(paths: list[Path]) -> _Index:
@@ -237,14 +256,14 @@ def _scanned(paths: list[Path]) -> _Index:
     samples = [(i, *sample) for i, part in enumerate(parts) for sample in part.samples]
     shard, names, starts, lengths, labels = zip(*samples, strict=True) if samples else ((),) * 5
     numbers = (np.array(column, np.int64) for column in (shard, starts, lengths))
-    texts = [np.array([text.encode() for text in column], np.bytes_) for column in (names, labels)]
+    texts = [np.array([text.encode(errors=ODD) for text in column], np.bytes_) for column in (names, labels)]
     wrong = [np.array([getattr(part, kind) for part in parts]) for kind in ("damage", "lacking")]
     return _Index(paths, *texts, *numbers, *wrong)
 
 
 @dataclass
 class _Scan:
-    """Of one shard: name of the picture, start, length and label of each sample, and what `_Index` says is wrong."""
+    """What is in one shard: each sample's name of the picture, start, length and label, and what `_Index` says is wrong."""
 
     samples: list[tuple[str, int, int, str]] = field(default_factory=list)
     damage: str = ""
@@ -252,28 +271,29 @@ class _Scan:
 
 
 def _scan(path: Path) -> _Scan:
-    scan, lacking, key = _Scan(), list[str](), ""
-    picture: tuple[str, int, int] | None = None
-    label = ""
+    scan, lacking, key, label = _Scan(), list[str](), "", ""
+    pictures: list[tuple[str, int, int]] = []
     try:
         with open(path, "rb") as file:
             for key, members in itertools.groupby(_members(file), _key):
-                picture, label = None, ""
+                pictures, label = [], ""
                 for member in members:
                     if member.name.lower().endswith(SUFFIXES):
-                        picture = member.name, member.offset_data, member.size
+                        pictures.append((member.name, member.offset_data, member.size))
                     elif member.name.endswith((".cls", ".json")):
                         label = label or _label(os.pread(file.fileno(), member.size, member.offset_data), member.name)
-                if picture and label:
-                    scan.samples.append((*picture, label))
+                if len(pictures) == 1 and label:
+                    scan.samples.append((*pictures[0], label))
                 else:
                     lacking.append(key)
     except (tarfile.TarError, OSError) as error:
-        if picture and label:
-            scan.samples.append((*picture, label))
-        place = "its beginning" if not key else f"the end of sample {key}" if picture and label else f"sample {key}"
+        whole = len(pictures) == 1 and label
+        if whole:
+            scan.samples.append((*pictures[0], label))
+        place = "its beginning" if not key else f"the end of sample {key}" if whole else f"sample {key}"
         scan.damage = f"from {place} on ({first_line(error)})"
-    scan.lacking = ", ".join(lacking[:LISTED]) + ", ..." * (len(lacking) > LISTED)
+    more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
+    scan.lacking = ", ".join(lacking[:LISTED]) + more
     return scan
 
 
@@ -298,13 +318,14 @@ def _key(member: tarfile.TarInfo) -> str:
 
 
 def _label(content: bytes, name: str) -> str:
-    """The text of a label, "" where there is none."""
+    """The text of a label, "" where there is none, such as null or a list."""
     try:
         text = content.decode().strip()
         record = json.loads(text) if name.endswith(".json") else {"cls": text}
     except ValueError:
         return ""
-    return str(next((record[key] for key in ("label", "cls") if key in record), "")) if isinstance(record, dict) else ""
+    found = next((record[key] for key in ("label", "cls") if key in record), "") if isinstance(record, dict) else ""
+    return str(found) if type(found) in (int, str) else ""
 
 
 def _check(index: _Index, skip_broken: bool) -> None:
@@ -315,17 +336,18 @@ def _check(index: _Index, skip_broken: bool) -> None:
         raise InputError(f"--data: {wrong[0][0]} is damaged {wrong[0][1]}: {REMEDY} to leave out the rest of it")
     if lacking and not skip_broken:
         path, what = lacking[0]
-        raise InputError(f"--data: in {path}, {what} lacks a picture or a label (.cls, or .json): {REMEDY} to leave it out")
+        why = "have no picture or several, or no label (.cls, or .json)"
+        raise InputError(f"--data: in {path}, {what} {why}: {REMEDY} to leave them out")
     for path, what in wrong:
         used = int((index.shard == index.paths.index(path)).sum())
         say(f"{path} is damaged {what}: the {used} samples before are used, the rest is left out")
     for path, what in lacking:
-        say(f"in {path}, these are left out, as they lack a picture or a label: {what}")
+        say(f"in {path}, these are left out, as they have no picture or several, or no label: {what}")
 
 
 def _shards(index: _Index, labels: np.ndarray, size: int) -> Folder:
     root = Path(os.path.commonpath([path.parent for path in index.paths]))
     shards = [os.path.relpath(path, root) for path in index.paths]
-    files = [f"{shards[i]}/{name.decode()}" for i, name in zip(index.shard.tolist(), index.names.tolist(), strict=True)]
+    files = [f"{shards[i]}/{name.decode(errors=ODD)}" for i, name in zip(index.shard.tolist(), index.names.tolist(), strict=True)]
     numbers, *places = map(torch.from_numpy, (labels, index.shard, index.start, index.length))
     return Shards(root, files, numbers, size, index.paths, *places)

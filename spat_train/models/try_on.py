@@ -1,6 +1,7 @@
 """Whether a model takes given images, and what comes out of it."""
 
 import contextlib
+import re
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,9 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # the last: timm's and torchvision's ViT
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        raise ValueError(f"it does not take images {list(x.shape[1:])}{_its_size(model, x)}: {first_line(error)}") from error
+        small = re.search("kernel size can't be greater|output size is too small", str(error), re.IGNORECASE)
+        hint = " (too small for it: give larger ones, or another network)" if small else _its_size(model, x)
+        raise ValueError(f"it does not take images {list(x.shape[1:])}{hint}: {first_line(error)}") from error
     if activation != "relu" and relus.calls:
         raise ValueError(f"activation={activation!r}: {relus.calls} of its ReLUs are functions, which stay: give 'relu'")
     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -19,6 +19,7 @@ PLAIN = {  # by name, the options whose value is shown as it is
     "label smoothing": "label_smoothing", "activation": "activation", "classifier": "last_layer", "mean": "mean", "std": "std",
     "first weights": "init", "precision": "precision", "inner lr": "inner_lr", "entropy": "entropy",
     "inner samples": "inner_samples", "layer decay": "layer_decay", "training sizes": "train_sizes",
+    "RandAugment": "rand_augment", "parts of a batch": "accumulate", "warm-up": "warmup",
 }  # fmt: skip
 
 
@@ -129,6 +130,7 @@ def settings(c: Config) -> dict[str, str]:
         "lr": f"{c.peak_lr:g}",
         "beta2": "none" if c.optimizer == "sgd" else f"{c.beta2:g}",
         "lr drops": drops,
+        "crops": c.crop or "padded",
         "on overfitting": c.overfitting_alarm if c.overfitting_alarm in ("stop", "rollback") else "go on",
         **{name: _text(getattr(c, option)) for name, option in PLAIN.items()},
     }

@@ -155,7 +155,7 @@ x = torch.rand(2, {shape})  # your images, in [0, 1]
 classes = model(x).argmax(1)
 ```
 
-{pictures}`spat-train evaluate . --data DATA{option}` attacks it. DATA is a data set, an .npz file or a folder."""
+{pictures}`spat-train evaluate . --data DATA{option}` attacks it. DATA is a data set, an .npz file, a folder or shards."""
 PICTURES = """Pictures were resized until the short side had {} pixels, and cropped to the square in the middle. Do the same, as
 `torchvision.transforms.Resize({})` and `CenterCrop({})` do to RGB images of PIL.
 

@@ -58,6 +58,9 @@ def _groups_by_layer(model: nn.Module, config: Config) -> list[dict]:
     if network is None:
         who = f"{config.model} does not say which layers it has"
         raise InputError(f"--layer-decay {config.layer_decay}: {who}: give timm:NAME, or leave it out")
+    if outside := {p for p in model.parameters() if p.requires_grad} - set(network.parameters()):
+        what = f"{len(outside)} weights of {config.model} are in no layer of its {type(network).__name__}"
+        raise InputError(f"--layer-decay {config.layer_decay}: {what}: leave it out")
     from timm.optim import param_groups_layer_decay
 
     kept = () if config.decay_norm else _kept_names(network)

@@ -85,8 +85,9 @@ def explained(config: Config, world: World, folder: RunFolder) -> Iterator[None]
         if is_out_of_memory(error):
             raise InputError(
                 f"--batch-size {config.batch_size}: out of memory on {world.device}: lower it, or use --precision bf16, "
-                "--accumulate, --checkpoint-activations or more GPUs (torchrun, --fsdp); where that is enough, and on --resume "
-                f"too: --graph never, --stream, or a lower --eval-batch-size ({config.evaluation_batch}); {folder.kept()}"
+                "--accumulate or more GPUs (torchrun); where that is enough, and on --resume too: --checkpoint-activations, "
+                f"--fsdp (with torchrun), --graph never, --stream, or a lower --eval-batch-size ({config.evaluation_batch}); "
+                f"{folder.kept()}"
             ) from error
         if world.size > 1 and is_of_a_peer(error):
             reason = f"another process ended, and may say why ({first_line(error)})"

@@ -156,6 +156,8 @@ def test_classes_that_do_not_fit(folder, tmp_path):
         opened(made("other", lambda path: ("cls", "dog" if path.parts[-3] == "val" else path.parent.name)))
     with pytest.raises(InputError, match="no training sample is of class 1: give shards with some, and number classes from 0"):
         opened(made("gap", lambda path: ("cls", str(2 * (path.parent.name == "cat")))))
+    with pytest.raises(InputError, match="a label is -1: number classes from 0"):
+        opened(made("minus", lambda path: ("cls", str((path.parent.name == "cat") - 1))))
     with pytest.raises(InputError, match="cat is all its classes"):
         opened(made("one", lambda path: ("cls", "cat")))
     with pytest.raises(InputError, match="a label is 1000000000: number classes from 0"):
@@ -233,12 +235,30 @@ def test_damaged_shards_are_named_and_cut(made, capsys, damage, message, left):
 
 def test_samples_that_lack_something(made, capsys):
     with tarfile.open(made / "train-000005.tar", "w") as tar:
-        for name in ("1.jpg", "2.cls", "3.json", "__skip__.jpg"):
+        for name in ("1.jpg", "2.cls", "3.json", "__skip__.jpg", "4.jpg", "4.mask.png", "4.cls"):
             add(tar, name, b"{}")
-    with pytest.raises(InputError, match=r"in .*train-000005.tar, 1, 2, 3 lacks a picture or a label .*add --skip-broken"):
+        for name, record in (("5", {"label": None}), ("6", {"label": [1, 2]}), ("7", {"cls": 1.5})):
+            add(tar, f"{name}.jpg", b"")
+            add(tar, f"{name}.json", json.dumps(record).encode())
+        for name in range(100, 110):
+            add(tar, f"{name}.jpg", b"")
+    what = "1, 2, 3, 4, 5, 6, 7, 100, 101, 102 and 7 more"
+    with pytest.raises(InputError, match=f"in .*train-000005.tar, {what} have no picture or several, .*add --skip-broken"):
         opened(made)
     assert len(opened(made, skip_broken=True).train) == 31
-    assert "in " + str(made / "train-000005.tar") + ", these are left out, as they lack" in capsys.readouterr().err
+    said = f"in {made / 'train-000005.tar'}, these are left out, as they have no picture or several, or no label: {what}\n"
+    assert said in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf_8(made):
+    picture = opened(made).train.read(0)
+    with tarfile.open(made / "train-000005.tar", "w") as tar:
+        add(tar, "caf\udce9.jpg", picture)
+        add(tar, "caf\udce9.cls", b"cat")
+    train = opened(made).train
+    assert train.files[31] == "train-000005.tar/caf\udce9.jpg"
+    assert train.read(31) == picture
+    fingerprint(train)
 
 
 def test_broken_pictures(made, capsys):
@@ -281,6 +301,28 @@ def test_the_index_is_kept_while_it_is_of_these_shards(made, monkeypatch, capsys
     capsys.readouterr()
     assert len(opened(made).train) == 32
     assert "the 5 shards are scanned at every start" in capsys.readouterr().err
+
+
+def test_the_index_of_another_shard_of_the_same_size_and_time(made):
+    path = made / "train-000000.tar"
+    assert opened(made).classes == ("cat", "ship", "truck")
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"cat\0", b"dog\0"))  # labels alone: names have more behind them
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert opened(made).classes == ("cat", "dog", "ship", "truck")
+
+
+def test_two_processes_write_the_index_at_once(made, monkeypatch, capsys):
+    write = shards.atomic_write.write
+
+    def after_another(path, content):
+        write(path, content)
+        raise shards.atomic_write.SaveError("its temporary file is gone")
+
+    monkeypatch.setattr(shards.atomic_write, "write", after_another)
+    assert len(opened(made).train) == 31
+    assert capsys.readouterr().err == ""
 
 
 # ---- the order

@@ -83,6 +83,11 @@ def test_differences_are_those_that_change_the_weights():
         "method Madry (MART)", "model wrn-10-2 (wrn-34-10)", "training images 5,000 (all)", "epochs 6 (90)",
         "attack steps 5 (10)", "beta none (5)",
     ]  # fmt: skip
+    views = {"crop": "resized", "rand_augment": (2, 9), "accumulate": 2, "attack": "apgd", "warmup": 5.0}
+    assert differences(run(preset="table6.1/mart", **views), source) == [
+        "attack apgd (pgd)", "step size none (2/255)", "crops resized (padded)", "RandAugment (2, 9) (default)",
+        "parts of a batch 2 (1)", "warm-up 5 (0)",
+    ]  # fmt: skip
     natural = PRESETS["madry-mnist/natural"]  # it has no attack whose settings could differ
     assert differences(run(preset="madry-mnist/natural", eps=8.0, steps=3, model="mnist-cnn/16"), natural) == []
     unfinished = run(preset="table6.1/mart")

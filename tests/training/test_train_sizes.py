@@ -100,6 +100,14 @@ def test_another_size_is_named(name):
             try_on(model, (3, 64, 64))
 
 
+def test_images_that_are_too_small():
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = create("timm:inception_v3", 5, (3, 48, 48)).eval()
+        with pytest.raises(ValueError, match=r"images \[3, 48, 48\] \(too small for it: give larger ones, or another network\):"):
+            try_on(model, (3, 48, 48))
+
+
 def test_any_size_has_no_such_hint():
     pytest.importorskip("timm")
     model = create("timm:test_vit", 5, (3, 32, 32)).eval()
