@@ -121,7 +121,8 @@ def test_convolutions_use_what_hopper_has():
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_kernels_compile(capability):
     env = os.environ | {"TRITON_INTERPRET": "0"}
-    dtypes = ["float32", "bfloat16", "float16", "float64"] if capability == 90 else ["float32", "bfloat16"]
+    # each on one GPU at least; sm_80 has its own arithmetic of bf16
+    dtypes = {80: ["float32", "bfloat16"], 90: ["float32", "bfloat16", "float16", "float64"], 100: ["float32"]}[capability]
     command = [sys.executable, "-m", "tests.codegen_triton", str(capability), *dtypes]
     result = subprocess.run(command, env=env, cwd=CHECKOUT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
