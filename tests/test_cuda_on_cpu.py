@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,16 +36,19 @@ def test_it_reports_what_a_gpu_would_not(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    ("tests", "which", "least"),
-    [("tests/ops", "compiled-cpu", 200), ("tests/fused_conv/test_hopper.py", "emulated", 140)],
-    ids=["ops", "convolutions"],
-)
-def test_the_kernels_pass_their_tests(tests, which, least):
-    """In a process of its own, which a misaligned access would end; without capture, so that it can say so."""
+def test_the_kernels_pass_their_tests():
+    """Compiled once, in a process of their own, which a misaligned access would end; without capture, so that it can say so."""
     plugins = ["-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", "-q", "-s", *plugins, tests, "-k", which]
+    tests = ["tests/ops", "tests/fused_conv/test_hopper.py", "-k", "compiled-cpu or emulated"]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
-    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=own | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-s", *plugins, *tests],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        env=own | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > least
+    passed = Counter(re.findall(r"^tests/(\w+)/.* PASSED", result.stdout, re.MULTILINE))
+    assert passed["ops"] > 200
+    assert passed["fused_conv"] > 100

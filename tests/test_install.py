@@ -1,5 +1,6 @@
 """What a build refuses, in one line with the remedy; what an sdist holds; and the package without its extra or its extension."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -104,6 +105,13 @@ def test_files_for_one_architecture(build, monkeypatch, tmp_path, archs):
 def test_without_cuda(build):
     (extension,) = build(SPAT_CUDA="0", CUDA_HOME="/nowhere")["ext_modules"]
     assert not any("cudart" in word or "SPAT_CUDA" in word for word in extension.extra_link_args + extension.extra_compile_args)
+
+
+def test_an_isolated_build_holds_what_setup_imports():
+    requires = re.search(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    imported = set(re.findall(r"^(?:import|from) (\w+)", (ROOT / "setup.py").read_text(), re.MULTILINE))
+    assert "torch" in imported
+    assert imported - sys.stdlib_module_names <= set(re.findall(r'"(\w+)', requires))
 
 
 def test_a_failing_compiler_ends_the_build(build, tmp_path):

@@ -69,6 +69,11 @@ IN_ROWS = [
 ]
 
 
+def in_turns(recipes: list[Recipe]) -> list[Recipe]:
+    """Of one dtype and the other, whose pixels lie in the same places and whose formulas are the same."""
+    return [replace(recipe, dtype=dtype) for recipe, dtype in zip(recipes, cycle(HALVES), strict=False)]
+
+
 def name_of(value) -> str | None:
     return str(value).removeprefix("forward ") if isinstance(value, Recipe) else None
 
@@ -120,10 +125,8 @@ def tilings(recipe: Recipe):
 # ---- the convolution
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("recipe", [*GEOMETRIES, *IN_ROWS], ids=name_of)
-def test_the_convolution_is_exact(device, dtype, recipe):
-    recipe = replace(recipe, dtype=dtype)
+@pytest.mark.parametrize("recipe", in_turns([*GEOMETRIES, *IN_ROWS]), ids=name_of)
+def test_the_convolution_is_exact(device, recipe):
     assert _in_rows(recipe) == (replace(recipe, dtype=torch.bfloat16) in IN_ROWS)
     x, weight = operands(recipe, device)
     y = convolved(recipe, x, weight)
@@ -132,8 +135,8 @@ def test_the_convolution_is_exact(device, dtype, recipe):
         conv_scale_shift_relu(
             x, weight, out, stride=recipe.stride[0], padding=recipe.padding, total=total, mask=mask, **tiling
         )  # fmt: skip
-        assert_same(total, y.to(dtype))
-        assert_same(out, relu(y).to(dtype))
+        assert_same(total, y.to(recipe.dtype))
+        assert_same(out, relu(y).to(recipe.dtype))
         assert torch.equal(mask.cpu(), pack_bits(as_rows(y) > 0)), tiling
         assert intact(), tiling
 
@@ -185,11 +188,10 @@ def subsets(recipe: Recipe, *names):
             yield dict(zip(names, used, strict=True)), tiling
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("recipe", SMALL, ids=name_of)
-def test_every_pass_forward(device, dtype, recipe):
+@pytest.mark.parametrize("recipe", in_turns(SMALL), ids=name_of)
+def test_every_pass_forward(device, recipe):
     """Each tensor absent and present: the formula in fp32, in its order, with one rounding at the end."""
-    recipe = replace(recipe, dtype=dtype)
+    dtype = recipe.dtype
     x, weight = operands(recipe, device)
     y, channels = convolved(recipe, x, weight), recipe.output[0]
     given = {"b": whole(recipe.result, dtype, device), "scale": torch.randn(channels, device=device)}
@@ -211,10 +213,9 @@ def test_every_pass_forward(device, dtype, recipe):
         assert intact(), (use, tiling)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("recipe", SMALL, ids=name_of)
-def test_every_pass_backward(device, dtype, recipe):
-    recipe = replace(recipe, dtype=dtype, way="gradient")
+@pytest.mark.parametrize("recipe", in_turns(SMALL), ids=name_of)
+def test_every_pass_backward(device, recipe):
+    recipe, dtype = replace(recipe, way="gradient"), recipe.dtype
     grad, weight = operands(recipe, device)
     g, (batch, channels, *size) = convolved(recipe, grad, weight), recipe.result
     bits = torch.rand(batch * size[0] * size[1], channels) < 0.5

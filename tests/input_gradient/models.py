@@ -170,7 +170,6 @@ MODELS = {
     "PreActResNet-18": (lambda: create("preactresnet-18"), 32),
     "DeepMind's WRN": (lambda: create("dm-wrn-10-1"), 32),
     "ResNet-18 (CIFAR)": (lambda: torchvision() and create("resnet-18"), 32),
-    "ResNet-50 (CIFAR)": (lambda: torchvision() and create("resnet-50"), 32),
     "ResNet-18 (torchvision)": (lambda: torchvision().models.resnet18(), 64),
     "ResNet-50 (torchvision)": (lambda: torchvision().models.resnet50(), 64),
     "VGG-11-BN": (lambda: small_vgg("vgg11_bn"), 32),

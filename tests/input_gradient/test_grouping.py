@@ -123,7 +123,7 @@ def test_what_cannot_be_carried_says_why():
     assert engine.calls
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "PreActResNet-18"])  # as the WRN, and seven times as much
 def test_an_engine_changes_nothing(name):
     """In fp64 against autograd, forward and back; each convolution is asked for, and all passes that ride along are."""
     make, size = MODELS[name]
@@ -141,7 +141,7 @@ def test_an_engine_changes_nothing(name):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["WRN (TRADES/MART)", "PreActResNet-18", "normalised", "functional", "defaults"])
+@pytest.mark.parametrize("name", ["WRN (TRADES/MART)", "normalised", "functional", "defaults"])
 def test_the_same_bits_as_apart(name, precision, monkeypatch):
     """The passes' operations and roundings are the same, where an engine does them one after the other."""
     for module in (winograd, packed_linear):

@@ -9,7 +9,7 @@ from spat_kernels import ops
 from spat_kernels.ops.crop_flip import crops_ref
 from tests.ops.helpers import bits_of, reference, sentinels
 
-SIZES = [(1, 1), (5, 7), (20, 20)]
+SIZES = [(1, 1), (5, 7), (17, 25)]
 MOVES = [(0, False), (0, True), (4, True), (9, False)]  # pad and flip; 9 is beyond the small images
 SEED = (0x0123456789ABCDEF, -5)
 ROWS = [0, 6, 7, 3, -1, 2**62, 3]  # of seven images, three of these are not there
@@ -35,7 +35,7 @@ def samples(dtype):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_is_bitwise_the_reference(impl, channels):
     rows, ids, seed = vectors(impl.device, ROWS, IDS, SEED)
-    sizes = SIZES if impl.interpreted else [*SIZES, (32, 32)]
+    sizes = SIZES[::2] if impl.interpreted else [*SIZES, (32, 32)]
     for size, dtype, last, offset, (pad, flip) in itertools.product(sizes, impl.dtypes, (False, True), impl.offsets, MOVES):
         images = pixels(7, *size, channels, device=impl.device)
         out, intact = sentinels((7, channels, *size), dtype, impl.device, offset, channels_last=last)

@@ -25,7 +25,7 @@ SHAPES = [  # B and the spatial sizes, C, K
     ((4, 2, 3), 20, 100),
     ((2, 8, 8), 160, 10),
     ((7, 3, 5), 300, 7),
-    ((5, 4, 4), 264, 1000),
+    ((2, 4, 4), 264, 1000),
     ((3, 1, 2), MAX_CHANNELS, 9),
 ]
 SCALED = ("factor", "mask", "scale")

@@ -108,13 +108,12 @@ def test_stopped_and_resumed_bit_by_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("sharded_first", [False, True])
-def test_a_run_goes_on_with_or_without_shards(tmp_path, optimizer, sharded_first):
-    """Begun by one process without, or by two with shards, and ended the other way."""
+def test_a_run_goes_on_with_or_without_shards(tmp_path, sharded_first):
+    """Begun by one process without, or by two with shards, and ended the other way. Adam has moments and counts to hand over."""
     model = "tests.training.test_sharding:convolutions"
     config = settings(
-        tmp_path / "expected", model=model, start="clean", ema=0.9, optimizer=optimizer, lr=1e-2, schedule="constant", epochs=2
+        tmp_path / "expected", model=model, start="clean", ema=0.9, optimizer="adam", lr=1e-2, schedule="constant", epochs=2
     )
     train(config)
     first, last = replace(config, out=tmp_path / "other", epochs=1), replace(config, out=tmp_path / "other", resume=True)
