@@ -110,9 +110,7 @@ def test_no_weight_is_left_out_of_layers():
     pytest.importorskip("timm")
     with torch.device("meta"):
         model = torch.nn.Sequential(create("timm:test_vit", 5, (3, 32, 32)), torch.nn.Linear(5, 3))
-    with pytest.raises(
-        InputError, match="--layer-decay 0.8: 2 weights of own:net are in no layer of its VisionTransf"
-    ):
+    with pytest.raises(InputError, match="--layer-decay 0.8: 2 weights of own:net are in no layer of its VisionTransf"):
         make_optimizer(model, Config(model="own:net", optimizer="adamw", layer_decay=0.8))
 
 
