@@ -59,7 +59,7 @@ def load(
         beside = os.scandir(path.parent) if os.path.isdir(path.parent) else ()
         near = [str(path.parent / entry.name) for entry in beside if entry.is_dir() or entry.name.endswith(".npz")]
         names = f"{did_you_mean(data, [*DATASETS, *near])}give {', '.join(DATASETS)}"
-        raise InputError(f"--data {data}: there is none: {names}, an .npz file or a folder with train/ and test/")
+        raise InputError(f"--data {data}: there is none: {names}, an .npz file, a folder with train/ and test/, or shards")
     _, height, width = dataset.image_shape
     if image_size not in (None, height) or (image_size and height != width):
         raise InputError(

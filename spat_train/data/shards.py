@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -235,6 +236,8 @@ def _index(paths: list[Path]) -> _Index:
 def _stamp(path: Path) -> str:
     """What changes where a shard does: also the time of its last change of any kind, which copies cannot keep."""
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait forever
+        raise OSError(0, "it is no regular file", str(path))
     return f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 

@@ -75,9 +75,9 @@ class EvaluateOptions:
     download: bool = False
     """Fetch them."""
     image_size: int | None = None
-    """Side of the images of a folder. Default: that of the run."""
+    """Side of the images of a folder or of shards. Default: that of the run."""
     skip_broken: bool = False
-    """Leave out pictures of a folder that cannot be decoded: all are decoded once first. Always on where the run had it on."""
+    """Leave out what `spat-train train` leaves out by it. Always on where the run had it on."""
 
     # ---- model
     model_name: str | None = None

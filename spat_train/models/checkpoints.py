@@ -139,7 +139,8 @@ def _blame(error: ValueError, config: Config | None, name: str, shape: ImageShap
         return f"the run is a {config.model}: give that as {option} ({reason})"
     misshaped = error.sizes if isinstance(error, Misfit) else not isinstance(error, InputError) and not reason.startswith("name=")
     if misshaped:
-        return f"it was trained on {config.data}, and these images or classes are others: give other --data ({reason})"
+        others = "these images or classes are others: give other --data or --image-size"
+        return f"it was trained on {config.data}, and {others} ({reason})"
     return reason
 
 

@@ -131,7 +131,7 @@ def export_command(
         data: data of the model, for the shape of its images and the names of its classes, where its file does not say them, as
             those of runs do.
         root: where torchvision's data sets are.
-        image_size: side of the images of a folder. Default: that of the run.
+        image_size: side of the images of a folder or of shards. Default: that of the run.
     """
     if image_size and not data:
         raise InputError(f"--image-size {image_size}: it is of the pictures in --data: give both, or neither")

@@ -233,6 +233,15 @@ def test_damaged_shards_are_named_and_cut(made, capsys, damage, message, left):
     assert f": the {left} samples before are used, the rest is left out\n" in said
 
 
+@pytest.mark.parametrize(
+    ("put", "reason"), [(os.mkfifo, "it is no regular file"), (lambda path: path.symlink_to("no"), "No such")]
+)
+def test_shards_that_are_no_files(made, put, reason):
+    put(made / "train-000005.tar")
+    with pytest.raises(InputError, match=f"^--data: {made}/train-000005.tar cannot be read .{reason}.*: repair or remove it"):
+        opened(made, skip_broken=True)
+
+
 def test_samples_that_lack_something(made, capsys):
     with tarfile.open(made / "train-000005.tar", "w") as tar:
         for name in ("1.jpg", "2.cls", "3.json", "__skip__.jpg", "4.jpg", "4.mask.png", "4.cls"):
