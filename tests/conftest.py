@@ -45,6 +45,8 @@ def device(request) -> str:
 
 
 def pytest_collection_modifyitems(items):
+    # The longest come first, or one worker would end with them while the others wait.
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.path.name == "test_cuda_on_cpu.py"))
     if torch.cuda.is_available():
         return
     for item in items:
