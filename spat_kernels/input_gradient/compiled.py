@@ -89,14 +89,12 @@ class CompiledGradient(InputGradient):
         graph, images = self._last, self._given
         if graph is None:
             return super().backward(dlogits, keep)
-        # PyTorch asks for this setting where a backward is to come again, although no buffer was donated.
-        with functorch.patch(donated_buffer=False) if keep else nullcontext():
-            try:
-                return self._within(graph, lambda: super(CompiledGradient, self).backward(dlogits, keep))
-            except (torch.OutOfMemoryError, ValueError):  # the latter is what `InputGradient` says of a model
-                raise
-            except Exception as error:
-                reason = _reason(error)
+        try:
+            return self._within(graph, lambda: super(CompiledGradient, self).backward(dlogits, keep))
+        except (torch.OutOfMemoryError, ValueError):  # the latter is what `InputGradient` says of a model
+            raise
+        except Exception as error:
+            reason = _reason(error)
         self._graphs.fail(self._kind, reason, self.model)
         self.forward(images)
         return self.backward(dlogits, keep)
