@@ -89,14 +89,12 @@ class CompiledGradient(InputGradient):
         graph, images = self._last, self._given
         if graph is None:
             return super().backward(dlogits, keep)
-        # PyTorch asks for this setting where a backward is to come again, although no buffer was donated.
-        with functorch.patch(donated_buffer=False) if keep else nullcontext():
-            try:
-                return self._within(graph, lambda: super(CompiledGradient, self).backward(dlogits, keep))
-            except (torch.OutOfMemoryError, ValueError):  # the latter is what `InputGradient` says of a model
-                raise
-            except Exception as error:
-                reason = _reason(error)
+        try:
+            return self._within(graph, lambda: super(CompiledGradient, self).backward(dlogits, keep))
+        except (torch.OutOfMemoryError, ValueError):  # the latter is what `InputGradient` says of a model
+            raise
+        except Exception as error:
+            reason = _reason(error)
         self._graphs.fail(self._kind, reason, self.model)
         self.forward(images)
         return self.backward(dlogits, keep)
@@ -197,6 +195,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: list, hoisted: Hoisted):
     """Inductor's kernels for a graph of Dynamo's. Its backward is compiled at once, so that it fails here if it does."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # a slow import, which most attacks do not need
 
+    _replace_global_pooling(graph_module)
     nodes = graph_module.graph.find_nodes(op="placeholder")
     weights = [isinstance(t, Tensor) and not _is_images(node) for node, t in zip(nodes, inputs, strict=True)]
     inner = Hoisting(compile_fx_inner, weights, hoisted)
@@ -204,6 +203,18 @@ def compile_graph(graph_module: fx.GraphModule, inputs: list, hoisted: Hoisted):
     with functorch.patch(donated_buffer=False, force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
         options = {"triton.cudagraphs": False, "freezing": False}  # the attack is captured as a whole; weights are no constants
         return compile_fx(graph_module, inputs, inner_compile=inner, config_patches=options)
+
+
+def _replace_global_pooling(graph_module: fx.GraphModule) -> None:
+    """Global average pooling becomes the mean that it is.
+
+    In channels_last PyTorch sets the result's strides by `as_strided_`, whose backward Inductor 2.11 puts in the wrong order.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=nn.functional.adaptive_avg_pool2d):
+        if not node.kwargs and node.args[1] in (1, (1, 1), [1, 1]):
+            node.target, node.args = torch.mean, (node.args[0], (-2, -1), True)
+    graph_module.recompile()
 
 
 def _is_images(node: fx.Node) -> bool:

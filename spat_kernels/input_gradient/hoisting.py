@@ -43,7 +43,9 @@ class Hoisting:
 
     def __call__(self, graph_module: fx.GraphModule, inputs: Sequence, **options):
         graph = graph_module.graph
-        if not options.get("is_backward"):
+        if options.get("is_backward"):
+            _note_that_nothing_is_donated()
+        else:
             self._known = self._known_inputs(graph)
         known = self._from_weights(graph)
         names = self._needed(graph, known)
@@ -98,6 +100,13 @@ class Hoisting:
             if node in roots and node.target not in VIEWS and not _symbolic(node.meta["val"]) and _is_read(node, known)
         ]
         return [node.name for node in needed]
+
+
+def _note_that_nothing_is_donated() -> None:
+    """So that a backward may come again. What else lets PyTorch allow that is a setting of the process, which threads share."""
+    context = TracingContext.try_get()
+    if context and context.fw_metadata:
+        context.fw_metadata.bw_donated_idxs = []
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ def test_steps_against_the_gradient_are_weighed():
 
 
 def test_table():
-    cell = {"model": "vit", "size": 64, "batch": 4, "precision": "bf16", "auto": "plan"}
+    cell = {"model": "vit", "size": 64, "batch": 4, "precision": "bf16", "compile": "autograd", "auto": "plan"}
     medians = {"spat compile": 0.2, "spat auto": 0.1, "loop": 0.4, "compiled loop": None}
     records = [
         {"provider": name, "ours": name in compiled.OURS, "status": "timed" if median else "failed"}
@@ -24,4 +24,4 @@ def test_table():
     ]
     machine = {"device": "CPU", "cuda": None, "cpu": {"flags": []}, "threads": 1, "torch": "2.11", "date": "2026-01-01"}
     text = compiled.table({"machine": machine, "settings": {"steps": 10}, "cells": [cell | {"records": records}]})
-    assert "| vit | 64 | 4 | bf16 | plan | 20 | 10 | 40 | failed | 2.00x | 4.00x |" in text
+    assert "| vit | 64 | 4 | bf16 | autograd | plan | loop | 20 | 10 | 40 | failed | 2.00x | 4.00x |" in text

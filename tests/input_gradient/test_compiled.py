@@ -95,7 +95,7 @@ def compilations(model) -> int:
     return sum(g.compilations for graphs in compiled._models[model]._graphs.values() for g in graphs.values())
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_as_autograd(interpreted, precision):
     model, (x, _) = Net().eval(), batch(4)
     if precision == "fp64":
@@ -143,6 +143,17 @@ def test_weights_are_read_at_each_attack(interpreted):
     assert compilations(model) == 2  # with a graph of autograd's, and without
 
 
+def test_global_pooling_is_a_mean(interpreted):
+    """In channels_last PyTorch's own sets strides by as_strided, whose backward Inductor puts in the wrong order."""
+    layers = nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(4, 5)
+    model = nn.Sequential(*layers).double().eval().to(memory_format=torch.channels_last)
+    x = batch(4)[0].double().contiguous(memory_format=torch.channels_last)
+    assert_as_autograd(model, x)
+    ops = {node.target for graph, _ in interpreted for node in graph.graph.nodes}
+    assert torch.ops.aten.mean.dim in ops
+    assert torch.ops.aten.as_strided.default not in ops
+
+
 def test_what_depends_on_weights_alone_is_computed_once_an_attack(interpreted):
     model, (x, y) = Net().eval(), batch(4)
     attack = PGD(EPS, steps=3, precision="bf16", input_gradient="compile")
@@ -158,6 +169,7 @@ def test_what_depends_on_weights_alone_is_computed_once_an_attack(interpreted):
         assert not any(n.args[0] in weights - images for n in casts)
 
 
+@pytest.mark.slow
 def test_batches_of_all_sizes_share_a_graph(interpreted):
     model = Net().double().eval()
     for size in (6, 5, 4, 6, 3):
@@ -174,6 +186,7 @@ class FixedBatch(Net):
         return super().forward(x) * {4: 1, 5: 2}[len(x)]
 
 
+@pytest.mark.slow
 def test_sizes_are_compiled_one_by_one_where_the_code_knows_them(interpreted):
     model = FixedBatch().double().eval()
     for size in (4, 5, 4, 5):
@@ -181,6 +194,7 @@ def test_sizes_are_compiled_one_by_one_where_the_code_knows_them(interpreted):
     assert compilations(model) < 8
 
 
+@pytest.mark.slow
 def test_few_sizes_are_compiled_one_by_one(interpreted, monkeypatch):
     monkeypatch.setattr(compiled, "SIZES", 1)
     model = FixedBatch().double().eval()
@@ -192,6 +206,7 @@ def test_few_sizes_are_compiled_one_by_one(interpreted, monkeypatch):
     assert_as_autograd(model, images[4])
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice(interpreted):
     model, (x, y) = Net(), batch(4)
     attack = PGD(EPS, steps=2, input_gradient="compile", restarts=2)
@@ -217,7 +232,7 @@ def test_attacks_give_what_they_give_through_autograd(interpreted):
         torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("bn_mode", ["eval", "train", "keep"])
+@pytest.mark.parametrize("bn_mode", ["eval", "train", pytest.param("keep", marks=pytest.mark.slow)])
 def test_leaves_no_trace(interpreted, bn_mode):
     model, (x, y) = cnn(), batch()
     model[1].eval()
@@ -325,6 +340,7 @@ class Counts(Net):
         return super().forward(x) * self.calls
 
 
+@pytest.mark.slow
 def test_models_that_are_compiled_again_and_again_are_given_up(interpreted, monkeypatch):
     monkeypatch.setattr(compiled, "COMPILATIONS", 2)
     model, (x, y) = Counts().eval(), batch(4)
@@ -394,6 +410,7 @@ def test_the_users_own_compilation_is_left_alone(interpreted):
     assert [config.get_config_copy() for config in configs] == settings
 
 
+@pytest.mark.slow
 def test_threads(interpreted):
     """On one model one after another, on others at once."""
     models, (x, y) = [Net().double().eval() for _ in range(2)], batch(4)
@@ -444,6 +461,13 @@ def test_kernels(precision):
     tolerance = {"fp64": 1e-10, "fp32": 1e-5, "bf16": 2**-5}[precision]
     assert_as_autograd(model, x, None if precision == "fp64" else precision, tolerance)
     assert compilations(model) == 4
+
+
+@pytest.mark.slow
+def test_kernels_of_convnext():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("convnext_tiny", num_classes=10, **NETWORKS["convnext_tiny"]).eval()
+    assert_as_autograd(model, torch.rand(2, 3, 64, 64), "bf16", tolerance=2**-4)
 
 
 @pytest.mark.slow
