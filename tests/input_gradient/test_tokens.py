@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import spat_kernels as sk
-from spat_kernels.input_gradient import packed_linear
+from spat_kernels.input_gradient import gradients, packed_linear
 from spat_kernels.input_gradient.autograd import InputGradient
-from spat_kernels.input_gradient.gradients import rows
 from spat_kernels.input_gradient.steps import Conv, Index, Linear, Local, Pointwise
 from spat_kernels.input_gradient.token_steps import LayerNorm
 from spat_kernels.input_gradient.weights import LinearWeights
@@ -233,8 +232,8 @@ def test_group_norm_of_one_image_made_of_tokens():
 @pytest.mark.parametrize("stride", [1, 7, 128])
 def test_rows_of_one_image_have_the_strides_of_several(stride):
     x = torch.rand(128).as_strided((1, 8, 4, 4), (stride, 1, 32, 8))
-    assert rows(x).stride() == (128, 1, 32, 8)
-    assert torch.equal(rows(x), x)
+    assert gradients.rows(x).stride() == (128, 1, 32, 8)
+    assert torch.equal(gradients.rows(x), x)
 
 
 def test_activations_of_tokens_are_part_of_passes():
