@@ -221,6 +221,19 @@ def test_a_scale_along_another_dimension_of_the_same_length_is_not_folded():
     assert_equals_autograd(model, images(3, 16), gradient)
 
 
+@torch.no_grad()
+def test_bounds_that_are_parameters_are_read_each_time():
+    """They were those of ReLU6 when the plan was made."""
+    model = Piece(lambda m, x: torch.clamp(10 * x, m.low, m.high))
+    model.low, model.high = nn.Parameter(torch.zeros(())), nn.Parameter(torch.tensor(6.0))
+    model = shaken(model)
+    gradient = planned(model, images(2, 16))
+    model.low.fill_(-1)
+    model.high.fill_(1)
+    gradient.prepare()
+    assert_equals_autograd(model, images(3, 16), gradient)
+
+
 def test_group_norm_of_one_image_made_of_tokens():
     model = Piece(lambda m, x: m.norm(m.mix(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(-1, 8, 4, 4)))
     model.mix, model.norm = nn.Linear(8, 8), nn.GroupNorm(2, 8)
