@@ -10,7 +10,12 @@ Grads = list[list[tuple[Tensor, bool]]]  # for each value: what its readers cont
 
 def rows(t: Tensor) -> Tensor:
     """Images [B, C, H, W] with their channels innermost in memory; other values contiguous."""
-    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t.contiguous()
+    if t.ndim != 4:
+        return t.contiguous()
+    t = t.contiguous(memory_format=torch.channels_last)
+    if len(t) == 1 and t.stride(0) != t.numel():  # any stride does for one image, but ATen takes others for another layout
+        t = t.permute(0, 2, 3, 1).view(1, *t.shape[2:], -1).permute(0, 3, 1, 2)
+    return t
 
 
 def flat(t: Tensor, channels: int) -> Tensor:

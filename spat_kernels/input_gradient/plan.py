@@ -128,6 +128,8 @@ class Plan:
         return []
 
     def _keeps_channels(self, node: Node, source: Node) -> bool:
+        if node.kind == "affine" and node.channels != source.channels:
+            return False  # along another dimension, which may well be as long
         ends = {(n.channels == 0, n.channels == len(n.shape) - 1) for n in (node, source)}
         alike = node.shape[node.channels] == source.shape[source.channels]
         return alike and (node.kind != "reshape" or len(ends) == 1)

@@ -264,6 +264,8 @@ def attention(net: Network, n, query, key, value, attn_mask=None, dropout_p=0.0,
     """Of three values. The mask is a constant: [..., N, N], for each sample the same."""
     if net.plain(dropout_p):
         raise CannotPlan(f"{n.name} is dropout in training mode, which draws random numbers")
+    if net.is_tensor(scale):
+        raise CannotPlan(f"{n.name} has a tensor as its scale, whose value may change")
     form = net.form_of(query)
     if not all(net.is_value(t) for t in (query, key, value)):
         raise CannotPlan(f"{n.name} attends to constants")

@@ -24,6 +24,8 @@ from spat_kernels.input_gradient.nodes import CannotPlan
 from spat_kernels.input_gradient.trace import _NoLooking
 from tests.cuda_graphs.fake_graph import FakeGraph, captured_and_eager
 from tests.helpers import EPS, Around, Recorder, assert_same, batch, cnn, snapshot
+from tests.input_gradient import models as networks
+from tests.input_gradient.test_tokens import network
 
 
 def square(z, y):
@@ -924,3 +926,16 @@ def test_gpu_replays_launch_one_graph_and_wait_once_if_at_all(real):
     with torch.profiler.profile(activities=activities) as profile:
         attack(model, x, y)
     assert [e.name for e in profile.events()].count("cudaGraphLaunch") == 1
+
+
+@pytest.mark.parametrize(("name", "precision"), [("convnext", "fp32"), ("vit", "bf16"), ("swin", "fp32")])
+def test_plans_of_tokens_are_captured_and_follow_the_weights(graphs, name, precision):
+    """No step looks at a value; class tokens, position biases and folded layer scales are made of the weights in each replay."""
+    model, size = network(name, torch.float32)
+    x, y = networks.images(2, size, torch.float32), torch.tensor([0, 1])
+    assert sk.explain(model, x).path == "plan"
+    for scale in (1, 1.2):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(scale)
+        assert torch.equal(*captured_and_eager(PGD, EPS, model, x, y, steps=2, precision=precision))

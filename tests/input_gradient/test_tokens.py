@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import spat_kernels as sk
-from spat_kernels.input_gradient import packed_linear
+from spat_kernels.input_gradient import gradients, packed_linear
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.steps import Conv, Index, Linear, Local, Pointwise
 from spat_kernels.input_gradient.token_steps import LayerNorm
@@ -207,6 +207,46 @@ def test_layer_scale_is_folded_through_the_permute():
     assert len(steps_of("layer scale of tokens", Linear)[0].after) == 2
     assert [len(s.after) for s in steps_of("layer scale of a convolution", Conv)] == [0, 1]
     assert steps_of("scale that others pass by", Linear)[0].after == ()
+
+
+@torch.no_grad()
+def test_a_scale_along_another_dimension_of_the_same_length_is_not_folded():
+    """It was ones when the plan was made, as layer scales are, so that no comparison saw a difference."""
+    model = Piece(lambda m, x: m.conv(x).permute(0, 2, 3, 1) * m.rows, last=(1, 2))  # 4 rows, 4 channels
+    model.conv, model.rows, model.fc = nn.Conv2d(8, 4, 1), nn.Parameter(torch.ones(4, 1, 1)), nn.Linear(4, 5)
+    model = shaken(model)
+    gradient = planned(model, images(2, 16))
+    model.rows.copy_(torch.tensor([1.0, -2.0, 3.0, 0.5]).view(4, 1, 1))
+    gradient.prepare()
+    assert_equals_autograd(model, images(3, 16), gradient)
+
+
+@torch.no_grad()
+def test_bounds_that_are_parameters_are_read_each_time():
+    """They were those of ReLU6 when the plan was made."""
+    model = Piece(lambda m, x: torch.clamp(10 * x, m.low, m.high))
+    model.low, model.high = nn.Parameter(torch.zeros(())), nn.Parameter(torch.tensor(6.0))
+    model = shaken(model)
+    gradient = planned(model, images(2, 16))
+    model.low.fill_(-1)
+    model.high.fill_(1)
+    gradient.prepare()
+    assert_equals_autograd(model, images(3, 16), gradient)
+
+
+def test_group_norm_of_one_image_made_of_tokens():
+    model = Piece(lambda m, x: m.norm(m.mix(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(-1, 8, 4, 4)))
+    model.mix, model.norm = nn.Linear(8, 8), nn.GroupNorm(2, 8)
+    model = shaken(model)
+    gradient = planned(model, images(2, 16))
+    assert_equals_autograd(model, images(1, 16), gradient)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 128])
+def test_rows_of_one_image_have_the_strides_of_several(stride):
+    x = torch.rand(128).as_strided((1, 8, 4, 4), (stride, 1, 32, 8))
+    assert gradients.rows(x).stride() == (128, 1, 32, 8)
+    assert torch.equal(gradients.rows(x), x)
 
 
 def test_activations_of_tokens_are_part_of_passes():
