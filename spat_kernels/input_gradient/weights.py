@@ -161,6 +161,7 @@ class Weights:
         before = self._scale_shift(step.before, weight.shape[1])
         dense = None
         if product:
+            assert matrix is not None
             packs = packed_linear.applies(weight, self.batch * prod(step.shape[1:]), self.dtype)
             dense = LinearWeights(matrix, inside, PackedLinear(matrix) if packs else None)
         wide = folded.float() if self._gradient_in_fp32(step, weight) else None
