@@ -57,6 +57,8 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
         dx = bound.winograd.gradient(grad)
     elif dx is None and bound.dense is not None:
         dx = bound.dense.gradient(grad.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    elif dx is None and bound.patches is not None:
+        dx = _joined(grad.permute(0, 2, 3, 1) @ bound.patches, step.conv["stride"])
     elif dx is None:
         weight = bound.weight if bound.wide is None else bound.wide
         unread = torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=bound.layout)
@@ -66,13 +68,20 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
             only_input,
         )  # fmt: skip
         dx = dx.to(grad.dtype)
-    if bound.splits:
+    if bound.splits and bound.patches is None:
         dx = dx[:, : run.plan.nodes[step.inputs[0]].shape[0]]
     if bound.scale is not None:
         dx = dx * bound.scale.view(-1, 1, 1).to(dx.dtype)
     if step.inputs[0] != 0 and step.inputs[0] in run.plan.exact:
         dx = dx.to(run.image_dtype)  # other gradients meet it there
     grads[step.inputs[0]].append((dx, not bound.splits))
+
+
+def _joined(patches: Tensor, sizes) -> Tensor:
+    """Patches [B, H, W, h w C] as images [B, C, H h, W w] in channels_last."""
+    (batch, height, width, _), (h, w) = patches.shape, sizes
+    images = patches.view(batch, height, width, h, w, -1).transpose(2, 3)
+    return images.reshape(batch, height * h, width * w, -1).permute(0, 3, 1, 2)
 
 
 def pointwise_forward(run: "PlannedGradient", step: Pointwise, bound: PointwiseWeights, values, keep):

@@ -3,15 +3,17 @@
     forward:   y = x @ weight.T + bias
     gradient:  dx = grad @ weight
 
-PyTorch calls MKL in fp32 and lets oneDNN pack the weights in every call in bf16. On Zen 4, packed ahead, fp32 takes 0.8 to 0.9 of
-that and bf16 0.8 to 1.0. Packing takes as long as it saves on 400 rows forward and 800 backward: hence `ROWS`. As with Winograd,
-shapes, dtype and machine alone decide, never a measured time.
+PyTorch calls MKL in fp32 and lets oneDNN pack the weights in every call in bf16. On Zen 4, packed ahead, fp32 takes 0.75 to 0.95
+of that and bf16 0.85 to 1.0, most where there are many products. Packing takes as long as it saves on 400 rows forward and 800
+backward, and at least 0.1 ms: hence `ROWS` and `PRODUCTS`. As with Winograd, shapes, dtype and machine alone decide, never a
+measured time.
 """
 
 import torch
 from torch import Tensor
 
 ROWS = 256  # pays off at the second or third step
+PRODUCTS = {torch.float32: 64e6, torch.bfloat16: 256e6}  # 592 rows, 768 x 192, fp32: 1.85 ms, packed 1.6, and 0.2 to pack
 
 
 def applies(weight: Tensor, rows: int, dtype: torch.dtype) -> bool:
@@ -19,11 +21,18 @@ def applies(weight: Tensor, rows: int, dtype: torch.dtype) -> bool:
     return (
         weight.device.type == "cpu"
         and rows >= ROWS
+        and rows * weight.numel() >= PRODUCTS.get(dtype, float("inf"))
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        and is_fast(dtype)
     )
+
+
+def is_fast(dtype: torch.dtype) -> bool:
+    """Whether CPUs multiply matrices as fast as they do convolutions."""
+    fast_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and fast_bf16)
 
 
 class PackedLinear:

@@ -242,13 +242,28 @@ def _local_backward(run: PlannedGradient, step: Local, bound, saved, grads):
         grads[j].append((dx, False))
 
 
+def _attention_forward(run: PlannedGradient, step: token_steps.Attention, bound, values, keep):
+    inputs = [values[j] for j in step.inputs]
+    if not step.function.is_written_out(inputs[1]):
+        return _local_forward(run, step, bound, values, keep)
+    return step.function.forward(*inputs, *bound)
+
+
+def _attention_backward(run: PlannedGradient, step: token_steps.Attention, bound, saved, grads):
+    if len(saved) == 2:  # by autograd
+        _local_backward(run, step, bound, saved, grads)
+        return
+    for j, dx in zip(step.inputs, step.function.backward(take(grads, step.out)[0], *saved), strict=True):
+        grads[j].append((dx, True))
+
+
 # (run, step, what is bound to it, values, whether to keep what the backward needs) -> the step's value, what was kept
 FORWARD: dict[type[Step], Callable[..., tuple[Tensor, Saved]]] = {
     Conv: conv_forward, FusedConv: conv_forward, Pointwise: pointwise_forward, Linear: _linear_forward,
     PoolLinear: _pool_linear_forward, Mean: mean_forward, Reshape: _reshape_forward, Local: _local_forward,
     Multiply: multiply_forward, Cat: cat_forward, Index: index_forward, Pad: pad_forward, Pool: pool_forward,
     GroupNorm: group_norm_forward, ResponseNorm: response_norm_forward,
-    token_steps.Attention: _local_forward, **token_steps.FORWARD,
+    token_steps.Attention: _attention_forward, **token_steps.FORWARD,
 }  # fmt: skip
 # (run, step, what is bound to it, what was kept, grads) -> None; the gradients of the step's inputs are added to grads
 BACKWARD: dict[type[Step], Callable[..., None]] = {
@@ -256,5 +271,5 @@ BACKWARD: dict[type[Step], Callable[..., None]] = {
     PoolLinear: _pool_linear_backward, Mean: mean_backward, Reshape: _reshape_backward, Local: _local_backward,
     Multiply: multiply_backward, Cat: cat_backward, Index: index_backward, Pad: pad_backward, Pool: pool_backward,
     GroupNorm: group_norm_backward, ResponseNorm: response_norm_backward,
-    token_steps.Attention: _local_backward, **token_steps.BACKWARD,
+    token_steps.Attention: _attention_backward, **token_steps.BACKWARD,
 }  # fmt: skip

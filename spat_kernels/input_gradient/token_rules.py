@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.layer_norm import MAX_CHANNELS
+from .attention import Attend
 from .constants import Call, Slot
 from .nodes import CannotPlan, Computed, Constant, Form, Network, Ref, Term
 
@@ -276,18 +277,8 @@ def attention(net: Network, n, query, key, value, attn_mask=None, dropout_p=0.0,
     mask = () if attn_mask is None else (constant(net, n, query, attn_mask),)
     net.shape = (*net.shape_of(query)[:-1], net.shape_of(value)[-1])
     settings = {"is_causal": net.plain(is_causal), "scale": net.plain(scale), "enable_gqa": net.plain(enable_gqa)}
-    function = partial(_attention, form.merged, {k: v for k, v in settings.items() if v})
+    function = Attend(form.merged, {k: v for k, v in settings.items() if v})
     net.add(n, "attention", query, key, value, function=function, constants=mask, channels=len(net.shape) - 1)
-
-
-def _attention(merged: bool, settings: dict, query, key, value, mask=None):
-    if not merged:
-        return F.scaled_dot_product_attention(query, key, value, mask, **settings)
-    shape = query.shape[:2]
-    if mask is not None and mask.ndim == query.ndim:
-        mask = mask.expand(*shape, *mask.shape[2:]).flatten(0, 1)
-    out = F.scaled_dot_product_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask, **settings)
-    return out.unflatten(0, shape)
 
 
 @form_aware

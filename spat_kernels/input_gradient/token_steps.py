@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops._common import acc_dtype
+from .attention import Attend, laid
 from .gradients import Grads, flat, give, sum_, take, unflat
 from .grouping import stream
 from .nodes import Constant, Node, Term
@@ -51,7 +52,7 @@ class Combine(Step):
 
 @dataclass(kw_only=True)
 class Attention(Local):
-    pass
+    function: Attend
 
 
 @dataclass
@@ -99,7 +100,7 @@ def make(node: Node, i: int) -> Step | None:
     if node.kind == "normalize":
         return Normalize(*what, dim=node.dims[0], eps=node.eps)
     if node.kind == "attention":
-        assert node.function is not None
+        assert isinstance(node.function, Attend)
         return Attention(*what, function=node.function, constants=node.constants)
     return None
 
@@ -192,13 +193,13 @@ def combine_backward(run: "PlannedGradient", step: Combine, bound, saved, grads:
 
 
 def matmul_forward(run: "PlannedGradient", step: MatMul, bound, values, keep):
-    a, b = (values[j] for j in step.inputs)
+    a, b = (laid(values[j]) for j in step.inputs)
     return a @ b, (a, b)
 
 
 def matmul_backward(run: "PlannedGradient", step: MatMul, bound, saved, grads: Grads):
     grad, _ = take(grads, step.out)
-    a, b = saved
+    (a, b), grad = saved, laid(grad)
     grads[step.inputs[0]].append((grad @ b.mT, True))
     grads[step.inputs[1]].append((a.mT @ grad, True))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import spat_kernels as sk
 from spat_kernels.input_gradient import gradients, packed_linear
+from spat_kernels.input_gradient.attention import Attend
 from spat_kernels.input_gradient.autograd import InputGradient
 from spat_kernels.input_gradient.steps import Conv, Index, Linear, Local, Pointwise
 from spat_kernels.input_gradient.token_steps import LayerNorm
@@ -321,9 +322,9 @@ def test_refuses_what_mixes_samples(reason):
 # ---- packed weights -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not packed_linear.applies(torch.ones(1), 1000, torch.float32), reason="needs a CPU with AVX-512 and oneDNN")
+@pytest.mark.skipif(not packed_linear.applies(torch.ones(1), 10**9, torch.float32), reason="needs a CPU with AVX-512 and oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_give_the_same(dtype):
+def test_packed_weights_give_the_same(dtype, monkeypatch):
     torch.manual_seed(0)
     weight, bias, x, grad = torch.randn(24, 40), torch.randn(24), torch.randn(4, 80, 40), torch.randn(4, 80, 24)
     weight, bias, x, grad = (t.to(dtype) for t in (weight, bias, x, grad))
@@ -331,6 +332,8 @@ def test_packed_weights_give_the_same(dtype):
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(packed.forward(x, bias).double(), expected, rtol=rounding, atol=10 * rounding)
     torch.testing.assert_close(packed.gradient(grad).double(), grad.double() @ weight.double(), rtol=rounding, atol=10 * rounding)
+    assert not packed_linear.applies(weight, packed_linear.ROWS, dtype)  # too few products
+    monkeypatch.setitem(packed_linear.PRODUCTS, dtype, packed_linear.ROWS * weight.numel())
     assert packed_linear.applies(weight, packed_linear.ROWS, dtype)
     assert not packed_linear.applies(weight, packed_linear.ROWS - 1, dtype)
     assert not packed_linear.applies(weight.double(), packed_linear.ROWS, torch.float64)
@@ -338,6 +341,7 @@ def test_packed_weights_give_the_same(dtype):
 
 def test_tokens_and_pixels_by_packed_weights_in_fp32(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setitem(packed_linear.PRODUCTS, torch.float32, 0)
     model = shaken(Piece(packed, **NORMS, conv=nn.Conv2d(8, 8, 1)))
     x = images(16, 16)
     exact = logits_and_gradient(InputGradient(model), x)
@@ -402,3 +406,41 @@ def test_attacks_on_timm_networks_through_the_plan(name):
     results = [sk.pgd(model, x, y, EPS, steps=3, random_start=False, input_gradient=how) for how in ("auto", "autograd")]
     assert sk.explain(model, x).path == "plan"
     assert ((results[0] - results[1]).abs() > 1e-6).float().mean() < 0.01
+
+
+@pytest.mark.skipif(not packed_linear.is_fast(torch.bfloat16), reason="needs a CPU with fast bf16")
+@pytest.mark.parametrize("masked", ["", "bool", "added"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_attention_that_is_written_out_in_bf16(merged, masked):
+    torch.manual_seed(0)
+    shape = (2, 3) if merged else (6,)
+    qkv = torch.randn(*shape, 11, 3, 4, 16, dtype=torch.bfloat16)  # samples, tokens, which, heads, channels
+    q, k, v = (t.transpose(-2, -3) for t in qkv.unbind(-3))
+    grad = torch.randn(*shape, 11, 4, 16, dtype=torch.bfloat16).transpose(-2, -3)
+    mask = () if not masked else ((torch.rand(11, 11) < 0.7).logical_or(torch.eye(11) > 0),)
+    if masked == "added":
+        mask = (torch.randn(4, 11, 11).masked_fill(~mask[0], -torch.inf),)
+    attend = Attend(merged, {"scale": 0.3})
+    assert attend.is_written_out(k)
+    assert not attend.is_written_out(k.float())
+    assert not Attend(merged, {"is_causal": True}).is_written_out(k)
+    out, kept = attend.forward(q, k, v, *mask)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    expected = attend(*leaves, *(m.double() if masked == "added" else m for m in mask))
+    expected_grads = torch.autograd.grad(expected, leaves, grad.double())
+    for ours, theirs in zip((out, *attend.backward(grad, *kept)), (expected, *expected_grads), strict=True):
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(2, 8), (4, 16), (4, 18)])
+def test_patches(kernel, size):
+    """Convolutions whose patches do not overlap, one of which leaves pixels out."""
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, kernel, kernel), nn.ReLU(), nn.Conv2d(8, 6, 2, 2)
+    model = shaken(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(6 * (size // kernel // 2) ** 2, 5)))
+    x = images(3, size)
+    gradient = planned(model, x)
+    found = [b.patches is not None for s, b in zip(gradient.plan.steps, gradient.bound, strict=True) if isinstance(s, Conv)]
+    assert found == [size % kernel == 0, True]
+    for ours, theirs in zip(logits_and_gradient(gradient, x), logits_and_gradient(InputGradient(model), x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
