@@ -39,8 +39,9 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.path != "plan":
-            return f"{self.path}, because {self.reason}"
-        counts = ", ".join(f"{count} {what}" for what, count in self.plan.items())
+            no_plan = self.path == "compile" and not self.reason.startswith("input_gradient=")
+            return f"{self.path}, because {'there is no plan: ' * no_plan}{self.reason}"
+        counts = ", ".join(f"{count} {what}" for what, count in self.plan.items() if count or what == "left to autograd")
         return "; ".join((f"plan in {self.dtype}: {counts}", *self.fused))
 
 
@@ -55,8 +56,9 @@ def explain(
 ) -> Explanation:
     """Which path an attack with these settings takes on `model` at images like `x` [B, ...], and why.
 
-    Where kernels may do convolutions together with their passes, they are chosen now, for a batch like this one. Where the model
-    is to be compiled, that is done now, and attacks on batches like this one need not wait for it.
+    A plan is made at the first call, or attack, for a model and a size of images, which takes seconds. Where kernels may do
+    convolutions together with their passes, they are chosen now, for a batch like this one. Where the model is to be compiled,
+    that is done now, and attacks on batches like this one need not wait for it.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and the remedy.

@@ -279,6 +279,6 @@ def _graphs_of(model) -> _Graphs:
 def _warn(model, reason: str) -> None:
     remedy = next((remedy for said, remedy in REMEDIES.items() if said in reason), None)
     warn(
-        f"attacks on this {type(model).__name__} go through autograd, which is slower, since it cannot be compiled: {reason}. "
-        f"{remedy + ', or use' if remedy else 'Use'} input_gradient='autograd'"
+        f"attacks on this {type(model).__name__} go through autograd, since it cannot be compiled: {reason}. "
+        f"{remedy + ', or use' if remedy else 'Use'} input_gradient='auto' (the plan, where there is one) or 'autograd'"
     )
