@@ -120,11 +120,13 @@ def _decoded(images: Folder) -> Iterator[InputError | None]:
 
 def readable(images: Folder) -> Folder:
     """Without those that cannot be decoded, which are named."""
-    good = torch.tensor([error is None for error in _decoded(images)], dtype=torch.bool)
-    if broken := [images.files[row] for row in (~good).nonzero()[:, 0]]:
-        names = ", ".join(broken[:LISTED]) + ", ..." * (len(broken) > LISTED)
+    errors = list(_decoded(images))
+    if broken := [(name, error.__cause__) for name, error in zip(images.files, errors, strict=True) if error]:
+        names = ", ".join(f"{name} ({first_line(why)})" for name, why in broken[:LISTED] if why) + ", ..." * (
+            len(broken) > LISTED
+        )
         say(f"{len(broken)} of {len(images)} pictures in {images.root} are left out: {names}")
-    return images.subset(good.nonzero()[:, 0])
+    return images.subset(torch.tensor([row for row, error in enumerate(errors) if error is None], dtype=torch.int64))
 
 
 def say(text: str) -> None:

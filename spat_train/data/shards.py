@@ -59,7 +59,8 @@ class Shards(Folder):
 
     def read(self, row: int) -> bytes:
         start, length = int(self.start[row]), int(self.length[row])
-        content = os.pread(_opened(self.paths[self.shard[row]]).fileno(), length, start)
+        shard = _opened(self.paths[self.shard[row]])  # held until it is read: another thread may push it out of the cache
+        content = os.pread(shard.fileno(), length, start)
         if len(content) < length:  # a mapped file that is cut short would kill the process
             raise OSError("its shard has become shorter")
         return content

@@ -54,7 +54,11 @@ def check(c: Config) -> None:
     check_device(c.device)
     trackers.chosen(c.track)
     sizes = parse_sizes(c.train_sizes)
-    need(not sizes or sizes[-1][1] <= c.epochs, "train_sizes", f"not all come by epoch {c.epochs}: give others")
+    need(
+        not sizes or sizes[-1][1] <= c.epochs,
+        "train_sizes",
+        f"{sizes[-1][0]} would begin after the last epoch, {c.epochs}: give others" if sizes else "",
+    )
     try:
         import_own(c.model)  # it may register the loss
     except ValueError as error:
@@ -109,7 +113,7 @@ def _relations(c: Config) -> list[tuple[bool, str, str]]:
         (c.beta2 == Config.beta2 or c.optimizer != "sgd", "beta2", f"it is Adam's: {_unset('beta2')}"),
         (not c.nesterov or (c.momentum > 0 and c.optimizer == "sgd"), "nesterov", "it is SGD's, with a momentum above 0"),
         (c.schedule not in ("one-cycle", "cyclic") or c.warmup == 0, "warmup", f"{c.schedule} warms up by itself: leave it out"),
-        (c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs"),
+        (c.warmup < c.epochs, "warmup", f"it must be shorter than the {c.epochs} epochs: give --warmup 0"),
         (rising, "milestones", "give rising epochs, counted from 1, such as 75 90"),
         (c.schedule != "piecewise" or last_drop <= c.epochs, "milestones", late),
         (c.patience is None or c.holdout != 0, "patience", "it needs held-out images: give --holdout"),

@@ -187,7 +187,8 @@ class Run:
         if (signal or due_anywhere) and not self.finished:  # else all is saved, and the model may have its best weights now
             self.save()
         if signal:
-            place = f"epoch {self.progress.epoch + 1}; {self.folder.kept()}, to go on with by --resume"
+            where = "the final test" if self.finished else f"epoch {self.progress.epoch + 1}"
+            place = f"{where}; {self.folder.kept()}, to go on with by --resume"
             raise Stopped(int(signal), f"stopped by signal {int(signal)} in {place}")
 
     # ---- losses and the log

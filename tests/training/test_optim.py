@@ -130,7 +130,7 @@ def test_no_weight_is_left_out_of_layers():
         ({"attack": "apgd", "method": "standard", "steps": None}, "--attack apgd: standard training attacks nothing"),
         ({"attack": "apgd", "method": "trades", "start": "clean"}, "--start clean: the gradient of kl is 0 at x itself"),
         ({"train_sizes": "8@1", "method": "free", "steps": None}, "--train-sizes 8@1: free keeps perturbations: leave it out"),
-        ({"train_sizes": "8@1,16@5"}, "--train-sizes 8@1,16@5: not all come by epoch 4: give others"),
+        ({"train_sizes": "8@1,16@5"}, "--train-sizes 8@1,16@5: 16 would begin after the last epoch, 4: give others"),
         ({"train_sizes": "16"}, "--train-sizes 16: give sides of at least 8, each with the epoch"),
     ],
 )
