@@ -122,10 +122,9 @@ def readable(images: Folder) -> Folder:
     """Without those that cannot be decoded, which are named."""
     errors = list(_decoded(images))
     if broken := [(name, error.__cause__) for name, error in zip(images.files, errors, strict=True) if error]:
-        names = ", ".join(f"{name} ({first_line(why)})" for name, why in broken[:LISTED] if why) + ", ..." * (
-            len(broken) > LISTED
-        )
-        say(f"{len(broken)} of {len(images)} pictures in {images.root} are left out: {names}")
+        names = ", ".join(f"{name} ({first_line(why)})" for name, why in broken[:LISTED] if why)
+        more = ", ..." * (len(broken) > LISTED)
+        say(f"{len(broken)} of {len(images)} pictures in {images.root} are left out: {names}{more}")
     return images.subset(torch.tensor([row for row, error in enumerate(errors) if error is None], dtype=torch.int64))
 
 

@@ -54,11 +54,8 @@ def check(c: Config) -> None:
     check_device(c.device)
     trackers.chosen(c.track)
     sizes = parse_sizes(c.train_sizes)
-    need(
-        not sizes or sizes[-1][1] <= c.epochs,
-        "train_sizes",
-        f"{sizes[-1][0]} would begin after the last epoch, {c.epochs}: give others" if sizes else "",
-    )
+    late = bool(sizes) and sizes[-1][1] > c.epochs
+    need(not late, "train_sizes", f"{sizes[-1][0] if late else ''} would begin after the last epoch, {c.epochs}: give others")
     try:
         import_own(c.model)  # it may register the loss
     except ValueError as error:

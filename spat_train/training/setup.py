@@ -95,7 +95,8 @@ def _try_sizes(c: Config, model: nn.Module, shape: tuple[int, int, int], memory_
         try:
             try_on(model, (channels, side, side), None, memory_format)
         except ValueError as error:
-            raise InputError(f"--train-sizes {side}: --model {c.model}, made for {height}x{width}: {error}") from error
+            remedy = "" if "give" in str(error) else ": give other sizes, or a network that takes any"
+            raise InputError(f"--train-sizes {side}: --model {c.model}, made for {height}x{width}: {error}{remedy}") from error
 
 
 def make_loader(
