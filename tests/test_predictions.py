@@ -1,6 +1,7 @@
 """What is a prediction, and what is a class: NaN logits are none, and -inf rules a class out, for every attack."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ def subset(dtype=torch.float32):
 def test_classes_that_are_ruled_out_change_nothing(attack):
     """Same images, no warnings."""
     (net, x, y), found = subset(torch.float64), []
+    attack = replace(attack, input_gradient="autograd")  # only one of the two has a plan, which rounds otherwise
     for model in (Subset(net).eval(), Masked(net).eval()):
         torch.manual_seed(1)
         with warnings.catch_warnings():
