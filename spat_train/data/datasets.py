@@ -42,6 +42,7 @@ def load(
         InputError: an argument, or what is in the files, does not fit.
     """
     check_count("--limit", limit)
+    data = os.fspath(data)
     path, splits = Path(data), ("test",) if test_only else ("train", "test")
     if data in DATASETS:
         dataset = DATASETS[data](root, download)

@@ -219,17 +219,19 @@ def test_cards():
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path, tiny_npz):
-    """All steps, in two commands; the second has what the first brought. On a CPU memory's command is that of smoke."""
+    """All steps but two, in two commands; the second has what the first brought. memory's command is that of smoke on a CPU, and
+    test_cases.py has the kernels'."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "20", "--data", str(tiny_npz)]
+    left_out = {"memory", "kernels"}
     default = [step.name for step in gpu.STEPS if step.default]
-    first = [*default[:2], *(step.name for step in gpu.STEPS if not step.default and step.name != "memory")]
+    first = [*default[:2], *(step.name for step in gpu.STEPS if not step.default and step.name not in left_out)]
     for more in (["--out", str(tmp_path / "a"), "--only", *first], ["--out", str(tmp_path / "b"), "--have", str(tmp_path / "a")]):
         own = {"TMPDIR": str(tmp_path), "SPAT_COMMIT": "a"}
         subprocess.run([*command, *more], check=True, cwd=measure.ROOT, env=environment | own)
     skipped = {"convolutions", "triton", "fused", "sanitizer"}
     found = statuses(tmp_path / "b")
-    assert found.keys() == {step.name for step in gpu.STEPS} - {"memory"} | {"warm-up"}
+    assert found.keys() == {step.name for step in gpu.STEPS} - left_out | {"warm-up"}
     assert {name for name, status in found.items() if status != "ok"} == skipped, found
     assert {name for name, status in found.items() if status == "skipped"} == skipped
     files = {path.name for path in (tmp_path / "b").rglob("*") if path.is_file()}  # those of the first command are not copied

@@ -10,7 +10,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
-from tests.training.helpers import TIMEOUT, assert_same_run, events, free_port, torchrun, weights
+from tests.training.helpers import TIMEOUT, assert_same_run, events, free_port, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +35,8 @@ def on_machines(machines: int, processes: int, *arguments: str, **environment: s
 
 
 def test_two_machines_are_two_processes(tmp_path):
-    """Bit by bit those of one machine: batches go by rank, and one process of all writes. With shards; below without."""
-    arguments = ["spat_train", "train", *OPTIONS.split(), "--model", "small-cnn", "--fsdp"]
+    """Bit by bit those of one machine: batches go by rank, and one process of all writes."""
+    arguments = ["spat_train", "train", *OPTIONS.split(), "--model", "small-cnn"]
     one = torchrun("-m", *arguments, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     two = on_machines(2, 1, *arguments, "--out", str(tmp_path / "two"))
@@ -47,15 +47,3 @@ def test_two_machines_are_two_processes(tmp_path):
     again = on_machines(2, 1, *arguments, "--out", str(tmp_path / "two"), "--resume", "--epochs", "2")
     assert [done.returncode for done in again] == [0, 0]
     assert sum("is finished: nothing is done again" in done.stderr for done in again) == 1
-
-
-def test_two_machines_with_two_processes_each(tmp_path):
-    """An error is said once, and the same command goes on where the run was stopped."""
-    arguments = ["spat_train", "train", *OPTIONS.split(), "--model", "small-cnn", "--out", str(tmp_path / "run")]
-    wrong = on_machines(2, 2, *arguments, "--data", "nowhere.npz")
-    assert all(done.returncode for done in wrong)
-    assert sum(done.stderr.count("--data nowhere.npz: there is no such file") for done in wrong) == 1
-    done = on_machines(2, 2, *arguments)
-    assert [d.returncode for d in done] == [0, 0], "".join(d.stderr for d in done)
-    saved = weights(tmp_path / "run")
-    assert len(saved["processes"]) == saved["arithmetic"]["processes"] == 4
