@@ -29,6 +29,8 @@ def conv_forward(run: "PlannedGradient", step: Conv, bound: ConvWeights, values,
         return (y if bound.bias is None else y.add_(bound.bias.view(-1, 1, 1))), x.shape
     if bound.dense is not None:
         return bound.dense.forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), x.shape
+    if bound.whole is not None:
+        return bound.whole.forward(x.flatten(1))[:, :, None, None], x.shape
     c = step.conv
     y = torch.conv2d(x, bound.weight, bound.bias, c["stride"], c["padding"], c["dilation"], c["groups"])
     return rows(y), x.shape
@@ -57,6 +59,8 @@ def conv_backward(run: "PlannedGradient", step: Conv, bound: ConvWeights, shape,
         dx = bound.winograd.gradient(grad)
     elif dx is None and bound.dense is not None:
         dx = bound.dense.gradient(grad.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    elif dx is None and bound.whole is not None:
+        dx = bound.whole.gradient(grad.flatten(1)).view(shape)
     elif dx is None and bound.patches is not None:
         dx = _joined(grad.permute(0, 2, 3, 1) @ bound.patches, step.conv["stride"])
     elif dx is None:

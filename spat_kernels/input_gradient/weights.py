@@ -52,6 +52,7 @@ class ConvWeights(NamedTuple):
     wide: Tensor | None = None  # fp32 weights for the gradient, where that is the faster way
     winograd: Winograd | None = None  # does the convolution, and its gradient, without the bias
     dense: LinearWeights | None = None  # does it, with the bias, where it is a matrix product
+    whole: LinearWeights | None = None  # the same, of weights as large as what they read: [O, C h w], as they lie in the model
     patches: Tensor | None = None  # [O, h w C], the same weights, for the gradient where patches do not overlap
 
 
@@ -148,8 +149,10 @@ class Weights:
         fast = self.dtype == torch.float32 and winograd.applies(weight, step.conv, self.batch, step.shape[1:])
         splits = self.dtype in HALVES and self.image_dtype == torch.float32 and step.inputs[0] in self.plan.exact
         product = not splits and self._is_product(step, weight)
-        patches = self._is_of_patches(step, weight)
+        whole = not splits and self._reads_all(step, weight)
+        patches = not whole and self._is_of_patches(step, weight)
         layout = CHANNELS_LAST if fast or product or patches else self._layout(step, weight)
+        layout = torch.contiguous_format if whole else layout
         if scale is None:
             folded = weight.to(self.dtype, memory_format=layout)
         else:
@@ -167,7 +170,7 @@ class Weights:
         wide = folded.float() if self._gradient_in_fp32(step, weight) else None
         return ConvWeights(
             folded, shift, inside, *before, layout, splits, wide, Winograd(folded) if fast else None, dense,
-            matrix if patches else None,
+            LinearWeights(folded.flatten(1), inside) if whole else None, matrix if patches else None,
         )  # fmt: skip
 
     def _is_product(self, step: Conv, weight: Tensor) -> bool:
@@ -179,6 +182,13 @@ class Weights:
         c = step.conv
         of_pixels = [*weight.shape[2:], *c["stride"], c["groups"]] == [1] * 5 and not any(c["padding"])
         return of_pixels and (self._multiplies() or tuple(step.shape[1:]) == (1, 1))
+
+    def _reads_all(self, step: Conv, weight: Tensor) -> bool:
+        """Whether the weights are as large as the images, as in VGG's first dense layer, 7x7: oneDNN lays out all of them again
+        in every call."""
+        c, image = step.conv, self.plan.nodes[step.inputs[0]].shape[1:]
+        alone = c["groups"] == 1 and not any(c["padding"]) and list(c["dilation"]) == [1, 1]
+        return alone and tuple(weight.shape[2:]) == tuple(image) != (1, 1)
 
     def _is_of_patches(self, step: Conv, weight: Tensor) -> bool:
         """Whether a convolution cuts images into patches: oneDNN's gradient takes up to 14 times that of a matrix product."""

@@ -444,3 +444,17 @@ def test_patches(kernel, size):
     assert found == [size % kernel == 0, True]
     for ours, theirs in zip(logits_and_gradient(gradient, x), logits_and_gradient(InputGradient(model), x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+
+
+def test_weights_as_large_as_the_images():
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 3, 2, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 4), nn.BatchNorm2d(6), nn.ReLU()
+    model = shaken(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(6, 5)))
+    x = images(3, 8)
+    gradient = planned(model, x)
+    assert [b.whole is not None for s, b in zip(gradient.plan.steps, gradient.bound, strict=True) if isinstance(s, Conv)] == [
+        False,
+        True,
+    ]
+    for ours, theirs in zip(logits_and_gradient(gradient, x), logits_and_gradient(InputGradient(model), x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
