@@ -58,7 +58,7 @@ def mosaics(pixels: np.ndarray, number: int, enlarge: float) -> Iterable[bytes]:
 
 
 def write_files(root: Path, jpegs: list[bytes]) -> None:
-    """Of two classes, as root/folder and, in the same order, as root/shards; the two in the middle are test images too."""
+    """Write two classes as root/folder and, in the same order, as root/shards; the two pictures in the middle are tested too."""
     half = len(jpegs) // 2
     (root / "shards").mkdir()
     for split, contents, middle in (("train", jpegs, half), ("val", jpegs[half - 1 : half + 1], 1)):
@@ -162,7 +162,7 @@ class Options:
     npz: Path = measure.ROOT / "tests" / "assets" / "cifar10-test-100.npz"
     """Images as x_train, or x, uint8 [N, 32, 32, 3]."""
     images: int = 2048
-    """Of an epoch. Few count the start of processes and their first touch of memory, which long epochs hide."""
+    """Pictures in an epoch. With few, the start of processes and their first touch of memory count, which long epochs hide."""
     batch: int = 64
     workers: tuple[int, ...] = (1, 2)
     enlarge: float = 1.0

@@ -119,7 +119,7 @@ def table(results: dict) -> str:
 
 
 def speedup(record: dict) -> str:
-    """Of ours over the best rival, and which that is where there was a choice."""
+    """The time of the best rival over ours, and which rival that is where there was a choice."""
     ours, rivals = record["seconds"]["ours"], {way: s for way, s in record["seconds"].items() if way != "ours"}
     best = min(rivals, key=lambda way: median(rivals[way]))
     ratio = median(theirs / mine for theirs, mine in zip(rivals[best], ours, strict=True))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .packed_linear import is_fast
 
-KEYS = 256  # of so many at most the probabilities are kept: they are no larger than a few times q, k and v
+KEYS = 256  # up to this many, the probabilities are kept: they are at most a few times as large as q, k and v
 
 
 @dataclass(frozen=True)

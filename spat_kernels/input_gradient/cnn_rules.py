@@ -62,7 +62,7 @@ def _act_function(function: Callable, find: Callable[..., Act | None]):
     def rule(net: Network, n, x, *args, **kwargs):
         kwargs.pop("inplace", None)
         if any(map(net.is_tensor, (*args, *kwargs.values()))):
-            return local(function)(net, n, x, *args, **kwargs)  # bounds that may be trained are read anew each time
+            return local(function)(net, n, x, *args, **kwargs)  # bounds may be trained, so they are read each time
         act = find(*map(net.plain, args), **{k: net.plain(v) for k, v in kwargs.items()})
         if act is None:
             return local(function)(net, n, x, *args, **kwargs)

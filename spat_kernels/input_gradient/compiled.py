@@ -27,7 +27,7 @@ from .nodes import CannotPlan
 from .plan_cache import unwrapped
 from .trace import first_line
 
-KINDS = 16  # of images, for which graphs of a model are kept
+KINDS = 16  # graphs of a model are kept for this many shapes and dtypes of images
 SIZES = 4  # of batches that get a graph each, where a graph of any size fails
 COMPILATIONS = 6  # of one graph: Dynamo compiles it again where something has changed that the model's code looks at
 REMEDIES = {  # by what PyTorch says
