@@ -70,7 +70,7 @@ STEPS = [
     Step("smoke", 90, bench("attack", "--models wrn-34-10 --batches 128 --precisions bf16 --seconds 0.1 --small-ceilings "
                             "--providers 'spat plan+graph' 'autocast loop'"),
          bench("attack", f"{TINY} 4 --providers 'spat plan' loop")),
-    Step("tests", 110, pytest("tests -m gpu -k 'not triton' -n {processes}"), pytest("tests/ops/test_linf.py -k denormals -n 0"),
+    Step("tests", 150, pytest("tests -m gpu -k 'not triton' -n {processes}"), pytest("tests/ops/test_linf.py -k denormals -n 0"),
          beside=  # for torch.compile's cache on the disk: models and shapes of the race, fewer steps
          Step("warm-up", 0, f"{{python}} -m benchmarks.attack {RACE} --providers 'compiled autocast loop' --steps 2 {QUICK}",
               f"{{python}} -m benchmarks.attack {TINY} 4 --providers loop")),
