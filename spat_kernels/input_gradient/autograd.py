@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..checks import check_classes, warn
@@ -44,6 +45,9 @@ EXPLAINED = {  # what PyTorch says, and what it means for an attack
     "Guard failed: ": OTHER_SHAPE,
     "RNN backward can only be called in training mode": RECURRENT,
 }
+# Where avg_pool2d with padding has a wrong gradient in channels_last: torch 2.11's CUDA kernel leaves the padding out of its
+# coordinates (pytorch/pytorch#188344).
+POOLS_IN_NCHW = {"cuda"}
 _contiguous_only: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models that failed on activations in channels_last
 # Modules and functions that did not write on their input, by mode.
 _only_read: "dict[bool, weakref.WeakSet]" = {False: weakref.WeakSet(), True: weakref.WeakSet()}
@@ -215,6 +219,7 @@ def _convolution_weights(model) -> list[nn.Parameter]:
 
 class _Convolutions(TorchFunctionMode):
     """Within: convolutions by `weights` get copies in channels_last and `dtype`, where autocast would cast them to that anyway.
+    Average pooling with padding gets images that it can differentiate (`POOLS_IN_NCHW`).
 
     The model keeps its own weights, for whoever else looks at them.
     """
@@ -234,7 +239,13 @@ class _Convolutions(TorchFunctionMode):
                 torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == copy.dtype
             ):
                 args = x, copy, *rest
+        elif function is F.avg_pool2d and args and args[0].device.type in POOLS_IN_NCHW and _padding(*args, **(kwargs or {})):
+            args = args[0].contiguous(), *args[1:]
         return function(*args, **(kwargs or {}))
+
+
+def _padding(x, kernel_size, stride=None, padding=0, *rest, **others) -> bool:
+    return bool(padding if isinstance(padding, int) else any(padding))
 
 
 def check_logits(logits, x: Tensor, highest_label: int) -> Tensor:

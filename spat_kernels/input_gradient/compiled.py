@@ -143,14 +143,18 @@ class _Graph:
         self._function = torch.compile(function, backend=_backend, fullgraph=True, dynamic=False)
 
     def __call__(self, model: nn.Module, images: Tensor) -> Any:
-        before = getattr(_running, "graph", None)
+        before, caching = getattr(_running, "graph", None), torch.is_autocast_cache_enabled()
         _running.graph = self
+        torch.set_autocast_cache_enabled(
+            False
+        )  # as in a capture: what was compiled with the cache, Dynamo compiles again without
         try:
             with nullcontext() if self.compilations else _unmarked([*model.parameters(), *model.buffers(), images]):
                 if self.any_size:
                     torch._dynamo.mark_dynamic(images, 0)
                 outputs = self._function(model, images)
         finally:
+            torch.set_autocast_cache_enabled(caching)
             _running.graph = before
         if not self.compilations:
             raise RuntimeError("torch.compile is switched off (TORCH_COMPILE_DISABLE, set_stance or suppress_errors)")
@@ -196,6 +200,7 @@ def compile_graph(graph_module: fx.GraphModule, inputs: list, hoisted: Hoisted):
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # a slow import, which most attacks do not need
 
     _replace_global_pooling(graph_module)
+    _refuse_wrong_pooling(graph_module)
     nodes = graph_module.graph.find_nodes(op="placeholder")
     weights = [isinstance(t, Tensor) and not _is_images(node) for node, t in zip(nodes, inputs, strict=True)]
     inner = Hoisting(compile_fx_inner, weights, hoisted)
@@ -215,6 +220,14 @@ def _replace_global_pooling(graph_module: fx.GraphModule) -> None:
         if not node.kwargs and node.args[1] in (1, (1, 1), [1, 1]):
             node.target, node.args = torch.mean, (node.args[0], (-2, -1), True)
     graph_module.recompile()
+
+
+def _refuse_wrong_pooling(graph_module: fx.GraphModule) -> None:
+    """Inductor divides the gradients of a last window that overhangs by the whole window (pytorch/pytorch#198119)."""
+    for node in graph_module.graph.find_nodes(op="call_function", target=nn.functional.avg_pool2d):
+        given = dict(zip(("ceil_mode", "count_include_pad"), node.args[4:], strict=False)) | node.kwargs
+        if given.get("ceil_mode") and given.get("count_include_pad", True):
+            raise RuntimeError("Inductor's gradient of avg_pool2d is wrong with ceil_mode and count_include_pad")
 
 
 def _is_images(node: fx.Node) -> bool:

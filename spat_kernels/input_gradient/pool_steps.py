@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .autograd import POOLS_IN_NCHW
 from .gradients import Grads, rows, take
 from .steps import GroupNorm, Pool
 
@@ -48,9 +49,12 @@ def _pool_gradient(pool: nn.Module, grad: Tensor, x: Tensor, indices: Tensor | N
         return aten.adaptive_max_pool2d_backward(grad, x, indices)
     if isinstance(pool, nn.AvgPool2d):
         kernel, stride, padding = map(_pair, (pool.kernel_size, pool.stride, pool.padding))
-        return aten.avg_pool2d_backward(
+        if any(padding) and grad.device.type in POOLS_IN_NCHW:
+            grad, x = grad.contiguous(), x.contiguous()
+        dx = aten.avg_pool2d_backward(
             grad, x, kernel, stride, padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
         )
+        return dx.contiguous(memory_format=torch.channels_last)
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         return aten._adaptive_avg_pool2d_backward(grad, x)
     assert isinstance(pool, nn.Upsample)

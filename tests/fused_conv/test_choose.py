@@ -546,7 +546,9 @@ def test_chooses_on_the_gpu_and_leaves_nothing_behind():
         assert "wrong" in new.decision(recipe, x.device, True).problems["wrong larger"]
     gc.collect()
     allocated = torch.cuda.memory_allocated()
-    new.choose(replace(recipe, batch=recipe.batch + 1), torch.cat((x, x[:1])), weight, tensors, "auto")
+    larger = replace(recipe, batch=recipe.batch + 1)
+    x, weight, tensors = tensors_for(larger)
+    new.choose(larger, x.cuda(), weight.cuda(), {name: t.cuda() for name, t in tensors.items()}, "auto")
     gc.collect()
     assert torch.cuda.memory_allocated() <= allocated + 2**20
 

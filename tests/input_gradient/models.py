@@ -50,9 +50,16 @@ def logits_and_gradient(gradient, x, dlogits=None):
 def assert_equals_autograd(model, x, gradient=None):
     """In fp64: logits and gradient of the plan, up to 1e-10 of the largest. Returns what autograd gives.
 
-    torch's hardsigmoid rounds 1/6 to fp32 on its way back, in fp64 too: here it is written out.
+    torch's hardsigmoid, and on GPUs its hardswish, round 1/6 to fp32, in fp64 too: here they are written out.
     """
-    with mock.patch.object(F, "hardsigmoid", lambda x, inplace=False: F.relu6(x + 3) / 6):
+
+    def hardsigmoid(x, inplace=False):
+        return F.relu6(x + 3) / 6
+
+    def hardswish(x, inplace=False):
+        return x * hardsigmoid(x)
+
+    with mock.patch.object(F, "hardsigmoid", hardsigmoid), mock.patch.object(F, "hardswish", hardswish):
         expected = logits_and_gradient(InputGradient(model), x)
     for ours, theirs in zip(logits_and_gradient(gradient or planned(model, x), x), expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()

@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spat_kernels import APGD, PGD
+from spat_kernels.input_gradient import autograd, pool_steps
 from spat_kernels.input_gradient.autograd import InputGradient
+from spat_kernels.input_gradient.choose import input_gradient
 from tests.helpers import EPS, batch, cnn
 
 
@@ -197,3 +199,29 @@ def test_other_models_in_half_precision_are_left_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert InputGradient(plain, x=x)._half == torch.bfloat16
     assert InputGradient(plain, x=x.half())._half == torch.float16
+
+
+@pytest.mark.parametrize("path", ["plan", "autograd"])
+def test_padded_average_pooling_is_differentiated_in_nchw(path, monkeypatch):
+    """torch 2.11's CUDA kernel is wrong in channels_last: as if the CPU's were."""
+    given = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.avg_pool2d_backward.default:
+                given.append(args[1])  # whose layout chooses the kernel
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(autograd, "POOLS_IN_NCHW", {"cpu"})
+    monkeypatch.setattr(pool_steps, "POOLS_IN_NCHW", {"cpu"})
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 8, 2), nn.Flatten(), nn.Linear(8, 4)).eval()
+    x = torch.rand(2, 3, 6, 6)
+    ours = input_gradient(model, x, path, "bf16")
+    with torch.no_grad(), ours.arithmetic("cpu"), Watch():
+        ours.prepare()
+        ours.forward(ours.laid_out(x))
+        grad = ours.backward(torch.eye(4)[:2])
+    assert [t.is_contiguous() for t in given] == [True]
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf), leaf, torch.eye(4)[:2])
+    assert torch.cosine_similarity(grad.flatten(), expected.flatten(), 0) > 0.999

@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import spat_kernels as sk
 from spat_kernels import APGD, PGD
 from spat_kernels.attacks import pgd as attacks
+from spat_kernels.cuda_graph import undisturbed
 from spat_kernels.cuda_graphs.cache import Graphs
 from spat_kernels.input_gradient import compiled
 from spat_kernels.input_gradient.autograd import InputGradient
@@ -443,6 +445,26 @@ def test_in_a_capture(interpreted, monkeypatch):
     assert compilations(model) == 1
 
 
+def test_a_capture_compiles_nothing_again(interpreted):
+    """A capture switches autocast's cache off, which Dynamo looks at (below FakeGraph's dispatch mode it looks at nothing)."""
+    model, x = Net().eval(), torch.rand(2, 3, 8, 8)
+    gradient = CompiledGradient(model, x)
+    for context in (nullcontext, undisturbed, nullcontext):
+        caching = torch.is_autocast_cache_enabled()
+        with context():
+            gradient.forward(x)
+            gradient.logits(x)
+        assert torch.is_autocast_cache_enabled() == caching
+    assert compilations(model) == 2
+
+
+def test_wrong_gradients_of_pooling_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(3, 2, 0, True), nn.Flatten(), nn.Linear(36, 5)).eval()
+    x = torch.rand(2, 3, 8, 8)
+    with pytest.warns(RuntimeWarning, match="Inductor's gradient of avg_pool2d is wrong"):
+        assert_as_autograd(model, x, "fp32", 1e-6)
+
+
 # ---- with Inductor's kernels
 
 
@@ -466,7 +488,7 @@ def test_in_a_cuda_graph():
     for graph in (True, True, False):
         torch.manual_seed(1)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", RuntimeWarning)
             found.append(PGD(EPS, steps=5, graph=graph, input_gradient="compile")(model, x, y))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-6)

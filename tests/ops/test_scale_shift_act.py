@@ -150,7 +150,10 @@ def test_results_may_take_the_place_of_inputs(impl, op, results, places, channel
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_values_and_derivatives_are_torchs(device, act):
-    """fp64, with all the arguments: act(bn(total)) with total = a + b, whose gradient arrives by both ways."""
+    """fp64, with all the arguments: act(bn(total)) with total = a + b, whose gradient arrives by both ways.
+
+    torch's functions run on the CPU: on GPUs its hardswish rounds 1/6 to fp32, in fp64 too.
+    """
     shape = 2, 10, 7, 9
     a, b, g_out, g_out2, g_total = (3 * channels_last(torch.randn(shape, dtype=torch.float64, device=device)) for _ in range(5))
     scale, shift = (torch.randn(10, dtype=torch.float64, device=device) for _ in range(2))
@@ -160,13 +163,14 @@ def test_values_and_derivatives_are_torchs(device, act):
     assert kept is out
     assert ops.scale_shift_act_grad(g_out, slope, dx, grad2=g_out2, residual=g_total) is dx
 
+    a, b, scale, shift, g_out, g_out2, g_total = (t.cpu() for t in (a, b, scale, shift, g_out, g_out2, g_total))
     leaf = a.clone().requires_grad_()
     t = leaf + b
     v = TORCH[act](t * scale[:, None, None] + shift[:, None, None])
     (exact,) = torch.autograd.grad([v, t], leaf, [g_out + g_out2, g_total])
-    torch.testing.assert_close(out, v, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(dx, exact, rtol=1e-10, atol=1e-10)
-    assert torch.equal(total, t)
+    torch.testing.assert_close(out.cpu(), v, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dx.cpu(), exact, rtol=1e-10, atol=1e-10)
+    assert torch.equal(total.cpu(), t)
 
 
 def test_prelu_is_torchs(device):
@@ -183,12 +187,12 @@ def test_prelu_is_torchs(device):
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_the_end_of_the_line_is_torchs(device, act):
-    """NaN and the infinities give what torch's functions give, zeros keep their sign, and derivatives are the limits."""
+    """NaN and the infinities give what torch's functions give on the CPU, zeros keep their sign, derivatives are the limits."""
     a = torch.tensor([[*NOT_FINITE, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38]], device=device).T.contiguous()
     out, slope = (torch.empty_like(a) for _ in range(2))
     negative = torch.tensor([0.25], device=device) if act == "leaky_relu" else None
     ops.scale_shift_act(a, out, act=act, slope=slope, negative=negative)
-    double = a.double().requires_grad_()
+    out, slope, double = out.cpu(), slope.cpu(), a.double().cpu().requires_grad_()
     expected = TORCH[act](double)
     torch.testing.assert_close(out, expected.float(), rtol=4e-7, atol=0, equal_nan=True)
     zero = out == 0
