@@ -90,6 +90,9 @@ STEPS = [
     Step("microbench", 45, bench("microbench", "--models wrn-34-10 resnet-18 --precisions bf16 fp32 --limits 10 0 "
                                  "--seconds 0.02"),
          bench("microbench", "--models wrn-10-1 --precisions bf16 fp32 --batch 2 --seconds 0.001")),
+    Step("networks", 240, bench("networks", "--size 224 --batch 64 --steps 5 --precisions bf16 --seconds 0.2"),
+         bench("networks", "--networks resnet18 --size 32 --batch 2 --steps 1 --precisions fp32 --seconds 0"), needs="timm",
+         default=False),
     Step("fused", 70, "{python} -m benchmarks.fused both --out {out}", needs="cudnn", default=False),
     Step("sanitizer", 200, 'env PYTORCH_NO_CUDA_MEMORY_CACHING=1 '  # each tensor is an allocation
          f'sh -c "for tool in memcheck racecheck; do {{sanitizer}} --error-exitcode 86 --tool $tool {KERNELS} || exit; done"',
@@ -117,7 +120,7 @@ class Options:
     data: Path | None = None
     """CIFAR-10 as an .npz file."""
     only: list[str] = field(default_factory=list)
-    """Names of steps, by default all but fused, sanitizer, kernels, memory, precision and overhead."""
+    """Names of steps, by default all but networks, fused, sanitizer, kernels, memory, precision and overhead."""
     have: Path | None = None
     """The --out of an earlier command, or a copy of it."""
     rehearse: bool = False
