@@ -1,5 +1,6 @@
 """`python -m spat_train`, and the `spat-train` command, which needs the packages of an extra."""
 
+import faulthandler
 import os
 import sys
 
@@ -7,6 +8,8 @@ EXTRA = {"matplotlib", "scipy", "sklearn", "torchvision", "tqdm", "tyro"}
 
 
 def main() -> None:
+    if sys.stderr:
+        faulthandler.enable()  # what kills the process, such as a mapped file that is cut short, says so
     try:
         from .cli import main as command
 

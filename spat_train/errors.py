@@ -31,6 +31,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: str) -> str:
+    """`text`, perhaps the name of a file or class, in one line; what files cannot hold or terminals obey as "\\x1b"."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch's allocators, the driver, or a library that reports it as a status ran out of memory."""
     texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"

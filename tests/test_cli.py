@@ -241,6 +241,7 @@ def test_track_and_its_names_before(words, track):
         (["train", "--preset", "table6.1/mrt"], "--preset table6.1/mrt: there is none: did you mean table6.1/mart"),
         (["train", "--preset", "table6.3/rst"], "--extra None: this needs pseudo-labelled images"),
         (["train", "--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
+        (["train", "--data", "no\n\x1b[2J\udce9.npz"], r"--data no\\n\\x1b\[2J\\udce9.npz: there is no such file"),
         (["train", "--data", "digits", "--model", "wrn-33-10"], "--model wrn-33-10: .*6n"),
         (["train", "--eps", "0.031"], "--eps 0.031: it is in 1/255"),
         (["train", "--track", "wand"], "--track wand: there is none: did you mean wandb. give auto, none, or some of"),

@@ -12,12 +12,35 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..errors import InputError, first_line, is_out_of_memory
+from ..errors import InputError, first_line, is_out_of_memory, printable
 from .pictures import decode, square
 
 View = Callable[[Tensor, tuple[int, int], int], Tensor]  # of uint8 [C, H, W]: uint8 [C, *size], by the size and the row
 HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full
 SAMPLED = 4096  # images that it reads of more
+LARGEST = 1 << 28  # bytes of a picture's file
+
+
+class MappedFile:
+    """A file whose contents are mapped. Where it is cut short, reading them ends the process (SIGBUS)."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.before = path, os.stat(path)
+
+    def check(self) -> None:
+        """Raise InputError where it was written to. Another file may have taken its place: it is still there without a name."""
+        before = self.before
+        try:
+            now = os.stat(self.path)
+        except FileNotFoundError:
+            return
+        if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino):
+            return
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise InputError(
+                f"{self.path} was written to while it was in use (it had {before.st_size} bytes, and has {now.st_size}): put it "
+                "back as it was, and give what is new another name"
+            )
 
 
 class _Labelled:
@@ -43,16 +66,26 @@ class Images(_Labelled):
     Args:
         pixels: uint8 [N, H, W, C], contiguous.
         labels: int64 [N], on the CPU.
+        mapped: the file that they are mapped from, to be checked before they are read.
     """
 
     pixels: Tensor
     labels: Tensor
+    mapped: MappedFile | None = None
 
     @classmethod
     def from_arrays(cls, pixels: np.ndarray, labels: ArrayLike) -> "Images":
         """uint8 [N, H, W] or [N, H, W, C], used without a copy where it is contiguous, and whole numbers [N]."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels))
-        return cls(x if x.ndim == 4 else x[..., None], torch.as_tensor(np.asarray(labels), dtype=torch.int64))
+        contiguous = np.ascontiguousarray(pixels)
+        path = pixels.filename if isinstance(pixels, np.memmap) and np.may_share_memory(contiguous, pixels) else None
+        x = torch.from_numpy(contiguous)
+        y = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+        return cls(x if x.ndim == 4 else x[..., None], y, MappedFile(path) if path else None)
+
+    def check(self) -> None:
+        """Raise InputError where the file that they are mapped from has changed."""
+        if self.mapped:
+            self.mapped.check()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -61,6 +94,7 @@ class Images(_Labelled):
 
     def batch(self, rows: Tensor, view: View | None = None) -> Tensor:
         """The images `rows` as uint8 [B, H, W, C] on the CPU; `view`: what is made of each."""
+        self.check()
         batch = self.pixels.index_select(0, rows.to(self.pixels.device)).cpu()
         if view is not None:
             for pixels, row in zip(batch, rows.tolist(), strict=True):
@@ -69,6 +103,7 @@ class Images(_Labelled):
         return batch
 
     def subset(self, rows: Tensor) -> "Images":
+        self.check()
         return Images(self.pixels.index_select(0, rows.to(self.pixels.device)), self.labels[rows])
 
 
@@ -116,6 +151,7 @@ class Folder(_Labelled):
         if not os.path.isfile(path):  # opening a FIFO would wait forever
             raise OSError("there is no such file" if not os.path.exists(path) else "it is no regular file")
         with open(path, "rb", buffering=0) as file:
+            check_length(os.fstat(file.fileno()).st_size)
             return file.read()
 
     def picture(self, row: int) -> Tensor:
@@ -156,6 +192,12 @@ class Folder(_Labelled):
         return torch.tensor([os.stat(self.root / name).st_size for name in self.files], dtype=torch.int64)
 
 
+def check_length(size: int) -> None:
+    """Raise OSError where a picture's file is so large that it would take the memory of all."""
+    if size > LARGEST:
+        raise OSError(f"its file has {size} bytes, at most {LARGEST} are read")
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """What to train on and what to test on; labels are indices into `classes`."""
@@ -168,9 +210,12 @@ class Dataset:
 
     @classmethod
     def from_splits(cls, name: str, splits: Sequence, classes: Iterable[str], all_classes: bool = True) -> "Dataset":
-        """`splits`: training set and test set, or the test set alone, which leaves the training set empty."""
+        """`splits`: training set and test set, or the test set alone, which leaves the training set empty.
+
+        Names of classes are made `printable`, as they go into reports.
+        """
         train = splits[0] if len(splits) == 2 else splits[0].subset(torch.arange(0))
-        return cls(name, train, splits[-1], tuple(classes), all_classes)
+        return cls(name, train, splits[-1], tuple(map(printable, classes)), all_classes)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -223,13 +268,15 @@ def fingerprint(images: Images | Floats | Folder, *, contents: bool = False) -> 
     if isinstance(images, Folder):
         for name in images.files:
             digest.update(os.fsencode(name) + b"\0")
+        row = 0
         if contents:
             try:
                 digest.update(images.bytes().numpy().data)
                 for row in _spread(min(SAMPLED, len(images)), len(images)).tolist():
                     digest.update(images.read(row))
             except OSError as error:
-                raise InputError(f"--data: {error.filename} cannot be read ({error.strerror}): repair or remove it") from error
+                file, reason = error.filename or images.root / images.files[row], error.strerror or first_line(error)
+                raise InputError(f"--data: {file} cannot be read ({reason}): repair or remove it") from error
     elif isinstance(images, Floats):
         digest.update(images.x.cpu().contiguous().numpy().data)
     else:

@@ -198,7 +198,9 @@ class Loader:
                 raise arrived
             start, count = end, sum(map(len, step))
             x = self._empty(count, *self.sources[0].image_shape)
-            for pixels, read, part in zip(self.resident, arrived, step, strict=False):
+            for source, pixels, read, part in zip(self.sources, self.resident, arrived, step, strict=False):
+                if isinstance(source, Images) and pixels is source.pixels:
+                    source.check()
                 begin, end = end, end + len(part)
                 rows, ids, _ = table[:, begin:end]
                 if pixels is None:

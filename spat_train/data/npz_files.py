@@ -1,5 +1,6 @@
 """Data sets in .npz files, the checks of arrays of images and labels, and arrays that cost no memory until they are read."""
 
+import math
 import os
 import struct
 import zipfile
@@ -11,6 +12,8 @@ import numpy as np
 from ..errors import InputError, first_line
 from .images import Dataset, Images, missing_classes
 from .pictures import MIN_SIZE
+
+MOST_CLASSES = 10**5  # more is a label gone wrong, and would make a last layer of gigabytes
 
 
 def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset:
@@ -25,9 +28,8 @@ def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset
     """
     arrays = _read(path, [f"{name}_{split}" for split in splits for name in "xy"])
     named, trained = "classes" in arrays, "y_train" in arrays
-    classes = arrays["classes"] if named else _numbered([array for name, array in arrays.items() if name[0] == "y"])
-    if classes.ndim != 1 or len(classes) < 2 or classes.dtype.kind not in "Uiu":
-        raise InputError(f"--data {path}: classes is {kind(classes)}: save two or more class names as an array of strings")
+    labels = [array for name, array in arrays.items() if name[0] == "y"]
+    classes = _names(path, arrays["classes"] if named else _numbered(labels))
     found = [_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"], len(classes)) for split in splits]
     if found[0].image_shape != found[-1].image_shape:
         shapes = [list(arrays[f"x_{split}"].shape[1:]) for split in ("test", "train")]
@@ -37,29 +39,26 @@ def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset
             f"--data {path}: y_train has no {missing[0]}, of 0 to {len(classes) - 1}: number classes from 0 without gaps, or "
             "save classes, a name for each"
         )
-    return Dataset.from_splits(path.stem, found, map(str, classes), named or trained)
+    return Dataset.from_splits(path.stem, found, classes, named or trained)
 
 
 def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     if not os.path.isfile(path):
         raise InputError(f"--data {path}: there is no such file: give an .npz file with {', '.join(names)}")
     try:
-        archive = np.load(path, allow_pickle=False)
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)  # a single array may be of any size
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise InputError(f"--data {path}: it holds a single array: save {', '.join(names)} with numpy.savez")
         with archive:
-            missing = [name for name in names if name not in archive]
+            missing = [name for name in names if name not in archive.files]
             if missing:
                 raise InputError(
                     f"--data {path}: no array {', '.join(missing)} (it has {', '.join(archive) or 'none'}): "
                     f"save {', '.join(names)} with numpy.savez"
                 )
             assert archive.zip is not None  # until it is closed
-            found = {name: map_npz(archive.zip, name, check=True) for name in names if name[0] == "x"}
-            arrays = {name: array for name, array in found.items() if array is not None}
-            return {
-                name: archive[name] for name in (*names, "y_train", "classes") if name in archive and name not in arrays
-            } | arrays
+            wanted = dict.fromkeys((*names, *(name for name in ("y_train", "classes") if name in archive.files)))
+            return {name: read_array(archive.zip, name, mapped=name[0] == "x") for name in wanted}
     except InputError:
         raise
     except Exception as error:  # zip files may be encrypted, damaged, or packed by methods that are not here
@@ -68,10 +67,20 @@ def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
         raise InputError(f"--data {path}: cannot be read as .npz ({reason}): write it with numpy.savez") from error
 
 
+def _names(path: Path, classes: np.ndarray) -> list[str]:
+    if classes.ndim != 1 or not 2 <= len(classes) <= MOST_CLASSES or classes.dtype.kind not in "Uiu":
+        remedy = f"save the names of 2 to {MOST_CLASSES} classes as an array of strings"
+        raise InputError(f"--data {path}: classes is {kind(classes)}: {remedy}")
+    try:
+        return list(map(str, classes.tolist()))
+    except SystemError as error:  # NumPy reads any bytes as text
+        raise InputError(f"--data {path}: classes is no text ({error}): save names of classes") from error
+
+
 def _numbered(labels: list[np.ndarray]) -> np.ndarray:
     """Names 0 to K - 1, at least two; labels that are no class indices are for `class_labels` to refuse."""
-    most = [1, *(y.max() for y in labels if y.dtype.kind in "iuf" and y.size)]
-    return np.arange(1 + int(min(max(most), 10**6)))
+    most = [1, *(float(y.max()) for y in labels if y.dtype.kind in "iuf" and y.size)]
+    return np.arange(int(min(1 + max(most), MOST_CLASSES)))
 
 
 def _split(path: Path, split: str, x: np.ndarray, y: np.ndarray, num_classes: int) -> Images:
@@ -98,7 +107,7 @@ def class_labels(name: str, labels: np.ndarray, count: int, num_classes: int) ->
         raise InputError(f"{name} is {kind(labels)}: save class indices as integers [N]")
     if len(labels) != count:
         raise InputError(f"{name} has {len(labels)} labels for {count} images: save one label per image")
-    for wrong in (labels.min(), labels.max()):
+    for wrong in (labels.min().item(), labels.max().item()):
         if not 0 <= wrong < num_classes:
             raise InputError(f"{name} contains {wrong}: save labels from 0 to {num_classes - 1}, one per class")
     return labels.astype(np.int64)
@@ -107,10 +116,14 @@ def class_labels(name: str, labels: np.ndarray, count: int, num_classes: int) ->
 def npy_header(file: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
     """The dtype, shape and order ("C" or "F") of the .npy array that begins where `file` is; its bytes follow."""
     version = np.lib.format.read_magic(file)
+    if version > (3, 0):
+        raise ValueError(f"it is of version {version[0]}.{version[1]} of NumPy's format")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
+    if dtype.itemsize == 0 or dtype.subdtype or any(isinstance(side, bool) or side < 0 for side in shape):
+        raise ValueError(f"its header says {dtype} {list(shape)}")
     return dtype, shape, "F" if fortran else "C"
 
 
@@ -124,6 +137,50 @@ def map_npy(path: str | Path, offset: int = 0) -> tuple[np.ndarray, int]:
         # Copy-on-write: torch takes only writable memory, and nothing may reach the file.
         array = np.memmap(path, dtype, "c", file.tell(), shape, order)
     return array, array.offset + array.nbytes
+
+
+def member_header(archive: zipfile.ZipFile, name: str) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"]]:
+    """As `npy_header`, of the array `name` of an .npz file. A BadZipFile unless there is one of that size.
+
+    Whoever then reads it needs the memory or disk space that its header says, whatever the file unpacks to.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    if archive.namelist().count(info.filename) > 1:
+        raise zipfile.BadZipFile(f"it has {name} twice")
+    with archive.open(info) as file:
+        dtype, shape, order = npy_header(file)
+        size = file.tell() + _size(dtype, shape)
+    if size != info.file_size:
+        raise zipfile.BadZipFile(f"{name} is {dtype} {list(shape)} and should have {size} bytes, and has {info.file_size}")
+    return dtype, shape, order
+
+
+def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def read_array(archive: zipfile.ZipFile, name: str, mapped: bool = False) -> np.ndarray:
+    """The array `name` of an .npz file, in memory, or `mapped` unless it is compressed.
+
+    Raises:
+        MemoryError: there is not enough memory free.
+        Exception: the file is damaged.
+    """
+    dtype, shape, order = member_header(archive, name)
+    array = map_npz(archive, name, check=True) if mapped else None
+    size, free = _size(dtype, shape), free_memory()
+    if (array is None or order == "F") and size > free:
+        raise MemoryError(f"{name} takes {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+    if array is None:
+        with archive.open(f"{name}.npy") as file:
+            array = np.lib.format.read_array(file)
+    return array
+
+
+def free_memory() -> int:
+    """Bytes of memory that this machine can give."""
+    with open("/proc/meminfo") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
 
 
 def map_npz(archive: zipfile.ZipFile, name: str, check: bool) -> np.ndarray | None:

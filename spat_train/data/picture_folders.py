@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, printable
 from ..runtime import logs
 from .images import Dataset, Folder, missing_classes
 from .pictures import SUFFIXES
@@ -52,7 +52,7 @@ def _classes(path: Path, folders: list[Path], test: str) -> list[str]:
 
 
 def _by_class(root: Path, classes: list[str], size: int, skip_broken: bool) -> Folder:
-    around = {os.path.realpath(folder) for folder in (root, *root.resolve().parents)}
+    around = {_identity(folder) for folder in (root, *root.resolve().parents)}
     files = [list(_pictures(root, name, around, skip_broken)) if os.path.isdir(root / name) else [] for name in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(names) for names in files]))
     images = Folder(root, [name for names in files for name in names], labels, size)
@@ -65,21 +65,33 @@ def _by_class(root: Path, classes: list[str], size: int, skip_broken: bool) -> F
     return images
 
 
-def _pictures(root: Path, at: str, around: set[str], skip_broken: bool) -> Iterator[str]:
-    """The names of the pictures in `root / at` and in the folders there, in none of which a link may lead back `around` it."""
-    here = os.path.realpath(root / at)
-    if here in around:
-        raise InputError(f"--data: {root / at} is a link to a folder around it: remove it")
-    for entry in _entries(root / at):
-        name = f"{at}/{entry.name}"
+def _pictures(root: Path, of: str, around: set[tuple[int, int]], skip_broken: bool) -> Iterator[str]:
+    """The names of the pictures in `root / of` and in the folders there. By links, none may be `around` it or come twice."""
+    seen = set(around)
+
+    def inside(at: str) -> list[tuple[str, os.DirEntry]]:
+        if (here := _identity(root / at)) in seen:
+            raise InputError(f"--data: {root / at} is a link to a folder around it, or to one that is read already: remove it")
+        seen.add(here)
+        return [(f"{at}/{entry.name}", entry) for entry in reversed(_entries(root / at))]
+
+    left = inside(of)  # the next is the last; no recursion, as folders may be nested deeper than Python's calls
+    while left:
+        name, entry = left.pop()
         if entry.is_dir():
-            yield from _pictures(root, name, around | {here}, skip_broken)
+            left += inside(name)
         elif _is_picture(entry):
             if not (entry.is_file() or skip_broken):
                 raise InputError(
                     f"--data: {entry.path} is a link to nothing, or no regular file: remove it, or add --skip-broken"
                 )
             yield name
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The device and the number of a folder there, which all its names share."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
@@ -130,4 +142,4 @@ def readable(images: Folder) -> Folder:
 
 def say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"spat-train: {text}", file=sys.stderr)
+        print(f"spat-train: {printable(text)}", file=sys.stderr)

@@ -15,6 +15,7 @@ from ..runtime.seeding import derived_seed, model_draws
 
 MIN_SIZE = 8  # least H and W: below, the strides of SmallCNN leave BatchNorm one pixel
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # whatever the suffix says
 THIN = 4  # sides that differ by more are cropped before they are resized: a whole resized picture could be huge
 CPU = torch.device("cpu")
 
@@ -39,22 +40,18 @@ def decode(content: bytes) -> Tensor:
     torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the first picture of an animation is taken.
 
     Raises:
-        Exception: it cannot be decoded, or has 32 bits a value, whose range is not known.
+        Exception: it cannot be decoded, has more than 178 million pixels, or 32 bits a value, whose range is not known.
     """
+    from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
 
-    if not content.startswith((b"\xff\xd8\xff", b"\x89PNG")) and content[8:12] != b"WEBP":
-        return _by_pil(content)
+    # Of what is not listed, PIL gives some to other programs. Of the rest it reads the header, and refuses 180 million pixels.
+    with Image.open(BytesIO(content), formats=FORMATS) as file:
+        if file.format not in ("JPEG", "MPO", "PNG", "WEBP"):
+            return torch.from_numpy(np.array(_rgb(file))).permute(2, 0, 1)
     picture = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
     picture = picture[0] if picture.ndim == 4 else picture
     return picture if picture.dtype == torch.uint8 else (picture.to(torch.int32) >> 8).to(torch.uint8)
-
-
-def _by_pil(content: bytes) -> Tensor:
-    from PIL import Image
-
-    with Image.open(BytesIO(content)) as file:
-        return torch.from_numpy(np.array(_rgb(file))).permute(2, 0, 1)
 
 
 def _rgb(picture: Any) -> Any:

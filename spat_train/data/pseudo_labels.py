@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import InputError, first_line
 from .images import Images
-from .npz_files import class_labels, map_npy, map_npz, npy_header
+from .npz_files import class_labels, map_npy, map_npz, member_header, read_array
 
 NAMES = (("image", "label"), ("data", "extrapolated_targets"), ("x_train", "y_train"))  # generated; RST's; as --data
 COPY = ".pixels.npy"  # what its name adds to that of the file
@@ -80,10 +80,8 @@ def _open(path: Path, check: Callable[..., None]) -> tuple[np.ndarray, np.ndarra
 def _open_npz(path: Path, stamp: bytes, check: Callable[..., None]) -> tuple[np.ndarray, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         pixels_name, labels_name = _chosen(path, {name.removesuffix(".npy") for name in archive.namelist()})
-        with archive.open(f"{labels_name}.npy") as file:
-            labels = np.lib.format.read_array(file)
-        with archive.open(f"{pixels_name}.npy") as file:
-            check(*npy_header(file), labels)
+        labels = read_array(archive, labels_name)
+        check(*member_header(archive, pixels_name), labels)
         # No checksum: that would read all of it.
         if (mapped := map_npz(archive, pixels_name, check=False)) is not None:
             return mapped, labels
@@ -113,13 +111,15 @@ def _chosen(path: Path, names: Any) -> tuple[str, str]:
 
 def _read_copy(path: Path, stamp: bytes) -> tuple[np.ndarray, np.ndarray] | None:
     """Pixels and labels; None where there is no copy, or one of another file than this."""
+    if not os.path.isfile(f"{path}{COPY}"):
+        return None
     try:
         pixels, end = map_npy(f"{path}{COPY}")
         with open(f"{path}{COPY}", "rb") as file:
             file.seek(end)
             labels = np.lib.format.read_array(file)
             return (pixels, labels) if file.read() == stamp else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, MemoryError):
         return None
 
 
@@ -200,8 +200,11 @@ def _from_buffer(content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: 
     return array
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes arrays of numbers, and calls nothing but the stand-ins above, whatever the pickle names."""
+class _Unpickler(pickle._Unpickler):
+    """Makes arrays of numbers, and calls nothing but the stand-ins above, whatever the pickle names.
+
+    Derived from the one in Python: of that in C, a pickle of 8 bytes may allocate 64 GB for its memo.
+    """
 
     STANDINS = {
         "numpy.dtype": _Dtype,

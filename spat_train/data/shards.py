@@ -9,6 +9,7 @@ stream with a shuffle buffer cannot. An epoch still goes through a few shards at
 import io
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -29,14 +30,17 @@ from torch import Tensor
 
 from ..errors import InputError, first_line
 from ..runtime import atomic_write, logs
-from .images import Dataset, Folder, missing_classes
+from .images import Dataset, Folder, check_length, missing_classes
+from .npz_files import MOST_CLASSES, read_array
 from .picture_folders import LISTED, readable, say
 from .pictures import SUFFIXES
 
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 BLOCK = 512  # bytes of a tar file's header, of which its contents are multiples
 OPEN = 64  # shards that a process keeps open
-MOST_CLASSES = 10**6
+MOST_SHARDS = 10**6
+HEADER = 1 << 20  # bytes of one record of a tar file's headers, and of a label, at most
+TEXT = 512  # bytes of a name and of a label, at most: the index gives all as much room as the longest
 REMEDY = "write it again, or add --skip-broken"
 INDEX = ".index.npz"
 ODD = "surrogateescape"  # how Python has names that are no UTF-8
@@ -59,6 +63,7 @@ class Shards(Folder):
 
     def read(self, row: int) -> bytes:
         start, length = int(self.start[row]), int(self.length[row])
+        check_length(length)
         shard = _opened(self.paths[self.shard[row]])  # held until it is read: another thread may push it out of the cache
         content = os.pread(shard.fileno(), length, start)
         if len(content) < length:  # a mapped file that is cut short would kill the process
@@ -127,6 +132,9 @@ def _named(where: str, name: str) -> list[Path]:
     """The shards of a name with ranges or wildcards, all of them there."""
     texts = RANGE.split(name)  # text, first, last, text, first, last, text
     choices: list[list[str]] = []
+    count = math.prod(max(0, int(b) - int(a) + 1) for a, b in RANGE.findall(name))
+    if count > MOST_SHARDS:
+        raise InputError(f"{where}: these are {count} shards: give at most {MOST_SHARDS}")
     for i, text in enumerate(texts[::3]):
         choices.append([text])
         if 3 * i + 2 < len(texts):
@@ -173,11 +181,10 @@ def _classes(where: str, texts: list[np.ndarray]) -> tuple[list[str], list[np.nd
     if not all(map(len, texts)):
         raise InputError(f"{where}: there are shards, but no sample in them: give some with a picture and a .cls or .json each")
     if _numbered(texts):
-        numbers = [part.astype(np.int64) for part in texts]
-        most = max(int(part.max()) for part in numbers)
+        most = max(int(text) for part in texts for text in np.unique(part).tolist())
         if most >= MOST_CLASSES:
             raise InputError(f"{where}: a label is {most}: number classes from 0 without gaps")
-        return [str(number) for number in range(max(most, 1) + 1)], numbers
+        return [str(number) for number in range(max(most, 1) + 1)], [part.astype(np.int64) for part in texts]
     names, others = np.unique(texts[0]), np.unique(texts[-1])
     if negative := [name for name in (*names.tolist(), *others.tolist()) if re.fullmatch(rb"-\d+", name)]:
         raise InputError(f"{where}: a label is {negative[0].decode()}: number classes from 0 without gaps")
@@ -244,12 +251,14 @@ def _stamp(path: Path) -> str:
 
 def _kept(file: Path, stamp: str, paths: list[Path]) -> _Index | None:
     """The index in `file`, where it is whole and of the shards that `stamp` says."""
+    if not os.path.isfile(file):
+        return None
     try:
-        with np.load(file) as arrays:
-            if str(arrays["stamp"]) == stamp:
-                return _Index(paths, **{name: arrays[name] for name in ARRAYS})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # there is none, or half of one
+        with zipfile.ZipFile(file) as archive:
+            if str(read_array(archive, "stamp")) == stamp:
+                return _Index(paths, **{name: read_array(archive, name) for name in ARRAYS})
+    except Exception:  # as `read_array`: it is half of one, or none of ours, and is made again
+        return None
     return None
 
 
@@ -278,19 +287,20 @@ def _scan(path: Path) -> _Scan:
     scan, lacking, key, label = _Scan(), list[str](), "", ""
     pictures: list[tuple[str, int, int]] = []
     try:
-        with open(path, "rb") as file:
+        with _Headers(io.FileIO(path)) as file:
             for key, members in itertools.groupby(_members(file), _key):
                 pictures, label = [], ""
                 for member in members:
                     if member.name.lower().endswith(SUFFIXES):
                         pictures.append((member.name, member.offset_data, member.size))
                     elif member.name.endswith((".cls", ".json")):
-                        label = label or _label(os.pread(file.fileno(), member.size, member.offset_data), member.name)
+                        content = os.pread(file.fileno(), min(member.size, HEADER), member.offset_data)
+                        label = label or _label(content, member.name)
                 if len(pictures) == 1 and label:
                     scan.samples.append((*pictures[0], label))
                 else:
                     lacking.append(key)
-    except (tarfile.TarError, OSError) as error:
+    except Exception as error:  # of a damaged header, tarfile raises whatever its parsers run into
         whole = len(pictures) == 1 and label
         if whole:
             scan.samples.append((*pictures[0], label))
@@ -301,11 +311,22 @@ def _scan(path: Path) -> _Scan:
     return scan
 
 
+class _Headers(io.BufferedReader):
+    """A tar file whose headers are read, which may claim to be of any size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= HEADER:
+            raise tarfile.ReadError(f"a header says that {size} bytes of headers follow")
+        return super().read(size)
+
+
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The whole files in a tar file, but for hidden ones. A ReadError where it is damaged."""
     size, end = os.fstat(file.fileno()).st_size, 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
+            if member.size < 0 or member.offset_data <= end - BLOCK or member.issparse() or len(os.fsencode(member.name)) > TEXT:
+                raise tarfile.ReadError(f"{member.name[:TEXT]!a} has {member.size} bytes, is sparse, or has too long a name")
             end = member.offset_data + -(-member.size // BLOCK) * BLOCK
             if end > size:
                 break
@@ -326,10 +347,11 @@ def _label(content: bytes, name: str) -> str:
     try:
         text = content.decode().strip()
         record = json.loads(text) if name.endswith(".json") else {"cls": text}
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     found = next((record[key] for key in ("label", "cls") if key in record), "") if isinstance(record, dict) else ""
-    return str(found) if type(found) in (int, str) else ""
+    text = str(found) if type(found) in (int, str) else ""
+    return text if len(text.encode(errors=ODD)) <= TEXT else ""
 
 
 def _check(index: _Index, skip_broken: bool) -> None:

@@ -183,6 +183,9 @@ def test_fingerprint_of_a_folder(pictures):
     assert value() != before
     os.rename(path, os.fsencode(path.parent) + b"/caf\xe9.png")  # not UTF-8
     assert value() != before
+    os.truncate(pictures / "train" / "cat" / "1.png", 2**40)
+    with pytest.raises(InputError, match="train/cat/1.png cannot be read .its file has 1099511627776 bytes, at most"):
+        value(contents=True)
 
 
 def test_floats(device):

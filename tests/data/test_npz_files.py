@@ -1,5 +1,10 @@
 """What .npz files may hold, and what is refused."""
 
+import copy
+import io
+import os
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +34,7 @@ from tests.data.helpers import arrays, saved, takes_less_than
         ({"y_test": np.full(20, 7), "classes": None}, "y_train has no 3, of 0 to 7"),
         ({"y_train": np.zeros(39, np.int64)}, "39 labels for 40 images"),
         ({"y_test": np.full(20, 3)}, "y_test contains 3: save labels from 0 to 2"),
-        ({"classes": np.array(["a"])}, "two or more class names"),
+        ({"classes": np.array(["a"])}, "save the names of 2 to 100000 classes"),
         ({"classes": np.array(["a", None, "c"])}, "cannot be read"),
         ({"x_train": np.array([None] * 40)}, "cannot be read as .npz .*Python objects"),
     ],
@@ -68,6 +73,82 @@ def test_damaged_file(tmp_path, save, after, offset, new):
         load_npz(path)
 
 
+U1 = {"descr": "|u1", "shape": (40, 12, 12)}
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("name", "header", "size", "message"),
+    [
+        ("x_train", U1 | {"shape": (2**40, 12, 12)}, 5760, r"x_train is uint8 \[1099511627776, 12, 12\] and should have"),
+        ("x_train", U1 | {"shape": (2**70, 12, 12)}, 5760, "x_train is .* and should have"),
+        ("x_train", U1, 50_000_000, "should have 5888 bytes, and has 50000128"),
+        ("x_train", U1, 5759, "should have 5888 bytes, and has 5887"),
+        ("x_train", U1 | {"fortran_order": True}, 5759, "should have 5888 bytes, and has 5887"),
+        ("x_train", U1 | {"shape": (-40, -12, 12)}, 5760, "its header says uint8 .-40, -12, 12."),
+        ("x_train", U1 | {"shape": (True, 480, 12)}, 5760, "its header says uint8 .True"),
+        ("x_train", U1 | {"descr": ("|u1", (12, 12)), "shape": (40,)}, 5760, "its header says .'u1', .12, 12"),
+        ("x_train", U1 | {"shape": "(" * 9000}, 5760, "cannot be read as .npz"),
+        ("y_train", {"descr": "<i8", "shape": (2**40,)}, 320, "y_train is int64 .* should have"),
+        ("classes", {"descr": "<U100000000", "shape": (3,)}, 12, "classes is .* should have"),
+        ("classes", {"descr": "<U0", "shape": (2**40,)}, 0, "its header says <U0"),
+        ("classes", {"descr": "<U1", "shape": (3,)}, -12, "classes is no text"),
+    ],
+)
+def test_headers_that_lie(tmp_path, packed, name, header, size, message):
+    """They are refused before what they promise is allocated, or what they hide is unpacked. A size below 0: bytes of 255."""
+    path, file = tmp_path / "data.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"fortran_order": False} | header)
+    file.write(bytes(size) if size >= 0 else b"\xff" * -size)
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        for other, array in arrays().items():
+            with archive.open(f"{other}.npy", "w") as member:
+                member.write(file.getvalue()) if other == name else np.save(member, array)
+    with takes_less_than(20e6), pytest.raises(InputError, match=f"^--data {path}: .*{message}"):
+        load_npz(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_memory_does_not_hold(tmp_path, monkeypatch, save, order):
+    path = saved(tmp_path, save, x_train=np.zeros((40, 12, 12), np.uint8, order))
+    monkeypatch.setattr("spat_train.data.npz_files.free_memory", lambda: 5759)
+    if save is np.savez and order == "C":
+        load_npz(path)
+    else:
+        with pytest.raises(InputError, match="x_train takes 0.0 GB of memory, 0.0 GB are free.: write it with numpy.savez"):
+            load_npz(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_of_members(tmp_path):
+    path = saved(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("y_test.npy", archive.read("y_test.npy"))
+    with pytest.raises(InputError, match="it has y_test twice"):
+        load_npz(path)
+    path = saved(tmp_path, y_test=None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("y_test", b"no array")  # which NumPy would return as it is
+    with pytest.raises(InputError, match="cannot be read"):
+        load_npz(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("label", "dtype", "message"),
+    [(999_999, int, "contains 999999: save labels from 0 to 99999"), (99_999, int, "y_train has no 3, of 0 to 99999"),
+     (2**62, int, "contains 4611686018427387904"), (-1, int, "contains -1"),
+     (2**64 - 1, np.uint64, "contains 18446744073709551615"), (np.inf, float, "contains inf"), (1e300, float, "contains 1e.300"),
+     (0.5, float, "save class indices as integers"), (2000, np.float16, "y_train has no 3, of 0 to 2000")],
+)  # fmt: skip
+def test_one_wild_label(tmp_path, label, dtype, message):
+    labels = (np.arange(40) % 3).astype(dtype)
+    labels[7] = label
+    with takes_less_than(100e6), pytest.raises(InputError, match=message):
+        load_npz(saved(tmp_path, y_train=labels, classes=None))
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("classes", [("a", "b", "c"), None])
@@ -90,6 +171,11 @@ def test_npz(tmp_path, save, order, classes, shape, labels):
         assert np.array_equal(images.pixels.numpy().reshape(source[f"x_{split}"].shape), source[f"x_{split}"])
         assert images.labels.dtype == torch.int64
         assert np.array_equal(images.labels, source[f"y_{split}"])
+
+
+def test_names_that_terminals_obey(tmp_path):
+    names = np.array(["caf\u00e9", "b\x1b[2J\n", "c\udce9"])
+    assert load_npz(saved(tmp_path, classes=names)).classes == ("caf\u00e9", "b\\x1b[2J\\n", "c\\udce9")
 
 
 def test_test_images_alone(tmp_path):
@@ -118,3 +204,41 @@ def test_mapped_images_take_no_memory_and_leave_the_file_alone(big_npz):
             assert np.isclose(x.sum(), 3072 * 7 / 255)
     images.pixels[-1] = 9
     assert big_npz.read_bytes()[-1000:] == before
+
+
+def truncated(path):
+    os.truncate(path, 5000)
+
+
+def overwritten(path):
+    with open(path, "r+b") as file:
+        file.write(b"PK")
+    os.utime(path)
+
+
+@pytest.mark.parametrize("change", [truncated, overwritten])
+@pytest.mark.parametrize("read", [
+    lambda data: data.train.batch(torch.arange(40)),
+    lambda data: data.limited(5, seed=0),
+    lambda data: list(Loader(data.train, Order(torch.arange(40), 8, seed=0), workers=0).epoch(0)),
+    lambda data: list(Loader(data.train, Order(torch.arange(40), 8, seed=0), workers=2, resident=False).epoch(0)),
+])  # fmt: skip
+def test_a_mapped_file_that_changes_under_way(tmp_path, change, read):
+    """Reading what was cut off would end the process without a word."""
+    path = saved(tmp_path)
+    data = load_npz(path)
+    read(data)
+    change(path)
+    with pytest.raises(InputError, match=rf"^{path} was written to while it was in use .it had \d+ bytes, and has \d+.: put"):
+        read(data)
+
+
+def test_a_mapped_file_that_is_replaced_stays_as_it_was(tmp_path):
+    path = saved(tmp_path)
+    images = load_npz(path).train
+    before = images.batch(torch.arange(40))
+    saved(tmp_path / "..", x_train=np.zeros((40, 12, 12), np.uint8)).rename(path)
+    assert torch.equal(images.batch(torch.arange(40)), before)
+    path.unlink()
+    assert torch.equal(images.batch(torch.arange(40)), before)
+    assert torch.equal(copy.deepcopy(images).batch(torch.arange(40)), before)

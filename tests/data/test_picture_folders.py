@@ -1,7 +1,11 @@
 """Folders of pictures: their classes, what is refused or left out, and how pictures are decoded and resized."""
 
+import inspect
 import os
 import shutil
+import struct
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from spat_train.data.datasets import load
 from spat_train.data.images import Dataset, Folder
 from spat_train.data.pictures import decode, square
 from spat_train.errors import InputError
-from tests.data.helpers import picture
+from tests.data.helpers import picture, takes_less_than
 
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision", exc_type=Exception)
@@ -75,6 +79,15 @@ def test_folder_errors(pictures):
         opened(pictures)
 
 
+def test_names_that_terminals_obey(pictures):
+    """Or that no report could hold. The files keep theirs."""
+    for split in ("train", "val"):
+        os.rename(pictures / split / "cat", os.fsencode(pictures / split) + b"/a\n\x1b[2Jcaf\xe9")
+    data = opened(pictures)
+    assert data.classes == ("a\\n\\x1b[2Jcaf\\udce9", "dog")
+    assert data.train.batch(torch.arange(6)).shape == (6, 16, 16, 3)
+
+
 def test_what_is_hidden_is_left_out(pictures):
     for name in (".ipynb_checkpoints", "cat/.thumbnails"):
         shutil.copytree(pictures / "train" / "dog", pictures / "train" / name)
@@ -111,8 +124,33 @@ def test_links_that_go_in_circles(pictures, target):
     if target == "../dog":
         assert len(opened(pictures).train) == 9  # no circle
         (pictures / "train" / "dog" / "back").symlink_to("../cat")
-    with pytest.raises(InputError, match="is a link to a folder around it: remove it"):
+    with pytest.raises(InputError, match="is a link to a folder around it, or to one that is read already: remove it"):
         opened(pictures)
+
+
+def test_links_that_double_at_each_level(pictures):
+    """2**30 ways lead to the last folder, and none in a circle."""
+    for level in range(30):
+        folder = pictures / "train" / ("cat" if level == 0 else f".{level}")
+        folder.mkdir(exist_ok=True)
+        for name in "ab":
+            (folder / name).symlink_to(f"../.{level + 1}")
+    (pictures / "train" / ".30").mkdir()
+    with pytest.raises(InputError, match="is a link to .* one that is read already: remove it"):
+        opened(pictures)
+
+
+def test_folders_nested_deeper_than_calls(pictures):
+    deep, limit = pictures / "train" / "cat" / "/".join("d" * 300), sys.getrecursionlimit()
+    deep.mkdir(parents=True)
+    shutil.copy(pictures / "train" / "dog" / "0.png", deep)
+    opened(pictures)  # imports are calls too
+    try:
+        sys.setrecursionlimit(len(inspect.stack()) + 200)
+        files = opened(pictures).train.files
+    finally:
+        sys.setrecursionlimit(limit)
+    assert files[3] == f"cat/{'d/' * 300}0.png"
 
 
 BROKEN = {
@@ -122,7 +160,23 @@ BROKEN = {
     "link to nothing": lambda path: path.symlink_to("nowhere"),
     "FIFO": os.mkfifo,
     "floats": lambda path: picture("F").save(path, "TIFF"),
+    "huge": lambda path: path.touch() or os.truncate(path, 2**40),
+    "PNG bomb": lambda path: path.write_bytes(png(2**31 - 1, 2**31 - 1)),
+    "JPEG bomb": lambda path: jpeg(path, 65_500, 65_500),
 }
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture that says it is of this size, with little in it."""
+    chunks = b"IHDR" + struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(1000)), b"IEND"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+
+
+def jpeg(path, width: int, height: int) -> None:
+    picture("RGB").save(path, "JPEG")
+    content = path.read_bytes()
+    at = content.find(b"\xff\xc0") + 5
+    path.write_bytes(content[:at] + struct.pack(">2H", height, width) + content[at + 4 :])
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -131,7 +185,7 @@ def test_broken_pictures(pictures, capsys, kind):
     path.unlink()
     BROKEN[kind](path)
     remedy = "repair or remove it, or start with --skip-broken" if path.is_file() else "remove it, or add --skip-broken"
-    with pytest.raises(InputError, match=f"^--data: {path} .*: {remedy}") as error:
+    with takes_less_than(50e6), pytest.raises(InputError, match=f"^--data: {path} .*: {remedy}") as error:
         opened(pictures).train.batch(torch.tensor([0]))
     assert "\n" not in str(error.value)
     data = opened(pictures, skip_broken=True)
@@ -142,6 +196,12 @@ def test_broken_pictures(pictures, capsys, kind):
 
 
 # ---- decoding
+
+
+def test_programs_are_no_pictures():
+    """PIL would give this one to Ghostscript."""
+    with pytest.raises(OSError, match="cannot identify image file"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Extra images: every file they come in, without memory, and without running what a pickle says."""
 
 import codecs
+import io
 import os
 import pickle
 import re
+import struct
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -162,6 +166,41 @@ def test_unreadable(tmp_path, content, reason):
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"--extra .*extra.data: cannot be read as .npz or pickle \({reason}\): give"):
         read(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_mapped_file_that_is_cut_short_under_way(tmp_path, save):
+    """The file itself, or the copy of its pixels."""
+    path = tmp_path / "extra.npz"
+    save(path, image=PIXELS, label=LABELS)
+    images = read(path)
+    (mapped,) = tmp_path.glob("*.npy") if save is np.savez_compressed else [path]
+    os.truncate(mapped, 1000)
+    with pytest.raises(InputError, match=f"^{mapped} was written to while it was in use"):
+        images.batch(torch.arange(30))
+
+
+def test_a_pickle_that_claims_a_memo_of_gigabytes(tmp_path):
+    path = tmp_path / "extra.data"
+    path.write_bytes(b"\x80\x04N" + b"r" + struct.pack("<I", 2**26) + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="it holds a NoneType"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_packed_beyond_its_header_is_not_written_to_the_disk(tmp_path):
+    path, content = tmp_path / "extra.npz", io.BytesIO()
+    np.save(content, PIXELS)
+    np.savez(path, label=LABELS)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image.npy", content.getvalue() + bytes(1000))
+    with pytest.raises(InputError, match="image is uint8 .* should have 6608 bytes, and has 7608"):
+        read(path)
+    assert copies(path) == []
 
 
 def test_other_content(tmp_path):

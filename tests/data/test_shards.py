@@ -147,6 +147,7 @@ def test_archives_beside_folders_of_classes_are_no_shards(pictures):
         ("{}/train-{{000000..000009}}.tar", "train-000005.tar is not there, 5 of 10 shards are not: give the range of those"),
         ("{}/nothing-*.tar,{}/val-*.tar", r"there is no shard .*/nothing-\*.tar: give what is on a disk here"),
         ("{}/val-000000.tar", "these are shards to train or to test on: give both, as TRAIN,TEST"),
+        ("{}/train-{{0..9999999999}}.tar", "these are 10000000000 shards: give at most 1000000"),
         ("a.tar,b.tar,c.tar", "these are 3 names of shards: give TRAIN,TEST"),
     ],
 )
@@ -169,6 +170,8 @@ def test_classes_that_do_not_fit(folder, tmp_path):
         opened(made("one", lambda path: ("cls", "cat")))
     with pytest.raises(InputError, match="a label is 1000000000: number classes from 0"):
         opened(made("huge", lambda path: ("cls", "1000000000")))
+    with pytest.raises(InputError, match="a label is 9{40}: number classes from 0"):
+        opened(made("more", lambda path: ("cls", "9" * 40)))
     with pytest.raises(InputError, match="--image-size is missing"):
         load(str(tmp_path / "gap"))
 
@@ -204,6 +207,31 @@ def overwrite(path):
         file.write(b"\7" * 1000)
 
 
+def header(**changes):
+    """Another header for the picture of the fourth sample."""
+
+    def change(path):
+        with tarfile.open(path) as tar:
+            member = tar.getmembers()[6]
+        for name, value in changes.items():
+            setattr(member, name, value)
+        with open(path, "r+b") as file:
+            file.seek(member.offset)
+            file.write(member.tobuf(tarfile.GNU_FORMAT)[: tarfile.BLOCKSIZE])
+
+    return change
+
+
+def chained(path):
+    """A thousand long names, each of the next, before the fourth sample."""
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[6].offset
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 2
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + (long.tobuf() + b"a".ljust(512, b"\0")) * 2000 + content[place:])
+
+
 def between(path):
     """After the picture, before the label, of the fourth sample."""
     with tarfile.open(path) as tar:
@@ -218,6 +246,12 @@ def between(path):
         (cut("end"), "from the end of sample {2} on (it is cut short)", 3),
         (overwrite, "from the end of sample {2} on (no tar header follows)", 3),
         (between, "from sample {3} on (it is cut short)", 3),
+        (header(size=-1536), "from the end of sample {2} on (", 3),
+        (header(size=2**62), "from the end of sample {2} on (it is cut short)", 3),
+        (header(type=tarfile.XHDTYPE, size=2**40), "from the end of sample {2} on (a header says that", 3),
+        (header(type=tarfile.XHDTYPE, size=-512), "from the end of sample {2} on (", 3),
+        (header(type=tarfile.GNUTYPE_SPARSE), "from the end of sample {2} on ('", 3),
+        (chained, "from the end of sample {2} on (maximum recursion depth", 3),
         (lambda path: path.write_bytes(b""), "from its beginning on (empty file)", 0),
         (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), "from its beginning on (", 0),
     ],
@@ -253,12 +287,13 @@ def test_samples_that_lack_something(made, capsys):
     with tarfile.open(made / "train-000005.tar", "w") as tar:
         for name in ("1.jpg", "2.cls", "3.json", "__skip__.jpg", "4.jpg", "4.mask.png", "4.cls"):
             add(tar, name, b"{}")
-        for name, record in (("5", {"label": None}), ("6", {"label": [1, 2]}), ("7", {"cls": 1.5})):
+        records = ('{"label": null}', '{"label": [1, 2]}', '{"cls": 1.5}', "[" * 100_000, json.dumps({"cls": "a" * 1000}))
+        for name, record in enumerate(records, 5):
             add(tar, f"{name}.jpg", b"")
-            add(tar, f"{name}.json", json.dumps(record).encode())
+            add(tar, f"{name}.json", record.encode())
         for name in range(100, 110):
             add(tar, f"{name}.jpg", b"")
-    what = "1, 2, 3, 4, 5, 6, 7, 100, 101, 102 and 7 more"
+    what = "1, 2, 3, 4, 5, 6, 7, 8, 9, 100 and 9 more"
     with pytest.raises(InputError, match=f"in .*train-000005.tar, {what} have no picture or several, .*add --skip-broken"):
         opened(made)
     assert len(opened(made, skip_broken=True).train) == 31
@@ -311,6 +346,9 @@ def test_the_index_is_kept_while_it_is_of_these_shards(made, monkeypatch, capsys
     assert len(scans) == 12
     kept = made / "train-000000-train-000004.index.npz"
     kept.write_bytes(kept.read_bytes()[:1000])  # half an index
+    assert len(opened(made).train) == 32
+    kept.unlink()
+    os.mkfifo(kept)
     assert len(opened(made).train) == 32
     kept.unlink()
     kept.mkdir()  # it cannot be written
