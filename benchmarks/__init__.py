@@ -9,6 +9,7 @@ python -m benchmarks.figure61 --out FILE --eps 4 8 16 -- TRAINING    its Figure 
 python -m benchmarks.precision --data NPZ --out FILE    what half precision costs an attack
 python -m benchmarks.workmodel --device cpu    operations, bytes and ceilings: how fast an attack could be
 python -m benchmarks.calls --out FILE    what a step launches and what a call costs the host, before and after a change
+python -m benchmarks.fuzz --out FILE    generated inputs for everything that takes input: none ends the interpreter or does harm
 python -m benchmarks.gpu --out DIR --minutes 9.5    what some minutes on a GPU can tell (--rehearse: tiny, on the CPU)
 python -m benchmarks.breakdown, .microbench, .fused    its other steps, alone: kernels of a step, convolutions and launches,
     cuDNN's fused convolutions on an H100 or H200

@@ -219,7 +219,7 @@ def fill_(values: Tensor, value: float | Tensor) -> Tensor:
     if isinstance(value, Tensor):
         values[: value.numel()].copy_(value.detach().reshape(-1))
         return values
-    return values.fill_(value)
+    return values.fill_(float(value))
 
 
 BALLS: dict[Norm, type[Ball]] = {"linf": LinfBall, "l2": L2Ball, "l1": L1Ball}

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from numbers import Real
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,35 @@ def warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
+def short(value) -> str:
+    text = " ".join(repr(value).split())
+    return f"{text[:60]}{'...' if len(text) > 60 else ''}"
+
+
 def kind(value) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
-    text = " ".join(repr(value).split())
-    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
+    return f"{type(value).__name__} {short(value)}"
 
 
 def check_choice(name: str, value, choices) -> None:
-    if value not in tuple(choices):
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    """All choices are strings or None: what compares otherwise, such as an array, is none of them."""
+    if not isinstance(value, (str, NoneType)) or value not in tuple(choices):
+        raise ValueError(f"{name}={short(value)}: choose one of {', '.join(map(repr, choices))}")
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    if t.is_nested or t.layout != torch.strided:
+        found = "a nested one" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}: use {name}.to_dense()")
+
+
+def as_float(value: Real) -> float:
+    """Infinity for an int that no float reaches."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def as_norm(value):
@@ -61,20 +81,22 @@ def check_number(name: str, value, fits: Callable[[float], bool], where: str) ->
     """That `value` is a number, and one that `fits`. `where` says which do, as in "in [0, 1]"."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {where}, got {kind(value)}")
-    if not fits(float(value)):
-        raise ValueError(f"{name}={value} must be {where}")
+    if not fits(as_float(value)):
+        raise ValueError(f"{name}={short(value)} must be {where}")
 
 
 def check_length(name: str, value) -> float:
     """The largest of a number or a tensor of numbers, finite and >= 0. Waits for the device of a tensor."""
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor with one value per sample, got {kind(value)}")
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
-        raise TypeError(f"{name} must be a tensor of numbers, got {kind(value)}")
-    values = torch.as_tensor(value, dtype=torch.float64)
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} must be a tensor of numbers, got {kind(value)}")
+    values = torch.as_tensor(value if isinstance(value, Tensor) else as_float(value), dtype=torch.float64)
     least, most = torch.stack(values.aminmax()).tolist() if values.numel() else (0.0, 0.0)
     if not 0 <= least <= most < math.inf:  # NaN fails too
-        raise ValueError(f"{name}={value} must be finite and >= 0, in the units of x (8/255 for images in [0, 1])")
+        raise ValueError(f"{name}={short(value)} must be finite and >= 0, in the units of x (8/255 for images in [0, 1])")
     return most
 
 
@@ -138,6 +160,9 @@ def check_range(low: float, high: float, bounds: tuple[float, float], dtype: tor
 def check_images(x) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a floating-point tensor, got {kind(x)}: use torch.as_tensor(x)")
+    check_dense("x", x)
+    if x.is_meta:
+        raise ValueError("x is on meta, where tensors have no values: make it on the device of the model")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {kind(x)}: convert 8-bit images by x.float() / 255")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -147,6 +172,8 @@ def check_images(x) -> None:
 
 
 def check_labels(y, x: Tensor) -> None:
+    if isinstance(y, Tensor):
+        check_dense("y", y)
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         raise TypeError(f"y must be an int64 tensor of class indices, got {kind(y)}: {_as_indices(y)}")
     if y.shape != x.shape[:1]:
@@ -174,6 +201,8 @@ def check_per_sample(name: str, value, x: Tensor) -> None:
 
 
 def check_start(start, x: Tensor) -> None:
+    if isinstance(start, Tensor):
+        check_dense("start", start)
     if not isinstance(start, Tensor) or start.shape != x.shape or start.device != x.device or not start.is_floating_point():
         raise ValueError(f"start must be a tensor like x ({kind(x)}), got {kind(start)}")
 

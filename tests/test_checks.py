@@ -1,5 +1,6 @@
 """Bad input: an error of the right type that names the argument, its value and the remedy; and it comes before any work."""
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,10 @@ class Untouched(nn.Module):
         (X, Y - 20, ValueError, r"y must hold class indices in \[0, K\), found -"),
         (X, None, TypeError, "y=None, but the loss"),
         (X, Y.to("meta"), ValueError, "y is on meta and x on cpu"),
+        (X.to("meta"), Y.to("meta"), ValueError, "x is on meta, where tensors have no values"),
+        (X.to_sparse(), Y, TypeError, r"x must be a dense tensor, got layout torch.sparse_coo: use x.to_dense\(\)"),
+        (torch.nested.nested_tensor(list(X)), Y, TypeError, r"x must be a dense tensor, got a nested one: use x.to_dense\(\)"),
+        (X, Y.to_sparse(), TypeError, "y must be a dense tensor, got layout torch.sparse_coo"),
     ],
 )
 def test_bad_images_and_labels(x, y, error, message):
@@ -62,6 +67,11 @@ def test_bad_images_and_labels(x, y, error, message):
         ({"eps": torch.tensor([0.1, -0.1])}, ValueError, "eps=.*must be finite and >= 0"),
         ({"step_size": -1.0}, ValueError, "step_size=-1.0 must be"),
         ({"step_size": float("inf")}, ValueError, "step_size=inf must be finite"),
+        ({"eps": 10**400}, ValueError, r"eps=10000.*\.\.\. must be finite"),
+        ({"eps": torch.ones(6).to_sparse()}, TypeError, "eps must be a dense tensor"),
+        ({"eps": torch.ones(6, dtype=torch.complex64)}, TypeError, "eps must be a tensor of numbers"),
+        ({"select": torch.ones(2, 2)}, ValueError, r"^select=tensor\(\[\[1., 1.\], \[1., 1.\]\]\): choose one of"),
+        ({"stop": torch.ones(3).numpy()}, ValueError, r"^stop=array\(.*: choose one of"),
         ({"steps": -1}, ValueError, "steps=-1 must be at least 0"),
         ({"steps": 2.5}, TypeError, "steps must be an int, got float 2.5"),
         ({"restarts": 2, "random_start": False}, ValueError, "restarts=2 with random_start=False"),
@@ -78,6 +88,17 @@ def test_bad_images_and_labels(x, y, error, message):
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
         PGD(**{"eps": EPS} | settings)
+
+
+def test_any_real_number_is_a_length():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(X[0].numel(), 10))
+    expected, found = (PGD(eps, steps=2, random_start=False)(linear, X, Y) for eps in (1 / 8, Fraction(1, 8)))
+    assert torch.equal(expected, found)
+
+
+def test_a_batch_size_may_be_any_integer():
+    attack = sk.AutoAttack(EPS, version=("square",), queries=1, batch_size=2**70)
+    assert attack(nn.Sequential(nn.Flatten(), nn.Linear(X[0].numel(), 10)), X, Y).shape == X.shape
 
 
 def test_bad_loss_parameters():

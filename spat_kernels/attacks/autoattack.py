@@ -293,7 +293,7 @@ class AutoAttack(BallAttack):
     def _batches(self, robust: Tensor) -> list[Tensor]:
         """The samples still to be attacked, in batches of indices."""
         rows = robust.nonzero()[:, 0]
-        return list(rows.split(self.batch_size or len(rows))) if len(rows) else []
+        return list(rows.split(min(self.batch_size or len(rows), len(rows)))) if len(rows) else []
 
     def _logits(self, model, x: Tensor, highest_label: int) -> Tensor:
         with borrowed(model, self.bn_mode):
