@@ -1,11 +1,17 @@
-"""What a build refuses, in one line with the remedy; what an sdist holds; and the package without its extra or its extension."""
+"""What a build refuses, in one line with the remedy; what sdists and wheels hold; the package without its extra or extension."""
 
+import importlib.util
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
-from importlib.metadata import version
+import zipfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 import pytest
@@ -32,7 +38,7 @@ def build(tmp_path, monkeypatch):
     given = {}
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", given.update)
-    monkeypatch.setattr(setuptools, "__version__", "77.0.3")  # the build's, not necessarily that of the tests
+    monkeypatch.setattr(setuptools, "__version__", "81.0.0")  # the build's, not necessarily that of the tests
     for name in ("CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "SPAT_CUDA", "CXX"):
         monkeypatch.delenv(name, raising=False)
 
@@ -108,10 +114,13 @@ def test_without_cuda(build):
 
 
 def test_an_isolated_build_holds_what_setup_imports():
+    """In exact versions, which setup.py takes."""
     requires = re.search(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     imported = set(re.findall(r"^(?:import|from) (\w+)", (ROOT / "setup.py").read_text(), re.MULTILINE))
     assert "torch" in imported
-    assert imported - sys.stdlib_module_names <= set(re.findall(r'"(\w+)', requires))
+    versions = dict(re.findall(r'"(\w+)==([\d.]+)"', requires))
+    assert imported - sys.stdlib_module_names <= versions.keys()
+    assert requires.count('"') == 2 * len(versions)
 
 
 def test_a_failing_compiler_ends_the_build(build, tmp_path):
@@ -127,33 +136,118 @@ def run(*words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
 
 
+# ---- what is handed out
+
+FOLDERS = ("csrc", "spat_kernels", "spat_train", "benchmarks", "tests", ".ci")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "CITATION.cff", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+EXTENSION = importlib.util.find_spec("spat_kernels._C")
+# setup.py with the installed extension in place of a compiled one, since two compilations would take minutes.
+BUILD = """
+import os, runpy, setuptools, shutil, sys
+
+extension, umask, setup = sys.argv[1], sys.argv[2], setuptools.setup
+
+def with_extension(**given):
+    class Built(given["cmdclass"]["build_ext"]):
+        def build_extension(self, ext):
+            target = self.get_ext_fullpath(ext.name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copy(extension, target)
+
+    setup(**given | {"cmdclass": given["cmdclass"] | {"build_ext": Built}})
+
+os.umask(int(umask, 8))
+setuptools.setup, sys.argv = with_extension, ["setup.py", "-q", "sdist", "bdist_wheel"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def two_builds(tmp_path_factory):
+    """The folders `dist` of two copies of this checkout: with other paths, times and modes, and one with leftovers."""
+    first, second = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two") / "deeper"
+    for copy in (first, second):
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        for name in FILES:
+            shutil.copy(ROOT / name, copy)
+    for path in (*second.rglob("*.py"), *second.rglob("*.md")):
+        path.chmod(0o600)
+        os.utime(path, (1e9, 1e9))
+    leftover = second / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "spat_kernels" / "gone.py"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    environment = {name: value for name, value in os.environ.items() if name not in ("SOURCE_DATE_EPOCH", "PYTHONPATH")}
+    builds = [
+        subprocess.Popen([sys.executable, "-c", BUILD, EXTENSION.origin, umask], cwd=copy, env=environment | {"SPAT_CUDA": "0"})
+        for copy, umask in ((first, "022"), (second, "077"))
+    ]
+    assert [build.wait() for build in builds] == [0, 0]
+    return first / "dist", second / "dist"
+
+
 @pytest.mark.slow
-def test_an_sdist_can_build_and_test_itself(tmp_path):
-    script = (
-        f"import runpy, sys; sys.argv = ['setup.py', '-q', 'egg_info', '-e', {str(tmp_path)!r}, 'sdist', '-d', {str(tmp_path)!r}]"
-    )
-    done = run("-c", f"{script}; runpy.run_path('setup.py', run_name='__main__')", cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+@pytest.mark.parametrize("kind", ["*.tar.gz", "*.whl"])
+def test_equal_sources_give_equal_bytes(two_builds, kind):
+    first, second = (next(folder.glob(kind)) for folder in two_builds)
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+def test_an_sdist_can_build_and_test_itself(two_builds):
+    with tarfile.open(next(two_builds[0].glob("*.tar.gz"))) as archive:
         held = {name.split("/", 1)[-1] for name in archive.getnames()}
-    folders = ("csrc", "spat_kernels", "spat_train", "benchmarks", "tests")
-    wanted = {
-        str(p.relative_to(ROOT))
-        for folder in folders
-        for p in (ROOT / folder).rglob("*")
-        if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".typed")
-    }
-    assert wanted <= held
-    assert {
-        "CHANGELOG.md",
-        "CITATION.cff",
-        "CONTRIBUTING.md",
-        "LICENSE",
-        "README.md",
-        "pyproject.toml",
-        "setup.py",
-        ".ci/run",
-    } <= held
+        assert {(entry.uid, entry.uname, entry.mtime) for entry in archive} == {(0, "", 315532800)}
+    inside = {str(p.relative_to(ROOT)) for name in FOLDERS for p in (ROOT / name).rglob("*") if p.is_file()}
+    assert {*FILES, *(name for name in inside if "__pycache__" not in name and not name.endswith(".so"))} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_a_wheel_is_the_two_packages_and_one_library(two_builds):
+    with zipfile.ZipFile(next(two_builds[1].glob("*.whl"))) as wheel:
+        held = {entry.filename: entry for entry in wheel.infolist()}
+        for name in held:
+            assert str(two_builds[1].parent).encode() not in wheel.read(name), name
+    about = f"spat_kernels-{version('spat_kernels')}.dist-info"
+    files = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
+    packages = {str(p.relative_to(ROOT)) for name in ("spat_kernels", "spat_train") for p in (ROOT / name).rglob("*.py")}
+    typed = {"spat_kernels/py.typed", "spat_train/py.typed"}
+    assert held.keys() == {"spat_kernels/_C.abi3.so", *packages, *typed, *(f"{about}/{name}" for name in files)}
+    modes = {entry.external_attr >> 16 & 0o777 for name, entry in held.items() if not name.endswith((".so", "RECORD"))}
+    assert modes == {0o644}
+
+
+def test_the_extension_names_no_folder_and_needs_torch_alone():
+    """What could differ between two builds, or load another library than torch and the system's."""
+    content = Path(EXTENSION.origin).read_bytes()
+    for folder in {ROOT, Path(torch.__file__).parent, Path(sys.prefix)}:
+        assert f"{folder}/".encode() not in content, f"built with {folder} inside: build it again"
+    headers = subprocess.run(["readelf", "-d", EXTENSION.origin], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", headers))
+    assert needed - {"ld-linux-x86-64.so.2", "libdl.so.2", "librt.so.1", "libpthread.so.0"} <= {
+        "libc10.so", "libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10_cuda.so",
+        "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6",
+    }  # fmt: skip
+    assert "libtorch.so" in needed
+    assert "PATH)" not in headers  # neither RPATH nor RUNPATH
+
+
+def test_licences_of_dependencies_are_listed():
+    """Each once, and as it says itself where it is installed."""
+    given = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    project, requirements = given["project"], given["build-system"]["requires"]
+    requirements += project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Licences")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\w[\w.-]*) \| (.+) \|$", table, re.MULTILINE)[1:]
+    listed = [(name, licence) for licence, names in rows for name in names.split(", ")]
+    assert sorted(name for name, _ in listed) == sorted({re.match(r"[\w-]+", r)[0] for r in requirements} - {project["name"]})
+    for name, licence in listed:
+        with suppress(PackageNotFoundError):
+            said = metadata(name)
+            words = [said["License-Expression"], (said["License"] or "")[:60], *said.get_all("Classifier", [])]
+            assert re.search({"PSF": "PSF|Python Software Foundation"}.get(licence, licence.split("-")[0]), str(words)), name
 
 
 @pytest.mark.parametrize("use", ["import spat_kernels", "from spat_train.__main__ import main; main()"])

@@ -14,6 +14,7 @@ from spat_kernels.settings import GradientPath, Graph, Precision
 from ..data.images import Floats, Folder, Images, fingerprint, floats
 from ..errors import InputError
 from ..models.try_on import device_of
+from ..runtime import rounding
 from ..runtime.distributed import ALONE, Dealer, World
 from ..runtime.run_folder import RunFolder
 from ..runtime.seeding import derived_seed, model_draws
@@ -193,13 +194,16 @@ def evaluate(
         "precision": precision, "input_gradient": input_gradient, "save_images": save_images,
         "memory_format": None if memory_format == torch.channels_last else "contiguous",
     }  # fmt: skip
-    place = RunFolder(Path(folder) if folder is not None else None)
+    place, arithmetic = RunFolder(Path(folder) if folder is not None else None), rounding.arithmetic(device_of(model))
     world.on_main(place.claim)
     try:
-        with closing(Samples(place.path, settings, {name: attack.spec for name, attack in parsed.items()}, world)) as samples:
+        specs = {name: attack.spec for name, attack in parsed.items()}
+        with closing(Samples(place.path, settings, specs, world, arithmetic)) as samples:
             batches = -(-len(rows) // batch_size)
             parsed |= _earlier(samples, batches, parsed)
             samples.expect((name, number) for number in range(batches) for name in parsed)
+            if samples.turns and world.main:
+                rounding.say_changes(samples.begun_with, arithmetic, "what is left to do is equal but for rounding")
             attack_batches(
                 _Recorder(samples, model, source or model, classes, settings, graph), model, images, rows, parsed,
                 batch_size=batch_size, memory_format=memory_format, bar=bar if world.main else None, leave=True,

@@ -43,17 +43,22 @@ class Samples:
         settings: all that a record depends on, except its attack.
         attacks: what each attack is, by name; later evaluations may add others.
         world: the processes that share the evaluation, and see the same folder.
+        arithmetic: what rounding depends on here (runtime/rounding.py).
 
     Attributes:
         records: by attack and batch, all that this process knows of.
+        begun_with: `arithmetic` of the process that began the evaluation; {} where it is not known.
 
     Raises:
         InputError: the folder holds an evaluation with other settings, or something else; or the processes have different
             settings, or do not see the same folder.
     """
 
-    def __init__(self, folder: Path | None, settings: dict, attacks: dict[str, str], world: World = ALONE):
+    def __init__(
+        self, folder: Path | None, settings: dict, attacks: dict[str, str], world: World = ALONE, arithmetic: dict | None = None
+    ):
         self.folder, self.world = folder, world
+        self.begun_with = arithmetic or {}
         self.file: BinaryIO | None = None  # samples.jsonl, of the main process
         self.early: BinaryIO | None = None  # samples-RANK.jsonl, where there are several
         self.turns: deque[tuple[str, int]] = deque()  # what samples.jsonl lacks, in order
@@ -71,7 +76,7 @@ class Samples:
             return {}, set(), attacks
         path = self.folder / "samples.jsonl"
         attacks = self._check(self.folder / "settings.json", {"format": FORMAT, **settings}, attacks) | attacks
-        content = {"settings": {"format": FORMAT, **settings}, "attacks": attacks}
+        content = {"settings": {"format": FORMAT, **settings}, "attacks": attacks, "begun_with": self.begun_with}
         atomic_write.write(self.folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
         try:
             self.file = open(path, "ab")  # noqa: SIM115  (until close)
@@ -94,6 +99,7 @@ class Samples:
         try:
             content = json.loads(path.read_bytes())
             before, known = content["settings"], content["attacks"]
+            self.begun_with = dict(content.get("begun_with", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
         before = {name: settings[name] for name in LATER if name in settings} | before

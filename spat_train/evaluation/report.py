@@ -16,7 +16,7 @@ from torch import Tensor
 import spat_kernels
 
 from ..data.images import Floats, Folder, Images, floats
-from ..runtime import atomic_write
+from ..runtime import atomic_write, rounding
 from .alarms import Alarm
 from .attack_specs import NAMED, published
 from .result import WORST, Evaluation, interval, percent
@@ -130,11 +130,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return rounding.hardware(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
 def _numbers(alarm: Alarm) -> str:

@@ -1,16 +1,15 @@
 """What a checkpoint holds beside the weights, and whether a run may continue from it. The files: runtime/run_folder.py."""
 
-import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import torch
 
 from ..config import Config
 from ..data.images import Dataset, Folder, Images, fingerprint
 from ..errors import InputError
+from ..runtime import rounding
 from ..runtime.distributed import World
 from ..runtime.run_folder import RunFolder
 
@@ -81,14 +80,7 @@ def compare_images(dataset: Dataset, record: dict, saved: dict, folder: RunFolde
 
 def arithmetic(world: World) -> dict:
     """What rounding depends on: versions, device, numbers of threads and processes."""
-    on_gpu = world.device.type == "cuda"
-    return {
-        "spat_kernels": version("spat_kernels"),
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else f"{platform.machine()} CPU",
-        "threads": None if on_gpu else torch.get_num_threads(),
-        "processes": world.size,
-    }
+    return rounding.arithmetic(world.device) | {"processes": world.size}
 
 
 def environment(world: World) -> dict:
@@ -98,10 +90,10 @@ def environment(world: World) -> dict:
 
 
 def warn_of_rounding(saved: dict, world: World) -> None:
-    """Say that the run continues on another machine, which changes its rounding."""
-    was, now = saved.get("arithmetic", {}), arithmetic(world)
-    if changed := [f"{name} {value}, now {now[name]}" for name, value in was.items() if value != now[name]]:
-        say(f"saved with {'; '.join(changed)}: going on is equal but for rounding", world)
+    """Say that the run continues with another arithmetic."""
+    if world.main:
+        what = "rounding differs from here on, and grows: the weights will be close to those of a run without a stop, not equal"
+        rounding.say_changes(saved.get("arithmetic", {}), arithmetic(world), what)
 
 
 def say(text: str, world: World | None = None) -> None:

@@ -101,6 +101,24 @@ def test_other_attacks_are_added_and_other_settings_refused(tmp_path):
         quiet(model, images, "fgsm", **how)
 
 
+def test_another_number_of_threads_is_said_where_something_is_left_to_do(tmp_path, monkeypatch, capsys):
+    """In settings.json is what began it; older folders do not know."""
+    model, images, path = fitted(), load("digits").test, tmp_path / "settings.json"
+    how = {"rows": torch.arange(40), "batch_size": 20, "folder": tmp_path}
+    quiet(model, images, "fgsm", **how)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    quiet(model, images, "fgsm", **how)
+    assert capsys.readouterr().err == ""
+    quiet(model, images, "fgsm,pgd-7", **how)
+    assert capsys.readouterr().err == "spat-train: begun with threads 1, now 7: what is left to do is equal but for rounding\n"
+    kept = json.loads(path.read_bytes())
+    assert kept["begun_with"] == json.loads(before)["begun_with"]
+    path.write_text(json.dumps({name: value for name, value in kept.items() if name != "begun_with"}))
+    quiet(model, images, "fgsm,pgd-10", **how)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_folder_from_before_l1_continues(tmp_path):
     model, images = fitted(), load("digits").test
     how = {"rows": torch.arange(40), "batch_size": 20, "folder": tmp_path}

@@ -478,6 +478,8 @@ def test_kernels(precision, tolerance):
         model.table.mul_(1.5)
     assert_as_autograd(model, torch.rand(6, 3, 8, 8), precision, tolerance)
     assert compilations(model) == 4
+    attack, (x, y) = PGD(EPS, steps=3, random_start=False, input_gradient="compile", precision=precision), batch(6)
+    assert torch.equal(attack(model, x, y), attack(model, x, y))
 
 
 @pytest.mark.slow

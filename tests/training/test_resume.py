@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ pytest.importorskip("tqdm")
 from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.errors import InputError
-from spat_train.runtime import signals
+from spat_train.runtime import rounding, signals
 from spat_train.runtime.atomic_write import SaveError
 from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import Stopped
@@ -293,7 +294,7 @@ def test_changed_images_are_refused(tmp_path, changed):
             train(replace(config, extra=None, resume=True), data)
 
 
-def test_moved_images_are_the_same_and_another_number_of_threads_is_noted(tmp_path, monkeypatch, capsys):
+def test_moved_images_are_the_same_and_another_arithmetic_is_noted_in_a_line(tmp_path, monkeypatch, capsys):
     data, first, second = load("digits", limit=150), tmp_path / "first", tmp_path / "second"
     first.mkdir()
     arrays = {f"{xy}_{s}": t for s in ("train", "test") for xy, t in zip("xy", vars(getattr(data, s)).values(), strict=True)}
@@ -304,11 +305,16 @@ def test_moved_images_are_the_same_and_another_number_of_threads_is_noted(tmp_pa
     first.rename(second)
     moved = replace(config, resume=True, data=str(second / "data.npz"), extra=second / "extra.npz", log_every=7)
     train(replace(moved, epochs=2))
-    assert "rounding" not in capsys.readouterr().err
+    assert "begun with" not in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(second / "data.npz")
+    torch_here = re.escape(str(torch.__version__))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    monkeypatch.setattr(rounding, "hardware", lambda device: "another CPU")
     train(replace(moved, epochs=3))
-    assert "spat-train: saved with threads 1, now 7: going on is equal but for rounding\n" in capsys.readouterr().err
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "begun with" in line)
+    changes = f"torch {torch_here}, now 2.99; device .+, now another CPU; threads 1, now 7"
+    assert re.fullmatch(f"spat-train: begun with {changes}: rounding differs from here on, .*, not equal", line)
 
 
 def test_a_run_goes_on_when_a_broken_picture_is_repaired(tmp_path, pictures, capsys):
