@@ -246,7 +246,10 @@ void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, con
 
 // Does `count` items, each worth about `item` elements of an L-infinity step. Less than kGrain (about 4 us) is not worth a second
 // thread; exponentials, ranks, crops, normal numbers and activations weigh more than a step.
-constexpr int64_t kGrain = 32768, kExp = 32, kRank = 8, kCrop = 4, kNormal = 8, kActivation = 4, kNorm = 2;
+#ifndef SPAT_GRAIN
+#define SPAT_GRAIN 32768
+#endif
+constexpr int64_t kGrain = SPAT_GRAIN, kExp = 32, kRank = 8, kCrop = 4, kNormal = 8, kActivation = 4, kNorm = 2;
 
 #ifdef SPAT_CUDA
 // On the current stream of the device of `t`.

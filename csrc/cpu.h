@@ -9,7 +9,8 @@
 
 #include "math.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef SPAT_CLONES  // -DSPAT_CLONES= leaves the clones out
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SPAT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define SPAT_CLONES

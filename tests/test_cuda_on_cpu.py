@@ -1,30 +1,15 @@
 """The CUDA kernels without a GPU: the tests of the ops and of Hopper's convolutions, run on csrc/*.cu compiled for the CPU (see
 tests/cuda_on_cpu)."""
 
-import os
 import re
-import shutil
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from tests import cuda_on_cpu
+from tests import cuda_on_cpu, native, sanitizers
 
-CHECKOUT = Path(__file__).parents[1]
-COMPILER = cuda_on_cpu.COMPILER[0]
-
-
-def sanitizes() -> bool:
-    if shutil.which(COMPILER) is None:
-        return False
-    found = subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True).stdout
-    return Path(found.strip()).is_absolute()
-
-
-pytestmark = pytest.mark.skipif(not sanitizes(), reason=f"needs {COMPILER} and its libubsan")
+pytestmark = pytest.mark.skipif(not sanitizers.available(), reason=f"needs {native.COMPILER} and its sanitizers")
 
 
 def test_it_reports_what_a_gpu_would_not(tmp_path):
@@ -36,19 +21,11 @@ def test_it_reports_what_a_gpu_would_not(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_kernels_pass_their_tests():
-    """Compiled once, in a process of their own, which a misaligned access would end; without capture, so that it can say so."""
-    plugins = ["-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider", "-p", "no:xdist"]
+def test_the_kernels_pass_their_tests(tmp_path):
+    """In a process of their own, which a sanitizer would end."""
     tests = ["tests/ops", "tests/fused_conv/test_hopper.py", "-k", "compiled-cpu or emulated"]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not this run's -n
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-s", *plugins, *tests],
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        env=own | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    passed = Counter(re.findall(r"^tests/(\w+)/.* PASSED", result.stdout, re.MULTILINE))
+    done = sanitizers.run(cuda_on_cpu.SANITIZE, cuda_on_cpu.build(tmp_path), *tests, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    passed = Counter(re.findall(r"^tests/(\w+)/.* PASSED", done.stdout, re.MULTILINE))
     assert passed["ops"] > 200
     assert passed["fused_conv"] > 100

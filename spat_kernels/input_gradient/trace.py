@@ -230,11 +230,18 @@ class _Proxy(torch.fx.Proxy):
         return self.ndim
 
 
+class _Uncompiled(torch.fx.GraphModule):
+    """Has no code: what fx writes of each graph stays in `linecache` for good, and nobody calls it here."""
+
+    def recompile(self):
+        pass
+
+
 class _Reader(torch.fx.Interpreter, Network):  # type: ignore[misc]
     """Runs the traced graph on a few samples and writes down each operation as a `Node`."""
 
     def __init__(self, model: nn.Module, graph: torch.fx.Graph):
-        torch.fx.Interpreter.__init__(self, torch.fx.GraphModule(model, graph, class_name="traced"), garbage_collect_values=False)
+        torch.fx.Interpreter.__init__(self, _Uncompiled(model, graph, class_name="traced"), garbage_collect_values=False)
         Network.__init__(self, model)
         self.root: dict[torch.fx.Node, torch.fx.Node] = {}  # fx node -> whose memory it may share
         self.order = {n: i for i, n in enumerate(graph.nodes)}

@@ -1,7 +1,7 @@
 """The CUDA kernels as C++, in the place of the C++ kernels: their indices, tails, packets, shuffles, barriers and launches run
 where no GPU is. The tests of the ops and of convolutions take them by
 
-    python -m pytest -p tests.cuda_on_cpu.plugin -n 0 tests/ops tests/fused_conv/test_hopper.py -k "compiled-cpu or emulated"
+    python -m tests.cuda_on_cpu tests/ops tests/fused_conv/test_hopper.py -k "compiled-cpu or emulated"
 
 CUDA is C++ with some more words, which cuda_runtime.h in this folder defines, and some syntax, which `as_cpp` rewrites.
 bindings.cpp calls `foo_cpu(args, begin, end)` for a part of the work; here the first such call does all of it, by `launch_foo`.
@@ -10,27 +10,16 @@ Convolutions, which have no C++ kernels, are CPU ops here. hopper.cuh in this fo
 What this cannot show is a GPU's own: its conversions of 16-bit floats, its <cmath>, nvcc's code, threads that run at once.
 """
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+from tests import native, sanitizers
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-TORCH = Path(torch.__file__).parent
-# A misaligned packet, an index beyond an array or an overflow ends the process.
-SANITIZE = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
-FLAGS = ["-O1", "-g1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-Wno-psabi"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DSPAT_CUDA_ON_CPU"]
-# More flags, such as -fsanitize=address, come from CXXFLAGS.
-COMPILER = [os.environ.get("CXX", "g++"), *FLAGS, *SANITIZE, *os.environ.get("CXXFLAGS", "").split()]
-INCLUDES = [f"-I{path}" for path in (HERE, CSRC, TORCH / "include", sysconfig.get_paths()["include"])]
+CSRC = native.CSRC
+# A misaligned packet, an access outside a tensor or an array, or an overflow ends the process. More flags come from CXXFLAGS.
+SANITIZE = "address,alignment,bounds,shift,signed-integer-overflow"
+FLAGS = ["-O1", "-DSPAT_CUDA_ON_CPU", f"-I{HERE}", *sanitizers.flags(SANITIZE)]
 STORE = re.compile(r'asm volatile\("st\.global\.v4\.b32 \[%0\], \{%1, %2, %3, %4\};" ::(.*?):\s*"memory"\)', re.DOTALL)
 
 
@@ -50,15 +39,8 @@ def cpu_functions() -> str:
     return "\n".join(['#include "spat.h"', "#include <stdexcept>", "namespace spat {", *body, "}"])
 
 
-def compile_all(sources: list[Path], target: Path, *link_flags: str) -> None:
-    def compiled(source: Path) -> Path:
-        file = target.parent / f"{source.name}.o"
-        subprocess.run([*COMPILER, *INCLUDES, "-c", source, "-o", file], check=True)
-        return file
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*sources, HERE / "threads.cpp"]))
-    subprocess.run([*COMPILER, *objects, *link_flags, "-o", target], check=True)
+def compile_all(sources: list[Path], target: Path, *link_flags: str) -> Path:
+    return native.compile_all(FLAGS, [*sources, HERE / "threads.cpp"], target, *link_flags)
 
 
 def build(folder: Path) -> Path:
@@ -68,13 +50,5 @@ def build(folder: Path) -> Path:
     headers = {file.name: as_cpp(HERE / file.name if file.name in stand_ins else file) for file in CSRC.glob("*.cuh")}
     for name, text in {**texts, **headers}.items():
         (folder / name).write_text(text)
-    library = folder / "_C.so"
     sources = [CSRC / "bindings.cpp", CSRC / "winograd.cpp", *(folder / name for name in texts)]
-    compile_all(sources, library, "-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
-    return library
-
-
-def load(library: Path) -> None:
-    """Let `spat_kernels`, when it is imported, find `library` as its own extension."""
-    spec = importlib.util.spec_from_file_location("spat_kernels._C", library)
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    return compile_all(sources, folder / "_C.so", *native.AS_EXTENSION)

@@ -5,13 +5,14 @@
 #include "dtypes.h"
 
 #define __grid_constant__
+#define SPAT_HARDWARE __attribute__((no_sanitize("undefined")))  // what is no kernel's code need not be slow
 
 namespace spat::hopper {
 
 constexpr int kDepth = 64, kWarpgroup = 128, kRowBytes = 128, kChunkBytes = 16, kSwizzle = 8;
 
 // Where value `column` of row `row` lies in a tile.
-inline int place(int row, int column) {
+SPAT_HARDWARE inline int place(int row, int column) {
   const int chunk = column / 8 ^ row % kSwizzle;
   return row * kDepth + chunk * 8 + column % 8;
 }
@@ -52,11 +53,12 @@ int map_weights(TensorMap& map, const void* weights, const int64_t (&shape)[3], 
   return cudaSuccess;
 }
 
-inline uint16_t value(const TensorMap& map, int64_t n, int64_t y, int64_t x, int64_t channel) {
-  const int64_t at[] = {n, y, x, channel};
-  for (int i = 0; i < 4; ++i)
-    if (at[i] < 0 || at[i] >= map.shape[i]) return 0;
-  return map.data[((n * map.shape[1] + y) * map.shape[2] + x) * map.shape[3] + channel];
+// Row `i` of a tile: kDepth channels from `channel` on of one pixel, 0 where there are none.
+SPAT_HARDWARE inline void copy_row(uint16_t* tile, int i, const TensorMap& map, int64_t n, int64_t y, int64_t x, int64_t channel) {
+  const auto& shape = map.shape;
+  const bool inside = n >= 0 && n < shape[0] && y >= 0 && y < shape[1] && x >= 0 && x < shape[2];
+  const int64_t row = ((n * shape[1] + y) * shape[2] + x) * shape[3], some = inside ? shape[3] - channel : 0;
+  for (int j = 0; j < kDepth; ++j) tile[place(i, j)] = j < some ? map.data[row + channel + j] : 0;
 }
 
 template <class Shared>
@@ -81,7 +83,7 @@ inline void copy_pixels(uint16_t* tile, const TensorMap& map, Barrier& barrier, 
   const int64_t last_x = map.shape[2] - 1 + map.padding[1] + 1 - map.kernel[1];
   const int64_t last_y = map.shape[1] - 1 + map.padding[0] + 1 - map.kernel[0];
   for (int i = 0; i < map.count; ++i) {
-    for (int j = 0; j < kDepth; ++j) tile[place(i, j)] = value(map, sample, y + down, x + right, channel + j);
+    copy_row(tile, i, map, sample, y + down, x + right, channel);
     if ((x += map.stride) > last_x) x = -map.padding[1], y += map.stride;
     if (y > last_y) y = -map.padding[0], ++sample;
   }
@@ -90,13 +92,11 @@ inline void copy_pixels(uint16_t* tile, const TensorMap& map, Barrier& barrier, 
 inline void copy_rows(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int x, int y, int sample) {
   const int width = int(map.shape[2]), rows = map.kernel[0];
   for (int i = 0; i < map.count * rows * width; ++i)
-    for (int j = 0; j < kDepth; ++j)
-      tile[place(i, j)] = value(map, sample + i / width / rows, y + i / width % rows, x + i % width, channel + j);
+    copy_row(tile, i, map, sample + i / width / rows, y + i / width % rows, x + i % width, channel);
   received(barrier, int64_t(map.count) * rows * width * kRowBytes);
 }
 inline void copy_weights(uint16_t* tile, const TensorMap& map, Barrier& barrier, int channel, int tap, int row) {
-  for (int i = 0; i < map.count; ++i)
-    for (int j = 0; j < kDepth; ++j) tile[place(i, j)] = value(map, 0, row + i, tap, channel + j);
+  for (int i = 0; i < map.count; ++i) copy_row(tile, i, map, 0, row + i, tap, channel);
   received(barrier, int64_t(map.count) * kRowBytes);
 }
 
@@ -119,13 +119,27 @@ inline void commit(std::source_location at = std::source_location::current()) {
   cuda_on_cpu::meet("wgmma", at, cuda_on_cpu::kWarp, 0);
 }
 
+template <class T, int K>
+SPAT_HARDWARE void values(float (&into)[K], Operand from, int row) {
+  for (int k = 0; k < K; k += 8) {  // a chunk
+    const uint16_t* chunk = from.tile + place(row, from.column + k);
+    for (int i = 0; i < 8; ++i) into[k + i] = to_acc(T{chunk[i]});
+  }
+}
+
+// Each thread has the same two columns of every eight, of two rows.
 template <class T, int N>
-void multiply(Sums<N>& sums, Operand x, Operand w) {
+SPAT_HARDWARE void multiply(Sums<N>& sums, Operand x, Operand w) {
+  constexpr int kProducts = 16;
   const int lane = threadIdx.x % cuda_on_cpu::kWarp, warp = threadIdx.x % kWarpgroup / cuda_on_cpu::kWarp;
-  for (int i = 0; i < N / 2; ++i) {
-    const int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k)
-      sums[i] += to_acc(T{x.tile[place(row, x.column + k)]}) * to_acc(T{w.tile[place(column, w.column + k)]});
+  float rows[2][kProducts], column[kProducts];
+  for (int i = 0; i < 2; ++i) values<T>(rows[i], x, 16 * warp + lane / 4 + 8 * i);
+  for (int i = 0; i < N / 4; ++i) {  // sums: [N / 8][row][column]
+    values<T>(column, w, i / 2 * 8 + lane % 4 * 2 + i % 2);
+    for (int row = 0; row < 2; ++row) {
+      float& sum = sums[i / 2 * 4 + row * 2 + i % 2];
+      for (int k = 0; k < kProducts; ++k) sum += rows[row][k] * column[k];
+    }
   }
 }
 
