@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import random
 import re
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from multiprocessing import connection
 
 import numpy as np
 import pytest
@@ -40,49 +38,16 @@ from tests.training.helpers import EVERYTHING, TIMEOUT, assert_same, events, set
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# ---- signals and kills
+# ---- signals; kills are among tests/faults
 
 
-def tell(pipe, steps: int, config: Config) -> None:
-    """Train, and say so once that many steps are done."""
-    if not steps:
-        pipe.send(0)
-    train(config, on_step=helpers.after(steps, lambda: pipe.send(steps)))
+ADAM = {"method": "trades", "optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle"}
 
 
-def in_child(config: Config, step: int = 10**6, seconds: float = 0.0) -> int:
-    """Train in a process of its own, killed by SIGKILL `seconds` after that step, or the start. Returns its exit code."""
-    ours, its = helpers.processes().Pipe(duplex=False)
-    child = helpers.processes().Process(target=helpers.on_one_thread, args=(tell, its, step, config))
-    child.start()
-    if ours in connection.wait([child.sentinel, ours]):
-        child.join(seconds)
-        child.kill()
-    child.join()
-    return child.exitcode
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [EVERYTHING, {"method": "trades", "optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle"}])
-def test_killed_at_any_moment_the_run_ends_bit_by_bit_alike(tmp_path, options):
-    expected = settings(tmp_path / "expected", **options)
-    assert in_child(expected) == 0
-    step = 32 / events(tmp_path / "expected", "train")[-1]["images_per_second"]
-    killed = replace(expected, out=tmp_path / "killed", resume=True, checkpoint_minutes=1e-9)  # after every step
-    chance, kills, code = random.Random(1), 0, None
-    while code != 0:
-        begun = chance.randrange(5)
-        code = in_child(killed, begun, chance.uniform(0, 2 * step) if kills else 0)  # the first dies early, however fast it is
-        kills += code != 0
-        assert code in (0, -signal.SIGKILL)
-    assert kills
-    helpers.assert_same_run(tmp_path / "killed", tmp_path / "expected")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "options"), [(signal.SIGTERM, EVERYTHING), (signal.SIGINT, ADAM)])
 @pytest.mark.parametrize("steps", [1, 5, 8, 12])
-def test_signals_save_first(tmp_path, monkeypatch, number, steps):
-    config, before, save = helpers.expected_and_other(tmp_path, **EVERYTHING), signal.getsignal(number), Run.save
+def test_signals_save_first(tmp_path, monkeypatch, number, options, steps):
+    config, before, save = helpers.expected_and_other(tmp_path, **options), signal.getsignal(number), Run.save
     with monkeypatch.context() as patched:
         if steps == 8:  # a second one does not stop the save
             patched.setattr(Run, "save", lambda run: (run.wish.number and helpers.send()) or save(run))
@@ -425,24 +390,6 @@ def test_truncated_checkpoint(tmp_path, size):
     with pytest.raises(InputError, match="last.pt is damaged .*previous.pt"):
         train(config)
     last.unlink()
-    helpers.assert_ends_alike(config)
-
-
-@pytest.mark.parametrize("call", range(1, 9))
-def test_full_disk(tmp_path, monkeypatch, call):
-    """The disk is full at one of the first writes: an error, what was good stays, and the run goes on from there."""
-    config, fsync, count = helpers.expected_and_other(tmp_path, epochs=3), os.fsync, iter(range(1, 1000))
-
-    def full(descriptor):
-        if next(count) == call:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(SaveError, match=r"cannot write .*No space left"):
-            train(config)
-    assert not list(config.out.glob("*.tmp"))
     helpers.assert_ends_alike(config)
 
 
