@@ -9,6 +9,8 @@
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <type_traits>
 
 #include "spat.h"
@@ -25,24 +27,110 @@ using namespace spat;
 
 // ---- checks ----------------------------------------------------------------------------------------------------------------
 
+template <class... Words>
+[[noreturn, gnu::noinline]] void refuse(const Words&... words) {
+  std::ostringstream message;
+  (message << ... << words);
+  throw std::runtime_error(message.str());
+}
+
+// STD_TORCH_CHECK without the place in this file, which says nothing to a caller.
+#define SPAT_CHECK(condition, ...) \
+  if (!(condition)) [[unlikely]]   \
+  refuse(__VA_ARGS__)
+
+// What the memory of an argument is for, after its name: "x" is read, "x!" is written. "~": results may be this very memory.
+struct Role {
+  char name[16] = {};
+  bool written = false, shared = false;
+  constexpr Role(const char* text) {
+    for (char* end = name; *text; ++text) {
+      if (*text == '!') written = true;
+      else if (*text == '~') shared = true;
+      else *end++ = *text;
+    }
+  }
+};
+
+struct Memory {
+  const char *begin = nullptr, *end = nullptr;  // both null for what is absent or empty
+};
+
+// The stretch of memory of a dense tensor, which the ops require. Views and storages that are too short for one are refused.
+Memory memory_of(const Tensor& t, const char* name) {
+  if (t.numel() == 0) return {};
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  int64_t storage = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage));
+  SPAT_CHECK(t.storage_offset() * int64_t(t.element_size()) + bytes <= storage, name,
+             " has fewer elements in memory than in its shape: expanded tensors, and those whose storage was resized, must be cloned");
+  const auto begin = static_cast<const char*>(t.const_data_ptr());
+  return {begin, begin + bytes};
+}
+Memory memory_of(const std::optional<Tensor>& t, const char* name) { return t ? memory_of(*t, name) : Memory{}; }
+
+// That no result overlaps another argument, unless both are shared and the same.
+void check_apart(const Role* roles, const Memory* memory, size_t count) {
+  for (size_t i = 0; i < count; ++i)
+    for (size_t j = 0; roles[i].written && j < count; ++j) {
+      if (i == j || memory[i].end <= memory[j].begin || memory[j].end <= memory[i].begin) continue;
+      const bool in_place = roles[i].shared && roles[j].shared && !roles[j].written && memory[i].begin == memory[j].begin &&
+                            memory[i].end == memory[j].end;
+      SPAT_CHECK(in_place, roles[i].name, " overlaps ", roles[j].name, " in memory: clone one of them");
+    }
+}
+
+template <class T>
+constexpr bool is_tensor = std::is_same_v<T, Tensor> || std::is_same_v<T, std::optional<Tensor>>;
+
+// An op behind the checks that are the same for all: `roles` are those of its tensors, in order.
+template <auto op, Role... roles>
+struct Gate;
+template <class... Args, void (*op)(Args...), Role... roles>
+struct Gate<op, roles...> {
+  static_assert((is_tensor<Args> + ...) == sizeof...(roles));
+  static void call(Args... args) {
+    static constexpr Role all[] = {roles...};
+    Memory memory[sizeof...(roles)];
+    size_t count = 0;
+    const auto note = [&](const auto& argument) {
+      if constexpr (is_tensor<std::remove_cvref_t<decltype(argument)>>) {
+        memory[count] = memory_of(argument, all[count].name);
+        ++count;
+      }
+    };
+    (note(args), ...);
+    check_apart(all, memory, count);
+    op(args...);
+  }
+};
+
+ScalarType scalar_type_of(const Tensor& t, const char* name) {
+  try {
+    return t.scalar_type();
+  } catch (const std::exception&) {  // a dtype that the stable ABI has no name for
+    refuse(name, " has the wrong dtype (see the op's docstring)");
+  }
+}
+
 DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
+  switch (scalar_type_of(t, name)) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Half: return DType::f16;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Double: return DType::f64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+    default: refuse(name, " must be float32, float16, bfloat16 or float64");
   }
 }
 
 ScalarType acc_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
 void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype (see the op's docstring)");
+  SPAT_CHECK(scalar_type_of(t, name) == dtype, name, " has the wrong dtype (see the op's docstring)");
 }
 
 void check_device(const Tensor& t, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+  SPAT_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
                   " is on another device than the first argument");
 }
 
@@ -50,13 +138,12 @@ void check_device(const Tensor& t, const Tensor& like, const char* name) {
 template <class... Words>
 void check_tensor(bool fits, const Tensor& t, ScalarType dtype, const Tensor& like, const char* name, Words... must) {
   check_dtype(t, dtype, name);
-  STD_TORCH_CHECK(fits, name, " must ", must...);
+  SPAT_CHECK(fits, name, " must ", must...);
   check_device(t, like, name);
 }
 
-void check_vector(const Tensor& t, int64_t numel, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous(), name, " must be contiguous with ", numel, " elements");
-  check_device(t, like, name);
+void check_vector(const Tensor& t, int64_t numel, ScalarType dtype, const Tensor& like, const char* name) {
+  check_tensor(t.dim() == 1 && t.numel() == numel && t.is_contiguous(), t, dtype, like, name, "be contiguous [", numel, "]");
 }
 
 bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -90,40 +177,40 @@ bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-Images images_of(const Tensor& x_adv, const Tensor& x, double lo, double hi) {
-  const DType dtype = dtype_of(x_adv, "x_adv");
-  STD_TORCH_CHECK(x_adv.dim() >= 1, "x_adv must have a batch dimension");
-  STD_TORCH_CHECK(x_adv.is_contiguous() || is_channels_last(x_adv), "x_adv must be contiguous or channels_last");
-  check_tensor(same_layout(x_adv, x), x, x_adv.scalar_type(), x_adv, "x", "have the shape and the strides of x_adv");
+Images images_of(const Tensor& x_adv, const Tensor& x, double lo, double hi, const char* name = "x_adv", const char* other = "x") {
+  const DType dtype = dtype_of(x_adv, name);
+  SPAT_CHECK(lo <= hi, "lo must be at most hi, got ", lo, " and ", hi);
+  SPAT_CHECK(x_adv.dim() >= 1, name, " must have a batch dimension");
+  SPAT_CHECK(x_adv.is_contiguous() || is_channels_last(x_adv), name, " must be contiguous or channels_last");
+  check_tensor(same_layout(x_adv, x), x, x_adv.scalar_type(), x_adv, other, "have the shape and the strides of ", name);
   const int64_t samples = x_adv.size(0), sample_numel = samples ? x_adv.numel() / samples : 0;
   return {x_adv.mutable_data_ptr(), x.const_data_ptr(), samples, sample_numel, 1. / double(sample_numel), lo, hi, dtype};
 }
 
 PerSample per_sample(const Tensor& t, const Images& images, const Tensor& x_adv, const char* name) {
   const bool varies = t.numel() != 1;
-  check_dtype(t, acc_type(images.dtype), name);
-  check_vector(t, varies ? images.samples : 1, x_adv, name);
+  const int64_t numel = varies ? images.samples : 1;
+  check_tensor(t.numel() == numel && t.is_contiguous(), t, acc_type(images.dtype), x_adv, name, "hold 1 or ", images.samples,
+               " elements, contiguous");
   return {t.const_data_ptr(), varies};
 }
 
 const int64_t* int64_vector(const Tensor& t, int64_t numel, const Tensor& like, const char* name) {
-  check_dtype(t, ScalarType::Long, name);
-  check_vector(t, numel, like, name);
+  check_vector(t, numel, ScalarType::Long, like, name);
   return t.const_data_ptr<int64_t>();
 }
 
 DType grad_dtype_of(const Tensor& grad, const Images& images, const Tensor& x_adv) {
   const DType dtype = dtype_of(grad, "grad");
-  STD_TORCH_CHECK((images.dtype == DType::f64) == (dtype == DType::f64), "grad must be float64 exactly when x_adv is");
-  STD_TORCH_CHECK(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv");
+  SPAT_CHECK((images.dtype == DType::f64) == (dtype == DType::f64), "grad must be float64 exactly when x_adv is");
+  SPAT_CHECK(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv");
   check_device(grad, x_adv, "grad");
   return dtype;
 }
 
 uint8_t* nan_seen_of(const std::optional<Tensor>& t, const Images& images, const Tensor& x_adv) {
   if (!t) return nullptr;
-  check_dtype(*t, ScalarType::Byte, "nan_seen");
-  check_vector(*t, images.samples, x_adv, "nan_seen");
+  check_vector(*t, images.samples, ScalarType::Byte, x_adv, "nan_seen");
   return t->mutable_data_ptr<uint8_t>();
 }
 
@@ -155,19 +242,16 @@ void check_like_logits(const Tensor& t, ScalarType dtype, const Tensor& logits, 
 
 Rows rows_of(const Tensor& logits, const Tensor& dlogits, const std::optional<Tensor>& loss, double scale, int64_t min_classes) {
   const DType dtype = dtype_of(logits, "logits");
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous [B, K]");
-  STD_TORCH_CHECK(logits.size(1) >= min_classes, "logits must have at least ", min_classes, " classes, got ", logits.size(1));
+  SPAT_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous [B, K]");
+  SPAT_CHECK(logits.size(1) >= min_classes, "logits must have at least ", min_classes, " classes, got ", logits.size(1));
   check_like_logits(dlogits, logits.scalar_type(), logits, "dlogits");
-  if (loss) {
-    check_dtype(*loss, acc_type(dtype), "loss");
-    check_vector(*loss, logits.size(0), logits, "loss");
-  }
+  if (loss) check_vector(*loss, logits.size(0), acc_type(dtype), logits, "loss");
   return {logits.const_data_ptr(), dlogits.mutable_data_ptr(), loss ? loss->mutable_data_ptr() : nullptr, logits.size(0),
           logits.size(1), scale, dtype};
 }
 
 void check_channels_last(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(is_channels_last(t), name, " must be [N, C, ...] with channels innermost in memory (channels_last)");
+  SPAT_CHECK(is_channels_last(t), name, " must be [N, C, ...] with channels innermost in memory (channels_last)");
 }
 
 Channels channels_of(const Tensor& t, const char* name) {
@@ -188,9 +272,7 @@ void* channels_like(const std::optional<Tensor>& t, const Tensor& like, const ch
 // The data of a vector, or null.
 void* optional_vector(const std::optional<Tensor>& t, int64_t numel, ScalarType dtype, const Tensor& like, const char* name) {
   if (!t) return nullptr;
-  check_dtype(*t, dtype, name);
-  STD_TORCH_CHECK(t->dim() == 1, name, " must be [", numel, "]");
-  check_vector(*t, numel, like, name);
+  check_vector(*t, numel, dtype, like, name);
   return t->mutable_data_ptr();
 }
 
@@ -203,18 +285,18 @@ uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Te
 
 // What LayerNorm takes: `channels` is 1 for channels_last images, -1 where they are the last dimension.
 void check_normed(const Tensor& t, int64_t channels, const char* name) {
-  STD_TORCH_CHECK(t.dim() >= 2, name, " must have at least two dimensions, the rows and the channels");
+  SPAT_CHECK(t.dim() >= 2, name, " must have at least two dimensions, the rows and the channels");
   if (channels == 1) return check_channels_last(t, name);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous, with the channels last (channels=1 takes channels_last images)");
+  SPAT_CHECK(t.is_contiguous(), name, " must be contiguous, with the channels last (channels=1 takes channels_last images)");
 }
 
 Channels normed_of(const Tensor& t, int64_t channels, const char* name) {
   const DType dtype = dtype_of(t, name);
-  STD_TORCH_CHECK(channels == 1 || channels == -1,
+  SPAT_CHECK(channels == 1 || channels == -1,
                   "channels must be -1 (the last dimension) or 1 (channels_last images), got ", channels);
   check_normed(t, channels, name);
   const int64_t count = t.size(channels == 1 ? 1 : t.dim() - 1), octets = (count + 7) / 8;
-  STD_TORCH_CHECK(count >= 1 && count <= kMaxNormed, name, " must have 1 to ", kMaxNormed, " channels, got ", count);
+  SPAT_CHECK(count >= 1 && count <= kMaxNormed, name, " must have 1 to ", kMaxNormed, " channels, got ", count);
   return {t.numel() / count, count, octets, 1. / double(octets), dtype};
 }
 
@@ -229,8 +311,8 @@ void* normed_like(const std::optional<Tensor>& t, const Tensor& like, int64_t ch
 Head head_of(const Tensor& images, const Tensor& weight, const Tensor& first, const char* name) {
   const Channels shape = channels_of(images, name);
   const int64_t samples = images.size(0), pixels = samples ? shape.rows / samples : 0;
-  STD_TORCH_CHECK(images.numel() > 0 || samples == 0, name, " must have at least one channel and one pixel");
-  STD_TORCH_CHECK(shape.channels <= kMaxPooled, name, " must have at most ", kMaxPooled, " channels, got ", shape.channels);
+  SPAT_CHECK(images.numel() > 0 || samples == 0, name, " must have at least one channel and one pixel");
+  SPAT_CHECK(shape.channels <= kMaxPooled, name, " must have at most ", kMaxPooled, " channels, got ", shape.channels);
   const bool fits = weight.dim() == 2 && weight.size(1) == shape.channels && weight.is_contiguous();
   check_tensor(fits, weight, acc_type(shape.dtype), first, "weight", "be contiguous [K, ", shape.channels, "]");
   return {shape, samples, pixels, weight.size(0), weight.const_data_ptr()};
@@ -259,7 +341,7 @@ void run_on_gpu(const Args& args, const Tensor& t, int (*launch)(const Args&, vo
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   const int error = launch(args, stream);
-  STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error), " (built for CUDA " SPAT_CUDA "; ", remedy, ")");
+  SPAT_CHECK(error == 0, "CUDA launch failed: ", cuda_error_name(error), " (built for CUDA " SPAT_CUDA "; ", remedy, ")");
 }
 #endif
 
@@ -295,7 +377,7 @@ void run_conv(const Args& args, const Tensor& out, int (*launch)(const Args&, vo
   run_on_gpu(args, out, launch, "this kernel is for Hopper, by a driver for CUDA 12 or later: on other GPUs use fuse=False");
 #else
   const int error = launch(args, nullptr);
-  STD_TORCH_CHECK(error == 0, cuda_error_name(error), " (", error, ")");
+  SPAT_CHECK(error == 0, cuda_error_name(error), " (", error, ")");
 #endif
 }
 #endif
@@ -312,8 +394,7 @@ void linf_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_siz
                 std::optional<Tensor> nan_seen, std::optional<Tensor> hash) {
   Step args = step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen);
   if (hash) {
-    check_dtype(*hash, ScalarType::Long, "hash");
-    check_vector(*hash, args.images.samples, x_adv, "hash");
+    check_vector(*hash, args.images.samples, ScalarType::Long, x_adv, "hash");
     args.hash = static_cast<uint64_t*>(hash->mutable_data_ptr());
   }
   SPAT_RUN(linf_step, args, x_adv, args.images.samples * args.images.sample_numel, 1);
@@ -335,8 +416,8 @@ void adt_step_(Tensor x_adv, Tensor mu, Tensor rho, Tensor x, Tensor grad, Tenso
                std::optional<Tensor> sum_rho, bool last) {
   const AdtSample sample = adt_sample_of(x_adv, mu, rho, x, eps, seed, draw, lo, hi);
   const Images& images = sample.images;
-  STD_TORCH_CHECK(sum_mu.has_value() == sum_rho.has_value(), "sum_mu and sum_rho go together");
-  STD_TORCH_CHECK(sum_mu || last, "last=False needs sum_mu and sum_rho");
+  SPAT_CHECK(sum_mu.has_value() == sum_rho.has_value(), "sum_mu and sum_rho go together");
+  SPAT_CHECK(sum_mu || last, "last=False needs sum_mu and sum_rho");
   const AdtStep args{sample, grad.const_data_ptr(), grad_dtype_of(grad, images, x_adv), per_sample(factor, images, x_adv, "factor"),
                      lr, entropy, sum_mu ? acc_like_images(*sum_mu, images, x_adv, "sum_mu") : nullptr,
                      sum_rho ? acc_like_images(*sum_rho, images, x_adv, "sum_rho") : nullptr, last,
@@ -347,7 +428,7 @@ void adt_step_(Tensor x_adv, Tensor mu, Tensor rho, Tensor x, Tensor grad, Tenso
 void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double alpha, bool targeted,
                double scale, bool normalize) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
-  STD_TORCH_CHECK(!normalize || alpha == 0, "normalize goes with alpha = 0");
+  SPAT_CHECK(!normalize || alpha == 0, "normalize goes with alpha = 0");
   const LsceGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), alpha, targeted, normalize};
   SPAT_RUN(lsce_grad, args, logits, rows.rows, kExp * rows.classes);
 }
@@ -383,17 +464,14 @@ void dlr_grad(Tensor logits, Tensor labels, std::optional<Tensor> targets, Tenso
 
 void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_success, Tensor x_adv, Tensor loss,
                 std::optional<Tensor> success) {
-  const Images images = images_of(best, x_adv, 0, 0);
-  for (const Tensor* t : {&best_loss, &loss}) {
-    check_dtype(*t, acc_type(images.dtype), "loss and best_loss");
-    check_vector(*t, images.samples, best, "loss and best_loss");
+  const Images images = images_of(best, x_adv, 0, 0, "best", "x_adv");
+  check_vector(best_loss, images.samples, acc_type(images.dtype), best, "best_loss");
+  check_vector(loss, images.samples, acc_type(images.dtype), best, "loss");
+  SPAT_CHECK(best_success.has_value() == success.has_value(), "best_success and success go together");
+  if (success) {
+    check_vector(*best_success, images.samples, ScalarType::Bool, best, "best_success");
+    check_vector(*success, images.samples, ScalarType::Bool, best, "success");
   }
-  STD_TORCH_CHECK(best_success.has_value() == success.has_value(), "best_success and success go together");
-  if (success)
-    for (const Tensor* t : {&*best_success, &*success}) {
-      check_dtype(*t, ScalarType::Bool, "success and best_success");
-      check_vector(*t, images.samples, best, "success and best_success");
-    }
   const KeepBest args{best.mutable_data_ptr(), best_loss.mutable_data_ptr(),
                       success ? static_cast<uint8_t*>(best_success->mutable_data_ptr()) : nullptr,
                       x_adv.const_data_ptr(), loss.const_data_ptr(),
@@ -408,7 +486,7 @@ ScaleShiftRelu forward_pass(const Tensor& like, const char* name, const void* a,
                             const std::optional<Tensor>& total, const Tensor& out, const std::optional<Tensor>& mask, bool relu) {
   const Channels shape = channels_of(like, name);
   const ScalarType acc = acc_type(shape.dtype);
-  STD_TORCH_CHECK(relu || !mask, "mask goes with relu");
+  SPAT_CHECK(relu || !mask, "mask goes with relu");
   return {shape, a, channels_like(b, like, "b", name), optional_vector(scale, shape.channels, acc, like, "scale"),
           optional_vector(shift, shape.channels, acc, like, "shift"), channels_like(total, like, "total", name),
           channels_like(out, like, "out", name), mask_of(mask, shape, like), relu};
@@ -440,8 +518,8 @@ void scale_shift_act(Tensor a, std::optional<Tensor> b, std::optional<Tensor> sc
                      int64_t act) {
   const Channels shape = channels_of(a, "a");
   const ScalarType acc = acc_type(shape.dtype);
-  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Activation::softplus), "act must be the index of one of ACTIVATIONS, got ", act);
-  STD_TORCH_CHECK(negative.has_value() == (Activation(act) == Activation::leaky_relu), "negative goes with leaky_relu");
+  SPAT_CHECK(act >= 0 && act <= int64_t(Activation::softplus), "act must be the index of one of ACTIVATIONS, got ", act);
+  SPAT_CHECK(negative.has_value() == (Activation(act) == Activation::leaky_relu), "negative goes with leaky_relu");
   const bool varies = negative && negative->numel() != 1;
   const ScaleShiftAct args{shape, 1. / double(shape.channels), a.const_data_ptr(), channels_like(b, a, "b", "a"),
                            optional_vector(scale, shape.channels, acc, a, "scale"),
@@ -487,12 +565,12 @@ void layer_norm_grad(Tensor grad, std::optional<Tensor> grad2, Tensor t, Tensor 
 
 void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift, Tensor out) {
   check_dtype(x, ScalarType::Float, "x");
-  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, C, H, W]");
+  SPAT_CHECK(x.dim() == 4, "x must be [B, C, H, W]");
   check_channels_last(x, "x");
   const int64_t channels = x.size(1);
   const Channels shape = channels_of(out, "out");
-  STD_TORCH_CHECK(shape.dtype == DType::f16 || shape.dtype == DType::bf16, "out must be float16 or bfloat16");
-  STD_TORCH_CHECK(out.dim() == 4 && out.size(1) >= 2 * channels && out.size(0) == x.size(0) && out.size(2) == x.size(2) &&
+  SPAT_CHECK(shape.dtype == DType::f16 || shape.dtype == DType::bf16, "out must be float16 or bfloat16");
+  SPAT_CHECK(out.dim() == 4 && out.size(1) >= 2 * channels && out.size(0) == x.size(0) && out.size(2) == x.size(2) &&
                       out.size(3) == x.size(3),
                   "out must be [", x.size(0), ", at least ", 2 * channels, ", ", x.size(2), ", ", x.size(3), "]");
   check_device(out, x, "out");
@@ -506,8 +584,8 @@ void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> sh
 
 void check_winograd(const Tensor& t, const char* name) {
   check_dtype(t, ScalarType::Float, name);
-  STD_TORCH_CHECK(has_winograd(), "Winograd's convolutions need a CPU with AVX-512");
-  STD_TORCH_CHECK(t.dim() == 4 && is_channels_last(t) && t.size(1) > 0 && t.size(1) % 32 == 0, name,
+  SPAT_CHECK(has_winograd(), "Winograd's convolutions need a CPU with AVX-512");
+  SPAT_CHECK(t.dim() == 4 && is_channels_last(t) && t.size(1) > 0 && t.size(1) % 32 == 0, name,
                   " must be channels_last with a multiple of 32 channels");
 }
 
@@ -522,7 +600,7 @@ constexpr int64_t kLeastTiles = 12;  // for a thread: with fewer it waits for th
 void winograd(Tensor x, Tensor weight, Tensor out) {
   check_winograd(x, "x");
   check_winograd(out, "out");
-  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(2) == x.size(2) && out.size(3) == x.size(3), "out must have x's pixels");
+  SPAT_CHECK(out.size(0) == x.size(0) && out.size(2) == x.size(2) && out.size(3) == x.size(3), "out must have x's pixels");
   check_winograd_weights(weight, out.size(1), x.size(1), x, "weight");
   const Winograd args{x.const_data_ptr<float>(), weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
                       x.size(2), x.size(3), x.size(1), out.size(1)};
@@ -533,7 +611,7 @@ void winograd(Tensor x, Tensor weight, Tensor out) {
 
 void winograd_weights(Tensor weight, bool turned, Tensor out) {
   check_winograd(weight, "weight");
-  STD_TORCH_CHECK(weight.size(0) % 32 == 0 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3], K in 32s");
+  SPAT_CHECK(weight.size(0) % 32 == 0 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3], K in 32s");
   const int64_t channels = weight.size(turned ? 0 : 1), out_channels = weight.size(turned ? 1 : 0);
   check_winograd_weights(out, out_channels, channels, weight, "out");
   const WinogradWeights args{weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(), channels, out_channels, turned};
@@ -566,18 +644,18 @@ void pool_linear_grad(Tensor dlogits, Tensor weight, std::optional<Tensor> mask,
 void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, int64_t pad, bool flip) {
   constexpr int64_t kLimit = int64_t(1) << 30;
   check_dtype(images, ScalarType::Byte, "images");
-  STD_TORCH_CHECK(images.dim() == 4 && images.is_contiguous(), "images must be contiguous [N, H, W, C]");
+  SPAT_CHECK(images.dim() == 4 && images.is_contiguous(), "images must be contiguous [N, H, W, C]");
   const int64_t count = images.size(0), height = images.size(1), width = images.size(2), channels = images.size(3);
-  STD_TORCH_CHECK(count > 0, "images must hold at least one");
+  SPAT_CHECK(count > 0, "images must hold at least one");
   const int64_t sample_numel = images.numel() / count;
-  STD_TORCH_CHECK(sample_numel < kLimit, "images must hold fewer than 2^30 values each");
+  SPAT_CHECK(sample_numel < kLimit, "images must hold fewer than 2^30 values each");
   const DType dtype = dtype_of(out, "out");
-  STD_TORCH_CHECK(out.dim() == 4 && out.size(1) == channels && out.size(2) == height && out.size(3) == width, "out must be [B, ",
+  SPAT_CHECK(out.dim() == 4 && out.size(1) == channels && out.size(2) == height && out.size(3) == width, "out must be [B, ",
                   channels, ", ", height, ", ", width, "]");
   const bool channels_last = is_channels_last(out);
-  STD_TORCH_CHECK(channels_last || out.is_contiguous(), "out must be contiguous or channels_last");
+  SPAT_CHECK(channels_last || out.is_contiguous(), "out must be contiguous or channels_last");
   check_device(out, images, "out");
-  STD_TORCH_CHECK(pad >= 0 && pad < kLimit, "pad must be at least 0 and less than 2^30, got ", pad);
+  SPAT_CHECK(pad >= 0 && pad < kLimit, "pad must be at least 0 and less than 2^30, got ", pad);
   const int64_t samples = out.size(0);
   const CropFlip args{images.const_data_ptr<uint8_t>(),
                       int64_vector(rows, samples, images, "rows"),
@@ -595,39 +673,39 @@ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0
 Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t stride, int64_t pad_height, int64_t pad_width,
              int64_t tile, bool rows) {
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x must be float16 or bfloat16");
+  SPAT_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x must be float16 or bfloat16");
   for (const Tensor* t : {&x, &weight, &out}) {
     const char* name = t == &x ? "x" : t == &weight ? "weight" : "out";
     check_tensor(t->dim() == 4 && is_channels_last(*t) && t->size(1) % 8 == 0 && t->size(1) > 0, *t, dtype, x, name,
                  "be channels_last with a multiple of 8 channels");
-    STD_TORCH_CHECK(is_aligned(t->const_data_ptr()), name, " must begin at a multiple of 16 bytes");
+    SPAT_CHECK(is_aligned(t->const_data_ptr()), name, " must begin at a multiple of 16 bytes");
   }
   const int64_t samples = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const int64_t out_channels = weight.size(0), kernel_height = weight.size(2), kernel_width = weight.size(3);
-  STD_TORCH_CHECK(weight.size(1) == channels, "weight must be [K, ", channels, ", R, S]");
-  STD_TORCH_CHECK(stride >= 1 && stride <= 8 && pad_height >= 0 && pad_height < kernel_height && pad_width >= 0 &&
+  SPAT_CHECK(weight.size(1) == channels, "weight must be [K, ", channels, ", R, S]");
+  SPAT_CHECK(stride >= 1 && stride <= 8 && pad_height >= 0 && pad_height < kernel_height && pad_width >= 0 &&
                       pad_width < kernel_width && kernel_height <= 64 && kernel_width <= 64,
                   "stride must be 1 to 8, and padding less than the kernel, of at most 64 by 64");
   const int64_t out_height = (height + 2 * pad_height - kernel_height) / stride + 1;
   const int64_t out_width = (width + 2 * pad_width - kernel_width) / stride + 1;
-  STD_TORCH_CHECK(height + 2 * pad_height >= kernel_height && width + 2 * pad_width >= kernel_width, "weight is larger than x");
-  STD_TORCH_CHECK(out.size(0) == samples && out.size(1) == out_channels && out.size(2) == out_height && out.size(3) == out_width,
+  SPAT_CHECK(height + 2 * pad_height >= kernel_height && width + 2 * pad_width >= kernel_width, "weight is larger than x");
+  SPAT_CHECK(out.size(0) == samples && out.size(1) == out_channels && out.size(2) == out_height && out.size(3) == out_width,
                   "out must be [", samples, ", ", out_channels, ", ", out_height, ", ", out_width, "]");
-  STD_TORCH_CHECK(tile == 64 || tile == 128 || tile == 160, "tile must be 64, 128 or 160, got ", tile);
-  STD_TORCH_CHECK(samples * out_height * out_width < (int64_t(1) << 30) && samples * height * width < (int64_t(1) << 30),
+  SPAT_CHECK(tile == 64 || tile == 128 || tile == 160, "tile must be 64, 128 or 160, got ", tile);
+  SPAT_CHECK(samples * out_height * out_width < (int64_t(1) << 30) && samples * height * width < (int64_t(1) << 30),
                   "x must have fewer than 2^30 pixels");
   const auto n = [](int64_t v) { return int32_t(v); };
   const Conv c{x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(out_height),
                n(out_width), n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile),
                rows, 0, 0, 0, 0};
-  STD_TORCH_CHECK(!rows || pixels_in_rows(c), "rows needs stride 1, out as large as x, 8, 16, 32 or 64 pixels in a row, tiles of 128 "
+  SPAT_CHECK(!rows || pixels_in_rows(c), "rows needs stride 1, out as large as x, 8, 16, 32 or 64 pixels in a row, tiles of 128 "
                   "pixels that are whole rows of an image, or two images, and at most 192 pixels with the rows above and below");
   return c;
 }
 
 // The tensors of a pass are read in packets of 16 bytes.
 void check_packets(std::initializer_list<const void*> tensors) {
-  for (const void* p : tensors) STD_TORCH_CHECK(is_aligned(p), "every tensor but mask must begin at a multiple of 16 bytes");
+  for (const void* p : tensors) SPAT_CHECK(is_aligned(p), "every tensor but mask must begin at a multiple of 16 bytes");
 }
 
 void conv_scale_shift_relu(Tensor x, Tensor weight, int64_t stride, int64_t pad_height, int64_t pad_width, std::optional<Tensor> b,
@@ -652,37 +730,39 @@ void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t
 
 }  // namespace
 
-#define SPAT_IMPLEMENT_CONVOLUTIONS(m)                                  \
-  m.impl("conv_scale_shift_relu", TORCH_BOX(&conv_scale_shift_relu)); \
-  m.impl("conv_scale_shift_relu_grad", TORCH_BOX(&conv_scale_shift_relu_grad));
+#define SPAT_BOX(op, ...) TORCH_BOX((&Gate<&op, __VA_ARGS__>::call))
 
-#define SPAT_IMPLEMENT(m)                                       \
-  m.impl("linf_random_start_", TORCH_BOX(&linf_random_start_)); \
-  m.impl("linf_step_", TORCH_BOX(&linf_step_));                 \
-  m.impl("l2_step_", TORCH_BOX(&l2_step_));                     \
-  m.impl("adt_sample_", TORCH_BOX(&adt_sample_));               \
-  m.impl("adt_step_", TORCH_BOX(&adt_step_));                   \
-  m.impl("lsce_grad", TORCH_BOX(&lsce_grad));                   \
-  m.impl("kl_grad", TORCH_BOX(&kl_grad));                       \
-  m.impl("margin_grad", TORCH_BOX(&margin_grad));               \
-  m.impl("pma_grad", TORCH_BOX(&pma_grad));                     \
-  m.impl("dlr_grad", TORCH_BOX(&dlr_grad));                     \
-  m.impl("keep_best_", TORCH_BOX(&keep_best_));                 \
-  m.impl("scale_shift_relu", TORCH_BOX(&scale_shift_relu));     \
-  m.impl("scale_shift_relu_grad", TORCH_BOX(&scale_shift_relu_grad)); \
-  m.impl("scale_shift_act", TORCH_BOX(&scale_shift_act));       \
-  m.impl("scale_shift_act_grad", TORCH_BOX(&scale_shift_act_grad)); \
-  m.impl("layer_norm", TORCH_BOX(&layer_norm));                 \
-  m.impl("layer_norm_grad", TORCH_BOX(&layer_norm_grad));       \
-  m.impl("split_image", TORCH_BOX(&split_image));               \
-  m.impl("pool_linear", TORCH_BOX(&pool_linear));               \
-  m.impl("pool_linear_grad", TORCH_BOX(&pool_linear_grad));     \
-  m.impl("crop_flip", TORCH_BOX(&crop_flip));
+#define SPAT_IMPLEMENT_CONVOLUTIONS(m) \
+  m.impl("conv_scale_shift_relu", SPAT_BOX(conv_scale_shift_relu, "x", "weight", "b~", "scale", "shift", "total!~", "out!~", "mask!")); \
+  m.impl("conv_scale_shift_relu_grad", SPAT_BOX(conv_scale_shift_relu_grad, "x", "weight", "grad2~", "mask", "scale", "residual~", "out!~"));
+
+#define SPAT_IMPLEMENT(m) \
+  m.impl("linf_random_start_", SPAT_BOX(linf_random_start_, "x_adv!", "x", "eps", "seed")); \
+  m.impl("linf_step_", SPAT_BOX(linf_step_, "x_adv!", "x", "grad", "eps", "step_size", "nan_seen!", "hash!")); \
+  m.impl("l2_step_", SPAT_BOX(l2_step_, "x_adv!", "x", "grad", "eps", "step_size", "nan_seen!")); \
+  m.impl("adt_sample_", SPAT_BOX(adt_sample_, "x_adv!", "mu", "rho", "x", "eps", "seed")); \
+  m.impl("adt_step_", SPAT_BOX(adt_step_, "x_adv!", "mu!", "rho!", "x", "grad", "eps", "factor", "seed", "nan_seen!", "sum_mu!", "sum_rho!")); \
+  m.impl("lsce_grad", SPAT_BOX(lsce_grad, "logits", "labels", "dlogits!", "loss!")); \
+  m.impl("kl_grad", SPAT_BOX(kl_grad, "logits", "probs", "dlogits!", "loss!")); \
+  m.impl("margin_grad", SPAT_BOX(margin_grad, "logits", "labels", "dlogits!", "loss!")); \
+  m.impl("pma_grad", SPAT_BOX(pma_grad, "logits", "labels", "dlogits!", "loss!")); \
+  m.impl("dlr_grad", SPAT_BOX(dlr_grad, "logits", "labels", "targets", "dlogits!", "loss!")); \
+  m.impl("keep_best_", SPAT_BOX(keep_best_, "best!", "best_loss!", "best_success!", "x_adv", "loss", "success")); \
+  m.impl("scale_shift_relu", SPAT_BOX(scale_shift_relu, "a~", "b~", "scale", "shift", "total!~", "out!~", "mask!")); \
+  m.impl("scale_shift_relu_grad", SPAT_BOX(scale_shift_relu_grad, "grad~", "grad2~", "mask", "scale", "residual~", "dx!~")); \
+  m.impl("scale_shift_act", SPAT_BOX(scale_shift_act, "a~", "b~", "scale", "shift", "negative", "total!~", "out!~", "slope!~")); \
+  m.impl("scale_shift_act_grad", SPAT_BOX(scale_shift_act_grad, "grad~", "grad2~", "slope~", "residual~", "dx!~")); \
+  m.impl("layer_norm", SPAT_BOX(layer_norm, "a~", "b~", "weight", "bias", "total!~", "out!~", "mean!", "rstd!")); \
+  m.impl("layer_norm_grad", SPAT_BOX(layer_norm_grad, "grad~", "grad2~", "t~", "mean", "rstd", "weight", "residual~", "dx!~")); \
+  m.impl("split_image", SPAT_BOX(split_image, "x", "scale", "shift", "out!")); \
+  m.impl("pool_linear", SPAT_BOX(pool_linear, "x", "weight", "bias", "logits!")); \
+  m.impl("pool_linear_grad", SPAT_BOX(pool_linear_grad, "dlogits", "weight", "mask", "scale", "factor!", "dx!")); \
+  m.impl("crop_flip", SPAT_BOX(crop_flip, "images", "rows", "ids", "seed", "out!"));
 
 STABLE_TORCH_LIBRARY_IMPL(spat, CPU, m) {
   SPAT_IMPLEMENT(m)
-  m.impl("winograd", TORCH_BOX(&winograd));
-  m.impl("winograd_weights", TORCH_BOX(&winograd_weights));
+  m.impl("winograd", SPAT_BOX(winograd, "x", "weight", "out!"));
+  m.impl("winograd_weights", SPAT_BOX(winograd_weights, "weight", "out!"));
 #ifdef SPAT_CUDA_ON_CPU
   SPAT_IMPLEMENT_CONVOLUTIONS(m)
 #endif

@@ -102,6 +102,7 @@ def strange_layouts(x):
     yield "batch_inside", x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
     yield "offset_view", torch.cat([x[:1], x])[1:]
     yield "expanded", x[:1].expand_as(x)
+    yield "negated", torch._neg_view(-x)
     yield "flipped_memory", x.transpose(2, 3).contiguous().transpose(2, 3)
 
 

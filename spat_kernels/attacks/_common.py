@@ -144,11 +144,12 @@ Labels = TypeVar("Labels", Tensor, Tensor | None)
 
 
 def as_dense(x: Tensor, y: Labels) -> tuple[Tensor, Labels]:
-    """Checked images and labels as runs want them: dense, and not made in inference mode, which autograd refuses."""
-    x = x.detach()
+    """Checked images and labels as runs want them: dense, not lazily negated, and not made in inference mode, which autograd
+    refuses."""
+    x = x.detach().resolve_neg()
     x = x if is_dense(x) else x.contiguous()
     if y is not None:
-        y = y.clone() if y.is_inference() else y.contiguous()
+        y = y.clone() if y.is_inference() else y.resolve_neg().contiguous()
     return x.clone() if x.is_inference() else x, y
 
 

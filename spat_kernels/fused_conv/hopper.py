@@ -14,7 +14,7 @@ all weights of a column of the window. Which variant is fastest depends on the s
 import torch
 from torch import Tensor
 
-from .._library import cuda_built, library, register_fake
+from .._library import cuda_built, guard, library
 from ..ops._common import Maybe
 from .recipe import Recipe
 
@@ -29,8 +29,8 @@ _FORWARD = "Tensor? b, Tensor? scale, Tensor? shift, Tensor(a!)? total, Tensor(b
 _GRADIENT = "Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) out"
 library.define(f"conv_scale_shift_relu({_CONV}, {_FORWARD}, int tile, bool rows) -> ()")
 library.define(f"conv_scale_shift_relu_grad({_CONV}, {_GRADIENT}, int tile, bool rows) -> ()")
-register_fake("conv_scale_shift_relu")
-register_fake("conv_scale_shift_relu_grad")
+guard("conv_scale_shift_relu")
+guard("conv_scale_shift_relu_grad")
 
 
 def turned(weight: Tensor) -> Tensor:

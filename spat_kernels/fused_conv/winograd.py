@@ -16,15 +16,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .._library import compiled, library, register_fake
+from .._library import compiled, guard, library
 
 CHANNELS = 32  # come in multiples of this
 TILES = 64  # a batch needs at least this many of 2x2 pixels: else transforming the weights costs more than one step saves
 
 library.define("winograd(Tensor x, Tensor weight, Tensor(a!) out) -> ()")
 library.define("winograd_weights(Tensor weight, bool turned, Tensor(a!) out) -> ()")
-register_fake("winograd")
-register_fake("winograd_weights")
+guard("winograd")
+guard("winograd_weights")
 
 
 def applies(weight: Tensor, conv: dict, batch: int, pixels: tuple[int, ...]) -> bool:

@@ -40,19 +40,28 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() or all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def check_images(x_adv: Tensor, x: Tensor, **per_sample: Tensor) -> None:
+def check_alike(**images: Tensor) -> None:
+    """Two images, alike and dense."""
+    (first, a), (second, b) = images.items()
+    check(a.dtype in FLOATS, f"{first} must be float32, float16, bfloat16 or float64, got {a.dtype}")
+    check(a.ndim >= 1 and is_dense(a), f"{first} must be contiguous or channels_last")
+    check(b.dtype == a.dtype, f"{second} must be {a.dtype} like {first}, got {b.dtype}")
+    check(same_layout(a, b), f"{second} must have the shape and the strides of {first}")
+
+
+def check_images(x_adv: Tensor, x: Tensor, lo: float, hi: float, **per_sample: Tensor) -> None:
     """x_adv and x alike and dense; each of `per_sample` one value, or one for each sample."""
-    check(x_adv.dtype in FLOATS, f"x_adv must be float32, float16, bfloat16 or float64, got {x_adv.dtype}")
-    check(x_adv.ndim >= 1 and is_dense(x_adv), "x_adv must be contiguous or channels_last")
-    check(x.dtype == x_adv.dtype, f"x must be {x_adv.dtype} like x_adv, got {x.dtype}")
-    check(same_layout(x_adv, x), "x must have the shape and the strides of x_adv")
+    check_alike(x_adv=x_adv, x=x)
+    check(lo <= hi, f"lo must be at most hi, got {lo} and {hi}")
     for name, t in per_sample.items():
         check(t.dtype == acc_dtype(x_adv.dtype), f"{name} must be {acc_dtype(x_adv.dtype)}")
         check(t.numel() in (1, x_adv.shape[0]) and t.is_contiguous(), f"{name} must hold 1 or {x_adv.shape[0]} elements")
 
 
-def check_step(x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, nan_seen: Maybe) -> None:
-    check_images(x_adv, x, eps=eps, step_size=step_size)
+def check_step(
+    x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
+) -> None:
+    check_images(x_adv, x, lo, hi, eps=eps, step_size=step_size)
     check_grad(x_adv, grad, nan_seen)
 
 

@@ -52,8 +52,10 @@ BLOCK = 1024
 # --- reference ---
 
 
-def check_sample(x_adv: Tensor, x: Tensor, seed: Tensor, per_sample: dict[str, Tensor], **like_images: Maybe) -> None:
-    check_images(x_adv, x, **per_sample)
+def check_sample(
+    x_adv: Tensor, x: Tensor, seed: Tensor, lo: float, hi: float, per_sample: dict[str, Tensor], **like_images: Maybe
+) -> None:
+    check_images(x_adv, x, lo, hi, **per_sample)
     check_int64(2, seed=seed)
     for name, t in like_images.items():
         if t is not None:
@@ -125,7 +127,7 @@ def perturbation(mu: Tensor, rho: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Te
 def adt_sample_ref(
     x_adv: Tensor, mu: Tensor, rho: Tensor, x: Tensor, eps: Tensor, seed: Tensor, draw: int, lo: float, hi: float
 ) -> None:
-    check_sample(x_adv, x, seed, {"eps": eps}, mu=mu, rho=rho)
+    check_sample(x_adv, x, seed, lo, hi, {"eps": eps}, mu=mu, rho=rho)
     _, _, tanh, _ = perturbation(mu, rho, normals(mu, seed, draw))
     x_adv.copy_((x.to(eps.dtype) + broadcast(eps, x) * tanh).clamp(lo, hi))
 
@@ -149,7 +151,7 @@ def adt_step_ref(
     sum_rho: Maybe = None,
     last: bool = True,
 ) -> None:
-    check_sample(x_adv, x, seed, {"eps": eps, "factor": factor}, mu=mu, rho=rho, sum_mu=sum_mu, sum_rho=sum_rho)
+    check_sample(x_adv, x, seed, lo, hi, {"eps": eps, "factor": factor}, mu=mu, rho=rho, sum_mu=sum_mu, sum_rho=sum_rho)
     check_grad(x_adv, grad, nan_seen)
     check_sums(sum_mu, sum_rho, last)
     r = normals(mu, seed, draw)
@@ -291,7 +293,7 @@ def adt_step_kernel(
 def adt_sample_triton(
     x_adv: Tensor, mu: Tensor, rho: Tensor, x: Tensor, eps: Tensor, seed: Tensor, draw: int, lo: float, hi: float
 ) -> None:
-    check_sample(x_adv, x, seed, {"eps": eps}, mu=mu, rho=rho)
+    check_sample(x_adv, x, seed, lo, hi, {"eps": eps}, mu=mu, rho=rho)
     if numel := x_adv.numel():
         with torch.cuda.device_of(x_adv):
             adt_sample_kernel[(triton.cdiv(numel, BLOCK),)](
@@ -319,7 +321,7 @@ def adt_step_triton(
     sum_rho: Maybe = None,
     last: bool = True,
 ) -> None:
-    check_sample(x_adv, x, seed, {"eps": eps, "factor": factor}, mu=mu, rho=rho, sum_mu=sum_mu, sum_rho=sum_rho)
+    check_sample(x_adv, x, seed, lo, hi, {"eps": eps, "factor": factor}, mu=mu, rho=rho, sum_mu=sum_mu, sum_rho=sum_rho)
     check_grad(x_adv, grad, nan_seen)
     check_sums(sum_mu, sum_rho, last)
     if numel := x_adv.numel():

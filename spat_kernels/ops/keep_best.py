@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._library import define
-from ._common import Maybe, acc_dtype, broadcast, check, check_images
+from ._common import Maybe, acc_dtype, broadcast, check, check_alike
 
 # --- reference ---
 
@@ -29,13 +29,14 @@ def keep_best_ref(best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: T
 
 
 def check_keep_best(best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: Tensor, loss: Tensor, success: Maybe) -> None:
-    check_images(best, x_adv)
+    check_alike(best=best, x_adv=x_adv)
     check((success is None) == (best_success is None), "best_success and success go together")
     vectors = [("loss", loss), ("best_loss", best_loss), ("success", success), ("best_success", best_success)]
     for name, t in vectors:
         dtype = acc_dtype(best.dtype) if "loss" in name else torch.bool
         if t is not None:
-            check(t.dtype == dtype and t.numel() == len(best) and t.is_contiguous(), f"{name} must be {dtype} [B]")
+            fits = t.dtype == dtype and t.shape == best.shape[:1] and t.is_contiguous()
+            check(fits, f"{name} must be contiguous {dtype} [{len(best)}]")
 
 
 # --- Triton ---

@@ -26,7 +26,7 @@ from .linf import memory_order
 def l2_step_ref(
     x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
 ) -> None:
-    check_step(x_adv, x, grad, eps, step_size, nan_seen)
+    check_step(x_adv, x, grad, eps, step_size, lo, hi, nan_seen)
     if not x.numel():
         return
     clean, adv, g = (memory_order(t).double().flatten(1) for t in (x, x_adv, grad))
@@ -98,7 +98,7 @@ def l2_step_kernel(
 def l2_step_triton(
     x_adv: Tensor, x: Tensor, grad: Tensor, eps: Tensor, step_size: Tensor, lo: float, hi: float, nan_seen: Maybe
 ) -> None:
-    check_step(x_adv, x, grad, eps, step_size, nan_seen)
+    check_step(x_adv, x, grad, eps, step_size, lo, hi, nan_seen)
     if x_adv.numel():
         n = x_adv.numel() // len(x_adv)
         with torch.cuda.device_of(x_adv):

@@ -212,12 +212,14 @@ _forward = define(
     "Tensor(d!)? rstd, float eps, int channels)",
     layer_norm_ref,
     layer_norm_triton,
+    shared="a b total out",
 )
 _backward = define(
     "layer_norm_grad(Tensor grad, Tensor? grad2, Tensor t, Tensor mean, Tensor rstd, Tensor? weight, Tensor? residual, "
     "Tensor(a!) dx, int channels)",
     layer_norm_grad_ref,
     layer_norm_grad_triton,
+    shared="grad grad2 t residual dx",
 )
 
 # --- public ---

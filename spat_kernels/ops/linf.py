@@ -74,7 +74,7 @@ def hash_ref(x: Tensor) -> Tensor:
 
 
 def linf_random_start_ref(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
-    check_images(x_adv, x, eps=eps)
+    check_images(x_adv, x, lo, hi, eps=eps)
     check_int64(2, seed=seed)
     flat = memory_order(x)
     calls = torch.arange(-(-x.numel() // 4), device=seed.device)
@@ -94,7 +94,7 @@ def linf_step_ref(
     nan_seen: Maybe,
     hash: Maybe = None,
 ) -> None:
-    check_step(x_adv, x, grad, eps, step_size, nan_seen)
+    check_step(x_adv, x, grad, eps, step_size, lo, hi, nan_seen)
     check_hash(hash, x_adv)
     eps, step_size = broadcast(eps, x), broadcast(step_size, x)
     moved = x_adv.to(eps.dtype) + step_size * grad.to(eps.dtype).sign().nan_to_num(0)
@@ -169,7 +169,7 @@ def linf_step_kernel(
 
 
 def linf_random_start_triton(x_adv: Tensor, x: Tensor, eps: Tensor, seed: Tensor, lo: float, hi: float) -> None:
-    check_images(x_adv, x, eps=eps)
+    check_images(x_adv, x, lo, hi, eps=eps)
     check_int64(2, seed=seed)
     if numel := x_adv.numel():
         with torch.cuda.device_of(x_adv):
@@ -190,7 +190,7 @@ def linf_step_triton(
     nan_seen: Maybe,
     hash: Maybe = None,
 ) -> None:
-    check_step(x_adv, x, grad, eps, step_size, nan_seen)
+    check_step(x_adv, x, grad, eps, step_size, lo, hi, nan_seen)
     check_hash(hash, x_adv)
     if numel := x_adv.numel():
         with torch.cuda.device_of(x_adv):

@@ -38,13 +38,17 @@ TILE = 4096  # elements of the images or weights that a program holds at once
 # --- reference ---
 
 
+def check_ranks(images: Tensor, name: str, weight: Tensor) -> None:
+    check_layout(**{name: images})
+    check(weight.ndim == 2, f"weight must be contiguous [K, {images.shape[1]}]")
+
+
 def check_head(images: Tensor, name: str, weight: Tensor, **tensors: tuple[Maybe, tuple[int, ...]]) -> None:
     check(images.dtype in FLOATS, f"{name} must be float32, float16, bfloat16 or float64, got {images.dtype}")
-    check_layout(**{name: images})
     channels, acc = images.shape[1], acc_dtype(images.dtype)
     check(images.numel() > 0 or len(images) == 0, f"{name} must have at least one channel and one pixel")
     check(channels <= MAX_CHANNELS, f"{name} must have at most {MAX_CHANNELS} channels, got {channels}")
-    check(weight.ndim == 2 and weight.shape[1] == channels, f"weight must be contiguous [K, {channels}]")
+    check(weight.shape[1] == channels, f"weight must be contiguous [K, {channels}]")
     for what, (t, shape) in {"weight": (weight, tuple(weight.shape)), **tensors}.items():
         if t is not None:
             check(t.dtype == acc, f"{what} must be {acc}, got {t.dtype}")
@@ -53,10 +57,12 @@ def check_head(images: Tensor, name: str, weight: Tensor, **tensors: tuple[Maybe
 
 
 def check_forward(x: Tensor, weight: Tensor, bias: Maybe, logits: Tensor) -> None:
+    check_ranks(x, "x", weight)
     check_head(x, "x", weight, bias=(bias, (len(weight),)), logits=(logits, (len(x), len(weight))))
 
 
 def check_backward(dlogits: Tensor, weight: Tensor, mask: Maybe, scale: Maybe, factor: Maybe, dx: Tensor) -> None:
+    check_ranks(dx, "dx", weight)
     check_head(dx, "dx", weight, dlogits=(dlogits, (len(dx), len(weight))), factor=(factor, (len(dx),)))
     check_per_channel(dx, scale=scale)
     check_mask(mask, dx)

@@ -396,11 +396,13 @@ _forward = define(
     "Tensor(c!)? slope, int act)",
     scale_shift_act_ref,
     scale_shift_act_triton,
+    shared="a b total out slope",
 )
 _backward = define(
     "scale_shift_act_grad(Tensor grad, Tensor? grad2, Tensor slope, Tensor? residual, Tensor(a!) dx)",
     scale_shift_act_grad_ref,
     scale_shift_act_grad_triton,
+    shared="grad grad2 slope residual dx",
 )
 
 # --- public ---

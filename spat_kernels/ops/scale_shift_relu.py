@@ -186,11 +186,13 @@ _forward = define(
     "bool relu)",
     scale_shift_relu_ref,
     scale_shift_relu_triton,
+    shared="a b total out",
 )
 _backward = define(
     "scale_shift_relu_grad(Tensor grad, Tensor? grad2, Tensor? mask, Tensor? scale, Tensor? residual, Tensor(a!) dx)",
     scale_shift_relu_grad_ref,
     scale_shift_relu_grad_triton,
+    shared="grad grad2 residual dx",
 )
 
 # --- public ---

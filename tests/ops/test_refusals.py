@@ -55,7 +55,7 @@ def test_wrong_tensors_are_refused_by_name(impl, op):
                 impl(op)(*(right | {name: t.cpu()}).values())
 
 
-TWO = torch.rand(16, 2)
+TWO, ALSO_TWO, ONE, ALSO_ONE = torch.rand(16, 2), torch.rand(16, 2), torch.rand(16, 1), torch.rand(16, 1)
 REFUSED = [  # op, wrong arguments, the message
     ("linf_step_", {"eps": torch.ones(1, dtype=torch.float16)}, "eps"),
     ("linf_step_", {"eps": torch.ones(3)}, "eps"),
@@ -63,10 +63,10 @@ REFUSED = [  # op, wrong arguments, the message
     ("adt_step_", {"sum_rho": None}, "go together"),
     ("adt_step_", {"sum_mu": None, "sum_rho": None}, "needs sum_mu and sum_rho"),
     ("keep_best_", {"success": None}, "go together"),
-    ("lsce_grad", {"logits": TWO[:, :1].contiguous(), "dlogits": TWO[:, :1].contiguous()}, "at least 2 classes, got 1"),
+    ("lsce_grad", {"logits": ONE, "dlogits": ALSO_ONE}, "at least 2 classes, got 1"),
     ("lsce_grad", {"alpha": 0.1, "normalize": True}, "normalize goes with alpha = 0"),
-    ("dlr_grad", {"logits": TWO, "dlogits": TWO, "targets": None}, "at least 3 classes, got 2"),
-    ("dlr_grad", {"logits": TWO, "dlogits": TWO}, "at least 4 classes, got 2"),
+    ("dlr_grad", {"logits": TWO, "dlogits": ALSO_TWO, "targets": None}, "at least 3 classes, got 2"),
+    ("dlr_grad", {"logits": TWO, "dlogits": ALSO_TWO}, "at least 4 classes, got 2"),
     ("scale_shift_relu", {"relu": False}, "mask goes with relu"),
     ("scale_shift_act", {"act": 0, "negative": torch.ones(1)}, "negative goes with leaky_relu"),
     ("scale_shift_act", {"act": LEAKY, "negative": None}, "negative goes with leaky_relu"),
