@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .interrupts import deferred, hearing
 from .model_state.borrow import borrowed
 from .ops._common import acc_dtype
 from .precision import tf32_switches
@@ -35,5 +36,5 @@ def probability_lead(logits: Tensor, y: Tensor) -> Tensor:
 
 def model_logits(model, x: Tensor) -> Tensor:
     """What `model` answers in eval mode, in fp32 without TF32; on a copy of x, since it may write on its input."""
-    with torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"):
+    with deferred, torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"), hearing:
         return model(x.clone())

@@ -1,15 +1,16 @@
 """Random numbers: drawing them beside captures, and the states of generators before and after."""
 
 import random
-import threading
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import interrupts
+
 # Held while random numbers are drawn, and during a capture: torch forbids other threads to draw from a generator meanwhile.
-rng_lock = threading.RLock()
+rng_lock = interrupts.lock()
 
 
 def draw(method: str, *size: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None = None) -> Tensor:

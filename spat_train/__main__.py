@@ -1,5 +1,6 @@
 """`python -m spat_train`, and the `spat-train` command, which needs the packages of an extra."""
 
+import errno
 import faulthandler
 import os
 import sys
@@ -8,8 +9,10 @@ EXTRA = {"matplotlib", "scipy", "sklearn", "torchvision", "tqdm", "tyro"}
 
 
 def main() -> None:
-    if sys.stderr:
-        faulthandler.enable()  # what kills the process, such as a mapped file that is cut short, says so
+    for name in ("stdin", "stdout", "stderr"):  # a closed one is None, and its number would be that of the next file
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  (until the end)
+    faulthandler.enable()  # what kills the process, such as a mapped file that is cut short, says so
     try:
         from .cli import main as command
 
@@ -25,8 +28,18 @@ def main() -> None:
         print("spat-train: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whatever reads the output, such as head, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename:
+            raise
+        _write_no_more()
+        sys.exit(f"spat-train: error: the output cannot be written ({error.strerror}): make room, or send it elsewhere")
+
+
+def _write_no_more() -> None:
+    """Python would try to write the rest of the output again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room is a folder, or a file beside the folders; rooms on one line import nothing from each other.
 FLOORS = {
     "spat_kernels": """
-        _library settings rng precision normalize
+        _library interrupts settings precision normalize
+        rng
         ops cuda_graph
         fused_conv
         losses

@@ -24,6 +24,7 @@ from .. import checks
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch
 from ..input_gradient.choose import check_precision
+from ..interrupts import deferred
 from ..losses import LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype
 from ..predictions import other_classes, predictions
@@ -99,6 +100,7 @@ class APGD(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
+    @deferred
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, model, x: Tensor, y: Tensor) -> Result:
@@ -150,6 +152,7 @@ class APGD(RestartedAttack):
         warn_of_nan(int(nan_seen.sum()), len(x))
         return tally.result(x_adv)
 
+    @deferred
     @torch.inference_mode(False)
     @torch.no_grad()
     def launch(self, model, x: Tensor, y: Tensor, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import checks, losses
 from ..input_gradient.autograd import InputGradient
+from ..interrupts import deferred
 from ..model_state.borrow import borrowed
 from ..ops._common import acc_dtype
 from ..predictions import predictions, probability_lead
@@ -128,6 +129,7 @@ class AutoAttack(BallAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
+    @deferred
     def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 

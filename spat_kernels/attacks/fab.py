@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import checks
 from ..balls import box
+from ..interrupts import deferred
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
 from ..rng import draw
@@ -71,6 +72,7 @@ class FAB(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
+    @deferred
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, model, x: Tensor, y: Tensor) -> Result:

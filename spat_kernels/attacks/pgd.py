@@ -21,6 +21,7 @@ from ..cuda_graphs.capture import Outcome
 from ..cuda_graphs.run import Batch, Passes
 from ..input_gradient.choose import check_precision
 from ..input_gradient.plan_cache import is_planned
+from ..interrupts import deferred
 from ..losses import DLR, OURS, LossLike, as_loss
 from ..rng import default_generator, rewound_on_error
 from ..settings import SELECT, STOPS, Graph, Select, Stop
@@ -149,6 +150,7 @@ class PGD(RestartedAttack):
         tally.add(slice(None), *passes)
         return tally.result(x_adv)
 
+    @deferred
     @torch.inference_mode(False)
     @torch.no_grad()
     def _attack(self, model, x: Tensor, y: Tensor | None, start: Tensor | None) -> tuple[Tensor, Passes]:
@@ -187,6 +189,7 @@ class PGD(RestartedAttack):
         waits = self.stop is not None or self.budget is not None
         return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets and not waits
 
+    @deferred
     @torch.inference_mode(False)
     @torch.no_grad()
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:

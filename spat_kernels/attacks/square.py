@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import checks
 from ..balls import box, project_l1
 from ..input_gradient.windows import Windows
+from ..interrupts import deferred
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import predictions
 from ..rng import draw
@@ -68,6 +69,7 @@ class Square(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
+    @deferred
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, model, x: Tensor, y: Tensor) -> Result:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..input_gradient.choose import input_gradient
+from ..interrupts import deferred
 from ..model_state.borrow import borrowed
 from ..ops._common import acc_dtype
 from ..precision import logit_gradient_scale, tf32_switches
@@ -72,7 +73,7 @@ def nearest_classes(gradient, logits: Tensor, y: Tensor, norm: Norm, dtype: torc
 
 def nearest_classes_of(model, x: Tensor, y: Tensor, norm: Norm, path: GradientPath = "auto") -> tuple[Tensor, Tensor]:
     """`nearest_classes` of a model in eval mode at the images x [B, ...] with labels y, int64 [B], in fp32 without TF32."""
-    with torch.inference_mode(False), torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"):
+    with deferred, torch.inference_mode(False), torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"):
         x, y = as_dense(x, y)
         gradient = input_gradient(model, x, path, None, int(y.max()) if len(y) else -1)
         with gradient.arithmetic(x.device.type):

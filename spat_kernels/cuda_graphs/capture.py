@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .. import checks, rng
+from .. import checks, interrupts, rng
 from ..cuda_graph import CudaGraph, undisturbed
 from ..losses import OURS
 from ..model_state.borrow import borrowed
@@ -64,6 +64,7 @@ class CapturedAttack:
             run.load(batch)
             for _ in range(batch.runs):
                 run.draw(settings.generator)
+                interrupts.check()
                 with rng.rng_lock:
                     graph.replay()
             for ours, found in zip(outcome, run.outcome, strict=True):
@@ -146,6 +147,7 @@ def _capture(graph: CudaGraph, run: Run, model: nn.Module, bn_mode: str) -> str 
         try:
             graph.capture(borrow_and_run)
         except Exception as error:
+            interrupts.check()
             text = str(error).strip().split("\n")[0]
             failure = f"{type(error).__name__}: {text}"
         if rng.restore(host_states) and failure is None:

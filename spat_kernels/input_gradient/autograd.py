@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..checks import check_classes, warn
+from ..interrupts import check, hearing, unforked
 from ..precision import HALVES, arithmetic, half_dtype
 
 CHANNELS_LAST = torch.channels_last
@@ -107,6 +108,7 @@ class InputGradient:
         """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
         self.model, self._weights, self._convolutions = None, [], nullcontext()
 
+    @unforked
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], without a graph."""
         self.forwards += 1
@@ -125,6 +127,7 @@ class InputGradient:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            check()
             if explanation := self._explanation(error, x.dtype):
                 raise ValueError(explanation) from error
             if self._tried:
@@ -139,7 +142,8 @@ class InputGradient:
         return called
 
     def _outputs(self, images: Tensor) -> Any:
-        return self.model(images)
+        with hearing:
+            return self.model(images)
 
     def _look_for_writes(self, images: Tensor, x: Tensor) -> None:
         """Warn if the model wrote on `images`, its copy of `x`: autograd has not seen that. It waits for the device, so it is
@@ -165,6 +169,7 @@ class InputGradient:
     def _keep_contiguous(self) -> None:
         self._weights, self._convolutions, self._format, self._tried = [], nullcontext(), torch.contiguous_format, True
 
+    @unforked
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
         self.forwards += 1
@@ -174,6 +179,7 @@ class InputGradient:
             self._logits = check_logits(logits, x, self.highest_label)
         return self._logits.detach().contiguous()
 
+    @unforked
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
         """Gradient at the x of the last `forward`, whose graph is freed, unless `keep`."""
         self.backwards += 1
@@ -185,6 +191,7 @@ class InputGradient:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            check()
             if explanation := self._explanation(error, x.dtype):
                 raise ValueError(explanation) from error
             # Re-entrant checkpointing cannot be limited to some inputs.

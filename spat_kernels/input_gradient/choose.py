@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..interrupts import deferred
 from ..model_state.borrow import borrowed
 from ..precision import half_dtype
 from ..settings import BN_MODES, GRADIENT_PATHS, PRECISIONS, BNMode, Fuse, GradientPath, Precision
@@ -71,7 +72,7 @@ def explain(
     check_precision(precision, x)
     if len(x) == 0:
         raise ValueError("x holds no image: give at least one like those to attack")
-    with torch.inference_mode(False), torch.no_grad(), borrowed(model, bn_mode):
+    with deferred, torch.inference_mode(False), torch.no_grad(), borrowed(model, bn_mode):
         x = x.detach().clone() if x.is_inference() else x.detach()
         try:
             if input_gradient in ("compile", "autograd"):

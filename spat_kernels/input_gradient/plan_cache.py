@@ -1,6 +1,5 @@
 """Plans, made once for a model and an image size, and compared with autograd before they are used."""
 
-import threading
 import weakref
 from functools import partial
 
@@ -8,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import rng
+from .. import interrupts, rng
+from ..interrupts import check
 from ..model_state.structure import Structure
 from ..precision import HALVES, arithmetic, half_dtype
 from ..settings import Precision
@@ -22,7 +22,7 @@ IMAGE_SIZES = 16  # for which plans of a model are kept
 TRIES = 3  # at a trace during which nobody draws random numbers on the host: other threads may
 
 _plans: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = interrupts.lock()
 
 
 def plan_and_dtype(model, x: Tensor, precision: Precision | None) -> tuple[Plan, torch.dtype]:
@@ -122,6 +122,7 @@ def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # autograd may still do it; `explain` gives this reason, and input_gradient="plan" raises it
+        check()
         return f"the plan fails on it: {first_line(error)}"
 
 
@@ -135,6 +136,7 @@ def _half_error(plan: Plan, model: nn.Module, x: Tensor, dtype: torch.dtype) -> 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        check()
         return f"it fails: {first_line(error)}"
     return None
 

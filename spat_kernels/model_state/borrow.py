@@ -1,5 +1,6 @@
 """Borrow a model for an attack and give it back as it was."""
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import warn
+from ..interrupts import acquire, deferred
 from .structure import PLAIN, UNREAD
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_lent: dict[ExitStack, int] = {}  # what gives each model back that is borrowed now, by the thread that has it
 # How deep objects in objects are looked into for modules that are not registered, and the size of the largest container that is.
 OBJECTS, LARGEST = 2, 1000
 
@@ -38,9 +41,7 @@ def borrowed(model, bn_mode: str):
     if not isinstance(model, nn.Module):
         yield
         return
-    with _lock:
-        lock = _locks.setdefault(model, threading.RLock())
-    with lock, ExitStack() as give_back:  # runs every callback, also after one that raises
+    with deferred, _lend(model) as give_back:
         registered, *others = parts(model)
         modules = [m for tree in (registered, *others) for m in tree]
         modes = [(m, m.training) for m in modules]
@@ -74,6 +75,35 @@ def borrowed(model, bn_mode: str):
                     give_back.callback(p.requires_grad_, True)
                     p.requires_grad_(False)
         yield
+
+
+@contextmanager
+def _lend(model: nn.Module):
+    """Yields an ExitStack, which runs every callback, also after one that raises. No other thread has the model meanwhile."""
+    with _lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    acquire(lock)  # signals are heard while it waits
+    give_back = ExitStack()
+    _lent[give_back] = threading.get_ident()
+    try:
+        with give_back:
+            yield give_back
+    finally:
+        del _lent[give_back]
+        lock.release()
+
+
+def _give_back_in_child() -> None:
+    """In a forked process: what other threads had borrowed, since they did not come along."""
+    global _lock
+    _lock = threading.Lock()
+    _locks.clear()
+    for give_back in [lent for lent, thread in reversed(_lent.items()) if thread != threading.get_ident()]:
+        del _lent[give_back]
+        give_back.close()
+
+
+os.register_at_fork(after_in_child=_give_back_in_child)
 
 
 def _switch(tree: list[nn.Module], bn_mode: str) -> None:

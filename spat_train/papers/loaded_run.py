@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spat_kernels.interrupts import hearing
 from spat_kernels.model_state.borrow import borrowed
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits
@@ -165,7 +166,7 @@ def input_gradients(
     Args:
         of: instead of the cross-entropy: logits [B, K] and labels -> a sum over the images.
     """
-    with torch.enable_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
+    with torch.enable_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type), hearing:
         found = []
         for images, labels in zip(x.detach().split(CHUNK), y.split(CHUNK), strict=True):
             images = images.clone().requires_grad_()

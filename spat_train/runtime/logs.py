@@ -16,14 +16,14 @@ MINUTE = 60.0
 
 
 class _Bar(tqdm):
-    """A bar that ignores a reader of stderr that has left, as `head` does."""
+    """A bar that ignores that nobody reads stderr any more: `head` has enough, or the terminal was closed."""
 
     def display(self, msg=None, pos=None) -> None:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             super().display(msg, pos)
 
     def close(self) -> None:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             super().close()
 
 
@@ -40,7 +40,7 @@ class _Lines(_Bar):
 
     def line(self, text: str = "") -> None:
         self.shown = time.monotonic()
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self.fp.write(f"{text or self}\n")
             self.fp.flush()
 

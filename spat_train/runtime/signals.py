@@ -1,11 +1,11 @@
-"""SIGTERM and Ctrl-C, remembered until the loop looks between two steps."""
+"""SIGTERM, SIGHUP (the terminal was closed) and Ctrl-C, remembered until the loop looks between two steps."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ..errors import InputError, first_line, is_out_of_memory
 from .distributed import PeerError, first_to_say, is_of_a_peer
@@ -34,7 +34,9 @@ class GracefulStop:
 
     @contextmanager
     def heard(self):
-        """Within, SIGTERM and SIGINT are remembered in `number`; a second Ctrl-C acts as ever.
+        """Within, SIGTERM, SIGHUP and SIGINT are remembered in `number`; a second Ctrl-C acts as ever.
+
+        SIGHUP is left alone where it is ignored, as by nohup.
 
         A second SIGTERM, more than COPY after the first, ends the process at once, saved or not: the loop may be
         waiting for something that never comes.
@@ -42,7 +44,9 @@ class GracefulStop:
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python delivers signals to the main thread alone
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        if before[signal.SIGHUP] is signal.SIG_IGN:
+            del before[signal.SIGHUP]
 
         def hear(number, frame):
             if self.number:
@@ -52,7 +56,8 @@ class GracefulStop:
             if not self.heeded:
                 raise Stopped(number, f"stopped by signal {number} before the first step: there is nothing to save")
             if first_to_say(self.text):
-                os.write(2, f"\n{self.text}\n".encode())
+                with suppress(OSError):  # nobody reads it, as after SIGHUP
+                    os.write(2, f"\n{self.text}\n".encode())
 
         for number in before:
             signal.signal(number, hear)

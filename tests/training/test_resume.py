@@ -74,7 +74,7 @@ def test_a_stopped_run_goes_on_on_the_gpu(tmp_path, options):
         assert (ours["model"][name] - t).float().norm() <= 0.05 * t.float().norm(), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("name", ["load_images", "make_model"])
 def test_signals_before_the_first_step_end_the_run_at_once(tmp_path, monkeypatch, number, name):
     original = getattr(setup, name)

@@ -13,6 +13,7 @@ from ...attacks.autoattack import AutoAttack as OurAutoAttack
 from ...attacks.autoattack import fewest_classes
 from ...checks import Values, check_choice, check_count, check_images, check_labels
 from ...input_gradient.autograd import InputGradient
+from ...interrupts import deferred, hearing
 from ...model_state.borrow import borrowed
 from ...predictions import predictions
 from ...settings import ModelSettings
@@ -60,6 +61,7 @@ class AutoAttack(Parameters):
         if version != "custom":
             self.set_version(version)
 
+    @deferred
     @torch.inference_mode(False)
     @torch.no_grad()
     def run_standard_evaluation(self, x_orig: Tensor, y_orig: Tensor, bs=250, return_labels=False, state_path=None):
@@ -149,7 +151,7 @@ class AutoAttack(Parameters):
 
     def get_logits(self, x: Tensor) -> Tensor:
         """What the model answers, [B, K], in its own mode and the caller's arithmetic."""
-        with torch.no_grad(), borrowed(self.model, self.settings["bn_mode"]):
+        with deferred, torch.no_grad(), borrowed(self.model, self.settings["bn_mode"]), hearing:
             return self.model(x.clone())
 
     def _check(self, x: Tensor, y: Tensor, bs: int) -> None:
