@@ -14,7 +14,7 @@ import tyro
 from .command_line import DEFAULT_IN_HELP, parse
 from .config import Config
 from .demo import demo
-from .errors import InputError, lookup, printable
+from .errors import InputError, lookup, one_line
 from .evaluation.command import EvaluateOptions, attacks_command, evaluate_command
 from .papers import figures, tables
 from .papers.options import Extent, Options
@@ -163,7 +163,7 @@ def main() -> None:
 
 def _leave(message: str, code: int) -> None:
     if first_to_say(message):
-        print(f"spat-train: {printable(message)}", file=sys.stderr, flush=True)
+        print(one_line(f"spat-train: {message}"), file=sys.stderr, flush=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         sys.stdout.flush()  # the threads of torch.distributed may not outlive Python: they would abort this process
         os._exit(code)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+MOST = 4000  # characters of a message
 
 
 class InputError(ValueError):
@@ -34,6 +35,11 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """`text`, perhaps the name of a file or class, in one line; what files cannot hold or terminals obey as "\\x1b"."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """A message as it is printed: names in files of others may hold line breaks, or codes that terminals obey."""
+    return printable(text)[:MOST]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,12 +19,12 @@ def parse_sizes(text: str | None) -> Sizes:
     """
     if text is None:
         return ()
-    found = [re.fullmatch(r"(\d+)@(\d+)", part.strip()) for part in text.split(",")]
+    found = [re.fullmatch(r"(\d{1,6})@(\d{1,6})", part.strip()) for part in text.split(",")]
     sizes = tuple((int(part[1]), int(part[2])) for part in found if part)
     epochs = [epoch for _, epoch in sizes]
     if len(sizes) < len(found) or epochs[0] != 1 or epochs != sorted(set(epochs)) or min(sizes)[0] < MIN_SIZE:
         remedy = f"give sides of at least {MIN_SIZE}, each with the epoch from which on it holds, rising from 1: 128@1,224@41"
-        raise InputError(f"--train-sizes {text}: {remedy}")
+        raise InputError(f"--train-sizes {text[:80]}: {remedy}")
     return sizes
 
 

@@ -21,7 +21,7 @@ from ..data.images import Dataset, Folder, Images
 from ..errors import InputError, as_input_error, check_count, check_eps, first_line
 from ..models.checkpoints import load_model, with_classes_of
 from ..models.external import import_own
-from ..models.hub import exported_config
+from ..models.hub import check_described, exported_config
 from ..models.robustbench_names import network_name
 from ..models.run_config import checkpoint_file, chosen_name, run_config
 from ..models.weight_files import read_file
@@ -285,8 +285,15 @@ def _open(options: EvaluateOptions, kind: Literal["model", "source"], dataset: D
 def _content(path: Path) -> dict:
     """What the run or export that made the model in `path` wrote beside its weights; {} where none did."""
     content = (exported_config(path) if path.is_dir() else None) or read_file(checkpoint_file(path))
-    ours = isinstance(content, dict) and str(content.get("format")).startswith("spat_train ")
-    return content if isinstance(content, dict) and ours else {}
+    if not isinstance(content, dict) or not str(content.get("format")).startswith("spat_train "):
+        return {}
+    if "classes" in content:
+        check_described(content, path)
+    for name in ("validation", "progress"):
+        record = content.get(name)
+        if record and not (isinstance(record, dict) and isinstance(record.get("epoch"), int)):
+            raise InputError(f"{path}: no run writes such a {name}: restore it")
+    return content
 
 
 def _attack(

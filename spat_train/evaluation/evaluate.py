@@ -21,7 +21,8 @@ from ..runtime.seeding import derived_seed, model_draws
 from . import checks
 from .attack_specs import Attack, parse, parse_all
 from .batches import Task, attack_batches, broken_by, predict
-from .record_log import Samples, decoded, encoded, tensor_hash, weights_hash
+from .record_log import Samples, tensor_hash, weights_hash
+from .records import Layout, decoded, encoded
 from .result import Evaluation, Example, Recheck, text_table
 
 BATCH = 512
@@ -197,8 +198,9 @@ def evaluate(
     place, arithmetic = RunFolder(Path(folder) if folder is not None else None), rounding.arithmetic(device_of(model))
     world.on_main(place.claim)
     try:
+        layout = Layout(settings, classes, images.image_shape)
         specs = {name: attack.spec for name, attack in parsed.items()}
-        with closing(Samples(place.path, settings, specs, world, arithmetic)) as samples:
+        with closing(Samples(place.path, layout, specs, world, arithmetic)) as samples:
             batches = -(-len(rows) // batch_size)
             parsed |= _earlier(samples, batches, parsed)
             samples.expect((name, number) for number in range(batches) for name in parsed)

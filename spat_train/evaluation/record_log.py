@@ -1,6 +1,5 @@
 """An evaluation on disk, as far as it got: a line of samples.jsonl for each attack on each batch, and settings.json."""
 
-import base64
 import hashlib
 import io
 import json
@@ -17,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models.run_config import read_json
 from ..runtime import atomic_write
 from ..runtime.atomic_write import SaveError
 from ..runtime.distributed import ALONE, World
+from .records import EXAMPLES, Layout
 
-EXAMPLES = 4  # images kept of each attack
-FORMAT = "spat_train evaluation 2"
-LATER = ("eps_l1",)  # settings that folders of earlier versions lack: no attack in them depends on these
+FORMAT = "spat_train evaluation 3"
 DIFFER = {  # settings whose values say nothing to a reader
-    "format": "another version made it", "weights": "the model differs, in weights, architecture or normalisation",
+    "format": "another version made it, whose records have no digests, or others",
+    "weights": "the model differs, in weights, architecture or normalisation",
     "source_weights": "the source differs, in weights, architecture or normalisation",
     "data": "the images or labels of --data differ", "rows": "the chosen images differ",
     "memory_format": "the memory format differs",
@@ -40,7 +40,7 @@ class Samples:
     samples-RANK.jsonl.
 
     Args:
-        settings: all that a record depends on, except its attack.
+        layout: the form of the records, with the settings that they depend on.
         attacks: what each attack is, by name; later evaluations may add others.
         world: the processes that share the evaluation, and see the same folder.
         arithmetic: what rounding depends on here (runtime/rounding.py).
@@ -50,41 +50,42 @@ class Samples:
         begun_with: `arithmetic` of the process that began the evaluation; {} where it is not known.
 
     Raises:
-        InputError: the folder holds an evaluation with other settings, or something else; or the processes have different
-            settings, or do not see the same folder.
+        InputError: the folder holds an evaluation with other settings, altered records, or something else; or the processes
+            have different settings, or do not see the same folder.
     """
 
     def __init__(
-        self, folder: Path | None, settings: dict, attacks: dict[str, str], world: World = ALONE, arithmetic: dict | None = None
+        self, folder: Path | None, layout: Layout, attacks: dict[str, str], world: World = ALONE, arithmetic: dict | None = None
     ):
-        self.folder, self.world = folder, world
+        self.folder, self.world, self.layout = folder, world, layout
         self.begun_with = arithmetic or {}
         self.file: BinaryIO | None = None  # samples.jsonl, of the main process
         self.early: BinaryIO | None = None  # samples-RANK.jsonl, where there are several
         self.turns: deque[tuple[str, int]] = deque()  # what samples.jsonl lacks, in order
         self.made: list[tuple[str, int]] = []  # by this process
-        given = settings | {"attacks": attacks}
+        given = {**layout.settings, "attacks": attacks}
         if different := next((c for c in (changes(given, other) for other in world.gather(given)) if c), None):
             raise InputError(f"the processes differ ({'; '.join(different)}): give all of them the same files")
-        self.records, self.written, self.attacks = world.on_main(lambda: self._open(settings, attacks))
+        self.records, self.written, self.attacks = world.on_main(lambda: self._open(attacks))
         if folder is not None and world.size > 1:
             self._open_early(folder / shard(world.rank))
 
-    def _open(self, settings: dict, attacks: dict[str, str]) -> tuple[dict, set[tuple[str, int]], dict[str, str]]:
+    def _open(self, attacks: dict[str, str]) -> tuple[dict, set[tuple[str, int]], dict[str, str]]:
         """The records on the disk, the keys of those in samples.jsonl, and all attacks that are known."""
         if self.folder is None:
             return {}, set(), attacks
         path = self.folder / "samples.jsonl"
-        attacks = self._check(self.folder / "settings.json", {"format": FORMAT, **settings}, attacks) | attacks
-        content = {"settings": {"format": FORMAT, **settings}, "attacks": attacks, "begun_with": self.begun_with}
-        atomic_write.write(self.folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
+        settings = {"format": FORMAT, **self.layout.settings}
+        attacks = self._check(self.folder / "settings.json", settings, attacks) | attacks
         try:
-            self.file = open(path, "ab")  # noqa: SIM115  (until close)
-            written, early = _whole_lines(path), dict[tuple[str, int], dict]()
+            written, early = _whole_lines(path, self.layout), dict[tuple[str, int], dict]()
             for each in shards(self.folder):
-                early |= _whole_lines(each)
+                early |= _whole_lines(each, self.layout)
+            self.file = atomic_write.open_to_append(path)
         except OSError as error:
             raise SaveError(f"cannot write {path} ({error.strerror}): make room, or choose another --out") from error
+        content = {"settings": settings, "attacks": attacks, "begun_with": self.begun_with}
+        atomic_write.write(self.folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
         return early | written, set(written), attacks
 
     def _check(self, path: Path, settings: dict, attacks: dict[str, str]) -> dict[str, str]:
@@ -97,12 +98,11 @@ class Samples:
                 raise InputError(f"--out {folder}: it holds {there[0]} without {path.name}: choose another --out")
             return {}
         try:
-            content = json.loads(path.read_bytes())
-            before, known = content["settings"], content["attacks"]
+            content = read_json(path)
+            before, known = dict(content["settings"]), {str(name): str(spec) for name, spec in content["attacks"].items()}
             self.begun_with = dict(content.get("begun_with", {}))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
-        before = {name: settings[name] for name in LATER if name in settings} | before
         changed = changes(before, settings)
         changed += [f"attack {n} was {known[n]}, now {what}" for n, what in attacks.items() if known.get(n, what) != what]
         if changed:
@@ -114,7 +114,7 @@ class Samples:
     def _open_early(self, path: Path) -> None:
         """Open this process's own file, and compare what it and the main process see of it."""
         with suppress(OSError):  # then it is no file to the main process either
-            self.early = open(path, "ab")  # noqa: SIM115  (until close)
+            self.early = atomic_write.open_to_append(path)
         identities = self.world.gather(_identity(path))
 
         def compare() -> None:
@@ -140,7 +140,16 @@ class Samples:
         self.made.append(key)
         self._take_turns()
         if self.early and not (self.file and key in self.written):
-            _append(self.early, record)
+            self._append(self.early, record)
+
+    def _append(self, file: BinaryIO, record: dict) -> None:
+        try:
+            file.write(self.layout.line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            remedy = "make room, and give the same command again"
+            raise SaveError(f"cannot write {file.name} ({error.strerror}): {remedy}") from error
 
     def wanted(self, attack: str, batch: int) -> int:
         """How many examples a record may have: EXAMPLES less those of the earlier batches, as far as they are known."""
@@ -155,7 +164,7 @@ class Samples:
             if "examples" in record:  # it may have been made before those of earlier batches
                 self.records[key] = record = record | {"examples": record["examples"][: self.wanted(*key)]}
             if self.file:
-                _append(self.file, record)
+                self._append(self.file, record)
             self.written.add(key)
 
     def merge(self) -> None:
@@ -167,7 +176,7 @@ class Samples:
             # A record may have no turn: of an attack that is not asked for, and that some batches lack.
             left = [record for key, record in self.records.items() if key not in self.written]
             if left:
-                atomic_write.write(self.folder / shard(0), b"".join(map(_line, left)))
+                atomic_write.write(self.folder / shard(0), b"".join(map(self.layout.line, left)))
             for path in paths:
                 if not left or path.name != shard(0):
                     path.unlink(missing_ok=True)
@@ -226,30 +235,33 @@ def _key(record: dict) -> tuple[str, int]:
     return record["attack"], record["batch"]
 
 
-def _line(record: dict) -> bytes:
-    return (json.dumps(record) + "\n").encode()
+def _whole_lines(path: Path, layout: Layout) -> dict[tuple[str, int], dict]:
+    """The records in a file, whose end is cut off from the first broken line on, such as a kill leaves.
 
-
-def _append(file: BinaryIO, record: dict) -> None:
-    try:
-        file.write(_line(record))
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise SaveError(f"cannot write {file.name} ({error.strerror}): make room, and give the same command again") from error
-
-
-def _whole_lines(path: Path) -> dict[tuple[str, int], dict]:
-    """The records in a file, whose end is cut off from the first broken line on."""
-    found, whole = {}, 0
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        whole += len(line) + 1
-        found[_key(record)] = record
-    os.truncate(path, whole)
+    Raises:
+        InputError: a whole line is not as it was written.
+    """
+    found, whole = dict[tuple[str, int], dict](), 0
+    if not path.is_file():
+        return found
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(layout.longest), b""), 1):
+            try:
+                content = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                content = None
+            if content is None:
+                break
+            try:
+                record = layout.read(content)
+            except ValueError as error:
+                remedy = "remove that line, and its batch is attacked again, or choose another --out"
+                raise InputError(f"{path}: line {number}: {error}: {remedy}") from error
+            whole += len(line)
+            found[_key(record)] = record
+    if whole < path.stat().st_size:
+        with atomic_write.open_to_append(path) as file:
+            file.truncate(whole)
     return found
 
 
@@ -260,10 +272,14 @@ def changes(before: dict, now: dict) -> list[str]:
         names = [name for name in names if name != "rows"]
     found = []
     for name in names:
-        was, is_now = (f"{255 * s[name]:.6g}" if name == "eps" and name in s else str(s.get(name)) for s in (before, now))
+        was, is_now = (_shown(name, s.get(name)) for s in (before, now))
         option = "limit" if name == "images" else name.replace("_", "-")
         found.append(DIFFER.get(name) or f"--{option} was {was}, now {is_now}")
     return found
+
+
+def _shown(name: str, value: object) -> str:
+    return f"{255 * value:.6g}" if name == "eps" and isinstance(value, float) else str(value)[:80]
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -286,13 +302,3 @@ def tensor_hash(tensor: Tensor) -> str:
 def file_name(attack: str) -> str:
     """The name of an attack, with _ for what file systems do not take."""
     return re.sub(r"[^\w.+=-]", "_", attack)
-
-
-def encoded(image: Tensor) -> dict:
-    """uint8 [H, W, C] for JSON."""
-    return {"shape": list(image.shape), "bytes": base64.b64encode(image.contiguous().numpy().tobytes()).decode()}
-
-
-def decoded(image: dict) -> Tensor:
-    """What `encoded` was given."""
-    return torch.frombuffer(bytearray(base64.b64decode(image["bytes"])), dtype=torch.uint8).view(image["shape"])

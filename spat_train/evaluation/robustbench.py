@@ -130,7 +130,7 @@ def read_entry(file: Path, dataset: str) -> dict[str, Any]:
     remedy = "choose another file, or mend it"
     try:
         entry = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise InputError(f"--robustbench {file}: it cannot be read as JSON ({type(error).__name__}): {remedy}") from error
     kinds = FIELDS | OPTIONAL
     if not isinstance(entry, dict):

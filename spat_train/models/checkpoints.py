@@ -29,7 +29,7 @@ from .registry import create, full_name
 from .robustbench_names import network_name
 from .run_config import checkpoint_file, chosen_name, config_beside, run_config
 from .try_on import try_on
-from .weight_files import read_file, select
+from .weight_files import listed, read_file, select
 from .wrapping import normalising, normalizers, numbers_text, wrap
 
 PREACT = "'preactresnet-18/activated' (as in robust_overfitting) or 'preactresnet-18/raw' (as in fast_adversarial)"
@@ -104,6 +104,7 @@ def load_model(
     try:
         state = select(content, "auto", file)
         make = partial(create, name, activation=activation or "relu", mean=mean, std=std, classifier=classifier or "linear")
+        check_size(make, name, classes, dataset.image_shape, state)
         model, match = matched(make, classes, dataset.image_shape, state)
         if mean and config is None and (numbers := match.values()):
             raise InputError(f"--mean, --std: {file} holds its own ({numbers_text(*numbers)}): leave them out")
@@ -116,6 +117,16 @@ def load_model(
         images = f"{classes} classes, images {list(dataset.image_shape)}"
         raise InputError(f"{path} as {name} for {dataset.name} ({images}): {reason}") from error
     return model, config
+
+
+def check_size(make: Callable[..., nn.Module], name: str, classes: int, shape: ImageShape, state: dict[str, Tensor]) -> None:
+    """Raise InputError where the network has far more weights than the file, before it takes memory for them."""
+    if ":" in name:  # those of others have a size each
+        return
+    with torch.device("meta"):
+        needed = sum(t.numel() for t in make(classes, shape).state_dict().values())
+    if needed > 2 * (held := sum(t.numel() for t in state.values())):
+        raise InputError(f"it has {needed:,} weights, the file {held:,}: give the network that they are of")
 
 
 def matched(make: Callable[..., nn.Module], classes: int, shape: ImageShape, state: dict[str, Tensor]) -> tuple[nn.Module, Match]:
@@ -164,6 +175,8 @@ def fill(model: nn.Module, match: Match, content: Any, path: str | Path) -> None
             raise InputError(f"checkpoint {path}: {run}, the model {what}: create it as the file's")
     else:
         _check_foreign(model, path, match)
+    if bad := [at for at in match.source.values() if match.file[at].is_floating_point() and match.file[at].isnan().any()]:
+        raise InputError(f"checkpoint {path}: it has weights that are NaN ({listed(bad)}): take those of an earlier one")
     with torch.inference_mode():  # else what was made in that mode could not be written
         for name, at in match.source.items():
             match.own[name].copy_(match.file[at].reshape(match.own[name].shape))

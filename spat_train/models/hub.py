@@ -11,7 +11,7 @@ Nothing in such a folder runs: an architecture that is code, package.module:fact
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..config import FREE_ON_RESUME, Config
 from ..errors import InputError, first_line
-from .checkpoints import fill, matched
+from .checkpoints import check_size, fill, matched
 from .networks import ImageShape
 from .registry import create
 from .run_config import chosen_name, config_beside, read_json, run_config
-from .weight_files import METADATA, listed, read_file, select
+from .weight_files import METADATA, digest, listed, read_file, select
 from .wrapping import normalizers
 
 FORMAT = "spat_train model 1"
@@ -69,8 +69,7 @@ def from_folder(path: str | Path, model: str | None = None) -> nn.Module:
     _check_finite(state, str(file))
     make = partial(create, name, activation=config.activation, classifier=config.last_layer)
     try:
-        if ":" not in name:  # those of others have a size each
-            _check_size(make, classes, shape, state)
+        check_size(make, name, classes, shape, state)
         network, match = matched(partial(make, mean=config.mean, std=config.std), classes, shape, state)
     except (ValueError, RuntimeError) as error:  # torch raises the latter when memory runs out
         raise InputError(f"{path} as {name} for {classes} classes, images {list(shape)}: {first_line(error)}") from error
@@ -145,7 +144,7 @@ def packed(
     torch.save(state, plain)
     return {
         "config.json": (json.dumps(content | {VERSION: version(VERSION)}, indent=1) + "\n").encode(),
-        "model.safetensors": _safetensors(state, {"format": FORMAT, "config": content}),
+        "model.safetensors": _safetensors(state, {"format": FORMAT, "sha256": digest(state), "config": content}),
         "model.pt": plain.getvalue(),
     }
 
@@ -159,14 +158,6 @@ def published(config: Config) -> Config:
 def _check_finite(state: dict[str, Tensor], where: str) -> None:
     if bad := [name for name, t in state.items() if t.is_floating_point() and t.isnan().any()]:
         raise InputError(f"{where}: it has weights that are NaN ({listed(bad)}): take those of an earlier checkpoint")
-
-
-def _check_size(make: Callable[..., nn.Module], classes: int, shape: ImageShape, state: dict[str, Tensor]) -> None:
-    """Raise InputError where the network has more weights than the file, before it takes memory for them."""
-    with torch.device("meta"):
-        needed = sum(t.numel() for t in make(classes, shape).state_dict().values())
-    if needed > (held := sum(t.numel() for t in state.values())):
-        raise InputError(f"it has {needed:,} weights, model.safetensors {held:,}: export or download the folder again")
 
 
 def _portable(tensor: Tensor) -> Tensor:
@@ -205,19 +196,26 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: spat-train export did not write it: load the folder with the library that did")
     if content["format"] != FORMAT:
         raise InputError(f"{file}: it is of another version ({content['format']}): install a newer spat_kernels")
-    values: list[Any] = [content.get(key) for key in ("num_classes", "classes", "image_shape", "model")]
-    count, names, shape, model = values
-    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    check_described(content | {"num_classes": content.get("num_classes"), "model": content.get("model")}, file)
+    return content
+
+
+def check_described(content: dict[str, Any], file: Path) -> None:
+    """Raise InputError where `content` of `file` does not describe a model by its classes and image shape as exports do, or runs,
+    which have no `num_classes`, and the model in their config."""
+    names: Any = content.get("classes")
+    shape: Any = content.get("image_shape")
+    named = isinstance(names, list) and len(names) >= 2 and all(isinstance(name, str) for name in names)
+    count: Any = content["num_classes"] if "num_classes" in content else len(names) if named else None
     right = {
         "num_classes": _whole(count) and count >= 2,
         "classes": named and len(names) == count,
         "image_shape": isinstance(shape, list) and len(shape) == 3 and all(_whole(side) and 0 < side <= MOST for side in shape),
-        "model": isinstance(model, str),
+        "model": isinstance(content.get("model", ""), str) or "config" in content,
     }
-    if wrong := [key for key, fine in right.items() if not fine]:
+    if wrong := [key for key, fine in right.items() if not fine and (key in content or key != "num_classes")]:
         shown = f"{content.get(wrong[0])!r}"[:100]
         raise InputError(f"{file}: no export writes {wrong[0]}={shown}: export or download the folder again")
-    return content
 
 
 def _whole(value: Any) -> bool:

@@ -10,6 +10,8 @@ from ..errors import InputError
 from .external import is_code
 from .weight_files import listed, read_file
 
+MOST = 2**28  # bytes of a .json file; those of evaluations have a line for each image
+
 
 def chosen_name(path: str | Path, config: Config | None, name: str | None, option: str) -> str:
     """The architecture of the run or checkpoint `path`: `name`, which `option` gave, else that of its config if it is no code."""
@@ -51,7 +53,11 @@ def run_config(path: str | Path, content: Any = None) -> Config | None:
 def read_json(file: Path) -> Any:
     """What is in `file`. Raises InputError where that cannot be read."""
     try:
+        if file.stat().st_size > MOST or not file.is_file():
+            raise InputError(f"{file}: it is no file of less than {MOST:,} bytes, as runs write them: restore it")
         return json.loads(file.read_bytes())
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({type(error).__name__}): restore it") from error
 
@@ -77,15 +83,21 @@ def _config(content: Any, path: str | Path) -> Config | None:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the type `kind` of an option."""
-    kinds = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in kinds
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(is_a(v, kinds[0]) for v in value)
+    """Whether `value` is of the type `kind` of an option. Numbers are finite."""
+    kinds, container = get_args(kind), get_origin(kind)
+    if kind is Any:
+        return True
+    if container is Literal:
+        return isinstance(value, (str, type(None))) and value in kinds
+    if container in (tuple, list):
+        return isinstance(value, container) and all(is_a(v, kinds[0]) for v in value)
+    if container is dict:
+        return isinstance(value, dict) and all(is_a(k, kinds[0]) and is_a(v, kinds[1]) for k, v in value.items())
     if kinds:
         return any(is_a(value, one) for one in kinds)
+    if kind in (int, float) and isinstance(value, (int, float)) and not abs(value) < 2**63:  # infinite, or not a number
+        return False
     if kind is bool:
-        return value in (0, 1)
+        return isinstance(value, (bool, int)) and value in (0, 1)
     whole = kind is int and isinstance(value, float) and value.is_integer()
     return whole or (isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool))

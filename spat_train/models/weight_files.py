@@ -1,10 +1,12 @@
 """Files that hold weights: read without running code from them, and searched for the entries that are the weights."""
 
+import hashlib
 import json
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ KEYS += ["module", "shadow", "last"]
 AVERAGED = re.compile(r"(^|[._])(ema|swa)([._]|$)")
 LEVELS = 3  # of dicts around a state dict
 LISTED = 8
-METADATA = "spat_train"  # in a .safetensors file: its format and config as JSON
+MOST = 10**5  # entries around a state dict that are looked at
+METADATA = "spat_train"  # in a .safetensors file: its format, config and `digest` as JSON
 
 
 class _Ignored:
@@ -135,14 +138,28 @@ def _safetensors(path: Path) -> dict[str, Any]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise _refused(path, f"it is cut short or damaged ({first_line(error)}): copy or download it again") from error
-    return {**about, "model": state} if isinstance(about, dict) and about else state
+    if not isinstance(about, dict) or not about:
+        return state
+    if "sha256" in about and about["sha256"] != digest(state):  # exports of earlier versions have none
+        raise _refused(path, "it is damaged (its weights differ from their SHA-256): copy or download it again")
+    return {**about, "model": state}
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """The SHA-256 of contiguous tensors on the CPU with their names, dtypes and shapes, in the order of the names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        found.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
     """The state dict in the content of a file; `weights` as in `read_weights`."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: give 'auto', 'model' or 'ema'")
-    entries = list(_entries(content))
+    if len(entries := list(islice(_entries(content), MOST))) == MOST:  # such as a dict that holds itself in many places
+        raise _refused(path, "it holds too many other entries: save model.state_dict() alone")
     found = {keys: value for keys, value in entries if _is_state_dict(value)}
     averaged = {keys: state for keys, state in found.items() if any(map(AVERAGED.search, keys))}
     unread = [keys[-1] for keys, value in entries if keys and AVERAGED.search(keys[-1]) and _are_weights(value)]
@@ -153,7 +170,7 @@ def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
         raise _refused(path, "it holds no averaged weights: use weights='model' or 'auto'")
     candidates = averaged if averaged and weights != "model" else {k: s for k, s in found.items() if k not in averaged}
     if not candidates:
-        kind = f"its entries: {listed(map(str, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        kind = f"its entries: {listed(map(_name, content))}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise _refused(path, f"it holds no weights ({kind}): save model.state_dict(), alone or as 'state_dict'")
 
     def rank(keys: tuple[str, ...]) -> list[int]:
@@ -162,6 +179,8 @@ def select(content: Any, weights: str, path: str | Path) -> dict[str, Tensor]:
     best = min(candidates, key=rank)
     if len(candidates) > 1 and (len(KEYS) in rank(best) or [rank(keys) for keys in candidates].count(rank(best)) > 1):
         raise _refused(path, f"it holds several networks ({listed(map('.'.join, candidates))}): save the state_dict of one")
+    if any(tensor.is_nested for tensor in candidates[best].values()):  # whose shape even cannot be asked for
+        raise _refused(path, "it holds nested tensors: save dense ones")
     return candidates[best]
 
 
@@ -180,12 +199,20 @@ def _is_state_dict(value: Any) -> bool:
     return named and any(v.ndim for v in value.values())
 
 
-def _are_weights(value: Any) -> bool:
+def _are_weights(value: Any, seen: set[int] | None = None) -> bool:
     """Whether there are tensors in it, in any order, or what was not read. One alone is a curve or the like."""
+    seen = set() if seen is None else seen  # lists may hold themselves
     if isinstance(value, (dict, list, tuple)):
+        if id(value) in seen or len(seen) > LISTED**4:
+            return False
+        seen.add(id(value))
         values = value.values() if isinstance(value, dict) else value
-        return any(_are_weights(v) or (isinstance(v, Tensor) and v.ndim > 0) for v in values)
+        return any(_are_weights(v, seen) or (isinstance(v, Tensor) and v.ndim > 0) for v in values)
     return isinstance(value, _Ignored) and not isinstance(value, _Number)
+
+
+def _name(key: object) -> str:
+    return key if isinstance(key, str) else f"a {type(key).__name__}"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,8 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
     temporary = path.with_name(path.name + ".tmp")
     kept = f"; {path} is as it was" if path.exists() else ""
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed run, or a link that would lead elsewhere
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -36,8 +38,14 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system
+            temporary.unlink(missing_ok=True)
         raise SaveError(f"cannot write {path} ({error.strerror}){kept}: make room, or choose another --out") from error
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file for adding to its end. An OSError where it is a link or a pipe, which a folder of others may hold."""
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
 
 
 def make_folder(path: Path) -> None:
@@ -66,6 +74,10 @@ def check_sums(file: Path | BinaryIO) -> None:
         zipfile.BadZipFile: one differs, or it is no whole zip. Flipped bits may raise other exceptions too.
     """
     with zipfile.ZipFile(file) as parts:
+        assert parts.fp is not None  # until it is closed
+        held, said = parts.fp.seek(0, os.SEEK_END), sum(part.file_size for part in parts.infolist())
+        if said > held or any(part.compress_type for part in parts.infolist()):  # they would take any time and memory
+            raise zipfile.BadZipFile(f"{said:,} bytes in {held:,}: torch.save neither compresses parts nor lets them overlap")
         written = any(part.CRC for part in parts.infolist())  # torch.serialization.set_crc32_options(False) leaves them all 0
         if written and (part := parts.testzip()):
             raise zipfile.BadZipFile(f"{part} differs from its checksum")

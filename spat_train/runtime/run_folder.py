@@ -58,7 +58,7 @@ class RunFolder:
         """Make the folder, and keep other runs out of it until `release`, or the end of this process.
 
         Raises:
-            InputError: it cannot be made.
+            InputError: it cannot be made, or not be written to.
             InUseError: another run is at work there.
         """
         if self.path is None:
@@ -68,6 +68,8 @@ class RunFolder:
                 with suppress(FileExistsError):
                     folder.mkdir()
                     self.made.insert(0, folder)
+            if not os.access(self.path, os.W_OK):
+                raise InputError(f"--out {self.path}: nothing can be written there: make it writable, or choose another folder")
             self.lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be made ({error.strerror}): choose another folder") from error
@@ -135,9 +137,11 @@ class RunFolder:
         """The content of result.json, if it is of the checkpoint that was opened or saved last."""
         try:
             found = json.loads((self.path / "result.json").read_bytes()) if self.path else {}
-        except (OSError, ValueError):  # it is missing, or not ours: the test writes it
-            return None
-        return found if isinstance(found, dict) and found.get("checkpoint") == self.saved_id != "" else None
+            test = found["test"]
+            ours = found["checkpoint"] == self.saved_id and all(0 <= float(test[name]) <= 100 for name in (*test, "clean"))
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):  # missing, or not ours
+            return None  # the test writes it
+        return found if ours else None
 
     def kept(self) -> str:
         last = [self.path / name for name in MADE_BY_A_RUN[:2] if (self.path / name).exists()] if self.path else []

@@ -227,7 +227,10 @@ def _failed(error: BaseException) -> str:
 def _read(path: Path) -> dict[str, str]:
     """The ids of the trackers' runs by name, and "folder", a hash of where that was, from tracking.json."""
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (OSError, TypeError, ValueError) as error:
+        found = dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        if not all(isinstance(value, str) for value in found.values()):
+            raise TypeError("ids are texts")
+        return found
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         remedy = "remove it, and the trackers begin new runs"
         raise InputError(f"--track: {path} cannot be read ({type(error).__name__}): {remedy}") from error

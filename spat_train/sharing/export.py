@@ -15,7 +15,7 @@ from ..errors import InputError, first_line
 from ..evaluation.command import EvaluateOptions, load_data
 from ..models.checkpoints import load_model, with_classes_of
 from ..models.external import is_code
-from ..models.hub import FORMAT, exported_config, packed, published
+from ..models.hub import FORMAT, check_described, exported_config, packed, published
 from ..models.run_config import checkpoint_file, chosen_name, config_beside, run_config
 from ..models.weight_files import read_file, select
 from ..models.wrapping import normalisation
@@ -70,7 +70,7 @@ def export(
     _check_out(out)
     config = run_config(run, content)
     name = chosen_name(run, config, model_name, "--model-name")
-    own = _own_dataset(content, config)
+    own = _own_dataset(content, config, file)
     if own and dataset:
         raise InputError(f"--data {dataset.name}: {run} says its classes and the shape of its images: leave it out")
     dataset = own or dataset or load_data(EvaluateOptions(run), config)
@@ -90,7 +90,9 @@ def export(
     )  # fmt: skip
     try:
         text = card(subject, results_of(run, network, Path(evaluation) if evaluation else None), license)
-    except (KeyError, TypeError, AttributeError) as error:  # files that were edited
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:  # files that were edited
         what = f"last.pt, result.json or the evaluation is not as it was written ({type(error).__name__}: {first_line(error)})"
         raise InputError(f"{run}: {what}: restore or remove it") from error
     _write(out, files | {"README.md": text.encode()})
@@ -144,10 +146,11 @@ def export_command(
     print(f"{out} written: {', '.join(FILES)}")
 
 
-def _own_dataset(content: Any, config: Config | None) -> Dataset | None:
+def _own_dataset(content: Any, config: Config | None, file: Path) -> Dataset | None:
     """The classes and the image shape that a run's checkpoint has, without images; None for those of others, and older ones."""
     if config is None or "classes" not in content:
         return None
+    check_described(content, file)
     channels, height, width = content["image_shape"]
     none = Images(torch.empty(0, height, width, channels, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
     return Dataset(config.data, none, none, tuple(content["classes"]))

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.study import Study
@@ -83,7 +83,7 @@ def open_study(sweep: Sweep, url: str | None, heartbeat: int, create: bool = Tru
     file = sweep.out / "sweep.db"
     if not create and not (sweep.out.is_dir() and (url or file.is_file())):
         raise InputError(f"--report: --out {sweep.out} holds no sweep: give its folder, or run it first")
-    with alone(sweep):
+    with alone(sweep), _readable(url or str(file)):
         storage = _open_storage(url or f"sqlite:///{file}", heartbeat)
         names = optuna.get_all_study_names(storage)
         name = names[0] if names and not url else str(sweep.out)  # a folder has one sweep, by whatever path it was begun
@@ -98,8 +98,25 @@ def open_study(sweep: Sweep, url: str | None, heartbeat: int, create: bool = Tru
     return study
 
 
+@contextmanager
+def _readable(storage: str) -> Iterator[None]:
+    """Within, what a damaged database makes Optuna raise becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OptunaError, SQLAlchemyError, ValueError, KeyError, TypeError) as error:
+        shown, why = _shown(storage), f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise InputError(f"--storage {shown}: it cannot be read ({why}): restore it, or choose another --out") from error
+
+
+def _shown(url: str) -> str:
+    """`url` without its password."""
+    return re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", url)
+
+
 def _open_storage(url: str, heartbeat: int) -> RDBStorage:
-    shown = re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", url)  # without its password
+    shown = _shown(url)
     patience: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     try:
         return RDBStorage(url, patience, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)

@@ -19,6 +19,7 @@ hypotheses:                                         # what the report is to judg
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
@@ -38,6 +39,8 @@ from ..training.check import check
 from .ready import READY
 
 KINDS = get_type_hints(Config)
+MOST_BYTES, MOST_RUNS = 10**5, 10**4  # of a spec
+FIELD = r"[^{}]|\{\w+(:\.?\d?[dfg]?)?\}"  # in the name of a preset: an option's value, as {alpha:g}
 OWN = ("out", "resume", "seed")  # of the sweep, so not of its spec
 Factors = dict[str, dict[Any, dict[str, Any]]]
 
@@ -116,8 +119,12 @@ def read(source: str) -> Spec:
             near = did_you_mean(source, READY)
             raise InputError(f"sweep {source}: there is none: {near}there are {', '.join(READY)}, or give a YAML file")
         try:
-            content = yaml.safe_load(Path(source).read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            with open(source, "rb") as file:
+                if len(text := file.read(MOST_BYTES + 1)) > MOST_BYTES:
+                    raise ValueError(f"it is longer than {MOST_BYTES:,} bytes")
+            content = yaml.safe_load(text)
+            _check_extent(content, [0])
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             mark = getattr(error, "problem_mark", None)
             line, why = (f"line {mark.line + 1}: ", getattr(error, "problem", "")) if mark else ("", first_line(error))
             raise InputError(f"{source}: {line}it cannot be read as YAML ({why}): mend it") from error
@@ -134,6 +141,17 @@ def read(source: str) -> Spec:
     spec = Spec(source, factors, hypotheses=judged, **keys)
     _check(spec)
     return spec
+
+
+def _check_extent(value: Any, seen: list[int]) -> None:
+    """Raise ValueError where `value` is endless: a few lines of YAML may name each other billions of times. `seen`: values."""
+    seen[0] += 1
+    if seen[0] > MOST_BYTES:
+        raise ValueError("it has too many values")
+    for each in (
+        [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    ):
+        _check_extent(each, seen)
 
 
 def plan(spec: Spec, given: Mapping[str, Any]) -> Sweep:
@@ -193,6 +211,8 @@ def command(config: Config) -> str:
 def _config(spec: Spec, options: dict[str, Any]) -> Config:
     name = options.get("preset", "")
     try:
+        if not re.fullmatch(f"({FIELD})*", name):
+            raise ValueError("{} has an option and its format, such as {alpha:g}")
         name = name.format(**options)
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{spec.source}: base.preset {name}: {error!r}: name options of the spec in it") from error
@@ -286,6 +306,8 @@ def _check(spec: Spec) -> None:
     for name, least in (("min_epochs", 1), ("reduction", 2), ("seeds", 1)):
         if (value := getattr(spec, name)) is not None and value < least:
             raise InputError(f"{spec.source}: {name} {value}: give at least {least}")
+    if spec.runs > MOST_RUNS:
+        raise InputError(f"{spec.source}: grid: it has {spec.runs:,} runs: give one of at most {MOST_RUNS:,}")
     swept = [option for levels in spec.factors.values() for option in {o for options in levels.values() for o in options}]
     if len({*swept}) < len(swept):
         raise InputError(f"{spec.source}: grid: an option is in two factors: give it to one")

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from dataclasses import dataclass, field
 
 import torch
 
@@ -12,21 +11,7 @@ from ..errors import InputError
 from ..runtime import rounding
 from ..runtime.distributed import World
 from ..runtime.run_folder import RunFolder
-
-
-@dataclass
-class Progress:
-    """Where a run is."""
-
-    epoch: int = 0  # epochs that are trained and validated
-    step: int = 0  # updates done in the current one
-    best: dict | None = None  # a validation's record
-    stale: int = 0  # validations since the best
-    collapses: list[int] = field(default_factory=list)  # epochs, counted from 1, in which PGD accuracy collapsed (overfitting.py)
-    left: list[int] = field(default_factory=list)  # those of them when no epoch had withstood PGD: nothing to go back to
-    sums: dict[str, float] = field(default_factory=dict)  # of the loss and its terms, since the last line of the log
-    count: int = 0  # steps in these sums
-    log_bytes: int = 0
+from .saved_form import check_form
 
 
 def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
@@ -38,6 +23,8 @@ def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
     if world.main:
         folder.claim()  # before reading: another run may be at its last save
     saved = folder.open(config.resume)
+    if saved:
+        check_form(saved, folder.path)
     if len(set(world.gather(saved and saved["id"]))) > 1:
         remedy = "give a folder that all machines share"
         raise InputError(f"--out {folder.path}: processes find different checkpoints there: {remedy}")

@@ -32,8 +32,9 @@ from ..runtime.seeding import derived_seed, random_state, set_random_state
 from ..runtime.signals import GracefulStop, Stopped
 from ..runtime.trackers import Trackers
 from . import checkpoint, overfitting, setup
-from .checkpoint import Progress, say
+from .checkpoint import say
 from .free import make_step
+from .saved_form import Progress, as_written, check_loaded
 from .step import Launched, Span, spanned
 
 OnStep = Callable[["Run"], object]
@@ -82,11 +83,13 @@ class Run:
     ):  # fmt: skip
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         self.on_step, self.on_validation, self.span = on_step, on_validation, span
-        saved = checkpoint.find_saved(config, processes, folder)
+        with as_written(folder.path):
+            saved = checkpoint.find_saved(config, processes, folder)
         self.dataset, extra = processes.in_turn(lambda: setup.load_images(config, dataset))
         self.images = checkpoint.image_record(self.dataset, extra, processes)
         if saved is not None:
-            checkpoint.compare_images(self.dataset, self.images, saved, folder)
+            with as_written(folder.path):
+                checkpoint.compare_images(self.dataset, self.images, saved, folder)
         self.model, self.memory_format = setup.make_model(config, self.dataset, processes, init=saved is None)
         self.step = make_step(config, self.model, processes, span)
         if processes.rank:
@@ -101,7 +104,8 @@ class Run:
         self.best_weights: dict[str, Tensor] | None = None
         self.snapshot: dict | None = None  # of all that updates change, at the best validation: what a rollback goes back to
         if saved is not None:
-            self.restore(saved)
+            with as_written(folder.path):
+                self.restore(saved)
         elif config.test and not config.skip_broken and isinstance(test := self.dataset.test, Folder):
             processes.on_main(lambda: check_readable(test))  # else a broken one would be found after all epochs
         self.saved_at = time.monotonic()
@@ -202,7 +206,7 @@ class Run:
             self.folder.write("config.json", c.to_json())
             self.log = Log(
                 self.folder.path, total=c.epochs * images, done=progress.epoch * images + sum(self.sizes[: progress.step]),
-                position=progress.log_bytes, name=c.preset or c.label, trackers=trackers,
+                position=progress.log_bytes, crc=progress.log_crc, name=c.preset or c.label, trackers=trackers,
             )  # fmt: skip
             start = {"epoch": progress.epoch + 1, "step": self.global_step, "steps_per_epoch": len(self.sizes)}
             self.log.write("start", **start, **checkpoint.environment(self.world))
@@ -365,7 +369,7 @@ class Run:
         if not all(bool(trained["model"][name].isfinite().all()) for name, _ in self.model.named_parameters()):
             raise TrainingError(f"weights are not finite; {self.folder.kept()}: start again {FINER}")
         if self.log:
-            self.progress.log_bytes = self.log.position()
+            self.progress.log_bytes, self.progress.log_crc = self.log.position(), self.log.crc
         state = {"config": self.config.to_dict(), "progress": asdict(self.progress), "best": self.best_weights, "processes": own}
         state |= {"snapshot": self.snapshot} if self.config.overfitting_alarm == "rollback" else {}
         state |= {"arithmetic": checkpoint.arithmetic(self.world), **self.images, **trained}
@@ -379,6 +383,7 @@ class Run:
         except RuntimeError as error:
             where = f"its weights differ from those in {self.folder.path}: restore its code, or choose another --out"
             raise InputError(f"--model {self.config.model}: {where}") from error
+        check_loaded(self.step.model, self.step.optimizer, saved)
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
         self.snapshot = saved.get("snapshot")
         if self.world.main:

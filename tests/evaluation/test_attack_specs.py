@@ -164,6 +164,8 @@ def test_runs_names_and_settings():
         ("pgd-20-most-likely", "there is none"),
         ("pgd:stepz=3", r"pgd has no setting stepz: did you mean (step or steps|steps or step)"),
         ("clean:eps=0.1", "clean has no setting eps: it has none"),
+        ("pgd-20:=50", "'=50' is no setting: write key=value"),
+        ("pgd-20:", "'' is no setting"),
         ("pgd-20:steps", "'steps' is no setting: write key=value"),
         ("pgd-20:steps=1/2", "steps=1/2: give a whole number"),
         ("pgd-20:step=-1", "step=-1: give a number of at least 0"),

@@ -20,7 +20,7 @@ from spat_train.data.datasets import load
 from spat_train.errors import InputError
 from spat_train.evaluation import evaluate as module
 from spat_train.evaluation.alarms import alarms
-from spat_train.evaluation.record_log import EXAMPLES
+from spat_train.evaluation.records import EXAMPLES
 from spat_train.runtime import logs
 from spat_train.runtime.distributed import PATIENCE, Dealer, world
 from spat_train.runtime.run_folder import RunFolder

@@ -15,6 +15,7 @@ from spat_train.data.datasets import load
 from spat_train.data.images import Images
 from spat_train.errors import InputError
 from spat_train.evaluation.attack_specs.families import PGD
+from spat_train.evaluation.records import Layout
 from spat_train.runtime.atomic_write import SaveError
 from tests.evaluation.helpers import Escaping, contents, digits, fitted, quiet
 from tests.training.helpers import on_one_thread, processes
@@ -119,19 +120,89 @@ def test_another_number_of_threads_is_said_where_something_is_left_to_do(tmp_pat
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_from_before_l1_continues(tmp_path):
-    model, images = fitted(), load("digits").test
-    how = {"rows": torch.arange(40), "batch_size": 20, "folder": tmp_path}
-    first = quiet(model, images, "fgsm", **how)
-    kept = json.loads((tmp_path / "settings.json").read_text())
-    assert kept["settings"].pop("eps_l1") == 12.0
-    (tmp_path / "settings.json").write_text(json.dumps(kept))
-    lines = (tmp_path / "samples.jsonl").read_bytes()
-    more = quiet(model, images, "fgsm,pgd:norm=l1:steps=3", eps_l1=3.0, **how)
-    assert torch.equal(more.predicted["fgsm"], first.predicted["fgsm"])
-    assert (tmp_path / "samples.jsonl").read_bytes().startswith(lines), "nothing is done again"
-    with pytest.raises(InputError, match="--eps-l1 was 3.0, now 12.0"):
-        quiet(model, images, "fgsm", **how)
+def test_altered_records_are_refused(tmp_path):
+    """Also those of another evaluation, and those whose digest was made again, in a shard too. Nothing is changed by that."""
+    model, images, rows = fitted(), load("digits").test, torch.arange(40)
+    how = {"rows": rows, "batch_size": 20, "folder": tmp_path}
+    quiet(model, images, "fgsm", **how)
+    quiet(model, images, "fgsm", **how | {"rows": rows + 1, "folder": tmp_path / "other"})
+    file, layout = tmp_path / "samples.jsonl", _layout(tmp_path)
+    clean, fgsm, *rest = file.read_bytes().splitlines(keepends=True)
+    record = json.loads(fgsm)
+    del record["digest"]
+    assert layout.line(record) == fgsm
+    predicted, image = record["predicted"], record["examples"][0]["image"]
+    altered = "line 2: it was altered, or is of another evaluation: remove that line, and its batch is attacked again"
+    edits = {line: altered for line in (b"5\n", b"{}\n", b'["digest"]\n', fgsm.replace(b'"predicted": [', b'"predicted": [1'))}
+    edits[(tmp_path / "other" / "samples.jsonl").read_bytes().splitlines(keepends=True)[1]] = altered
+    for change in (
+        {"predicted": [1]}, {"predicted": [10, *predicted[1:]]}, {"predicted": 5}, {"predicted": [1e400] * 20},
+        {"batch": 2}, {"batch": -1}, {"batch": True}, {"attack": 5}, {"forwards": [-1] * 20}, {"outside": 21}, {"outside": None},
+        {"examples": [{"index": 20, "image": image}]}, {"examples": [{"index": 0, "image": image | {"shape": [1, 1, 64]}}]},
+        {"examples": [{"index": 0, "image": image | {"bytes": "?"}}]}, {"examples": {}}, {"examples": [5]}, {"more": 1},
+    ):  # fmt: skip
+        edits[layout.line(record | change)] = "line 2: no evaluation writes such a line"
+    shard = tmp_path / "samples-1.jsonl"
+    for line, message in edits.items():
+        for where, content in (file, b"".join([clean, line, *rest])), (shard, clean + line):
+            shard.unlink(missing_ok=True)
+            where.write_bytes(content)
+            before = contents(tmp_path)
+            with pytest.raises(InputError, match=f"{where.name}: {message}"):
+                quiet(model, images, "fgsm", **how)
+            assert contents(tmp_path) == before
+            file.write_bytes(b"".join([clean, *rest]))  # the remedy
+    shard.unlink()
+    quiet(model, images, "fgsm", **how)
+    assert file.read_bytes() == b"".join([clean, *rest, fgsm])
+
+
+def _layout(folder: Path) -> Layout:
+    settings = json.loads((folder / "settings.json").read_bytes())["settings"]
+    assert settings.pop("format") == "spat_train evaluation 3"
+    return Layout(settings, 10, (1, 8, 8))
+
+
+def test_settings_of_other_versions_and_odd_ones(tmp_path):
+    """Those of earlier versions have records without digests."""
+    arguments, path = (fitted(), digits(10), "fgsm"), tmp_path / "settings.json"
+    quiet(*arguments, folder=tmp_path)
+    kept = json.loads(path.read_bytes())
+    version = "it holds another evaluation (another version made it, whose records have no digests, or others)"
+    for changed, message in (
+        (kept | {"settings": kept["settings"] | {"format": "spat_train evaluation 2"}}, version),
+        (kept | {"settings": kept["settings"] | {"eps": "8"}}, "--eps was 8, now 15.3"),
+        (kept | {"settings": kept["settings"] | {"seed": ["8"] * 1000}}, "--seed was ['8', '8'"),
+        (kept | {"settings": 5}, "settings.json cannot be read (TypeError): choose another --out"),
+        (kept | {"attacks": 5}, "settings.json cannot be read (AttributeError): choose another --out"),
+        (kept | {"attacks": {"fgsm": 5}}, "attack fgsm was 5, now pgd"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=re.escape(message)) as refused:
+            quiet(*arguments, folder=tmp_path)
+        assert len(str(refused.value)) < 500
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="settings.json cannot be read"):
+        quiet(*arguments, folder=tmp_path)
+
+
+def test_links_and_pipes_lead_nowhere(tmp_path):
+    """The folder of another may hold them: what they lead to is neither written nor awaited."""
+    arguments, kept = (fitted(), digits(10), "fgsm"), tmp_path / "kept"
+    kept.write_bytes(b"precious")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "samples.jsonl").symlink_to(kept)
+    with pytest.raises(InputError, match="it holds samples.jsonl without settings.json"):
+        quiet(*arguments, folder=folder)
+    (folder / "samples.jsonl").unlink()
+    os.mkfifo(folder / "samples.jsonl")
+    with pytest.raises(SaveError, match="cannot write .*samples.jsonl"):
+        quiet(*arguments, folder=folder)
+    (folder / "samples.jsonl").unlink()
+    (folder / "settings.json.tmp").symlink_to(kept)
+    quiet(*arguments, folder=folder)
+    assert kept.read_bytes() == b"precious"
 
 
 def test_pictures_of_the_same_names_are_other_data(tmp_path, pictures):

@@ -184,7 +184,7 @@ def test_code_runs_only_where_the_caller_repeats_its_name(tmp_path, monkeypatch)
     model.made_as = ("code_of_a_stranger:make", "relu", (3, 32, 32), 10)
     out = write(tmp_path / "out", model, Config(model="code_of_a_stranger:make"))
     assert "it names code, code_of_a_stranger:make, which would run: if you trust it, give model" in refused(out)
-    assert "weights, model.safetensors 30,730: export or download the folder again" in refused(out, model="wrn-10-1")
+    assert "weights, the file 30,730: give the network that they are of" in refused(out, model="wrn-10-1")
     assert not Path("ran").exists()
     assert torch.equal(from_folder(out, model="code_of_a_stranger:make")(X), model(X))
     assert Path("ran").exists()
@@ -243,6 +243,9 @@ def test_damaged_folders(copy):
     for part in (content[: len(content) // 2], content[:-1], content[:100]):
         weights.write_bytes(part)
         assert f"checkpoint {weights}: it is cut short or damaged" in refused(copy)
+    for at in (len(content) - 3, len(content) // 2):
+        weights.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
+        assert "it is damaged (its weights differ from their SHA-256): copy or download it again" in refused(copy)
     weights.write_bytes(b"")
     assert "it is empty: copy or download it again" in refused(copy)
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
@@ -281,8 +284,8 @@ def rewrite(folder: Path, state: dict | None = None, **changes) -> None:
         ({"mean": [0.5], "std": [0.5]}, "mean=.*one number a channel"),
         ({"model": "wrn-11-1"}, "6n"),
         ({"model": "timm:no-such"}, "no such model"),
-        ({"model": "wrn-16-1"}, "it has [0-9,]+ weights, model.safetensors [0-9,]+: export or download"),
-        ({"model": "dm-wrn-10-999"}, r"it has [0-9,]+ weights, model.safetensors [0-9,]+: export or download"),
+        ({"model": "wrn-16-1"}, "it has [0-9,]+ weights, the file [0-9,]+: give the network"),
+        ({"model": "dm-wrn-10-999"}, r"it has [0-9,]+ weights, the file [0-9,]+: give the network"),
         ({"model": "dm-wrn-10-1000000"}, "there is no such model"),
         ({"model": "dm-wrn-10-" + 30 * "9"}, "there is no such model"),
         ({"mean": [0.5] * 3, "std": [0.5] * 3}, "normalises images, with numbers that the file does not have"),

@@ -74,9 +74,15 @@ def partly_on_digits(num_classes: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("odd", [{"eps": "8"}, {"mean": 0.5}, {"mean": ["0.5"]}, {"activation": "tanh"}, {"epochs": True}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"eps": "8"}, {"eps": float("nan")}, {"epochs": 10**30}, {"lr": float("inf")}, {"model_": 1, "data": 7}, {"init": [[]]},
+        {"activation": ["relu"]}, {"mean": 0.5}, {"mean": ["0.5"]}, {"activation": "tanh"}, {"epochs": True},
+    ],
+)  # fmt: skip
 def test_odd_configs(tmp_path, odd):
-    (name, value), *_ = odd.items()
+    *_, (name, value) = odd.items()
     content = Config(model="wrn-10-1").to_dict() | odd
     path = saved(tmp_path, {"format": FORMAT, "config": content, "model": network().state_dict()})
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -104,6 +110,25 @@ def test_classes_of_the_file(tmp_path, name, beside, suffix):
     assert normalisation(model) == ("mean 0.49 0.48 0.45, std 0.25 0.24 0.26" if beside else "")
     with pytest.raises(InputError, match="looks like 10 classes, the model has 12"):
         load_model(path, many, name)
+
+
+def test_weights_that_are_nan(tmp_path):
+    state = network().state_dict()
+    state["conv1.weight"].view(-1)[3] = torch.nan
+    path, model = (
+        saved(tmp_path, {"format": FORMAT, "config": Config(model="wrn-10-1").to_dict(), "model": state}),
+        network(seed=2),
+    )
+    assert "it has weights that are NaN (conv1.weight): take those of an earlier one" in refusal(model, path)
+    with pytest.raises(InputError, match="weights that are NaN"):
+        load_model(path, CIFAR)
+
+
+def test_a_network_far_larger_than_its_file(tmp_path):
+    """Memory for it is not taken: this one would need 60 TB."""
+    content = {"format": FORMAT, "config": Config(model="wrn-994-999").to_dict(), "model": network().state_dict()}
+    with pytest.raises(InputError, match="as wrn-994-999 for .*: it has [0-9,]+ weights, the file 78,337: give the network that"):
+        load_model(saved(tmp_path, content), CIFAR)
 
 
 def test_errors_of_others(tmp_path, monkeypatch):

@@ -85,6 +85,22 @@ def test_no_network_or_several(tmp_path, content, message):
     assert message in refusal(network(seed=2), saved(tmp_path, content(network().state_dict())))
 
 
+def test_dicts_that_hold_themselves(tmp_path):
+    """Neither a cycle nor lists that are shared billions of times take long."""
+    state, cycle, shared, wide = network().state_dict(), [], [1], {f"{k}": 1 for k in range(400)}
+    cycle.append(cycle)
+    for _ in range(60):
+        shared = [shared, shared]
+    for _ in range(3):
+        wide = {f"{k}": wide for k in range(400)}
+    itself = {("a", "b"): 1}
+    itself["ema"] = itself
+    for content in ({"ema": cycle, "model": state}, {"ema": shared, "model": state}):
+        assert read_weights(saved(tmp_path, content)).keys() == state.keys()
+    assert "it holds no weights (its entries: a tuple, ema)" in refusal(network(), saved(tmp_path, itself))
+    assert "it holds too many other entries" in refusal(network(), saved(tmp_path, wide))
+
+
 # ---- files that are something else, damaged or unsafe
 
 
@@ -134,6 +150,21 @@ def test_files_that_are_something_else(tmp_path):
         assert message in refusal(network(), path)
     for name, message in {"nowhere.pt": "there is no such file", "x" * 300: "no such file", ".": "it is a folder"}.items():
         assert message in refusal(network(), tmp_path / name)
+
+
+def test_parts_that_would_take_any_memory(tmp_path):
+    """torch.save writes parts one after the other as they are: others may grow a thousandfold, or hold the same bytes often."""
+    path = saved(tmp_path, {"format": FORMAT, "weight": torch.zeros(10_000)})
+    with zipfile.ZipFile(path) as parts:
+        content = {part.filename: parts.read(part) for part in parts.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in content.items():
+            packed.writestr(name, data)
+    assert "it is damaged (" in (message := refusal(network(), path))
+    assert "torch.save neither compresses parts nor lets them overlap" in message
+    path.rename(tmp_path / "last.pt")
+    with pytest.raises(InputError, match="last.pt is damaged .*neither compresses parts"):
+        RunFolder(tmp_path).open(resume=True)
 
 
 def test_every_flipped_bit_is_found(tmp_path):

@@ -289,6 +289,17 @@ def test_another_spec_is_refused(tmp_path, monkeypatch):
         study_of(planned(tmp_path, {"alpha": [0.0, 0.3]}))
 
 
+def test_a_damaged_storage(tmp_path):
+    sweep = planned(tmp_path, ALPHAS)
+    study_of(sweep)
+    file = sweep.out / "sweep.db"
+    whole = file.read_bytes()
+    for damaged in (b"no database" * 100, whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 4096)):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match="--storage .*sweep.db: it cannot be (opened|read) .*: "):
+            study_of(sweep)
+
+
 def test_storages_that_do_not_open(tmp_path, monkeypatch):
     sweep = planned(tmp_path, ALPHAS)
     for driver in ("psycopg", "psycopg2"):

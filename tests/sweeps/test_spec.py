@@ -94,6 +94,9 @@ def test_standard_training_is_judged_on_clean_images(tmp_path):
         ({"base": {"out": "x"}}, "mine.yaml: base.out.*given on the command line"),
         ({"base": {"preset": "table6.1/x"}}, "mine.yaml: preset table6.1/x: there is none"),
         ({"base": {"preset": "figure6.1/{eps:g}"}}, "mine.yaml: base.preset figure6.1/{eps:g}: KeyError"),
+        ({"base": {"preset": "{eps.__class__}"}}, "base.preset {eps.__class__}: ValueError.*has an option and its format"),
+        ({"base": {"preset": "{alpha:999999999}"}}, "base.preset {alpha:999999999}: ValueError"),
+        ({"seeds": 10**9}, "grid: it has 2,000,000,000 runs: give one of at most 10,000"),
         ({"base": {"holdout": 0}}, "mine.yaml: run alpha0-seed0: --holdout 0"),
         ({"base": []}, r"mine.yaml: base \[\]: give keys with their values"),
         ({"grid": {"alpha": 0.1}}, r"mine.yaml: grid.alpha 0.1: give a list of values"),
@@ -152,6 +155,11 @@ def test_other_errors(tmp_path):
     (tmp_path / "bad.yaml").write_text("about: x\ngrid: [1\nbase: 2\n")
     with pytest.raises(InputError, match="bad.yaml: line 3: it cannot be read as YAML .expected ',' or ']', but got ':'"):
         read(str(tmp_path / "bad.yaml"))
+    laughs = "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9))
+    for text in ("a0: &a0 [1]\n" + laughs, "grid: &a [*a]\n", "[" * 10_000, "grid: !!python/object/apply:os.getcwd []\n"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(InputError, match="bad.yaml: .*it cannot be read as YAML"):
+            read(str(tmp_path / "bad.yaml"))
     with pytest.raises(InputError, match="--alpha: alpha-search sweeps it"):
         plan(read("alpha-search"), {"alpha": 0.0})
     with pytest.raises(InputError, match="sweep --out: its spec comes first"):

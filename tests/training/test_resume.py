@@ -26,7 +26,7 @@ pytest.importorskip("tqdm")
 from spat_train.config import Config
 from spat_train.data.datasets import load
 from spat_train.errors import InputError
-from spat_train.runtime import rounding, signals
+from spat_train.runtime import atomic_write, logs, rounding, signals
 from spat_train.runtime.atomic_write import SaveError
 from spat_train.runtime.run_folder import RunFolder
 from spat_train.runtime.signals import Stopped
@@ -369,6 +369,24 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """It is refused before any work. Where the file system turns read-only later, what was there stays."""
+    (tmp_path / "kept").write_bytes(b"1")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # to root, a file system alone is read-only
+        with pytest.raises(InputError, match="--out .*: nothing can be written there: make it writable, or choose another"):
+            train(settings(tmp_path))
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refused)
+        with pytest.raises(SaveError, match=r"cannot write .*kept \(Read-only file system\); .*kept is as it was"):
+            atomic_write.write(tmp_path / "kept", b"2")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"1"]
+
+
 def test_a_run_is_not_overwritten(tmp_path):
     config = settings(tmp_path / "run", epochs=1)
     train(config)
@@ -393,9 +411,81 @@ def test_truncated_checkpoint(tmp_path, size):
     helpers.assert_ends_alike(config)
 
 
+def _edited(value, places: tuple, new):
+    """A copy of nested dicts and lists with `new` at the place that these keys lead to; ... removes it."""
+    first, *rest = places
+    value = [*value] if isinstance(value, list) else dict(value)
+    value[first] = _edited(value[first], tuple(rest), new) if rest else new
+    if new is ... and not rest:
+        del value[first]
+    return value
+
+
+def test_checkpoints_of_others(tmp_path):
+    """A file may hold anything: it is refused before a step, and nothing is written."""
+    config = settings(tmp_path / "run", epochs=1, ema=0.9, test=False, schedule="constant")
+    train(config)
+    config, last = replace(config, epochs=2, resume=True), config.out / "last.pt"
+    saved, cycle = weights(config.out), {}
+    cycle["itself"] = cycle
+    name = next(iter(saved["model"]))
+    weight, moments = saved["model"][name], ("optimizer", "state", 0, "momentum_buffer")
+    for places, new in {
+        ("id",): [], ("config",): 5, ("config", "eps"): "8", ("config", "awp"): torch.zeros(2), ("config", "epochs"): 10**30,
+        ("config", "lr"): float("nan"), ("progress",): ..., ("progress", "epoch"): "1", ("progress", "step"): -1,
+        ("progress", "best"): {"epoch": 1}, ("progress", "best", "pgd"): None, ("progress", "sums"): {"loss": "x"},
+        ("progress", "collapses"): 5, ("progress", "more"): 1, ("best",): None, ("best", name): weight[:1], ("ema",): None,
+        ("ema", name): ..., ("model",): [], ("model", name): weight.to_sparse(), ("averaged",): "1", ("scaler",): None,
+        moments: weight[:1], (*moments[:-1],): {}, ("optimizer", "state", 0): 5, ("optimizer", "param_groups"): [],
+        ("optimizer", "param_groups", 0, "momentum"): "x", ("processes",): [], ("processes", 0, "random"): {},
+        ("processes", 0, "random", "torch"): torch.zeros(3), ("processes", 0, "sums"): None, ("data",): [1],
+        ("data", "train"): torch.zeros(2), ("snapshot",): {}, ("arithmetic",): cycle,
+    }.items():  # fmt: skip
+        torch.save(_edited(saved, places, new), last)
+        before = {path: path.read_bytes() for path in config.out.iterdir()}
+        with pytest.raises(InputError, match=r"^--resume: |^--model ") as refused:
+            train(config)
+        assert str(config.out) in str(refused.value), places
+        assert {path: path.read_bytes() for path in config.out.iterdir()} == before, places
+
+
+def test_a_damaged_log_is_noticed(tmp_path):
+    config = settings(tmp_path / "run", epochs=1, test=False, schedule="constant")
+    train(config)
+    log, config = config.out / "log.jsonl", replace(config, epochs=2, resume=True)
+    content = log.read_bytes()
+    for damaged in (content[:-5], content.replace(b"train", b"trbin", 1), bytes(5) + content[5:]):
+        log.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"log.jsonl is damaged: .*: restore it, or remove it, and a new log begins there"):
+            train(config)
+        assert log.read_bytes() == damaged
+    log.unlink()
+    train(config)
+    assert [event["epoch"] for event in events(config.out, "validation")] == [2]
+
+
+def test_events_that_no_run_writes(tmp_path):
+    """What is no event is left out, half a line of a killed run among it."""
+    train_line = b'{"kind": "train", "epoch": 1, "step": 3, "loss": -0.5, "lr": 0.1}\n'
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(train_line + b'{"kind": "tra\n\xff\n[]\n' + b"[" * 60_000 + b'\n{"kind": "note"}\n' + train_line)
+    assert [event["loss"] for event in logs.read(tmp_path, "train")] == [-0.5, -0.5]
+    for line in (
+        train_line.replace(b"0.1", b'"x"'), train_line.replace(b"0.1", b"NaN"), train_line.replace(b"0.1", b"true"),
+        train_line.replace(b"3", b"-3"), train_line.replace(b'"lr"', b'"rl"'), train_line.replace(b'"train"', b"[]"),
+        b'{"kind": "start", "step": 1, "steps_per_epoch": 0}\n', b'{"kind": "validation", "step": 1, "epoch": 1, "pgd": 5}\n',
+    ):  # fmt: skip
+        log.write_bytes(train_line + line)
+        with pytest.raises(InputError, match="log.jsonl: line 2 is of no run"):
+            logs.read(tmp_path, "train")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_full_disk_of_the_log(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
+def test_full_disk_of_the_log(tmp_path, monkeypatch):
+    def full(path):
+        path.touch()
+        return open("/dev/full", "ab")
+
+    monkeypatch.setattr(atomic_write, "open_to_append", full)
     with pytest.raises(SaveError, match="cannot write .*log.jsonl .*No space left"):
         train(settings(tmp_path / "run"))

@@ -46,7 +46,7 @@ def parse(spec: str | Attack) -> Attack:
     given: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not key:
             raise InputError(f"attack {spec}: {setting!r} is no setting: write key=value, such as steps=50")
         if key in given:
             raise InputError(f"attack {spec}: {key} is given twice")

@@ -22,6 +22,8 @@ def training_loss(run: Run) -> dict:
     before = 0
     for event in logs.read(run.folder, "train"):
         term = next((name for name in ADVERSARIAL if name in event), "loss")
+        if event["step"] <= before:
+            raise InputError(f"{run.folder}: the steps in its log.jsonl do not rise: restore it, or leave out the run")
         epochs.setdefault(event["epoch"], []).append((event["step"] - before, event[term]))
         before = event["step"]
     if not epochs:
