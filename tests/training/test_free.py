@@ -182,7 +182,7 @@ def test_out_of_memory_in_a_capture_is_an_error(monkeypatch):
 def test_replayed_updates_are_the_eager_ones(precision):
     """Two steps of three updates.
 
-    cuDNN's sums are not repeatable to the last bit, and some signs of gradients turn: two eager runs in fp32 were up to 0.09 apart.
+    cuDNN's sums do not repeat to the last bit, and signs of gradients turn: two eager runs in fp32 were up to 0.09 apart.
     """
     config = settings(**FREE, device="cuda", precision=precision, model="small-cnn", momentum=0.0)
     runs = [new_run(config), new_run(replace(config, graph="never"))]
