@@ -12,7 +12,7 @@ def main() -> None:
     for name in ("stdin", "stdout", "stderr"):  # a closed one is None, and its number would be that of the next file
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  (until the end)
-    faulthandler.enable()  # what kills the process, such as a mapped file that is cut short, says so
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # what kills the process, such as a mapped file that is cut short, says so
     try:
         from .cli import main as command
 

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from dataclasses import replace
+from multiprocessing import connection
 
 import pytest
 from torch import nn
@@ -21,7 +22,6 @@ from spat_train.training.trainer import train
 from tests.data.helpers import write_folder, write_shards
 from tests.training import helpers
 from tests.training.helpers import events, in_two, weights
-from tests.training.test_resume import in_child
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +48,21 @@ def settings(data, folder, **options) -> Config:
         "log_every": 1,
     }  # fmt: skip
     return helpers.settings(folder, **chosen | options)
+
+
+def tell(pipe, steps: int, config: Config) -> None:
+    train(config, on_step=helpers.after(steps, lambda: pipe.send(steps)))
+
+
+def in_child(config: Config, step: int = 10**6) -> int:
+    """Train in a process of its own, killed by SIGKILL after that step. Returns its exit code."""
+    ours, its = helpers.processes().Pipe(duplex=False)
+    child = helpers.processes().Process(target=helpers.on_one_thread, args=(tell, its, step, config))
+    child.start()
+    if ours in connection.wait([child.sentinel, ours]):
+        child.kill()
+    child.join()
+    return child.exitcode
 
 
 @pytest.mark.slow
