@@ -337,12 +337,9 @@ class Config:
         name = f"{Path(self.data).stem}-{self.model}-{self.label}-seed{self.seed}"
         return Path("runs") / "".join(c if c.isalnum() or c in "-+._" else "-" for c in name)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, default=str)
-
     def to_dict(self) -> dict:
         """As in JSON: paths are strings, tuples are lists."""
-        return json.loads(self.to_json())
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     def differences(self, saved: dict) -> list[str]:
         """The options that change the weights and differ from those of a saved config, each as "name: saved -> now".

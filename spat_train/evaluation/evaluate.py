@@ -22,7 +22,7 @@ from . import checks
 from .attack_specs import Attack, parse, parse_all
 from .batches import Task, attack_batches, broken_by, predict
 from .record_log import Samples, tensor_hash, weights_hash
-from .records import Layout, decoded, encoded
+from .records import decoded, encoded
 from .result import Evaluation, Example, Recheck, text_table
 
 BATCH = 512
@@ -171,8 +171,10 @@ def evaluate(
             alarms               name, numbers, raised, meaning
             samples              by image: row in the data set, label, broken_by (names), predicted (by name; -1 is NaN)
 
+    The .json files and each line of samples.jsonl have a `digest` of their content.
+
     Raises:
-        InputError: an argument does not fit, or `folder` holds another evaluation.
+        InputError: an argument does not fit, or `folder` holds another evaluation, or an altered one.
         SaveError: the disk is full.
         RuntimeError: another process of `world` ended.
     """
@@ -198,9 +200,8 @@ def evaluate(
     place, arithmetic = RunFolder(Path(folder) if folder is not None else None), rounding.arithmetic(device_of(model))
     world.on_main(place.claim)
     try:
-        layout = Layout(settings, classes, images.image_shape)
         specs = {name: attack.spec for name, attack in parsed.items()}
-        with closing(Samples(place.path, layout, specs, world, arithmetic)) as samples:
+        with closing(Samples(place.path, settings, specs, world, arithmetic)) as samples:
             batches = -(-len(rows) // batch_size)
             parsed |= _earlier(samples, batches, parsed)
             samples.expect((name, number) for number in range(batches) for name in parsed)

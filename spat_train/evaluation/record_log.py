@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.run_config import read_json
-from ..runtime import atomic_write
+from ..runtime import atomic_write, json_files
 from ..runtime.atomic_write import SaveError
 from ..runtime.distributed import ALONE, World
-from .records import EXAMPLES, Layout
+from .records import EXAMPLES, from_json, to_line
 
 FORMAT = "spat_train evaluation 3"
 DIFFER = {  # settings whose values say nothing to a reader
-    "format": "another version made it, whose records have no digests, or others",
     "weights": "the model differs, in weights, architecture or normalisation",
     "source_weights": "the source differs, in weights, architecture or normalisation",
     "data": "the images or labels of --data differ", "rows": "the chosen images differ",
@@ -40,7 +38,7 @@ class Samples:
     samples-RANK.jsonl.
 
     Args:
-        layout: the form of the records, with the settings that they depend on.
+        settings: all that a record depends on, except its attack.
         attacks: what each attack is, by name; later evaluations may add others.
         world: the processes that share the evaluation, and see the same folder.
         arithmetic: what rounding depends on here (runtime/rounding.py).
@@ -55,15 +53,15 @@ class Samples:
     """
 
     def __init__(
-        self, folder: Path | None, layout: Layout, attacks: dict[str, str], world: World = ALONE, arithmetic: dict | None = None
+        self, folder: Path | None, settings: dict, attacks: dict[str, str], world: World = ALONE, arithmetic: dict | None = None
     ):
-        self.folder, self.world, self.layout = folder, world, layout
+        self.folder, self.world, self.settings = folder, world, settings
         self.begun_with = arithmetic or {}
         self.file: BinaryIO | None = None  # samples.jsonl, of the main process
         self.early: BinaryIO | None = None  # samples-RANK.jsonl, where there are several
         self.turns: deque[tuple[str, int]] = deque()  # what samples.jsonl lacks, in order
         self.made: list[tuple[str, int]] = []  # by this process
-        given = {**layout.settings, "attacks": attacks}
+        given = settings | {"attacks": attacks}
         if different := next((c for c in (changes(given, other) for other in world.gather(given)) if c), None):
             raise InputError(f"the processes differ ({'; '.join(different)}): give all of them the same files")
         self.records, self.written, self.attacks = world.on_main(lambda: self._open(attacks))
@@ -75,17 +73,17 @@ class Samples:
         if self.folder is None:
             return {}, set(), attacks
         path = self.folder / "samples.jsonl"
-        settings = {"format": FORMAT, **self.layout.settings}
+        settings = {"format": FORMAT, **self.settings}
         attacks = self._check(self.folder / "settings.json", settings, attacks) | attacks
         try:
-            written, early = _whole_lines(path, self.layout), dict[tuple[str, int], dict]()
+            written, early = _whole_lines(path, self.settings), dict[tuple[str, int], dict]()
             for each in shards(self.folder):
-                early |= _whole_lines(each, self.layout)
+                early |= _whole_lines(each, self.settings)
             self.file = atomic_write.open_to_append(path)
         except OSError as error:
             raise SaveError(f"cannot write {path} ({error.strerror}): make room, or choose another --out") from error
         content = {"settings": settings, "attacks": attacks, "begun_with": self.begun_with}
-        atomic_write.write(self.folder / "settings.json", (json.dumps(content, indent=1) + "\n").encode())
+        atomic_write.write(self.folder / "settings.json", json_files.to_bytes(content))
         return early | written, set(written), attacks
 
     def _check(self, path: Path, settings: dict, attacks: dict[str, str]) -> dict[str, str]:
@@ -97,12 +95,15 @@ class Samples:
             if there := [each.name for each in (folder / "samples.jsonl", *shards(folder)) if each.exists()]:
                 raise InputError(f"--out {folder}: it holds {there[0]} without {path.name}: choose another --out")
             return {}
+        content = json_files.read(path)
         try:
-            content = read_json(path)
             before, known = dict(content["settings"]), {str(name): str(spec) for name, spec in content["attacks"].items()}
             self.begun_with = dict(content.get("begun_with", {}))
-        except (InputError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({type(error).__name__}): choose another --out") from error
+        if before.get("format") != FORMAT:
+            made = f"{before.get('format')!r}"[:100]
+            raise InputError(f"--out {folder}: another version made what it holds ({made}, now {FORMAT!r}): choose another --out")
         changed = changes(before, settings)
         changed += [f"attack {n} was {known[n]}, now {what}" for n, what in attacks.items() if known.get(n, what) != what]
         if changed:
@@ -144,7 +145,7 @@ class Samples:
 
     def _append(self, file: BinaryIO, record: dict) -> None:
         try:
-            file.write(self.layout.line(record))
+            file.write(to_line(record, self.settings))
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
@@ -176,7 +177,7 @@ class Samples:
             # A record may have no turn: of an attack that is not asked for, and that some batches lack.
             left = [record for key, record in self.records.items() if key not in self.written]
             if left:
-                atomic_write.write(self.folder / shard(0), b"".join(map(self.layout.line, left)))
+                atomic_write.write(self.folder / shard(0), b"".join(to_line(record, self.settings) for record in left))
             for path in paths:
                 if not left or path.name != shard(0):
                     path.unlink(missing_ok=True)
@@ -235,7 +236,7 @@ def _key(record: dict) -> tuple[str, int]:
     return record["attack"], record["batch"]
 
 
-def _whole_lines(path: Path, layout: Layout) -> dict[tuple[str, int], dict]:
+def _whole_lines(path: Path, settings: dict) -> dict[tuple[str, int], dict]:
     """The records in a file, whose end is cut off from the first broken line on, such as a kill leaves.
 
     Raises:
@@ -245,18 +246,16 @@ def _whole_lines(path: Path, layout: Layout) -> dict[tuple[str, int], dict]:
     if not path.is_file():
         return found
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(layout.longest), b""), 1):
+        for number, line in enumerate(file, 1):
             try:
                 content = json.loads(line) if line.endswith(b"\n") else None
             except (ValueError, RecursionError):
                 content = None
             if content is None:
                 break
-            try:
-                record = layout.read(content)
-            except ValueError as error:
+            if (record := from_json(content, settings)) is None:
                 remedy = "remove that line, and its batch is attacked again, or choose another --out"
-                raise InputError(f"{path}: line {number}: {error}: {remedy}") from error
+                raise InputError(f"{path}: line {number}: it was altered, or is of another evaluation: {remedy}")
             whole += len(line)
             found[_key(record)] = record
     if whole < path.stat().st_size:

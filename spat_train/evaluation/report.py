@@ -16,7 +16,7 @@ from torch import Tensor
 import spat_kernels
 
 from ..data.images import Floats, Folder, Images, floats
-from ..runtime import atomic_write, rounding
+from ..runtime import atomic_write, json_files, rounding
 from .alarms import Alarm
 from .attack_specs import NAMED, published
 from .result import WORST, Evaluation, interval, percent
@@ -201,7 +201,8 @@ def to_json(e: Evaluation, classes: Sequence[str], found: Sequence[Alarm], about
         predicted = dict(zip(e.predicted, classes_found, strict=True))
         broken_by = [name for name, found_class in predicted.items() if found_class != label]
         samples.append({"row": row, "label": label, "broken_by": broken_by, "predicted": predicted})
-    lines = ",\n  ".join(map(json.dumps, samples))  # a line for each image
+    content = json_files.with_digest(content | {"samples": samples})
+    lines = ",\n  ".join(map(json.dumps, content.pop("samples")))  # a line for each image
     return f'{json.dumps(content, indent=1)[:-2]},\n "samples": [\n  {lines}\n ]\n}}\n'
 
 

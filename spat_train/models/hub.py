@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from ..config import FREE_ON_RESUME, Config
 from ..errors import InputError, first_line
+from ..runtime import json_files
 from .checkpoints import check_size, fill, matched
 from .networks import ImageShape
 from .registry import create
-from .run_config import chosen_name, config_beside, read_json, run_config
+from .run_config import chosen_name, config_beside, run_config
 from .weight_files import METADATA, digest, listed, read_file, select
 from .wrapping import normalizers
 
@@ -66,7 +67,6 @@ def from_folder(path: str | Path, model: str | None = None) -> nn.Module:
         remedy = "export or download both again"
         raise InputError(f"{path}: model.safetensors and config.json do not belong together ({listed(differ)} differ): {remedy}")
     state = select(saved, "model", file)
-    _check_finite(state, str(file))
     make = partial(create, name, activation=config.activation, classifier=config.last_layer)
     try:
         check_size(make, name, classes, shape, state)
@@ -139,11 +139,12 @@ def packed(
         "image_shape": list(image_shape), "normalisation": next(iter(numbers), None),
     } | options  # fmt: skip
     state = {key: _portable(t) for key, t in network.state_dict().items() if isinstance(t, Tensor)}
-    _check_finite(state, config.model)
+    if bad := [name for name, t in state.items() if t.is_floating_point() and t.isnan().any()]:
+        raise InputError(f"{config.model}: it has weights that are NaN ({listed(bad)}): take those of an earlier checkpoint")
     plain = io.BytesIO()
     torch.save(state, plain)
     return {
-        "config.json": (json.dumps(content | {VERSION: version(VERSION)}, indent=1) + "\n").encode(),
+        "config.json": json_files.to_bytes(content | {VERSION: version(VERSION)}),
         "model.safetensors": _safetensors(state, {"format": FORMAT, "sha256": digest(state), "config": content}),
         "model.pt": plain.getvalue(),
     }
@@ -153,11 +154,6 @@ def published(config: Config) -> Config:
     """`config` without paths, which are private: only the names of the files stay."""
     given = {key: os.fspath(value) for key in PATHS if (value := getattr(config, key))}
     return replace(config, **{key: os.path.basename(path.rstrip("/")) for key, path in given.items()})
-
-
-def _check_finite(state: dict[str, Tensor], where: str) -> None:
-    if bad := [name for name, t in state.items() if t.is_floating_point() and t.isnan().any()]:
-        raise InputError(f"{where}: it has weights that are NaN ({listed(bad)}): take those of an earlier checkpoint")
 
 
 def _portable(tensor: Tensor) -> Tensor:
@@ -173,14 +169,15 @@ def _safetensors(state: dict[str, Tensor], about: dict) -> bytes:
         raise InputError(
             "model.safetensors: writing it needs safetensors, which is not installed: pip install safetensors"
         ) from error
-    return save(state, {METADATA: json.dumps(about)})  # one entry: of several, the order differs from call to call
+    # One entry: of several, the order differs from call to call.
+    return save(state, {METADATA: json.dumps(json_files.with_digest(about))})
 
 
 def exported_config(path: Path) -> dict[str, Any] | None:
     """The content of config.json in a folder that `spat-train export` wrote; None where there is no such file, or another's."""
     if not os.path.isfile(path / "config.json"):
         return None
-    content = read_json(path / "config.json")
+    content = json_files.read(path / "config.json")
     ours = isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rstrip("0123456789"))
     return content if ours else None
 
@@ -196,26 +193,26 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: spat-train export did not write it: load the folder with the library that did")
     if content["format"] != FORMAT:
         raise InputError(f"{file}: it is of another version ({content['format']}): install a newer spat_kernels")
-    check_described(content | {"num_classes": content.get("num_classes"), "model": content.get("model")}, file)
+    check_described(content, file)
+    if not _whole(content.get("num_classes")) or content["num_classes"] != len(content["classes"]):
+        raise _odd(content, "num_classes", file)
+    if not isinstance(content.get("model"), str):
+        raise _odd(content, "model", file)
     return content
 
 
 def check_described(content: dict[str, Any], file: Path) -> None:
-    """Raise InputError where `content` of `file` does not describe a model by its classes and image shape as exports do, or runs,
-    which have no `num_classes`, and the model in their config."""
-    names: Any = content.get("classes")
-    shape: Any = content.get("image_shape")
-    named = isinstance(names, list) and len(names) >= 2 and all(isinstance(name, str) for name in names)
-    count: Any = content["num_classes"] if "num_classes" in content else len(names) if named else None
-    right = {
-        "num_classes": _whole(count) and count >= 2,
-        "classes": named and len(names) == count,
-        "image_shape": isinstance(shape, list) and len(shape) == 3 and all(_whole(side) and 0 < side <= MOST for side in shape),
-        "model": isinstance(content.get("model", ""), str) or "config" in content,
-    }
-    if wrong := [key for key, fine in right.items() if not fine and (key in content or key != "num_classes")]:
-        shown = f"{content.get(wrong[0])!r}"[:100]
-        raise InputError(f"{file}: no export writes {wrong[0]}={shown}: export or download the folder again")
+    """Raise InputError where `content` of `file` has no classes or no image shape as runs and exports write them."""
+    names, shape = content.get("classes"), content.get("image_shape")
+    if not (isinstance(names, list) and len(names) >= 2 and all(isinstance(name, str) for name in names)):
+        raise _odd(content, "classes", file)
+    if not (isinstance(shape, list) and len(shape) == 3 and all(_whole(side) and 0 < side <= MOST for side in shape)):
+        raise _odd(content, "image_shape", file)
+
+
+def _odd(content: dict[str, Any], name: str, file: Path) -> InputError:
+    shown = f"{content.get(name)!r}"[:100]
+    return InputError(f"{file}: no run or export writes {name}={shown}: restore it, or export or download it again")
 
 
 def _whole(value: Any) -> bool:

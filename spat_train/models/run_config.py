@@ -1,16 +1,14 @@
 """The checkpoint and the config of a trained run, and the name of the architecture in it."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..config import Config
 from ..errors import InputError
+from ..runtime import json_files
 from .external import is_code
 from .weight_files import listed, read_file
-
-MOST = 2**28  # bytes of a .json file; those of evaluations have a line for each image
 
 
 def chosen_name(path: str | Path, config: Config | None, name: str | None, option: str) -> str:
@@ -47,19 +45,7 @@ def run_config(path: str | Path, content: Any = None) -> Config | None:
     file = Path(path) / "config.json"
     if not os.path.isfile(file):
         return config_beside(content if content is not None else read_file(checkpoint_file(path)), path)
-    return _config(read_json(file), file)
-
-
-def read_json(file: Path) -> Any:
-    """What is in `file`. Raises InputError where that cannot be read."""
-    try:
-        if file.stat().st_size > MOST or not file.is_file():
-            raise InputError(f"{file}: it is no file of less than {MOST:,} bytes, as runs write them: restore it")
-        return json.loads(file.read_bytes())
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read ({type(error).__name__}): restore it") from error
+    return _config(json_files.read(file), file)
 
 
 def config_beside(content: Any, path: str | Path) -> Config | None:

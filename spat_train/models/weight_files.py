@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, first_line
+from ..runtime import json_files
 from ..runtime.atomic_write import check_sums
 
 WEIGHTS = ("auto", "model", "ema")
@@ -58,8 +59,7 @@ def read_weights(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
         InputError: it is no such file, or has no such weights.
         ValueError: `weights` is not one of the three.
     """
-    # Copied from the mapped file, which the caller may want to write to.
-    return {name: tensor.clone() for name, tensor in select(read_file(path), weights, path).items()}
+    return select(read_file(path), weights, path)
 
 
 def read_file(path: str | Path) -> Any:
@@ -79,11 +79,11 @@ def read_file(path: str | Path) -> Any:
             raise _refused(path, what)
         if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size):
             return _safetensors(path)
-        zipped = head.startswith(b"PK")
-        if zipped:
+        if head.startswith(b"PK"):
             check_sums(path)
         with torch.serialization.safe_globals([(_Number if "scalar" in name else _Ignored, name) for name in _IGNORED]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            # Not mapped: a file that is cut short meanwhile would end the process.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except InputError:
         raise
     except zipfile.BadZipFile as error:
@@ -129,17 +129,20 @@ def _something_else(path: Path, head: bytes) -> str:
 def _safetensors(path: Path) -> dict[str, Any]:
     """Its tensors; where `spat-train export` wrote it, as "model" beside what its metadata say, as in a checkpoint of a run."""
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
     except ImportError as error:
         raise _refused(path, "reading it needs safetensors, which is not installed: pip install safetensors") from error
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        content = path.read_bytes()
+        state = load(content)  # checks the header, too
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
     except (SafetensorError, ValueError, RecursionError) as error:
         raise _refused(path, f"it is cut short or damaged ({first_line(error)}): copy or download it again") from error
     if not isinstance(about, dict) or not about:
         return state
+    about = json_files.checked(about, path)
     if "sha256" in about and about["sha256"] != digest(state):  # exports of earlier versions have none
         raise _refused(path, "it is damaged (its weights differ from their SHA-256): copy or download it again")
     return {**about, "model": state}
@@ -199,16 +202,20 @@ def _is_state_dict(value: Any) -> bool:
     return named and any(v.ndim for v in value.values())
 
 
-def _are_weights(value: Any, seen: set[int] | None = None) -> bool:
+def _are_weights(value: Any) -> bool:
     """Whether there are tensors in it, in any order, or what was not read. One alone is a curve or the like."""
-    seen = set() if seen is None else seen  # lists may hold themselves
-    if isinstance(value, (dict, list, tuple)):
-        if id(value) in seen or len(seen) > LISTED**4:
-            return False
-        seen.add(id(value))
-        values = value.values() if isinstance(value, dict) else value
-        return any(_are_weights(v, seen) or (isinstance(v, Tensor) and v.ndim > 0) for v in values)
-    return isinstance(value, _Ignored) and not isinstance(value, _Number)
+    left, seen = [value], set[int]()  # lists may be deep, and hold themselves
+    while left and len(seen) < MOST:
+        each = left.pop()
+        if isinstance(each, _Ignored) and not isinstance(each, _Number):
+            return True
+        if isinstance(each, (dict, list, tuple)) and id(each) not in seen:
+            seen.add(id(each))
+            values = each.values() if isinstance(each, dict) else each
+            if any(isinstance(v, Tensor) and v.ndim > 0 for v in values):
+                return True
+            left += values
+    return False
 
 
 def _name(key: object) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from . import atomic_write
 from .atomic_write import SaveError
 from .trackers import Trackers
@@ -176,7 +176,8 @@ def _events(folder: Path) -> list[dict]:
                 if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
                     continue
                 if not _as_written(event):
-                    raise InputError(f"{path}: line {number} is of no run ({line[:80].decode(errors='replace')}): remove it")
+                    shown = printable(line[:80].decode(errors="replace").strip())
+                    raise InputError(f"{path}: line {number} is of no run ({shown}): remove it")
                 events.append(event)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): restore it") from error

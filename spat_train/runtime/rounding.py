@@ -3,7 +3,6 @@
 import platform
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -15,11 +14,11 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [f'{platform.machine()} CPU'])[0]} ({torch.backends.cpu.get_cpu_capability()})"
+        with open("/proc/cpuinfo") as file:
+            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or no x86
+        name = f"{platform.machine()} CPU"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def arithmetic(device: torch.device) -> dict:

@@ -2,7 +2,6 @@
 
 import fcntl
 import io
-import json
 import os
 import uuid
 from contextlib import suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, InUseError, first_line
-from . import atomic_write
+from . import atomic_write, json_files
 
 FORMAT = "spat_train 3"
 MADE_BY_A_RUN = ("last.pt", "previous.pt", "best.pt", "result.json")
@@ -129,17 +128,18 @@ class RunFolder:
             atomic_write.write_torch(self.path / "best.pt", best | {"validation": state["progress"]["best"]})
             self.best = state["progress"]["best"]
 
-    def write(self, name: str, content: str) -> None:
+    def write(self, name: str, content: dict) -> None:
+        """Write a JSON file."""
         if self.path:
-            atomic_write.write(self.path / name, content.encode())
+            atomic_write.write(self.path / name, json_files.to_bytes(content))
 
     def result(self) -> dict | None:
         """The content of result.json, if it is of the checkpoint that was opened or saved last."""
         try:
-            found = json.loads((self.path / "result.json").read_bytes()) if self.path else {}
+            found = json_files.read(self.path / "result.json") if self.path else {}
             test = found["test"]
             ours = found["checkpoint"] == self.saved_id and all(0 <= float(test[name]) <= 100 for name in (*test, "clean"))
-        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):  # missing, or not ours
+        except (AttributeError, KeyError, TypeError, ValueError):  # missing, altered or not ours
             return None  # the test writes it
         return found if ours else None
 

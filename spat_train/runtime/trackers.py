@@ -7,7 +7,6 @@ these values alone. The others take what they lack, and keep the first values of
 """
 
 import hashlib
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import InputError, first_line, lookup
+from . import json_files
 from .run_folder import RunFolder
 from .seeding import random_state, set_random_state
 
@@ -184,7 +184,7 @@ class Trackers:
                 raise InputError(f"--track {name}: it {_failed(error)}: {remedy}") from error
         ids = {name: tracker.id for name, tracker in self.open.items() if tracker.id}
         if ids and saved != (ids := saved | ids | {"folder": here}):
-            folder.write(IDS, json.dumps(ids))
+            folder.write(IDS, ids)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Values by name, after `step` updates."""
@@ -227,10 +227,10 @@ def _failed(error: BaseException) -> str:
 def _read(path: Path) -> dict[str, str]:
     """The ids of the trackers' runs by name, and "folder", a hash of where that was, from tracking.json."""
     try:
-        found = dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        found = dict(json_files.read(path)) if path.is_file() else {}
         if not all(isinstance(value, str) for value in found.values()):
             raise TypeError("ids are texts")
         return found
-    except (OSError, RecursionError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         remedy = "remove it, and the trackers begin new runs"
         raise InputError(f"--track: {path} cannot be read ({type(error).__name__}): {remedy}") from error

@@ -11,8 +11,9 @@ from ..evaluation.command import default_folder
 from ..evaluation.record_log import weights_hash
 from ..evaluation.report import FORMAT
 from ..models.matching import same_tensor
-from ..models.run_config import checkpoint_file, read_json
+from ..models.run_config import checkpoint_file
 from ..models.weight_files import read_file, select
+from ..runtime import json_files
 from ..training.checkpoint import say
 
 
@@ -59,7 +60,7 @@ def results_of(path: Path, network: nn.Module, evaluation: Path | None) -> Resul
         same = same_state(select(content, "auto", file), tested)
         if same or file.name == "last.pt":
             found |= {"trained_with": last["arithmetic"], "epochs": last["progress"]["epoch"]}
-        result = read_json(path / "result.json") if (path / "result.json").is_file() else None
+        result = json_files.read(path / "result.json") if (path / "result.json").is_file() else None
         if result and same and result["checkpoint"] == last["id"]:
             found |= {"test": result["test"], "test_images": result["test_images"]}
         elif result:
@@ -84,7 +85,7 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def _read_evaluation(path: Path, network: nn.Module) -> dict[str, Any]:
     """The content of an evaluation.json, or of that in a folder, checked to be about `network`."""
     file = path / "evaluation.json" if path.is_dir() else path
-    content = read_json(file)
+    content = json_files.read(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{file}: it is no evaluation of this version: give the folder that spat-train evaluate wrote")
     if content["settings"]["weights"] != weights_hash(network):

@@ -21,10 +21,10 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -123,7 +123,8 @@ def read(source: str) -> Spec:
                 if len(text := file.read(MOST_BYTES + 1)) > MOST_BYTES:
                     raise ValueError(f"it is longer than {MOST_BYTES:,} bytes")
             content = yaml.safe_load(text)
-            _check_extent(content, [0])
+            if sum(1 for _ in islice(_values(content), MOST_BYTES + 1)) > MOST_BYTES:  # a few lines may name each other often
+                raise ValueError("it has too many values")
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             mark = getattr(error, "problem_mark", None)
             line, why = (f"line {mark.line + 1}: ", getattr(error, "problem", "")) if mark else ("", first_line(error))
@@ -143,15 +144,12 @@ def read(source: str) -> Spec:
     return spec
 
 
-def _check_extent(value: Any, seen: list[int]) -> None:
-    """Raise ValueError where `value` is endless: a few lines of YAML may name each other billions of times. `seen`: values."""
-    seen[0] += 1
-    if seen[0] > MOST_BYTES:
-        raise ValueError("it has too many values")
-    for each in (
-        [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    ):
-        _check_extent(each, seen)
+def _values(value: Any) -> Iterator[Any]:
+    """`value` and all in it."""
+    yield value
+    inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for each in inside:
+        yield from _values(each)
 
 
 def plan(spec: Spec, given: Mapping[str, Any]) -> Sweep:

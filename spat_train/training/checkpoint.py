@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..runtime import rounding
 from ..runtime.distributed import World
 from ..runtime.run_folder import RunFolder
-from .saved_form import check_form
+from .saved_form import as_written, check_form
 
 
 def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
@@ -23,12 +23,15 @@ def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
     if world.main:
         folder.claim()  # before reading: another run may be at its last save
     saved = folder.open(config.resume)
+    changed: list[str] = []
     if saved:
-        check_form(saved, folder.path)
+        with as_written(folder.path):
+            check_form(saved, folder.path)
+            changed = config.differences(saved["config"])
     if len(set(world.gather(saved and saved["id"]))) > 1:
         remedy = "give a folder that all machines share"
         raise InputError(f"--out {folder.path}: processes find different checkpoints there: {remedy}")
-    if saved and (changed := config.differences(saved["config"])):
+    if changed:
         remedy = "give the same, or choose another --out"
         raise InputError(f"--resume: {folder.path} was made with other options ({'; '.join(changed)}): {remedy}")
     return saved

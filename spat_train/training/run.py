@@ -5,7 +5,6 @@ starts and the learning rate are computed from these, not saved. A checkpoint th
 averages, the random generators (which only a model's own randomness reads, such as dropout) and where the run is.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ..config import Config
 from ..data.images import Dataset, Folder, Images
 from ..data.picture_folders import check_readable
 from ..data.sizes import parse_sizes, resized, side_in
-from ..errors import InputError
+from ..errors import InputError, is_out_of_memory
 from ..evaluation.attack_specs import Attack
 from ..evaluation.evaluate import TEST, accuracies, validation
 from ..evaluation.result import beats_guessing
@@ -83,8 +82,7 @@ class Run:
     ):  # fmt: skip
         self.config, self.world, self.wish, self.folder = config, processes, wish, folder
         self.on_step, self.on_validation, self.span = on_step, on_validation, span
-        with as_written(folder.path):
-            saved = checkpoint.find_saved(config, processes, folder)
+        saved = checkpoint.find_saved(config, processes, folder)
         self.dataset, extra = processes.in_turn(lambda: setup.load_images(config, dataset))
         self.images = checkpoint.image_record(self.dataset, extra, processes)
         if saved is not None:
@@ -104,8 +102,7 @@ class Run:
         self.best_weights: dict[str, Tensor] | None = None
         self.snapshot: dict | None = None  # of all that updates change, at the best validation: what a rollback goes back to
         if saved is not None:
-            with as_written(folder.path):
-                self.restore(saved)
+            self.restore(saved)
         elif config.test and not config.skip_broken and isinstance(test := self.dataset.test, Folder):
             processes.on_main(lambda: check_readable(test))  # else a broken one would be found after all epochs
         self.saved_at = time.monotonic()
@@ -203,7 +200,7 @@ class Run:
         public = {name: value for name, value in published(c).to_dict().items() if name not in PRIVATE}
         trackers = Trackers(c.track, self.folder, public, self.global_step)
         try:
-            self.folder.write("config.json", c.to_json())
+            self.folder.write("config.json", c.to_dict())
             self.log = Log(
                 self.folder.path, total=c.epochs * images, done=progress.epoch * images + sum(self.sizes[: progress.step]),
                 position=progress.log_bytes, crc=progress.log_crc, name=c.preset or c.label, trackers=trackers,
@@ -323,7 +320,7 @@ class Run:
                 "test": percent, "test_images": len(self.dataset.test), "best": self.progress.best,
                 "checkpoint": self.folder.saved_id, "config": self.config.to_dict(), **checkpoint.environment(self.world),
             }  # fmt: skip
-            self.folder.write("result.json", json.dumps(result, indent=1))
+            self.folder.write("result.json", result)
         return percent
 
     def accuracies(
@@ -378,19 +375,25 @@ class Run:
             self.folder.save(state)
 
     def restore(self, saved: dict) -> None:
-        try:
-            self.step.load_state_dict(saved)
-        except RuntimeError as error:
-            where = f"its weights differ from those in {self.folder.path}: restore its code, or choose another --out"
-            raise InputError(f"--model {self.config.model}: {where}") from error
-        check_loaded(self.step.model, self.step.optimizer, saved)
+        own = saved["processes"][self.world.rank % len(saved["processes"])]
+        with as_written(self.folder.path):
+            self._load(saved)
+            set_random_state(own["random"])
+            self.step.load_own_state(own.get("step", {}))  # older checkpoints have none
         self.progress, self.best_weights = Progress(**saved["progress"]), saved["best"]
+        self.progress.sums = own["sums"]
         self.snapshot = saved.get("snapshot")
         if self.world.main:
             self.folder.write_best(saved)
         if not self.finished:
             checkpoint.warn_of_rounding(saved, self.world)
-        own = saved["processes"][self.world.rank % len(saved["processes"])]
-        set_random_state(own["random"])
-        self.progress.sums = own["sums"]
-        self.step.load_own_state(own.get("step", {}))  # older checkpoints have none
+
+    def _load(self, saved: dict) -> None:
+        try:
+            self.step.load_state_dict(saved)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            where = f"its weights differ from those in {self.folder.path}: restore its code, or choose another --out"
+            raise InputError(f"--model {self.config.model}: {where}") from error
+        check_loaded(self.step.model, self.step.optimizer, saved)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, is_out_of_memory
 from ..models.matching import unusual_kind
 from ..models.run_config import config_beside, is_a
 
@@ -48,6 +48,8 @@ def as_written(path: Path | None) -> Iterator[None]:
     except InputError:
         raise
     except BROKEN as error:
+        if is_out_of_memory(error):
+            raise
         what = f"{type(error).__name__}: {first_line(error)[:200]}"
         remedy = "restore it, or start again in another --out"
         raise InputError(f"--resume: the checkpoint in {path} is not as a run writes it ({what}): {remedy}") from error

@@ -15,6 +15,7 @@ from spat_train.data.images import floats
 from spat_train.evaluation.attack_specs import Attack
 from spat_train.evaluation.attack_specs.attack import unchanged
 from spat_train.evaluation.evaluate import evaluate
+from spat_train.runtime import json_files
 from spat_train.runtime.run_folder import FORMAT
 
 EPS = 15.3 / 255
@@ -62,7 +63,7 @@ def write_run(folder: Path, eps: float = 15.3) -> Path:
     """Make `folder` as a run leaves it, of a model that is fitted."""
     folder.mkdir()
     config = Config(data="digits", model=FEATURES, eps=eps)
-    (folder / "config.json").write_text(config.to_json())
+    (folder / "config.json").write_bytes(json_files.to_bytes(config.to_dict()))
     content = {"format": FORMAT, "config": config.to_dict(), "model": fitted().state_dict(), "ema": None}
     torch.save(content, folder / "best.pt")
     return folder

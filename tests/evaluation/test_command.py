@@ -25,6 +25,7 @@ from spat_train.evaluation.result import WORST
 from spat_train.models.checkpoints import load_model
 from spat_train.training.trainer import train
 from tests.evaluation.helpers import EPS, FEATURES, Features, command, error, fitted, quiet, write_run
+from tests.helpers import edit_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,8 +177,7 @@ def test_checkpoints_and_data_of_somebody_else(evaluating, monkeypatch, capsys, 
     assert saved["results"]["clean"]["accuracy"] > 80
     saved, _ = evaluating(*options, path=a_run / "best.pt", out=tmp_path / "file")  # the checkpoint of a run has its config
     assert saved["settings"]["eps"] == EPS
-    config = json.loads((a_run / "config.json").read_text())
-    (a_run / "config.json").write_text(json.dumps(config | {"data": "gone.npz"}))
+    edit_json(a_run / "config.json", data="gone.npz")
     message = error(monkeypatch, capsys, "evaluate", a_run)
     assert "was trained on --data gone.npz; give --data where that is now (" in message
 

@@ -258,7 +258,7 @@ def command(run: Path, out: Path, event: str = "") -> None:
 
 def masked(folder: Path) -> dict[str, bytes]:
     """The files, without what was typed and when."""
-    typed = rb"(?m)^.*(--out|\d{4}-\d\d-\d\d \d\d:\d\d UTC).*$"
+    typed = rb"(?m)^.*(--out|\"digest\":|\d{4}-\d\d-\d\d \d\d:\d\d UTC).*$"
     return {name: re.sub(typed, b"", content) if "jsonl" not in name else content for name, content in contents(folder).items()}
 
 

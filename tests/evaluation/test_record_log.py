@@ -15,9 +15,9 @@ from spat_train.data.datasets import load
 from spat_train.data.images import Images
 from spat_train.errors import InputError
 from spat_train.evaluation.attack_specs.families import PGD
-from spat_train.evaluation.records import Layout
 from spat_train.runtime.atomic_write import SaveError
 from tests.evaluation.helpers import Escaping, contents, digits, fitted, quiet
+from tests.helpers import edit_json
 from tests.training.helpers import on_one_thread, processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,35 +115,22 @@ def test_another_number_of_threads_is_said_where_something_is_left_to_do(tmp_pat
     assert capsys.readouterr().err == "spat-train: begun with threads 1, now 7: what is left to do is equal but for rounding\n"
     kept = json.loads(path.read_bytes())
     assert kept["begun_with"] == json.loads(before)["begun_with"]
-    path.write_text(json.dumps({name: value for name, value in kept.items() if name != "begun_with"}))
+    edit_json(path, begun_with=...)
     quiet(model, images, "fgsm,pgd-10", **how)
     assert capsys.readouterr().err == ""
 
 
 def test_altered_records_are_refused(tmp_path):
-    """Also those of another evaluation, and those whose digest was made again, in a shard too. Nothing is changed by that."""
+    """Also those of another evaluation, in a shard too. Nothing is changed by that."""
     model, images, rows = fitted(), load("digits").test, torch.arange(40)
     how = {"rows": rows, "batch_size": 20, "folder": tmp_path}
     quiet(model, images, "fgsm", **how)
     quiet(model, images, "fgsm", **how | {"rows": rows + 1, "folder": tmp_path / "other"})
-    file, layout = tmp_path / "samples.jsonl", _layout(tmp_path)
+    file, shard = tmp_path / "samples.jsonl", tmp_path / "samples-1.jsonl"
     clean, fgsm, *rest = file.read_bytes().splitlines(keepends=True)
-    record = json.loads(fgsm)
-    del record["digest"]
-    assert layout.line(record) == fgsm
-    predicted, image = record["predicted"], record["examples"][0]["image"]
-    altered = "line 2: it was altered, or is of another evaluation: remove that line, and its batch is attacked again"
-    edits = {line: altered for line in (b"5\n", b"{}\n", b'["digest"]\n', fgsm.replace(b'"predicted": [', b'"predicted": [1'))}
-    edits[(tmp_path / "other" / "samples.jsonl").read_bytes().splitlines(keepends=True)[1]] = altered
-    for change in (
-        {"predicted": [1]}, {"predicted": [10, *predicted[1:]]}, {"predicted": 5}, {"predicted": [1e400] * 20},
-        {"batch": 2}, {"batch": -1}, {"batch": True}, {"attack": 5}, {"forwards": [-1] * 20}, {"outside": 21}, {"outside": None},
-        {"examples": [{"index": 20, "image": image}]}, {"examples": [{"index": 0, "image": image | {"shape": [1, 1, 64]}}]},
-        {"examples": [{"index": 0, "image": image | {"bytes": "?"}}]}, {"examples": {}}, {"examples": [5]}, {"more": 1},
-    ):  # fmt: skip
-        edits[layout.line(record | change)] = "line 2: no evaluation writes such a line"
-    shard = tmp_path / "samples-1.jsonl"
-    for line, message in edits.items():
+    message = "line 2: it was altered, or is of another evaluation: remove that line, and its batch is attacked again"
+    of_another = (tmp_path / "other" / "samples.jsonl").read_bytes().splitlines(keepends=True)[1]
+    for line in (b"5\n", b"{}\n", b'["digest"]\n', fgsm.replace(b'"predicted": [', b'"predicted": [1'), of_another):
         for where, content in (file, b"".join([clean, line, *rest])), (shard, clean + line):
             shard.unlink(missing_ok=True)
             where.write_bytes(content)
@@ -157,18 +144,13 @@ def test_altered_records_are_refused(tmp_path):
     assert file.read_bytes() == b"".join([clean, *rest, fgsm])
 
 
-def _layout(folder: Path) -> Layout:
-    settings = json.loads((folder / "settings.json").read_bytes())["settings"]
-    assert settings.pop("format") == "spat_train evaluation 3"
-    return Layout(settings, 10, (1, 8, 8))
-
-
 def test_settings_of_other_versions_and_odd_ones(tmp_path):
     """Those of earlier versions have records without digests."""
     arguments, path = (fitted(), digits(10), "fgsm"), tmp_path / "settings.json"
     quiet(*arguments, folder=tmp_path)
     kept = json.loads(path.read_bytes())
-    version = "it holds another evaluation (another version made it, whose records have no digests, or others)"
+    del kept["digest"]
+    version = "another version made what it holds ('spat_train evaluation 2', now 'spat_train evaluation 3'): choose"
     for changed, message in (
         (kept | {"settings": kept["settings"] | {"format": "spat_train evaluation 2"}}, version),
         (kept | {"settings": kept["settings"] | {"eps": "8"}}, "--eps was 8, now 15.3"),
@@ -236,6 +218,6 @@ def test_a_folder_keeps_the_attacks_that_it_has(tmp_path, capsys):
     assert second.worst_case() <= first.worst_case()
     assert all(torch.equal(second.predicted[name], first.predicted[name]) for name in first.attacks)
     path = tmp_path / "kept" / "settings.json"  # as of an attack that another program defined
-    path.write_text(path.read_text().replace('"mine": "pgd:', '"mine": "theirs:'))
+    edit_json(path, attacks=json.loads(path.read_bytes())["attacks"] | {"mine": "theirs:steps=2"})
     assert list(quiet(fitted(), data, "pgd-7", folder=tmp_path / "kept").attacks) == ["clean", "pgd-7", "cw-30"]
     assert "has results of mine, which are left out: attack theirs: there is none" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def _content(path: Path) -> bytes:
     if path.name == "result.json":
         return repr({name: json.loads(content)[name] for name in ("test", "test_images", "best")}).encode()
     if path.suffix in (".json", ".md", ".html"):
-        own = rb"(?m)^.*(--out|\"out\":|\d{4}-\d\d-\d\d \d\d:\d\d UTC).*$"
+        own = rb"(?m)^.*(--out|\"out\":|\"digest\":|\d{4}-\d\d-\d\d \d\d:\d\d UTC).*$"
         return re.sub(own, b"", re.sub(rb"/[^\s\"'<]*/(run|evaluation|export)\b", rb"\1", content))
     return content
 

@@ -25,6 +25,7 @@ from spat_train.models.hub import from_folder, packed
 from spat_train.models.registry import create
 from spat_train.models.run_config import run_config
 from spat_train.models.weight_files import read_weights
+from spat_train.runtime.json_files import DIGEST
 from spat_train.runtime.logs import read as read_log
 from spat_train.sweeps import spec
 from tests.fuzz.campaign import Target
@@ -88,7 +89,8 @@ CONFIG = {
     "lr": 0.1,
     "eps": 8.0,
 }
-LOG = "\n".join(json.dumps({"kind": kind, "step": step, "loss": 0.5}) for step in range(3) for kind in ("train", "val"))
+EVENT = {"epoch": 1, "loss": 0.5, "lr": 0.1, "clean": 50.0, "pgd": 5.0}
+LOG = "\n".join(json.dumps({"kind": kind, "step": step} | EVENT) for step in range(3) for kind in ("train", "validation"))
 YAML = """base: {data: digits, epochs: 2, method: trades}
 grid: {alpha: [0.0, 0.2], seed: [0, 1]}
 hypotheses:
@@ -114,9 +116,13 @@ KINDS = {
     "config": ("config.json", lambda: json.dumps(CONFIG).encode(), lambda p: run_config(p.parent)),
     "log": ("log.jsonl", lambda: LOG.encode(), lambda p: read_log(p.parent, "train")),
     "export": ("model.safetensors", lambda: _exported()["model.safetensors"], lambda p: _export(p)),
-    "export config": ("config.json", lambda: _exported()["config.json"], lambda p: _export(p)),
+    "export config": ("config.json", lambda: _without_digest(_exported()["config.json"]), lambda p: _export(p)),
     "sweep": ("sweep.yaml", lambda: YAML.encode(), lambda p: spec.read(str(p))),
 }
+
+
+def _without_digest(content: bytes) -> bytes:
+    return json.dumps({name: value for name, value in json.loads(content).items() if name != DIGEST}, indent=1).encode()
 
 
 def _extra(path: Path):

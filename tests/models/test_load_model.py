@@ -17,6 +17,7 @@ from spat_train.models import create
 from spat_train.models.checkpoints import load_model, with_classes_of
 from spat_train.models.run_config import run_config
 from spat_train.models.wrapping import normalisation
+from spat_train.runtime import json_files
 from spat_train.runtime.run_folder import FORMAT
 from spat_train.training.check import check
 from spat_train.training.trainer import train
@@ -209,7 +210,7 @@ def test_options_of_a_foreign_file(tmp_path):
 def a_run(tmp_path, net: nn.Module, **options):
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(Config(**options).to_json())
+    (folder / "config.json").write_bytes(json_files.to_bytes(Config(**options).to_dict()))
     own(folder, net, "best.pt", **options)
     return folder
 
@@ -259,7 +260,7 @@ def test_code_that_a_file_names_runs_only_when_repeated(tmp_path, monkeypatch, c
     assert f"{shown} --model-name {code}" in command(run)
     assert f"{shown} --model-name {code}" in command(run / "best.pt")
     assert f"{shown} --source-name {code}" in command(mine, "--source", run)
-    config = Config(**json.loads((run / "config.json").read_text()) | {"milestones": (75, 90)})
+    config = run_config(run)
     with pytest.raises(InputError, match=f"{shown} --model {code}"):
         open_model(Run(run, config), images, Options(device="cpu"))
     assert not (tmp_path / "ran").exists()

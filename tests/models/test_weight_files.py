@@ -12,7 +12,7 @@ from torch import nn
 
 from spat_train.errors import InputError
 from spat_train.models.checkpoints import load_checkpoint
-from spat_train.models.weight_files import read_weights
+from spat_train.models.weight_files import read_file, read_weights
 from spat_train.runtime.run_folder import FORMAT, RunFolder
 from tests.models.helpers import X, network, prefixed, refusal, same, saved
 
@@ -86,17 +86,23 @@ def test_no_network_or_several(tmp_path, content, message):
 
 
 def test_dicts_that_hold_themselves(tmp_path):
-    """Neither a cycle nor lists that are shared billions of times take long."""
-    state, cycle, shared, wide = network().state_dict(), [], [1], {f"{k}": 1 for k in range(400)}
+    """Neither a cycle, deep lists, nor those that are shared billions of times take long."""
+    state, cycle, deep, shared, wide = network().state_dict(), [], [], [1], {f"{k}": 1 for k in range(400)}
     cycle.append(cycle)
+    for _ in range(600):
+        deep = [deep]
     for _ in range(60):
         shared = [shared, shared]
     for _ in range(3):
         wide = {f"{k}": wide for k in range(400)}
     itself = {("a", "b"): 1}
     itself["ema"] = itself
-    for content in ({"ema": cycle, "model": state}, {"ema": shared, "model": state}):
-        assert read_weights(saved(tmp_path, content)).keys() == state.keys()
+    limit = sys.getrecursionlimit()
+    for odd in (cycle, deep, shared):
+        sys.setrecursionlimit(10 * limit)  # for torch.save
+        path = saved(tmp_path, {"ema": odd, "model": state})
+        sys.setrecursionlimit(limit)
+        assert read_weights(path).keys() == state.keys()
     assert "it holds no weights (its entries: a tuple, ema)" in refusal(network(), saved(tmp_path, itself))
     assert "it holds too many other entries" in refusal(network(), saved(tmp_path, wide))
 
@@ -165,6 +171,17 @@ def test_parts_that_would_take_any_memory(tmp_path):
     path.rename(tmp_path / "last.pt")
     with pytest.raises(InputError, match="last.pt is damaged .*neither compresses parts"):
         RunFolder(tmp_path).open(resume=True)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_what_was_read_stays_when_the_file_changes(tmp_path, suffix):
+    """It is not mapped: a file that is cut short then would end the process."""
+    path, state = tmp_path / f"a.{suffix}", {"weight": torch.rand(100, 1000)}
+    torch.save(state, path) if suffix == "pt" else pytest.importorskip("safetensors.torch").save_file(state, path)
+    read = read_file(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(read["weight"], state["weight"])
 
 
 def test_every_flipped_bit_is_found(tmp_path):

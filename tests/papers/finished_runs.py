@@ -1,6 +1,5 @@
 """Small trained runs, for tests of what is made from them."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from spat_train.config import Config
 from spat_train.training.trainer import train
+from tests.helpers import edit_json
 
 EPS = 76.5
 CLASSES = 4
@@ -58,6 +58,5 @@ def write_runs(folder: Path) -> Path:
 def copy_run(source: Path, to: Path, **changes) -> Path:
     """A copy of a run with other settings in its config.json."""
     shutil.copytree(source, to)
-    config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(config | changes))
+    edit_json(to / "config.json", **changes)
     return to

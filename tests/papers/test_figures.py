@@ -243,7 +243,7 @@ def test_runs_that_differ_in_alpha_are_a_line():
 
 def test_losses_are_means_of_epochs(tmp_path):
     events = [(1, 2, 3.0), (1, 3, 6.0), (2, 6, 1.0)]  # epoch, steps so far, mean loss since the line before
-    lines = [json.dumps({"kind": "train", "epoch": e, "step": s, "loss": 9.0, "adv_ce": v}) for e, s, v in events]
+    lines = [json.dumps({"kind": "train", "epoch": e, "step": s, "loss": 9.0, "adv_ce": v, "lr": 0.1}) for e, s, v in events]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     found = training_loss.training_loss(Run(tmp_path, Config()))
     assert found == {"epochs": [1, 2], "losses": [4.0, 1.0], "term": "adv_ce"}

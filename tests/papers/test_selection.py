@@ -100,7 +100,7 @@ def test_runs_in_a_folder(finished_runs, tmp_path, capsys):
     assert names(find_runs(finished_runs)) == ["b", "madry", "madry-seed1", "standard", "wide", "wide-standard"]
     assert all(found.epochs == found.config.epochs for found in find_runs(finished_runs))
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.json").write_text(Config().to_json())
+    (tmp_path / "begun" / "config.json").write_text("{}")
     assert find_runs(tmp_path) == find_runs(None) == find_runs(tmp_path / "nowhere") == []
     with pytest.raises(InputError, match=r"neither best.pt nor last.pt"):
         read_run(tmp_path / "begun")
@@ -171,7 +171,7 @@ def test_the_best_on_held_out_images_judges(tmp_path):
 
     def made(name: str, *pgd: float, **settings) -> Run:
         (tmp_path / name).mkdir()
-        lines = [json.dumps({"kind": "validation", "step": i, "pgd": value}) for i, value in enumerate(pgd)]
+        lines = [json.dumps({"kind": "validation", "step": i, "epoch": i, "clean": 90.0, "pgd": v}) for i, v in enumerate(pgd)]
         (tmp_path / name / "log.jsonl").write_text("\n".join(lines))
         return Run(tmp_path / name, Config(**settings))
 

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 from spat_train.data.datasets import load
 from spat_train.evaluation.evaluate import evaluate
 from spat_train.models.checkpoints import load_model
+from spat_train.models.run_config import run_config
 from spat_train.papers import tables
 from spat_train.papers.loaded_run import open_images
 from spat_train.papers.options import Options
@@ -162,7 +163,7 @@ def test_a_run_at_full_scale_has_no_mark(finished_runs, tmp_path, monkeypatch):
     table = TABLES["madry-mnist"]
     full = replace(table, runs={"A": table.runs["A"]}, cells=table.cells[:1])
     monkeypatch.setitem(TABLES, "madry-mnist", full)
-    own = json.loads((finished_runs / "madry" / "config.json").read_text())
+    own = vars(run_config(finished_runs / "madry"))
     preset = replace(PRESETS["madry-mnist/madry"], **own | {"milestones": None})
     monkeypatch.setitem(PRESETS, "madry-mnist/madry", preset)
     filled = tables.fill("madry-mnist", Options(runs=finished_runs), {}, tmp_path)

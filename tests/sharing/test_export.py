@@ -30,6 +30,7 @@ from spat_train.sharing.card import card as markdown
 from spat_train.sharing.results import Results
 from spat_train.training.trainer import train
 from tests.evaluation.helpers import command, contents, error
+from tests.helpers import edit_json
 from tests.training.helpers import settings
 
 ROOT = Path(__file__).parents[2]
@@ -155,9 +156,8 @@ def test_the_evaluation_is_in_the_card(evaluated, tmp_path, monkeypatch, capsys)
 def test_alarms_are_in_the_card(evaluated, tmp_path):
     shutil.copytree(evaluated, tmp_path / "run")
     path = tmp_path / "run" / "evaluation" / "evaluation.json"
-    content = json.loads(path.read_text())
     raised = {"name": "more steps break more images", "numbers": {}, "raised": True, "meaning": "Gradients may be masked."}
-    path.write_text(json.dumps(content | {"alarms": [raised, raised | {"name": "no", "raised": False}]}))
+    edit_json(path, alarms=[raised, raised | {"name": "no", "raised": False}])
     text = card(spat_train.export(tmp_path / "run", tmp_path / "out"))
     assert text.count("Alarm: ") == 1
     assert "- Alarm: it was expected that more steps break more images. Gradients may be masked." in text
@@ -274,6 +274,32 @@ def test_files_that_were_edited(evaluated, tmp_path, name, content):
     with pytest.raises(InputError, match="is not as it was written .*: restore or remove it") as caught:
         spat_train.export(run, tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+def test_flipped_digits(evaluated, tmp_path):
+    """They are noticed. A damaged result.json is written again, and a config may be changed by who says so."""
+    run, out, digits = Path(shutil.copytree(evaluated, tmp_path / "run")), tmp_path / "out", load("digits")
+    evaluation, test = run / "evaluation", json.loads((run / "result.json").read_bytes())["test"]
+    spat_train.export(run, out, evaluation=evaluation)
+    for file, entry, reads in (
+        (evaluation / "evaluation.json", b'"broken": ', lambda: spat_train.export(run, out, evaluation=evaluation)),
+        (run / "result.json", b'"clean": ', lambda: spat_train.export(run, out)),
+        (run / "config.json", b'"eps": ', lambda: load_model(run, digits)),
+        (out / "config.json", b'"eps": ', lambda: load_model(out, digits)),
+        (out / "model.safetensors", rb"\"eps\": ", lambda: load_model(out, digits)),
+    ):
+        kept = file.read_bytes()
+        at = kept.index(entry) + len(entry)
+        file.write_bytes(kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
+        with pytest.raises(InputError, match=f"{file}: it was altered since it was written"):
+            reads()
+        if file.name == "config.json":
+            edit_json(file)
+            reads()
+        elif file.name != "result.json":
+            file.write_bytes(kept)
+    train(replace(run_config(run), eps=run_config(evaluated).eps, out=run, resume=True))
+    assert json.loads((run / "result.json").read_bytes())["test"] == test
 
 
 # ---- what is in the card
@@ -442,8 +468,7 @@ def test_a_checkpoint_of_others(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_data_that_moved(run, tmp_path, monkeypatch, capsys):
-    config = json.loads((run / "config.json").read_text()) | {"data": "/nowhere/digits.npz"}
-    (run / "config.json").write_text(json.dumps(config))
+    edit_json(run / "config.json", data="/nowhere/digits.npz")
     command(monkeypatch, "export", run, "--out", tmp_path / "out")
     assert run_config(tmp_path / "out").data == "digits.npz"
     assert "/nowhere" not in card(tmp_path / "out")
@@ -459,7 +484,7 @@ def test_data_that_moved(run, tmp_path, monkeypatch, capsys):
     assert "was trained on --data /nowhere/digits.npz; give --data where that is now" in err
     command(monkeypatch, "export", run, "--out", tmp_path / "two", "--data", "digits")
     assert contents(tmp_path / "two") == contents(tmp_path / "out")
-    (run / "config.json").write_text(json.dumps(config | {"data": "elsewhere.npz"}))
+    edit_json(run / "config.json", data="elsewhere.npz")
     command(monkeypatch, "export", run, "--out", tmp_path / "two", "--data", "digits")  # of the same weights
     assert run_config(tmp_path / "two").data == "elsewhere.npz"
 

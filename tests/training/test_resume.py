@@ -74,6 +74,15 @@ def test_a_stopped_run_goes_on_on_the_gpu(tmp_path, options):
         assert (ours["model"][name] - t).float().norm() <= 0.05 * t.float().norm(), name
 
 
+@pytest.fixture
+def hangups():
+    """SIGHUP has its default, though these tests are run by nohup."""
+    kept = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, kept)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("name", ["load_images", "make_model"])
 def test_signals_before_the_first_step_end_the_run_at_once(tmp_path, monkeypatch, number, name):
@@ -262,7 +271,7 @@ def test_changed_images_are_refused(tmp_path, changed):
 def test_moved_images_are_the_same_and_another_arithmetic_is_noted_in_a_line(tmp_path, monkeypatch, capsys):
     data, first, second = load("digits", limit=150), tmp_path / "first", tmp_path / "second"
     first.mkdir()
-    arrays = {f"{xy}_{s}": t for s in ("train", "test") for xy, t in zip("xy", vars(getattr(data, s)).values(), strict=True)}
+    arrays = {"x_train": data.train.pixels, "y_train": data.train.labels, "x_test": data.test.pixels, "y_test": data.test.labels}
     np.savez(first / "data.npz", **arrays)
     np.savez_compressed(first / "extra.npz", image=data.train.pixels, label=data.train.labels)
     config = settings(tmp_path / "run", epochs=1, schedule="constant", data=str(first / "data.npz"), extra=first / "extra.npz")
@@ -447,6 +456,24 @@ def test_checkpoints_of_others(tmp_path):
             train(config)
         assert str(config.out) in str(refused.value), places
         assert {path: path.read_bytes() for path in config.out.iterdir()} == before, places
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "expected"),
+    [
+        ((RunFolder, "write_best"), SaveError("full"), "full"),
+        ((Run, "_load"), torch.OutOfMemoryError(), "--batch-size 32: out of memory"),
+    ],
+)
+def test_a_checkpoint_is_not_blamed_for_the_computer(tmp_path, monkeypatch, place, error, expected):
+    def failing(*_):
+        raise error
+
+    config = settings(tmp_path / "run", epochs=1, test=False, schedule="constant")
+    train(config)
+    monkeypatch.setattr(*place, failing)
+    with pytest.raises((SaveError, InputError), match=f"^{expected}"):
+        train(replace(config, epochs=2, resume=True))
 
 
 def test_a_damaged_log_is_noticed(tmp_path):

@@ -264,7 +264,7 @@ def test_one_that_exits_is_left_out(tmp_path, monkeypatch, capsys):
 
 def test_paths_are_not_handed_over(tmp_path):
     data = load("digits", limit=60)
-    arrays = {f"{xy}_{s}": t for s in ("train", "test") for xy, t in zip("xy", vars(getattr(data, s)).values(), strict=True)}
+    arrays = {"x_train": data.train.pixels, "y_train": data.train.labels, "x_test": data.test.pixels, "y_test": data.test.labels}
     np.savez(tmp_path / "mine.npz", **arrays)
     train(settings(tmp_path / "run", track="wandb", data=str(tmp_path / "mine.npz"), limit=None, holdout=5, epochs=1))
     config = made[0].run.config
