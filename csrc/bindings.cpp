@@ -12,6 +12,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 #include "spat.h"
 
@@ -56,29 +57,59 @@ struct Memory {
   const char *begin = nullptr, *end = nullptr;  // both null for what is absent or empty
 };
 
+struct Device {
+  int32_t type = 0, index = 0;
+  bool operator==(const Device&) const = default;
+};
+
+Device device_of(const Tensor& t) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  return device;
+}
+
 // The stretch of memory of a dense tensor, which the ops require. Views and storages that are too short for one are refused.
-Memory memory_of(const Tensor& t, const char* name) {
-  if (t.numel() == 0) return {};
-  const int64_t bytes = t.numel() * int64_t(t.element_size());
+Memory memory_of(const Tensor& t, const Role& role) {
+  const int64_t numel = t.numel();
+  if (numel == 0) {
+    SPAT_CHECK(t.defined(), role.name, " must be a tensor, got None");
+    return {};
+  }
+  const int64_t size = int64_t(t.element_size()), last = t.storage_offset() + numel;
   int64_t storage = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage));
-  SPAT_CHECK(t.storage_offset() * int64_t(t.element_size()) + bytes <= storage, name,
-             " has fewer elements in memory than in its shape: expanded tensors, and those whose storage was resized, must be cloned");
-  const auto begin = static_cast<const char*>(t.const_data_ptr());
-  return {begin, begin + bytes};
+  SPAT_CHECK(last <= storage && last * size <= storage, role.name,  // without overflow
+             " has fewer elements in memory than in its shape: expanded tensors, and those whose storage was resized, must be ",
+             "cloned");
+  const void* begin = role.written ? t.mutable_data_ptr() : t.const_data_ptr();  // lazy copies part here
+  return {static_cast<const char*>(begin), static_cast<const char*>(begin) + numel * size};
 }
-Memory memory_of(const std::optional<Tensor>& t, const char* name) { return t ? memory_of(*t, name) : Memory{}; }
 
-// That no result overlaps another argument, unless both are shared and the same.
-void check_apart(const Role* roles, const Memory* memory, size_t count) {
-  for (size_t i = 0; i < count; ++i)
-    for (size_t j = 0; roles[i].written && j < count; ++j) {
+// What is checked of the tensors of every op, null where absent: one device, memory for all elements, and that no result overlaps
+// another argument, unless both are shared and the same.
+template <size_t N>
+void check_arguments(const Role (&roles)[N], const Tensor* const (&tensors)[N]) {
+  Memory memory[N];
+  Device first;
+  for (size_t i = 0; i < N; ++i) {
+    if (!tensors[i]) continue;
+    memory[i] = memory_of(*tensors[i], roles[i]);
+    const Device device = device_of(*tensors[i]);
+    if (i == 0) first = device;
+    SPAT_CHECK(device == first, roles[i].name, " is on another device than the first argument");
+  }
+  for (size_t i = 0; i < N; ++i)
+    for (size_t j = 0; roles[i].written && j < N; ++j) {
       if (i == j || memory[i].end <= memory[j].begin || memory[j].end <= memory[i].begin) continue;
       const bool in_place = roles[i].shared && roles[j].shared && !roles[j].written && memory[i].begin == memory[j].begin &&
                             memory[i].end == memory[j].end;
       SPAT_CHECK(in_place, roles[i].name, " overlaps ", roles[j].name, " in memory: clone one of them");
     }
 }
+
+const Tensor* pointer_to(const Tensor& t) { return &t; }
+const Tensor* pointer_to(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
 template <class T>
 constexpr bool is_tensor = std::is_same_v<T, Tensor> || std::is_same_v<T, std::optional<Tensor>>;
@@ -88,20 +119,17 @@ template <auto op, Role... roles>
 struct Gate;
 template <class... Args, void (*op)(Args...), Role... roles>
 struct Gate<op, roles...> {
+  static constexpr Role all[] = {roles...};
   static_assert((is_tensor<Args> + ...) == sizeof...(roles));
   static void call(Args... args) {
-    static constexpr Role all[] = {roles...};
-    Memory memory[sizeof...(roles)];
-    size_t count = 0;
-    const auto note = [&](const auto& argument) {
-      if constexpr (is_tensor<std::remove_cvref_t<decltype(argument)>>) {
-        memory[count] = memory_of(argument, all[count].name);
-        ++count;
-      }
+    const Tensor* tensors[sizeof...(roles)];
+    const Tensor** next = tensors;
+    const auto note = [&]<class T>(const T& argument) {
+      if constexpr (is_tensor<T>) *next++ = pointer_to(argument);
     };
     (note(args), ...);
-    check_apart(all, memory, count);
-    op(args...);
+    check_arguments(all, tensors);
+    op(std::move(args)...);
   }
 };
 
@@ -129,21 +157,15 @@ void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
   SPAT_CHECK(scalar_type_of(t, name) == dtype, name, " has the wrong dtype (see the op's docstring)");
 }
 
-void check_device(const Tensor& t, const Tensor& like, const char* name) {
-  SPAT_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                  " is on another device than the first argument");
-}
-
-// That `t` has the dtype, is on the device of `like`, and `fits` what is then said of its shape.
+// That `t` has the dtype, and `fits` what is then said of its shape.
 template <class... Words>
-void check_tensor(bool fits, const Tensor& t, ScalarType dtype, const Tensor& like, const char* name, Words... must) {
+void check_tensor(bool fits, const Tensor& t, ScalarType dtype, const char* name, Words... must) {
   check_dtype(t, dtype, name);
   SPAT_CHECK(fits, name, " must ", must...);
-  check_device(t, like, name);
 }
 
-void check_vector(const Tensor& t, int64_t numel, ScalarType dtype, const Tensor& like, const char* name) {
-  check_tensor(t.dim() == 1 && t.numel() == numel && t.is_contiguous(), t, dtype, like, name, "be contiguous [", numel, "]");
+void check_vector(const Tensor& t, int64_t numel, ScalarType dtype, const char* name) {
+  check_tensor(t.dim() == 1 && t.numel() == numel && t.is_contiguous(), t, dtype, name, "be contiguous [", numel, "]");
 }
 
 bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -177,26 +199,27 @@ bool is_channels_last(const Tensor& t) {
   return true;
 }
 
-Images images_of(const Tensor& x_adv, const Tensor& x, double lo, double hi, const char* name = "x_adv", const char* other = "x") {
+Images images_of(const Tensor& x_adv, const Tensor& x, double lo, double hi, const char* name = "x_adv",
+                 const char* other = "x") {
   const DType dtype = dtype_of(x_adv, name);
   SPAT_CHECK(lo <= hi, "lo must be at most hi, got ", lo, " and ", hi);
   SPAT_CHECK(x_adv.dim() >= 1, name, " must have a batch dimension");
   SPAT_CHECK(x_adv.is_contiguous() || is_channels_last(x_adv), name, " must be contiguous or channels_last");
-  check_tensor(same_layout(x_adv, x), x, x_adv.scalar_type(), x_adv, other, "have the shape and the strides of ", name);
+  check_tensor(same_layout(x_adv, x), x, x_adv.scalar_type(), other, "have the shape and the strides of ", name);
   const int64_t samples = x_adv.size(0), sample_numel = samples ? x_adv.numel() / samples : 0;
   return {x_adv.mutable_data_ptr(), x.const_data_ptr(), samples, sample_numel, 1. / double(sample_numel), lo, hi, dtype};
 }
 
-PerSample per_sample(const Tensor& t, const Images& images, const Tensor& x_adv, const char* name) {
+PerSample per_sample(const Tensor& t, const Images& images, const char* name) {
   const bool varies = t.numel() != 1;
   const int64_t numel = varies ? images.samples : 1;
-  check_tensor(t.numel() == numel && t.is_contiguous(), t, acc_type(images.dtype), x_adv, name, "hold 1 or ", images.samples,
+  check_tensor(t.numel() == numel && t.is_contiguous(), t, acc_type(images.dtype), name, "hold 1 or ", images.samples,
                " elements, contiguous");
   return {t.const_data_ptr(), varies};
 }
 
-const int64_t* int64_vector(const Tensor& t, int64_t numel, const Tensor& like, const char* name) {
-  check_vector(t, numel, ScalarType::Long, like, name);
+const int64_t* int64_vector(const Tensor& t, int64_t numel, const char* name) {
+  check_vector(t, numel, ScalarType::Long, name);
   return t.const_data_ptr<int64_t>();
 }
 
@@ -204,13 +227,12 @@ DType grad_dtype_of(const Tensor& grad, const Images& images, const Tensor& x_ad
   const DType dtype = dtype_of(grad, "grad");
   SPAT_CHECK((images.dtype == DType::f64) == (dtype == DType::f64), "grad must be float64 exactly when x_adv is");
   SPAT_CHECK(same_layout(x_adv, grad), "grad must have the shape and the strides of x_adv");
-  check_device(grad, x_adv, "grad");
   return dtype;
 }
 
-uint8_t* nan_seen_of(const std::optional<Tensor>& t, const Images& images, const Tensor& x_adv) {
+uint8_t* nan_seen_of(const std::optional<Tensor>& t, const Images& images) {
   if (!t) return nullptr;
-  check_vector(*t, images.samples, ScalarType::Byte, x_adv, "nan_seen");
+  check_vector(*t, images.samples, ScalarType::Byte, "nan_seen");
   return t->mutable_data_ptr<uint8_t>();
 }
 
@@ -218,14 +240,14 @@ Step step_of(const Tensor& x_adv, const Tensor& x, const Tensor& grad, const Ten
              double hi, const std::optional<Tensor>& nan_seen) {
   const Images images = images_of(x_adv, x, lo, hi);
   const DType grad_dtype = grad_dtype_of(grad, images, x_adv);
-  uint8_t* seen = nan_seen_of(nan_seen, images, x_adv);
-  return {images, grad.const_data_ptr(), grad_dtype, per_sample(eps, images, x_adv, "eps"),
-          per_sample(step_size, images, x_adv, "step_size"), seen, nullptr};
+  uint8_t* seen = nan_seen_of(nan_seen, images);
+  return {images, grad.const_data_ptr(), grad_dtype, per_sample(eps, images, "eps"), per_sample(step_size, images, "step_size"),
+          seen, nullptr};
 }
 
 // A tensor like the images in the dtype that arithmetic on them is done in.
 void* acc_like_images(const Tensor& t, const Images& images, const Tensor& x_adv, const char* name) {
-  check_tensor(same_layout(x_adv, t), t, acc_type(images.dtype), x_adv, name, "have the shape and the strides of x_adv");
+  check_tensor(same_layout(x_adv, t), t, acc_type(images.dtype), name, "have the shape and the strides of x_adv");
   return t.mutable_data_ptr();
 }
 
@@ -233,11 +255,11 @@ AdtSample adt_sample_of(const Tensor& x_adv, const Tensor& mu, const Tensor& rho
                         const Tensor& seed, int64_t draw, double lo, double hi) {
   const Images images = images_of(x_adv, x, lo, hi);
   return {images, acc_like_images(mu, images, x_adv, "mu"), acc_like_images(rho, images, x_adv, "rho"),
-          per_sample(eps, images, x_adv, "eps"), int64_vector(seed, 2, x_adv, "seed"), draw};
+          per_sample(eps, images, "eps"), int64_vector(seed, 2, "seed"), draw};
 }
 
 void check_like_logits(const Tensor& t, ScalarType dtype, const Tensor& logits, const char* name) {
-  check_tensor(same_sizes(t, logits) && t.is_contiguous(), t, dtype, logits, name, "be contiguous with logits' shape");
+  check_tensor(same_sizes(t, logits) && t.is_contiguous(), t, dtype, name, "be contiguous with logits' shape");
 }
 
 Rows rows_of(const Tensor& logits, const Tensor& dlogits, const std::optional<Tensor>& loss, double scale, int64_t min_classes) {
@@ -245,7 +267,7 @@ Rows rows_of(const Tensor& logits, const Tensor& dlogits, const std::optional<Te
   SPAT_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be contiguous [B, K]");
   SPAT_CHECK(logits.size(1) >= min_classes, "logits must have at least ", min_classes, " classes, got ", logits.size(1));
   check_like_logits(dlogits, logits.scalar_type(), logits, "dlogits");
-  if (loss) check_vector(*loss, logits.size(0), acc_type(dtype), logits, "loss");
+  if (loss) check_vector(*loss, logits.size(0), acc_type(dtype), "loss");
   return {logits.const_data_ptr(), dlogits.mutable_data_ptr(), loss ? loss->mutable_data_ptr() : nullptr, logits.size(0),
           logits.size(1), scale, dtype};
 }
@@ -264,22 +286,22 @@ Channels channels_of(const Tensor& t, const char* name) {
 // The data of a tensor like `like`, or null.
 void* channels_like(const std::optional<Tensor>& t, const Tensor& like, const char* name, const char* like_name) {
   if (!t) return nullptr;
-  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), like, name, "have the shape of ", like_name);
+  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), name, "have the shape of ", like_name);
   check_channels_last(*t, name);
   return t->mutable_data_ptr();
 }
 
 // The data of a vector, or null.
-void* optional_vector(const std::optional<Tensor>& t, int64_t numel, ScalarType dtype, const Tensor& like, const char* name) {
+void* optional_vector(const std::optional<Tensor>& t, int64_t numel, ScalarType dtype, const char* name) {
   if (!t) return nullptr;
-  check_vector(*t, numel, dtype, like, name);
+  check_vector(*t, numel, dtype, name);
   return t->mutable_data_ptr();
 }
 
-uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape, const Tensor& like) {
+uint8_t* mask_of(const std::optional<Tensor>& t, const Channels& shape) {
   if (!t) return nullptr;
   const bool fits = t->dim() == 2 && t->numel() == shape.rows * shape.octets && t->size(1) == shape.octets && t->is_contiguous();
-  check_tensor(fits, *t, ScalarType::Byte, like, "mask", "be contiguous [", shape.rows, ", ", shape.octets, "]");
+  check_tensor(fits, *t, ScalarType::Byte, "mask", "be contiguous [", shape.rows, ", ", shape.octets, "]");
   return t->mutable_data_ptr<uint8_t>();
 }
 
@@ -293,7 +315,7 @@ void check_normed(const Tensor& t, int64_t channels, const char* name) {
 Channels normed_of(const Tensor& t, int64_t channels, const char* name) {
   const DType dtype = dtype_of(t, name);
   SPAT_CHECK(channels == 1 || channels == -1,
-                  "channels must be -1 (the last dimension) or 1 (channels_last images), got ", channels);
+             "channels must be -1 (the last dimension) or 1 (channels_last images), got ", channels);
   check_normed(t, channels, name);
   const int64_t count = t.size(channels == 1 ? 1 : t.dim() - 1), octets = (count + 7) / 8;
   SPAT_CHECK(count >= 1 && count <= kMaxNormed, name, " must have 1 to ", kMaxNormed, " channels, got ", count);
@@ -303,25 +325,25 @@ Channels normed_of(const Tensor& t, int64_t channels, const char* name) {
 // The data of a tensor like `like`, or null.
 void* normed_like(const std::optional<Tensor>& t, const Tensor& like, int64_t channels, const char* name, const char* like_name) {
   if (!t) return nullptr;
-  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), like, name, "have the shape of ", like_name);
+  check_tensor(same_sizes(*t, like), *t, like.scalar_type(), name, "have the shape of ", like_name);
   check_normed(*t, channels, name);
   return t->mutable_data_ptr();
 }
 
-Head head_of(const Tensor& images, const Tensor& weight, const Tensor& first, const char* name) {
+Head head_of(const Tensor& images, const Tensor& weight, const char* name) {
   const Channels shape = channels_of(images, name);
   const int64_t samples = images.size(0), pixels = samples ? shape.rows / samples : 0;
   SPAT_CHECK(images.numel() > 0 || samples == 0, name, " must have at least one channel and one pixel");
   SPAT_CHECK(shape.channels <= kMaxPooled, name, " must have at most ", kMaxPooled, " channels, got ", shape.channels);
   const bool fits = weight.dim() == 2 && weight.size(1) == shape.channels && weight.is_contiguous();
-  check_tensor(fits, weight, acc_type(shape.dtype), first, "weight", "be contiguous [K, ", shape.channels, "]");
+  check_tensor(fits, weight, acc_type(shape.dtype), "weight", "be contiguous [K, ", shape.channels, "]");
   return {shape, samples, pixels, weight.size(0), weight.const_data_ptr()};
 }
 
 // Logits or their gradients, [samples, classes].
-void check_head_rows(const Tensor& t, const Head& head, const Tensor& first, const char* name) {
+void check_head_rows(const Tensor& t, const Head& head, const char* name) {
   const bool fits = t.dim() == 2 && t.size(0) == head.samples && t.size(1) == head.classes && t.is_contiguous();
-  check_tensor(fits, t, acc_type(head.shape.dtype), first, name, "be contiguous [", head.samples, ", ", head.classes, "]");
+  check_tensor(fits, t, acc_type(head.shape.dtype), name, "be contiguous [", head.samples, ", ", head.classes, "]");
 }
 
 // ---- threads or a stream ---------------------------------------------------------------------------------------------------
@@ -386,7 +408,7 @@ void run_conv(const Args& args, const Tensor& out, int (*launch)(const Args&, vo
 
 void linf_random_start_(Tensor x_adv, Tensor x, Tensor eps, Tensor seed, double lo, double hi) {
   const Images images = images_of(x_adv, x, lo, hi);
-  const LinfRandomStart args{images, per_sample(eps, images, x_adv, "eps"), int64_vector(seed, 2, x_adv, "seed")};
+  const LinfRandomStart args{images, per_sample(eps, images, "eps"), int64_vector(seed, 2, "seed")};
   SPAT_RUN(linf_random_start, args, x_adv, images.samples * images.sample_numel, 1);
 }
 
@@ -394,7 +416,7 @@ void linf_step_(Tensor x_adv, Tensor x, Tensor grad, Tensor eps, Tensor step_siz
                 std::optional<Tensor> nan_seen, std::optional<Tensor> hash) {
   Step args = step_of(x_adv, x, grad, eps, step_size, lo, hi, nan_seen);
   if (hash) {
-    check_vector(*hash, args.images.samples, ScalarType::Long, x_adv, "hash");
+    check_vector(*hash, args.images.samples, ScalarType::Long, "hash");
     args.hash = static_cast<uint64_t*>(hash->mutable_data_ptr());
   }
   SPAT_RUN(linf_step, args, x_adv, args.images.samples * args.images.sample_numel, 1);
@@ -418,10 +440,10 @@ void adt_step_(Tensor x_adv, Tensor mu, Tensor rho, Tensor x, Tensor grad, Tenso
   const Images& images = sample.images;
   SPAT_CHECK(sum_mu.has_value() == sum_rho.has_value(), "sum_mu and sum_rho go together");
   SPAT_CHECK(sum_mu || last, "last=False needs sum_mu and sum_rho");
-  const AdtStep args{sample, grad.const_data_ptr(), grad_dtype_of(grad, images, x_adv), per_sample(factor, images, x_adv, "factor"),
+  const AdtStep args{sample, grad.const_data_ptr(), grad_dtype_of(grad, images, x_adv), per_sample(factor, images, "factor"),
                      lr, entropy, sum_mu ? acc_like_images(*sum_mu, images, x_adv, "sum_mu") : nullptr,
                      sum_rho ? acc_like_images(*sum_rho, images, x_adv, "sum_rho") : nullptr, last,
-                     nan_seen_of(nan_seen, images, x_adv)};
+                     nan_seen_of(nan_seen, images)};
   SPAT_RUN(adt_step, args, x_adv, images.samples * images.sample_numel, 2 * kNormal);
 }
 
@@ -429,7 +451,7 @@ void lsce_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tenso
                double scale, bool normalize) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
   SPAT_CHECK(!normalize || alpha == 0, "normalize goes with alpha = 0");
-  const LsceGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), alpha, targeted, normalize};
+  const LsceGrad args{rows, int64_vector(labels, rows.rows, "labels"), alpha, targeted, normalize};
   SPAT_RUN(lsce_grad, args, logits, rows.rows, kExp * rows.classes);
 }
 
@@ -443,41 +465,41 @@ void kl_grad(Tensor logits, Tensor probs, Tensor dlogits, std::optional<Tensor> 
 void margin_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, double kappa, bool targeted,
                  double scale) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
-  const MarginGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), kappa, targeted};
+  const MarginGrad args{rows, int64_vector(labels, rows.rows, "labels"), kappa, targeted};
   SPAT_RUN(margin_grad, args, logits, rows.rows, kRank * rows.classes);
 }
 
 void pma_grad(Tensor logits, Tensor labels, Tensor dlogits, std::optional<Tensor> loss, bool targeted, double scale,
               bool normalize) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, 2);
-  const PmaGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"), targeted, normalize};
+  const PmaGrad args{rows, int64_vector(labels, rows.rows, "labels"), targeted, normalize};
   SPAT_RUN(pma_grad, args, logits, rows.rows, kExp * rows.classes);
 }
 
 void dlr_grad(Tensor logits, Tensor labels, std::optional<Tensor> targets, Tensor dlogits, std::optional<Tensor> loss,
               double scale) {
   const Rows rows = rows_of(logits, dlogits, loss, scale, targets ? 4 : 3);
-  const DlrGrad args{rows, int64_vector(labels, rows.rows, logits, "labels"),
-                     targets ? int64_vector(*targets, rows.rows, logits, "targets") : nullptr};
+  const DlrGrad args{rows, int64_vector(labels, rows.rows, "labels"),
+                     targets ? int64_vector(*targets, rows.rows, "targets") : nullptr};
   SPAT_RUN(dlr_grad, args, logits, rows.rows, kRank * rows.classes);
 }
 
 void keep_best_(Tensor best, Tensor best_loss, std::optional<Tensor> best_success, Tensor x_adv, Tensor loss,
                 std::optional<Tensor> success) {
   const Images images = images_of(best, x_adv, 0, 0, "best", "x_adv");
-  check_vector(best_loss, images.samples, acc_type(images.dtype), best, "best_loss");
-  check_vector(loss, images.samples, acc_type(images.dtype), best, "loss");
+  check_vector(best_loss, images.samples, acc_type(images.dtype), "best_loss");
+  check_vector(loss, images.samples, acc_type(images.dtype), "loss");
   SPAT_CHECK(best_success.has_value() == success.has_value(), "best_success and success go together");
   if (success) {
-    check_vector(*best_success, images.samples, ScalarType::Bool, best, "best_success");
-    check_vector(*success, images.samples, ScalarType::Bool, best, "success");
+    check_vector(*best_success, images.samples, ScalarType::Bool, "best_success");
+    check_vector(*success, images.samples, ScalarType::Bool, "success");
   }
   const KeepBest args{best.mutable_data_ptr(), best_loss.mutable_data_ptr(),
                       success ? static_cast<uint8_t*>(best_success->mutable_data_ptr()) : nullptr,
                       x_adv.const_data_ptr(), loss.const_data_ptr(),
                       success ? static_cast<const uint8_t*>(success->const_data_ptr()) : nullptr,
                       images.samples, images.sample_numel, images.dtype};
-  SPAT_RUN(keep_best, args, best, images.samples, images.sample_numel);
+  SPAT_RUN(keep_best, args, best, images.samples, 1 + images.sample_numel);  // the loss and the image
 }
 
 // `like` is what the images of a pass have the shape of, by its name.
@@ -487,17 +509,17 @@ ScaleShiftRelu forward_pass(const Tensor& like, const char* name, const void* a,
   const Channels shape = channels_of(like, name);
   const ScalarType acc = acc_type(shape.dtype);
   SPAT_CHECK(relu || !mask, "mask goes with relu");
-  return {shape, a, channels_like(b, like, "b", name), optional_vector(scale, shape.channels, acc, like, "scale"),
-          optional_vector(shift, shape.channels, acc, like, "shift"), channels_like(total, like, "total", name),
-          channels_like(out, like, "out", name), mask_of(mask, shape, like), relu};
+  return {shape, a, channels_like(b, like, "b", name), optional_vector(scale, shape.channels, acc, "scale"),
+          optional_vector(shift, shape.channels, acc, "shift"), channels_like(total, like, "total", name),
+          channels_like(out, like, "out", name), mask_of(mask, shape), relu};
 }
 
 ScaleShiftReluGrad backward_pass(const Tensor& like, const char* name, const void* grad, const std::optional<Tensor>& grad2,
                                  const std::optional<Tensor>& mask, const std::optional<Tensor>& scale,
                                  const std::optional<Tensor>& residual, const Tensor& dx) {
   const Channels shape = channels_of(like, name);
-  return {shape, grad, channels_like(grad2, like, "grad2", name), mask_of(mask, shape, like),
-          optional_vector(scale, shape.channels, acc_type(shape.dtype), like, "scale"),
+  return {shape, grad, channels_like(grad2, like, "grad2", name), mask_of(mask, shape),
+          optional_vector(scale, shape.channels, acc_type(shape.dtype), "scale"),
           channels_like(residual, like, "residual", name), channels_like(dx, like, "dx", name)};
 }
 
@@ -522,9 +544,9 @@ void scale_shift_act(Tensor a, std::optional<Tensor> b, std::optional<Tensor> sc
   SPAT_CHECK(negative.has_value() == (Activation(act) == Activation::leaky_relu), "negative goes with leaky_relu");
   const bool varies = negative && negative->numel() != 1;
   const ScaleShiftAct args{shape, 1. / double(shape.channels), a.const_data_ptr(), channels_like(b, a, "b", "a"),
-                           optional_vector(scale, shape.channels, acc, a, "scale"),
-                           optional_vector(shift, shape.channels, acc, a, "shift"),
-                           optional_vector(negative, varies ? shape.channels : 1, acc, a, "negative"), varies,
+                           optional_vector(scale, shape.channels, acc, "scale"),
+                           optional_vector(shift, shape.channels, acc, "shift"),
+                           optional_vector(negative, varies ? shape.channels : 1, acc, "negative"), varies,
                            channels_like(total, a, "total", "a"), channels_like(out, a, "out", "a"),
                            channels_like(slope, a, "slope", "a"), Activation(act)};
   SPAT_RUN(scale_shift_act, args, a, shape.rows, kActivation * shape.channels);
@@ -543,10 +565,10 @@ void layer_norm(Tensor a, std::optional<Tensor> b, std::optional<Tensor> weight,
   const Channels shape = normed_of(a, channels, "a");
   const ScalarType acc = acc_type(shape.dtype);
   const LayerNorm args{shape, 1. / double(shape.channels), a.const_data_ptr(), normed_like(b, a, channels, "b", "a"),
-                       optional_vector(weight, shape.channels, acc, a, "weight"),
-                       optional_vector(bias, shape.channels, acc, a, "bias"), normed_like(total, a, channels, "total", "a"),
-                       normed_like(out, a, channels, "out", "a"), optional_vector(mean, shape.rows, acc, a, "mean"),
-                       optional_vector(rstd, shape.rows, acc, a, "rstd"), eps};
+                       optional_vector(weight, shape.channels, acc, "weight"),
+                       optional_vector(bias, shape.channels, acc, "bias"), normed_like(total, a, channels, "total", "a"),
+                       normed_like(out, a, channels, "out", "a"), optional_vector(mean, shape.rows, acc, "mean"),
+                       optional_vector(rstd, shape.rows, acc, "rstd"), eps};
   SPAT_RUN(layer_norm, args, a, shape.rows, kNorm * shape.channels);
 }
 
@@ -556,9 +578,9 @@ void layer_norm_grad(Tensor grad, std::optional<Tensor> grad2, Tensor t, Tensor 
   const ScalarType acc = acc_type(shape.dtype);
   const auto image = [&](const std::optional<Tensor>& v, const char* name) { return normed_like(v, grad, channels, name, "grad"); };
   const LayerNormGrad args{shape, 1. / double(shape.channels), grad.const_data_ptr(), image(grad2, "grad2"), image(t, "t"),
-                           optional_vector(mean, shape.rows, acc, grad, "mean"),
-                           optional_vector(rstd, shape.rows, acc, grad, "rstd"),
-                           optional_vector(weight, shape.channels, acc, grad, "weight"), image(residual, "residual"),
+                           optional_vector(mean, shape.rows, acc, "mean"),
+                           optional_vector(rstd, shape.rows, acc, "rstd"),
+                           optional_vector(weight, shape.channels, acc, "weight"), image(residual, "residual"),
                            image(dx, "dx")};
   SPAT_RUN(layer_norm_grad, args, grad, shape.rows, kNorm * shape.channels);
 }
@@ -571,11 +593,10 @@ void split_image(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> sh
   const Channels shape = channels_of(out, "out");
   SPAT_CHECK(shape.dtype == DType::f16 || shape.dtype == DType::bf16, "out must be float16 or bfloat16");
   SPAT_CHECK(out.dim() == 4 && out.size(1) >= 2 * channels && out.size(0) == x.size(0) && out.size(2) == x.size(2) &&
-                      out.size(3) == x.size(3),
-                  "out must be [", x.size(0), ", at least ", 2 * channels, ", ", x.size(2), ", ", x.size(3), "]");
-  check_device(out, x, "out");
+                 out.size(3) == x.size(3),
+             "out must be [", x.size(0), ", at least ", 2 * channels, ", ", x.size(2), ", ", x.size(3), "]");
   const auto vector = [&](const std::optional<Tensor>& t, const char* name) {
-    return static_cast<const float*>(optional_vector(t, channels, ScalarType::Float, x, name));
+    return static_cast<const float*>(optional_vector(t, channels, ScalarType::Float, name));
   };
   const SplitImage args{shape, x.const_data_ptr<float>(), channels, vector(scale, "scale"), vector(shift, "shift"),
                         out.mutable_data_ptr()};
@@ -586,13 +607,13 @@ void check_winograd(const Tensor& t, const char* name) {
   check_dtype(t, ScalarType::Float, name);
   SPAT_CHECK(has_winograd(), "Winograd's convolutions need a CPU with AVX-512");
   SPAT_CHECK(t.dim() == 4 && is_channels_last(t) && t.size(1) > 0 && t.size(1) % 32 == 0, name,
-                  " must be channels_last with a multiple of 32 channels");
+             " must be channels_last with a multiple of 32 channels");
 }
 
 // Weights for `winograd`: [16, out_channels, channels] in number, in panels (winograd.cpp).
-void check_winograd_weights(const Tensor& t, int64_t out_channels, int64_t channels, const Tensor& like, const char* name) {
+void check_winograd_weights(const Tensor& t, int64_t out_channels, int64_t channels, const char* name) {
   const bool fits = t.dim() == 3 && t.size(0) == 16 && t.size(1) == out_channels && t.size(2) == channels && t.is_contiguous();
-  check_tensor(fits, t, ScalarType::Float, like, name, "be contiguous [16, ", out_channels, ", ", channels, "]");
+  check_tensor(fits, t, ScalarType::Float, name, "be contiguous [16, ", out_channels, ", ", channels, "]");
 }
 
 constexpr int64_t kLeastTiles = 12;  // for a thread: with fewer it waits for the weights
@@ -601,7 +622,7 @@ void winograd(Tensor x, Tensor weight, Tensor out) {
   check_winograd(x, "x");
   check_winograd(out, "out");
   SPAT_CHECK(out.size(0) == x.size(0) && out.size(2) == x.size(2) && out.size(3) == x.size(3), "out must have x's pixels");
-  check_winograd_weights(weight, out.size(1), x.size(1), x, "weight");
+  check_winograd_weights(weight, out.size(1), x.size(1), "weight");
   const Winograd args{x.const_data_ptr<float>(), weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
                       x.size(2), x.size(3), x.size(1), out.size(1)};
   const int64_t tiles = x.size(0) * ((args.height + 1) / 2) * ((args.width + 1) / 2);
@@ -613,7 +634,7 @@ void winograd_weights(Tensor weight, bool turned, Tensor out) {
   check_winograd(weight, "weight");
   SPAT_CHECK(weight.size(0) % 32 == 0 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3], K in 32s");
   const int64_t channels = weight.size(turned ? 0 : 1), out_channels = weight.size(turned ? 1 : 0);
-  check_winograd_weights(out, out_channels, channels, weight, "out");
+  check_winograd_weights(out, out_channels, channels, "out");
   const WinogradWeights args{weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(), channels, out_channels, turned};
   torch::stable::parallel_for(0, channels / 16, 1, [&](int64_t begin, int64_t end) { winograd_weights_cpu(args, begin, end); });
 }
@@ -622,22 +643,21 @@ void winograd_weights(Tensor weight, bool turned, Tensor out) {
 int64_t head_work(const Head& head) { return head.shape.channels * (head.pixels + head.classes); }
 
 void pool_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor logits) {
-  const Head head = head_of(x, weight, x, "x");
-  check_head_rows(logits, head, x, "logits");
-  const void* offset = optional_vector(bias, head.classes, acc_type(head.shape.dtype), x, "bias");
+  const Head head = head_of(x, weight, "x");
+  check_head_rows(logits, head, "logits");
+  const void* offset = optional_vector(bias, head.classes, acc_type(head.shape.dtype), "bias");
   const PoolLinear args{head, x.const_data_ptr(), offset, logits.mutable_data_ptr()};
   SPAT_RUN(pool_linear, args, x, head.samples, head_work(head));
 }
 
 void pool_linear_grad(Tensor dlogits, Tensor weight, std::optional<Tensor> mask, std::optional<Tensor> scale,
                       std::optional<Tensor> factor, Tensor dx) {
-  const Head head = head_of(dx, weight, dlogits, "dx");
+  const Head head = head_of(dx, weight, "dx");
   const ScalarType acc = acc_type(head.shape.dtype);
-  check_head_rows(dlogits, head, dlogits, "dlogits");
-  check_device(dx, dlogits, "dx");
-  const PoolLinearGrad args{head, dlogits.const_data_ptr(), mask_of(mask, head.shape, dlogits),
-                            optional_vector(scale, head.shape.channels, acc, dlogits, "scale"),
-                            optional_vector(factor, head.samples, acc, dlogits, "factor"), dx.mutable_data_ptr()};
+  check_head_rows(dlogits, head, "dlogits");
+  const PoolLinearGrad args{head, dlogits.const_data_ptr(), mask_of(mask, head.shape),
+                            optional_vector(scale, head.shape.channels, acc, "scale"),
+                            optional_vector(factor, head.samples, acc, "factor"), dx.mutable_data_ptr()};
   SPAT_RUN(pool_linear_grad, args, dlogits, head.samples, head_work(head));
 }
 
@@ -651,16 +671,15 @@ void crop_flip(Tensor images, Tensor rows, Tensor ids, Tensor seed, Tensor out, 
   SPAT_CHECK(sample_numel < kLimit, "images must hold fewer than 2^30 values each");
   const DType dtype = dtype_of(out, "out");
   SPAT_CHECK(out.dim() == 4 && out.size(1) == channels && out.size(2) == height && out.size(3) == width, "out must be [B, ",
-                  channels, ", ", height, ", ", width, "]");
+             channels, ", ", height, ", ", width, "]");
   const bool channels_last = is_channels_last(out);
   SPAT_CHECK(channels_last || out.is_contiguous(), "out must be contiguous or channels_last");
-  check_device(out, images, "out");
   SPAT_CHECK(pad >= 0 && pad < kLimit, "pad must be at least 0 and less than 2^30, got ", pad);
   const int64_t samples = out.size(0);
   const CropFlip args{images.const_data_ptr<uint8_t>(),
-                      int64_vector(rows, samples, images, "rows"),
-                      int64_vector(ids, samples, images, "ids"),
-                      int64_vector(seed, 2, images, "seed"),
+                      int64_vector(rows, samples, "rows"),
+                      int64_vector(ids, samples, "ids"),
+                      int64_vector(seed, 2, "seed"),
                       out.mutable_data_ptr(), count, samples, sample_numel, int32_t(height), int32_t(width),
                       int32_t(channels), int32_t(channels_last ? channels : 1), int32_t(pad), flip, dtype};
   SPAT_RUN(crop_flip, args, images, samples, kCrop * sample_numel);
@@ -676,7 +695,7 @@ Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t s
   SPAT_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x must be float16 or bfloat16");
   for (const Tensor* t : {&x, &weight, &out}) {
     const char* name = t == &x ? "x" : t == &weight ? "weight" : "out";
-    check_tensor(t->dim() == 4 && is_channels_last(*t) && t->size(1) % 8 == 0 && t->size(1) > 0, *t, dtype, x, name,
+    check_tensor(t->dim() == 4 && is_channels_last(*t) && t->size(1) % 8 == 0 && t->size(1) > 0, *t, dtype, name,
                  "be channels_last with a multiple of 8 channels");
     SPAT_CHECK(is_aligned(t->const_data_ptr()), name, " must begin at a multiple of 16 bytes");
   }
@@ -684,22 +703,22 @@ Conv conv_of(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t s
   const int64_t out_channels = weight.size(0), kernel_height = weight.size(2), kernel_width = weight.size(3);
   SPAT_CHECK(weight.size(1) == channels, "weight must be [K, ", channels, ", R, S]");
   SPAT_CHECK(stride >= 1 && stride <= 8 && pad_height >= 0 && pad_height < kernel_height && pad_width >= 0 &&
-                      pad_width < kernel_width && kernel_height <= 64 && kernel_width <= 64,
-                  "stride must be 1 to 8, and padding less than the kernel, of at most 64 by 64");
+                 pad_width < kernel_width && kernel_height <= 64 && kernel_width <= 64,
+             "stride must be 1 to 8, and padding less than the kernel, of at most 64 by 64");
   const int64_t out_height = (height + 2 * pad_height - kernel_height) / stride + 1;
   const int64_t out_width = (width + 2 * pad_width - kernel_width) / stride + 1;
   SPAT_CHECK(height + 2 * pad_height >= kernel_height && width + 2 * pad_width >= kernel_width, "weight is larger than x");
   SPAT_CHECK(out.size(0) == samples && out.size(1) == out_channels && out.size(2) == out_height && out.size(3) == out_width,
-                  "out must be [", samples, ", ", out_channels, ", ", out_height, ", ", out_width, "]");
+             "out must be [", samples, ", ", out_channels, ", ", out_height, ", ", out_width, "]");
   SPAT_CHECK(tile == 64 || tile == 128 || tile == 160, "tile must be 64, 128 or 160, got ", tile);
   SPAT_CHECK(samples * out_height * out_width < (int64_t(1) << 30) && samples * height * width < (int64_t(1) << 30),
-                  "x must have fewer than 2^30 pixels");
+             "x must have fewer than 2^30 pixels");
   const auto n = [](int64_t v) { return int32_t(v); };
   const Conv c{x.const_data_ptr(), weight.const_data_ptr(), n(samples), n(height), n(width), n(channels), n(out_height),
                n(out_width), n(out_channels), n(kernel_height), n(kernel_width), n(stride), n(pad_height), n(pad_width), n(tile),
                rows, 0, 0, 0, 0};
   SPAT_CHECK(!rows || pixels_in_rows(c), "rows needs stride 1, out as large as x, 8, 16, 32 or 64 pixels in a row, tiles of 128 "
-                  "pixels that are whole rows of an image, or two images, and at most 192 pixels with the rows above and below");
+             "pixels that are whole rows of an image, or two images, and at most 192 pixels with the rows above and below");
   return c;
 }
 
@@ -733,15 +752,18 @@ void conv_scale_shift_relu_grad(Tensor x, Tensor weight, int64_t stride, int64_t
 #define SPAT_BOX(op, ...) TORCH_BOX((&Gate<&op, __VA_ARGS__>::call))
 
 #define SPAT_IMPLEMENT_CONVOLUTIONS(m) \
-  m.impl("conv_scale_shift_relu", SPAT_BOX(conv_scale_shift_relu, "x", "weight", "b~", "scale", "shift", "total!~", "out!~", "mask!")); \
-  m.impl("conv_scale_shift_relu_grad", SPAT_BOX(conv_scale_shift_relu_grad, "x", "weight", "grad2~", "mask", "scale", "residual~", "out!~"));
+  m.impl("conv_scale_shift_relu", SPAT_BOX(conv_scale_shift_relu, "x", "weight", "b~", "scale", "shift", "total!~", "out!~", \
+                                           "mask!")); \
+  m.impl("conv_scale_shift_relu_grad", SPAT_BOX(conv_scale_shift_relu_grad, "x", "weight", "grad2~", "mask", "scale", \
+                                                "residual~", "out!~"));
 
 #define SPAT_IMPLEMENT(m) \
   m.impl("linf_random_start_", SPAT_BOX(linf_random_start_, "x_adv!", "x", "eps", "seed")); \
   m.impl("linf_step_", SPAT_BOX(linf_step_, "x_adv!", "x", "grad", "eps", "step_size", "nan_seen!", "hash!")); \
   m.impl("l2_step_", SPAT_BOX(l2_step_, "x_adv!", "x", "grad", "eps", "step_size", "nan_seen!")); \
   m.impl("adt_sample_", SPAT_BOX(adt_sample_, "x_adv!", "mu", "rho", "x", "eps", "seed")); \
-  m.impl("adt_step_", SPAT_BOX(adt_step_, "x_adv!", "mu!", "rho!", "x", "grad", "eps", "factor", "seed", "nan_seen!", "sum_mu!", "sum_rho!")); \
+  m.impl("adt_step_", SPAT_BOX(adt_step_, "x_adv!", "mu!", "rho!", "x", "grad", "eps", "factor", "seed", \
+                                "nan_seen!", "sum_mu!", "sum_rho!")); \
   m.impl("lsce_grad", SPAT_BOX(lsce_grad, "logits", "labels", "dlogits!", "loss!")); \
   m.impl("kl_grad", SPAT_BOX(kl_grad, "logits", "probs", "dlogits!", "loss!")); \
   m.impl("margin_grad", SPAT_BOX(margin_grad, "logits", "labels", "dlogits!", "loss!")); \

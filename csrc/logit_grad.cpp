@@ -139,8 +139,8 @@ SPAT_HD void margin_grad(const MarginGrad& a, int64_t row) {
   if (!is_class(label, a.rows) || has_nan(logits, classes)) return fill_nan<T>(a.rows, row);
   Ranked<A> other[1];
   rank(logits, classes, label, other);
-  const MarginRow<A> margin(other[0].z, to_acc(logits[label]), A(a.kappa), a.targeted);
-  for (int64_t k = 0; k < classes; ++k) dlogits[k] = from_acc<T>(margin.grad(k, other[0].k, label, A(a.rows.scale)));
+  const MarginRow<A> margin(other[0].z, to_acc(logits[label]), A(a.kappa), a.targeted, A(a.rows.scale));
+  for (int64_t k = 0; k < classes; ++k) dlogits[k] = from_acc<T>(margin.grad(k, other[0].k, label));
   if (a.rows.loss) static_cast<A*>(a.rows.loss)[row] = margin.loss;
 }
 

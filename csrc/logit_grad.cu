@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(kThreads) margin_grad_kernel(const MarginGrad 
   if (label < 0 || label >= row.classes || has_nan<N>(row)) return fill_nan<N>(row);
 
   const Ranked<A> other = next_ranked<N>(row, {INFINITY, -1}, label);
-  const MarginRow<A> margin(other.z, to_acc(row.logits[label]), A(a.kappa), a.targeted);
-  write_grad<N>(row, [&](int64_t k, A) { return margin.grad(k, other.k, label, A(a.rows.scale)); });
+  const MarginRow<A> margin(other.z, to_acc(row.logits[label]), A(a.kappa), a.targeted, A(a.rows.scale));
+  write_grad<N>(row, [&](int64_t k, A) { return margin.grad(k, other.k, label); });
   write_loss(row, margin.loss);
 }
 

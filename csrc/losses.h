@@ -90,14 +90,14 @@ SPAT_HD bool before(Ranked<A> a, Ranked<A> b) {
 template <class A>
 struct MarginRow {
   A loss;  // min(+-(z_other - z_y), kappa)
-  A slope; // of the loss by z_other; 0 where kappa clips
-  SPAT_HD MarginRow(A z_other, A z_y, A kappa, bool targeted) {
+  A slope; // scale times that of the loss by z_other; 0 where kappa clips
+  SPAT_HD MarginRow(A z_other, A z_y, A kappa, bool targeted, A scale) {
     const A sign = targeted ? A(-1) : A(1), margin = sign * (z_other - z_y);
     loss = margin > kappa ? kappa : margin;
-    slope = margin > kappa ? A(0) : sign;
+    slope = margin > kappa ? A(0) : sign * scale;
   }
-  SPAT_HD A grad(int64_t k, int64_t other, int64_t label, A scale) const {
-    return k == other ? scale * slope : k == label ? -scale * slope : A(0);
+  SPAT_HD A grad(int64_t k, int64_t other, int64_t label) const {
+    return k == other ? slope : k == label ? -slope : A(0);
   }
 };
 

@@ -34,9 +34,8 @@ SPAT_HD A sign(A g) {
 
 template <class A>
 SPAT_HD A linf_step(A x_adv, A x, A grad, A eps, A step_size, A lo, A hi) {
-  const A moved = x_adv + step_size * sign(grad), least = x - eps, most = x + eps;
-  const A inside = !(least <= moved) ? least : !(moved <= most) ? most : moved;  // NaN where x or eps is, which clamp would ignore
-  return clamp(moved != moved ? moved : inside, lo, hi);
+  const A least = x - eps, most = x + eps, inside = clamp(x_adv + step_size * sign(grad), least, most);
+  return clamp((least <= most) | (least > most) ? inside : A(NAN), lo, hi);  // NaN bounds, which clamp ignores, give NaN
 }
 
 // A sample's hash is the sum of `hashed` over its elements, modulo 2^64: in any order, so that every backend finds the same.

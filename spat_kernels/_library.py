@@ -10,8 +10,9 @@ when TRITON_INTERPRET=1) or `reference`. The default is `auto`.
 import functools
 import importlib
 import importlib.util
-import itertools
+import math
 import os
+from typing import NoReturn
 
 import torch
 import triton
@@ -24,6 +25,7 @@ if BACKEND not in BACKENDS:
 library = torch.library.Library("spat", "DEF")
 # torch's own fallbacks at these keys call an op on copies, and crash where it writes.
 REFUSED = ("Negative", "Conjugate", "ZeroTensor", "AutogradNestedTensor", "NestedTensorCPU", "NestedTensorCUDA")
+FLOAT32_MAX = torch.finfo(torch.float32).max
 served: dict[str, dict[str, str]] = {}  # op name -> dispatch key -> what serves it
 
 
@@ -50,30 +52,36 @@ if BACKEND == "triton" and triton.knobs.runtime.interpret:
     _triton_keys.append("CPU")
 
 
-def _refusal(name: str, t: torch.Tensor, first: torch.Tensor) -> str | None:
-    """Why no kernel takes the tensor `t`, the argument `name`; None for an ordinary tensor on the device of `first`."""
+def _refuse(name: str, why: str) -> NoReturn:
+    raise RuntimeError(f"{name} {why}")
+
+
+def _check_kind(name: str, t: torch.Tensor, device: torch.device) -> None:
+    """An ordinary tensor on `device`, as kernels take it."""
     if t.layout != torch.strided or t.is_nested:
-        return f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}"
+        _refuse(name, f"must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
     if t.is_neg() or t.is_conj():
-        return f"{name} is a lazily negated or conjugated view: give {name}.resolve_neg().resolve_conj()"
+        _refuse(name, f"is a lazily negated or conjugated view: give {name}.resolve_neg().resolve_conj()")
     if torch._is_zerotensor(t):
-        return f"{name} is a ZeroTensor: give {name}.clone()"
-    if t.device != first.device:
-        return f"{name} is on another device than the first argument, {t.device} instead of {first.device}"
-    return None
+        _refuse(name, f"is a ZeroTensor: give {name}.clone()")
+    if t.device != device:
+        _refuse(name, f"is on another device than the first argument, {t.device} instead of {device}")
 
 
 def _memory(name: str, t: torch.Tensor) -> tuple[int, int]:
     """Where the dense `t` begins and ends. Views and storages that are too short for it are refused."""
-    if t.numel() == 0:
+    if not (numel := t.numel()):
         return 0, 0
-    size = t.numel() * t.itemsize
-    if t.storage_offset() * t.itemsize + size > t.untyped_storage().nbytes():
-        raise RuntimeError(
-            f"{name} has fewer elements in memory than in its shape: expanded tensors, and those whose storage was resized, "
-            "must be cloned"
-        )
-    return t.data_ptr(), t.data_ptr() + size
+    if (t.storage_offset() + numel) * t.itemsize > t.untyped_storage().nbytes():
+        why = "expanded tensors, and those whose storage was resized, must be cloned"
+        _refuse(name, f"has fewer elements in memory than in its shape: {why}")
+    begin = t.data_ptr()
+    return begin, begin + numel * t.itemsize
+
+
+def _as_float32(value):
+    """A number that float32 does not reach is infinite in compiled code. torch raises an error that names no argument."""
+    return math.copysign(math.inf, value) if isinstance(value, float) and abs(value) > FLOAT32_MAX else value
 
 
 class _Gate:
@@ -85,16 +93,20 @@ class _Gate:
     def __init__(self, name: str, shared: str = ""):
         arguments = getattr(torch.ops.spat, name).default._schema.arguments
         self.names = [argument.name for argument in arguments]
-        self.written = {a.name for a in arguments if a.alias_info and a.alias_info.is_write}
-        self.shared = set(shared.split())
+        self.required = [a.name for a in arguments if isinstance(a.type, torch.TensorType)]
+        self.written = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+        self.shared = shared.split()
 
     def tensors(self, args, kwargs) -> dict[str, torch.Tensor]:
         """The tensors of a call by name, all of a kind that kernels take."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
+        for name in self.required:
+            if given[name] is None:
+                _refuse(name, "must be a tensor, got None")
+        device = given[self.names[0]].device
         tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
-        first = next(iter(tensors.values()))
-        if refusal := next(filter(None, (_refusal(name, t, first) for name, t in tensors.items())), None):
-            raise RuntimeError(refusal)
+        for name, t in tensors.items():
+            _check_kind(name, t, device)
         return tensors
 
     def refuse(self, *args, **kwargs) -> None:
@@ -105,17 +117,24 @@ class _Gate:
         """`kernel` behind all checks."""
 
         @functools.wraps(kernel)
-        def checked(*args, **kwargs):
-            memory = {name: _memory(name, t) for name, t in self.tensors(args, kwargs).items()}
-            for result, other in itertools.permutations(memory, 2):
-                (begin, end), (first, last) = memory[result], memory[other]
-                in_place = {result, other} <= self.shared and other not in self.written and (begin, end) == (first, last)
-                if result in self.written and begin < last and first < end and not in_place:
-                    raise RuntimeError(f"{result} overlaps {other} in memory: clone one of them")
+        def checked(*args):
+            tensors = self.tensors(args, {})
+            memory = {name: _memory(name, t) for name, t in tensors.items()}
+            for result in self.written:
+                begin, end = memory.get(result, (0, 0))
+                for other, (first, last) in memory.items():
+                    if begin < last and first < end and other != result and not self.in_place(result, other, memory):
+                        _refuse(result, f"overlaps {other} in memory: clone one of them")
+            wide = tensors[self.names[0]].dtype == torch.float64
             with torch.no_grad():
-                kernel(*args, **kwargs)
+                kernel(*(args if wide else map(_as_float32, args)))
 
         return checked
+
+    def in_place(self, result: str, other: str, memory: dict) -> bool:
+        """Whether `result` may be the memory that `other` is."""
+        both = result in self.shared and other in self.shared and other not in self.written
+        return both and memory[result] == memory[other]
 
 
 def guard(name: str, shared: str = "") -> _Gate:

@@ -113,7 +113,6 @@ def check_channels(**images: Maybe) -> None:
         if t is not None:
             check(t.dtype == like.dtype, f"{name} must be {like.dtype} like {first}, got {t.dtype}")
             check(t.shape == like.shape, f"{name} must have the shape of {first}")
-            check(t.device == like.device, f"{name} is on another device than the first argument")
 
 
 def check_per_channel(image: Tensor, **vectors: Maybe) -> None:
@@ -122,7 +121,6 @@ def check_per_channel(image: Tensor, **vectors: Maybe) -> None:
         if t is not None:
             check(t.dtype == dtype, f"{name} must be {dtype}, got {t.dtype}")
             check(t.shape == (channels,) and t.is_contiguous(), f"{name} must be contiguous [{channels}]")
-            check(t.device == image.device, f"{name} is on another device than the first argument")
 
 
 def broadcast(value: Tensor, like: Tensor) -> Tensor:

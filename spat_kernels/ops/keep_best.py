@@ -69,12 +69,12 @@ def keep_best_kernel(
 
 def keep_best_triton(best: Tensor, best_loss: Tensor, best_success: Maybe, x_adv: Tensor, loss: Tensor, success: Maybe) -> None:
     check_keep_best(best, best_loss, best_success, x_adv, loss, success)
-    if best.numel():
+    if len(best):
         n = best.numel() // len(best)
         with torch.cuda.device_of(best):
             keep_best_kernel[(len(best),)](
                 best, best_loss, best_success, x_adv, loss, success,
-                BY_SUCCESS=success is not None, n=n, BLOCK=min(triton.next_power_of_2(n), 2048),
+                BY_SUCCESS=success is not None, n=n, BLOCK=min(triton.next_power_of_2(max(n, 1)), 2048),
             )  # fmt: skip
 
 

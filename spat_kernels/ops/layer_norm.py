@@ -57,7 +57,6 @@ def check_images(channels: int, weight: Maybe, bias: Maybe, mean: Maybe, rstd: M
         if t is not None:
             check(t.dtype == acc, f"{what} must be {acc}, got {t.dtype}")
             check(t.shape == (rows,) and t.is_contiguous(), f"{what} must be contiguous [{rows}]")
-            check(t.device == first.device, f"{what} is on another device than the first argument")
     return [None if t is None else as_rows(t) for t in images.values()]
 
 

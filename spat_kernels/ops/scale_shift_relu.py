@@ -48,7 +48,6 @@ def check_mask(mask: Maybe, image: Tensor) -> None:
         check(mask.dtype == torch.uint8, f"mask must be uint8, got {mask.dtype}")
         shape = (rows, -(-channels // 8))
         check(mask.shape == shape and mask.is_contiguous(), f"mask must be contiguous {list(shape)}")
-        check(mask.device == image.device, "mask is on another device than the first argument")
 
 
 def check_forward(a: Tensor, b: Maybe, scale: Maybe, shift: Maybe, total: Maybe, out: Tensor, mask: Maybe, relu: bool) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
@@ -18,7 +19,7 @@ from .pictures import decode, square
 View = Callable[[Tensor, tuple[int, int], int], Tensor]  # of uint8 [C, H, W]: uint8 [C, *size], by the size and the row
 HASHED = 256 << 20  # bytes of pixels that a fingerprint reads in full
 SAMPLED = 4096  # images that it reads of more
-LARGEST = 1 << 28  # bytes of a picture's file
+LARGEST = 1 << 30  # bytes of a picture's file: no picture that is decoded has more
 
 
 class MappedFile:
@@ -148,10 +149,11 @@ class Folder(_Labelled):
     def read(self, row: int) -> bytes:
         """The file of a picture as it is."""
         path = f"{self.root}/{self.files[row]}"  # a Path takes as long as reading the file
-        if not os.path.isfile(path):  # opening a FIFO would wait forever
-            raise OSError("there is no such file" if not os.path.exists(path) else "it is no regular file")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait forever
+            raise OSError("it is no regular file")
+        check_length(status.st_size)
         with open(path, "rb", buffering=0) as file:
-            check_length(os.fstat(file.fileno()).st_size)
             return file.read()
 
     def picture(self, row: int) -> Tensor:

@@ -10,10 +10,11 @@ from typing import IO, Literal
 import numpy as np
 
 from ..errors import InputError, first_line
+from ..runtime.memory import free_memory
 from .images import Dataset, Images, missing_classes
 from .pictures import MIN_SIZE
 
-MOST_CLASSES = 10**5  # more is a label gone wrong, and would make a last layer of gigabytes
+MOST_CLASSES = 10**6  # more is a label gone wrong, and would make a last layer of gigabytes
 
 
 def load_npz(path: Path, splits: tuple[str, ...] = ("train", "test")) -> Dataset:
@@ -168,19 +169,12 @@ def read_array(archive: zipfile.ZipFile, name: str, mapped: bool = False) -> np.
     """
     dtype, shape, order = member_header(archive, name)
     array = map_npz(archive, name, check=True) if mapped else None
-    size, free = _size(dtype, shape), free_memory()
-    if (array is None or order == "F") and size > free:
+    if (array is None or order == "F") and (size := _size(dtype, shape)) > (free := free_memory()):
         raise MemoryError(f"{name} takes {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
     if array is None:
         with archive.open(f"{name}.npy") as file:
             array = np.lib.format.read_array(file)
     return array
-
-
-def free_memory() -> int:
-    """Bytes of memory that this machine can give."""
-    with open("/proc/meminfo") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
 
 
 def map_npz(archive: zipfile.ZipFile, name: str, check: bool) -> np.ndarray | None:

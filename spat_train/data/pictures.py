@@ -1,7 +1,9 @@
 """Pictures: decoded by torchvision, and brought to one size, for evaluation always alike, for training at random."""
 
 import math
+import re
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -15,7 +17,13 @@ from ..runtime.seeding import derived_seed, model_draws
 
 MIN_SIZE = 8  # least H and W: below, the strides of SmallCNN leave BatchNorm one pixel
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # whatever the suffix says
+FORMATS = ("PPM", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")  # read by PIL, whatever the suffix says. It gives EPS to a program
+MOST_PIXELS = 178_956_970  # as PIL, so that a small file does not take gigabytes
+# Of JPEG: what begins a part, the codes of those with the size of the picture, and of those that have no length.
+MARKER = re.compile(rb"\xff[^\0\xff]")
+FRAMES = bytes(code for code in range(0xC0, 0xD0) if code not in (0xC4, 0xC8, 0xCC))
+ALONE = bytes((0x01, *range(0xD0, 0xD8)))
+MOST_PARTS = 1000  # of up to 64 KB each
 THIN = 4  # sides that differ by more are cropped before they are resized: a whole resized picture could be huge
 CPU = torch.device("cpu")
 
@@ -40,18 +48,44 @@ def decode(content: bytes) -> Tensor:
     torchvision's ImageFolder, transparency and EXIF's orientation are ignored, and the first picture of an animation is taken.
 
     Raises:
-        Exception: it cannot be decoded, has more than 178 million pixels, or 32 bits a value, whose range is not known.
+        Exception: it cannot be decoded, has more pixels than `MOST_PIXELS`, or 32 bits a value, whose range is not known.
     """
-    from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
 
-    # Of what is not listed, PIL gives some to other programs. Of the rest it reads the header, and refuses 180 million pixels.
-    with Image.open(BytesIO(content), formats=FORMATS) as file:
-        if file.format not in ("JPEG", "MPO", "PNG", "WEBP"):
-            return torch.from_numpy(np.array(_rgb(file))).permute(2, 0, 1)
+    if not content.startswith((b"\xff\xd8\xff", b"\x89PNG")) and content[8:12] != b"WEBP":
+        return _by_pil(content)
+    if (pixels := _pixels(content)) > MOST_PIXELS:
+        raise ValueError(f"its header says {pixels} pixels, at most {MOST_PIXELS} are decoded")
     picture = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
     picture = picture[0] if picture.ndim == 4 else picture
     return picture if picture.dtype == torch.uint8 else (picture.to(torch.int32) >> 8).to(torch.uint8)
+
+
+def _pixels(content: bytes) -> int:
+    """Those of a PNG or JPEG, as libpng and libjpeg find them in its header. 0: there is none, or it is a WebP, never huge."""
+    number = partial(int.from_bytes, byteorder="big")
+    if content.startswith(b"\x89PNG"):
+        return number(content[16:20]) * number(content[20:24])
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    for _ in range(MOST_PARTS):
+        if not (marker := MARKER.search(content, at)):
+            return 0
+        at = marker.end()
+        code = content[at - 1]
+        if code in FRAMES:
+            return number(content[at + 3 : at + 5]) * number(content[at + 5 : at + 7])
+        if code not in ALONE:
+            at += max(2, number(content[at : at + 2]))
+    raise ValueError(f"there are {MOST_PARTS} parts before its picture")
+
+
+def _by_pil(content: bytes) -> Tensor:
+    from PIL import Image
+
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # Pillow before 11.3 has no AVIF
+    with Image.open(BytesIO(content), formats=formats) as file:
+        return torch.from_numpy(np.array(_rgb(file))).permute(2, 0, 1)
 
 
 def _rgb(picture: Any) -> Any:

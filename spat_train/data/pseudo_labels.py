@@ -203,7 +203,8 @@ def _from_buffer(content: bytes, dtype: _Dtype, shape: tuple, order: str, axes: 
 class _Unpickler(pickle._Unpickler):
     """Makes arrays of numbers, and calls nothing but the stand-ins above, whatever the pickle names.
 
-    Derived from the one in Python: of that in C, a pickle of 8 bytes may allocate 64 GB for its memo.
+    Derived from the one in Python: that in C may allocate 64 GB for the memo of a pickle of 8 bytes. Bytearrays are read as
+    bytes, as they would be filled with zeros first, as many as the pickle claims.
     """
 
     STANDINS = {
@@ -214,6 +215,9 @@ class _Unpickler(pickle._Unpickler):
         "numpy.core.numeric._frombuffer": _from_buffer,
         "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how protocol 2 writes bytes
     }
+
+    dispatch = pickle._Unpickler.dispatch.copy()
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # as numpy 2 says

@@ -39,8 +39,8 @@ RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 BLOCK = 512  # bytes of a tar file's header, of which its contents are multiples
 OPEN = 64  # shards that a process keeps open
 MOST_SHARDS = 10**6
-HEADER = 1 << 20  # bytes of one record of a tar file's headers, and of a label, at most
-TEXT = 512  # bytes of a name and of a label, at most: the index gives all as much room as the longest
+HEADER = 1 << 24  # bytes of one record of a tar file's headers, and of a label, at most
+TEXT = 1024  # characters of a name and of a label, at most: the index gives all as much room as the longest
 REMEDY = "write it again, or add --skip-broken"
 INDEX = ".index.npz"
 ODD = "surrogateescape"  # how Python has names that are no UTF-8
@@ -325,7 +325,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     size, end = os.fstat(file.fileno()).st_size, 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            if member.size < 0 or member.offset_data <= end - BLOCK or member.issparse() or len(os.fsencode(member.name)) > TEXT:
+            if member.size < 0 or member.offset_data <= end - BLOCK or member.issparse() or len(member.name) > TEXT:
                 raise tarfile.ReadError(f"{member.name[:TEXT]!a} has {member.size} bytes, is sparse, or has too long a name")
             end = member.offset_data + -(-member.size // BLOCK) * BLOCK
             if end > size:
@@ -351,7 +351,7 @@ def _label(content: bytes, name: str) -> str:
         return ""
     found = next((record[key] for key in ("label", "cls") if key in record), "") if isinstance(record, dict) else ""
     text = str(found) if type(found) in (int, str) else ""
-    return text if len(text.encode(errors=ODD)) <= TEXT else ""
+    return text if len(text) <= TEXT else ""
 
 
 def _check(index: _Index, skip_broken: bool) -> None:

@@ -13,6 +13,7 @@ from spat_train.data.datasets import load
 from spat_train.data.loader import Loader, Order
 from spat_train.data.npz_files import load_npz
 from spat_train.errors import InputError
+from spat_train.runtime.memory import free_memory
 from tests.data.helpers import arrays, saved, takes_less_than
 
 
@@ -34,7 +35,7 @@ from tests.data.helpers import arrays, saved, takes_less_than
         ({"y_test": np.full(20, 7), "classes": None}, "y_train has no 3, of 0 to 7"),
         ({"y_train": np.zeros(39, np.int64)}, "39 labels for 40 images"),
         ({"y_test": np.full(20, 3)}, "y_test contains 3: save labels from 0 to 2"),
-        ({"classes": np.array(["a"])}, "save the names of 2 to 100000 classes"),
+        ({"classes": np.array(["a"])}, "save the names of 2 to 1000000 classes"),
         ({"classes": np.array(["a", None, "c"])}, "cannot be read"),
         ({"x_train": np.array([None] * 40)}, "cannot be read as .npz .*Python objects"),
     ],
@@ -120,6 +121,35 @@ def test_what_memory_does_not_hold(tmp_path, monkeypatch, save, order):
             load_npz(path)
 
 
+GROUPS = {
+    "none": ("0::/\n", {}, 5120),
+    "no limit": ("0::/a/b\n", {"a/b/memory.max": "max"}, 5120),
+    "version 2, the one around": (
+        "1:cpu:/\n0::/a/b\n",
+        {"a/memory.max": "4000", "a/memory.current": "3000", "a/memory.stat": "anon 7\nactive_file 200\ninactive_file 30",
+         "a/b/memory.max": "9000", "a/b/memory.current": "100", "a/b/memory.stat": ""},
+        1230,
+    ),
+    "version 1, in a container": (
+        "4:memory:/docker/1234\n0::/\n",
+        {"memory/memory.limit_in_bytes": "4000", "memory/memory.usage_in_bytes": "3000",
+         "memory/memory.stat": "active_file 9\ntotal_active_file 200\ntotal_inactive_file 30"},
+        1230,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_memory_that_a_container_has(tmp_path, kind):
+    groups, files, expected = GROUPS[kind]
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in (files | {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\n", "proc/self/cgroup": groups}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(tmp_path) == expected
+    assert 1e6 < free_memory() < 1e15
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_names_of_members(tmp_path):
     path = saved(tmp_path)
@@ -137,7 +167,7 @@ def test_names_of_members(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("label", "dtype", "message"),
-    [(999_999, int, "contains 999999: save labels from 0 to 99999"), (99_999, int, "y_train has no 3, of 0 to 99999"),
+    [(10**7, int, "contains 10000000: save labels from 0 to 999999"), (999_999, int, "y_train has no 3, of 0 to 999999"),
      (2**62, int, "contains 4611686018427387904"), (-1, int, "contains -1"),
      (2**64 - 1, np.uint64, "contains 18446744073709551615"), (np.inf, float, "contains inf"), (1e300, float, "contains 1e.300"),
      (0.5, float, "save class indices as integers"), (2000, np.float16, "y_train has no 3, of 0 to 2000")],

@@ -163,7 +163,22 @@ BROKEN = {
     "huge": lambda path: path.touch() or os.truncate(path, 2**40),
     "PNG bomb": lambda path: path.write_bytes(png(2**31 - 1, 2**31 - 1)),
     "JPEG bomb": lambda path: jpeg(path, 65_500, 65_500),
+    "JPEG of many parts": lambda path: jpeg(path, 16, 16, b"\xff\xe0\0\2" * 1000),
 }
+
+# What libjpeg passes over: a frame in a comment, a length below two, bytes between parts, and filling.
+BEFORE = (b"\xff\xfe\0\x0c\xff\xc0\0\x11\x08\0\1\0\1\3", b"\xff\xe5\0\0", b"garbage", b"\xff\0", b"\xff\xd0", b"\xff" * 9)
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_bombs_in_odd_files(tmp_path, before):
+    """The size is read where libjpeg reads it."""
+    path = tmp_path / "a.jpg"
+    jpeg(path, 16, 16, before)
+    assert decode(path.read_bytes()).shape == (3, 16, 16)
+    jpeg(path, 65_500, 65_500, before)
+    with pytest.raises(ValueError, match="its header says 4290250000 pixels, at most 178956970 are decoded"):
+        decode(path.read_bytes())
 
 
 def png(width: int, height: int) -> bytes:
@@ -172,11 +187,11 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
 
 
-def jpeg(path, width: int, height: int) -> None:
+def jpeg(path, width: int, height: int, before: bytes = b"") -> None:
+    """Of this size, as it says; `before` its header comes something else."""
     picture("RGB").save(path, "JPEG")
-    content = path.read_bytes()
-    at = content.find(b"\xff\xc0") + 5
-    path.write_bytes(content[:at] + struct.pack(">2H", height, width) + content[at + 4 :])
+    start, rest = path.read_bytes().split(b"\xff\xc0", 1)
+    path.write_bytes(start + before + b"\xff\xc0" + rest[:3] + struct.pack(">2H", height, width) + rest[7:])
 
 
 @pytest.mark.parametrize("kind", BROKEN)

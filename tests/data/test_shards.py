@@ -287,7 +287,7 @@ def test_samples_that_lack_something(made, capsys):
     with tarfile.open(made / "train-000005.tar", "w") as tar:
         for name in ("1.jpg", "2.cls", "3.json", "__skip__.jpg", "4.jpg", "4.mask.png", "4.cls"):
             add(tar, name, b"{}")
-        records = ('{"label": null}', '{"label": [1, 2]}', '{"cls": 1.5}', "[" * 100_000, json.dumps({"cls": "a" * 1000}))
+        records = ('{"label": null}', '{"label": [1, 2]}', '{"cls": 1.5}', "[" * 100_000, json.dumps({"cls": "a" * 2000}))
         for name, record in enumerate(records, 5):
             add(tar, f"{name}.jpg", b"")
             add(tar, f"{name}.json", record.encode())

@@ -17,6 +17,8 @@ FAMILIES = [
 OPS = {  # op -> the module that declares it
     op: next(module for module in FAMILIES if hasattr(module, f"{op.rstrip('_')}_ref")) for op in spat_kernels.config()["ops"]
 }
+# Where no kernel is: `redispatch` finds the reference, behind its gate.
+ELSEWHERE = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
 
 
 def all_samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[tuple[str, tuple]]:

@@ -345,6 +345,15 @@ def test_margin_stops_beyond_kappa(impl, kappa, value, slope, lift):
     assert dlogits.tolist() == [[-slope, slope, 0.0]]
 
 
+def test_an_infinite_scale_leaves_zeros(impl):
+    z = torch.tensor([[1.0, 3.0, 0.0], [3.0, 1.0, 0.0]], device=impl.device)
+    y = torch.zeros(2, dtype=torch.int64, device=impl.device)
+    for op in (impl("margin_grad"), reference("margin_grad")):
+        dlogits = torch.empty_like(z)
+        op(z, y, dlogits, None, 0.0, False, torch.inf)
+        assert dlogits.tolist() == [[0.0, 0.0, 0.0], [-torch.inf, torch.inf, 0.0]]
+
+
 def test_ties_go_by_index(impl):
     z = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]], device=impl.device)
     y = torch.tensor([3], device=impl.device)

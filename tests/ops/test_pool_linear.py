@@ -148,6 +148,12 @@ def test_gradients_are_as_good_as_eagers(impl, shape, channels, classes):
             assert all(t is None or torch.equal(t, b) for t, b in zip(arguments, before, strict=False)), "inputs stay"
 
 
+def test_a_batch_of_nothing_writes_nothing(impl):
+    dlogits, weight, dx, factor = (torch.empty(shape, device=impl.device) for shape in [(0, 3), (3, 0), (0, 0), 0])
+    for call in (impl("pool_linear_grad"), reference("pool_linear_grad")):
+        call(dlogits, weight, None, None, factor, dx)
+
+
 def test_a_sample_is_the_same_in_every_batch(impl):
     """To the bit: samples go through the weights in groups."""
     for dtype in impl.dtypes:

@@ -8,9 +8,7 @@ import weakref
 import pytest
 import torch
 
-from tests.ops.helpers import OPS, all_samples
-
-ELSEWHERE = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)  # where no kernel is: the dispatcher takes the reference
+from tests.ops.helpers import ELSEWHERE, OPS, all_samples
 
 
 def calls(op):
@@ -23,6 +21,10 @@ def schema(op):
     """Names of the arguments, and which are written."""
     arguments = getattr(torch.ops.spat, op).default._schema.arguments
     return [a.name for a in arguments], {a.name for a in arguments if a.alias_info and a.alias_info.is_write}
+
+
+def optional(op):
+    return [a.name for a in getattr(torch.ops.spat, op).default._schema.arguments if isinstance(a.type, torch.OptionalType)]
 
 
 def copied(v):
@@ -68,6 +70,7 @@ STRANGE = {
     "no memory": lambda t: with_storage(t, 2**62),
     "a byte too little": lambda t: with_storage(t, 1),
     "no dimension": lambda t: t.flatten()[0],
+    "none": lambda t: None,
 }
 ALLOWED = {("no dimension", name) for name in ("eps", "step_size", "factor", "negative")}  # one value for all
 
@@ -78,7 +81,7 @@ def test_every_strange_tensor_is_refused_by_name(op):
     tensors = [name for name, t in arguments_of(op).items() if isinstance(t, torch.Tensor)]
     for call, name, (kind, strange) in itertools.product(calls(op), tensors, STRANGE.items()):
         arguments = arguments_of(op)
-        if arguments[name].numel() == 1 or (kind, name) in ALLOWED:
+        if arguments[name].numel() == 1 or (kind, name) in ALLOWED or (kind == "none" and name in optional(op)):
             continue
         arguments[name] = strange(arguments[name])
         with pytest.raises(RuntimeError, match=rf"^({'|'.join(names)}) ") as refusal:
@@ -123,13 +126,36 @@ def test_results_overlap_nothing_but_images_that_they_may_replace(op):
     assert {r for r in replaced if r[2]} == {(*r[:2], True) for r in replaced}  # both allow the same
 
 
-@pytest.mark.parametrize("which", ["x", "eps", "x_adv"])
-def test_a_nan_bound_makes_nan(which):
+def test_a_lazy_copy_is_no_overlap():
+    x, grad, eps = torch.rand(4, 8), torch.ones(4, 8), torch.full((1,), 0.125)
     for call in calls("linf_step_"):
-        arguments = arguments_of("linf_step_")
-        arguments[which].fill_(torch.nan)
-        call(*arguments.values())
-        assert arguments["x_adv"].isnan().all()
+        x_adv = torch._lazy_clone(x)
+        before = x.tolist()
+        call(x_adv, x, grad, eps, eps, -9.0, 9.0, None)
+        assert torch.equal(x_adv, x + eps)
+        assert x.tolist() == before
+
+
+def test_numbers_beyond_float32_are_infinite():
+    for call in calls("linf_step_"):
+        x_adv, x, eps = torch.rand(4, 8), torch.rand(4, 8), torch.full((1,), 0.25)
+        call(x_adv, x, x_adv.clone(), eps, eps, -1e280, 1e280, None)
+        assert (x_adv - x).abs().max() <= 0.2501
+        call(x_adv, x, x_adv.clone(), eps, eps, 1e39, torch.inf, None)
+        assert (x_adv == torch.inf).all()
+
+
+def test_any_numbers_step_alike():
+    """NaN where x_adv, x or eps is; a negative eps goes by the formula."""
+    numbers = [0.0, 0.3, -1.0, torch.inf, -torch.inf, torch.nan]
+    cases = list(itertools.product(numbers, numbers, numbers, [*numbers, -0.1]))
+    start, x, grad, eps = (torch.tensor(column)[:, None] for column in zip(*cases, strict=True))
+    results = []
+    for call in calls("linf_step_"):
+        results.append(start.clone())
+        call(results[-1], x, grad, eps.flatten(), torch.full((1,), 0.2), -9.0, 9.0, None)
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    assert results[0][start.isnan() | x.isnan() | eps.isnan()].isnan().all()
 
 
 def test_refused_arguments_in_a_cycle_are_collected():
