@@ -3,8 +3,8 @@
 Every op is declared here in Python (schema, reference, fake) before any compiled code exists, then served by the best that is
 present: C++ at the CPU key, CUDA C++ at the CUDA key where nvcc built it, else Triton, else the reference.
 
-`SPAT_KERNELS_BACKEND` forces one, for tests and benchmarks: `compiled` (C++ and CUDA, or an error), `triton` (on CPU tensors too
-when TRITON_INTERPRET=1) or `reference`. The default is `auto`.
+`SPAT_KERNELS_BACKEND` forces one, for tests and benchmarks: `compiled` (C++, and CUDA where nvcc built it, or an error), `triton`
+(on CPU tensors too when TRITON_INTERPRET=1) or `reference`. The default is `auto`.
 """
 
 import functools
