@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .interrupts import deferred, hearing
+from .interrupts import deferred
 from .model_state.borrow import borrowed
 from .ops._common import acc_dtype
 from .precision import tf32_switches
@@ -36,5 +36,5 @@ def probability_lead(logits: Tensor, y: Tensor) -> Tensor:
 
 def model_logits(model, x: Tensor) -> Tensor:
     """What `model` answers in eval mode, in fp32 without TF32; on a copy of x, since it may write on its input."""
-    with deferred, torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"), hearing:
+    with deferred, torch.no_grad(), tf32_switches("fp32", x.device.type), borrowed(model, "eval"):
         return model(x.clone())

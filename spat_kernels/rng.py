@@ -27,15 +27,16 @@ def default_generator(device: torch.device) -> torch.Generator:
 @contextmanager
 def rewound_on_error(*generators: torch.Generator | None):
     """Within: whatever raises leaves the states of `generators` as they were before."""
-    with rng_lock:
-        states = [(g, g.get_state()) for g in generators if g is not None]
-    try:
-        yield
-    except BaseException:
+    with interrupts.deferred:
         with rng_lock:
-            for generator, state in states:
-                generator.set_state(state)
-        raise
+            states = [(g, g.get_state()) for g in generators if g is not None]
+        try:
+            yield
+        except BaseException:
+            with rng_lock:
+                for generator, state in states:
+                    generator.set_state(state)
+            raise
 
 
 def states() -> tuple:

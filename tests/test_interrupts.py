@@ -13,7 +13,7 @@ from torch import nn
 
 import spat_kernels
 from spat_kernels import interrupts
-from spat_kernels.interrupts import check, deferred, hearing
+from spat_kernels.interrupts import check, deferred
 from spat_kernels.model_state.borrow import borrowed
 
 X, Y = torch.rand(6, 3, 12, 12), torch.randint(10, (6,))
@@ -71,7 +71,7 @@ def test_a_handler_that_raises_at_any_moment_leaves_nothing_changed(path):
                 signal.setitimer(signal.ITIMER_REAL, 0)
             assert state(m) == before
             assert signal.getsignal(signal.SIGALRM) is stop
-            assert interrupts._State.depth == 0
+            assert not interrupts._depths
     assert landed > 0
 
 
@@ -100,20 +100,6 @@ def test_at_the_end_all_handlers_run_also_after_one_that_raises():
                 os.kill(os.getpid(), number)
             assert not heard
         assert sorted(heard) == sorted([signal.SIGUSR1, signal.SIGUSR2])
-
-
-def test_code_of_a_user_hears_at_once_and_what_it_raises_is_not_disturbed():
-    left = []
-    with handling(stop, signal.SIGUSR1):
-        with pytest.raises(Stop), deferred:
-            try:
-                with hearing:
-                    os.kill(os.getpid(), signal.SIGUSR1)
-                    left.append("not reached")
-            finally:
-                os.kill(os.getpid(), signal.SIGUSR1)  # a second one, on the way out
-                left.append("put back")
-        assert left == ["put back"]
 
 
 def test_a_timeout_of_the_users_is_no_fault_of_the_model():
@@ -198,7 +184,40 @@ def test_a_forked_process_attacks_what_another_thread_attacks():
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_gets_back_what_another_thread_has_borrowed():
+def test_a_fork_waits_for_a_safe_moment_and_others_wait_for_the_fork():
+    locks, held, seen = [threading.Lock(), interrupts.lock()], threading.Event(), []
+
+    def attack():
+        with deferred:
+            with locks[0]:
+                held.set()
+                time.sleep(0.1)  # as in a pass
+            with locks[1]:  # as while a plan is made
+                for _ in range(200):
+                    check()
+                    seen.append(bool(interrupts._forking))
+                    time.sleep(0.001)
+
+    thread = threading.Thread(target=attack)
+    thread.start()
+    held.wait()
+    assert forked(lambda: all(lock.acquire(timeout=1) for lock in locks)) == 0
+    thread.join()
+    assert seen
+    assert not any(seen)
+    assert [interrupts._depths, interrupts._forking, interrupts._resting] == [{}, set(), set()]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_signals_that_wait_are_those_of_the_process_that_got_them():
+    with handling(stop, signal.SIGUSR1), pytest.raises(Stop), deferred:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert forked(lambda: check() or True) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_gets_back_what_another_thread_has_borrowed(monkeypatch):
+    monkeypatch.setattr(interrupts, "FORK", 0.01)
     m, has_it, ends = model(), threading.Event(), threading.Event()
 
     def hold():

@@ -147,7 +147,7 @@ def _capture(graph: CudaGraph, run: Run, model: nn.Module, bn_mode: str) -> str 
         try:
             graph.capture(borrow_and_run)
         except Exception as error:
-            interrupts.check()
+            interrupts.reraise(error)
             text = str(error).strip().split("\n")[0]
             failure = f"{type(error).__name__}: {text}"
         if rng.restore(host_states) and failure is None:

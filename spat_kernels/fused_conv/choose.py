@@ -21,7 +21,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import interrupts
 from ..cuda_graph import CudaGraph, undisturbed
 from ..settings import Fuse
 from .cache import Cache
@@ -201,7 +200,6 @@ class Chooser:
         except torch.OutOfMemoryError as error:  # the attack itself may have enough
             return Decision(None, f"choosing failed: {_said(error)}")
         except Exception as error:
-            interrupts.check()
             _warn(f"choosing who does {recipe} failed: {_said(error)}")
             return Decision(None, f"choosing failed: {_said(error)}")
         finally:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..checks import check_classes, warn
-from ..interrupts import check, hearing, unforked
+from ..interrupts import check
 from ..precision import HALVES, arithmetic, half_dtype
 
 CHANNELS_LAST = torch.channels_last
@@ -108,9 +108,9 @@ class InputGradient:
         """Forget the model, but nothing that kernels launched so far read or write: a capture of them lives on."""
         self.model, self._weights, self._convolutions = None, [], nullcontext()
 
-    @unforked
     def logits(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], without a graph."""
+        check()
         self.forwards += 1
         with torch.no_grad():
             return check_logits(self._call(x, False)[1], x, self.highest_label).contiguous()
@@ -127,7 +127,6 @@ class InputGradient:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            check()
             if explanation := self._explanation(error, x.dtype):
                 raise ValueError(explanation) from error
             if self._tried:
@@ -142,8 +141,7 @@ class InputGradient:
         return called
 
     def _outputs(self, images: Tensor) -> Any:
-        with hearing:
-            return self.model(images)
+        return self.model(images)
 
     def _look_for_writes(self, images: Tensor, x: Tensor) -> None:
         """Warn if the model wrote on `images`, its copy of `x`: autograd has not seen that. It waits for the device, so it is
@@ -169,9 +167,9 @@ class InputGradient:
     def _keep_contiguous(self) -> None:
         self._weights, self._convolutions, self._format, self._tried = [], nullcontext(), torch.contiguous_format, True
 
-    @unforked
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `x`, contiguous [B, K], detached; the graph is kept for `backward`."""
+        check()
         self.forwards += 1
         with torch.enable_grad():
             self._given = x.detach()
@@ -179,7 +177,6 @@ class InputGradient:
             self._logits = check_logits(logits, x, self.highest_label)
         return self._logits.detach().contiguous()
 
-    @unforked
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
         """Gradient at the x of the last `forward`, whose graph is freed, unless `keep`."""
         self.backwards += 1
@@ -191,7 +188,6 @@ class InputGradient:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            check()
             if explanation := self._explanation(error, x.dtype):
                 raise ValueError(explanation) from error
             # Re-entrant checkpointing cannot be limited to some inputs.

@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from torch._functorch import config as functorch
 
 from ..checks import warn
-from ..interrupts import check, hearing
 from ..precision import half_dtype
 from .autograd import InputGradient
 from .hoisting import Hoisted, Hoisting, Values
@@ -95,7 +94,6 @@ class CompiledGradient(InputGradient):
         except (torch.OutOfMemoryError, ValueError):  # the latter is what `InputGradient` says of a model
             raise
         except Exception as error:
-            check()
             reason = _reason(error)
         self._graphs.fail(self._kind, reason, self.model)
         self.forward(images)
@@ -109,19 +107,18 @@ class CompiledGradient(InputGradient):
         if graph is None:
             if not self.failure:
                 self._graphs.warn(self.model, f"its code knows the number of images, and {SIZES} numbers have been compiled")
-            return super()._outputs(images)
+            return self.model(images)
         try:
             return self._within(graph, lambda: graph(inner, images))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            check()
             reason = _reason(error)
         self._last = None
         if graph.any_size:
             self._graphs.one_by_one.add(self._kind)
             return self._outputs(images)
-        outputs = super()._outputs(images)  # an error of the model's own is raised here
+        outputs = self.model(images)  # an error of the model's own is raised here
         self._graphs.fail(self._kind, reason, self.model)
         return outputs
 
@@ -155,8 +152,7 @@ class _Graph:
             with nullcontext() if self.compilations else _unmarked([*model.parameters(), *model.buffers(), images]):
                 if self.any_size:
                     torch._dynamo.mark_dynamic(images, 0)
-                with hearing:
-                    outputs = self._function(model, images)
+                outputs = self._function(model, images)
         finally:
             torch.set_autocast_cache_enabled(caching)
             _running.graph = before

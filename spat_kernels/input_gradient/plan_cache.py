@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import interrupts, rng
-from ..interrupts import check
 from ..model_state.structure import Structure
 from ..precision import HALVES, arithmetic, half_dtype
 from ..settings import Precision
@@ -122,7 +121,7 @@ def _make_plan(model: nn.Module, x: Tensor) -> Plan | str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # autograd may still do it; `explain` gives this reason, and input_gradient="plan" raises it
-        check()
+        interrupts.reraise(error)
         return f"the plan fails on it: {first_line(error)}"
 
 
@@ -136,7 +135,7 @@ def _half_error(plan: Plan, model: nn.Module, x: Tensor, dtype: torch.dtype) -> 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        check()
+        interrupts.reraise(error)
         return f"it fails: {first_line(error)}"
     return None
 

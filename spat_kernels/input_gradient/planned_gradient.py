@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..interrupts import check, unforked
+from ..interrupts import check
 from ..ops._common import acc_dtype
 from ..precision import HALVES, arithmetic
 from ..settings import Fuse
@@ -123,7 +123,6 @@ class PlannedGradient:
         """Logits of `x`, contiguous [B, K]; nothing is kept."""
         return self.forward(x, keep=False)
 
-    @unforked
     def forward(self, x: Tensor, keep: bool = True) -> Tensor:
         """Logits of `x`, contiguous [B, K]; what `backward` needs is kept, if `keep`."""
         check()
@@ -141,7 +140,6 @@ class PlannedGradient:
         logits = values[self.plan.last].to(self.logits_dtype).contiguous()
         return check_logits(logits, x, self.highest_label)
 
-    @unforked
     def backward(self, dlogits: Tensor, keep: bool = False) -> Tensor:
         """Gradient at the x of the last `forward`, to be multiplied by `factor`; what was kept is dropped, unless `keep`."""
         self.factor, self.keep = None, keep

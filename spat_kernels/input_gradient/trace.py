@@ -15,7 +15,6 @@ import torch.fx
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..interrupts import check
 from .nodes import CannotPlan, Network, Node
 from .rules import find_function, find_rule
 from .shapes import Shapes
@@ -51,7 +50,6 @@ def trace(model: nn.Module, x: Tensor) -> list[Node]:
     except CannotPlan as error:
         reason = str(error)
     except Exception as error:  # whatever a model's own code raises when it is run on symbols
-        check()
         reason = f"torch.fx cannot trace it: {first_line(error)}"
     if changed := before.restore():
         reason = f"its forward changes {changed}, which the plan would not do"
@@ -153,7 +151,6 @@ class _Tracer(torch.fx.Tracer):
         return _Proxy(node, self)
 
     def create_proxy(self, *args, **kwargs):
-        check()
         if not torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             raise CannotPlan(
                 "a part of its forward runs without gradients, with its own backward or under an autocast of its own"
@@ -258,7 +255,6 @@ class _Reader(torch.fx.Interpreter, Network):  # type: ignore[misc]
             except CannotPlan as error:
                 reason = str(error).splitlines()[0]  # without fx's account of where
             except Exception as error:
-                check()
                 reason = f"{first_line(error)} on a batch of {len(probe)}"
         if reason:
             raise CannotPlan(reason)  # outside of `except`: a context would keep frames, and so the model, alive

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import warn
-from ..interrupts import acquire, deferred
+from ..interrupts import check, deferred
 from .structure import PLAIN, UNREAD
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
-_lent: dict[ExitStack, int] = {}  # what gives each model back that is borrowed now, by the thread that has it
+_lent: "dict[_Loan, int]" = {}  # by thread
 # How deep objects in objects are looked into for modules that are not registered, and the size of the largest container that is.
 OBJECTS, LARGEST = 2, 1000
 
@@ -41,7 +41,7 @@ def borrowed(model, bn_mode: str):
     if not isinstance(model, nn.Module):
         yield
         return
-    with deferred, _lend(model) as give_back:
+    with deferred, _Loan(model) as give_back:
         registered, *others = parts(model)
         modules = [m for tree in (registered, *others) for m in tree]
         modes = [(m, m.training) for m in modules]
@@ -77,30 +77,34 @@ def borrowed(model, bn_mode: str):
         yield
 
 
-@contextmanager
-def _lend(model: nn.Module):
-    """Yields an ExitStack, which runs every callback, also after one that raises. No other thread has the model meanwhile."""
-    with _lock:
-        lock = _locks.setdefault(model, threading.RLock())
-    acquire(lock)  # signals are heard while it waits
-    give_back = ExitStack()
-    _lent[give_back] = threading.get_ident()
-    try:
-        with give_back:
-            yield give_back
-    finally:
-        del _lent[give_back]
-        lock.release()
+class _Loan(ExitStack):
+    """What gives `model` back: every callback runs, also after one that raises. No other thread has the model meanwhile."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        with _lock:
+            self.lock = _locks.setdefault(model, threading.RLock())
+
+    def __enter__(self):
+        while not self.lock.acquire(timeout=0.05):
+            check()
+        _lent[self] = threading.get_ident()
+        return self
+
+    def __exit__(self, *error):
+        try:
+            return super().__exit__(*error)
+        finally:
+            del _lent[self]
+            self.lock.release()
 
 
 def _give_back_in_child() -> None:
     """In a forked process: what other threads had borrowed, since they did not come along."""
-    global _lock
-    _lock = threading.Lock()
     _locks.clear()
-    for give_back in [lent for lent, thread in reversed(_lent.items()) if thread != threading.get_ident()]:
-        del _lent[give_back]
-        give_back.close()
+    for loan in [loan for loan, thread in reversed(_lent.items()) if thread != threading.get_ident()]:
+        del _lent[loan]
+        ExitStack.__exit__(loan, None, None, None)
 
 
 os.register_at_fork(after_in_child=_give_back_in_child)

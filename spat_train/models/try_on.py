@@ -9,7 +9,6 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from spat_kernels.input_gradient.autograd import InputGradient
-from spat_kernels.interrupts import hearing
 from spat_kernels.model_state.borrow import borrowed
 
 from ..errors import first_line, is_out_of_memory
@@ -48,7 +47,7 @@ def _classes(model: nn.Module, x: Tensor, num_classes: int | None, differentiate
     lazy = any(map(is_lazy, [*model.parameters(), *model.buffers()]))  # then this makes its weights
     activation = next((made[1] for m in model.modules() if (made := m.__dict__.get("made_as"))), "relu")
     try:
-        with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"), _ReLUs() as relus, hearing:
+        with torch.no_grad(), contextlib.nullcontext() if lazy else borrowed(model, "keep"), _ReLUs() as relus:
             logits = model(x)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # the last: timm's and torchvision's ViT
         if isinstance(error, RuntimeError) and is_out_of_memory(error):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spat_kernels.interrupts import hearing
+from spat_kernels.interrupts import check
 from spat_kernels.model_state.borrow import borrowed
 from spat_kernels.precision import tf32_switches
 from spat_kernels.predictions import model_logits
@@ -166,9 +166,10 @@ def input_gradients(
     Args:
         of: instead of the cross-entropy: logits [B, K] and labels -> a sum over the images.
     """
-    with torch.enable_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type), hearing:
+    with torch.enable_grad(), borrowed(model, "eval"), tf32_switches("fp32", x.device.type):
         found = []
         for images, labels in zip(x.detach().split(CHUNK), y.split(CHUNK), strict=True):
+            check()
             images = images.clone().requires_grad_()
             found.append(torch.autograd.grad(of(model(images), labels), images)[0])
     return torch.cat(found)

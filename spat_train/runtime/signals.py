@@ -100,6 +100,32 @@ def _second_sigterm_ends():
 
 
 @contextmanager
+def interrupts_kept() -> Iterator[Callable[[], None]]:
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C came: Python drops what is raised in finalizers and callbacks of
+    weak references, where a signal that comes during a collection of garbage is heard."""
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def look() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield look
+        return
+
+    def hear(number, frame):
+        came.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield look
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def interruptible(stopped: str, out_of_memory: Callable[[], str]) -> Iterator[Callable[[], None]]:
     """Yields `on_progress` for `evaluate`.
 

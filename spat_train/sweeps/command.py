@@ -11,7 +11,7 @@ import tyro
 from ..command_line import parse
 from ..config import Config
 from ..errors import InputError, check_count
-from ..runtime.signals import Stopped
+from ..runtime.signals import Stopped, interrupts_kept
 from . import spec
 from .ready import READY
 from .spec import Sweep, command, plan, read
@@ -88,7 +88,8 @@ def run(planned: Sweep, storage: str | None = None, *, heartbeat: int = 30, repo
         study = search.open_study(planned, storage, heartbeat, create=not report_only)
         if not report_only:
             try:
-                search.Worker(planned, study).work()
+                with interrupts_kept() as look:
+                    search.Worker(planned, study).work(look)
             except (Stopped, KeyboardInterrupt) as stop:
                 said = f"{str(stop) or 'interrupted'}; the same command goes on with the sweep"
                 raise Stopped(getattr(stop, "exit_code", 130) - 128, said) from stop

@@ -214,14 +214,18 @@ class Worker:
         self.number: int | None = None  # of the trial at work
         self.replaced = False  # it counted as killed, and another worker goes on with it
 
-    def work(self) -> None:
+    def work(self, look: Callable[[], None]) -> None:
         """Run what is queued, and wait for what others run.
+
+        Args:
+            look: called before each run; what it raises ends the work.
 
         Raises:
             InputError, SaveError, Stopped: as `train` does. The trial is queued again when a worker looks next.
         """
         waited = False
         while True:
+            look()
             with ExitStack() as turn:
                 turn.enter_context(alone(self.sweep))
                 states = self.queue_again()

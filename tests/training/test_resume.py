@@ -516,3 +516,17 @@ def test_full_disk_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_write, "open_to_append", full)
     with pytest.raises(SaveError, match="cannot write .*log.jsonl .*No space left"):
         train(settings(tmp_path / "run"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_finalizer_is_not_lost():
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with signals.interrupts_kept() as look:
+        look()
+        Finalized()
+        with pytest.raises(KeyboardInterrupt):
+            look()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

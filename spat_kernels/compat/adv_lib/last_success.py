@@ -6,7 +6,7 @@ from torch import Tensor
 from ...attacks.pgd import PGD
 from ...attacks.pgd_run import PGDRun
 from ...balls import as_values
-from ...interrupts import deferred, hearing
+from ...interrupts import deferred
 from ...losses import AutogradLoss
 from ...model_state.borrow import borrowed
 from ...ops._common import broadcast
@@ -45,7 +45,7 @@ class LastSuccess(PGD):
 
 def model_logits(model, x: Tensor, bn_mode: str) -> Tensor:
     """[B, K], on a copy of x, since the model may write on its input."""
-    with deferred, torch.no_grad(), borrowed(model, bn_mode), hearing:
+    with deferred, torch.no_grad(), borrowed(model, bn_mode):
         return model(x.detach().clone())
 
 

@@ -16,7 +16,7 @@ from ...attacks.pgd import PGD
 from ...attacks.pgd_run import PGDRun
 from ...balls import L2Ball
 from ...cuda_graphs.run import Batch
-from ...interrupts import deferred, hearing
+from ...interrupts import deferred
 from ...losses import LabelSmoothedCE, LossLike
 from ...model_state.borrow import borrowed
 from ...normalize import Normalize
@@ -149,7 +149,7 @@ class OnOurGradient:
         return getattr(self.classifier, name)
 
     def predict(self, x, **options):
-        with borrowed(self.classifier.model, "eval"), hearing:  # ART leaves it in that mode
+        with borrowed(self.classifier.model, "eval"):  # ART leaves it in that mode
             return self.classifier.predict(x, **options)
 
     @deferred

@@ -13,7 +13,7 @@ from ...attacks.autoattack import AutoAttack as OurAutoAttack
 from ...attacks.autoattack import fewest_classes
 from ...checks import Values, check_choice, check_count, check_images, check_labels
 from ...input_gradient.autograd import InputGradient
-from ...interrupts import deferred, hearing
+from ...interrupts import deferred
 from ...model_state.borrow import borrowed
 from ...predictions import predictions
 from ...settings import ModelSettings
@@ -151,7 +151,7 @@ class AutoAttack(Parameters):
 
     def get_logits(self, x: Tensor) -> Tensor:
         """What the model answers, [B, K], in its own mode and the caller's arithmetic."""
-        with deferred, torch.no_grad(), borrowed(self.model, self.settings["bn_mode"]), hearing:
+        with deferred, torch.no_grad(), borrowed(self.model, self.settings["bn_mode"]):
             return self.model(x.clone())
 
     def _check(self, x: Tensor, y: Tensor, bs: int) -> None:

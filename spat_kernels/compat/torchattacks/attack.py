@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...interrupts import check
 from ...model_state.borrow import borrowed
 from ...normalize import Normalize
 from ...rng import default_generator, rewound_on_error
@@ -131,6 +132,7 @@ class Attack(Targets, Pixels, Files, Base):
 
     def get_logits(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
         """What the model says of `inputs`: in `forward` of images in [0, 1], elsewhere of images as a call takes them."""
+        check()
         as_they_are = self._normalization_applied and _running.get() is not self
         return self.model(inputs) if as_they_are else self.model_of_pixels(inputs)
 
