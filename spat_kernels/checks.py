@@ -56,7 +56,7 @@ def as_float(value: Real) -> float:
 
 def as_norm(value):
     """ "linf", "l2" or "l1" of what other libraries call them, "Linf", "L2", "L1" and "L∞"; other values as they are."""
-    name = value.lower().replace("∞", "inf") if isinstance(value, str) else value
+    name = value.lower().replace("∞", "inf") if isinstance(value, str) else ""
     return name if name in NORMS else value
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import short
 
 
 class Loss:
@@ -324,7 +325,7 @@ def as_loss(loss: LossLike) -> Loss:
     if callable(loss) and not isinstance(loss, type):
         return Custom(loss)
     raise ValueError(
-        f"loss={loss!r}: give one of {', '.join(map(repr, LOSSES))}, an object such as losses.LabelSmoothedCE(0.1), "
+        f"loss={short(loss)}: give one of {', '.join(map(repr, LOSSES))}, an object such as losses.LabelSmoothedCE(0.1), "
         "or a callable (logits, y) -> [B]"
     )
 

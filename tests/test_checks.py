@@ -72,6 +72,8 @@ def test_bad_images_and_labels(x, y, error, message):
         ({"eps": torch.ones(6, dtype=torch.complex64)}, TypeError, "eps must be a tensor of numbers"),
         ({"select": torch.ones(2, 2)}, ValueError, r"^select=tensor\(\[\[1., 1.\], \[1., 1.\]\]\): choose one of"),
         ({"stop": torch.ones(3).numpy()}, ValueError, r"^stop=array\(.*: choose one of"),
+        ({"norm": torch.ones(3).numpy()}, ValueError, r"^norm=array\(.*: choose one of"),
+        ({"loss": torch.ones(2, 2)}, ValueError, r"^loss=tensor\(\[\[1., 1.\], \[1., 1.\]\]\): give one of"),
         ({"steps": -1}, ValueError, "steps=-1 must be at least 0"),
         ({"steps": 2.5}, TypeError, "steps must be an int, got float 2.5"),
         ({"restarts": 2, "random_start": False}, ValueError, "restarts=2 with random_start=False"),

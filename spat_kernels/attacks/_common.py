@@ -108,6 +108,7 @@ class Tally:
     def __init__(self, x: Tensor, budget: int | Tensor | None = None):
         with torch.inference_mode(False):
             self.forwards, self.backwards = (torch.zeros(len(x), dtype=torch.int64, device=x.device) for _ in range(2))
+            budget = min(budget, 2**62) if isinstance(budget, int) else budget  # an int64 holds no more
             self.limit = None if budget is None else self.forwards + torch.as_tensor(budget, device=x.device)
 
     def add(self, rows: Tensor | slice, forwards: int | Tensor, backwards: int | Tensor = 0) -> None:
