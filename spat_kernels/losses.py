@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import short
 
 
 class Loss:
@@ -324,8 +323,9 @@ def as_loss(loss: LossLike) -> Loss:
         return lookup(loss)
     if callable(loss) and not isinstance(loss, type):
         return Custom(loss)
+    given = " ".join(repr(loss).split())[:60]
     raise ValueError(
-        f"loss={short(loss)}: give one of {', '.join(map(repr, LOSSES))}, an object such as losses.LabelSmoothedCE(0.1), "
+        f"loss={given}: give one of {', '.join(map(repr, LOSSES))}, an object such as losses.LabelSmoothedCE(0.1), "
         "or a callable (logits, y) -> [B]"
     )
 
