@@ -32,6 +32,7 @@ def rewound_on_error(*generators: torch.Generator | None):
             states = [(g, g.get_state()) for g in generators if g is not None]
         try:
             yield
+            interrupts.check()
         except BaseException:
             with rng_lock:
                 for generator, state in states:

@@ -52,6 +52,29 @@ def stop(number, frame):
     raise Stop
 
 
+@pytest.mark.parametrize("kind", ["PGD", "APGD", "Square", "FAB", "ADT"])
+def test_random_numbers_are_rewound(kind):
+    """A signal at the second forward, when the start is drawn, and one that waits for the end of the call's last forward."""
+    m, forwards = model().eval(), []
+    y = m(X).argmax(1)
+    attack = getattr(spat_kernels, kind)(0.05, input_gradient="autograd", generator=torch.Generator())
+    with handling(stop, signal.SIGUSR1):
+        for nth in (2, 1):
+
+            def signalled(x, nth=nth):
+                forwards.append(len(x))
+                if len(forwards) == nth or nth == 1:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return m(x)
+
+            forwards.clear()
+            before = torch.get_rng_state(), attack.generator.get_state()
+            with pytest.raises(Stop):
+                attack(signalled, X, y)
+            assert torch.equal(before[0], torch.get_rng_state())
+            assert torch.equal(before[1], attack.generator.get_state())
+
+
 @pytest.mark.parametrize("path", ["auto", "autograd"])
 def test_a_handler_that_raises_at_any_moment_leaves_nothing_changed(path):
     rng, landed = random.Random(0), 0

@@ -1,8 +1,10 @@
 """What the attacks share: settings and batch checked, the model borrowed and ready to be differentiated."""
 
+import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,9 +12,28 @@ from torch import Tensor
 from .. import checks
 from ..balls import as_values
 from ..input_gradient.choose import check_path, check_precision, input_gradient
+from ..interrupts import deferred
 from ..model_state.borrow import borrowed
 from ..ops._common import is_dense
+from ..rng import default_generator, rewound_on_error
 from ..settings import BN_MODES, NORMS, BNMode, Fuse, GradientPath, Norm, Precision
+
+Method = TypeVar("Method", bound=Callable)
+
+
+def all_or_nothing(method: Method) -> Method:
+    """A method (attack, model, x, ...) within which signals wait, and autograd records nothing.
+
+    If it raises, random numbers are as they were before.
+    """
+
+    @functools.wraps(method)
+    def call(self, model, x, *arguments, **options):
+        drawn_from = self.generator, default_generator(x.device) if isinstance(x, Tensor) else None
+        with deferred, torch.inference_mode(False), torch.no_grad(), rewound_on_error(*drawn_from):
+            return method(self, model, x, *arguments, **options)
+
+    return cast(Method, call)
 
 
 class Result(NamedTuple):

@@ -24,12 +24,11 @@ from .. import checks
 from ..cuda_graphs.cache import graphs
 from ..cuda_graphs.run import Batch
 from ..input_gradient.choose import check_precision
-from ..interrupts import deferred
 from ..losses import LossLike, as_loss, value_dtype
 from ..ops._common import acc_dtype
 from ..predictions import other_classes, predictions
 from ..settings import TARGETINGS, Graph, Targeting
-from ._common import RestartedAttack, Result, Tally, as_dense, take_rows, warn_of_nan
+from ._common import RestartedAttack, Result, Tally, all_or_nothing, as_dense, take_rows, warn_of_nan
 from .apgd_run import APGDRun, AscentRun
 from .targeting import malt_passes, nearest_classes
 
@@ -100,9 +99,7 @@ class APGD(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
-    @deferred
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @all_or_nothing
     def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 
@@ -152,9 +149,7 @@ class APGD(RestartedAttack):
         warn_of_nan(int(nan_seen.sum()), len(x))
         return tally.result(x_adv)
 
-    @deferred
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @all_or_nothing
     def launch(self, model, x: Tensor, y: Tensor, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One run for adversarial training, that does not wait for the device, as `PGD.launch` does not.
 

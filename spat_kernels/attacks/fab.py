@@ -20,11 +20,10 @@ from torch import Tensor
 
 from .. import checks
 from ..balls import box
-from ..interrupts import deferred
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import other_classes, predictions
 from ..rng import draw
-from ._common import RestartedAttack, Result, Tally, eps_per_sample, warn_of_nan
+from ._common import RestartedAttack, Result, Tally, all_or_nothing, eps_per_sample, warn_of_nan
 from .targeting import DUAL, boundaries
 
 
@@ -72,9 +71,7 @@ class FAB(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
-    @deferred
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @all_or_nothing
     def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 

@@ -21,11 +21,9 @@ from ..cuda_graphs.capture import Outcome
 from ..cuda_graphs.run import Batch, Passes
 from ..input_gradient.choose import check_precision
 from ..input_gradient.plan_cache import is_planned
-from ..interrupts import deferred
 from ..losses import DLR, OURS, LossLike, as_loss
-from ..rng import default_generator, rewound_on_error
 from ..settings import SELECT, STOPS, Graph, Select, Stop
-from ._common import RestartedAttack, Result, Tally, as_dense, warn_of_nan
+from ._common import RestartedAttack, Result, Tally, all_or_nothing, as_dense, warn_of_nan
 from .early_stop import EarlyStop
 from .pgd_run import PGDRun
 
@@ -150,23 +148,20 @@ class PGD(RestartedAttack):
         tally.add(slice(None), *passes)
         return tally.result(x_adv)
 
-    @deferred
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @all_or_nothing
     def _attack(self, model, x: Tensor, y: Tensor | None, start: Tensor | None) -> tuple[Tensor, Passes]:
         self._check(model, x, y, start)
         if x.numel() == 0:
             return x.detach().clone(), Passes(0, 0)
         values = checks.Values(x, y, start, self.bounds)
         highest_label = -1 if self._may_check_late(model, x) else values.read()[0]
-        with rewound_on_error(self.generator, default_generator(x.device)):
-            try:
-                (x_adv, nan_seen), classes, passes = self._outcome(model, self._batch(x, y, start), highest_label)
-            except Exception:
-                values.read()  # if these are wrong, that is the error
-                raise
-            highest_label, with_nan = values.read(nan_seen.sum())  # waits for the device
-            checks.check_classes(highest_label, classes)
+        try:
+            (x_adv, nan_seen), classes, passes = self._outcome(model, self._batch(x, y, start), highest_label)
+        except Exception:
+            values.read()  # if these are wrong, that is the error
+            raise
+        highest_label, with_nan = values.read(nan_seen.sum())  # waits for the device
+        checks.check_classes(highest_label, classes)
         warn_of_nan(with_nan, len(x))
         return x_adv, passes
 
@@ -189,9 +184,7 @@ class PGD(RestartedAttack):
         waits = self.stop is not None or self.budget is not None
         return x.is_cuda and planned and type(self.loss) in OURS and not looks_up_targets and not waits
 
-    @deferred
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @all_or_nothing
     def launch(self, model, x: Tensor, y: Tensor | None, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A call that does not wait for the device, so that a training loop can launch what follows while the attack still runs.
 

@@ -19,12 +19,11 @@ from torch import Tensor
 from .. import checks
 from ..balls import box, project_l1
 from ..input_gradient.windows import Windows
-from ..interrupts import deferred
 from ..ops._common import acc_dtype, broadcast
 from ..predictions import predictions
 from ..rng import draw
 from ..settings import Norm
-from ._common import RestartedAttack, Result, Tally, eps_per_sample
+from ._common import RestartedAttack, Result, Tally, all_or_nothing, eps_per_sample
 
 # (from this query of 10,000 on, p_init / that): the schedule of the authors' code.
 SCHEDULE = ((0, 1), (11, 2), (51, 4), (201, 8), (501, 16), (1001, 32), (2001, 64), (4001, 128), (6001, 256), (8001, 512))
@@ -69,9 +68,7 @@ class Square(RestartedAttack):
         """`run`, of which the images alone are returned."""
         return self.run(model, x, y).x_adv
 
-    @deferred
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @all_or_nothing
     def run(self, model, x: Tensor, y: Tensor) -> Result:
         """Attack `model` at the images `x`.
 

@@ -30,7 +30,7 @@ def margin_grad_ref(
     z_other, other = z.scatter(1, y, -torch.inf).max(1, keepdim=True)
     sign = -1.0 if targeted else 1.0
     margin = sign * (z_other - z.gather(1, y))
-    slope = torch.where(margin > kappa, 0.0, sign * scale).to(dlogits.dtype)
+    slope = torch.full_like(margin, sign * scale).masked_fill_(margin > kappa, 0).to(dlogits.dtype)
     dlogits.zero_().scatter_(1, other, slope).scatter_(1, y, -slope)
     dlogits.masked_fill_(~valid[:, None], torch.nan)
     if loss is not None:
