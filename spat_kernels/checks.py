@@ -61,8 +61,8 @@ def as_norm(value):
 
 
 def check_auto_or_flag(name: str, value) -> None:
-    if not isinstance(value, bool):
-        check_choice(name, value, ("auto",))
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
+        raise ValueError(f"{name}={short(value)}: choose one of 'auto', True, False")
 
 
 def check_flag(name: str, value) -> None:

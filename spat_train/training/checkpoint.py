@@ -2,13 +2,14 @@
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from ..config import Config
 from ..data.images import Dataset, Folder, Images, fingerprint
 from ..errors import InputError
-from ..runtime import rounding
+from ..runtime import json_files, rounding
 from ..runtime.distributed import World
 from ..runtime.run_folder import RunFolder
 from .saved_form import as_written, check_form
@@ -34,7 +35,19 @@ def find_saved(config: Config, world: World, folder: RunFolder) -> dict | None:
     if changed:
         remedy = "give the same, or choose another --out"
         raise InputError(f"--resume: {folder.path} was made with other options ({'; '.join(changed)}): {remedy}")
+    if saved and folder.path and world.main:
+        _warn_if_altered(config, folder.path / "config.json")
     return saved
+
+
+def _warn_if_altered(config: Config, file: Path) -> None:
+    """Say so where the file of a run's options does not say what the checkpoint does, by which the run goes on."""
+    try:
+        altered = file.exists() and bool(config.differences(json_files.read(file)))
+    except (InputError, TypeError):
+        altered = True
+    if altered:
+        say(f"{file} was altered or damaged: the run keeps the options it began with, and writes them there again")
 
 
 def image_record(dataset: Dataset, extra: Images | None, world: World) -> dict:

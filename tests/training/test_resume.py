@@ -476,6 +476,25 @@ def test_a_checkpoint_is_not_blamed_for_the_computer(tmp_path, monkeypatch, plac
         train(replace(config, epochs=2, resume=True))
 
 
+def test_an_altered_config_is_noticed(tmp_path, capsys):
+    """The checkpoint has the options, so nothing is lost."""
+    config = settings(tmp_path / "run", epochs=1, test=False, schedule="constant")
+    train(config)
+    file = config.out / "config.json"
+    good, options = file.read_bytes(), {k: v for k, v in json.loads(file.read_bytes()).items() if k != "digest"}
+    edits = json.dumps(options | {"lr": 0.5}).encode(), good.replace(b'"lr": 0.', b'"lr": 1.'), good[:100], b"5", b"[" * 100_000
+    for epochs, content in enumerate((*edits, good), 2):
+        file.write_bytes(content)
+        capsys.readouterr()
+        train(replace(config, epochs=epochs, resume=True))
+        assert ("config.json was altered or damaged: the run keeps" in capsys.readouterr().err) == (content != good), content[
+            :200
+        ]
+        kept = json.loads(file.read_bytes())
+        assert kept["lr"] == options["lr"]
+        assert kept["epochs"] == epochs
+
+
 def test_a_damaged_log_is_noticed(tmp_path):
     config = settings(tmp_path / "run", epochs=1, test=False, schedule="constant")
     train(config)
