@@ -220,16 +220,21 @@ def evaluate(
 
 
 def _earlier(samples: Samples, batches: int, others: dict[str, Attack]) -> dict[str, Attack]:
-    """The attacks besides `others` that the folder has results of."""
-    found = {}
-    for name, spec in samples.finished(batches).items():
-        if name not in others:
-            try:
-                found[name] = replace(parse(spec), name=name)
-            except InputError as error:  # an attack or a loss of one's own, which another program defined
-                if not samples.world.main:
-                    continue
-                print(f"spat-train: {samples.folder} has results of {name}, which are left out: {error}", file=sys.stderr)
+    """The attacks besides `others` that the folder has all results of. Where it has some, a line says so."""
+    found: dict[str, Attack] = {}
+    finished = samples.finished(batches)
+    for name, spec in samples.attacks.items():
+        left_out = ""
+        if name in others:
+            continue
+        try:
+            found |= {name: replace(parse(spec), name=name)} if name in finished else {}
+        except InputError as error:  # an attack or a loss of one's own, which another program defined
+            left_out = f"which are left out: {error}"
+        if name not in finished and any(attack == name for attack, _ in samples.records):
+            left_out = f"but not of all images: left out until --attacks {name} goes on with it"
+        if left_out and samples.world.main:
+            print(f"spat-train: {samples.folder} has results of {name}, {left_out}", file=sys.stderr)
     return found
 
 

@@ -221,3 +221,14 @@ def test_a_folder_keeps_the_attacks_that_it_has(tmp_path, capsys):
     edit_json(path, attacks=json.loads(path.read_bytes())["attacks"] | {"mine": "theirs:steps=2"})
     assert list(quiet(fitted(), data, "pgd-7", folder=tmp_path / "kept").attacks) == ["clean", "pgd-7", "cw-30"]
     assert "has results of mine, which are left out: attack theirs: there is none" in capsys.readouterr().err
+
+
+def test_an_attack_that_is_not_finished_is_left_out_and_named(tmp_path, capsys):
+    model, images, samples = fitted(), load("digits").test, tmp_path / "samples.jsonl"
+    how = {"rows": torch.arange(40), "batch_size": 20, "folder": tmp_path}
+    quiet(model, images, "pgd-7", **how)
+    samples.write_bytes(samples.read_bytes()[:-5])  # half a line of its last batch
+    assert list(quiet(model, images, "fgsm", **how).attacks) == ["clean", "fgsm"]
+    assert "has results of pgd-7, but not of all images: left out until --attacks pgd-7 goes on" in capsys.readouterr().err
+    assert list(quiet(model, images, "pgd-7", **how).attacks) == ["clean", "pgd-7", "fgsm"]
+    assert capsys.readouterr().err == ""
