@@ -193,9 +193,13 @@ def configs(draw):
 
 # ---- sizes
 
-SIZES = st.lists(st.tuples(ODD, st.sampled_from(["@", ""]), ODD).map("".join), max_size=3).map(",".join)
+NUMBER = ODD | st.integers(1, 300).map(str)
+SIZES = st.lists(st.tuples(NUMBER, st.sampled_from(["@", "@", ""]), NUMBER).map("".join), max_size=3).map(",".join)
+RIGHT = st.lists(st.integers(8, 300), min_size=1, max_size=4).map(
+    lambda sizes: ",".join(f"{size}@{1 + 7 * i}" for i, size in enumerate(sizes))
+)
 
 ATTACKS = Target(specs(), attack_trial)
 COMMANDS = Target(commands(), command_trial)
 OPTIONS = Target(configs(), lambda given: _refused(lambda: check(Config(**given))))
-TRAIN_SIZES = Target(SIZES, lambda text: _refused(parse_sizes, text))
+TRAIN_SIZES = Target(SIZES | RIGHT, lambda text: _refused(parse_sizes, text))
