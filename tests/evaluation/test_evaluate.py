@@ -378,18 +378,6 @@ def test_costs_of_every_attack_are_beside_its_accuracy(tmp_path):
     assert [len(r["forwards"]) for r in records if r["attack"] == "pgd-7"] == [30, 10]
 
 
-def test_what_was_recorded_without_costs_has_none(tmp_path):
-    model, (x, y) = fitted(), digits(20)
-    quiet(model, (x, y), "pgd-7", folder=tmp_path)
-    path = tmp_path / "samples.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({k: v for k, v in r.items() if "wards" not in k}) + "\n" for r in records))
-    found = quiet(model, (x, y), "pgd-7,fgsm", folder=tmp_path)
-    assert found.passes("pgd-7") is None
-    assert found.passes("fgsm") == (1, 1)
-    assert {line[0]: line[3] for line in found.lines()} == {"clean": "", "pgd-7": "", "fgsm": "1 + 1", WORST: ""}
-
-
 @pytest.mark.parametrize("budget", [11, 15, 30, 200])
 def test_no_image_costs_more_than_the_budget(budget, tmp_path):
     model, (x, y) = fitted(), digits(30)

@@ -543,9 +543,13 @@ def test_ctrl_c_in_a_finalizer_is_not_lost():
         def __del__(self):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with signals.interrupts_kept() as look:
-        look()
-        Finalized()
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        with signals.interrupts_kept() as look:
             look()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            Finalized()
+            with pytest.raises(KeyboardInterrupt):
+                look()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
