@@ -13,6 +13,7 @@ SPAT_HD void keep_best(const KeepBest& a, int64_t sample) {
   if (!takes_over(loss, success, best_loss, best_success)) return;
   best_loss = loss;
   if (a.best_success) a.best_success[sample] = success;
+  if (a.sample_numel == 0) return;  // no memory either, which memcpy may not be given
   memcpy(static_cast<T*>(a.best) + sample * a.sample_numel, static_cast<const T*>(a.x_adv) + sample * a.sample_numel,
          sizeof(T) * a.sample_numel);
 }

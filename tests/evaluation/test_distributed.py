@@ -309,7 +309,7 @@ def test_a_process_that_is_killed_ends_one_in_a_long_attack(a_run, tmp_path):
         )
         begun = time.monotonic()
         done = torchrun(script, *arguments(a_run, out))
-        assert time.monotonic() - begun < 75  # torchrun waits for 30 s; the rest is the start
+        assert time.monotonic() - begun < 150  # torchrun waits for 30 s; the rest is the start
         assert done.returncode != 0
         assert "SIGKILL" in done.stderr
         assert done.stderr.count(f"the same command continues {out}") == 1
