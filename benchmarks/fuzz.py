@@ -17,7 +17,7 @@ from benchmarks.tables import environment, markdown
 from tests.fuzz import campaign
 from tests.fuzz.targets import TARGETS
 
-INPUTS = {  # of a full run, by target
+INPUTS = {  # in a full run, by target
     "ops": 40_000, "attacks": 9_000, "attack names": 25_000, "commands": 500, "options": 15_000, "sizes": 5_000, "files": 15_000,
 }  # fmt: skip
 ABOUT = {
@@ -33,7 +33,7 @@ class Options:
     """Try generated inputs, and count how they end."""
 
     share: float = 1.0
-    """Of the inputs of a full run."""
+    """The part of a full run's inputs that is tried."""
     out: Path | None = None
     """Put the results here; a run that was cut goes on."""
 

@@ -19,11 +19,11 @@ MIN_SIZE = 8  # least H and W: below, the strides of SmallCNN leave BatchNorm on
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PPM", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")  # read by PIL, whatever the suffix says. It gives EPS to a program
 MOST_PIXELS = 178_956_970  # as PIL, so that a small file does not take gigabytes
-# Of JPEG: what begins a part, the codes of those with the size of the picture, and of those that have no length.
+# JPEG: what begins a part, the codes of parts with the size of the picture, and the codes of parts without a length.
 MARKER = re.compile(rb"\xff[^\0\xff]")
 FRAMES = bytes(code for code in range(0xC0, 0xD0) if code not in (0xC4, 0xC8, 0xCC))
 ALONE = bytes((0x01, *range(0xD0, 0xD8)))
-MOST_PARTS = 1000  # of up to 64 KB each
+MOST_PARTS = 1000  # each has up to 64 KB
 THIN = 4  # sides that differ by more are cropped before they are resized: a whole resized picture could be huge
 CPU = torch.device("cpu")
 
